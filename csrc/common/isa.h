@@ -1,0 +1,54 @@
+// One source, several instruction sets: every *.cpp kernel file is compiled once a set inside
+// `namespace LITEVAE_ISA`, and the best set that this CPU runs is picked at the first call.
+#pragma once
+
+namespace litevae {
+
+enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2 };
+
+inline Isa detect_isa() {
+#if defined(LITEVAE_X86)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    return Isa::avx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
+#endif
+  return Isa::baseline;
+}
+
+inline const char* isa_name(Isa isa) {
+  return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "baseline";
+}
+
+}  // namespace litevae
+
+// Declares FUNCTION once an instruction set, and defines the dispatching litevae::FUNCTION.
+#if defined(LITEVAE_X86)
+#define LITEVAE_DISPATCH_ISA(FUNCTION, SIGNATURE, ...)            \
+  namespace litevae {                                             \
+  namespace baseline {                                            \
+  void FUNCTION SIGNATURE;                                        \
+  }                                                               \
+  namespace avx2 {                                                \
+  void FUNCTION SIGNATURE;                                        \
+  }                                                               \
+  namespace avx512 {                                              \
+  void FUNCTION SIGNATURE;                                        \
+  }                                                               \
+  inline void FUNCTION(Isa isa, LITEVAE_UNWRAP SIGNATURE) {       \
+    if (isa == Isa::avx512) return avx512::FUNCTION(__VA_ARGS__); \
+    if (isa == Isa::avx2) return avx2::FUNCTION(__VA_ARGS__);     \
+    baseline::FUNCTION(__VA_ARGS__);                              \
+  }                                                               \
+  }
+#else
+#define LITEVAE_DISPATCH_ISA(FUNCTION, SIGNATURE, ...)                                     \
+  namespace litevae {                                                                      \
+  namespace baseline {                                                                     \
+  void FUNCTION SIGNATURE;                                                                 \
+  }                                                                                        \
+  inline void FUNCTION(Isa, LITEVAE_UNWRAP SIGNATURE) { baseline::FUNCTION(__VA_ARGS__); } \
+  }
+#endif
+#define LITEVAE_UNWRAP(...) __VA_ARGS__

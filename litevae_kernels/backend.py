@@ -1,0 +1,119 @@
+"""Which backend serves a call.
+
+``native`` is the compiled core (C++ on the CPU, CUDA C++ on a GPU), ``triton`` the Triton kernels, and
+``reference`` plain PyTorch on any device. `use_backend` or the environment variable ``LITEVAE_BACKEND`` forces
+one; forcing one that cannot serve a call raises.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import os
+import warnings
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+
+BACKENDS = ("reference", "native", "triton")
+
+try:
+    from litevae_kernels import _C
+
+    core: ModuleType | None = _C
+    core_error = ""
+except ImportError as error:
+    core = None
+    core_error = str(error)
+
+cuda_built = core is not None and bool(core.cuda_version)
+triton_installed = importlib.util.find_spec("triton") is not None
+# Triton reads the variable when a kernel is defined, so what counts is its value at import.
+triton_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _check_name(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} is {name!r}; allowed: {', '.join(BACKENDS)}")
+    return name
+
+
+_forced: str | None = None
+if os.environ.get("LITEVAE_BACKEND"):
+    _forced = _check_name(os.environ["LITEVAE_BACKEND"], "LITEVAE_BACKEND")
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force one backend for every operator called inside the ``with`` block.
+
+    The backward pass of a call uses the backend of its forward pass, wherever it runs. Under `torch.compile`
+    the choice is part of the compiled graph: another choice compiles anew.
+
+    Args:
+        name: ``"reference"`` (plain PyTorch), ``"native"`` (compiled C++/CUDA) or ``"triton"``.
+
+    Raises:
+        ValueError: the name is none of these.
+        RuntimeError: by an operator inside the block, if that backend cannot serve the call.
+    """
+    global _forced
+    previous, _forced = _forced, _check_name(name, "backend")
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def why_not(backend: str, device_type: str) -> str | None:
+    """Why `backend` cannot serve tensors on `device_type`; None if it can."""
+    if backend == "reference":
+        return None
+    if backend == "native":
+        if core is None:
+            return f"the compiled core did not load ({core_error}); install with `pip install .`"
+        if device_type == "cpu":
+            return None
+        if device_type == "cuda":
+            return None if cuda_built else f"the core has no CUDA: {core.cuda_reason}"
+        return f"the compiled core does not know device {device_type!r}"
+    if not triton_installed:
+        return "Triton is not installed"
+    if device_type == "cuda" or (device_type == "cpu" and triton_interpreted):
+        return None
+    if device_type == "cpu":
+        return "Triton runs on the CPU only with TRITON_INTERPRET=1 set before the first import"
+    return f"the Triton kernels do not know device {device_type!r}"
+
+
+def choose(device_type: str) -> str:
+    """The backend that serves a call with tensors on `device_type`.
+
+    Native first, then Triton on a GPU, then the reference. A function of its argument, of what was built and of
+    `use_backend` alone, which `torch.compile` traces and guards.
+
+    Raises:
+        RuntimeError: a backend is forced and cannot serve the call; the message says why.
+    """
+    if _forced is not None:
+        reason = why_not(_forced, device_type)
+        if reason is not None:
+            raise RuntimeError(f"backend {_forced!r} cannot serve a {device_type} tensor: {reason}")
+        return _forced
+    if why_not("native", device_type) is None:
+        return "native"
+    if device_type == "cuda" and triton_installed:
+        return "triton"
+    if device_type in ("cpu", "cuda") and not torch.compiler.is_compiling():
+        _warn_slow(device_type)
+    return "reference"
+
+
+@functools.cache
+def _warn_slow(device_type: str) -> None:
+    warnings.warn(
+        f"litevae_kernels serves {device_type} tensors with plain PyTorch, several times slower than its "
+        f"kernels: {why_not('native', device_type)}",
+        RuntimeWarning,
+        stacklevel=4,
+    )

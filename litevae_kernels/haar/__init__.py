@@ -1,0 +1,290 @@
+"""Two-dimensional Haar wavelet transforms.
+
+For the pixels ``a b / c d`` of a 2x2 block the orthonormal coefficients are LL=(a+b+c+d)/2, H=(a+b-c-d)/2,
+V=(a-b+c-d)/2 and D=(a-b-c+d)/2, as PyWavelets' ``(cA, (cH, cV, cD))`` of wavelet ``haar``. An axis of odd length
+n gives ceil(n/2) coefficients; the missing last sample comes from the extension mode, at every level:
+``symmetric`` and ``constant`` repeat the last sample, ``reflect`` takes the one before it, ``periodic`` the
+first, ``zero`` a zero.
+
+All functions take float64, float32, bfloat16 and float16, compute in float32 (float64 for float64), keep the
+input's memory format, are differentiable any number of times, and run on the backends of
+`litevae_kernels.use_backend`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from litevae_kernels.backend import choose
+from litevae_kernels.haar import op, reference
+from litevae_kernels.haar.reference import MODES
+
+MAX_LEVELS = 16
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+Details = tuple[Tensor, Tensor, Tensor]
+
+
+def haar_dwt2d(image: Tensor, *, mode: str = "symmetric") -> Tensor:
+    """One level of the orthonormal 2-D Haar transform.
+
+    Args:
+        image: (N, C, H, W), any strides.
+        mode: extension of odd sizes: symmetric, reflect, zero, periodic or constant.
+
+    Returns:
+        (N, 4C, ceil(H/2), ceil(W/2)), sub-band-major: the C channels of LL, then of H, V and D. Dtype and memory
+        format of `image`.
+
+    Raises:
+        TypeError: `image` is no floating-point tensor of a supported dtype.
+        ValueError: wrong number of dimensions, empty height or width, unknown mode, or ``reflect`` on a length
+            of 1.
+    """
+    _check_image(image, "image")
+    _check_transform(image, 1, "levels", mode)
+    return _analysis(image, 1, mode, 1.0, True)[0]
+
+
+def haar_idwt2d(coeffs: Tensor, *, output_size: tuple[int, int] | None = None) -> Tensor:
+    """Inverse of `haar_dwt2d`.
+
+    Args:
+        coeffs: (N, 4C, h, w), sub-band-major LL, H, V, D, any strides.
+        output_size: (H, W) of the image, each 2h or 2h-1 (2w or 2w-1); the odd sizes crop the sample that the
+            transform appended. Default: (2h, 2w).
+
+    Returns:
+        (N, C, H, W), dtype and memory format of `coeffs`.
+
+    Raises:
+        TypeError: `coeffs` is no floating-point tensor of a supported dtype.
+        ValueError: wrong number of dimensions, channels not a multiple of 4, or an `output_size` that no image
+            with these coefficients has.
+    """
+    _check_image(coeffs, "coeffs")
+    if coeffs.shape[1] % 4 != 0:
+        raise ValueError(f"coeffs has {coeffs.shape[1]} channels; a multiple of 4 is needed (LL, H, V, D)")
+    height, width = _check_output_size(output_size, coeffs.shape[2], coeffs.shape[3])
+    return _synthesis([coeffs], height, width, True)
+
+
+def haar_pyramid(
+    image: Tensor,
+    levels: int = 3,
+    *,
+    mode: str = "symmetric",
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format | None = None,
+) -> tuple[Tensor, ...]:
+    """All levels of LiteVAE's input from one pass over the image (paper Section 4.1 and Appendix G).
+
+    Level l is the transform of level l-1's LL, and all of it is scaled by 2^-l, so that LL is the mean of the
+    2^l x 2^l pixels under it and stays in the image's range.
+
+    Args:
+        image: (N, C, H, W), any strides.
+        levels: 1 to 16.
+        mode: extension of odd sizes: symmetric, reflect, zero, periodic or constant.
+        dtype: of the outputs; default: the image's. Rounding happens once, when the result is stored.
+        memory_format: `torch.contiguous_format` or `torch.channels_last`; default: the image's.
+
+    Returns:
+        One tensor a level, finest first: (N, 4C, ceil(H/2^l), ceil(W/2^l)), sub-band-major LL, H, V, D.
+
+    Raises:
+        TypeError: `image` or `dtype` is not float32, float64, float16 or bfloat16.
+        ValueError: wrong number of dimensions, empty height or width, levels out of range, unknown mode or
+            memory format, or ``reflect`` on a length of 1.
+    """
+    _check_image(image, "image")
+    _check_transform(image, levels, "levels", mode)
+    if dtype is not None and dtype not in _DTYPES:
+        raise TypeError(f"dtype is {dtype}; allowed: {_names(_DTYPES)}")
+    if memory_format not in (None, torch.contiguous_format, torch.channels_last):
+        raise ValueError(
+            f"memory_format is {memory_format}; allowed: torch.contiguous_format, torch.channels_last"
+        )
+    return _analysis(image, levels, mode, 0.5, True, dtype, memory_format)
+
+
+def wavedec2(image: Tensor, level: int, *, mode: str = "symmetric") -> tuple[Tensor | Details, ...]:
+    """Multi-level orthonormal 2-D Haar decomposition, laid out as `pywt.wavedec2` with wavelet ``haar``.
+
+    Args:
+        image: (..., H, W), any leading dimensions, any strides.
+        level: 1 to 16.
+        mode: extension of odd sizes: symmetric, reflect, zero, periodic or constant.
+
+    Returns:
+        ``(cA_n, (cH_n, cV_n, cD_n), ..., (cH_1, cV_1, cD_1))``, coarsest level first; level l's tensors are
+        (..., ceil(H/2^l), ceil(W/2^l)).
+
+    Raises:
+        TypeError: `image` is no floating-point tensor of a supported dtype.
+        ValueError: fewer than 2 dimensions, empty height or width, level out of range, unknown mode, or
+            ``reflect`` on a length of 1.
+    """
+    _check_tensor(image, "image")
+    if image.ndim < 2:
+        raise ValueError(f"image has {image.ndim} dimensions; at least 2 are needed: (..., height, width)")
+    flat = _as_4d(image)
+    _check_transform(flat, level, "level", mode)
+    coeffs = [c.reshape(*image.shape[:-2], *c.shape[-2:]) for c in _analysis(flat, level, mode, 1.0, False)]
+    return coeffs[0], *((coeffs[i], coeffs[i + 1], coeffs[i + 2]) for i in range(1, len(coeffs), 3))
+
+
+def waverec2(
+    coeffs: Sequence[Tensor | Sequence[Tensor]], *, output_size: tuple[int, int] | None = None
+) -> Tensor:
+    """Inverse of `wavedec2`; takes the coefficients of `pywt.wavedec2` with wavelet ``haar`` as tensors.
+
+    Args:
+        coeffs: ``(cA_n, (cH_n, cV_n, cD_n), ..., (cH_1, cV_1, cD_1))``, each (..., h, w).
+        output_size: (H, W) of the image, each twice the finest level's or one less. Default: twice, as
+            PyWavelets.
+
+    Returns:
+        (..., H, W), dtype and memory format of the coefficients.
+
+    Raises:
+        TypeError: the layout is not the one above, or dtypes differ or are not supported.
+        ValueError: sizes or devices that do not belong to one decomposition.
+    """
+    flat, leading = _flatten_coeffs(coeffs)
+    height, width = _check_output_size(output_size, flat[-1].shape[2], flat[-1].shape[3])
+    image = _synthesis(flat, height, width, False)
+    return image.reshape(*leading, height, width)
+
+
+def _analysis(
+    image: Tensor,
+    levels: int,
+    mode: str,
+    scale: float,
+    stacked: bool,
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format | None = None,
+) -> tuple[Tensor, ...]:
+    dtype = image.dtype if dtype is None else dtype
+    if memory_format is None:
+        channels_last = op.is_channels_last(image)
+    else:
+        channels_last = memory_format == torch.channels_last
+    backend = choose(image.device.type)
+    if backend == "reference":
+        return tuple(reference.analysis(image, levels, mode, scale, stacked, dtype, channels_last))
+    return op.analysis(image, levels, mode, scale, stacked, dtype, channels_last, backend)
+
+
+def _synthesis(coeffs: Sequence[Tensor], height: int, width: int, stacked: bool) -> Tensor:
+    """The inverse: zero extension makes the adjoint crop (see `op`)."""
+    first = coeffs[0]
+    channels_last = op.is_channels_last(first)
+    backend = choose(first.device.type)
+    arguments = (coeffs, height, width, "zero", 1.0, stacked, first.dtype, channels_last)
+    if backend == "reference":
+        return reference.synthesis(*arguments)
+    return op.synthesis(*arguments, backend)
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def _check_tensor(x: object, name: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is a {type(x).__name__}; a torch.Tensor is needed")
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"{name} has dtype {x.dtype}; allowed: {_names(_DTYPES)}")
+
+
+def _check_image(x: object, name: str) -> None:
+    _check_tensor(x, name)
+    assert isinstance(x, Tensor)
+    if x.ndim != 4:
+        raise ValueError(f"{name} has {x.ndim} dimensions; 4 are needed: (batch, channels, height, width)")
+    if x.shape[2] == 0 or x.shape[3] == 0:
+        raise ValueError(f"{name} has size {tuple(x.shape)}; height and width must be at least 1")
+
+
+def _check_transform(image: Tensor, levels: int, name: str, mode: str) -> None:
+    if mode not in MODES:
+        raise ValueError(f"mode is {mode!r}; allowed: {', '.join(MODES)}")
+    if isinstance(levels, bool) or not isinstance(levels, int):
+        raise TypeError(f"{name} is {levels!r}; an integer from 1 to {MAX_LEVELS} is needed")
+    if not 1 <= levels <= MAX_LEVELS:
+        raise ValueError(f"{name} is {levels}; allowed: 1 to {MAX_LEVELS}")
+    height, width = image.shape[2], image.shape[3]
+    if height == 0 or width == 0:
+        raise ValueError(f"image has height {height} and width {width}; both must be at least 1")
+    if mode == "reflect":
+        for i, (h, w) in enumerate(reference.level_sizes(height, width, levels)[:-1]):
+            if h == 1 or w == 1:
+                raise ValueError(
+                    f"mode 'reflect' needs a length of at least 2, but level {i + 1} transforms {h}x{w}; "
+                    f"use another mode or fewer levels"
+                )
+
+
+def _check_output_size(output_size: tuple[int, int] | None, h: int, w: int) -> tuple[int, int]:
+    if output_size is None:
+        return 2 * h, 2 * w
+    if len(output_size) != 2:
+        raise ValueError(f"output_size is {output_size!r}; two numbers are needed: (height, width)")
+    height, width = output_size
+    if height not in (2 * h, 2 * h - 1) or width not in (2 * w, 2 * w - 1):
+        raise ValueError(
+            f"output_size is ({height}, {width}); coefficients of {h}x{w} belong to a height of {2 * h - 1} or "
+            f"{2 * h} and a width of {2 * w - 1} or {2 * w}"
+        )
+    return height, width
+
+
+def _as_4d(x: Tensor) -> Tensor:
+    if x.ndim > 4:
+        return x.flatten(0, -4)
+    return x[(None,) * (4 - x.ndim)]
+
+
+def _flatten_coeffs(coeffs: Sequence[Tensor | Sequence[Tensor]]) -> tuple[list[Tensor], torch.Size]:
+    layout = "(cA_n, (cH_n, cV_n, cD_n), ..., (cH_1, cV_1, cD_1))"
+    if isinstance(coeffs, Tensor) or len(coeffs) < 2:
+        raise TypeError(f"coeffs must be {layout} with at least one level of details")
+    approximation, *details = coeffs
+    _check_tensor(approximation, "cA")
+    assert isinstance(approximation, Tensor)
+    flat = [approximation]
+    h, w = approximation.shape[-2:]
+    for i, bands in enumerate(details):
+        level = len(details) - i
+        if isinstance(bands, Tensor) or len(bands) != 3:
+            raise TypeError(
+                f"the details of level {level} must be three tensors (cH, cV, cD); coeffs is {layout}"
+            )
+        # The coarser level's inverse is 2h x 2w, or one less where it came from an odd size.
+        size = bands[0].shape[-2:] if isinstance(bands[0], Tensor) else ()
+        for name, band in zip(("cH", "cV", "cD"), bands, strict=True):
+            _check_tensor(band, f"{name} of level {level}")
+            if band.dtype != approximation.dtype or band.device != approximation.device:
+                raise TypeError(
+                    f"{name} of level {level} is {band.dtype} on {band.device}, cA is {approximation.dtype} on "
+                    f"{approximation.device}; all must agree"
+                )
+            if band.shape[:-2] != approximation.shape[:-2] or band.shape[-2:] != size:
+                raise ValueError(
+                    f"{name} of level {level} has shape {tuple(band.shape)}, which does not belong with cA's "
+                    f"{tuple(approximation.shape)} and cH's {tuple(bands[0].shape)}"
+                )
+            flat.append(band)
+        fits = size == (h, w) if i == 0 else size[0] in (2 * h, 2 * h - 1) and size[1] in (2 * w, 2 * w - 1)
+        if not fits:
+            raise ValueError(
+                f"details of level {level} are {size[0]}x{size[1]}, which does not fit the {h}x{w} of "
+                f"{'cA' if i == 0 else f'level {level + 1}'}"
+            )
+        h, w = size
+    if approximation.ndim < 2 or h == 0 or w == 0:
+        raise ValueError(f"cA has shape {tuple(approximation.shape)}; (..., height, width) is needed")
+    return [_as_4d(x) for x in flat], approximation.shape[:-2]
