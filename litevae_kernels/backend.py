@@ -7,6 +7,7 @@ one; forcing one that cannot serve a call raises.
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 import os
 import warnings
@@ -17,13 +18,11 @@ import torch
 
 BACKENDS = ("reference", "native", "triton")
 
+core: ModuleType | None = None
+core_error = ""
 try:
-    from litevae_kernels import _C
-
-    core: ModuleType | None = _C
-    core_error = ""
+    core = importlib.import_module("litevae_kernels._C")
 except ImportError as error:
-    core = None
     core_error = str(error)
 
 cuda_built = core is not None and bool(core.cuda_version)

@@ -168,10 +168,8 @@ def _analysis(
     memory_format: torch.memory_format | None = None,
 ) -> tuple[Tensor, ...]:
     dtype = image.dtype if dtype is None else dtype
-    if memory_format is None:
-        channels_last = op.is_channels_last(image)
-    else:
-        channels_last = memory_format == torch.channels_last
+    keep = op.is_channels_last(image)
+    channels_last = keep if memory_format is None else memory_format == torch.channels_last
     backend = choose(image.device.type)
     if backend == "reference":
         return tuple(reference.analysis(image, levels, mode, scale, stacked, dtype, channels_last))

@@ -1,0 +1,84 @@
+"""The decoder: Stable Diffusion's, with diffusers' parameter names (Section 4.1), or with SMC (4.2)."""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from litevae.models.layers import CheckpointedModule, MidBlock, Norm, ResBlock, norm_silu
+
+
+class Upsample(nn.Module):
+    """(N, C, H, W) -> (N, C, 2H, 2W): nearest neighbour, then a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class UpBlock(CheckpointedModule):
+    """`num_layers` ResBlocks, and the upsampler if wanted."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        num_layers: int,
+        num_groups: int,
+        norm: Norm,
+        *,
+        upsample: bool,
+    ) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            ResBlock(in_channels if i == 0 else out_channels, out_channels, num_groups, norm)
+            for i in range(num_layers)
+        )
+        self.upsamplers = nn.ModuleList([Upsample(out_channels)] if upsample else [])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for resnet in self.resnets:
+            x = self.run(resnet, x)
+        for upsampler in self.upsamplers:
+            x = self.run(upsampler, x)
+        return x
+
+
+class Decoder(nn.Module):
+    """Latent to image, or to whatever `out_channels` are.
+
+    Takes (N, in_channels, h, w), returns (N, out_channels, 2^num_upsamplers h, 2^num_upsamplers w).
+    With `norm="group"` the parameters' names and the outputs equal those of diffusers'
+    `models.autoencoders.vae.Decoder`. With `norm="smc"` the ResBlocks' and the output norm go and the
+    ResBlocks' convolutions are self-modulated; the attention keeps its GroupNorm.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        block_out_channels: Sequence[int],
+        layers_per_block: int,
+        num_groups: int,
+        norm: Norm,
+        num_upsamplers: int,
+    ) -> None:
+        super().__init__()
+        widths = list(block_out_channels)[::-1]
+        self.conv_in = nn.Conv2d(in_channels, widths[0], kernel_size=3, padding=1)
+        self.mid_block = MidBlock(widths[0], num_groups, norm, attention=True)
+        self.up_blocks = nn.ModuleList(
+            UpBlock(before, width, layers_per_block + 1, num_groups, norm, upsample=i < num_upsamplers)
+            for i, (before, width) in enumerate(zip([widths[0], *widths], widths, strict=False))
+        )
+        self.conv_norm_out = norm_silu(widths[-1], num_groups, norm)
+        self.conv_out = nn.Conv2d(widths[-1], out_channels, kernel_size=3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.mid_block(self.conv_in(z))
+        for up_block in self.up_blocks:
+            x = up_block(x)
+        return self.conv_out(self.conv_norm_out(x))

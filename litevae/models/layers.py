@@ -1,0 +1,101 @@
+"""The blocks that the encoder's U-Nets and the decoder share. Parameter names are diffusers'."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.modeling_utils import get_parameter_dtype
+from torch import Tensor, nn
+
+from litevae_kernels.nn import GroupNormSiLU, SelfModulatedConv2d
+
+Norm = Literal["group", "smc"]
+
+EPS = 1e-6  # of every GroupNorm, as in the Stable Diffusion VAE
+
+
+def compute_dtype(module: nn.Module, device: torch.device) -> torch.dtype:
+    """The dtype `module` computes in on `device`: autocast's where that is on, else its parameters'.
+
+    Under diffusers' layerwise casting this is the compute dtype, not the storage dtype.
+    """
+    dtype: torch.dtype = get_parameter_dtype(module)
+    if torch.is_autocast_enabled(device.type) and dtype != torch.float64:  # autocast leaves float64 alone
+        return torch.get_autocast_dtype(device.type)
+    return dtype
+
+
+def norm_silu(channels: int, num_groups: int, norm: Norm) -> nn.Module:
+    """What stands before a convolution. One that normalises its own weights needs the activation only."""
+    return GroupNormSiLU(num_groups, channels, eps=EPS) if norm == "group" else nn.SiLU()
+
+
+class CheckpointedModule(nn.Module):
+    """A module that can recompute its blocks in backward: see `ModelMixin.enable_gradient_checkpointing`."""
+
+    gradient_checkpointing: bool = False
+    _gradient_checkpointing_func: Callable[..., Tensor]  # set by ModelMixin
+
+    def run(self, block: nn.Module, *args: Tensor) -> Tensor:
+        """`block(*args)`, checkpointed where that is enabled and gradients are wanted."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(block, *args)
+        return block(*args)
+
+
+class ResBlock(nn.Module):
+    """x + conv2(silu(norm2(conv1(silu(norm1(x)))))): 3x3 convolutions, a 1x1 one on x where widths differ.
+
+    `norm="smc"` replaces both pairs of GroupNorm and convolution by self-modulated convolutions
+    (Section 4.2). Takes (N, in_channels, H, W), or two tensors with that many channels together, as a U-Net
+    has them; returns (N, out_channels, H, W).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, num_groups: int, norm: Norm = "group") -> None:
+        super().__init__()
+        conv = nn.Conv2d if norm == "group" else SelfModulatedConv2d
+        self.norm1 = norm_silu(in_channels, num_groups, norm)
+        self.conv1 = conv(in_channels, out_channels, kernel_size=3, padding=1)
+        self.norm2 = norm_silu(out_channels, num_groups, norm)
+        self.conv2 = conv(out_channels, out_channels, kernel_size=3, padding=1)
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        if skip is not None:
+            x = torch.cat([x, skip], dim=1)
+        h = self.conv1(self.norm1(x))
+        h = self.conv2(self.norm2(h))
+        return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
+
+
+class Attention(nn.Module):
+    """Single-head self-attention over the pixels of (N, C, H, W), with its GroupNorm and a residual."""
+
+    def __init__(self, channels: int, num_groups: int) -> None:
+        super().__init__()
+        self.group_norm = nn.GroupNorm(num_groups, channels, eps=EPS)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # a list in diffusers too: to_out.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2).unsqueeze(1)  # (N, 1, HW, C)
+        h = F.scaled_dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
+        return x + self.to_out[0](h).squeeze(1).transpose(1, 2).view_as(x)
+
+
+class MidBlock(CheckpointedModule):
+    """ResBlock, attention if wanted, ResBlock; (N, channels, H, W) in and out."""
+
+    def __init__(self, channels: int, num_groups: int, norm: Norm = "group", *, attention: bool) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList([ResBlock(channels, channels, num_groups, norm) for _ in range(2)])
+        self.attentions = nn.ModuleList([Attention(channels, num_groups)] if attention else [])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.run(self.resnets[0], x)
+        for attention in self.attentions:
+            x = self.run(attention, x)
+        return self.run(self.resnets[1], x)

@@ -1,0 +1,41 @@
+"""The paper's encoder sizes: Table 23 (feature extraction) and Table 24 (feature aggregation)."""
+
+import difflib
+from typing import Any
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "litevae-s": {
+        "extractor_channels": 16,
+        "extractor_multipliers": (1, 2, 2),
+        "aggregator_channels": 16,
+        "aggregator_multipliers": (1, 2, 2),
+        # 16 channels, and 48 after a concatenation, do not divide into the usual 32 groups
+        "encoder_num_groups": 16,
+    },
+    "litevae-b": {
+        "extractor_channels": 32,
+        "extractor_multipliers": (1, 2, 3),
+        "aggregator_channels": 32,
+        "aggregator_multipliers": (1, 2, 3),
+    },
+    "litevae-m": {
+        "extractor_channels": 64,
+        "extractor_multipliers": (1, 2, 4),
+        "aggregator_channels": 32,
+        "aggregator_multipliers": (1, 2, 3),
+    },
+    "litevae-l": {
+        "extractor_channels": 64,
+        "extractor_multipliers": (1, 2, 4),
+        "aggregator_channels": 64,
+        "aggregator_multipliers": (1, 2, 4),
+    },
+}
+
+
+def get_preset(name: str) -> dict[str, Any]:
+    """Constructor arguments of preset `name`; ValueError naming the nearest preset if there is none."""
+    if name in PRESETS:
+        return dict(PRESETS[name])
+    nearest = difflib.get_close_matches(name.lower(), PRESETS, n=1, cutoff=0.0)[0]
+    raise ValueError(f"unknown preset {name!r}: did you mean {nearest!r}? (there are {', '.join(PRESETS)})")

@@ -1,0 +1,81 @@
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention as DiffusersAttention
+from diffusers.models.resnet import ResnetBlock2D
+
+from litevae.models.layers import Attention, CheckpointedModule, MidBlock, ResBlock, compute_dtype
+
+
+@pytest.mark.parametrize("out_channels", [8, 16])
+def test_res_block_is_diffusers_resnet_block(out_channels):
+    block = ResBlock(8, out_channels, num_groups=4)
+    oracle = ResnetBlock2D(in_channels=8, out_channels=out_channels, groups=4, temb_channels=None, eps=1e-6)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    oracle.load_state_dict(block.state_dict(), strict=True)
+    x = torch.randn(2, 8, 6, 5)
+    torch.testing.assert_close(block(x), oracle(x, None), atol=1e-5, rtol=1e-5)
+
+
+def test_res_block_joins_a_skip():
+    block = ResBlock(12, 8, num_groups=4)
+    x, skip = torch.randn(2, 8, 4, 4), torch.randn(2, 4, 4, 4)
+    assert torch.equal(block(x, skip), block(torch.cat([x, skip], dim=1)))
+
+
+def test_smc_res_block_is_silu_and_self_modulated_convolutions():
+    block = ResBlock(4, 8, num_groups=4, norm="smc").double()
+    expected_keys = {f"conv{i}.{key}" for i in (1, 2) for key in ("weight", "bias", "scale", "gain")}
+    assert set(block.state_dict()) == expected_keys | {"conv_shortcut.weight", "conv_shortcut.bias"}
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    h = x
+    for conv in (block.conv1, block.conv2):
+        norm = conv.weight.square().sum(dim=(1, 2, 3), keepdim=True).sqrt()
+        h = torch.conv2d(h * torch.sigmoid(h), conv.weight / norm, conv.bias, padding=1)
+    torch.testing.assert_close(block(x), block.conv_shortcut(x) + h, atol=1e-7, rtol=1e-7)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_attention_is_diffusers_attention(memory_format):
+    attention = Attention(16, num_groups=4)
+    oracle = DiffusersAttention(
+        16, heads=1, dim_head=16, eps=1e-6, norm_num_groups=4, residual_connection=True, bias=True
+    )
+    for parameter in attention.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    oracle.load_state_dict(attention.state_dict(), strict=True)
+    x = torch.randn(2, 16, 5, 7).contiguous(memory_format=memory_format)
+    y = attention(x)
+    torch.testing.assert_close(y, oracle(x), atol=1e-5, rtol=1e-5)
+    assert y.is_contiguous(memory_format=memory_format)
+
+
+def test_mid_block_without_attention_has_none():
+    assert not any("attention" in key for key in MidBlock(8, 4, attention=False).state_dict())
+
+
+def test_checkpointing_needs_to_be_enabled_and_gradients_wanted():
+    module, calls = CheckpointedModule(), []
+
+    def checkpoint(block, *args):
+        calls.append(block)
+        return block(*args)
+
+    block, x = torch.nn.Identity(), torch.ones(1)
+    module.run(block, x)
+    module.gradient_checkpointing, module._gradient_checkpointing_func = True, checkpoint
+    with torch.no_grad():
+        module.run(block, x)
+    assert calls == []
+    module.run(block, x)
+    assert calls == [block]
+
+
+def test_compute_dtype():
+    conv, cpu = torch.nn.Conv2d(1, 1, 1), torch.device("cpu")
+    assert compute_dtype(conv, cpu) == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert compute_dtype(conv, cpu) == torch.bfloat16
+        assert compute_dtype(conv.double(), cpu) == torch.float64  # autocast leaves float64 alone
+        assert conv(torch.ones(1, 1, 2, 2, dtype=torch.float64)).dtype == torch.float64
+    assert compute_dtype(conv.half(), cpu) == torch.float16
