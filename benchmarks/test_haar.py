@@ -1,0 +1,172 @@
+"""The Haar pyramid against its rivals: forward and backward, fp32 and bf16."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ptwt
+import pytest
+import pywt
+import torch
+from torch import Tensor
+
+from benchmarks.harness import Provider, Session, contest
+from litevae_kernels import haar_pyramid, use_backend
+from litevae_kernels.backend import why_not
+
+SHAPE = (32, 3, 256, 256)
+INPUTS = 6  # x 25 MB in fp32: more than a CPU's or a GPU's last cache
+LEVELS = 3
+
+
+def appendix_g(image: Tensor) -> list[Tensor]:
+    """The paper's pseudocode (Appendix G): ptwt once a level."""
+    out = []
+    for level in range(1, LEVELS + 1):
+        low, high, *_ = ptwt.wavedec2(image.float(), pywt.Wavelet("haar"), level=level, mode="symmetric")
+        out.append(torch.cat([low, *high], dim=1) / 2**level)
+    return out
+
+
+def slicing(image: Tensor) -> list[Tensor]:
+    """What one writes in PyTorch without a library."""
+    out, ll = [], image
+    for _ in range(LEVELS):
+        a, b = ll[..., 0::2, 0::2], ll[..., 0::2, 1::2]
+        c, d = ll[..., 1::2, 0::2], ll[..., 1::2, 1::2]
+        ll = (a + b + c + d) / 4
+        out.append(torch.cat([ll, (a + b - c - d) / 4, (a - b + c - d) / 4, (a - b - c + d) / 4], 1))
+    return out
+
+
+def pywavelets(image: Tensor) -> list[Any]:
+    """PyWavelets, one level after the other; one thread is all it has."""
+    out, ll = [], image.numpy()
+    for level in range(1, LEVELS + 1):
+        ll, details = pywt.dwt2(ll, "haar", mode="symmetric")
+        out.append([x / 2**level for x in (ll, *details)])
+    return out
+
+
+def with_backend(backend: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        with use_backend(backend):
+            return function(*arguments)
+
+    return call
+
+
+def our_backends(device: str) -> list[str]:
+    return [name for name in ("native", "triton") if why_not(name, device) is None]
+
+
+def copies(device: str, byte_count: int) -> Provider:
+    """Copies half as many bytes as `byte_count`, so that it reads and writes `byte_count`."""
+    sources = [torch.empty(byte_count // 2, dtype=torch.uint8, device=device).random_() for _ in range(INPUTS)]
+    return lambda i: sources[i].clone()
+
+
+def check(outputs: Sequence[Tensor], image: Tensor, tolerance: float) -> None:
+    """The gate: a speed is reported only for what is right."""
+    for actual, exact in zip(outputs, slicing(image.double()), strict=True):
+        torch.testing.assert_close(actual.double(), exact, rtol=tolerance, atol=tolerance)
+
+
+CASES = {
+    "fp32": (torch.float32, torch.float32, torch.contiguous_format),
+    "bf16": (torch.bfloat16, torch.bfloat16, torch.contiguous_format),
+    "fp32 to bf16 channels_last": (torch.float32, torch.bfloat16, torch.channels_last),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_pyramid_forward(benchmark: Any, session: Session, device: str, case: str) -> None:
+    dtype, out_dtype, memory_format = CASES[case]
+    images = [torch.randn(SHAPE, device=device).to(dtype) for _ in range(INPUTS)]
+
+    def ours(image: Tensor) -> tuple[Tensor, ...]:
+        return haar_pyramid(image, LEVELS, dtype=out_dtype, memory_format=memory_format)
+
+    def by_slicing(image: Tensor) -> list[Tensor]:
+        return [x.to(out_dtype, memory_format=memory_format) for x in slicing(image)]
+
+    def by_ptwt(image: Tensor) -> list[Tensor]:
+        return [x.to(out_dtype, memory_format=memory_format) for x in appendix_g(image)]
+
+    compiled = torch.compile(by_slicing, fullgraph=True)
+    backends = our_backends(device)
+    out = ours(images[0])
+    byte_count = images[0].nbytes + sum(x.nbytes for x in out)
+    copy = copies(device, byte_count)
+    providers: dict[str, Provider] = {"copy of the same bytes": copy}
+    for backend in backends:
+        call = with_backend(backend, ours)
+        check(call(images[0]), images[0], 1e-6 if out_dtype == torch.float32 else 2e-2)
+        providers[f"litevae_kernels {backend}"] = lambda i, call=call: call(images[i])
+    providers |= {
+        "slicing, torch.compile": lambda i: compiled(images[i]),
+        "slicing, eager": lambda i: by_slicing(images[i]),
+        "Appendix G, ptwt": lambda i: by_ptwt(images[i]),
+    }
+    if case == "fp32":
+        check(appendix_g(images[0]), images[0], 1e-5)
+        if device == "cpu":
+            providers["PyWavelets"] = lambda i: pywavelets(images[i])
+    contest(
+        benchmark,
+        session,
+        f"haar_pyramid forward, {case}, {'x'.join(map(str, SHAPE))}",
+        f"litevae_kernels {backends[0]}",
+        providers,
+        inputs=INPUTS,
+        bytes_moved=byte_count,
+        copy="copy of the same bytes",
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_pyramid_backward(benchmark: Any, session: Session, device: str, case: str) -> None:
+    dtype, out_dtype, memory_format = CASES[case]
+    images = [torch.randn(SHAPE, device=device).to(dtype).requires_grad_() for _ in range(INPUTS)]
+
+    def ours(image: Tensor) -> tuple[Tensor, ...]:
+        return haar_pyramid(image, LEVELS, dtype=out_dtype, memory_format=memory_format)
+
+    def by_slicing(image: Tensor) -> list[Tensor]:
+        return [x.to(out_dtype, memory_format=memory_format) for x in slicing(image)]
+
+    def by_ptwt(image: Tensor) -> list[Tensor]:
+        return [x.to(out_dtype, memory_format=memory_format) for x in appendix_g(image)]
+
+    with torch.no_grad():
+        grads = [[torch.randn_like(x) for x in ours(image)] for image in images]
+    byte_count = images[0].nbytes + sum(x.nbytes for x in grads[0])
+
+    def backward_of(function: Callable[[Tensor], Sequence[Tensor]]) -> Provider:
+        outputs = [function(image) for image in images]
+        return lambda i: torch.autograd.grad(outputs[i], images[i], grads[i], retain_graph=True)[0]
+
+    exact_image = images[0].detach().double().requires_grad_()
+    exact_grads = [g.double() for g in grads[0]]
+    exact = torch.autograd.grad(slicing(exact_image), exact_image, exact_grads)[0]
+    backends = our_backends(device)
+    providers: dict[str, Provider] = {"copy of the same bytes": copies(device, byte_count)}
+    for backend in backends:
+        provider = backward_of(with_backend(backend, ours))
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(provider(0).double(), exact, rtol=tolerance, atol=tolerance)
+        providers[f"litevae_kernels {backend}"] = provider
+    providers |= {
+        "slicing, torch.compile": backward_of(torch.compile(by_slicing, fullgraph=True)),
+        "slicing, eager": backward_of(by_slicing),
+        "Appendix G, ptwt": backward_of(by_ptwt),
+    }
+    contest(
+        benchmark,
+        session,
+        f"haar_pyramid backward, {case}, {'x'.join(map(str, SHAPE))}",
+        f"litevae_kernels {backends[0]}",
+        providers,
+        inputs=INPUTS,
+        bytes_moved=byte_count,
+        copy="copy of the same bytes",
+    )
