@@ -27,9 +27,11 @@ class CMakeBuild(build_ext):
             ]  # fmt: skip
             subprocess.run(configure, check=True)
             subprocess.run(["cmake", "--build", folder], check=True)
-            built = next(Path(folder).glob("_C*"))
+            built = next(Path(folder).glob("litevae_core*.*"))
             target.parent.mkdir(parents=True, exist_ok=True)
             self.copy_file(str(built), str(target))
 
 
-setup(ext_modules=[Extension("litevae_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+# A module of its own beside the packages: Python run in a checkout imports the packages from there, and still
+# finds the core that was installed.
+setup(ext_modules=[Extension("litevae_core", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -74,7 +74,7 @@ bool is_empty(const Transform& t) { return t.batch * t.channels * t.height * t.w
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
+PYBIND11_MODULE(litevae_core, m) {
   m.doc() = "litevae's compiled core: raw addresses in, no tensors";
   const litevae::Isa isa = litevae::detect_isa();
 

@@ -21,7 +21,7 @@ BACKENDS = ("reference", "native", "triton")
 core: ModuleType | None = None
 core_error = ""
 try:
-    core = importlib.import_module("litevae_kernels._C")
+    core = importlib.import_module("litevae_core")
 except ImportError as error:
     core_error = str(error)
 
