@@ -4,6 +4,9 @@ import json
 
 from benchmarks.harness import RESULTS
 
+INTRODUCTION = """Made by `python -m benchmarks.report` from the JSON files beside it. Rivals run in turn on inputs
+larger than the caches; figures are medians over the rounds, ratios medians of the ratios within a round. "x copy"
+is against copying as many bytes as the operator has to read and write."""
 COLUMNS = "| provider | ms, median (10% to 90%) | GB/s | x copy | x ours |\n|---|---|---|---|---|"
 
 
@@ -24,9 +27,7 @@ def table(rows: list[dict[str, object]]) -> str:
 
 def report() -> str:
     """All devices and subjects as Markdown."""
-    parts = ["# Benchmarks", "Made by `python -m benchmarks.report` from the JSON files beside it. Rivals run in turn "
-             "on inputs larger than the caches; figures are medians over the rounds, ratios medians of the ratios "
-             "within a round. \"x copy\" is against copying as many bytes as the operator has to read and write."]  # fmt: skip
+    parts = ["# Benchmarks", INTRODUCTION]
     for path in sorted(RESULTS.glob("*.json")):
         data = json.loads(path.read_text())
         parts.append(f"## {data['device']}")
@@ -35,7 +36,9 @@ def report() -> str:
             subjects.setdefault(row["subject"], []).append(row)
         for subject, rows in subjects.items():
             first = rows[0]
-            parts.append(f"### {subject}\n\ntorch {first['torch']}, {first['threads']} threads, {first['date']}")
+            parts.append(
+                f"### {subject}\n\ntorch {first['torch']}, {first['threads']} threads, {first['date']}"
+            )
             parts.append(table(rows))
     return "\n\n".join(parts) + "\n"
 

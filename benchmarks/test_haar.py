@@ -61,7 +61,9 @@ def our_backends(device: str) -> list[str]:
 
 def copies(device: str, byte_count: int) -> Provider:
     """Copies half as many bytes as `byte_count`, so that it reads and writes `byte_count`."""
-    sources = [torch.empty(byte_count // 2, dtype=torch.uint8, device=device).random_() for _ in range(INPUTS)]
+    sources = [
+        torch.empty(byte_count // 2, dtype=torch.uint8, device=device).random_() for _ in range(INPUTS)
+    ]
     return lambda i: sources[i].clone()
 
 

@@ -45,7 +45,10 @@ def assert_within_budget(actual: Tensor, exact: Tensor, *, magnitude: float, ope
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Every `torch.empty` inside the block is filled with NaN, so that an element never written shows."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         assert torch.empty(1).isnan().all()

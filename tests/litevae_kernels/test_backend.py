@@ -33,13 +33,19 @@ def test_use_backend_forces_and_restores(monkeypatch):
 
 
 def test_unknown_backend():
-    with pytest.raises(ValueError, match="backend is 'cuda'; allowed: reference, native, triton"), use_backend("cuda"):
+    with (
+        pytest.raises(ValueError, match="backend is 'cuda'; allowed: reference, native, triton"),
+        use_backend("cuda"),
+    ):
         pass
 
 
 @pytest.mark.skipif(backend.triton_interpreted, reason="the interpreter runs Triton on the CPU")
 def test_a_forced_backend_that_cannot_serve_says_why():
-    with use_backend("triton"), pytest.raises(RuntimeError, match="'triton' cannot serve a cpu tensor: Triton"):
+    with (
+        use_backend("triton"),
+        pytest.raises(RuntimeError, match="'triton' cannot serve a cpu tensor: Triton"),
+    ):
         haar_dwt2d(torch.zeros(1, 1, 4, 4))
 
 

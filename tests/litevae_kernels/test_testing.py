@@ -9,11 +9,13 @@ def test_budget_accepts_rounding_and_no_more():
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         assert_within_budget(exact.to(dtype), exact, magnitude=3.0, operations=1)
         with pytest.raises(AssertionError, match="over the budget"):
-            assert_within_budget(exact.to(dtype) * (1 + 4 * torch.finfo(dtype).eps), exact, magnitude=1.0, operations=1)
+            assert_within_budget(
+                exact.to(dtype) * (1 + 4 * torch.finfo(dtype).eps), exact, magnitude=1.0, operations=1
+            )
 
 
 def test_budget_rejects_nan_and_shapes():
-    with pytest.raises(AssertionError, match="over the budget inf|over the budget"):
+    with pytest.raises(AssertionError, match="over the budget"):
         assert_within_budget(torch.tensor([float("nan")]), torch.zeros(1), magnitude=1e9, operations=9)
     with pytest.raises(AssertionError, match="shape"):
         assert_within_budget(torch.zeros(2), torch.zeros(1), magnitude=1.0, operations=1)

@@ -68,7 +68,9 @@ def test_equals_pywavelets(backend, mode, levels):
             restored = waverec2(actual, output_size=shape[2:])
         assert len(actual) == levels + 1
         largest = image.abs().max().item() * 2**levels
-        assert_within_budget(actual[0], torch.from_numpy(expected[0]), magnitude=largest, operations=5 * levels)
+        assert_within_budget(
+            actual[0], torch.from_numpy(expected[0]), magnitude=largest, operations=5 * levels
+        )
         for ours, theirs in zip(actual[1:], expected[1:], strict=True):
             assert len(ours) == len(theirs) == 3
             for a, b in zip(ours, theirs, strict=True):
@@ -143,7 +145,9 @@ def test_inverse(backend, dtype):
         exact = torch.from_numpy(
             pywt.idwt2(
                 tuple(
-                    x.double().numpy() if i == 0 else tuple(y.double().numpy() for y in coeffs[:, c:].chunk(3, 1))
+                    x.double().numpy()
+                    if i == 0
+                    else tuple(y.double().numpy() for y in coeffs[:, c:].chunk(3, 1))
                     for i, x in enumerate([coeffs[:, :c], coeffs[:, c:]])
                 ),
                 "haar",
@@ -220,7 +224,9 @@ def test_thread_count_does_not_change_the_bits(threads):
 
 
 def test_streamed_stores_give_the_same_values():
-    image = random_image((16, 3, 256, 256), torch.float32)  # over the size from which stores bypass the caches
+    image = random_image(
+        (16, 3, 256, 256), torch.float32
+    )  # over the size from which stores bypass the caches
     with poisoned_memory():
         large = haar_pyramid(image)
         restored = haar_idwt2d(haar_dwt2d(image))
