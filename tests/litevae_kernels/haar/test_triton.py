@@ -1,0 +1,620 @@
+"""The Triton kernels: on the CPU in Triton's interpreter, on a GPU where there is one, and compiled without one.
+
+Triton reads TRITON_INTERPRET when a kernel is defined, so this module runs itself again in a process that has it
+set; there the tests' device is the CPU, here it is CUDA.
+"""
+
+import os
+import random
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pywt
+import torch
+from torch import Tensor
+
+import litevae_kernels
+from litevae_kernels.haar import reference
+
+triton = pytest.importorskip("triton")
+kernels = pytest.importorskip("litevae_kernels.haar.triton")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+on_device = pytest.mark.parametrize(
+    "device", ["cpu"] if INTERPRETED else [pytest.param("cuda", marks=needs_gpu)]
+)
+
+CASES = 4 if INTERPRETED else 50  # a group
+LAYOUTS = (
+    "contiguous",
+    "channels_last",
+    "sliced",
+    "pitched",
+    "channel_sliced",
+    "transposed",
+    "gaps",
+    "misaligned",
+)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
+def test_under_the_interpreter(pytestconfig: pytest.Config) -> None:
+    root = Path(litevae_kernels.__file__).parents[1]
+    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    child = subprocess.run(
+        [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "--color=no"],
+        cwd=pytestconfig.rootpath,
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert child.returncode == 0, child.stdout + child.stderr
+    assert re.search(r"\d+ passed", child.stdout), child.stdout
+
+
+@pytest.fixture(autouse=True)
+def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter's time goes by programs, whatever their size."""
+    if INTERPRETED:
+        monkeypatch.setattr(kernels, "BLOCK", 256)
+
+
+def strides_of(shape: tuple[int, ...], layout: str) -> tuple[int, int, int, int]:
+    _, c, h, w = shape
+    pitch = (w + 15) // 16 * 16
+    return {
+        "contiguous": (c * h * w, h * w, w, 1),
+        "misaligned": (c * h * w, h * w, w, 1),
+        "channels_last": (h * w * c, 1, w * c, c),
+        "sliced": (c * (h + 1) * (w + 3), (h + 1) * (w + 3), w + 3, 1),
+        "pitched": (c * h * pitch, h * pitch, pitch, 1),
+        "channel_sliced": (h * w * (c + 2), 1, w * (c + 2), c + 2),
+        "transposed": (c * h * w, h * w, 1, h),
+        "gaps": (2 * c * h * w, 2 * h * w, 2 * w, 2),
+        "expanded": (0, h, 1, 0),
+    }[layout]
+
+
+class Poisoned:
+    """A tensor of any layout inside a larger buffer full of NaN."""
+
+    def __init__(self, shape: tuple[int, ...], layout: str, dtype: torch.dtype, device: str) -> None:
+        strides = strides_of(shape, layout)
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+        margin = 65 if layout == "misaligned" else 64
+        self.buffer = torch.full((extent + 2 * margin,), float("nan"), dtype=dtype, device=device)
+        self.view = self.buffer.as_strided(shape, strides, margin)
+
+    def check_written_inside_only(self) -> None:
+        assert not self.view.isnan().any(), "not all of the output was written"
+        self.view.fill_(float("nan"))
+        assert self.buffer.isnan().all(), "something was written outside the output"
+
+
+def filled(shape: tuple[int, ...], layout: str, dtype: torch.dtype, device: str) -> Tensor:
+    out = Poisoned(shape, layout, dtype, device).view
+    if layout == "expanded":
+        out[:1, :, :, :1] = torch.randn(1, *shape[1:3], 1)
+    else:
+        out.copy_(torch.randn(shape))
+    return out
+
+
+def check(out: Tensor, exact: Tensor, magnitude: Tensor, roundings: int, accumulate: torch.dtype) -> None:
+    """Each arithmetic rounding costs half a step of `magnitude`, the sum of what was added; the store half of one."""
+    budget = roundings * 0.5 * torch.finfo(accumulate).eps * magnitude.double()
+    store = torch.finfo(out.dtype)
+    steps = (
+        1.0 if INTERPRETED and out.dtype == torch.bfloat16 else 0.5
+    )  # the interpreter truncates to bfloat16
+    budget += steps * store.eps * (exact.abs() + budget) + store.smallest_normal * store.eps
+    if accumulate == torch.float64 and out.dtype in (torch.float16, torch.bfloat16):
+        budget += torch.finfo(torch.float32).eps * exact.abs()  # the conversion goes through float32
+    error = (out.double() - exact).abs()
+    assert (error <= budget).all(), f"{(error / budget).max().item()} times the budget"
+
+
+def coeff_shapes(
+    n: int, c: int, height: int, width: int, levels: int, stacked: bool
+) -> list[tuple[int, ...]]:
+    sizes = reference.level_sizes(height, width, levels)[1:]
+    if stacked:
+        return [(n, 4 * c, *size) for size in sizes]
+    return [(n, c, *sizes[-1])] + [(n, c, *size) for size in reversed(sizes) for _ in range(3)]
+
+
+def magnitudes(image: Tensor, levels: int, mode: str, scale: float, stacked: bool) -> list[Tensor]:
+    """Of the absolute values: the LL of its level bounds every sub-band's sum."""
+    out = reference.analysis(image.abs(), levels, mode, scale, True, torch.float64, False)
+    c = image.shape[1]
+    bounds = [x[:, :c] for x in out]
+    if stacked:
+        return [x.repeat(1, 4, 1, 1) for x in bounds]
+    return [bounds[-1]] + [x for x in reversed(bounds) for _ in range(3)]
+
+
+def draw(seed: int) -> dict[str, Any]:
+    r = random.Random(seed)
+    levels = r.randint(1, 5)
+    while True:
+        if r.random() < 0.6:  # sizes that fused passes serve
+            step = 1 << r.randint(1, min(levels, 4))
+            height, width = (step * r.randint(1, max(1, 67 // step)) for _ in range(2))
+        else:
+            height, width = r.randint(1, 67), r.randint(1, 67)
+        mode = r.choice(reference.MODES)
+        if mode != "reflect" or all(1 not in s for s in reference.level_sizes(height, width, levels)[:-1]):
+            break
+    dtypes = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+    image_dtype = r.choice(dtypes)
+    stacked = r.random() < 0.6
+    shape = (r.randint(1, 2), r.choice((1, 2, 3, 3, 4, 5)), height, width)
+    shapes = coeff_shapes(*shape, levels, stacked)
+    one = r.choice(LAYOUTS)
+    mixed = r.random() < 0.3
+    return {
+        "shape": shape,
+        "levels": levels,
+        "mode": mode,
+        "scale": r.choice((1.0, 0.5)),
+        "stacked": stacked,
+        "image_dtype": image_dtype,
+        "coeff_dtype": r.choice((image_dtype, *dtypes)),
+        "image_layout": r.choice(LAYOUTS),
+        "coeff_shapes": shapes,
+        "coeff_layouts": [r.choice(LAYOUTS) if mixed else one for _ in shapes],
+        "expanded": r.random() < 0.15,
+    }
+
+
+def each_case(group: int, run: Callable[[dict[str, Any]], None]) -> None:
+    for seed in range(group * CASES, (group + 1) * CASES):
+        torch.manual_seed(seed)
+        case = draw(seed)
+        try:
+            run(case)
+        except Exception as error:
+            error.add_note(f"seed {seed}: {case}")
+            raise
+
+
+def check_analysis(device: str, case: dict[str, Any]) -> None:
+    options = (case["levels"], case["mode"], case["scale"], case["stacked"])
+    layout = "expanded" if case["expanded"] else case["image_layout"]
+    image = filled(case["shape"], layout, case["image_dtype"], device)
+    outputs = [
+        Poisoned(s, layout, case["coeff_dtype"], device)
+        for s, layout in zip(case["coeff_shapes"], case["coeff_layouts"], strict=True)
+    ]
+    kernels.analysis(image, [x.view for x in outputs], *options)
+
+    exact = reference.analysis(image.double(), *options, torch.float64, False)
+    accumulate = torch.float64 if torch.float64 in (image.dtype, case["coeff_dtype"]) else torch.float32
+    for out, want, bound in zip(outputs, exact, magnitudes(image.double(), *options), strict=True):
+        check(out.view, want, bound, 3 * case["levels"], accumulate)
+        out.check_written_inside_only()
+
+
+def check_synthesis(device: str, case: dict[str, Any]) -> None:
+    options = (case["levels"], case["mode"], case["scale"], case["stacked"])
+    coeffs = [filled(s, x, case["coeff_dtype"], device)
+              for s, x in zip(case["coeff_shapes"], case["coeff_layouts"], strict=True)]  # fmt: skip
+    if case["expanded"]:
+        coeffs[-1] = filled(case["coeff_shapes"][-1], "expanded", case["coeff_dtype"], device)
+    output = Poisoned(case["shape"], case["image_layout"], case["image_dtype"], device)
+    kernels.synthesis(output.view, coeffs, *options)
+
+    def gradient(grads: list[Tensor]) -> Tensor:
+        image = torch.zeros(case["shape"], dtype=torch.float64, device=device, requires_grad=True)
+        out = reference.analysis(image, *options, torch.float64, False)
+        return torch.autograd.grad(out, image, [g.double() for g in grads])[0]
+
+    # The sum of absolute values of what makes a sample: all sub-bands' in LL's place, where signs are all plus.
+    bounds = [torch.zeros(x.shape, dtype=torch.float64, device=device) for x in coeffs]
+    if case["stacked"]:
+        for bound, x in zip(bounds, coeffs, strict=True):
+            bands = x.double().abs().chunk(4, 1)
+            bound[:, : bands[0].shape[1]] = bands[0] + bands[1] + bands[2] + bands[3]
+        magnitude = gradient(bounds)
+    else:
+        n, c, *size = case["shape"]
+        stacked = [torch.zeros(s, dtype=torch.float64, device=device)
+                   for s in coeff_shapes(n, c, *size, case["levels"], True)]  # fmt: skip
+        stacked[-1][:, :c] = coeffs[0].double().abs()
+        for i, x in enumerate(coeffs[1:]):
+            stacked[case["levels"] - 1 - i // 3][:, :c] += x.double().abs()
+        magnitude = reference.synthesis(
+            stacked, *size, case["mode"], case["scale"], True, torch.float64, False
+        )
+    accumulate = torch.float64 if torch.float64 in (output.view.dtype, case["coeff_dtype"]) else torch.float32
+    check(output.view, gradient(coeffs), magnitude, 6 * case["levels"], accumulate)
+    output.check_written_inside_only()
+
+
+@on_device
+@pytest.mark.parametrize("group", range(12))
+def test_analysis_equals_the_reference(device: str, group: int) -> None:
+    each_case(group, lambda case: check_analysis(device, case))
+
+
+@on_device
+@pytest.mark.parametrize("group", range(12))
+def test_synthesis_equals_the_gradient_of_the_reference(device: str, group: int) -> None:
+    each_case(group, lambda case: check_synthesis(device, case))
+
+
+@on_device
+@pytest.mark.parametrize("mode", reference.MODES)
+@pytest.mark.parametrize(("height", "width", "levels"), [(16, 24, 3), (13, 22, 2), (20, 9, 3), (3, 5, 1)])
+def test_analysis_equals_pywavelets(device: str, mode: str, height: int, width: int, levels: int) -> None:
+    torch.manual_seed(height)
+    image = torch.randn(2, 2, height, width, dtype=torch.float64, device=device)
+    shapes = coeff_shapes(2, 2, height, width, levels, False)
+    out = [torch.full(s, float("nan"), dtype=torch.float64, device=device) for s in shapes]
+    kernels.analysis(image, out, levels, mode, 1.0, False)
+    theirs = pywt.wavedec2(image.cpu().numpy(), "haar", mode=mode, level=levels)
+    flat = [theirs[0], *(band for level in theirs[1:] for band in level)]
+    for got, want in zip(out, flat, strict=True):
+        # PyWavelets multiplies by 1/sqrt(2) twice a level.
+        torch.testing.assert_close(got.cpu(), torch.from_numpy(want), rtol=0, atol=2e-15 * 2**levels * levels)
+
+
+@on_device
+def test_positions_beyond_int32_use_int64(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "beyond_int32", lambda count: True)
+    for layout in ("contiguous", "channels_last"):
+        for height, width in ((8, 16), (5, 7)):
+            image = filled((2, 5, height, width), layout, torch.float32, device)
+            shapes = coeff_shapes(2, 5, height, width, 2, True)
+            out = [Poisoned(s, layout, torch.float32, device) for s in shapes]
+            kernels.analysis(image, [x.view for x in out], 2, "symmetric", 0.5, True)
+            exact = reference.analysis(image.double(), 2, "symmetric", 0.5, True, torch.float64, False)
+            for got, want in zip(out, exact, strict=True):
+                torch.testing.assert_close(got.view.double(), want, rtol=0, atol=1e-5)
+
+
+@on_device
+@pytest.mark.parametrize("shape", [(0, 3, 8, 8), (2, 0, 8, 8), (0, 3, 7, 5)])
+def test_nothing_to_do(device: str, shape: tuple[int, ...]) -> None:
+    n, c, height, width = shape
+    image = torch.empty(shape, device=device)
+    out = [torch.empty(s, device=device) for s in coeff_shapes(n, c, height, width, 2, True)]
+    kernels.analysis(image, out, 2, "symmetric", 0.5, True)
+    kernels.synthesis(image, out, 2, "symmetric", 0.5, True)
+
+
+@on_device
+def test_infinities_stay_where_they_belong(device: str) -> None:
+    image = torch.zeros(1, 1, 5, 7, device=device)
+    image[..., 2, 2] = float("inf")
+    shapes = coeff_shapes(1, 1, 5, 7, 1, True)
+    out = [torch.empty(s, device=device) for s in shapes]
+    kernels.analysis(image, out, 1, "zero", 1.0, True)
+    want = reference.analysis(image, 1, "zero", 1.0, True, torch.float32, False)
+    assert torch.equal(out[0], want[0])
+    back = torch.empty_like(image)
+    coeffs = [torch.zeros(s, device=device) for s in shapes]
+    coeffs[0][:, 0, 1, 1] = float("inf")
+    kernels.synthesis(back, coeffs, 1, "zero", 1.0, True)
+    assert torch.equal(back, reference.synthesis(coeffs, 5, 7, "zero", 1.0, True, torch.float32, False))
+
+
+# What a launch passes, without launching.
+
+Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
+
+
+def launches(monkeypatch: pytest.MonkeyPatch, call: Callable[[], None]) -> list[Launch]:
+    seen: list[Launch] = []
+
+    class Recorder:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+            assert len(grid) == 1
+            assert 0 < grid[0] < 2**31
+            return lambda *args, **kwargs: seen.append((self.kernel, args, kwargs))
+
+    with monkeypatch.context() as patch:
+        for name in dir(kernels):
+            if name.endswith("_kernel"):
+                patch.setattr(kernels, name, Recorder(getattr(kernels, name)))
+        call()
+    return seen
+
+
+def run_both(
+    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, int, int, int],
+    levels: int,
+    *,
+    image_dtype: torch.dtype = torch.float32,
+    coeff_dtype: torch.dtype | None = None,
+    image_layout: torch.memory_format = torch.contiguous_format,
+    coeff_layout: torch.memory_format = torch.contiguous_format,
+    stacked: bool = True,
+) -> list[Launch]:
+    image = torch.empty(shape, dtype=image_dtype, memory_format=image_layout)
+    coeffs = [
+        torch.empty(s, dtype=coeff_dtype or image_dtype, memory_format=coeff_layout)
+        for s in coeff_shapes(*shape, levels, stacked)
+    ]
+
+    def call() -> None:
+        kernels.analysis(image, coeffs, levels, "symmetric", 0.5, stacked)
+        kernels.synthesis(image, coeffs, levels, "symmetric", 0.5, stacked)
+
+    return launches(monkeypatch, call)
+
+
+not_interpreted = pytest.mark.skipif(INTERPRETED, reason="needs the compiler's kernels")
+
+
+@not_interpreted
+def test_sizes_share_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run_both(monkeypatch, (2, 3, 256, 256), 3)
+    for shape in [(1, 3, 256, 256), (7, 3, 256, 256), (33, 3, 512, 320), (8, 1, 256, 256)]:
+        for (kernel, args, kwargs), (other, other_args, other_kwargs) in zip(
+            first, run_both(monkeypatch, shape, 3), strict=True
+        ):
+            assert kernel is other
+            assert kwargs == other_kwargs
+            for parameter, x, y in zip(kernel.params, args, other_args, strict=False):
+                assert type(x) is type(y)
+                if isinstance(x, int):
+                    assert parameter.do_not_specialize
+                    assert parameter.annotation_type == "i64"
+
+
+def test_levels_go_in_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def names(shape: tuple[int, int, int, int], levels: int) -> list[str]:
+        both = run_both(monkeypatch, shape, levels)
+        analysis = [(k.__name__, kw.get("LEVELS")) for k, _, kw in both if "analysis" in k.__name__]
+        synthesis = [(k.__name__, kw.get("LEVELS")) for k, _, kw in both if "synthesis" in k.__name__]
+        assert [(n.replace("synthesis", "analysis"), x) for n, x in reversed(synthesis)] == analysis
+        return [f"{'level' if x is None else x}" for _, x in analysis]
+
+    assert names((1, 3, 256, 256), 3) == ["3"]
+    assert names((1, 3, 256, 256), 5) == ["3", "2"]
+    assert names((1, 3, 36, 40), 3) == ["2", "level"]
+    assert names((1, 3, 37, 40), 3) == ["level", "level", "1"]
+
+
+# Ahead of time for a GPU that need not be here.
+
+
+def compile_for_sm90(launch: Launch) -> Any:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, args, kwargs = launch
+    names = {torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16", torch.bfloat16: "bf16"}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+
+    def type_of(x: Any, path: tuple[int, ...]) -> Any:
+        if isinstance(x, tuple):
+            return tuple(type_of(y, (*path, i)) for i, y in enumerate(x))
+        if isinstance(x, Tensor):
+            if x.data_ptr() % 16 == 0:
+                attributes[path] = [["tt.divisibility", 16]]
+            return f"*{names[x.dtype]}"
+        if isinstance(x, int):
+            return "i64"
+        constants[path] = None
+        return "constexpr"
+
+    signature = {}
+    for i, name in enumerate(kernel.arg_names):
+        signature[name] = type_of(args[i], (i,)) if i < len(args) else "constexpr"
+        if i >= len(args):
+            constants[(i,)] = kwargs[name]
+    options = {name: value for name, value in kwargs.items() if name not in signature}
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def accesses(ptx: str, kind: str) -> Counter[int]:
+    """Bytes of each global access."""
+    widths = re.findall(rf"{kind}\.global\S*?(?:\.v(\d))?\.[bfu](\d+)", ptx)
+    return Counter(int(vector or 1) * int(bits) // 8 for vector, bits in widths)
+
+
+@not_interpreted
+@pytest.mark.parametrize(
+    ("dtype", "image", "coeffs"),
+    [
+        (torch.float32, {16: 16}, {16: 16, 8: 8, 4: 4}),
+        (torch.bfloat16, {16: 8}, {8: 16, 4: 8, 2: 4}),
+    ],
+    ids=["fp32", "bf16"],
+)
+def test_fused_kernels_use_vectors_and_registers_only(
+    dtype: torch.dtype,
+    image: dict[int, int],
+    coeffs: dict[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    analysis, synthesis = run_both(monkeypatch, (4, 3, 256, 256), 3, image_dtype=dtype)
+    for launch, loads, stores in ((analysis, image, coeffs), (synthesis, coeffs, image)):
+        compiled = compile_for_sm90(launch)
+        ptx = compiled.asm["ptx"]
+        assert accesses(ptx, "ld") == loads
+        assert accesses(ptx, "st") == stores
+        assert compiled.metadata.shared == 0
+        assert not re.search(r"\.local|bar\.sync|shfl", ptx)
+        assert len(compiled.asm["cubin"]) > 0
+
+
+@not_interpreted
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"shape": (2, 3, 64, 64), "levels": 1, "image_dtype": torch.float32, "coeff_dtype": torch.bfloat16,
+         "image_layout": torch.channels_last, "coeff_layout": torch.channels_last},
+        {"shape": (2, 3, 64, 64), "levels": 1, "coeff_dtype": torch.float16, "coeff_layout": torch.channels_last},
+        {"shape": (2, 8, 64, 64), "levels": 2, "image_dtype": torch.bfloat16, "stacked": False,
+         "image_layout": torch.channels_last, "coeff_layout": torch.channels_last},
+        {"shape": (2, 3, 36, 36), "levels": 3, "image_dtype": torch.float64, "coeff_dtype": torch.bfloat16},
+        {"shape": (2, 3, 37, 33), "levels": 2, "image_dtype": torch.bfloat16, "stacked": False},
+        {"shape": (2, 3, 33, 64), "levels": 1, "wide": True},
+        {"shape": (2, 3, 16, 16), "levels": 1, "wide": True},
+    ],
+    ids=["packed", "planar to packed", "channels inner", "fp64 chain", "odd", "wide odd", "wide"],
+)  # fmt: skip
+def test_kernels_compile(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    case = dict(case)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    if case.pop("wide", False):
+        monkeypatch.setattr(kernels, "beyond_int32", lambda count: True)
+    for launch in run_both(monkeypatch, **case):
+        compiled = compile_for_sm90(launch)
+        assert len(compiled.asm["cubin"]) > 0
+        assert ".local" not in compiled.asm["ptx"]
+
+
+# Only on a GPU.
+
+
+def gpu(function: Any) -> Any:
+    for mark in needs_gpu:
+        function = mark(function)
+    return function
+
+
+def _last_rows_agree(image: Tensor, coeffs: list[Tensor], levels: int) -> None:
+    rows = 1 << levels
+    tail = (
+        image[-1:, -1:, -rows:] if image.shape[2] % rows == 0 else image[-1:, -1:, -(image.shape[2] % rows) :]
+    )
+    exact = reference.analysis(tail.double(), levels, "symmetric", 0.5, True, torch.float64, False)
+    for got, want in zip(coeffs, exact, strict=True):
+        last = got[-1:].unflatten(1, (4, -1))[:, :, -1, -want.shape[2] :]
+        torch.testing.assert_close(last, want.to(last.dtype), rtol=2**-7, atol=1e-6)
+
+
+@gpu
+@pytest.mark.parametrize(
+    ("shape", "levels"),
+    [
+        ((1, 1, 65536, 32776), 3),  # one plane
+        ((3, 1, 32769, 21847), 1),  # odd
+        ((2, 700, 1240, 1240), 3),  # across batch and channels
+        ((2, 1, 65537, 65601), 1),  # more than 2^31 threads, too
+    ],
+)
+def test_more_than_2_31_elements(shape: tuple[int, int, int, int], levels: int) -> None:
+    elements = shape[0] * shape[1] * shape[2] * shape[3]
+    assert elements > 2**31
+    if torch.cuda.mem_get_info()[0] < 2 * elements * 4:
+        pytest.skip("needs more GPU memory")
+    image = torch.empty(shape, dtype=torch.bfloat16, device="cuda")
+    image.uniform_(-1, 1)
+    coeffs = [torch.empty(s, dtype=torch.bfloat16, device="cuda") for s in coeff_shapes(*shape, levels, True)]
+    kernels.analysis(image, coeffs, levels, "symmetric", 0.5, True)
+    _last_rows_agree(image, coeffs, levels)
+    first = reference.analysis(
+        image[:1, :1, :8].double(), levels, "symmetric", 0.5, True, torch.float64, False
+    )
+    for got, want in zip(coeffs, first, strict=True):
+        top = got[:1].unflatten(1, (4, -1))[:, :, 0, : want.shape[2]]
+        torch.testing.assert_close(top, want.to(top.dtype), rtol=2**-7, atol=1e-6)
+    del image, first
+    # The adjoint, whose last rows depend on the last rows of the coefficients alone.
+    back = torch.full(shape, float("nan"), dtype=torch.bfloat16, device="cuda")
+    kernels.synthesis(back, coeffs, levels, "symmetric", 0.5, True)
+    rows = shape[2] % (1 << levels) or 1 << levels
+    tails = [
+        x[-1:].unflatten(1, (4, -1))[:, :, -1, -((rows + (2 << i) - 1) >> (i + 1)) :]
+        for i, x in enumerate(coeffs)
+    ]
+    want = reference.synthesis(
+        [x.double() for x in tails], rows, shape[3], "symmetric", 0.5, True, torch.float64, False
+    )
+    torch.testing.assert_close(back[-1:, -1:, -rows:], want.to(back.dtype), rtol=2**-7, atol=1e-6)
+    assert not any(bool(plane.isnan().any()) for plane in back.flatten(0, 1))
+
+
+@gpu
+@pytest.mark.parametrize("size", [64, 37])
+def test_cuda_graph_capture(size: int) -> None:
+    levels = 4
+    shape = (2, 3, size, size)
+    image = torch.randn(shape, device="cuda")
+    coeffs = [torch.empty(s, device="cuda") for s in coeff_shapes(*shape, levels, True)]
+    back = torch.empty_like(image)
+
+    def call() -> None:
+        kernels.analysis(image, coeffs, levels, "symmetric", 0.5, True)
+        kernels.synthesis(back, coeffs, levels, "symmetric", 0.5, True)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()  # compiles
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    image.normal_()
+    for x in (*coeffs, back):
+        x.fill_(float("nan"))
+    graph.replay()
+    captured = [x.clone() for x in (*coeffs, back)]
+    call()
+    for got, want in zip(captured, (*coeffs, back), strict=True):
+        assert torch.equal(got, want)
+
+
+@gpu
+def test_no_compilation_for_a_new_size() -> None:
+    def call(n: int, size: int) -> None:
+        image = torch.randn(n, 3, size, size, device="cuda")
+        coeffs = [torch.empty(s, device="cuda") for s in coeff_shapes(n, 3, size, size, 3, True)]
+        kernels.analysis(image, coeffs, 3, "symmetric", 0.5, True)
+        kernels.synthesis(image, coeffs, 3, "symmetric", 0.5, True)
+
+    def compiled() -> int:
+        names = [name for name in dir(kernels) if name.endswith("_kernel")]
+        return sum(
+            len(getattr(kernels, name).device_caches[torch.cuda.current_device()][0]) for name in names
+        )
+
+    call(16, 256)
+    call(17, 255)
+    before = compiled()
+    for n, size in [(15, 256), (18, 256), (20, 512), (16, 253), (19, 255)]:
+        call(n, size)
+    assert compiled() == before
+
+
+@gpu
+def test_same_bits_every_time() -> None:
+    coeffs = [torch.randn(s, device="cuda") for s in coeff_shapes(4, 3, 67, 65, 3, True)]
+    images = [torch.empty(4, 3, 67, 65, device="cuda") for _ in range(2)]
+    for image in images:
+        kernels.synthesis(image, coeffs, 3, "periodic", 0.5, True)
+    assert torch.equal(*images)
+
+
+@gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_runs_on_the_tensor_s_device() -> None:
+    image = torch.randn(2, 3, 16, 16, device="cuda:1")
+    out = [torch.empty(s, device="cuda:1") for s in coeff_shapes(2, 3, 16, 16, 2, True)]
+    with torch.cuda.device(0):
+        kernels.analysis(image, out, 2, "symmetric", 0.5, True)
+    want = reference.analysis(image, 2, "symmetric", 0.5, True, torch.float32, False)
+    for x, y in zip(out, want, strict=True):
+        torch.testing.assert_close(x, y)
