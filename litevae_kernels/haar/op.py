@@ -164,18 +164,10 @@ class _Analysis(torch.autograd.Function):
 
 class _Synthesis(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        height: int,
-        width: int,
-        mode: str,
-        scale: float,
-        stacked: bool,
-        dtype: torch.dtype,
-        channels_last: bool,
-        backend: str,
-        *coeffs: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        # One catch-all, because torch 2.11's compiler miscounts named arguments in front of *coeffs and then
+        # drops ctx.
+        height, width, mode, scale, stacked, dtype, channels_last, backend, *coeffs = arguments
         ctx.levels = len(coeffs) if stacked else (len(coeffs) - 1) // 3
         ctx.rest = (mode, scale, stacked, coeffs[0].dtype, is_channels_last(coeffs[0]), backend)
         return torch.ops.litevae.haar_synthesis(
