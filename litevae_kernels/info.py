@@ -46,7 +46,7 @@ def report() -> list[tuple[str, str]]:
         threads = "OpenMP" if core.openmp else "no OpenMP: one thread"
         rows.append(("core", f"built with {core.compiler}, {threads}"))
         rows.append(("CPU instruction set", core.isa))
-        cuda = f"CUDA {core.cuda_version} for sm {core.cuda_architectures}" if core.cuda_version else ""
+        cuda = f"CUDA {core.cuda_version} for {core.cuda_architectures}" if core.cuda_version else ""
         rows.append(("CUDA kernels", cuda or f"not built: {core.cuda_reason}"))
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     rows.append(("GPUs", ", ".join(gpus) or "none visible to torch"))

@@ -1,0 +1,211 @@
+// Vectors of stored elements to and from registers, as one GPU thread does it. Without nvcc the same code is
+// plain C++: the tests run every thread of a grid on the CPU.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "convert.h"
+#include "tensor_view.h"
+
+#if defined(__CUDACC__)
+#define LITEVAE_DEVICE __device__ __forceinline__
+#define LITEVAE_CONSTEXPR __host__ __device__ constexpr
+#define LITEVAE_DEVICE_CALL static __device__ __noinline__
+#else
+#define LITEVAE_DEVICE inline
+#define LITEVAE_CONSTEXPR constexpr
+#define LITEVAE_DEVICE_CALL static
+#endif
+
+namespace litevae {
+namespace {
+
+#if !defined(__CUDACC__)
+void check_alignment(const void* address, int64_t bytes);  // the test's
+#endif
+
+// The widest access that a run of `bytes` bytes can be cut into: its alignment, 16 at most.
+LITEVAE_CONSTEXPR int64_t vector_bytes(int64_t bytes) {
+  return bytes % 16 == 0 ? 16 : bytes % 8 == 0 ? 8 : bytes % 4 == 0 ? 4 : bytes % 2 == 0 ? 2 : 1;
+}
+
+template <class To, class From>
+LITEVAE_DEVICE To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "");
+  To to;
+  memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+// `Words` 32-bit words, `kAlign` bytes aligned. Loads take the read-only path, so that the compiler may move
+// them ahead of stores.
+template <int kAlign, int kWords>
+LITEVAE_DEVICE void load_words(const void* from, uint32_t (&to)[kWords]) {
+#if defined(__CUDACC__)
+  if constexpr (kAlign == 16) {
+#pragma unroll
+    for (int i = 0; i < kWords / 4; ++i) {
+      const uint4 v = __ldg(static_cast<const uint4*>(from) + i);
+      to[4 * i] = v.x, to[4 * i + 1] = v.y, to[4 * i + 2] = v.z, to[4 * i + 3] = v.w;
+    }
+  } else if constexpr (kAlign == 8) {
+#pragma unroll
+    for (int i = 0; i < kWords / 2; ++i) {
+      const uint2 v = __ldg(static_cast<const uint2*>(from) + i);
+      to[2 * i] = v.x, to[2 * i + 1] = v.y;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) to[i] = __ldg(static_cast<const uint32_t*>(from) + i);
+  }
+#else
+  check_alignment(from, kAlign);
+  memcpy(to, from, sizeof(to));
+#endif
+}
+
+template <int kAlign, int kWords>
+LITEVAE_DEVICE void store_words(void* to, const uint32_t (&from)[kWords]) {
+#if defined(__CUDACC__)
+  if constexpr (kAlign == 16) {
+#pragma unroll
+    for (int i = 0; i < kWords / 4; ++i)
+      static_cast<uint4*>(to)[i] = make_uint4(from[4 * i], from[4 * i + 1], from[4 * i + 2], from[4 * i + 3]);
+  } else if constexpr (kAlign == 8) {
+#pragma unroll
+    for (int i = 0; i < kWords / 2; ++i)
+      static_cast<uint2*>(to)[i] = make_uint2(from[2 * i], from[2 * i + 1]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) static_cast<uint32_t*>(to)[i] = from[i];
+  }
+#else
+  check_alignment(to, kAlign);
+  memcpy(to, from, sizeof(from));
+#endif
+}
+
+LITEVAE_DEVICE uint16_t load_short(const void* from) {
+#if defined(__CUDACC__)
+  return __ldg(static_cast<const unsigned short*>(from));
+#else
+  check_alignment(from, 2);
+  uint16_t bits;
+  memcpy(&bits, from, 2);
+  return bits;
+#endif
+}
+
+LITEVAE_DEVICE void store_short(void* to, uint16_t bits) {
+#if defined(__CUDACC__)
+  *static_cast<unsigned short*>(to) = bits;  // memcpy would store two bytes
+#else
+  check_alignment(to, 2);
+  memcpy(to, &bits, 2);
+#endif
+}
+
+// Stored element <-> register, by the bits. The conversions are PTX because cuda_fp16.h and cuda_bf16.h cost
+// seconds of compilation for every architecture.
+LITEVAE_DEVICE float widen(BFloat16 value) {
+  return bit_cast<float>(static_cast<uint32_t>(value.bits) << 16);
+}
+LITEVAE_DEVICE float widen(Half value) {
+#if defined(__CUDACC__)
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value.bits));
+  return wide;
+#else
+  return to_float(value);
+#endif
+}
+
+// Either 16-bit type; which one is known at run time.
+struct Either16 {
+  uint16_t bits;
+};
+LITEVAE_DEVICE float widen(Either16 value, bool is_half) {
+  const float half = widen(Half{value.bits}), bfloat16 = widen(BFloat16{value.bits});
+  return is_half ? half : bfloat16;
+}
+
+// Two values rounded to nearest even, the first in the low half.
+template <class S>
+LITEVAE_DEVICE uint32_t narrow(float low, float high) {
+#if defined(__CUDACC__)
+  uint32_t both;
+  if constexpr (std::is_same<S, Half>::value)
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
+#else
+  S a, b;
+  from_float(low, a), from_float(high, b);
+  return static_cast<uint32_t>(b.bits) << 16 | a.bits;
+#endif
+}
+
+// N adjacent elements; `from` must be aligned to vector_bytes(N * sizeof(S)).
+template <class S, int N, class T, class... IsHalf>
+LITEVAE_DEVICE void load_vector(const void* from, T (&to)[N], IsHalf... is_half) {
+  constexpr int kBytes = N * static_cast<int>(sizeof(S));
+  if constexpr (kBytes % 4 != 0) {
+    // An odd number of 16-bit elements.
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      to[i] = static_cast<T>(widen(S{load_short(static_cast<const char*>(from) + 2 * i)}, is_half...));
+  } else {
+    uint32_t words[kBytes / 4];
+    load_words<vector_bytes(kBytes)>(from, words);
+    if constexpr (sizeof(S) == 8) {
+#pragma unroll
+      for (int i = 0; i < N; ++i)
+        to[i] =
+            static_cast<T>(bit_cast<double>(static_cast<uint64_t>(words[2 * i + 1]) << 32 | words[2 * i]));
+    } else if constexpr (sizeof(S) == 4) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) to[i] = static_cast<T>(bit_cast<float>(words[i]));
+    } else {
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        const uint16_t bits = static_cast<uint16_t>(i % 2 == 0 ? words[i / 2] & 0xffffu : words[i / 2] >> 16);
+        to[i] = static_cast<T>(widen(S{bits}, is_half...));
+      }
+    }
+  }
+}
+
+template <class S, int N, class T>
+LITEVAE_DEVICE void store_vector(void* to, const T (&from)[N]) {
+  constexpr int kBytes = N * static_cast<int>(sizeof(S));
+  if constexpr (kBytes % 4 != 0) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      store_short(static_cast<char*>(to) + 2 * i,
+                  static_cast<uint16_t>(narrow<S>(static_cast<float>(from[i]), 0.f)));
+    }
+  } else {
+    uint32_t words[kBytes / 4];
+    if constexpr (sizeof(S) == 8) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        const uint64_t bits = bit_cast<uint64_t>(static_cast<double>(from[i]));
+        words[2 * i] = static_cast<uint32_t>(bits), words[2 * i + 1] = static_cast<uint32_t>(bits >> 32);
+      }
+    } else if constexpr (sizeof(S) == 4) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) words[i] = bit_cast<uint32_t>(static_cast<float>(from[i]));
+    } else {
+#pragma unroll
+      for (int i = 0; i < N / 2; ++i)
+        words[i] = narrow<S>(static_cast<float>(from[2 * i]), static_cast<float>(from[2 * i + 1]));
+    }
+    store_words<vector_bytes(kBytes)>(to, words);
+  }
+}
+
+}  // namespace
+}  // namespace litevae

@@ -1,0 +1,59 @@
+// Haar analysis and synthesis on a GPU: launches. plan.cuh says which, tile.cuh what a thread does.
+//
+// Nothing here synchronises or allocates, so calls can be captured in a CUDA graph.
+#include <stdexcept>
+#include <string>
+
+#include "plan.cuh"
+
+namespace litevae {
+namespace haar {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int64_t kMaxBlocks = 0x7fffffff;
+
+template <class Body>
+__global__ void __launch_bounds__(kThreads) kernel(const __grid_constant__ Pass p) {
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; thread < p.threads;
+       thread += step)
+    Body::run(p, thread);
+}
+
+struct Launch {
+  cudaStream_t stream;
+
+  template <class Body>
+  void operator()(Body, const Pass& p) const {
+    const int64_t blocks = (p.threads + kThreads - 1) / kThreads;
+    kernel<Body>
+        <<<static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks), kThreads, 0, stream>>>(p);
+    check(cudaGetLastError(), Body::kAnalysis ? "the haar_analysis kernel" : "the haar_synthesis kernel");
+  }
+
+  static void check(cudaError_t error, const char* what) {
+    if (error != cudaSuccess)
+      throw std::runtime_error(std::string("litevae: ") + what + " failed: " + cudaGetErrorString(error));
+  }
+};
+
+template <bool kAnalysis>
+void run_on(const Transform& call, void* scratch, int device, void* stream) {
+  Launch::check(cudaSetDevice(device), "cudaSetDevice");
+  run<kAnalysis>(call, scratch, Launch{static_cast<cudaStream_t>(stream)});
+}
+
+}  // namespace
+}  // namespace haar
+
+// `scratch`: see run() in plan.cuh; null where three levels are enough.
+void haar_analysis_cuda(const haar::Transform& call, void* scratch, int device, void* stream) {
+  haar::run_on<true>(call, scratch, device, stream);
+}
+
+void haar_synthesis_cuda(const haar::Transform& call, void* scratch, int device, void* stream) {
+  haar::run_on<false>(call, scratch, device, stream);
+}
+
+}  // namespace litevae

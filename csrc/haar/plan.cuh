@@ -1,0 +1,228 @@
+// Cuts a transform into passes of up to three levels, and picks the kernel of each. Plain host code; `launch`
+// decides what running a kernel means, so that tests can do it on the CPU.
+#pragma once
+
+#include "tile.cuh"
+
+namespace litevae {
+namespace haar {
+namespace {
+
+bool aligned(const Band& b, int64_t element, int64_t bytes, bool n, bool c, bool h, bool w) {
+  const int64_t strides = (n ? b.n : 0) | (c ? b.c : 0) | (h ? b.h : 0) | (w ? b.w : 0);
+  return ((static_cast<int64_t>(reinterpret_cast<uintptr_t>(b.data)) | strides * element) & (bytes - 1)) == 0;
+}
+
+struct Shape {
+  int64_t batch, channels;
+};
+
+// Which kernels can serve a pass. Strides of axes that are one long mean nothing.
+class Layouts {
+ public:
+  Layouts(const Pass& p, const Shape& shape) : p(p), shape(shape) {}
+
+  Kind kind() const {
+    if (shape.channels == 3 && coeffs_are_pixels()) {
+      if (image_is_planar()) return Kind::pixels_planar;
+      if (image_is_interleaved()) return Kind::pixels_interleaved;
+    }
+    if (image_is_planar() && coeffs_are_planar()) return Kind::planar;
+    if (shape.channels % 2 == 0 && channels_come_in_pairs()) return Kind::channels;
+    return Kind::any;
+  }
+
+ private:
+  int64_t image_size() const { return element_size(p.image_dtype); }
+  int64_t coeff_size() const { return element_size(p.coeff_dtype); }
+  int64_t height(int level) const { return (p.height + (int64_t{1} << level) - 1) >> level; }
+  int64_t width(int level) const { return (p.width + (int64_t{1} << level) - 1) >> level; }
+  // Rows of whole vectors from every n and h; c and w as asked.
+  bool rows_fit(const Band& b, int64_t element, int level, int64_t bytes, bool c, bool w) const {
+    return aligned(b, element, vector_bytes(bytes), shape.batch > 1, c && shape.channels > 1,
+                   height(level) > 1, w && width(level) > 1);
+  }
+
+  // The kernels of vectors take the strides of a level's H for all its bands.
+  template <class Fits>
+  bool each_band(const Fits& fits) const {
+    for (int level = 1; level <= p.levels; ++level)
+      for (const Band& b : p.bands[level - 1]) {
+        const Band& h = p.bands[level - 1][kH];
+        const bool same = (b.n == h.n || shape.batch == 1) && (b.c == h.c || shape.channels == 1) &&
+                          (b.h == h.h || height(level) == 1) && (b.w == h.w || width(level) == 1);
+        if (b.data != nullptr && (!same || !fits(b, level))) return false;
+      }
+    return true;
+  }
+
+  bool image_is_planar() const {
+    return p.image.w == 1 && rows_fit(p.image, image_size(), 0, kTileWidth * image_size(), true, false);
+  }
+  bool coeffs_are_planar() const {
+    return each_band([&](const Band& b, int level) {
+      const int64_t run = (kTileWidth >> level) * coeff_size();
+      return (b.w == 1 || width(level) == 1) && rows_fit(b, coeff_size(), level, run, true, false);
+    });
+  }
+
+  bool image_is_interleaved() const {
+    return p.image.c == 1 && p.image.w == 3 &&
+           rows_fit(p.image, image_size(), 0, 3 * kTileWidth * image_size(), false, false);
+  }
+  // All 12 coefficients of a pixel adjacent, and the pixels of a row too.
+  bool coeffs_are_pixels() const {
+    for (int level = 0; level < p.levels; ++level)
+      for (int band = 0; band < 4; ++band) {
+        const char* ll = p.bands[level][kLL].data;
+        if (ll == nullptr || p.bands[level][band].data != ll + band * 3 * coeff_size()) return false;
+      }
+    return each_band([&](const Band& b, int level) {
+      const bool dense = b.c == 1 && (b.w == 12 || width(level) == 1);
+      const int64_t run = 12 * (kTileWidth >> level) * coeff_size();
+      const Band first{p.bands[level - 1][kLL].data, b.n, b.c, b.h, b.w};
+      return dense && rows_fit(first, coeff_size(), level, run, false, false);
+    });
+  }
+
+  bool channels_come_in_pairs() const {
+    return p.image.c == 1 && rows_fit(p.image, image_size(), 0, 2 * image_size(), false, true) &&
+           each_band([&](const Band& b, int level) {
+             return b.c == 1 && rows_fit(b, coeff_size(), level, 2 * coeff_size(), false, true);
+           });
+  }
+
+  const Pass& p;
+  const Shape& shape;
+};
+
+// Which tiles of an axis lie inside: whole, and for synthesis without part in the fold of a missing sample,
+// at every level. Level sizes are even as long as 2^levels divides the length. Otherwise the last tile is
+// cut, and the fold of a missing sample goes to it, or for reflect perhaps to the tile before; for periodic
+// to the first.
+template <bool kAnalysis>
+void inside(int64_t length, int64_t tile, const Pass& p, int64_t& first, int64_t& count) {
+  int64_t end = length / tile;
+  first = 0;
+  if (!kAnalysis && length % (int64_t{1} << p.levels) != 0) {
+    if (p.mode == Mode::reflect) --end;
+    if (p.mode == Mode::periodic) first = 1;
+  }
+  count = end > first ? end - first : 0;
+}
+
+template <bool kAnalysis, class From, class T, Kind kKind, class Launch>
+void launch_levels(const Pass& p, const Launch& launch) {
+  switch (p.levels) {
+    case 1:
+      return launch(Inside<kAnalysis, From, T, 1, kKind>(), p);
+    case 2:
+      return launch(Inside<kAnalysis, From, T, 2, kKind>(), p);
+    default:
+      return launch(Inside<kAnalysis, From, T, 3, kKind>(), p);
+  }
+}
+
+// `Precise`: for kernels that are worth one for each type; `Coarse`: the two 16-bit types together.
+template <bool kAnalysis, class Precise, class Coarse, class Launch>
+void launch_kind(const Pass& p, Kind kind, const Launch& launch) {
+  switch (kind) {
+    case Kind::planar:
+      return launch_levels<kAnalysis, Precise, float, Kind::planar>(p, launch);
+    case Kind::pixels_planar:
+      return launch_levels<kAnalysis, Precise, float, Kind::pixels_planar>(p, launch);
+    case Kind::pixels_interleaved:
+      return launch_levels<kAnalysis, Precise, float, Kind::pixels_interleaved>(p, launch);
+    case Kind::channels:
+      return launch_levels<kAnalysis, Coarse, float, Kind::channels>(p, launch);
+    default:
+      return launch_levels<kAnalysis, Coarse, float, Kind::any>(p, launch);
+  }
+}
+
+Band in_bytes(const Band& b, DType dtype) {
+  const int64_t size = element_size(dtype);
+  return {b.data, b.n * size, b.c * size, b.h * size, b.w * size};
+}
+
+template <bool kAnalysis, class Launch>
+void run_pass(Pass p, const Shape& shape, bool in_double, const Launch& launch) {
+  const int64_t tile_height = int64_t{1} << p.levels;
+  p.tiles_x = (p.width + kTileWidth - 1) / kTileWidth, p.tiles_y = (p.height + tile_height - 1) / tile_height;
+  inside<kAnalysis>(p.width, kTileWidth, p, p.x0, p.nx);
+  inside<kAnalysis>(p.height, tile_height, p, p.y0, p.ny);
+
+  const DType from = kAnalysis ? p.image_dtype : p.coeff_dtype;
+  const Kind kind = Layouts(p, shape).kind();
+  // Float64 that is not planar, or mixed, is for checking derivatives: the slow path takes all of it.
+  const bool all_slow = in_double && (kind != Kind::planar || p.image_dtype != p.coeff_dtype);
+  if (p.nx == 0 || p.ny == 0 || all_slow) p.x0 = p.nx = p.y0 = p.ny = 0;
+  const Band& to = kAnalysis ? p.bands[p.levels - 1][kH] : p.image;
+  p.channels_first = shape.channels > 1 && to.c < to.w;
+
+  p.image = in_bytes(p.image, p.image_dtype);
+  p.carry = in_bytes(p.carry, in_double ? DType::f64 : DType::f32);
+  for (auto& level : p.bands)
+    for (Band& b : level) b = in_bytes(b, p.coeff_dtype);
+
+  if (p.nx > 0) {
+    p.channel_groups = shape.channels / lanes_of(kind);
+    p.threads = shape.batch * p.channel_groups * p.nx * p.ny;
+    if (in_double)
+      launch_levels<kAnalysis, Load<double>, double, Kind::planar>(p, launch);
+    else if (from == DType::f32)
+      launch_kind<kAnalysis, Load<float>, Load<float>>(p, kind, launch);
+    else if (from == DType::f16)
+      launch_kind<kAnalysis, Load<Half>, LoadEither16>(p, kind, launch);
+    else
+      launch_kind<kAnalysis, Load<BFloat16>, LoadEither16>(p, kind, launch);
+  }
+  const int64_t edge_tiles = p.tiles_x * p.tiles_y - p.nx * p.ny;
+  if (edge_tiles > 0) {
+    p.channel_groups = shape.channels;
+    p.threads = shape.batch * shape.channels * edge_tiles;
+    in_double ? launch(Edge<kAnalysis, double>(), p) : launch(Edge<kAnalysis, float>(), p);
+  }
+}
+
+// `scratch` holds the LL of every third level but the last, one behind the other, in the type of the
+// arithmetic.
+template <bool kAnalysis, class Launch>
+void run(const Transform& call, void* scratch, const Launch& launch) {
+  constexpr int kPasses = (kMaxLevels + kPassLevels - 1) / kPassLevels;
+  const bool in_double = call.image_dtype == DType::f64 || call.coeff_dtype == DType::f64;
+  const DType carry_dtype = in_double ? DType::f64 : DType::f32;
+  const Shape shape{call.batch, call.channels};
+  Pass passes[kPasses] = {};
+  int count = 0;
+
+  Pass next{};
+  next.height = call.height, next.width = call.width, next.image = call.image,
+  next.image_dtype = call.image_dtype;
+  next.mode = call.mode, next.factor = call.factor, next.coeff_dtype = call.coeff_dtype;
+  char* free = static_cast<char*>(scratch);
+  for (int level = 0; level < call.levels; level += kPassLevels) {
+    Pass& p = passes[count++] = next;
+    p.levels = call.levels - level < kPassLevels ? call.levels - level : kPassLevels;
+    for (int i = 0; i < p.levels; ++i)
+      for (int band = 0; band < 4; ++band) p.bands[i][band] = call.bands[level + i][band];
+    if (level + p.levels == call.levels) break;
+
+    const int64_t h = next.height = (p.height + 7) >> kPassLevels,
+                  w = next.width = (p.width + 7) >> kPassLevels;
+    const int64_t c = call.channels;
+    const bool interleaved = c > 1 && call.image.c == 1 && call.image.w != 1;
+    p.carry = interleaved ? Band{free, c * h * w, 1, c * w, c} : Band{free, c * h * w, h * w, w, 1};
+    next.image = p.carry, next.image_dtype = carry_dtype;
+    free += call.batch * c * h * w * element_size(carry_dtype);
+  }
+
+  if (kAnalysis)
+    for (int i = 0; i < count; ++i) run_pass<kAnalysis>(passes[i], shape, in_double, launch);
+  else
+    for (int i = count - 1; i >= 0; --i) run_pass<kAnalysis>(passes[i], shape, in_double, launch);
+}
+
+}  // namespace
+}  // namespace haar
+}  // namespace litevae
