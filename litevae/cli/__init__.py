@@ -1,0 +1,82 @@
+"""The `litevae` command. A mistake of the user's ends it with one line on stderr and exit status 2."""
+
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
+
+import typer
+
+from litevae.cli.info import info
+from litevae.cli.reconstruct import reconstruct
+from litevae.cli.train import train
+from litevae.errors import NonFiniteError, UserError
+
+# no Rich: its boxes break long lines, and errors are to be one line
+app = typer.Typer(rich_markup_mode=None, add_completion=False)
+# so that a setting written as an option gets the message about settings
+app.command(context_settings={"ignore_unknown_options": True})(train)
+app.command()(reconstruct)
+app.command()(info)
+
+
+def print_version(wanted: bool) -> None:
+    if wanted:
+        try:
+            print(f"litevae {version('litevae')}")
+        except PackageNotFoundError:  # run from a source tree
+            print("litevae, not installed")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def callback(
+    context: typer.Context,
+    _: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """LiteVAE: lightweight autoencoders for latent diffusion.
+
+    \b
+    Example: litevae train demo
+             litevae reconstruct runs/demo photo.jpg -o reconstructed
+             litevae info litevae-b
+    """
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit
+
+    from litevae_kernels.allocator import keep_freed_memory
+
+    keep_freed_memory()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line, `sys.argv` by default, and returns the exit status.
+
+    0: done, also where training was stopped by Ctrl-C or SIGTERM and saved everything; 1: a training run
+    went to infinity, or the disk failed; 2: a mistake of the user's; 130: interrupted before there was
+    anything to save.
+    """
+    try:
+        status = app(args=arguments, prog_name="litevae", standalone_mode=False)
+        return status if isinstance(status, int) else 0
+    except UserError as error:
+        return fail(str(error), 2)
+    except (NonFiniteError, OSError) as error:
+        return fail(str(error), 1)
+    except (KeyboardInterrupt, typer.Abort):
+        return fail("interrupted", 130)
+    except Exception as error:
+        # Typer's usage errors; newer versions bring their own copy of Click, so the class has no one name
+        if not hasattr(error, "format_message"):
+            raise
+        context = getattr(error, "ctx", None)
+        hint = f". See {context.command_path} --help." if context else ""
+        return fail(error.format_message().rstrip(".") + hint, getattr(error, "exit_code", 2))
+
+
+def fail(message: str, status: int) -> int:
+    print(f"litevae: error: {' '.join(message.split())}", file=sys.stderr)
+    return status

@@ -1,0 +1,54 @@
+"""`litevae info`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from litevae.cli.common import load_model
+from litevae.errors import UserError
+
+
+def info(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="Folder of a model or of a training run, or a preset's name."),
+    ],
+    size: Annotated[int, typer.Option(metavar="PIXELS", help="Side of the square image.")] = 256,
+) -> None:
+    """Show a model's parameters, cost and latent shape.
+
+    \b
+    Example: litevae info litevae-b
+             litevae info runs/demo --size 512
+
+    Presets (litevae-s, litevae-b, litevae-m, litevae-l) have 4 latent channels and Stable Diffusion's
+    decoder. A MAC is one multiplication and one addition.
+    """
+    from litevae.evaluation.complexity import measure_complexity
+    from litevae.models import LiteVAE
+    from litevae.models.presets import get_preset
+
+    if Path(model).exists():
+        autoencoder = load_model(Path(model))
+    else:
+        try:
+            get_preset(model)
+        except ValueError as error:
+            raise UserError(f"{model}: no such folder, and {error}") from None
+        autoencoder = LiteVAE.from_preset(model)
+    try:
+        cost = measure_complexity(autoencoder, size)
+    except ValueError as error:
+        raise UserError(f"--size {size}: {error}") from None
+
+    print(f"{'':10}{'parameters':>14}{'GMACs':>12}")
+    total = cost.encoder_parameters + cost.decoder_parameters, cost.encoder_macs + cost.decoder_macs
+    for name, parameters, macs in (
+        ("encoder", cost.encoder_parameters, cost.encoder_macs),
+        ("decoder", cost.decoder_parameters, cost.decoder_macs),
+        ("together", *total),
+    ):
+        print(f"{name:10}{parameters:14,}{macs / 1e9:12,.2f}")
+    shape = " x ".join(map(str, cost.latent_shape))
+    print(f"latent: {shape}, for an image of {autoencoder.config.in_channels} x {size} x {size}")

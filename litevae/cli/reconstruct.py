@@ -1,0 +1,74 @@
+"""`litevae reconstruct`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from litevae.cli.common import load_model
+from litevae.errors import UserError
+
+TILE = 1024  # pixels; a multiple of every model's factor
+
+
+def reconstruct(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a model, or of a training run.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files of any size.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the PNGs.")],
+) -> None:
+    """Encode and decode images, and print the PSNR of each.
+
+    \b
+    Example: litevae reconstruct runs/demo photo.jpg scan.png -o reconstructed
+
+    Writes IMAGE's reconstruction as an 8-bit RGB PNG of the same name and size. Where several images have
+    the same name, the later ones get a number. Images are turned upright, transparent ones laid on white,
+    16 bits scaled to 8; the PSNR is against that. Images above 1024 pixels are done in tiles.
+    """
+    for image in images:
+        if not image.is_file():
+            raise UserError(f"{image}: {'is a folder, not an image' if image.is_dir() else 'no such file'}")
+    targets = name_outputs(images, output)
+    autoencoder = load_model(model)
+
+    from PIL import Image
+
+    from litevae.evaluation.metrics import psnr
+    from litevae.evaluation.reconstruction import reconstruct as run
+    from litevae.images import read_image
+    from litevae.training.checkpoint import replacing
+
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{output}: cannot be made: {error.strerror}") from None
+    autoencoder.enable_tiling()
+    autoencoder.tile_sample_min_size = TILE
+    autoencoder.tile_latent_min_size = TILE // autoencoder.spatial_compression_ratio
+
+    values = []
+    for path, target in zip(images, targets, strict=True):
+        pixels = read_image(path)
+        result = run(autoencoder, pixels)
+        values.append(psnr(pixels, result))
+        with replacing(target) as temporary:
+            Image.fromarray(result).save(temporary)
+        print(f"{path}: {pixels.shape[1]}x{pixels.shape[0]}, PSNR {values[-1]:.2f} dB, {target}")
+    if len(values) > 1:
+        print(f"mean PSNR of {len(values)} images: {sum(values) / len(values):.2f} dB")
+
+
+def name_outputs(images: list[Path], folder: Path) -> list[Path]:
+    """A different PNG in `folder` for each image; UserError if one of them is an image itself."""
+    targets: list[Path] = []
+    for image in images:
+        number, target = 1, folder / f"{image.stem}.png"
+        while target in targets:
+            number += 1
+            target = folder / f"{image.stem}-{number}.png"
+        targets.append(target)
+    inputs = {image.resolve() for image in images}
+    for target in targets:
+        if target.resolve() in inputs:
+            raise UserError(f"{target} is an input and would be overwritten: give another folder with -o")
+    return targets

@@ -1,0 +1,229 @@
+"""The typed configuration of a training run, read from YAML and `key=value` overrides."""
+
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
+
+from litevae.errors import UserError
+from litevae.losses import LossWeights
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+@dataclass
+class ModelConfig:
+    """Arguments of `LiteVAE.from_preset`."""
+
+    preset: str = "litevae-b"
+    latent_channels: int = 4
+    block_out_channels: list[int] = field(default_factory=lambda: [128, 256, 512, 512])
+    layers_per_block: int = 2
+    num_groups: int = 32
+    decoder_norm: Literal["group", "smc"] = "group"
+    output_type: Literal["image", "wavelet"] = "image"
+    use_1x1_conv: bool = False
+
+
+@dataclass
+class DataConfig:
+    size: int = 256  # side of the square crops, in pixels
+    batch_size: int = 16  # crops a step
+
+
+@dataclass
+class OptimizerConfig:
+    """Adam. The paper's settings (Table 22): learning rate 1e-4, betas 0.5 and 0.9."""
+
+    learning_rate: float = 1e-4
+    betas: tuple[float, float] = (0.5, 0.9)
+    weight_decay: float = 0.0
+    schedule: Literal["constant", "cosine"] = "constant"  # after the warm-up; cosine ends at 0
+    warmup_steps: int = 0
+    max_gradient_norm: float = 1.0  # clipped to; 0 for never
+
+
+@dataclass
+class Config:
+    output_dir: str = "runs/train"
+    seed: int = 0
+    max_steps: int = 100_000
+    log_every: int = 100  # steps between the lines of metrics.jsonl
+    validate_every: int = 1000  # steps between measurements on the held-out photograph
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights stay in float32
+    channels_last: bool = True
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossWeights = field(default_factory=LossWeights)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+
+def shipped_configs() -> list[str]:
+    """Names of the configurations that come with the package."""
+    return sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml"))
+
+
+def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
+    """The defaults, then the file, then the overrides.
+
+    Args:
+        name: of a shipped configuration, or a path that ends in .yaml.
+        overrides: such as "max_steps=20" or "data.size=64", in YAML's notation after the sign.
+
+    Raises:
+        UserError: no such configuration, broken YAML, an unknown key (the message names the nearest), or a
+            value of the wrong type or out of range.
+    """
+    path = find_config(name)
+    try:
+        loaded = OmegaConf.load(path)
+    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{path}: cannot be read: {one_line(error)}") from None
+    config = OmegaConf.structured(Config)
+    apply(config, loaded, f"{path}: ")
+
+    for override in overrides:
+        key, sign, _ = override.partition("=")
+        if not sign or not key:
+            raise UserError(f"{override!r} is not a setting: write key=value, such as max_steps=20")
+        if key not in KEYS:
+            raise UserError(unknown_key(key))
+        try:
+            apply(config, OmegaConf.from_dotlist([override]), f"{override}: ")
+        except (YAMLError, OmegaConfBaseException):
+            raise UserError(f"{override}: {key} must be {expected(key)}") from None
+
+    try:
+        result = cast(Config, OmegaConf.to_object(config))
+    except OmegaConfBaseException as error:  # an interpolation to nowhere
+        raise UserError(f"{path}: {one_line(error)}") from None
+    check(result)
+    return result
+
+
+def find_config(name: str) -> Path:
+    if name.endswith((".yaml", ".yml")):
+        path = Path(name)
+        if not path.is_file():
+            raise UserError(f"{name}: no such file")
+        return path
+    if name not in shipped_configs():
+        nearest = difflib.get_close_matches(name, shipped_configs(), n=1, cutoff=0.0)[0]
+        raise UserError(
+            f"no configuration named {name!r}: did you mean {nearest!r}? "
+            f"(there are: {', '.join(shipped_configs())}; or give the path of a .yaml file)"
+        )
+    return CONFIGS / f"{name}.yaml"
+
+
+def apply(config: DictConfig, settings: Any, where: str) -> None:
+    """Sets each of `settings` in `config`; UserError, beginning with `where`, for one that does not fit."""
+    if not isinstance(settings, DictConfig):
+        raise UserError(f"{where}must be a mapping of settings")
+    # one at a time: OmegaConf's own errors do not always say which key they are about
+    for key, value in leaves(OmegaConf.to_container(settings, resolve=False)):
+        if key not in KEYS:
+            raise UserError(where + unknown_key(key))
+        try:
+            OmegaConf.update(config, key, value)
+        except OmegaConfBaseException:
+            raise UserError(f"{where}{key} must be {expected(key)}") from None
+
+
+def leaves(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values, down to where the sections of `Config` end."""
+    for name, value in settings.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and is_dataclass(KEYS.get(key)):
+            yield from leaves(value, f"{key}.")
+        else:
+            yield key, value
+
+
+def all_keys(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every dotted key under a dataclass with its type, sections included."""
+    hints = typing.get_type_hints(cls)
+    for entry in fields(cls):
+        yield prefix + entry.name, hints[entry.name]
+        if is_dataclass(hints[entry.name]):
+            yield from all_keys(cast(type, hints[entry.name]), f"{prefix}{entry.name}.")
+
+
+KEYS: dict[str, Any] = dict(all_keys(Config))
+
+
+def unknown_key(key: str) -> str:
+    """The message for a key that does not exist, with the most similar one that does."""
+
+    def similarity(candidate: str) -> float:
+        whole = difflib.SequenceMatcher(None, key, candidate).ratio()
+        # a right name without its section, or in the wrong one
+        leaf = difflib.SequenceMatcher(None, key.split(".")[-1], candidate.split(".")[-1]).ratio()
+        return max(whole, 0.95 * leaf)
+
+    return f"unknown setting {key!r}: did you mean {max(KEYS, key=similarity)!r}?"
+
+
+def expected(key: str) -> str:
+    """What may stand behind `key=`, in words."""
+    kind = KEYS[key]
+    if is_dataclass(kind):
+        return f"set key by key, such as {key}.{fields(kind)[0].name}=..."
+    return in_words(kind)
+
+
+def in_words(kind: Any) -> str:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return " or ".join(args)
+    if origin is list:
+        return f"a list such as [1,2], each {in_words(args[0])}"
+    if origin is tuple:
+        return f"{len(args)} values such as [{','.join('0.5' for _ in args)}], each {in_words(args[0])}"
+    if origin is types.UnionType:
+        return " or ".join(in_words(arg) for arg in args)
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return words.get(kind, "null")
+
+
+def check(config: Config) -> None:
+    """UserError for a value that has the right type but makes no sense."""
+    least = {
+        "max_steps": 1,
+        "seed": 0,
+        "log_every": 1,
+        "validate_every": 1,
+        "data.size": 8,
+        "data.batch_size": 1,
+        "model.latent_channels": 1,
+        "model.layers_per_block": 1,
+        "model.num_groups": 1,
+        "optimizer.learning_rate": 0,
+        "optimizer.weight_decay": 0,
+        "optimizer.warmup_steps": 0,
+        "optimizer.max_gradient_norm": 0,
+        **{f"loss.{entry.name}": 0 for entry in fields(LossWeights)},
+    }
+    for key, minimum in least.items():
+        value: Any = config
+        for part in key.split("."):
+            value = getattr(value, part)
+        if not minimum <= value < float("inf"):
+            raise UserError(f"{key} must be {minimum} or more, got {value}")
+    if not any(getattr(config.loss, entry.name) for entry in fields(LossWeights)):
+        raise UserError("every loss has weight 0: there is nothing to train for")
+    if not all(0 <= beta < 1 for beta in config.optimizer.betas):
+        raise UserError(f"optimizer.betas must be at least 0 and below 1, got {list(config.optimizer.betas)}")
+    if not config.output_dir:
+        raise UserError("output_dir is empty: give a folder to write to")
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,40 @@
+"""How a model that is trained from nothing begins."""
+
+from typing import cast
+
+import torch
+from torch import nn
+
+from litevae.models import LiteVAE
+from litevae.models.layers import Attention, ResBlock
+from litevae_kernels.nn import SelfModulatedConv2d
+
+INITIAL_LOGVAR = -4.0
+
+
+@torch.no_grad()
+def initialise(model: LiteVAE) -> None:
+    """Makes `model`, in place, a linear map that keeps the size of what goes through.
+
+    PyTorch's own start shrinks the signal in each convolution that no residual goes around, and adds
+    normalised branches, which know nothing of brightness and colour, at full strength: for hundreds of
+    steps the latent is noise and the reconstruction brown. Here the branches start at zero, as in ADM
+    (Dhariwal & Nichol, 2021), whose U-Nets the encoder follows, the other convolutions keep the variance,
+    and the posterior's standard deviation starts at exp(-2) instead of 1.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for module in model.modules():
+        if isinstance(module, ResBlock):
+            last: nn.Conv2d = module.conv2
+            nn.init.zeros_(last.gain if isinstance(last, SelfModulatedConv2d) else last.weight)
+        elif isinstance(module, Attention):
+            nn.init.zeros_(cast(nn.Linear, module.to_out[0]).weight)
+    moments = model.quant_conv or model.encoder.feature_aggregator.conv_out
+    logvar = slice(moments.out_channels // 2, None)
+    moments.weight[logvar] *= 0.1
+    if moments.bias is not None:
+        moments.bias[logvar] = INITIAL_LOGVAR

@@ -1,0 +1,154 @@
+"""The pictures of a training run."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from litevae.evaluation.metrics import psnr
+from litevae.evaluation.reconstruction import decode, encode
+from litevae.images import Pixels
+from litevae.models import LiteVAE
+
+DPI = 120
+
+
+def draw_reconstructions(model: LiteVAE, photographs: Mapping[str, Pixels], path: Path) -> None:
+    """A row for each photograph: input, reconstruction, and latent as RGB.
+
+    Args:
+        photographs: (H, W, 3) uint8 each, by what to write beside its row.
+        path: the PNG to write.
+    """
+    latents = [encode(model, image) for image in photographs.values()]
+    colours = latents_as_rgb([latent[0].float().cpu() for latent in latents])
+    columns = ("input", "reconstruction", "latent as RGB")
+    width, left, top = 3.6, 0.35, 0.55  # inches; of a picture, and of the margins
+    heights = [width * image.shape[0] / image.shape[1] for image in photographs.values()]
+    gap = 0.1
+    total_width = left + len(columns) * (width + gap)
+    total_height = top + sum(heights) + gap * len(heights)
+
+    figure = Figure(figsize=(total_width, total_height), dpi=DPI)
+    figure.text(
+        left / total_width,
+        1 - 0.08 / total_height,
+        f"{latents[0].shape[1]} latent channels at 1/{model.spatial_compression_ratio} of the size, shown by "
+        "their first three principal components",
+        va="top",
+        fontsize=9,
+        color="0.35",
+    )
+    y = total_height - top
+    for row, (label, image) in enumerate(photographs.items()):
+        reconstruction = decode(model, latents[row], (image.shape[0], image.shape[1]))
+        factor = model.spatial_compression_ratio
+        latent = np.kron(colours[row], np.ones((factor, factor, 1), np.uint8))
+        pictures = (image, reconstruction, latent[: image.shape[0], : image.shape[1]])
+        y -= heights[row]
+        for column, picture in enumerate(pictures):
+            x = left + column * (width + gap)
+            axes = figure.add_axes(
+                (x / total_width, y / total_height, width / total_width, heights[row] / total_height)
+            )
+            axes.imshow(picture, interpolation="antialiased")
+            axes.set_xticks([])
+            axes.set_yticks([])
+            for spine in axes.spines.values():
+                spine.set_visible(False)
+            if row == 0:
+                axes.set_title(columns[column], fontsize=11, pad=4)
+            if column == 0:
+                axes.set_ylabel(label, fontsize=10)
+            if column == 1:
+                axes.text(
+                    0.98,
+                    0.03,
+                    f"{psnr(image, reconstruction):.1f} dB",
+                    transform=axes.transAxes,
+                    ha="right",
+                    fontsize=9,
+                    color="white",
+                    bbox={"facecolor": "black", "alpha": 0.6, "edgecolor": "none", "pad": 2},
+                )
+        y -= gap
+    figure.savefig(path)
+
+
+def latents_as_rgb(latents: Sequence[torch.Tensor]) -> list[Pixels]:
+    """Latents (n_z, h, w), float32, as (h, w, 3) uint8 pictures by their first three principal components.
+
+    The components are those of all the latents together, so that a colour means the same in every picture;
+    each fills the range between its 1st and 99th percentile.
+    """
+    flat = torch.cat([latent.flatten(1) for latent in latents], dim=1).T  # (pixels, n_z)
+    mean = flat.mean(dim=0)
+    _, _, basis = torch.linalg.svd(flat - mean, full_matrices=False)
+    basis = basis[:3]
+    # of the two directions of a component, the one with more positive loadings: stable from run to run
+    basis = basis * torch.where(basis.sum(dim=1, keepdim=True) < 0, -1.0, 1.0)
+    values = (flat - mean) @ basis.T
+    if values.shape[1] < 3:  # fewer latent channels than colours: grey
+        values = values[:, :1].expand(-1, 3)
+    low, high = np.percentile(values.numpy(), (1, 99), axis=0).astype(np.float32)
+    pictures = []
+    for latent in latents:
+        components = (latent.flatten(1).T - mean) @ basis.T
+        if components.shape[1] < 3:
+            components = components[:, :1].expand(-1, 3)
+        scaled = (components.numpy() - low) / np.maximum(high - low, 1e-6)
+        rgb = np.rint(np.clip(scaled, 0, 1) * 255).astype(np.uint8)
+        pictures.append(rgb.reshape(*latent.shape[1:], 3))
+    return pictures
+
+
+def draw_curves(
+    lines: Sequence[Mapping[str, float]],
+    terms: Sequence[str],
+    history: Sequence[Mapping[str, float]],
+    held_out: str,
+    path: Path,
+) -> None:
+    """Losses over the steps on the left, the held-out photograph's PSNR and SSIM on the right.
+
+    Args:
+        lines: one mapping a logged step, with "step", "loss" and the `terms`.
+        history: one mapping a measurement, with "step", "psnr" and "ssim".
+        held_out: name of the photograph.
+        path: the PNG to write.
+    """
+    figure = Figure(figsize=(10, 3.8), dpi=DPI, layout="constrained")
+    left, right = figure.subplots(1, 2)
+
+    steps = [line["step"] for line in lines]
+    for name in ("loss", *terms):
+        values = [line[name] for line in lines]
+        (curve,) = left.plot(steps, smooth(values), label="total" if name == "loss" else name, linewidth=1.6)
+        left.plot(steps, values, color=curve.get_color(), alpha=0.2, linewidth=0.8)
+    left.set(title="losses (unweighted terms, weighted total)", xlabel="step", yscale="log")
+    left.legend(fontsize=9, frameon=False)
+
+    at = [point["step"] for point in history]
+    ssim_axes = right.twinx()
+    right.plot(at, [point["psnr"] for point in history], "o-", markersize=3, color="C0")
+    ssim_axes.plot(at, [point["ssim"] for point in history], "s-", markersize=3, color="C1")
+    right.set(title=f"held-out photograph ({held_out})", xlabel="step")
+    right.set_ylabel("PSNR (dB)", color="C0")
+    ssim_axes.set_ylabel("SSIM", color="C1")
+    for axes in (left, right):
+        axes.grid(alpha=0.25)
+        axes.spines["top"].set_visible(False)
+    left.spines["right"].set_visible(False)
+    ssim_axes.spines["top"].set_visible(False)
+    figure.savefig(path)
+
+
+def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
+    """Exponential running mean, without the pull of its start."""
+    mean, total, result = 0.0, 0.0, []
+    for value in values:
+        mean, total = weight * mean + (1 - weight) * value, weight * total + (1 - weight)
+        result.append(mean / total)
+    return result

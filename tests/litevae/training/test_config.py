@@ -1,0 +1,115 @@
+import pytest
+from omegaconf import OmegaConf
+
+from litevae.errors import UserError
+from litevae.training.config import Config, load_config, shipped_configs
+
+
+def fails(*overrides, name="demo"):
+    with pytest.raises(UserError) as caught:
+        load_config(name, overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_shipped_config_loads(name):
+    assert isinstance(load_config(name), Config)
+
+
+def test_overrides_replace_the_file_in_order():
+    config = load_config("demo", ["max_steps=7", "data.size=16", "loss.kl=1e-3", "max_steps=8"])
+    assert (config.max_steps, config.data.size, config.loss.kl) == (8, 16, 1e-3)
+    assert config.model.preset == "litevae-s"
+    assert load_config("demo", ["model={latent_channels: 5}"]).model.latent_channels == 5
+    assert load_config("demo", ["model.block_out_channels=[16,16]"]).model.block_out_channels == [16, 16]
+
+
+def test_saved_config_loads_to_the_same(tmp_path):
+    config = load_config("demo", ["max_steps=7"])
+    OmegaConf.save(OmegaConf.structured(config), tmp_path / "config.yaml")
+    assert load_config(str(tmp_path / "config.yaml")) == config
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("max_step", "max_steps"),
+        ("loss.wavelets", "loss.wavelet"),
+        ("batch_size", "data.batch_size"),
+        ("optimiser.learning_rate", "optimizer.learning_rate"),
+        ("max_steps.x", "max_steps"),
+        ("--max-steps", "max_steps"),
+    ],
+)
+def test_unknown_key_names_the_nearest(key, nearest):
+    message = fails(f"{key}=1")
+    assert repr(key) in message
+    assert f"did you mean {nearest!r}?" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("max_steps=abc", "max_steps must be a whole number"),
+        ("max_steps=1.5", "max_steps must be a whole number"),
+        ("max_steps=", "max_steps must be a whole number"),
+        ("max_steps={x: 1}", "max_steps must be a whole number"),
+        ("loss.kl=much", "loss.kl must be a number"),
+        ("channels_last=perhaps", "channels_last must be true or false"),
+        ("precision=fp8", "precision must be fp32 or bf16"),
+        ("model=litevae-s", "model must be set key by key, such as model.preset=..."),
+        ("model.block_out_channels=3", "model.block_out_channels must be a list"),
+        ("model.block_out_channels=[1,x]", "model.block_out_channels must be a list"),
+        ("optimizer.betas=[0.5]", "optimizer.betas must be 2 values"),
+        ("output_dir=[1", "output_dir must be text"),
+    ],
+)
+def test_wrong_type_names_key_and_type(override, expected):
+    assert expected in fails(override)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("max_steps=0", "max_steps must be 1 or more, got 0"),
+        ("loss.kl=-1", "loss.kl must be 0 or more"),
+        ("loss.kl=nan", "loss.kl must be 0 or more"),
+        ("optimizer.learning_rate=inf", "optimizer.learning_rate"),
+        ("optimizer.betas=[0.5,1]", "optimizer.betas"),
+        ("loss={l1: 0, kl: 0, wavelet: 0, gaussian: 0}", "nothing to train for"),
+        ("output_dir=", "output_dir"),
+        ("max_steps", "'max_steps' is not a setting"),
+        ("=3", "is not a setting"),
+        ("output_dir=${nowhere}", "nowhere"),
+    ],
+)
+def test_senseless_value_is_refused(override, expected):
+    assert expected in fails(override)
+
+
+def test_unknown_config_names_the_nearest():
+    assert "did you mean 'demo'?" in fails(name="dmeo")
+
+
+def test_missing_file_is_named():
+    assert "nowhere.yaml: no such file" in fails(name="nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("max_step: 3", "did you mean 'max_steps'?"),
+        ("loss:\n  kl: much", "loss.kl must be a number"),
+        ("loss:", "loss must be set key by key"),
+        ("- 1\n- 2", "must be a mapping"),
+        ("a: [1", "cannot be read"),
+        ("3", "cannot be read"),
+    ],
+)
+def test_mistake_in_a_file_names_the_file(tmp_path, text, expected):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    message = fails(name=str(path))
+    assert str(path) in message
+    assert expected in message

@@ -1,0 +1,53 @@
+import pytest
+import torch
+
+from litevae import LiteVAE
+from litevae.training.initialise import initialise
+
+SMALL = {
+    "latent_channels": 12,
+    "block_out_channels": (32, 32, 32, 32),
+    "layers_per_block": 1,
+    "num_groups": 16,
+}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"output_type": "wavelet"},
+        {"decoder_norm": "smc"},
+        {"use_1x1_conv": True},
+    ],
+    ids=str,
+)
+def test_encoder_starts_linear_at_the_scale_of_its_input(options):
+    torch.manual_seed(0)
+    model = LiteVAE.from_preset("litevae-s", **SMALL, **options)
+    initialise(model)
+    # smooth, so that the coarse sub-bands hold all of it
+    image = torch.nn.functional.interpolate(torch.rand(2, 3, 4, 4) * 2 - 1, size=64, mode="bilinear")
+    with torch.no_grad():
+        posterior = model.encode(image).latent_dist
+        half = model.encode(image / 2).latent_dist
+        reconstruction = model.decode(posterior.mean).sample
+    torch.testing.assert_close(half.mean, posterior.mean / 2)
+    assert 0.1 < posterior.mean.std() / image.std() < 10
+    assert (posterior.logvar + 4).abs().max() < 2
+    assert 0.01 < reconstruction.std() < 10
+
+
+def test_every_parameter_learns_within_two_steps():
+    torch.manual_seed(0)
+    model = LiteVAE.from_preset("litevae-s", **SMALL)
+    initialise(model)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        posterior = model.encode(torch.rand(1, 3, 32, 32)).latent_dist
+        (model.decode(posterior.sample()).sample.square().mean() + posterior.kl().mean()).backward()
+        optimizer.step()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.any(), name

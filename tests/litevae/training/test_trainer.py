@@ -1,0 +1,230 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors.torch import load_file
+from skimage import data
+
+import litevae.training.trainer as trainer_module
+from litevae import LiteVAE
+from litevae.errors import NonFiniteError, UserError
+from litevae.evaluation.metrics import psnr, ssim
+from litevae.evaluation.reconstruction import reconstruct
+from litevae.losses import Loss
+from litevae.training import load_config, train
+from litevae.training.checkpoint import replacing, save_model
+from litevae.training.report import latents_as_rgb
+
+SHORT = ["max_steps=20", "data.size=32", "data.batch_size=2", "log_every=5", "validate_every=10"]
+FILES = {"config.yaml", "curves.png", "metrics.json", "metrics.jsonl", "model", "reconstructions.png"}
+
+
+def short(folder, *overrides):
+    return load_config("demo", [*SHORT, f"output_dir={folder}", *overrides])
+
+
+def logged(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "deep" / "demo"
+    return folder, train(short(folder))
+
+
+class TestFinishedRun:
+    def test_leaves_exactly_these_files(self, finished):
+        assert {path.name for path in finished[0].iterdir()} == FILES
+
+    def test_log_has_every_loss_and_they_fall(self, finished):
+        lines = logged(finished[0])
+        assert [line["step"] for line in lines] == [1, 5, 10, 15, 20]
+        weights = load_config("demo").loss
+        for line in lines:
+            total = sum(getattr(weights, name) * line[name] for name in ("l1", "kl", "wavelet", "gaussian"))
+            assert line["loss"] == pytest.approx(total, rel=1e-5)
+            assert line["images_per_second"] > 0
+        assert lines[-1]["wavelet"] < 0.7 * lines[0]["wavelet"]
+        assert lines[-1]["loss"] < lines[0]["loss"]
+
+    def test_metrics_are_the_saved_model_s(self, finished):
+        folder, result = finished
+        metrics = json.loads((folder / "metrics.json").read_text())
+        assert [point["step"] for point in metrics["held_out"]["history"]] == [10, 20]
+        model = LiteVAE.from_pretrained(folder / "model")
+        reconstruction = reconstruct(model, data.chelsea())
+        expected = psnr(data.chelsea(), reconstruction), ssim(data.chelsea(), reconstruction)
+        assert (result.psnr, result.ssim) == pytest.approx(expected, abs=1e-3)
+        assert (metrics["held_out"]["psnr"], metrics["held_out"]["ssim"]) == (result.psnr, result.ssim)
+        assert (metrics["steps"], metrics["stopped_by"]) == (20, None)
+
+    def test_pictures_open(self, finished):
+        for name in ("reconstructions.png", "curves.png"):
+            assert min(np.asarray(Image.open(finished[0] / name)).shape[:2]) > 300
+
+    def test_its_config_repeats_it_over_what_was_there(self, finished, tmp_path):
+        folder, _ = finished
+        # left by an earlier run
+        (tmp_path / "metrics.jsonl").write_text("{}")
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "old").touch()
+        train(load_config(str(folder / "config.yaml"), [f"output_dir={tmp_path}"]))
+        keys = ("step", "loss", "l1", "kl", "wavelet", "gaussian", "gradient_norm")
+        assert {path.name for path in tmp_path.iterdir()} == FILES
+        assert not (tmp_path / "model" / "old").exists()
+        first, second = ([[line[key] for key in keys] for line in logged(f)] for f in (folder, tmp_path))
+        assert first == second
+        weights = [load_file(f / "model" / "diffusion_pytorch_model.safetensors") for f in (folder, tmp_path)]
+        assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+def test_non_finite_loss_names_the_term_and_saves_what_was(tmp_path, monkeypatch):
+    class Exploding(trainer_module.Objective):
+        calls = 0
+
+        def __call__(self, *inputs):
+            loss = super().__call__(*inputs)
+            self.calls += 1
+            if self.calls < 4:
+                return loss
+            return Loss(loss.total * math.inf, {**loss.terms, "wavelet": torch.tensor(math.nan)})
+
+    monkeypatch.setattr(trainer_module, "Objective", Exploding)
+    with pytest.raises(NonFiniteError, match="step 4: the wavelet loss is nan"):
+        train(short(tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == FILES
+    assert json.loads((tmp_path / "metrics.json").read_text())["steps"] == 3
+    weights = load_file(tmp_path / "model" / "diffusion_pytorch_model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+def test_non_finite_gradient_is_told_from_a_loss(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        trainer_module.Accelerator, "clip_grad_norm_", lambda *_: torch.tensor(math.nan), raising=True
+    )
+    with pytest.raises(NonFiniteError, match="step 1: the gradient's norm is nan"):
+        train(short(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_signal_saves_everything_and_exits_with_0(tmp_path, name):
+    command = "import sys; from litevae.cli import main; sys.exit(main())"
+    arguments = ["train", "demo", *SHORT, "max_steps=100000", "log_every=1", f"output_dir={tmp_path}"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", command, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    try:
+        deadline = time.monotonic() + 100
+        while not (tmp_path / "metrics.jsonl").exists() or len(logged(tmp_path)) < 3:
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(getattr(signal, name))
+        output, errors = process.communicate(timeout=100)
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors
+    assert "Traceback" not in errors
+    assert "everything is saved" in output
+    assert {path.name for path in tmp_path.iterdir()} == FILES
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["stopped_by"] == name
+    assert metrics["steps"] == logged(tmp_path)[-1]["step"] == metrics["held_out"]["history"][-1]["step"]
+    LiteVAE.from_pretrained(tmp_path / "model")
+
+
+def test_bfloat16_and_image_decoder_train(tmp_path):
+    AcceleratorState._reset_state()  # Accelerate allows one precision a process
+    train(short(tmp_path, "max_steps=2", "precision=bf16", "model.output_type=image", "channels_last=false"))
+    weights = load_file(tmp_path / "model" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    AcceleratorState._reset_state()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.preset=litevae-xl", "did you mean 'litevae-"),
+        ("model.num_groups=7", "model: "),
+        ("model.block_out_channels=[16]", "block_out_channels"),
+        ("data.size=36", "data.size must be a multiple of 8, got 36"),
+        ("data.size=800", "do not fit"),
+    ],
+)
+def test_settings_that_do_not_fit_are_one_line(tmp_path, override, message):
+    with pytest.raises(UserError, match=message) as caught:
+        train(short(tmp_path, override))
+    assert "\n" not in str(caught.value)
+
+
+def test_output_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write to"):
+        train(short(tmp_path / "file" / "run"))
+
+
+def test_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text("old")
+
+    def write():
+        with replacing(path) as temporary:
+            temporary.write_text("new")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write()
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+    assert path.read_text() == "old"
+
+
+def test_failed_save_leaves_the_old_model(tmp_path):
+    class Model:
+        fail = False
+
+        def save_pretrained(self, folder):
+            folder.mkdir()
+            (folder / "weights").write_text(str(self.fail))
+            if self.fail:
+                raise OSError("disk full")
+
+    model = Model()
+    save_model(model, tmp_path / "model")
+    model.fail = True
+    with pytest.raises(OSError, match="disk full"):
+        save_model(model, tmp_path / "model")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    assert (tmp_path / "model" / "weights").read_text() == "False"
+
+
+class TestLatentsAsRGB:
+    def test_shows_the_directions_of_most_variance(self):
+        generator = torch.Generator().manual_seed(0)
+        latent = 0.01 * torch.randn(6, 20, 30, generator=generator)
+        latent[4] += torch.linspace(-3, 3, 30)
+        (picture,) = latents_as_rgb([latent])
+        assert (picture.shape, picture.dtype) == ((20, 30, 3), np.uint8)
+        brightness = picture[..., 0].mean(axis=0)
+        assert abs(np.corrcoef(brightness, np.arange(30))[0, 1]) > 0.99
+
+    @pytest.mark.parametrize("channels", [1, 2, 3, 4])
+    def test_takes_any_number_of_channels_and_sizes(self, channels):
+        latents = [torch.randn(channels, *size) for size in ((4, 6), (5, 5), (1, 1))]
+        assert [p.shape for p in latents_as_rgb(latents)] == [(4, 6, 3), (5, 5, 3), (1, 1, 3)]
+
+    def test_constant_latent_is_a_picture_too(self):
+        latents_as_rgb([torch.zeros(4, 3, 3)])
