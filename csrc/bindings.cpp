@@ -29,6 +29,7 @@ namespace {
 TensorView view(uintptr_t data, int dtype, const std::vector<int64_t>& size,
                 const std::vector<int64_t>& stride) {
   if (size.size() != 4 || stride.size() != 4) throw std::invalid_argument("a tensor must have 4 dimensions");
+  if (dtype < 0 || dtype > 3) throw std::invalid_argument("unknown dtype code " + std::to_string(dtype));
   TensorView t{reinterpret_cast<void*>(data), static_cast<litevae::DType>(dtype), {}, {}};
   for (int i = 0; i < 4; ++i) t.size[i] = size[i], t.stride[i] = stride[i];
   return t;
@@ -41,6 +42,7 @@ Transform transform(const TensorView& image, const std::vector<TensorView>& coef
   using namespace litevae;
   Transform t{};
   if (levels < 1 || levels > haar::kMaxLevels) throw std::invalid_argument("levels out of range");
+  if (mode < 0 || mode > 4) throw std::invalid_argument("unknown mode code " + std::to_string(mode));
   if (coeffs.size() != static_cast<size_t>(stacked ? levels : 1 + 3 * levels))
     throw std::invalid_argument("wrong number of coefficient tensors");
   t.batch = image.size[0], t.channels = image.size[1], t.height = image.size[2], t.width = image.size[3];
@@ -76,9 +78,21 @@ bool is_empty(const Transform& t) { return t.batch * t.channels * t.height * t.w
 
 PYBIND11_MODULE(litevae_core, m) {
   m.doc() = "litevae's compiled core: raw addresses in, no tensors";
-  const litevae::Isa isa = litevae::detect_isa();
-
-  m.attr("isa") = litevae::isa_name(isa);
+  // Raised with every change of these functions' arguments or meaning; litevae_kernels/backend.py names the
+  // same.
+  m.attr("interface") = 1;
+  const litevae::Isa best = litevae::detect_isa();
+  static litevae::Isa isa = best;
+  m.def("isa", [] { return litevae::isa_name(isa); });
+  m.def("set_isa", [best](const std::string& name) {
+    for (int i = 0; i <= static_cast<int>(best); ++i) {
+      if (name != litevae::isa_name(static_cast<litevae::Isa>(i))) continue;
+      isa = static_cast<litevae::Isa>(i);
+      return;
+    }
+    throw std::invalid_argument("this CPU does not run '" + name + "' code; the best is " +
+                                litevae::isa_name(best));
+  });
   m.attr("compiler") = LITEVAE_COMPILER;
   m.attr("openmp") = static_cast<bool>(LITEVAE_OPENMP);
   m.attr("cuda_version") = LITEVAE_CUDA_VERSION;  // empty: not built
@@ -88,14 +102,14 @@ PYBIND11_MODULE(litevae_core, m) {
   py::class_<TensorView>(m, "TensorView")
       .def(py::init(&view), py::arg("data"), py::arg("dtype"), py::arg("size"), py::arg("stride"));
 
-  m.def("haar_analysis_cpu", [isa](const TensorView& image, const std::vector<TensorView>& coeffs, int levels,
-                                   int mode, double factor, bool stacked, int threads) {
+  m.def("haar_analysis_cpu", [](const TensorView& image, const std::vector<TensorView>& coeffs, int levels,
+                                int mode, double factor, bool stacked, int threads) {
     const Transform t = transform(image, coeffs, levels, mode, factor, stacked);
     py::gil_scoped_release release;
     if (!is_empty(t)) litevae::haar_analysis(isa, t, threads);
   });
-  m.def("haar_synthesis_cpu", [isa](const TensorView& image, const std::vector<TensorView>& coeffs,
-                                    int levels, int mode, double factor, bool stacked, int threads) {
+  m.def("haar_synthesis_cpu", [](const TensorView& image, const std::vector<TensorView>& coeffs, int levels,
+                                 int mode, double factor, bool stacked, int threads) {
     const Transform t = transform(image, coeffs, levels, mode, factor, stacked);
     py::gil_scoped_release release;
     if (!is_empty(t)) litevae::haar_synthesis(isa, t, threads);

@@ -10,6 +10,8 @@ import functools
 import importlib
 import importlib.util
 import os
+import re
+import threading
 import warnings
 from collections.abc import Iterator
 from types import ModuleType
@@ -18,10 +20,17 @@ import torch
 
 BACKENDS = ("reference", "native", "triton")
 
+INTERFACE = 1  # of the compiled core; csrc/bindings.cpp names the same
+
 core: ModuleType | None = None
 core_error = ""
 try:
     core = importlib.import_module("litevae_core")
+    if core.interface != INTERFACE:
+        core_error = (
+            f"it was built from another version of the sources (interface {core.interface}, not {INTERFACE})"
+        )
+        core = None
 except ImportError as error:
     core_error = str(error)
 
@@ -37,17 +46,28 @@ def _check_name(name: str, source: str) -> str:
     return name
 
 
-_forced: str | None = None
-if os.environ.get("LITEVAE_BACKEND"):
-    _forced = _check_name(os.environ["LITEVAE_BACKEND"], "LITEVAE_BACKEND")
+_from_environment = os.environ.get("LITEVAE_BACKEND") or None
+if _from_environment is not None:
+    _check_name(_from_environment, "LITEVAE_BACKEND")
+
+
+class _Choice(threading.local):
+    forced: str | None = _from_environment
+
+
+_choice = _Choice()
+# The latest choice of any thread, for the compiler, which traces and guards a global on every version of torch,
+# but a thread's own values (or a ContextVar's) not on 2.11.
+_latest: str | None = _from_environment
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Force one backend for every operator called inside the ``with`` block.
+    """Force one backend for every operator that this thread calls inside the ``with`` block.
 
     The backward pass of a call uses the backend of its forward pass, wherever it runs. Under `torch.compile`
-    the choice is part of the compiled graph: another choice compiles anew.
+    the choice is part of the compiled graph: another choice compiles anew, and of several threads' choices the
+    latest counts.
 
     Args:
         name: ``"reference"`` (plain PyTorch), ``"native"`` (compiled C++/CUDA) or ``"triton"``.
@@ -56,12 +76,29 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: the name is none of these.
         RuntimeError: by an operator inside the block, if that backend cannot serve the call.
     """
-    global _forced
-    previous, _forced = _forced, _check_name(name, "backend")
+    global _latest
+    previous = _choice.forced
+    _choice.forced = _latest = _check_name(name, "backend")
     try:
         yield
     finally:
-        _forced = previous
+        _choice.forced = _latest = previous
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _why_no_cuda() -> str | None:
+    assert core is not None
+    if not cuda_built:
+        return f"the core has no CUDA: {core.cuda_reason}"
+    if not torch.cuda.is_available():
+        return None  # what would serve one
+    oldest = min(int(re.findall(r"\d+", name)[0]) for name in core.cuda_architectures.split())
+    for device in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(device)
+        if 10 * major + minor < oldest:
+            return f"the core was built for sm_{oldest} and newer, and GPU {device} is sm_{major}{minor}"
+    return None
 
 
 def why_not(backend: str, device_type: str) -> str | None:
@@ -74,7 +111,7 @@ def why_not(backend: str, device_type: str) -> str | None:
         if device_type == "cpu":
             return None
         if device_type == "cuda":
-            return None if cuda_built else f"the core has no CUDA: {core.cuda_reason}"
+            return _why_no_cuda()
         return f"the compiled core does not know device {device_type!r}"
     if not triton_installed:
         return "Triton is not installed"
@@ -94,11 +131,12 @@ def choose(device_type: str) -> str:
     Raises:
         RuntimeError: a backend is forced and cannot serve the call; the message says why.
     """
-    if _forced is not None:
-        reason = why_not(_forced, device_type)
+    forced = _latest if torch.compiler.is_compiling() else _choice.forced
+    if forced is not None:
+        reason = why_not(forced, device_type)
         if reason is not None:
-            raise RuntimeError(f"backend {_forced!r} cannot serve a {device_type} tensor: {reason}")
-        return _forced
+            raise RuntimeError(f"backend {forced!r} cannot serve a {device_type} tensor: {reason}")
+        return forced
     if why_not("native", device_type) is None:
         return "native"
     if device_type == "cuda" and triton_installed:

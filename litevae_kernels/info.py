@@ -45,7 +45,7 @@ def report() -> list[tuple[str, str]]:
     else:
         threads = "OpenMP" if core.openmp else "no OpenMP: one thread"
         rows.append(("core", f"built with {core.compiler}, {threads}"))
-        rows.append(("CPU instruction set", core.isa))
+        rows.append(("CPU instruction set", core.isa()))
         cuda = f"CUDA {core.cuda_version} for {core.cuda_architectures}" if core.cuda_version else ""
         rows.append(("CUDA kernels", cuda or f"not built: {core.cuda_reason}"))
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

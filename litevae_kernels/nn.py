@@ -35,6 +35,15 @@ class SelfModulatedConv2d(nn.Conv2d):
         self.scale = nn.Parameter(torch.ones(in_channels, device=self.weight.device, dtype=self.weight.dtype))
         self.gain = nn.Parameter(torch.ones(1, device=self.weight.device, dtype=self.weight.dtype))
 
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if hasattr(self, "scale"):  # not yet, when nn.Conv2d's constructor calls this
+            nn.init.ones_(self.scale)
+            nn.init.ones_(self.gain)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, eps={self.eps}"
+
     def modulated_weight(self) -> Tensor:
         """w' of Equation 3: the shape and dtype of `weight`."""
         # squares of small half-precision weights underflow, and their reciprocals overflow

@@ -2,19 +2,28 @@
 // `namespace LITEVAE_ISA`, and the best set that this CPU runs is picked at the first call.
 #pragma once
 
+#if defined(LITEVAE_X86)
+#include <cpuid.h>
+#endif
+
 namespace litevae {
 
 enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2 };
 
+// The best set whose every extension (as named in CMakeLists.txt) this CPU and its operating system offer.
 inline Isa detect_isa() {
 #if defined(LITEVAE_X86)
   __builtin_cpu_init();
+  unsigned a, b, c, d;
+  const bool f16c = __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;  // no name in older compilers
+  if (!f16c || !__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Isa::baseline;
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     return Isa::avx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
-#endif
+  return Isa::avx2;
+#else
   return Isa::baseline;
+#endif
 }
 
 inline const char* isa_name(Isa isa) {

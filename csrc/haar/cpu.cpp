@@ -148,6 +148,9 @@ struct Plane {
 // What both directions need: level sizes, the plane at hand, and scratch rows.
 template <class T>
 class Rows {
+ public:
+  bool ready() const { return arena != nullptr; }
+
  protected:
   Rows(const Transform& call, int64_t lanes, bool stream)
       : p(call), lanes(lanes), stream(stream), factor(static_cast<T>(call.factor)) {
@@ -168,9 +171,8 @@ class Rows {
   void reserve(int64_t rows) {
     pitch = ((p.width + 1) * lanes * sizeof(T) + 127) / 64 * 64 + 64;
     arena = static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(pitch * rows)));
-    if (arena == nullptr) throw std::bad_alloc();
   }
-  T* take() { return reinterpret_cast<T*>(arena + pitch * taken++); }
+  T* take() { return arena == nullptr ? nullptr : reinterpret_cast<T*>(arena + pitch * taken++); }
 
   // Whether this is another plane than the last one.
   bool select(int64_t n, int64_t c) {
@@ -207,7 +209,7 @@ class Rows {
 };
 
 template <class T>
-class Analysis : Rows<T> {
+class Analysis : public Rows<T> {
   using Rows<T>::p;
   using Rows<T>::lanes;
   using Rows<T>::height;
@@ -220,7 +222,7 @@ class Analysis : Rows<T> {
       for (int slot = 0; slot < 2; ++slot) ll[level][slot] = this->take();
     for (T*& row : scratch) row = this->take();
     zeros = this->take();
-    for (int64_t i = 0; i < width[0] * lanes; ++i) zeros[i] = 0;
+    for (int64_t i = 0; this->ready() && i < width[0] * lanes; ++i) zeros[i] = 0;
     for (int band = 0; band < 4; ++band) discard.first[band] = scratch[band];
   }
 
@@ -304,7 +306,7 @@ class Analysis : Rows<T> {
 // each level is kept, so that each is made once; the fold of an odd axis' missing sample may ask for another
 // row of the plane (reflect, periodic), and has a place of its own.
 template <class T>
-class Synthesis : Rows<T> {
+class Synthesis : public Rows<T> {
   using Rows<T>::p;
   using Rows<T>::lanes;
   using Rows<T>::height;
@@ -428,14 +430,17 @@ void run(const Transform& p, int threads) {
   const int64_t elements = p.batch * p.channels * p.height * p.width;
   if (elements < 1 << 15) threads = 1;  // a thread's start costs more
   const bool stream = lanes == 1 && elements * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
+  bool out_of_memory = false;  // an exception must not leave a thread of the team
   parallel_for(p.batch * channels * rows, threads, [&](int64_t begin, int64_t end) {
     Direction<T> direction(p, lanes, stream);
+    if (!direction.ready()) return __atomic_store_n(&out_of_memory, true, __ATOMIC_RELAXED);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t n = task / (channels * rows), rest = task % (channels * rows);
       const int64_t outer_index = rest / inner, inner_index = rest % inner;
       direction.run(n, shared ? inner_index : outer_index, shared ? outer_index : inner_index);
     }
   });
+  if (out_of_memory) throw std::bad_alloc();
 }
 
 bool in_double(const Transform& p) { return p.image_dtype == DType::f64 || p.coeff_dtype == DType::f64; }

@@ -29,12 +29,14 @@ struct Quad {
   T ll, h, v, d;
 };
 
-// The butterfly; its own inverse and adjoint up to the factor. Internal linkage on the CPU: every
-// instruction set must keep its own copy.
+// The butterfly; its own inverse and adjoint up to the factor. Rows are added before columns, as the vector
+// code does, so that every path gives the same bits. Internal linkage on the CPU: every instruction set must
+// keep its own copy.
 template <class T>
 static LITEVAE_HD Quad<T> butterfly(T a, T b, T c, T d, T factor) {
-  const T top = a + b, bottom = c + d, left = a - b, right = c - d;
-  return {(top + bottom) * factor, (top - bottom) * factor, (left + right) * factor, (left - right) * factor};
+  const T left = a + c, right = b + d, left_change = a - c, right_change = b - d;
+  return {(left + right) * factor, (left_change + right_change) * factor, (left - right) * factor,
+          (left_change - right_change) * factor};
 }
 
 // Which sample stands for the missing one behind an axis of odd length n; -1: a zero.

@@ -119,7 +119,7 @@ def draw_curves(
         held_out: name of the photograph.
         path: the PNG to write.
     """
-    figure = Figure(figsize=(10, 3.8), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(10, 4), dpi=DPI, layout="constrained")
     left, right = figure.subplots(1, 2)
 
     steps = [line["step"] for line in lines]
@@ -128,7 +128,7 @@ def draw_curves(
         (curve,) = left.plot(steps, smooth(values), label="total" if name == "loss" else name, linewidth=1.6)
         left.plot(steps, values, color=curve.get_color(), alpha=0.2, linewidth=0.8)
     left.set(title="losses (unweighted terms, weighted total)", xlabel="step", yscale="log")
-    left.legend(fontsize=9, frameon=False)
+    left.legend(fontsize=9, frameon=False, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.16))
 
     at = [point["step"] for point in history]
     ssim_axes = right.twinx()

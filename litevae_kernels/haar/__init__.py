@@ -7,8 +7,8 @@ n gives ceil(n/2) coefficients; the missing last sample comes from the extension
 first, ``zero`` a zero.
 
 All functions take float64, float32, bfloat16 and float16, compute in float32 (float64 for float64), keep the
-input's memory format, are differentiable any number of times, and run on the backends of
-`litevae_kernels.use_backend`.
+input's memory format (contiguous or channels_last), are differentiable any number of times, and run on the backends
+of `litevae_kernels.use_backend`. `torch.func`'s transforms and forward-mode derivatives need the reference backend.
 """
 
 from collections.abc import Sequence
@@ -149,8 +149,9 @@ def waverec2(
         (..., H, W), dtype and memory format of the coefficients.
 
     Raises:
-        TypeError: the layout is not the one above, or dtypes differ or are not supported.
-        ValueError: sizes or devices that do not belong to one decomposition.
+        TypeError: the layout is not the one above (details that are None, which PyWavelets takes as zeros, and cA
+            alone included), or dtypes or devices differ or are not supported.
+        ValueError: sizes that do not belong to one decomposition.
     """
     flat, leading = _flatten_coeffs(coeffs)
     height, width = _check_output_size(output_size, flat[-1].shape[2], flat[-1].shape[3])
@@ -196,6 +197,10 @@ def _check_tensor(x: object, name: str) -> None:
         raise TypeError(f"{name} is a {type(x).__name__}; a torch.Tensor is needed")
     if x.dtype not in _DTYPES:
         raise TypeError(f"{name} has dtype {x.dtype}; allowed: {_names(_DTYPES)}")
+    if x.layout is not torch.strided or x.is_nested:
+        raise TypeError(
+            f"{name} is {'nested' if x.is_nested else x.layout}; a dense (strided) tensor is needed"
+        )
 
 
 def _check_image(x: object, name: str) -> None:
@@ -229,8 +234,10 @@ def _check_transform(image: Tensor, levels: int, name: str, mode: str) -> None:
 def _check_output_size(output_size: tuple[int, int] | None, h: int, w: int) -> tuple[int, int]:
     if output_size is None:
         return 2 * h, 2 * w
-    if len(output_size) != 2:
-        raise ValueError(f"output_size is {output_size!r}; two numbers are needed: (height, width)")
+    if not isinstance(output_size, Sequence) or len(output_size) != 2:
+        raise ValueError(f"output_size is {output_size!r}; two whole numbers are needed: (height, width)")
+    if any(isinstance(size, (float, complex, str, Tensor)) for size in output_size):  # not: torch.SymInt
+        raise TypeError(f"output_size is {output_size!r}; two whole numbers are needed: (height, width)")
     height, width = output_size
     if height not in (2 * h, 2 * h - 1) or width not in (2 * w, 2 * w - 1):
         raise ValueError(
@@ -248,16 +255,22 @@ def _as_4d(x: Tensor) -> Tensor:
 
 def _flatten_coeffs(coeffs: Sequence[Tensor | Sequence[Tensor]]) -> tuple[list[Tensor], torch.Size]:
     layout = "(cA_n, (cH_n, cV_n, cD_n), ..., (cH_1, cV_1, cD_1))"
-    if isinstance(coeffs, Tensor) or len(coeffs) < 2:
+    if not isinstance(coeffs, Sequence) or len(coeffs) < 2:
         raise TypeError(f"coeffs must be {layout} with at least one level of details")
     approximation, *details = coeffs
     _check_tensor(approximation, "cA")
     assert isinstance(approximation, Tensor)
+    if approximation.ndim < 2 or 0 in approximation.shape[-2:]:
+        raise ValueError(
+            f"cA has shape {tuple(approximation.shape)}; (..., height, width) of at least 1 is needed"
+        )
+    if len(details) > MAX_LEVELS:
+        raise ValueError(f"coeffs has {len(details)} levels; allowed: 1 to {MAX_LEVELS}")
     flat = [approximation]
     h, w = approximation.shape[-2:]
     for i, bands in enumerate(details):
         level = len(details) - i
-        if isinstance(bands, Tensor) or len(bands) != 3:
+        if not isinstance(bands, Sequence) or len(bands) != 3:
             raise TypeError(
                 f"the details of level {level} must be three tensors (cH, cV, cD); coeffs is {layout}"
             )
@@ -283,6 +296,4 @@ def _flatten_coeffs(coeffs: Sequence[Tensor | Sequence[Tensor]]) -> tuple[list[T
                 f"{'cA' if i == 0 else f'level {level + 1}'}"
             )
         h, w = size
-    if approximation.ndim < 2 or h == 0 or w == 0:
-        raise ValueError(f"cA has shape {tuple(approximation.shape)}; (..., height, width) is needed")
     return [_as_4d(x) for x in flat], approximation.shape[:-2]

@@ -31,7 +31,9 @@ def _extend(x: Tensor, dim: int, mode: str) -> Tensor:
     n = x.shape[dim]
     if n % 2 == 0:
         return x
-    missing = x.narrow(dim, n - 1, 1) * 0 if mode == "zero" else x.narrow(dim, stand_in(n, mode), 1)
+    missing = x.narrow(dim, 0 if mode == "zero" else stand_in(n, mode), 1)
+    if mode == "zero":
+        missing = torch.zeros_like(missing)
     return torch.cat([x, missing], dim)
 
 

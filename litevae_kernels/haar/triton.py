@@ -158,15 +158,15 @@ def _store_row(
 @triton.jit
 def _butterfly(a, b, c, d, FACTOR: tl.constexpr):
     """Pixels a b / c d to LL, H, V, D; its own adjoint."""
-    top = a + b
-    bottom = c + d
-    left = a - b
-    right = c - d
+    left = a + c  # rows before columns, as the core's
+    right = b + d
+    left_change = a - c
+    right_change = b - d
     return (
-        (top + bottom) * FACTOR,
-        (top - bottom) * FACTOR,
         (left + right) * FACTOR,
+        (left_change + right_change) * FACTOR,
         (left - right) * FACTOR,
+        (left_change - right_change) * FACTOR,
     )
 
 

@@ -1,9 +1,12 @@
 import os
 import subprocess
 import sys
+import threading
+import types
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import litevae_kernels
 from litevae_kernels import backend, haar_dwt2d, use_backend
@@ -69,6 +72,72 @@ def test_a_missing_core_warns_once(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         haar_dwt2d(image)
+
+
+def test_threads_do_not_see_each_other():
+    inside, done = threading.Event(), threading.Event()
+    seen = []
+
+    def other():
+        with use_backend("reference"):
+            inside.set()
+            done.wait(10)
+            seen.append(backend.choose("cpu"))
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    inside.wait(10)
+    assert backend.choose("cpu") == "native"
+    with use_backend("native"):
+        done.set()
+        thread.join()
+    assert seen == ["reference"]
+    assert backend.choose("cpu") == "native"
+
+
+def test_a_compiled_function_follows_the_choice():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(haar_dwt2d, fullgraph=True, backend=counter)
+    image = torch.randn(1, 1, 4, 4)
+    for name, graphs in [("native", 1), ("reference", 2), ("native", 2), ("reference", 2)]:
+        with use_backend(name):
+            torch.testing.assert_close(compiled(image), haar_dwt2d(image))
+        assert counter.frame_count == graphs  # one for each choice, none for going back
+    targets = [" ".join(str(node.target) for node in graph.graph.nodes) for graph in counter.graphs]
+    assert ["litevae.haar_analysis" in names for names in targets] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("capability", "chosen"), [((7, 5), "triton"), ((8, 0), "native"), ((12, 1), "native")]
+)
+def test_gpus_older_than_the_kernels_get_triton(monkeypatch, capability, chosen):
+    core = types.SimpleNamespace(cuda_version="13.0", cuda_architectures="80 90 PTX-80", cuda_reason="")
+    monkeypatch.setattr(backend, "core", core)
+    monkeypatch.setattr(backend, "cuda_built", True)
+    monkeypatch.setattr(backend, "triton_installed", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    backend._why_no_cuda.cache_clear()
+    try:
+        assert backend.choose("cuda") == chosen
+        if chosen == "triton":
+            assert backend.why_not("native", "cuda") == (
+                "the core was built for sm_80 and newer, and GPU 0 is sm_75"
+            )
+    finally:
+        backend._why_no_cuda.cache_clear()
+
+
+def test_a_core_of_another_version_is_refused():
+    code = """
+import sys, types
+sys.modules["litevae_core"] = types.SimpleNamespace(interface=-1)
+from litevae_kernels import backend
+print(backend.core, backend.why_not("native", "cpu"))
+"""
+    assert "None the compiled core did not load (it was built from another version" in run(code).stdout
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

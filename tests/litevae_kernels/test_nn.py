@@ -153,3 +153,12 @@ def test_smc_under_autocast_normalises_in_float32():
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(torch.randn(1, 8, 6, 6)).dtype == torch.bfloat16
         assert torch.equal(layer.modulated_weight(), expected)
+
+
+def test_smc_reset_parameters_makes_a_fresh_layer():
+    conv = SelfModulatedConv2d(3, 4, 3, device="meta").to_empty(device="cpu")
+    conv.reset_parameters()
+    assert torch.equal(conv.scale, torch.ones(3))
+    assert torch.equal(conv.gain, torch.ones(1))
+    assert conv.weight.isfinite().all()
+    assert "eps=1e-08" in repr(conv)

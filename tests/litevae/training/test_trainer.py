@@ -39,7 +39,7 @@ def logged(folder):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "deep" / "demo"
-    return folder, train(short(folder))
+    return folder, train(short(folder, "data.size=64", "data.batch_size=4"))
 
 
 class TestFinishedRun:
@@ -54,8 +54,7 @@ class TestFinishedRun:
             total = sum(getattr(weights, name) * line[name] for name in ("l1", "kl", "wavelet", "gaussian"))
             assert line["loss"] == pytest.approx(total, rel=1e-5)
             assert line["images_per_second"] > 0
-        assert lines[-1]["wavelet"] < 0.7 * lines[0]["wavelet"]
-        assert lines[-1]["loss"] < lines[0]["loss"]
+        assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
 
     def test_metrics_are_the_saved_model_s(self, finished):
         folder, result = finished

@@ -1,5 +1,7 @@
 """The public Haar functions against PyWavelets, on every backend that runs here."""
 
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -16,6 +18,7 @@ from litevae_kernels import (
     wavedec2,
     waverec2,
 )
+from litevae_kernels.backend import core
 from litevae_kernels.haar.reference import MODES, level_sizes
 from litevae_kernels.testing import LAYOUTS, arrange, assert_within_budget, poisoned_memory, shapes
 
@@ -119,7 +122,6 @@ def test_pyramid_converts_dtype_and_memory_format(backend, in_dtype, out_dtype):
             for a, b in zip(out, exact, strict=True):
                 assert a.dtype == out_dtype
                 assert a.is_contiguous(memory_format=memory_format)
-                # what rounding may lose is bounded by the coarser of the two precisions
                 assert_within_budget(a, b, magnitude=4 * image.abs().max().item(), operations=9)
 
 
@@ -237,6 +239,99 @@ def test_streamed_stores_give_the_same_values():
     torch.testing.assert_close(large[1], pywt_stacked(image, 2, "symmetric", 0.5)[1].float())
 
 
+@pytest.fixture
+def restore_isa():
+    best = core.isa()
+    yield
+    core.set_isa(best)
+
+
+def all_isas():
+    names = ("baseline", "avx2", "avx512")
+    return names[: names.index(core.isa()) + 1]
+
+
+def test_every_instruction_set_and_layout_gives_the_same_bits(restore_isa):
+    for shape, mode in [
+        ((2, 3, 40, 44), "symmetric"),
+        ((1, 4, 33, 67), "reflect"),
+        ((2, 2, 17, 130), "periodic"),
+    ]:
+        image = random_image(shape, torch.float32)
+        grads = [random_image(x.shape, torch.float32, seed=1) for x in haar_pyramid(image, mode=mode)]
+        results = {}
+        for isa in all_isas():
+            core.set_isa(isa)
+            assert core.isa() == isa
+            for layout in ("contiguous", "channels_last", "sliced", "transposed"):
+                source = arrange(image, layout).detach().requires_grad_()
+                with poisoned_memory():
+                    out = haar_pyramid(source, mode=mode)
+                    back = haar_idwt2d(haar_dwt2d(source, mode=mode), output_size=shape[2:])
+                    (grad,) = torch.autograd.grad(out, source, grads)
+                results[isa, layout] = [*out, back, grad]
+        first = results["baseline", "contiguous"]
+        exact = pywt_stacked(image, 3, mode, 0.5)
+        for a, b in zip(first, exact, strict=False):
+            assert_within_budget(a.detach(), b, magnitude=4 * image.abs().max().item(), operations=9)
+        for values in results.values():
+            for a, b in zip(values, first, strict=True):
+                assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_instruction_set_rounds_as_torch(restore_isa, dtype):
+    bits = (
+        torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).view(1, 1, 256, 256)
+    )  # every value there is
+    generator = torch.Generator().manual_seed(0)
+    floats = torch.randn(1, 1, 256, 256, generator=generator) * torch.logspace(-9, 4, 256)
+    for isa in all_isas():
+        core.set_isa(isa)
+        # a 2x2 block of four equal values has them as its mean, exactly
+        widened = bits.repeat_interleave(2, 2).repeat_interleave(2, 3)
+        ours = haar_pyramid(widened, 1, dtype=torch.float32)[0][:, :1]
+        finite = bits.float().abs() < 8e37  # four times more overflows
+        assert torch.equal(ours[finite], bits.float()[finite])
+        assert ours[bits.isnan()].isnan().all()
+        rounded = haar_pyramid(floats.repeat_interleave(2, 2).repeat_interleave(2, 3), 1, dtype=dtype)[0][
+            :, :1
+        ]
+        assert torch.equal(rounded, floats.to(dtype))
+
+
+def test_an_instruction_set_that_is_not_there():
+    with pytest.raises(ValueError, match="does not run 'neon' code; the best is"):
+        core.set_isa("neon")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_zero_extension_of_an_infinity(backend):
+    image = torch.zeros(1, 1, 4, 5)
+    image[0, 0, 1, 4] = float("inf")
+    with use_backend(backend):
+        assert haar_dwt2d(image, mode="zero")[0, :, 0, 2].tolist() == [float("inf"), -float("inf")] * 2
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the address space")
+def test_out_of_memory_is_an_exception():
+    code = """
+import resource, torch
+from litevae_kernels.haar import native, op
+image = torch.zeros(1, 1, 8, 2**21)
+coeffs = op._empty_coeffs(image, 3, True, image.dtype, False)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**24, -1))
+for function in (native.analysis, native.synthesis):
+    try:
+        function(image, coeffs, 3, "symmetric", 0.5, True)
+    except MemoryError:
+        print("MemoryError")
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.stdout.split() == ["MemoryError"] * 2, result.stderr
+
+
 def test_infinities_and_nan_stay_where_they_are():
     image = torch.zeros(1, 1, 8, 8, dtype=torch.bfloat16)
     image[0, 0, 0, 0], image[0, 0, 7, 7] = float("nan"), float("inf")
@@ -268,6 +363,25 @@ def test_infinities_and_nan_stay_where_they_are():
             ValueError,
             "height of 11 or 12 and a width of 15 or 16",
         ),
+        (
+            lambda x: haar_idwt2d(x.repeat(1, 4, 1, 1), output_size=6),
+            ValueError,
+            "output_size is 6; two whole numbers",
+        ),
+        (
+            lambda x: haar_idwt2d(x.repeat(1, 4, 1, 1), output_size=(12.0, 16)),
+            TypeError,
+            "output_size is (12.0, 16); two whole numbers",
+        ),
+        (
+            lambda x: haar_dwt2d(x.to_sparse()),
+            TypeError,
+            "image is torch.sparse_coo; a dense (strided) tensor",
+        ),
+        (lambda x: waverec2(None), TypeError, "coeffs must be"),
+        (lambda x: waverec2([x, None]), TypeError, "details of level 1 must be three tensors"),
+        (lambda x: waverec2([x[0, 0, 0], (x, x, x)]), ValueError, "cA has shape (8,)"),
+        (lambda x: waverec2([x] + [(x, x, x)] * 17), ValueError, "coeffs has 17 levels; allowed: 1 to 16"),
         (lambda x: wavedec2(x[0, 0, 0], 1), ValueError, "image has 1 dimensions; at least 2"),
         (lambda x: wavedec2(x, 0), ValueError, "level is 0; allowed: 1 to 16"),
         (lambda x: waverec2(x), TypeError, "coeffs must be"),

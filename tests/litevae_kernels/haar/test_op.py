@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from litevae_kernels import haar_dwt2d, haar_idwt2d, haar_pyramid, use_backend, wavedec2, waverec2
 from litevae_kernels.haar import op
@@ -48,7 +49,8 @@ def test_backward_equals_autograd_of_the_reference(name, mode, layout):
         with use_backend("reference"):
             exact = gradient(function, image, layout)
         assert actual.shape == image.shape
-        assert_within_budget(actual, exact, magnitude=64.0 * 4**levels, operations=5 * levels)
+        # incoming gradients below 8, four bands at half weight, up to four folded samples a level
+        assert_within_budget(actual, exact, magnitude=16.0 * 4**levels, operations=5 * levels)
         compared += 1
     assert compared >= 8
 
@@ -165,7 +167,7 @@ def test_compiles_forward_and_backward(backend, compiler):
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_no_new_graph_for_another_batch_size(dynamic):
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend=counter)
     for batch in (2, 3, 5, 8, 13):
         image = random_tensor((batch, 3, 16, 16), torch.float32).requires_grad_()
