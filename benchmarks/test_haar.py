@@ -14,7 +14,8 @@ from litevae_kernels import haar_pyramid, use_backend
 from litevae_kernels.backend import why_not
 
 SHAPE = (32, 3, 256, 256)
-INPUTS = 6  # x 25 MB in fp32: more than a CPU's or a GPU's last cache
+# x 25 MB in fp32: more than a CPU's or a GPU's last cache; a prime, so that each provider gets all of them
+INPUTS = 7
 LEVELS = 3
 
 
