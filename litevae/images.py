@@ -10,7 +10,7 @@ from torch import Tensor
 
 from litevae.errors import UserError
 
-Pixels = npt.NDArray[np.uint8]  # (H, W, 3), sRGB
+Pixels = npt.NDArray[np.uint8]  # (H, W, 3); embedded colour profiles are ignored
 
 
 def read_image(path: Path) -> Pixels:
@@ -29,7 +29,7 @@ def read_image(path: Path) -> Pixels:
             image = ImageOps.exif_transpose(file)
     except UnidentifiedImageError:
         raise UserError(f"{path}: not an image, or of a kind that Pillow cannot read") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # a broken file makes Pillow's decoders raise almost anything
         raise UserError(f"{path}: cannot be read: {error}") from None
 
     if image.mode.startswith("I"):  # 16-bit greyscale: Pillow's own conversion would clip it

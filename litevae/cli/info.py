@@ -14,7 +14,9 @@ def info(
         str,
         typer.Argument(metavar="MODEL", help="Folder of a model or of a training run, or a preset's name."),
     ],
-    size: Annotated[int, typer.Option(metavar="PIXELS", help="Side of the square image.")] = 256,
+    size: Annotated[
+        int, typer.Option(min=16, max=65536, metavar="PIXELS", help="Side of the square image.")
+    ] = 256,
 ) -> None:
     """Show a model's parameters, cost and latent shape.
 

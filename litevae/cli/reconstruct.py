@@ -15,6 +15,7 @@ def reconstruct(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a model, or of a training run.")],
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files of any size.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the PNGs.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
 ) -> None:
     """Encode and decode images, and print the PSNR of each.
 
@@ -29,7 +30,12 @@ def reconstruct(
         if not image.is_file():
             raise UserError(f"{image}: {'is a folder, not an image' if image.is_dir() else 'no such file'}")
     targets = name_outputs(images, output)
+    for target in targets:
+        if target.exists() and not overwrite:
+            raise UserError(f"{target} is there already: give another folder with -o, or --overwrite")
     autoencoder = load_model(model)
+    if autoencoder.config.in_channels != 3:
+        raise UserError(f"{model}: takes {autoencoder.config.in_channels} channels; images here have 3")
 
     from PIL import Image
 

@@ -23,13 +23,20 @@ def replacing(path: Path) -> Iterator[Path]:
 def save_model(model: ModelMixin, folder: Path) -> None:
     """Writes `model` (config.json and safetensors) to `folder`, replacing a model that is there."""
     new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    if old.exists() and not folder.exists():  # the last save was killed between its two renames
+        os.rename(old, folder)
+    shutil.rmtree(new, ignore_errors=True)
     try:
         model.save_pretrained(new)
         if folder.exists():  # a folder that is not empty cannot be replaced in one step
+            shutil.rmtree(old, ignore_errors=True)
             os.rename(folder, old)
-        os.rename(new, folder)
+        try:
+            os.rename(new, folder)
+        except OSError:
+            if old.exists():
+                os.rename(old, folder)
+            raise
     finally:
         shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)

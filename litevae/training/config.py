@@ -200,7 +200,7 @@ def check(config: Config) -> None:
         "seed": 0,
         "log_every": 1,
         "validate_every": 1,
-        "data.size": 8,
+        "data.size": 16,
         "data.batch_size": 1,
         "model.latent_channels": 1,
         "model.layers_per_block": 1,
@@ -212,17 +212,31 @@ def check(config: Config) -> None:
         **{f"loss.{entry.name}": 0 for entry in fields(LossWeights)},
     }
     for key, minimum in least.items():
-        value: Any = config
-        for part in key.split("."):
-            value = getattr(value, part)
+        value = setting(config, key)
         if not minimum <= value < float("inf"):
             raise UserError(f"{key} must be {minimum} or more, got {value}")
+    most = {"seed": 2**32 - 1, "max_steps": 10**9, "data.batch_size": 10**5, "optimizer.learning_rate": 1e6}
+    for key, maximum in most.items():
+        if setting(config, key) > maximum:
+            raise UserError(f"{key} must be {maximum} or less, got {setting(config, key)}")
+    if min(config.model.block_out_channels, default=0) < 1:
+        raise UserError(
+            f"model.block_out_channels must all be 1 or more, got {config.model.block_out_channels}"
+        )
     if not any(getattr(config.loss, entry.name) for entry in fields(LossWeights)):
         raise UserError("every loss has weight 0: there is nothing to train for")
     if not all(0 <= beta < 1 for beta in config.optimizer.betas):
         raise UserError(f"optimizer.betas must be at least 0 and below 1, got {list(config.optimizer.betas)}")
     if not config.output_dir:
         raise UserError("output_dir is empty: give a folder to write to")
+
+
+def setting(config: Config, key: str) -> Any:
+    """The value of a dotted key."""
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
 
 
 def one_line(error: Exception) -> str:

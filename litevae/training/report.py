@@ -83,6 +83,7 @@ def latents_as_rgb(latents: Sequence[torch.Tensor]) -> list[Pixels]:
     The components are those of all the latents together, so that a colour means the same in every picture;
     each fills the range between its 1st and 99th percentile.
     """
+    latents = [latent.nan_to_num() for latent in latents]  # a diverged model gets its picture too
     flat = torch.cat([latent.flatten(1) for latent in latents], dim=1).T  # (pixels, n_z)
     mean = flat.mean(dim=0)
     _, _, basis = torch.linalg.svd(flat - mean, full_matrices=False)

@@ -84,7 +84,8 @@ class StopRequest:
 
     def _note(self, number: int, _: object) -> None:
         self.signal = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
 
 
 def train(config: Config) -> Result:
@@ -162,25 +163,27 @@ class Trainer:
                 except NonFiniteError as error:  # the weights are still those of the step before
                     failure = error
                     break
+                stopped = stop.signal  # read once: it may come at any time
                 done += 1
                 training_seconds += time.perf_counter() - step_start
                 bar.update()
-                if done == 1 or done % config.log_every == 0 or done == config.max_steps or stop.signal:
+                if done == 1 or done % config.log_every == 0 or done == config.max_steps or stopped:
                     rate = done * len(batch) / training_seconds
                     line = {"step": done, **measured, "images_per_second": rate}
                     self.lines.append(line)
                     log.write(json.dumps(line) + "\n")
                     log.flush()
                     bar.set_postfix_str(f"loss {line['loss']:.3f}, {rate:.0f} images/s")
-                if stop.signal:
+                if stopped:
                     break
                 if done % config.validate_every == 0 and done < config.max_steps:
                     self.validate(done)
                 step_start = time.perf_counter()
-        result = self.finish(done, time.perf_counter() - start, stop.signal)
-        if failure:
-            raise failure
-        return result
+        try:
+            return self.finish(done, time.perf_counter() - start, stop.signal)
+        finally:
+            if failure:
+                raise failure
 
     def train_step(self, batch: Tensor, step: int) -> dict[str, float]:
         """One update from (N, 3, H, W) uint8. Returns what belongs into the log.
@@ -275,6 +278,9 @@ def make_output_dir(folder: Path) -> Path:
             pass
     except OSError as error:
         raise UserError(f"output_dir: cannot write to {folder}: {error.strerror}") from None
+    model = folder / "model"  # will be replaced as a whole
+    if model.exists() and any(model.iterdir()) and not (model / "config.json").is_file():
+        raise UserError(f"output_dir: {model} is there and is not a model; give another folder")
     return folder
 
 

@@ -78,7 +78,7 @@ def test_version(litevae):
         (["train", "demo", "output_dir=/proc/nowhere"], "cannot write to /proc/nowhere"),
         (["info", "litevae-x"], "did you mean 'litevae-"),
         (["info", "litevae-s", "--size", "250"], "multiples of 8"),
-        (["info", "litevae-s", "--size", "0"], "multiples of 8"),
+        (["info", "litevae-s", "--size", "0"], "greater than or equal to 16"),
         (["info", "litevae-s", "--size", "big"], "Invalid value for '--size'"),
         (["reconstruct", "nowhere", "missing.png", "-o", "out"], "missing.png: no such file"),
         (["reconstruct", "nowhere"], "Missing argument"),
@@ -223,3 +223,13 @@ def test_damaged_weights(fails, model, tmp_path, damage):
     else:
         save_file(dict(list(tensors.items())[:-1]), weights, {"format": "pt"})
     assert str(folder) in fails("info", folder)
+
+
+def test_reconstruct_overwrites_only_when_told(model, litevae, fails, tmp_path):
+    Image.fromarray(np.full((20, 30, 3), 90, np.uint8)).save(tmp_path / "photo.jpg")
+    (tmp_path / "photo.png").write_text("mine")
+    command = ["reconstruct", str(model), str(tmp_path / "photo.jpg"), "-o", str(tmp_path)]
+    assert "is there already" in fails(*command)
+    assert (tmp_path / "photo.png").read_text() == "mine"
+    litevae(*command, "--overwrite")
+    assert Image.open(tmp_path / "photo.png").size == (30, 20)

@@ -77,6 +77,7 @@ class TestFinishedRun:
         (tmp_path / "metrics.jsonl").write_text("{}")
         (tmp_path / "model").mkdir()
         (tmp_path / "model" / "old").touch()
+        (tmp_path / "model" / "config.json").touch()
         train(load_config(str(folder / "config.yaml"), [f"output_dir={tmp_path}"]))
         keys = ("step", "loss", "l1", "kl", "wavelet", "gaussian", "gradient_norm")
         assert {path.name for path in tmp_path.iterdir()} == FILES
@@ -227,3 +228,59 @@ class TestLatentsAsRGB:
 
     def test_constant_latent_is_a_picture_too(self):
         latents_as_rgb([torch.zeros(4, 3, 3)])
+
+
+def test_a_run_that_really_diverges_ends_in_one_error_with_its_files(tmp_path):
+    settings = [
+        "data.size=16",
+        "data.batch_size=1",
+        "optimizer.warmup_steps=0",
+        "optimizer.learning_rate=1e6",
+    ]
+    with pytest.raises(NonFiniteError):
+        train(short(tmp_path / "run", *settings, "optimizer.schedule=constant", "max_steps=12"))
+    for name in ("reconstructions.png", "curves.png", "metrics.json"):
+        assert (tmp_path / "run" / name).stat().st_size > 0
+
+
+def test_a_folder_called_model_that_is_none_is_not_deleted(tmp_path):
+    precious = tmp_path / "model" / "source.py"
+    precious.parent.mkdir()
+    precious.write_text("mine")
+    with pytest.raises(UserError, match="is there and is not a model"):
+        train(short(tmp_path))
+    assert precious.read_text() == "mine"
+
+
+class TestSavingOverAModel:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        self.model = LiteVAE.from_preset("litevae-s", block_out_channels=(16, 16, 16, 16), num_groups=4)
+        save_model(self.model, tmp_path / "model")
+        return tmp_path / "model"
+
+    def test_the_old_one_survives_a_rename_that_fails(self, folder, monkeypatch):
+        original = os.rename
+
+        def rename(source, target):
+            if str(source).endswith(".new"):
+                raise OSError("disk")
+            original(source, target)
+
+        monkeypatch.setattr(os, "rename", rename)
+        with pytest.raises(OSError, match="disk"):
+            save_model(self.model, folder)
+        monkeypatch.undo()
+        LiteVAE.from_pretrained(folder)
+        assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+    def test_the_old_one_survives_a_kill_and_a_failing_save(self, folder, monkeypatch):
+        os.rename(folder, folder.with_name(".model.old"))  # killed between the two renames
+
+        def fail(_):
+            raise OSError("full")
+
+        monkeypatch.setattr(self.model, "save_pretrained", fail)
+        with pytest.raises(OSError, match="full"):
+            save_model(self.model, folder)
+        LiteVAE.from_pretrained(folder)
