@@ -32,9 +32,7 @@ def initialise(model: LiteVAE) -> None:
             last: nn.Conv2d = module.conv2
             nn.init.zeros_(last.gain if isinstance(last, SelfModulatedConv2d) else last.weight)
         elif isinstance(module, Attention):
-            out = cast(nn.Linear, module.to_out[0])
-            nn.init.zeros_(out.weight)
-            nn.init.zeros_(out.bias)
+            nn.init.zeros_(cast(nn.Linear, module.to_out[0]).weight)
     moments = model.quant_conv or model.encoder.feature_aggregator.conv_out
     logvar = slice(moments.out_channels // 2, None)
     moments.weight[logvar] *= 0.1
