@@ -1,7 +1,6 @@
 """The typed configuration of a training run, read from YAML and `key=value` overrides."""
 
 import difflib
-import types
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -187,10 +186,8 @@ def in_words(kind: Any) -> str:
         return f"a list such as [1,2], each {in_words(args[0])}"
     if origin is tuple:
         return f"{len(args)} values such as [{','.join('0.5' for _ in args)}], each {in_words(args[0])}"
-    if origin is types.UnionType:
-        return " or ".join(in_words(arg) for arg in args)
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    return words.get(kind, "null")
+    return words[kind]
 
 
 def check(config: Config) -> None:
