@@ -21,3 +21,9 @@ def session(request: pytest.FixtureRequest) -> Iterator[Session]:
 @pytest.fixture(scope="session")
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    """No benchmark is compiled for dynamic shapes, or not at all, because of those before it."""
+    torch._dynamo.reset()

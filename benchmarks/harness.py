@@ -3,16 +3,21 @@
 A machine's speed drifts by half within minutes, so figures from separate runs say nothing. Each round runs every
 provider once, one after the other, on the next of several input sets that together exceed the caches; what is
 reported is the median of the rounds, and of the ratios within a round.
+
+On a GPU a time is the GPU's own: events around calls that are queued back to back while it is still busy with
+something else, so that the microseconds Python takes for a call do not count.
 """
 
 import itertools
 import json
+import math
 import platform
 import re
 import statistics
 import time
+import types
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
@@ -20,7 +25,12 @@ from typing import Any
 
 import torch
 
+from litevae_kernels import use_backend
+from litevae_kernels.backend import why_not
+
 RESULTS = Path(__file__).parent / "results"
+GPU_SECONDS = 2e-3  # that a provider is repeated for between two events, at least
+GPU_CLOCK = 2e9  # cycles a second, for a rough wait
 
 Provider = Callable[[int], Any]
 
@@ -36,6 +46,7 @@ class Result:
     p90_ms: float
     times_ours: float  # median over the rounds of (its time / ours)
     times_copy: float | None  # the same against copying as many bytes as the subject has to move
+    bar: float | None  # what times_ours has to reach
     bytes_moved: int | None
     gigabytes_per_second: float | None
     peak_memory: int | None  # CUDA's allocator peak beyond the inputs; not measured on a CPU
@@ -83,9 +94,88 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def synchronize() -> None:
-    if torch.cuda.is_available():
+def with_backend(backend: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, served by one backend of `litevae_kernels`."""
+
+    def call(*arguments: Any) -> Any:
+        with use_backend(backend):
+            return function(*arguments)
+
+    return call
+
+
+def our_backends(device: str) -> list[str]:
+    """The backends with kernels for `device`, the default one first; the reference where there is none."""
+    return [name for name in ("native", "triton") if why_not(name, device) is None] or ["reference"]
+
+
+def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """`torch.compile` of a copy of a function, for one set of static shapes.
+
+    The compiler keeps what it compiled beside the function's code: copies that share the code share a limit of
+    eight shapes, after which it gives up, and are compiled for dynamic shapes from the second one on.
+    """
+    copy = types.FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    return torch.compile(copy, fullgraph=True, dynamic=False, **options)
+
+
+def copies(device: str, byte_count: int, inputs: int) -> Provider:
+    """Copies half as many bytes as `byte_count`, so that it reads and writes `byte_count`."""
+    sources = [
+        torch.empty(byte_count // 2, dtype=torch.uint8, device=device).random_() for _ in range(inputs)
+    ]
+    return lambda i: sources[i].clone()
+
+
+class Stopwatch:
+    """Times one provider; each call takes the next input set of `turn`, which all providers share."""
+
+    def __init__(self, provider: Provider, turn: Iterator[int]) -> None:
+        self.provider = provider
+        self.turn = turn
+        self.on_gpu = torch.cuda.is_available()
+        self.peak_memory: int | None = None
+        self.repeats = 1
+        self.provider(next(turn))  # compile, and touch the memory
+        if self.on_gpu:
+            self._prepare()
+
+    def _prepare(self) -> None:
+        """Measures the peak of the memory, Python's time for a call, and how many calls a time needs."""
         torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        start = time.perf_counter()
+        self.provider(next(self.turn))
+        self.host_seconds = time.perf_counter() - start
+        torch.cuda.synchronize()
+        self.peak_memory = torch.cuda.max_memory_allocated() - before
+        self.repeats = max(1, math.ceil(GPU_SECONDS / self.seconds()))
+
+    def seconds(self) -> float:
+        """Of one call; on a GPU, the mean of `repeats` of them."""
+        if not self.on_gpu:
+            which = next(self.turn)
+            begin = time.perf_counter()
+            out = self.provider(which)
+            elapsed = time.perf_counter() - begin
+            del out
+            return elapsed
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        torch.cuda._sleep(int(1.5 * self.repeats * self.host_seconds * GPU_CLOCK))
+        start.record()
+        for _ in range(self.repeats):
+            self.provider(next(self.turn))
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3 / self.repeats
 
 
 def contest(
@@ -98,13 +188,14 @@ def contest(
     inputs: int,
     bytes_moved: int | None = None,
     copy: str | None = None,
+    bars: Mapping[str, float] | None = None,
     rounds: int = 30,
-    seconds: float = 20.0,
+    seconds: float = 6.0,
 ) -> dict[str, Result]:
     """Times all `providers` in turn and adds a `Result` each to `session`.
 
     Args:
-        benchmark: pytest-benchmark's fixture; its own table gets `ours`.
+        benchmark: pytest-benchmark's fixture; its own table gets `ours` (on a GPU, with repeats and waiting).
         session: where the results go.
         subject: name of what is computed, with shape, dtype and direction.
         ours: the provider that the others are compared with.
@@ -112,32 +203,19 @@ def contest(
         inputs: how many input sets there are; rounds and providers take the next one in turn.
         bytes_moved: what the subject has to read and write.
         copy: the provider that copies as many bytes, if there is one.
+        bars: how many times as long as `ours` a provider is to take, at least; below 1, ours may be slower.
         rounds: rounds at most; fewer if they would take longer than `seconds`, but at least 7.
     """
     turn = itertools.cycle(range(inputs))
+    watches = {name: Stopwatch(provider, turn) for name, provider in providers.items()}
+    start = time.perf_counter()
+    for watch in watches.values():
+        watch.seconds()
+    rounds = max(7, min(rounds, int(seconds / (time.perf_counter() - start))))
     times: dict[str, list[float]] = {name: [] for name in providers}
-    peaks: dict[str, int | None] = dict.fromkeys(providers)
 
     def run(name: str) -> None:
-        which = next(turn)
-        synchronize()
-        start = time.perf_counter()
-        out = providers[name](which)
-        synchronize()
-        times[name].append(time.perf_counter() - start)
-        del out
-
-    for name in providers:  # compile, and touch the memory
-        run(name), run(name)
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            run(name)
-            peaks[name] = torch.cuda.max_memory_allocated() - before
-    one_round = sum(values[-1] for values in times.values())
-    rounds = max(7, min(rounds, int(seconds / one_round)))
-    for values in times.values():
-        values.clear()
+        times[name].append(watches[name].seconds())
 
     # pytest-benchmark times ours last in each round, so the rivals rotate: what runs just before (and leaves the
     # caches as it does) is another one each time.
@@ -162,9 +240,10 @@ def contest(
             p90_ms=deciles[-1] * 1e3,
             times_ours=median_ratio(values, times[ours]),
             times_copy=median_ratio(values, times[copy]) if copy else None,
+            bar=bars.get(name) if bars else None,
             bytes_moved=bytes_moved,
             gigabytes_per_second=bytes_moved / median / 1e9 if bytes_moved else None,
-            peak_memory=peaks[name],
+            peak_memory=watches[name].peak_memory,
             rounds=rounds,
         )
         results[name] = result

@@ -9,9 +9,8 @@ import pywt
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Provider, Session, contest
-from litevae_kernels import haar_pyramid, use_backend
-from litevae_kernels.backend import why_not
+from benchmarks.harness import Provider, Session, contest, copies, our_backends, with_backend
+from litevae_kernels import haar_pyramid
 from litevae_kernels.testing import assert_within_budget
 
 SHAPE = (32, 3, 256, 256)
@@ -47,26 +46,6 @@ def pywavelets(image: Tensor) -> list[Any]:
         ll, details = pywt.dwt2(ll, "haar", mode="symmetric")
         out.append([x / 2**level for x in (ll, *details)])
     return out
-
-
-def with_backend(backend: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*arguments: Any) -> Any:
-        with use_backend(backend):
-            return function(*arguments)
-
-    return call
-
-
-def our_backends(device: str) -> list[str]:
-    return [name for name in ("native", "triton") if why_not(name, device) is None]
-
-
-def copies(device: str, byte_count: int) -> Provider:
-    """Copies half as many bytes as `byte_count`, so that it reads and writes `byte_count`."""
-    sources = [
-        torch.empty(byte_count // 2, dtype=torch.uint8, device=device).random_() for _ in range(INPUTS)
-    ]
-    return lambda i: sources[i].clone()
 
 
 def check(outputs: Sequence[Tensor], image: Tensor) -> None:
@@ -110,7 +89,7 @@ def test_pyramid_forward(benchmark: Any, session: Session, device: str, case: st
     backends = our_backends(device)
     out = ours(images[0])
     byte_count = images[0].nbytes + sum(x.nbytes for x in out)
-    copy = copies(device, byte_count)
+    copy = copies(device, byte_count, INPUTS)
     providers: dict[str, Provider] = {"copy of the same bytes": copy}
     for backend in backends:
         call = with_backend(backend, ours)
@@ -154,7 +133,7 @@ def test_pyramid_backward(benchmark: Any, session: Session, device: str, case: s
     exact_grads = [g.double() for g in grads[0]]
     exact = torch.autograd.grad(slicing(exact_image), exact_image, exact_grads)[0]
     backends = our_backends(device)
-    providers: dict[str, Provider] = {"copy of the same bytes": copies(device, byte_count)}
+    providers: dict[str, Provider] = {"copy of the same bytes": copies(device, byte_count, INPUTS)}
     for backend in backends:
         provider = backward_of(with_backend(backend, ours))
         assert_within_budget(provider(0), exact, magnitude=32.0, operations=4 * LEVELS)

@@ -3,12 +3,16 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "common/isa.h"
+#include "group_norm_silu/group_norm_silu.h"
 #include "haar/haar.h"
+#include "smc/smc.h"
 
 namespace py = pybind11;
 using litevae::TensorView;
@@ -16,11 +20,24 @@ using litevae::haar::Transform;
 
 LITEVAE_DISPATCH_ISA(haar_analysis, (const haar::Transform& call, int threads), call, threads)
 LITEVAE_DISPATCH_ISA(haar_synthesis, (const haar::Transform& call, int threads), call, threads)
+LITEVAE_DISPATCH_ISA(group_norm_silu_forward, (const group_norm_silu::Forward& call, int threads), call,
+                     threads)
+LITEVAE_DISPATCH_ISA(group_norm_silu_backward, (const group_norm_silu::Backward& call, int threads), call,
+                     threads)
+LITEVAE_DISPATCH_ISA(modulate_weight_forward, (const smc::Forward& call, int threads), call, threads)
+LITEVAE_DISPATCH_ISA(modulate_weight_backward, (const smc::Backward& call, int threads), call, threads)
 
 #ifdef LITEVAE_CUDA
 namespace litevae {
 void haar_analysis_cuda(const haar::Transform& call, void* scratch, int device, void* stream);
 void haar_synthesis_cuda(const haar::Transform& call, void* scratch, int device, void* stream);
+int64_t group_norm_silu_scratch_bytes(int64_t batch, int64_t channels, int64_t pixels, int64_t element);
+void group_norm_silu_forward_cuda(const group_norm_silu::Forward& call, void* scratch, int device,
+                                  void* stream);
+void group_norm_silu_backward_cuda(const group_norm_silu::Backward& call, void* scratch, int device,
+                                   void* stream);
+void modulate_weight_forward_cuda(const smc::Forward& call, int device, void* stream);
+void modulate_weight_backward_cuda(const smc::Backward& call, void* scratch, int device, void* stream);
 }  // namespace litevae
 #endif
 
@@ -72,6 +89,92 @@ Transform transform(const TensorView& image, const std::vector<TensorView>& coef
   return t;
 }
 
+using MaybeView = std::optional<TensorView>;
+
+void expect(bool fits, const char* what) {
+  if (!fits) throw std::invalid_argument(std::string(what) + " does not fit the other tensors");
+}
+
+bool same_size(const TensorView& a, const TensorView& b) { return std::equal(a.size, a.size + 4, b.size); }
+
+litevae::group_norm_silu::Inputs norm_inputs(const TensorView& x, const MaybeView& skip,
+                                             const MaybeView& weight, const MaybeView& bias, uintptr_t stats,
+                                             int64_t groups) {
+  litevae::group_norm_silu::Inputs in{};
+  in.x = x, in.stats = reinterpret_cast<double*>(stats), in.groups = groups;
+  if (skip) {
+    in.skip = *skip;
+    expect(skip->dtype == x.dtype && skip->size[0] == x.size[0] && skip->size[2] == x.size[2] &&
+               skip->size[3] == x.size[3],
+           "skip");
+  }
+  if (weight) in.weight = *weight, expect(weight->size[1] == in.channels(), "weight");
+  if (bias) in.bias = *bias, expect(bias->size[1] == in.channels(), "bias");
+  if (groups < 1 || in.channels() % groups)
+    throw std::invalid_argument("groups do not divide the channels: " + std::to_string(groups));
+  return in;
+}
+
+litevae::group_norm_silu::Forward norm_forward(const TensorView& x, const MaybeView& skip,
+                                               const MaybeView& weight, const MaybeView& bias,
+                                               const TensorView& y, uintptr_t stats, int64_t groups,
+                                               double eps) {
+  const auto in = norm_inputs(x, skip, weight, bias, stats, groups);
+  expect(y.dtype == x.dtype && y.size[0] == x.size[0] && y.size[1] == in.channels() &&
+             y.size[2] == x.size[2] && y.size[3] == x.size[3],
+         "y");
+  return {in, y, eps};
+}
+
+litevae::group_norm_silu::Backward norm_backward(const TensorView& grad, const TensorView& x,
+                                                 const MaybeView& skip, const MaybeView& weight,
+                                                 const MaybeView& bias, uintptr_t stats,
+                                                 const TensorView& grad_x, const MaybeView& grad_skip,
+                                                 const MaybeView& grad_weight, const MaybeView& grad_bias,
+                                                 int64_t groups) {
+  const auto in = norm_inputs(x, skip, weight, bias, stats, groups);
+  expect(grad.dtype == x.dtype && grad.size[0] == x.size[0] && grad.size[1] == in.channels() &&
+             grad.size[2] == x.size[2] && grad.size[3] == x.size[3],
+         "grad");
+  expect(same_size(grad_x, x) && grad_x.dtype == x.dtype, "grad_x");
+  litevae::group_norm_silu::Backward b{in, grad, grad_x, {}, {}, {}};
+  if (grad_skip) b.grad_skip = *grad_skip, expect(skip && same_size(*skip, *grad_skip), "grad_skip");
+  if (grad_weight)
+    b.grad_weight = *grad_weight, expect(weight && same_size(*weight, *grad_weight), "grad_weight");
+  if (grad_bias) b.grad_bias = *grad_bias, expect(bias && same_size(*bias, *grad_bias), "grad_bias");
+  return b;
+}
+
+litevae::smc::Inputs smc_inputs(const TensorView& weight, const TensorView& scale, const MaybeView& gain,
+                                const TensorView& norm, double eps) {
+  litevae::smc::Inputs in{weight, scale, gain.value_or(TensorView{}), norm, eps};
+  expect(weight.size[1] > 0 && scale.size[1] > 0 && scale.size[1] % weight.size[1] == 0 &&
+             weight.size[0] % in.groups() == 0,
+         "scale");
+  expect(norm.size[1] == weight.size[0] &&
+             (norm.dtype == litevae::DType::f32 || norm.dtype == litevae::DType::f64),
+         "norm");
+  return in;
+}
+
+litevae::smc::Forward smc_forward(const TensorView& weight, const TensorView& scale, const MaybeView& gain,
+                                  const TensorView& modulated, const TensorView& norm, double eps) {
+  expect(same_size(weight, modulated), "modulated");
+  return {smc_inputs(weight, scale, gain, norm, eps), modulated};
+}
+
+litevae::smc::Backward smc_backward(const TensorView& grad, const TensorView& weight, const TensorView& scale,
+                                    const MaybeView& gain, const TensorView& norm,
+                                    const TensorView& grad_weight, const TensorView& grad_scale,
+                                    const MaybeView& grad_gain, double eps) {
+  expect(same_size(weight, grad), "grad");
+  expect(same_size(weight, grad_weight), "grad_weight");
+  expect(same_size(scale, grad_scale), "grad_scale");
+  expect(gain.has_value() == grad_gain.has_value(), "grad_gain");
+  return {smc_inputs(weight, scale, gain, norm, eps), grad, grad_weight, grad_scale,
+          grad_gain.value_or(TensorView{})};
+}
+
 bool is_empty(const Transform& t) { return t.batch * t.channels * t.height * t.width == 0; }
 
 }  // namespace
@@ -80,7 +183,7 @@ PYBIND11_MODULE(litevae_core, m) {
   m.doc() = "litevae's compiled core: raw addresses in, no tensors";
   // Raised with every change of these functions' arguments or meaning; litevae_kernels/backend.py names the
   // same.
-  m.attr("interface") = 1;
+  m.attr("interface") = 2;
   const litevae::Isa best = litevae::detect_isa();
   static litevae::Isa isa = best;
   m.def("isa", [] { return litevae::isa_name(isa); });
@@ -114,6 +217,38 @@ PYBIND11_MODULE(litevae_core, m) {
     py::gil_scoped_release release;
     if (!is_empty(t)) litevae::haar_synthesis(isa, t, threads);
   });
+  m.def("group_norm_silu_cpu",
+        [](const TensorView& x, const MaybeView& skip, const MaybeView& weight, const MaybeView& bias,
+           const TensorView& y, uintptr_t stats, int64_t groups, double eps, int threads) {
+          const auto call = norm_forward(x, skip, weight, bias, y, stats, groups, eps);
+          py::gil_scoped_release release;
+          litevae::group_norm_silu_forward(isa, call, threads);
+        });
+  m.def("group_norm_silu_backward_cpu",
+        [](const TensorView& grad, const TensorView& x, const MaybeView& skip, const MaybeView& weight,
+           const MaybeView& bias, uintptr_t stats, const TensorView& grad_x, const MaybeView& grad_skip,
+           const MaybeView& grad_weight, const MaybeView& grad_bias, int64_t groups, int threads) {
+          const auto call = norm_backward(grad, x, skip, weight, bias, stats, grad_x, grad_skip, grad_weight,
+                                          grad_bias, groups);
+          py::gil_scoped_release release;
+          litevae::group_norm_silu_backward(isa, call, threads);
+        });
+  m.def("modulate_weight_cpu",
+        [](const TensorView& weight, const TensorView& scale, const MaybeView& gain,
+           const TensorView& modulated, const TensorView& norm, double eps, int threads) {
+          const auto call = smc_forward(weight, scale, gain, modulated, norm, eps);
+          py::gil_scoped_release release;
+          litevae::modulate_weight_forward(isa, call, threads);
+        });
+  m.def("modulate_weight_backward_cpu",
+        [](const TensorView& grad, const TensorView& weight, const TensorView& scale, const MaybeView& gain,
+           const TensorView& norm, const TensorView& grad_weight, const TensorView& grad_scale,
+           const MaybeView& grad_gain, double eps, int threads) {
+          const auto call =
+              smc_backward(grad, weight, scale, gain, norm, grad_weight, grad_scale, grad_gain, eps);
+          py::gil_scoped_release release;
+          litevae::modulate_weight_backward(isa, call, threads);
+        });
 #ifdef LITEVAE_CUDA
   m.def("haar_analysis_cuda",
         [](const TensorView& image, const std::vector<TensorView>& coeffs, int levels, int mode,
@@ -130,6 +265,40 @@ PYBIND11_MODULE(litevae_core, m) {
           if (!is_empty(t))
             litevae::haar_synthesis_cuda(t, reinterpret_cast<void*>(scratch), device,
                                          reinterpret_cast<void*>(stream));
+        });
+  m.def("group_norm_silu_scratch_bytes", &litevae::group_norm_silu_scratch_bytes);
+  m.def("group_norm_silu_cuda",
+        [](const TensorView& x, const MaybeView& skip, const MaybeView& weight, const MaybeView& bias,
+           const TensorView& y, uintptr_t stats, int64_t groups, double eps, uintptr_t scratch, int device,
+           uintptr_t stream) {
+          litevae::group_norm_silu_forward_cuda(norm_forward(x, skip, weight, bias, y, stats, groups, eps),
+                                                reinterpret_cast<void*>(scratch), device,
+                                                reinterpret_cast<void*>(stream));
+        });
+  m.def("group_norm_silu_backward_cuda",
+        [](const TensorView& grad, const TensorView& x, const MaybeView& skip, const MaybeView& weight,
+           const MaybeView& bias, uintptr_t stats, const TensorView& grad_x, const MaybeView& grad_skip,
+           const MaybeView& grad_weight, const MaybeView& grad_bias, int64_t groups, uintptr_t scratch,
+           int device, uintptr_t stream) {
+          const auto call = norm_backward(grad, x, skip, weight, bias, stats, grad_x, grad_skip, grad_weight,
+                                          grad_bias, groups);
+          litevae::group_norm_silu_backward_cuda(call, reinterpret_cast<void*>(scratch), device,
+                                                 reinterpret_cast<void*>(stream));
+        });
+  m.def("modulate_weight_cuda",
+        [](const TensorView& weight, const TensorView& scale, const MaybeView& gain,
+           const TensorView& modulated, const TensorView& norm, double eps, int device, uintptr_t stream) {
+          litevae::modulate_weight_forward_cuda(smc_forward(weight, scale, gain, modulated, norm, eps),
+                                                device, reinterpret_cast<void*>(stream));
+        });
+  m.def("modulate_weight_backward_cuda",
+        [](const TensorView& grad, const TensorView& weight, const TensorView& scale, const MaybeView& gain,
+           const TensorView& norm, const TensorView& grad_weight, const TensorView& grad_scale,
+           const MaybeView& grad_gain, double eps, uintptr_t scratch, int device, uintptr_t stream) {
+          const auto call =
+              smc_backward(grad, weight, scale, gain, norm, grad_weight, grad_scale, grad_gain, eps);
+          litevae::modulate_weight_backward_cuda(call, reinterpret_cast<void*>(scratch), device,
+                                                 reinterpret_cast<void*>(stream));
         });
 #endif
 }

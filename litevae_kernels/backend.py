@@ -20,7 +20,7 @@ import torch
 
 BACKENDS = ("reference", "native", "triton")
 
-INTERFACE = 1  # of the compiled core; csrc/bindings.cpp names the same
+INTERFACE = 2  # of the compiled core; csrc/bindings.cpp names the same
 
 core: ModuleType | None = None
 core_error = ""

@@ -9,7 +9,7 @@ import torch
 from litevae_kernels import backend
 from litevae_kernels.backend import core
 
-OPERATORS = ("haar",)
+OPERATORS = ("haar", "group_norm_silu", "smc")
 
 
 def _version(distribution: str) -> str:

@@ -6,15 +6,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from litevae_kernels import group_norm_silu, modulate_weight, self_modulated_conv2d
+
 
 class GroupNormSiLU(nn.GroupNorm):
     """SiLU of a group normalisation; a drop-in for `nn.GroupNorm` followed by `nn.SiLU`.
 
-    Takes and returns (N, C, *). Constructor arguments and state-dict keys are `nn.GroupNorm`'s.
+    Takes (N, C, *) and returns the same shape, dtype (under autocast too) and memory format. Constructor arguments
+    and state-dict keys are `nn.GroupNorm`'s. Raises what `litevae_kernels.group_norm_silu` raises.
     """
 
-    def forward(self, input: Tensor) -> Tensor:
-        return F.silu(super().forward(input))
+    def forward(self, input: Tensor, skip: Tensor | None = None) -> Tensor:
+        """With a second input (N, C_skip, *), the result is that of ``torch.cat([input, skip], 1)``."""
+        return group_norm_silu(input, self.num_groups, self.weight, self.bias, eps=self.eps, skip=skip)
 
 
 class SelfModulatedConv2d(nn.Conv2d):
@@ -23,15 +27,32 @@ class SelfModulatedConv2d(nn.Conv2d):
     w'[o,i,k] = gain * scale[i] * w[o,i,k] / (sqrt(sum_{i,k} (scale[i] * w[o,i,k])^2) + eps)
 
     The scales and the gain belong to the layer, not to the sample, so this is one ordinary convolution.
-    Takes (N, C_in, H, W), returns (N, C_out, H', W'). Constructor arguments are `nn.Conv2d`'s plus `eps`;
+    Takes (N, C_in, H, W), returns (N, C_out, H', W') in the input's dtype, or autocast's where that is on.
+    Constructor arguments are `nn.Conv2d`'s and `eps`, and `silu_input`, which convolves the SiLU of the input;
     the state dict has `nn.Conv2d`'s keys plus `scale` (C_in) and `gain` (1), both initially ones.
     The weights are normalised in float32 (float64 for float64), whatever their storage type. An all-zero
     filter gives zeros; its gradient is finite in float32, where the slope is 1 / eps.
+    Raises what `litevae_kernels.self_modulated_conv2d` raises.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, *args: Any, eps: float = 1e-8, **kwargs: Any):
+    # narrower than nn.Conv2d declares them
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: str | tuple[int, int]
+    dilation: tuple[int, int]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *args: Any,
+        eps: float = 1e-8,
+        silu_input: bool = False,
+        **kwargs: Any,
+    ):
         super().__init__(in_channels, out_channels, *args, **kwargs)
         self.eps = eps
+        self.silu_input = silu_input
         self.scale = nn.Parameter(torch.ones(in_channels, device=self.weight.device, dtype=self.weight.dtype))
         self.gain = nn.Parameter(torch.ones(1, device=self.weight.device, dtype=self.weight.dtype))
 
@@ -42,19 +63,50 @@ class SelfModulatedConv2d(nn.Conv2d):
             nn.init.ones_(self.gain)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, eps={self.eps}"
+        silu = ", silu_input=True" if self.silu_input else ""
+        return f"{super().extra_repr()}, eps={self.eps}{silu}"
 
     def modulated_weight(self) -> Tensor:
-        """w' of Equation 3: the shape and dtype of `weight`."""
-        # squares of small half-precision weights underflow, and their reciprocals overflow
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        out_per_group = self.out_channels // self.groups
-        # (C_in) -> (C_out, C_in / groups, 1, 1): a filter sees the input channels of its group only
-        scale = self.scale.to(dtype).view(self.groups, -1).repeat_interleave(out_per_group, dim=0)
-        weight = self.weight.to(dtype) * scale[:, :, None, None]
-        # vector_norm has subgradient zero at zero, where the derivative of sqrt is infinite
-        norm = torch.linalg.vector_norm(weight, dim=(1, 2, 3), keepdim=True)
-        return (weight * (self.gain.to(dtype) / (norm + self.eps))).to(self.weight.dtype)
+        """w' of Equation 3: the shape, dtype and memory format of `weight`."""
+        return modulate_weight(self.weight, self.scale, self.gain, eps=self.eps)
+
+    def folded(self) -> nn.Conv2d:
+        """A plain convolution with the modulated weights, which shares no memory with this layer.
+
+        It has no activation: where `silu_input` is set, apply SiLU in front of it for the same output.
+        """
+        plain = nn.Conv2d(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            bias=self.bias is not None,
+            padding_mode=self.padding_mode,
+            device="meta",
+        )
+        plain.weight = nn.Parameter(self.modulated_weight().detach(), self.weight.requires_grad)
+        if self.bias is not None:
+            plain.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
+        return plain.train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(input, self.modulated_weight(), self.bias)
+        padding = self.padding
+        if self.padding_mode != "zeros":  # what pads with values of the image itself commutes with SiLU
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = (0, 0)
+        return self_modulated_conv2d(
+            input,
+            self.weight,
+            self.scale,
+            self.gain,
+            self.bias,
+            stride=self.stride,
+            padding=padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            eps=self.eps,
+            silu_input=self.silu_input,
+        )

@@ -10,13 +10,15 @@ from torch import Tensor
 LAYOUTS = ("contiguous", "channels_last", "sliced", "transposed", "expanded")
 
 
-def assert_within_budget(actual: Tensor, exact: Tensor, *, magnitude: float, operations: int) -> None:
+def assert_within_budget(
+    actual: Tensor, exact: Tensor, *, magnitude: float | Tensor, operations: int
+) -> None:
     """Compare a result with its float64 value, allowing what its arithmetic may lose and no more.
 
     Args:
         actual: the result, any floating-point dtype. Its arithmetic ran in float32 (float64 for float64).
         exact: the same in float64, from the same (already rounded) inputs.
-        magnitude: bound on the absolute values that are added up.
+        magnitude: bound on the absolute values that are added up: one number, or one for each element.
         operations: length of the longest chain of roundings; each loses half a unit in the last place of at
             most `magnitude`. Storing the result loses one more, relative to the result itself.
 

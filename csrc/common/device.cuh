@@ -148,6 +148,26 @@ LITEVAE_DEVICE uint32_t narrow(float low, float high) {
 #endif
 }
 
+// The N elements of whole words.
+template <class S, int N, int kWords, class T, class... IsHalf>
+LITEVAE_DEVICE void unpack(const uint32_t (&words)[kWords], T (&to)[N], IsHalf... is_half) {
+  static_assert(N * sizeof(S) == 4 * kWords, "");
+  if constexpr (sizeof(S) == 8) {
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      to[i] = static_cast<T>(bit_cast<double>(static_cast<uint64_t>(words[2 * i + 1]) << 32 | words[2 * i]));
+  } else if constexpr (sizeof(S) == 4) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) to[i] = static_cast<T>(bit_cast<float>(words[i]));
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const uint16_t bits = static_cast<uint16_t>(i % 2 == 0 ? words[i / 2] & 0xffffu : words[i / 2] >> 16);
+      to[i] = static_cast<T>(widen(S{bits}, is_half...));
+    }
+  }
+}
+
 // N adjacent elements; `from` must be aligned to vector_bytes(N * sizeof(S)).
 template <class S, int N, class T, class... IsHalf>
 LITEVAE_DEVICE void load_vector(const void* from, T (&to)[N], IsHalf... is_half) {
@@ -160,21 +180,7 @@ LITEVAE_DEVICE void load_vector(const void* from, T (&to)[N], IsHalf... is_half)
   } else {
     uint32_t words[kBytes / 4];
     load_words<vector_bytes(kBytes)>(from, words);
-    if constexpr (sizeof(S) == 8) {
-#pragma unroll
-      for (int i = 0; i < N; ++i)
-        to[i] =
-            static_cast<T>(bit_cast<double>(static_cast<uint64_t>(words[2 * i + 1]) << 32 | words[2 * i]));
-    } else if constexpr (sizeof(S) == 4) {
-#pragma unroll
-      for (int i = 0; i < N; ++i) to[i] = static_cast<T>(bit_cast<float>(words[i]));
-    } else {
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        const uint16_t bits = static_cast<uint16_t>(i % 2 == 0 ? words[i / 2] & 0xffffu : words[i / 2] >> 16);
-        to[i] = static_cast<T>(widen(S{bits}, is_half...));
-      }
-    }
+    unpack<S>(words, to, is_half...);
   }
 }
 

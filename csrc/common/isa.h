@@ -8,7 +8,7 @@
 
 namespace litevae {
 
-enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2 };
+enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2, avx512bf16 = 3 };
 
 // The best set whose every extension (as named in CMakeLists.txt) this CPU and its operating system offer.
 inline Isa detect_isa() {
@@ -18,8 +18,10 @@ inline Isa detect_isa() {
   const bool f16c = __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;  // no name in older compilers
   if (!f16c || !__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Isa::baseline;
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return Isa::avx512;
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    const bool bf16 = __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & 1u << 5) != 0;
+    return bf16 ? Isa::avx512bf16 : Isa::avx512;
+  }
   return Isa::avx2;
 #else
   return Isa::baseline;
@@ -27,29 +29,43 @@ inline Isa detect_isa() {
 }
 
 inline const char* isa_name(Isa isa) {
-  return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "baseline";
+  switch (isa) {
+    case Isa::avx512bf16:
+      return "avx512bf16";
+    case Isa::avx512:
+      return "avx512";
+    case Isa::avx2:
+      return "avx2";
+    case Isa::baseline:
+      break;
+  }
+  return "baseline";
 }
 
 }  // namespace litevae
 
 // Declares FUNCTION once an instruction set, and defines the dispatching litevae::FUNCTION.
 #if defined(LITEVAE_X86)
-#define LITEVAE_DISPATCH_ISA(FUNCTION, SIGNATURE, ...)            \
-  namespace litevae {                                             \
-  namespace baseline {                                            \
-  void FUNCTION SIGNATURE;                                        \
-  }                                                               \
-  namespace avx2 {                                                \
-  void FUNCTION SIGNATURE;                                        \
-  }                                                               \
-  namespace avx512 {                                              \
-  void FUNCTION SIGNATURE;                                        \
-  }                                                               \
-  inline void FUNCTION(Isa isa, LITEVAE_UNWRAP SIGNATURE) {       \
-    if (isa == Isa::avx512) return avx512::FUNCTION(__VA_ARGS__); \
-    if (isa == Isa::avx2) return avx2::FUNCTION(__VA_ARGS__);     \
-    baseline::FUNCTION(__VA_ARGS__);                              \
-  }                                                               \
+#define LITEVAE_DISPATCH_ISA(FUNCTION, SIGNATURE, ...)                    \
+  namespace litevae {                                                     \
+  namespace baseline {                                                    \
+  void FUNCTION SIGNATURE;                                                \
+  }                                                                       \
+  namespace avx2 {                                                        \
+  void FUNCTION SIGNATURE;                                                \
+  }                                                                       \
+  namespace avx512 {                                                      \
+  void FUNCTION SIGNATURE;                                                \
+  }                                                                       \
+  namespace avx512bf16 {                                                  \
+  void FUNCTION SIGNATURE;                                                \
+  }                                                                       \
+  inline void FUNCTION(Isa isa, LITEVAE_UNWRAP SIGNATURE) {               \
+    if (isa == Isa::avx512bf16) return avx512bf16::FUNCTION(__VA_ARGS__); \
+    if (isa == Isa::avx512) return avx512::FUNCTION(__VA_ARGS__);         \
+    if (isa == Isa::avx2) return avx2::FUNCTION(__VA_ARGS__);             \
+    baseline::FUNCTION(__VA_ARGS__);                                      \
+  }                                                                       \
   }
 #else
 #define LITEVAE_DISPATCH_ISA(FUNCTION, SIGNATURE, ...)                                     \

@@ -4,6 +4,8 @@
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
+
+#include "convert.h"
 #define LITEVAE_SIMD 1
 
 namespace litevae {
@@ -11,17 +13,67 @@ namespace {
 
 #if defined(__AVX512F__)
 struct VecF {
+  using Scalar = float;
   static constexpr int width = 16;
   __m512 v;
 
   static VecF load(const float* from) { return {_mm512_loadu_ps(from)}; }
+  static VecF load(const BFloat16* from) {
+    return widened(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  }
+  static VecF load(const Half* from) {
+    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)))};
+  }
+  // `lanes` elements; the other lanes are zero
+  static VecF load(const float* from, int lanes) { return {_mm512_maskz_loadu_ps(first(lanes), from)}; }
+  static VecF load(const BFloat16* from, int lanes) {
+    return widened(_mm256_maskz_loadu_epi16(first(lanes), from));
+  }
+  static VecF load(const Half* from, int lanes) {
+    return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(lanes), from))};
+  }
   static VecF set(float value) { return {_mm512_set1_ps(value)}; }
   void store(float* to) const { _mm512_storeu_ps(to, v); }
+  void store(BFloat16* to) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bfloat16()); }
+  void store(Half* to) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), half()); }
+  void store(float* to, int lanes) const { _mm512_mask_storeu_ps(to, first(lanes), v); }
+  void store(BFloat16* to, int lanes) const { _mm256_mask_storeu_epi16(to, first(lanes), bfloat16()); }
+  void store(Half* to, int lanes) const { _mm256_mask_storeu_epi16(to, first(lanes), half()); }
   void stream(float* to) const { _mm512_stream_ps(to, v); }  // past the cache; `to` aligned to 64 bytes
   VecF operator+(VecF o) const { return {_mm512_add_ps(v, o.v)}; }
   VecF operator-(VecF o) const { return {_mm512_sub_ps(v, o.v)}; }
   VecF operator*(VecF o) const { return {_mm512_mul_ps(v, o.v)}; }
+  static VecF multiply_add(VecF a, VecF b, VecF c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+  VecF rounded() const { return {_mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+  VecF times_power_of_two(VecF n) const { return {_mm512_scalef_ps(v, n.v)}; }
+
+ private:
+  static __mmask16 first(int lanes) { return static_cast<__mmask16>((1u << lanes) - 1); }
+  static VecF widened(__m256i bits) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+  }
+  // Round to nearest even; a NaN stays a NaN.
+  __m256i bfloat16() const {
+#if defined(__AVX512BF16__)
+    return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v));
+#else
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    const __m512i kept = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q),
+                                               _mm512_or_si512(bits, _mm512_set1_epi32(0x400000)));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
+#endif
+  }
+  __m256i half() const { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
 };
+
+inline VecF min(VecF a, VecF b) { return {_mm512_min_ps(a.v, b.v)}; }  // b where either is a NaN
+
+inline VecF reciprocal(VecF x) {  // of normal numbers, to the last place or two
+  const VecF r{_mm512_rcp14_ps(x.v)};
+  return r * VecF{_mm512_fnmadd_ps(x.v, r.v, _mm512_set1_ps(2.0f))};
+}
 
 // a b (2 x width adjacent values) -> those at even and at odd positions
 inline void deinterleave(VecF a, VecF b, VecF& even, VecF& odd) {
@@ -37,17 +89,63 @@ inline void interleave(VecF even, VecF odd, VecF& a, VecF& b) {
 }
 #else
 struct VecF {
+  using Scalar = float;
   static constexpr int width = 8;
   __m256 v;
 
   static VecF load(const float* from) { return {_mm256_loadu_ps(from)}; }
+  static VecF load(const BFloat16* from) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
+  }
+  static VecF load(const Half* from) {
+    return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))};
+  }
+  // `lanes` elements; the other lanes are zero
+  template <class Stored>
+  static VecF load(const Stored* from, int lanes) {
+    Stored buffer[width] = {};
+    std::memcpy(buffer, from, static_cast<size_t>(lanes) * sizeof(Stored));
+    return load(buffer);
+  }
   static VecF set(float value) { return {_mm256_set1_ps(value)}; }
   void store(float* to) const { _mm256_storeu_ps(to, v); }
+  void store(BFloat16* to) const {  // round to nearest even; a NaN stays a NaN
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i kept = _mm256_blendv_epi8(rounded, _mm256_or_si256(bits, _mm256_set1_epi32(0x400000)), nan);
+    const __m256i high = _mm256_srli_epi32(kept, 16);
+    const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), packed);
+  }
+  void store(Half* to) const {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
+  template <class Stored>
+  void store(Stored* to, int lanes) const {
+    Stored buffer[width];
+    store(buffer);
+    std::memcpy(to, buffer, static_cast<size_t>(lanes) * sizeof(Stored));
+  }
   void stream(float* to) const { _mm256_stream_ps(to, v); }  // past the cache; `to` aligned to 32 bytes
   VecF operator+(VecF o) const { return {_mm256_add_ps(v, o.v)}; }
   VecF operator-(VecF o) const { return {_mm256_sub_ps(v, o.v)}; }
   VecF operator*(VecF o) const { return {_mm256_mul_ps(v, o.v)}; }
+  static VecF multiply_add(VecF a, VecF b, VecF c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+  VecF rounded() const { return {_mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+  VecF times_power_of_two(VecF n) const {  // n whole, of what makes zero or less cut off at 2^-126
+    const __m256 cut = _mm256_max_ps(n.v, _mm256_set1_ps(-126.0f));
+    const __m256i exponent =
+        _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(cut), _mm256_set1_epi32(127)), 23);
+    return {_mm256_mul_ps(v, _mm256_castsi256_ps(exponent))};
+  }
 };
+
+inline VecF min(VecF a, VecF b) { return {_mm256_min_ps(a.v, b.v)}; }  // b where either is a NaN
+
+inline VecF reciprocal(VecF x) { return {_mm256_div_ps(_mm256_set1_ps(1.0f), x.v)}; }
 
 inline void deinterleave(VecF a, VecF b, VecF& even, VecF& odd) {
   const __m256 lo = _mm256_permute2f128_ps(a.v, b.v, 0x20), hi = _mm256_permute2f128_ps(a.v, b.v, 0x31);

@@ -1,5 +1,6 @@
 """LiteVAE: a drop-in replacement for `diffusers.AutoencoderKL` with a light wavelet encoder."""
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Self, get_args
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from litevae.models.decoder import Decoder
 from litevae.models.encoder import Encoder
-from litevae.models.layers import Norm, compute_dtype
+from litevae.models.layers import Norm, ResBlock, compute_dtype
 from litevae.models.presets import get_preset
 from litevae_kernels import haar_idwt2d
 
@@ -39,7 +40,8 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             one more of them than there are wavelet levels.
         layers_per_block: one less than the ResBlocks in each of the decoder's blocks, as in diffusers.
         num_groups: groups of the decoder's GroupNorms.
-        decoder_norm: "group", Stable Diffusion's decoder; "smc", self-modulated convolutions (Section 4.2).
+        decoder_norm: "group", Stable Diffusion's decoder; "smc", self-modulated convolutions (Section 4.2);
+            "none", plain convolutions, what `fold` makes of "smc".
         output_type: "image"; "wavelet": the decoder ends at half resolution with the image's sub-bands,
             scaled like the encoder's first level, and the inverse transform makes the image (Appendix G).
         use_1x1_conv: a 1x1 convolution after the encoder and one before the decoder (Section D.2).
@@ -128,6 +130,29 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         unknown preset.
         """
         return cls(**{**get_preset(name), "latent_channels": latent_channels, **overrides})
+
+    def fold(self) -> Self:
+        """A copy for inference and export, whose self-modulated convolutions are plain ones of equal outputs.
+
+        Their scales and gains are part of the model and not of the image, so the weights need no normalising
+        at each call: they are computed here once, in float32, and stored in their dtype. The copy's
+        configuration has ``decoder_norm="none"``: it is saved, loaded, compiled and exported like any other.
+        It shares no memory with this model, which stays as it is, and is not for training, which needs the
+        normalisation. A model without self-modulated convolutions, a folded one too, gives a plain copy.
+
+        Raises:
+            RuntimeError: weights are offloaded; fold before `enable_model_cpu_offload` and the like.
+            TypeError: weights are stored in 8 bits (layerwise casting); fold before enabling that.
+        """
+        if any(parameter.is_meta for parameter in self.parameters()):
+            raise RuntimeError("fold needs all weights in memory, and some are offloaded (on device 'meta')")
+        folded = copy.deepcopy(self)
+        for module in folded.modules():
+            if isinstance(module, ResBlock):
+                module.fold()
+        if self.config.decoder_norm == "smc":
+            folded.register_to_config(decoder_norm="none")
+        return folded
 
     @apply_forward_hook
     def encode(

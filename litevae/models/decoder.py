@@ -53,7 +53,7 @@ class Decoder(nn.Module):
     Takes (N, in_channels, h, w), returns (N, out_channels, 2^num_upsamplers h, 2^num_upsamplers w).
     With `norm="group"` the parameters' names and the outputs equal those of diffusers'
     `models.autoencoders.vae.Decoder`. With `norm="smc"` the ResBlocks' and the output norm go and the
-    ResBlocks' convolutions are self-modulated; the attention keeps its GroupNorm.
+    ResBlocks' convolutions are self-modulated, or plain with `norm="none"`; the attention keeps its GroupNorm.
     """
 
     def __init__(

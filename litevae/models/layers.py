@@ -1,6 +1,7 @@
 """The blocks that the encoder's U-Nets and the decoder share. Parameter names are diffusers'."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 
 from litevae_kernels.nn import GroupNormSiLU, SelfModulatedConv2d
 
-Norm = Literal["group", "smc"]
+Norm = Literal["group", "smc", "none"]
 
 EPS = 1e-6  # of every GroupNorm, as in the Stable Diffusion VAE
+SPLIT_SHORTCUT = True  # a 1x1 convolution of two inputs is two of one each, and not one of a concatenation
 
 
 def compute_dtype(module: nn.Module, device: torch.device) -> torch.dtype:
@@ -27,7 +29,7 @@ def compute_dtype(module: nn.Module, device: torch.device) -> torch.dtype:
 
 
 def norm_silu(channels: int, num_groups: int, norm: Norm) -> nn.Module:
-    """What stands before a convolution. One that normalises its own weights needs the activation only."""
+    """What stands before a plain convolution. Where no layer normalises, that is the activation only."""
     return GroupNormSiLU(num_groups, channels, eps=EPS) if norm == "group" else nn.SiLU()
 
 
@@ -44,29 +46,56 @@ class CheckpointedModule(nn.Module):
         return block(*args)
 
 
+class ShortcutConv2d(nn.Conv2d):
+    """A 1x1 convolution of one input, or of two side by side, which it reads where they are."""
+
+    def forward(self, input: Tensor, skip: Tensor | None = None) -> Tensor:
+        if skip is None:
+            return super().forward(input)
+        if not SPLIT_SHORTCUT:
+            return super().forward(torch.cat([input, skip], dim=1))
+        weight, weight_skip = self.weight.tensor_split([input.shape[1]], dim=1)
+        # in place: the backward pass of a convolution does not need its result
+        return F.conv2d(input, weight, self.bias).add_(F.conv2d(skip, weight_skip))
+
+
 class ResBlock(nn.Module):
     """x + conv2(silu(norm2(conv1(silu(norm1(x)))))): 3x3 convolutions, a 1x1 one on x where widths differ.
 
     `norm="smc"` replaces both pairs of GroupNorm and convolution by self-modulated convolutions
-    (Section 4.2). Takes (N, in_channels, H, W), or two tensors with that many channels together, as a U-Net
-    has them; returns (N, out_channels, H, W).
+    (Section 4.2), `norm="none"` by plain ones. Takes (N, in_channels, H, W), or two tensors with that many
+    channels together, as a U-Net has them; returns (N, out_channels, H, W).
     """
 
     def __init__(self, in_channels: int, out_channels: int, num_groups: int, norm: Norm = "group") -> None:
         super().__init__()
-        conv = nn.Conv2d if norm == "group" else SelfModulatedConv2d
-        self.norm1 = norm_silu(in_channels, num_groups, norm)
+        smc = norm == "smc"
+        conv = partial(SelfModulatedConv2d, silu_input=True) if smc else nn.Conv2d
+        self.norm1 = nn.Identity() if smc else norm_silu(in_channels, num_groups, norm)
         self.conv1 = conv(in_channels, out_channels, kernel_size=3, padding=1)
-        self.norm2 = norm_silu(out_channels, num_groups, norm)
+        self.norm2 = nn.Identity() if smc else norm_silu(out_channels, num_groups, norm)
         self.conv2 = conv(out_channels, out_channels, kernel_size=3, padding=1)
-        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.conv_shortcut = (
+            ShortcutConv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        )
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        if skip is not None:
-            x = torch.cat([x, skip], dim=1)
-        h = self.conv1(self.norm1(x))
-        h = self.conv2(self.norm2(h))
-        return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
+        inputs = [x] if skip is None else [x, skip]
+        if skip is not None and not (
+            isinstance(self.norm1, GroupNormSiLU) and self.conv_shortcut is not None
+        ):
+            inputs = [torch.cat(inputs, dim=1)]  # not every layer that reads them takes two
+        h = self.conv2(self.norm2(self.conv1(self.norm1(*inputs))))
+        # in place: the backward pass of a convolution does not need its result
+        return h.add_(inputs[0] if self.conv_shortcut is None else self.conv_shortcut(*inputs))
+
+    def fold(self) -> None:
+        """Replace self-modulated convolutions by plain ones with the modulated weights: the same outputs."""
+        for norm, conv in (("norm1", "conv1"), ("norm2", "conv2")):
+            layer = getattr(self, conv)
+            if isinstance(layer, SelfModulatedConv2d):
+                setattr(self, norm, nn.SiLU())
+                setattr(self, conv, layer.folded())
 
 
 class Attention(nn.Module):

@@ -19,9 +19,9 @@ from torch import Tensor
 from litevae_kernels.backend import choose
 from litevae_kernels.haar import op, reference
 from litevae_kernels.haar.reference import MODES
+from litevae_kernels.tensors import check_dtype, check_memory_format, check_tensor, is_channels_last
 
 MAX_LEVELS = 16
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 Details = tuple[Tensor, Tensor, Tensor]
 
@@ -100,12 +100,9 @@ def haar_pyramid(
     """
     _check_image(image, "image")
     _check_transform(image, levels, "levels", mode)
-    if dtype is not None and dtype not in _DTYPES:
-        raise TypeError(f"dtype is {dtype}; allowed: {_names(_DTYPES)}")
-    if memory_format not in (None, torch.contiguous_format, torch.channels_last):
-        raise ValueError(
-            f"memory_format is {memory_format}; allowed: torch.contiguous_format, torch.channels_last"
-        )
+    if dtype is not None:
+        check_dtype(dtype, "dtype is")
+    check_memory_format(memory_format)
     return _analysis(image, levels, mode, 0.5, True, dtype, memory_format)
 
 
@@ -126,7 +123,7 @@ def wavedec2(image: Tensor, level: int, *, mode: str = "symmetric") -> tuple[Ten
         ValueError: fewer than 2 dimensions, empty height or width, level out of range, unknown mode, or
             ``reflect`` on a length of 1.
     """
-    _check_tensor(image, "image")
+    check_tensor(image, "image")
     if image.ndim < 2:
         raise ValueError(f"image has {image.ndim} dimensions; at least 2 are needed: (..., height, width)")
     flat = _as_4d(image)
@@ -169,7 +166,7 @@ def _analysis(
     memory_format: torch.memory_format | None = None,
 ) -> tuple[Tensor, ...]:
     dtype = image.dtype if dtype is None else dtype
-    keep = op.is_channels_last(image)
+    keep = is_channels_last(image)
     channels_last = keep if memory_format is None else memory_format == torch.channels_last
     backend = choose(image.device.type)
     if backend == "reference":
@@ -180,7 +177,7 @@ def _analysis(
 def _synthesis(coeffs: Sequence[Tensor], height: int, width: int, stacked: bool) -> Tensor:
     """The inverse: zero extension makes the adjoint crop (see `op`)."""
     first = coeffs[0]
-    channels_last = op.is_channels_last(first)
+    channels_last = is_channels_last(first)
     backend = choose(first.device.type)
     arguments = (coeffs, height, width, "zero", 1.0, stacked, first.dtype, channels_last)
     if backend == "reference":
@@ -188,23 +185,8 @@ def _synthesis(coeffs: Sequence[Tensor], height: int, width: int, stacked: bool)
     return op.synthesis(*arguments, backend)
 
 
-def _names(dtypes: Sequence[torch.dtype]) -> str:
-    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-
-
-def _check_tensor(x: object, name: str) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} is a {type(x).__name__}; a torch.Tensor is needed")
-    if x.dtype not in _DTYPES:
-        raise TypeError(f"{name} has dtype {x.dtype}; allowed: {_names(_DTYPES)}")
-    if x.layout is not torch.strided or x.is_nested:
-        raise TypeError(
-            f"{name} is {'nested' if x.is_nested else x.layout}; a dense (strided) tensor is needed"
-        )
-
-
 def _check_image(x: object, name: str) -> None:
-    _check_tensor(x, name)
+    check_tensor(x, name)
     assert isinstance(x, Tensor)
     if x.ndim != 4:
         raise ValueError(f"{name} has {x.ndim} dimensions; 4 are needed: (batch, channels, height, width)")
@@ -258,7 +240,7 @@ def _flatten_coeffs(coeffs: Sequence[Tensor | Sequence[Tensor]]) -> tuple[list[T
     if not isinstance(coeffs, Sequence) or len(coeffs) < 2:
         raise TypeError(f"coeffs must be {layout} with at least one level of details")
     approximation, *details = coeffs
-    _check_tensor(approximation, "cA")
+    check_tensor(approximation, "cA")
     assert isinstance(approximation, Tensor)
     if approximation.ndim < 2 or 0 in approximation.shape[-2:]:
         raise ValueError(
@@ -277,7 +259,7 @@ def _flatten_coeffs(coeffs: Sequence[Tensor | Sequence[Tensor]]) -> tuple[list[T
         # The coarser level's inverse is 2h x 2w, or one less where it came from an odd size.
         size = bands[0].shape[-2:] if isinstance(bands[0], Tensor) else ()
         for name, band in zip(("cH", "cV", "cD"), bands, strict=True):
-            _check_tensor(band, f"{name} of level {level}")
+            check_tensor(band, f"{name} of level {level}")
             if band.dtype != approximation.dtype or band.device != approximation.device:
                 raise TypeError(
                     f"{name} of level {level} is {band.dtype} on {band.device}, cA is {approximation.dtype} on "

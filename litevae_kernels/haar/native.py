@@ -10,9 +10,7 @@ from torch import Tensor
 
 from litevae_kernels.backend import core
 from litevae_kernels.haar.reference import MODES, level_sizes
-
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
-
+from litevae_kernels.tensors import native_view
 
 # Levels that one CUDA kernel computes; between kernels the LL waits in scratch memory.
 _LEVELS_PER_PASS = 3
@@ -28,7 +26,7 @@ def _call(
     name: str, image: Tensor, coeffs: Sequence[Tensor], levels: int, mode: str, scale: float, stacked: bool
 ) -> None:
     assert core is not None
-    views = [core.TensorView(t.data_ptr(), _DTYPES[t.dtype], t.shape, t.stride()) for t in (image, *coeffs)]
+    views = [native_view(x) for x in (image, *coeffs)]
     arguments = (views[0], views[1:], levels, MODES.index(mode), 0.5 * scale, stacked)
     if image.device.type == "cpu":
         getattr(core, f"{name}_cpu")(*arguments, torch.get_num_threads())

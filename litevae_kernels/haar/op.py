@@ -18,6 +18,7 @@ from torch import Tensor
 
 from litevae_kernels.haar import native
 from litevae_kernels.haar.reference import level_sizes
+from litevae_kernels.tensors import is_channels_last, memory_format_of
 
 
 def _backend(name: str) -> ModuleType:
@@ -26,10 +27,6 @@ def _backend(name: str) -> ModuleType:
 
         return triton
     return native
-
-
-def _layout(channels_last: bool) -> torch.memory_format:
-    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def _empty_coeffs(
@@ -41,7 +38,7 @@ def _empty_coeffs(
         shapes = [(n, 4 * c, *size) for size in sizes]
     else:
         shapes = [(n, c, *sizes[-1])] + [(n, c, *size) for size in reversed(sizes) for _ in range(3)]
-    layout = _layout(channels_last)
+    layout = memory_format_of(channels_last)
     return [torch.empty(s, dtype=dtype, device=image.device, memory_format=layout) for s in shapes]
 
 
@@ -50,7 +47,9 @@ def _empty_image(
 ) -> Tensor:
     n, c = coeffs[0].shape[:2]
     shape = (n, c // 4 if stacked else c, height, width)
-    return torch.empty(shape, dtype=dtype, device=coeffs[0].device, memory_format=_layout(channels_last))
+    return torch.empty(
+        shape, dtype=dtype, device=coeffs[0].device, memory_format=memory_format_of(channels_last)
+    )
 
 
 torch.library.define(
@@ -129,11 +128,6 @@ def _(
     backend: str,
 ) -> Tensor:
     return _empty_image(coeffs, height, width, stacked, dtype, channels_last)
-
-
-def is_channels_last(x: Tensor) -> bool:
-    """Whether channels are innermost in memory; sliced tensors count by their strides."""
-    return x.shape[1] > 1 and x.stride(1) == 1 and x.stride(3) >= x.shape[1]
 
 
 class _Analysis(torch.autograd.Function):

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from litevae_kernels.tensors import accumulate_dtype, to_format
+
 # The order is the core's enum.
 MODES = ("symmetric", "reflect", "zero", "periodic", "constant")
 
@@ -49,15 +51,6 @@ def _fold(x: Tensor, dim: int, n: int, mode: str) -> Tensor:
     return kept + F.pad(missing, padding)
 
 
-def _format(x: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return x.to(dtype=dtype, memory_format=layout).contiguous(memory_format=layout)
-
-
-def _accumulate_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    return torch.float64 if torch.float64 in dtypes else torch.float32
-
-
 def analysis(
     image: Tensor,
     levels: int,
@@ -68,7 +61,7 @@ def analysis(
     channels_last: bool,
 ) -> list[Tensor]:
     """Image (N, C, H, W) to coefficients; see `litevae_kernels.haar.op` for their layout."""
-    ll = image.to(_accumulate_dtype(image.dtype, dtype))
+    ll = image.to(accumulate_dtype(image.dtype, dtype))
     out: list[Tensor] = []
     for level in range(1, levels + 1):
         x = _extend(_extend(ll, 2, mode), 3, mode)
@@ -81,7 +74,7 @@ def analysis(
             out.append(torch.cat([ll, *details], 1))
         else:
             out = [*([ll] if level == levels else []), *details, *out]
-    return [_format(x, dtype, channels_last) for x in out]
+    return [to_format(x, dtype, channels_last) for x in out]
 
 
 def synthesis(
@@ -95,7 +88,7 @@ def synthesis(
     channels_last: bool,
 ) -> Tensor:
     """The adjoint of `analysis`: coefficients to an image (N, C, `height`, `width`)."""
-    accumulate = _accumulate_dtype(dtype, coeffs[0].dtype)
+    accumulate = accumulate_dtype(dtype, coeffs[0].dtype)
     levels = len(coeffs) if stacked else (len(coeffs) - 1) // 3
     sizes = level_sizes(height, width, levels)
     x: Tensor | None = None
@@ -114,4 +107,4 @@ def synthesis(
         x = torch.stack([top, bottom], -2).flatten(-3, -2) * factor
         x = _fold(_fold(x, 3, sizes[level - 1][1], mode), 2, sizes[level - 1][0], mode)
     assert x is not None
-    return _format(x, dtype, channels_last)
+    return to_format(x, dtype, channels_last)

@@ -9,7 +9,14 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import litevae_kernels
-from litevae_kernels import backend, haar_dwt2d, use_backend
+from litevae_kernels import (
+    backend,
+    group_norm_silu,
+    haar_dwt2d,
+    modulate_weight,
+    self_modulated_conv2d,
+    use_backend,
+)
 from litevae_kernels.haar import reference
 
 
@@ -58,6 +65,44 @@ def test_devices_without_kernels_use_the_reference():
     assert out.device.type == "meta"
     with use_backend("native"), pytest.raises(RuntimeError, match="does not know device 'meta'"):
         haar_dwt2d(torch.zeros(1, 3, 5, 4, device="meta"))
+
+
+OPERATORS = {
+    "haar": lambda x: haar_dwt2d(x),
+    "group_norm_silu": lambda x: group_norm_silu(x, 2),
+    "modulate_weight": lambda x: modulate_weight(x, x[0, :, 0, 0]),
+    "self_modulated_conv2d": lambda x: self_modulated_conv2d(x, x, x[0, :, 0, 0]),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_every_operator_asks_for_the_backend(monkeypatch, name):
+    asked = []
+    for module in ("haar", "group_norm_silu", "smc"):
+        package = sys.modules[f"litevae_kernels.{module}"]
+        choose = package.choose
+        monkeypatch.setattr(package, "choose", lambda kind, choose=choose: asked.append(kind) or choose(kind))
+    with use_backend("reference"):
+        expected = OPERATORS[name](torch.randn(2, 4, 6, 6))
+    assert expected.isfinite().all()
+    assert asked == ["cpu"]
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_every_operator_runs_where_no_kernel_is(name):
+    x = torch.zeros(2, 4, 6, 6, device="meta")
+    with use_backend("native"), pytest.raises(RuntimeError, match="does not know device 'meta'"):
+        OPERATORS[name](x)
+    out = OPERATORS[name](x)
+    assert out.device.type == "meta"
+    assert out.shape == OPERATORS[name](torch.ones(2, 4, 6, 6)).shape
+
+
+@pytest.mark.skipif(backend.triton_interpreted, reason="the interpreter runs Triton on the CPU")
+@pytest.mark.parametrize("name", OPERATORS)
+def test_every_operator_says_why_a_forced_backend_cannot_serve(name):
+    with use_backend("triton"), pytest.raises(RuntimeError, match="'triton' cannot serve a cpu tensor"):
+        OPERATORS[name](torch.zeros(2, 4, 6, 6))
 
 
 def test_a_missing_core_warns_once(monkeypatch):
@@ -162,9 +207,12 @@ def test_environment_variable():
 
 def test_public_names():
     assert sorted(litevae_kernels.__all__) == [
+        "group_norm_silu",
         "haar_dwt2d",
         "haar_idwt2d",
         "haar_pyramid",
+        "modulate_weight",
+        "self_modulated_conv2d",
         "use_backend",
         "wavedec2",
         "waverec2",

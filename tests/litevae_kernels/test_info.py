@@ -5,8 +5,11 @@ from litevae_kernels import backend, info, use_backend
 
 def test_report():
     rows = dict(info.report())
-    assert rows["CPU instruction set"] in ("baseline", "avx2", "avx512")
-    assert rows["haar on cpu"].startswith("native")
+    assert rows["CPU instruction set"] in ("baseline", "avx2", "avx512", "avx512bf16")
+    assert info.OPERATORS == ("haar", "group_norm_silu", "smc")
+    for operator in info.OPERATORS:
+        assert rows[f"{operator} on cpu"].startswith("native")
+        assert f"{operator} on cuda" in rows
     assert backend.core is not None
     if backend.cuda_built:
         assert backend.core.cuda_version in rows["CUDA kernels"]
@@ -18,7 +21,8 @@ def test_report():
 
 def test_report_of_a_forced_backend():
     with use_backend("reference"):
-        assert dict(info.report())["haar on cpu"].startswith("reference")
+        rows = dict(info.report())
+    assert all(rows[f"{operator} on cpu"].startswith("reference") for operator in info.OPERATORS)
 
 
 def test_report_without_a_core(monkeypatch):
@@ -29,4 +33,4 @@ def test_report_without_a_core(monkeypatch):
     with pytest.warns(RuntimeWarning, match="plain PyTorch"):
         rows = dict(info.report())
     assert rows["core"] == "not loaded: gone"
-    assert rows["haar on cpu"].startswith("reference")
+    assert all(rows[f"{operator} on cpu"].startswith("reference") for operator in info.OPERATORS)

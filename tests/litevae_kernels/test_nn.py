@@ -3,7 +3,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
+from litevae_kernels import group_norm_silu
 from litevae_kernels.nn import GroupNormSiLU, SelfModulatedConv2d
 
 
@@ -53,6 +55,87 @@ def test_group_norm_silu_has_the_keys_of_group_norm():
     assert list(GroupNormSiLU(4, 8).state_dict()) == list(nn.GroupNorm(4, 8).state_dict())
 
 
+def test_group_norm_silu_without_affine_parameters_or_with_others_of_its_own_dtype():
+    x = torch.randn(2, 8, 5, 7)
+    plain = GroupNormSiLU(4, 8, affine=False)
+    assert not plain.state_dict()
+    assert torch.equal(plain(x), group_norm_silu(x, 4, eps=1e-5))
+    wide = GroupNormSiLU(4, 8, dtype=torch.float64)
+    assert wide(x).dtype == torch.float32
+    torch.testing.assert_close(wide(x), plain(x))
+    half = GroupNormSiLU(4, 8, eps=0.1).bfloat16()
+    assert torch.equal(half(x.bfloat16()), group_norm_silu(x.bfloat16(), 4, half.weight, half.bias, eps=0.1))
+
+
+def test_group_norm_silu_on_the_meta_device():
+    layer = GroupNormSiLU(4, 8, device="meta")
+    y = layer(torch.empty(2, 8, 4, 4, device="meta"))
+    assert y.device.type == "meta"
+    assert y.shape == (2, 8, 4, 4)
+
+
+def test_group_norm_silu_of_two_inputs_is_that_of_their_concatenation():
+    layer = GroupNormSiLU(3, 12)
+    nn.init.normal_(layer.weight)
+    nn.init.normal_(layer.bias)
+    x, skip = torch.randn(2, 8, 5, 7), torch.randn(2, 4, 5, 7)
+    assert torch.equal(layer(x, skip), group_norm_silu(x, 3, layer.weight, layer.bias, eps=1e-5, skip=skip))
+    torch.testing.assert_close(layer(x, skip), layer(torch.cat([x, skip], dim=1)))
+
+
+def test_group_norm_silu_under_autocast_keeps_bfloat16_and_computes_in_float32():
+    layer = GroupNormSiLU(4, 8)
+    nn.init.normal_(layer.weight)
+    x = torch.randn(2, 8, 5, 7).bfloat16()
+    expected = layer(x.float()).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    # rounded once, from a value that is off by a few last places of float32
+    torch.testing.assert_close(y, expected, rtol=torch.finfo(torch.bfloat16).eps, atol=1e-6)
+    assert torch.autograd.grad(y.sum(), layer.weight)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_group_norm_silu_of_values_at_the_end_of_float16(dtype):
+    """Their squares, their sums, and in float16 their differences are infinite there."""
+    layer = GroupNormSiLU(2, 8).to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.rand(2, 8, 16, 16, generator=generator) * 2 - 1) * 65504
+    x = x.to(dtype).requires_grad_()
+    y = layer(x)
+    exact = F.silu(F.group_norm(x.double(), 2, eps=1e-5))
+    torch.testing.assert_close(y.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-5)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
+def test_group_norm_silu_compiles_whole_under_autocast(dynamic):
+    torch._dynamo.reset()
+    layer, graphs = GroupNormSiLU(4, 12), CompileCounterWithBackend("aot_eager")
+
+    @torch.autocast("cpu", torch.bfloat16)
+    def step(x, skip):
+        return layer(x, skip)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend=graphs)
+    counts = []
+    for batch in (2, 3, 5):
+        x, skip = (torch.randn(batch, c, 6, 7).bfloat16().requires_grad_() for c in (8, 4))
+        y, expected = compiled(x, skip), step(x, skip)
+        assert y.dtype == torch.bfloat16
+        assert torch.equal(y, expected)
+        actual = torch.autograd.grad(y.sum(), [x, skip, layer.weight])
+        for a, b in zip(actual, torch.autograd.grad(expected.sum(), [x, skip, layer.weight]), strict=True):
+            assert torch.equal(a, b)
+        counts.append(graphs.frame_count)
+    # dynamic: one, for which Dynamo may start over, as for nn.GroupNorm: eps is a constant to the operator
+    # static: one with the first batch as a constant, one with it as a variable
+    assert counts[1] == counts[2] <= 2
+    assert counts[0] == (counts[1] if dynamic else 1)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -74,6 +157,36 @@ def test_smc_is_a_convolution_with_the_weights_of_equation_3(options):
     )
     x = torch.randn(2, 6, 9, 11, dtype=torch.float64)
     torch.testing.assert_close(layer(x), plain(x), atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"padding": "same"},
+        {"padding": (1, 2), "padding_mode": "circular"},
+        {"padding": 1, "padding_mode": "replicate", "groups": 2, "bias": False},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("silu_input", [False, True])
+def test_smc_folds_to_a_plain_convolution(options, silu_input):
+    layer = randomised(SelfModulatedConv2d(6, 4, 3, silu_input=silu_input, **options))
+    layer.weight.requires_grad_(False)
+    x = torch.randn(2, 6, 7, 8)
+    expected = layer(x)
+    plain = layer.eval().folded()
+    assert type(plain) is nn.Conv2d
+    assert list(plain.state_dict()) == (["weight", "bias"] if layer.bias is not None else ["weight"])
+    assert not plain.training
+    assert not plain.weight.requires_grad
+    assert repr(plain) == repr(nn.Conv2d(6, 4, 3, **options))
+    torch.testing.assert_close(plain(F.silu(x) if silu_input else x), expected)
+    before = layer.state_dict()
+    for parameter in plain.parameters():
+        parameter.data.zero_()
+    assert all(value.abs().sum() > 0 for value in before.values())
+    assert ("silu_input=True" in repr(layer)) == silu_input
 
 
 def test_smc_is_stylegans_modulated_convolution():
@@ -139,8 +252,9 @@ def test_smc_gradients():
     assert torch.autograd.gradcheck(call, (x, *layer.parameters()))
 
 
-def test_smc_keeps_channels_last_and_compiles_whole():
-    layer = SelfModulatedConv2d(4, 8, 3, padding=1)
+@pytest.mark.parametrize("silu_input", [False, True])
+def test_smc_keeps_channels_last_and_compiles_whole(silu_input):
+    layer = SelfModulatedConv2d(4, 8, 3, padding=1, silu_input=silu_input)
     x = torch.randn(2, 4, 8, 8).contiguous(memory_format=torch.channels_last)
     assert layer(x).is_contiguous(memory_format=torch.channels_last)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")

@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounter
 from litevae import LiteVAE
 from litevae.models.autoencoder import blend, tile_starts
 from litevae.models.layers import Attention, ResBlock
-from litevae_kernels.nn import GroupNormSiLU
+from litevae_kernels.nn import GroupNormSiLU, SelfModulatedConv2d
 
 VARIANTS = [{}, {"decoder_norm": "smc", "output_type": "wavelet"}]
 
@@ -176,7 +176,7 @@ def test_loads_in_half_precision_and_takes_float32_images(make, image, tmp_path)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"decoder_norm": "batch"}, "decoder_norm must be one of 'group', 'smc', got 'batch'"),
+        ({"decoder_norm": "batch"}, "decoder_norm must be one of 'group', 'smc', 'none', got 'batch'"),
         ({"output_type": "latent"}, "output_type must be one of 'image', 'wavelet', got 'latent'"),
         ({"block_out_channels": (8,)}, r"block_out_channels must have at least two entries, got \(8,\)"),
         ({"num_groups": 5}, "divisible by num_groups"),
@@ -446,6 +446,98 @@ def test_autocast(make, image, changes):
     assert (in_bfloat16 - expected).norm() < 0.2 * expected.norm()
     actual.float().square().mean().backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in vae.decoder.parameters())
+
+
+# Folding
+
+
+@pytest.fixture
+def modulated(make) -> LiteVAE:
+    """A model whose self-modulated convolutions are not at their start."""
+    vae = make(decoder_norm="smc", output_type="wavelet", scaling_factor=0.7)
+    for layer in vae.modules():
+        if isinstance(layer, SelfModulatedConv2d):
+            nn.init.uniform_(layer.scale, 0.5, 2)
+            nn.init.uniform_(layer.gain, 0.5, 1)
+    return vae
+
+
+def test_fold_makes_plain_convolutions_of_equal_outputs(modulated, image):
+    before = {key: value.clone() for key, value in modulated.state_dict().items()}
+    modulated.enable_tiling()
+    folded = modulated.train().fold()
+    assert folded.config.decoder_norm == "none"
+    assert folded.config.scaling_factor == 0.7
+    assert folded.use_tiling
+    assert folded.training
+    assert not any(isinstance(module, SelfModulatedConv2d) for module in folded.modules())
+    assert {key.rsplit(".", 1)[1] for key in before.keys() - folded.state_dict().keys()} == {"scale", "gain"}
+    with torch.no_grad():
+        for autocast in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                # the same weights: normalised in float32, and rounded after that
+                torch.testing.assert_close(folded(image).sample, modulated(image).sample)
+        for parameter in folded.parameters():
+            parameter.zero_()
+    # the model itself is as it was, and shares nothing with the copy
+    assert modulated.config.decoder_norm == "smc"
+    after = modulated.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_fold_stores_the_weights_in_their_dtype(modulated, image, dtype):
+    vae = modulated.to(dtype)
+    folded = vae.fold()
+    assert {parameter.dtype for parameter in folded.parameters()} == {dtype}
+    with torch.no_grad():
+        torch.testing.assert_close(folded(image).sample, vae(image).sample)
+
+
+def test_a_folded_model_is_saved_loaded_and_folded_again(modulated, image, tmp_path):
+    folded = modulated.fold()
+    folded.save_pretrained(tmp_path)
+    loaded = LiteVAE.from_pretrained(tmp_path)
+    assert options(loaded) == options(folded) == options(modulated) | {"decoder_norm": "none"}
+    with torch.no_grad():
+        expected = folded(image).sample
+        assert torch.equal(loaded(image).sample, expected)
+        assert torch.equal(folded.fold()(image).sample, expected)
+
+
+def test_fold_of_a_model_without_self_modulation_is_a_copy(make, image):
+    vae = make()
+    folded = vae.fold()
+    assert options(folded) == options(vae)
+    assert torch.equal(folded(image).sample, vae(image).sample)
+    assert not {p.data_ptr() for p in folded.parameters()} & {p.data_ptr() for p in vae.parameters()}
+
+
+def test_fold_without_an_encoder(modulated, latent):
+    expected = modulated.decode(latent).sample
+    del modulated.encoder
+    torch.testing.assert_close(modulated.fold().decode(latent).sample, expected)
+
+
+def test_fold_needs_weights_in_memory_and_at_full_width(modulated):
+    from accelerate import cpu_offload
+
+    casting = copy.deepcopy(modulated)
+    casting.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    with pytest.raises(TypeError, match=r"weight has dtype torch\.float8_e4m3fn"):
+        casting.fold()
+    cpu_offload(modulated, execution_device="cpu")
+    with pytest.raises(RuntimeError, match="fold needs all weights in memory, and some are offloaded"):
+        modulated.fold()
+
+
+def test_a_folded_decoder_exports_to_pytorchs_own_operators(make, latent):
+    vae = make(decoder_norm="smc").fold().eval()
+    exported = torch.export.export(vae.decoder, (latent,), strict=True)
+    operators = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
+    assert all(name.startswith(("aten.", "<built-in")) for name in operators), operators
+    torch.testing.assert_close(exported.module()(latent), vae.decoder(latent))
 
 
 # torch.compile

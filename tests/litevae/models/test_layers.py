@@ -17,10 +17,42 @@ def test_res_block_is_diffusers_resnet_block(out_channels):
     torch.testing.assert_close(block(x), oracle(x, None), atol=1e-5, rtol=1e-5)
 
 
-def test_res_block_joins_a_skip():
+@pytest.mark.parametrize("norm", ["group", "smc", "none"])
+@pytest.mark.parametrize("out_channels", [8, 12])
+def test_res_block_joins_a_skip(norm, out_channels):
+    block = ResBlock(12, out_channels, num_groups=4, norm=norm).double()
+    x, skip = (torch.randn(2, c, 4, 4, dtype=torch.float64, requires_grad=True) for c in (8, 4))
+    y, expected = block(x, skip), block(torch.cat([x, skip], dim=1))
+    torch.testing.assert_close(y, expected, atol=1e-12, rtol=1e-12)
+    wanted = [x, skip, *block.parameters()]
+    grad = torch.randn_like(y)
+    actual = torch.autograd.grad(y, wanted, grad)
+    for a, b in zip(actual, torch.autograd.grad(expected, wanted, grad), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-11, rtol=1e-11)
+
+
+@pytest.mark.parametrize("norm", ["group", "smc", "none"])
+@pytest.mark.parametrize("out_channels", [8, 12])
+def test_res_block_changes_no_input_and_second_derivatives_are_right(norm, out_channels):
+    """Its residual is added in place, into what no derivative needs."""
+    block = ResBlock(12, out_channels, num_groups=4, norm=norm).double().requires_grad_(False)
+    x, skip = (torch.randn(1, c, 3, 2, dtype=torch.float64, requires_grad=True) for c in (8, 4))
+    before = x.detach().clone(), skip.detach().clone()
+    assert torch.autograd.gradcheck(block, (x, skip))
+    assert torch.autograd.gradgradcheck(block, (x, skip))
+    assert torch.equal(x, before[0])
+    assert torch.equal(skip, before[1])
+
+
+def test_group_norm_res_block_concatenates_nothing():
+    """Both layers that read a skip read it where it is; a 1x1 convolution of two inputs is a sum of two."""
     block = ResBlock(12, 8, num_groups=4)
+    seen = []
+    for layer in (block.norm1, block.conv_shortcut):
+        layer.register_forward_pre_hook(lambda _, args: seen.append(args))
     x, skip = torch.randn(2, 8, 4, 4), torch.randn(2, 4, 4, 4)
-    assert torch.equal(block(x, skip), block(torch.cat([x, skip], dim=1)))
+    block(x, skip)
+    assert [[id(t) for t in args] for args in seen] == 2 * [[id(x), id(skip)]]
 
 
 def test_smc_res_block_is_silu_and_self_modulated_convolutions():
@@ -33,6 +65,19 @@ def test_smc_res_block_is_silu_and_self_modulated_convolutions():
         norm = conv.weight.square().sum(dim=(1, 2, 3), keepdim=True).sqrt()
         h = torch.conv2d(h * torch.sigmoid(h), conv.weight / norm, conv.bias, padding=1)
     torch.testing.assert_close(block(x), block.conv_shortcut(x) + h, atol=1e-7, rtol=1e-7)
+
+
+def test_folded_res_block_is_the_self_modulated_one():
+    block = ResBlock(4, 8, num_groups=4, norm="smc")
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(2, 4, 6, 6)
+    expected = block(x)
+    block.fold()
+    assert set(block.state_dict()) == set(ResBlock(4, 8, num_groups=4, norm="none").state_dict())
+    torch.testing.assert_close(block(x), expected)
+    block.fold()  # there is nothing left to do
+    torch.testing.assert_close(block(x), expected)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

@@ -247,7 +247,7 @@ def restore_isa():
 
 
 def all_isas():
-    names = ("baseline", "avx2", "avx512")
+    names = ("baseline", "avx2", "avx512", "avx512bf16")
     return names[: names.index(core.isa()) + 1]
 
 

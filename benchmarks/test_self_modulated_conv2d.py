@@ -1,0 +1,295 @@
+"""Self-modulated convolution against its rivals, at the decoder's sizes."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.harness import Provider, Session, compiled, contest, copies, our_backends, with_backend
+from litevae_kernels import modulate_weight, self_modulated_conv2d
+from litevae_kernels.nn import SelfModulatedConv2d
+from litevae_kernels.testing import assert_within_budget
+
+EPS = 1e-8
+WEIGHT = (512, 512, 3, 3)
+INPUTS = 11  # x 9 MB of weights, or as much of images: more than a CPU's or a GPU's last cache
+# (batch, channels, height, width) of the decoder's 3x3 convolutions, from the latent's side
+IMAGES = [(8, 512, 32, 32), (2, 512, 64, 64), (2, 256, 128, 128)]
+COPY = "copy of the same bytes"
+
+Parameters = tuple[Tensor, Tensor, Tensor]  # weight, scale, gain
+
+
+def equation_3(weight: Tensor, scale: Tensor, gain: Tensor) -> Tensor:
+    """The modulated weight in PyTorch's operators, in the dtype of `weight`."""
+    scaled = weight * scale[:, None, None]
+    norm = torch.linalg.vector_norm(scaled, dim=(1, 2, 3), keepdim=True)
+    return scaled * (gain / (norm + EPS))
+
+
+def equation_3_bf16(weight: Tensor, scale: Tensor, gain: Tensor) -> Tensor:
+    return equation_3(weight, scale, gain).to(torch.bfloat16)
+
+
+def ours(weight: Tensor, scale: Tensor, gain: Tensor) -> Tensor:
+    return modulate_weight(weight, scale, gain, eps=EPS, dtype=torch.bfloat16)
+
+
+def stylegan3(x: Tensor, weight: Tensor, scale: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
+    """Modulated convolution as StyleGAN3 computes it and the paper's Appendix G calls it.
+
+    Weights and styles are normalised first, and each sample has a filter bank of its own, in one grouped
+    convolution over the samples; here all samples have the same style.
+    """
+    batch, channels, height, width = x.shape
+    weight = weight * weight.square().mean(dim=(1, 2, 3), keepdim=True).rsqrt()
+    styles = (scale * scale.square().mean().rsqrt()).expand(batch, -1)
+    banks = weight[None] * styles[:, None, :, None, None]
+    banks = banks * (banks.square().sum(dim=(2, 3, 4), keepdim=True) + EPS).rsqrt() * gain
+    y = F.conv2d(
+        x.reshape(1, batch * channels, height, width),
+        banks.flatten(0, 1).to(x.dtype),
+        padding=1,
+        groups=batch,
+    )
+    return y.reshape(batch, -1, height, width) + bias.to(x.dtype)[:, None, None]
+
+
+def make_parameters(shape: tuple[int, ...], device: str) -> Parameters:
+    """In float32 and channels_last, as a channels_last model has them."""
+    weight = torch.randn(shape, device=device).mul_(math.prod(shape[1:]) ** -0.5)
+    scale = 1 + 0.3 * torch.randn(shape[1], device=device)
+    return (
+        weight.contiguous(memory_format=torch.channels_last).requires_grad_(),
+        scale.requires_grad_(),
+        torch.full((1,), 1.3, device=device, requires_grad=True),
+    )
+
+
+def tree(terms: int) -> int:
+    """Roundings in a sum: a tree's levels, and blocks of 16 values one after the other."""
+    return math.ceil(math.log2(terms)) + 16
+
+
+def doubles(parameters: Parameters) -> list[Tensor]:
+    return [t.detach().double().requires_grad_() for t in parameters]
+
+
+def check_weight(actual: Tensor, parameters: Parameters) -> None:
+    """The gate: a speed is reported only for what is right. A few roundings, and those of each filter's norm."""
+    exact = equation_3(*doubles(parameters)).detach()
+    assert actual.dtype == torch.bfloat16
+    assert actual.is_contiguous(memory_format=torch.channels_last)
+    operations = tree(exact[0].numel()) + 6
+    assert_within_budget(actual.detach(), exact, magnitude=exact.abs().max().item(), operations=operations)
+
+
+def check_gradients(grads: tuple[Tensor, ...], parameters: Parameters, grad: Tensor) -> None:
+    """With v = scale * weight and u = v / |v|: dv = gain / |v| (grad - u <grad, u>), and sums over it."""
+    weight, scale, gain = exact = doubles(parameters)
+    exact_grads = torch.autograd.grad(equation_3(*exact), exact, grad.double())
+    with torch.no_grad():
+        scaled = weight * scale[:, None, None]
+        norm = torch.linalg.vector_norm(scaled, dim=(1, 2, 3), keepdim=True)
+        unit = scaled / norm
+        products = (grad.double() * unit).abs()
+        slope = gain.abs() / norm * (grad.double().abs() + unit.abs() * products.sum((1, 2, 3), keepdim=True))
+        magnitudes = (
+            (slope * scale.abs()[:, None, None]).max().item(),
+            (slope * weight.abs()).sum(dim=(0, 2, 3)).max().item(),
+            products.sum().item(),
+        )
+    filter_sums = 2 * tree(weight[0].numel()) + 12
+    lengths = (0, tree(weight.shape[0] * weight.shape[2] * weight.shape[3]), tree(weight.numel()))
+    for got, want, magnitude, length in zip(grads, exact_grads, magnitudes, lengths, strict=True):
+        assert_within_budget(got, want, magnitude=magnitude, operations=filter_sums + length)
+
+
+def test_weight_forward(benchmark: Any, session: Session, device: str) -> None:
+    sets = [make_parameters(WEIGHT, device) for _ in range(INPUTS)]
+    byte_count = sets[0][0].nbytes + sets[0][0].numel() * 2
+    backends = our_backends(device)
+    providers: dict[str, Provider] = {COPY: copies(device, byte_count, INPUTS)}
+    with torch.no_grad():
+        for backend in backends:
+            call = with_backend(backend, ours)
+            check_weight(call(*sets[0]), sets[0])
+            providers[f"litevae_kernels {backend}"] = lambda i, call=call: call(*sets[i])
+        fused = compiled(equation_3_bf16)
+        check_weight(fused(*sets[0]), sets[0])
+        check_weight(equation_3_bf16(*sets[0]), sets[0])
+        providers["Equation 3, torch.compile"] = lambda i: fused(*sets[i])
+        providers["Equation 3, eager"] = lambda i: equation_3_bf16(*sets[i])
+        contest(
+            benchmark,
+            session,
+            f"modulate_weight forward, fp32 to bf16 channels_last, {'x'.join(map(str, WEIGHT))}",
+            f"litevae_kernels {backends[0]}",
+            providers,
+            inputs=INPUTS,
+            bytes_moved=byte_count,
+            copy=COPY,
+        )
+
+
+def test_weight_backward(benchmark: Any, session: Session, device: str) -> None:
+    sets = [make_parameters(WEIGHT, device) for _ in range(INPUTS)]
+    grads = [torch.randn_like(weight, dtype=torch.bfloat16) for weight, _, _ in sets]
+    byte_count = 2 * sets[0][0].nbytes + grads[0].nbytes
+
+    def backward_of(function: Callable[..., Tensor]) -> Provider:
+        outputs = [function(*parameters) for parameters in sets]
+        return lambda i: torch.autograd.grad(outputs[i], sets[i], grads[i], retain_graph=True)
+
+    backends = our_backends(device)
+    providers: dict[str, Provider] = {COPY: copies(device, byte_count, INPUTS)}
+    for backend in backends:
+        provider = backward_of(with_backend(backend, ours))
+        check_gradients(provider(0), sets[0], grads[0])
+        providers[f"litevae_kernels {backend}"] = provider
+    providers["Equation 3, torch.compile"] = backward_of(compiled(equation_3_bf16))
+    providers["Equation 3, eager"] = backward_of(equation_3_bf16)
+    contest(
+        benchmark,
+        session,
+        f"modulate_weight backward, fp32 to bf16 channels_last, {'x'.join(map(str, WEIGHT))}",
+        f"litevae_kernels {backends[0]}",
+        providers,
+        inputs=INPUTS,
+        bytes_moved=byte_count,
+        copy=COPY,
+    )
+
+
+def make_images(shape: tuple[int, ...], device: str, count: int) -> list[Tensor]:
+    return [
+        torch.randn(shape, device=device).bfloat16().contiguous(memory_format=torch.channels_last)
+        for _ in range(count)
+    ]
+
+
+def check_convolution(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    """The first image's, against `weight` and `bias` as the convolution gets them: what its sums may lose."""
+    x, weight, bias = (t.detach().double() for t in (x[:1], weight.bfloat16(), bias.bfloat16()))
+    exact = F.conv2d(x, weight, bias, padding=1)
+    magnitude = F.conv2d(x.abs(), weight.abs(), bias.abs(), padding=1).max().item()
+    operations = weight[0].numel() + 1  # in the worst order
+    assert_within_budget(y[:1].detach(), exact, magnitude=magnitude, operations=operations)
+
+
+@pytest.mark.parametrize("shape", IMAGES, ids=lambda shape: "x".join(map(str, shape)))
+def test_inference(benchmark: Any, session: Session, device: str, shape: tuple[int, ...]) -> None:
+    """A folded layer is an ordinary convolution, and is to be as fast as one."""
+    images = make_images(shape, device, INPUTS)
+    options = {"kernel_size": 3, "padding": 1, "device": device, "dtype": torch.bfloat16}
+    layer = SelfModulatedConv2d(shape[1], shape[1], **options).to(memory_format=torch.channels_last)
+    plain = nn.Conv2d(shape[1], shape[1], **options).to(memory_format=torch.channels_last)
+    backends = our_backends(device)
+    with torch.no_grad():
+        folded = with_backend(backends[0], layer.folded)()
+        check_convolution(folded(images[0]), images[0], folded.weight, folded.bias)
+        providers: dict[str, Provider] = {"folded": lambda i: folded(images[i])}
+        for backend in backends:
+            call = with_backend(backend, layer)
+            check_convolution(call(images[0]), images[0], folded.weight, folded.bias)
+            providers[f"litevae_kernels {backend}, not folded"] = lambda i, call=call: call(images[i])
+        providers["nn.Conv2d"] = lambda i: plain(images[i])
+        contest(
+            benchmark,
+            session,
+            f"self_modulated_conv2d inference, bf16 channels_last, 3x3 on {'x'.join(map(str, shape))}",
+            "folded",
+            providers,
+            inputs=INPUTS,
+            bars={"nn.Conv2d": 1 / 1.02},
+            rounds=60,
+        )
+
+
+Step = Callable[[int], tuple[Tensor, ...]]
+
+
+def check_step(step: Step, x: Tensor, parameters: Sequence[Tensor], grad: Tensor) -> None:
+    """Output and gradients of x, weight, scale, gain and bias for set 0, each tensor as a whole.
+
+    On their way at most four roundings to bfloat16 lose half a unit in the last place each: the weight, what a
+    convolution returns, and sums of it. All is in float64 here, one image after the other.
+    """
+    inputs = [t.detach().double().requires_grad_() for t in (x, *parameters)]
+    image, weight, scale, gain, bias = inputs
+    modulated = equation_3(weight, scale, gain)
+    y = F.conv2d(image, modulated, bias, padding=1)
+    *exact, grad_modulated = torch.autograd.grad(y, [*inputs, modulated], grad.double())
+    norms = [t.norm() for t in (y.detach(), *exact)]
+    norms[4] = (
+        grad_modulated.norm() * modulated.detach().norm() / gain.item()
+    )  # the gain's is one scalar product
+    losing = 4 * torch.finfo(torch.bfloat16).eps / 2
+    for name, got, want, norm in zip(
+        ("y", "x", "weight", "scale", "gain", "bias"), step(0), (y.detach(), *exact), norms, strict=True
+    ):
+        error = (got.double() - want).norm() / norm
+        assert error <= losing, f"{name}: error {error:.3g} of the norm, {losing:.3g} allowed"
+
+
+@pytest.mark.parametrize("shape", IMAGES, ids=lambda shape: "x".join(map(str, shape)))
+def test_training_step(benchmark: Any, session: Session, device: str, shape: tuple[int, ...]) -> None:
+    """Forward and backward, with float32 parameters and autocast as in training."""
+    channels = shape[1]
+    images = [x.requires_grad_() for x in make_images(shape, device, INPUTS)]
+    grads = make_images(shape, device, INPUTS)
+    # what the grouped rival sees as one image of all samples' channels is one without a copy in this layout only
+    contiguous = [
+        ([x.detach().contiguous().requires_grad_() for x in images]),
+        ([grad.contiguous() for grad in grads]),
+    ]
+    weight, scale, gain = make_parameters((channels, channels, 3, 3), device)
+    bias = (0.1 * torch.randn(channels, device=device)).requires_grad_()
+    parameters = (weight, scale, gain, bias)
+
+    def smc(x: Tensor, weight: Tensor, scale: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
+        return self_modulated_conv2d(x, weight, scale, gain, bias, padding=1, eps=EPS)
+
+    def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.conv2d(x, weight, bias, padding=1)
+
+    def step(
+        function: Callable[..., Tensor],
+        parameters: Sequence[Tensor],
+        images: list[Tensor],
+        grads: list[Tensor],
+    ) -> Step:
+        def run(i: int) -> tuple[Tensor, ...]:
+            with torch.autocast(device, torch.bfloat16):
+                y = function(images[i], *parameters)
+            return (y.detach(), *torch.autograd.grad(y, (images[i], *parameters), grads[i]))
+
+        return run
+
+    backends = our_backends(device)
+    providers: dict[str, Provider] = {}
+    for backend in backends:
+        providers[f"litevae_kernels {backend}"] = step(with_backend(backend, smc), parameters, images, grads)
+    providers["F.conv2d"] = step(plain, (weight, bias), images, grads)
+    providers["StyleGAN3's, grouped, eager"] = step(stylegan3, parameters, *contiguous)
+    providers["StyleGAN3's, grouped, torch.compile"] = step(compiled(stylegan3), parameters, *contiguous)
+    for name, provider in providers.items():
+        if name != "F.conv2d":
+            check_step(provider, images[0], parameters, grads[0])
+    contest(
+        benchmark,
+        session,
+        f"self_modulated_conv2d forward and backward, bf16 autocast, 3x3 on {'x'.join(map(str, shape))}",
+        f"litevae_kernels {backends[0]}",
+        providers,
+        inputs=INPUTS,
+        bars={
+            "F.conv2d": 1 / 1.10,
+            "StyleGAN3's, grouped, eager": 2.0,
+            "StyleGAN3's, grouped, torch.compile": 2.0,
+        },
+    )

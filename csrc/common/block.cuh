@@ -1,0 +1,155 @@
+// Kernels whose threads work together, in phases with a barrier behind each. Without nvcc a phase is a loop
+// over the block's threads: the tests run every block of a grid on the CPU.
+#pragma once
+
+#include <cmath>
+
+#include "device.cuh"
+
+#if !defined(__CUDACC__)
+#include <vector>
+#endif
+
+namespace litevae {
+namespace {
+
+// The threads of a block.
+struct Block {
+  int threads;
+  void* more;  // shared memory of a size that the launch decides
+#if !defined(__CUDACC__)
+  bool backwards;  // the order in which the threads of a phase run must not matter
+#endif
+
+  template <class Phase>
+  LITEVAE_DEVICE void each(const Phase& phase) const {
+#if defined(__CUDACC__)
+    phase(static_cast<int>(threadIdx.x));
+    __syncthreads();
+#else
+    for (int i = 0; i < threads; ++i) phase(backwards ? threads - 1 - i : i);
+#endif
+  }
+};
+
+// What a thread keeps from phase to phase: its registers.
+template <class State>
+struct Private {
+#if defined(__CUDACC__)
+  State one;
+  LITEVAE_DEVICE explicit Private(const Block&) {}
+  LITEVAE_DEVICE State& operator[](int) { return one; }
+#else
+  std::vector<State> all;
+  explicit Private(const Block& block) : all(block.threads) {}
+  State& operator[](int thread) { return all[thread]; }
+#endif
+};
+
+// Divides `rest` in place and returns the remainder. 64-bit division is slow and rarely needed.
+LITEVAE_DEVICE int64_t take(int64_t& rest, int64_t by) {
+  if (((rest | by) >> 32) == 0) {
+    const uint32_t a = static_cast<uint32_t>(rest), b = static_cast<uint32_t>(by), quotient = a / b;
+    rest = quotient;
+    return a - quotient * b;
+  }
+  const int64_t quotient = rest / by, remainder = rest - quotient * by;
+  rest = quotient;
+  return remainder;
+}
+
+LITEVAE_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
+
+// A tensor as kernels see it: strides in bytes, so that addresses do not depend on the element type.
+struct Strided {
+  char* data;  // null: not there
+  DType dtype;
+  int64_t n, c, h, w;
+};
+
+inline Strided in_bytes(const TensorView& t) {
+  const int64_t size = element_size(t.dtype);
+  return {static_cast<char*>(t.data), t.dtype,           t.stride[0] * size, t.stride[1] * size,
+          t.stride[2] * size,         t.stride[3] * size};
+}
+
+// Makes rows that follow each other evenly one long row: then element i of them is i * w away. False: they do
+// not.
+inline bool flatten(Strided& t, int64_t height, int64_t width) {
+  if (width == 1) t.w = t.h;
+  return width == 1 || height == 1 || t.h == width * t.w;
+}
+
+// Single elements of a type that is known at run time: one kernel for all types.
+template <class T>
+LITEVAE_DEVICE T load_one(const char* at, DType dtype) {
+  T value[1] = {};
+  if (dtype == DType::f32)
+    load_vector<float>(at, value);
+  else if (dtype == DType::f64)
+    load_vector<double>(at, value);
+  else
+    load_vector<Either16>(at, value, dtype == DType::f16);
+  return value[0];
+}
+
+template <class T>
+LITEVAE_DEVICE void store_one(char* at, DType dtype, T value) {
+  const T run[1] = {value};
+  if (dtype == DType::f32)
+    store_vector<float>(at, run);
+  else if (dtype == DType::f64)
+    store_vector<double>(at, run);
+  else if (dtype == DType::f16)
+    store_vector<Half>(at, run);
+  else
+    store_vector<BFloat16>(at, run);
+}
+
+// Threads of a block as a table: `rows` of them work on each of `columns` sums.
+struct Table {
+  int columns, rows;
+  int column_stride, row_stride;  // of thread numbers
+
+  LITEVAE_DEVICE static Table of(const Block& block, int64_t columns) {
+    const int width = static_cast<int>(columns < block.threads ? columns : block.threads);
+    return {width, block.threads / width, 1, width};
+  }
+  LITEVAE_DEVICE int column(int thread) const {
+    return column_stride == 1 ? thread % columns : thread / column_stride;
+  }
+  LITEVAE_DEVICE int row(int thread) const { return row_stride == 1 ? thread % rows : thread / row_stride; }
+  LITEVAE_DEVICE bool has(int thread) const { return thread < rows * columns; }
+};
+
+// Adds up the rows of kValues tables, always in the same order. `values` are laid out [value][thread]; the
+// sum of a value over a column is then sums[value * columns + column]. `sums` holds kSums elements, which
+// must be enough for kValues * columns and for the number of threads.
+template <int kValues, int kThreads, int kSums, class T>
+LITEVAE_DEVICE void add_rows(const Block& block, const Table& table, const T (&values)[kValues][kThreads],
+                             T (&sums)[kSums]) {
+  const int totals = kValues * table.columns;
+  // Two rounds: one thread for each total would leave most of the block idle where the totals are few.
+  int parts = block.threads / totals;
+  parts = parts < 1 ? 1 : smaller(parts, 16);
+  block.each([&](int thread) {
+    for (int i = thread; i < totals * parts; i += block.threads) {
+      const int total = i % totals, value = total / table.columns, column = total % table.columns;
+      const T* const from = values[value] + column * table.column_stride;
+      T sum = 0;
+      for (int row = i / totals; row < table.rows; row += parts) sum += from[row * table.row_stride];
+      sums[i] = sum;
+    }
+  });
+  if (parts == 1) return;
+  block.each([&](int thread) {
+    for (int total = thread; total < totals; total += block.threads) {
+      T sum = 0;
+      for (int part = 0; part < parts; ++part) sum += sums[part * totals + total];
+      sums[total] = sum;
+    }
+  });
+}
+
+}  // namespace
+}  // namespace litevae

@@ -1,0 +1,21 @@
+// GroupNorm+SiLU on a GPU: entry points. plan.cuh says what is launched, kernels.cuh what a block does.
+#include "../common/launch.cuh"
+#include "plan.cuh"
+
+namespace litevae {
+
+int64_t group_norm_silu_scratch_bytes(int64_t batch, int64_t channels, int64_t pixels, int64_t element) {
+  return group_norm_silu::scratch_bytes(batch, channels, pixels, element);
+}
+
+void group_norm_silu_forward_cuda(const group_norm_silu::Forward& call, void* scratch, int device,
+                                  void* stream) {
+  group_norm_silu::run(call, scratch, Launch("the group_norm_silu kernel", device, stream));
+}
+
+void group_norm_silu_backward_cuda(const group_norm_silu::Backward& call, void* scratch, int device,
+                                   void* stream) {
+  group_norm_silu::run(call, scratch, Launch("the group_norm_silu_backward kernel", device, stream));
+}
+
+}  // namespace litevae

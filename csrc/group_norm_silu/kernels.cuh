@@ -1,0 +1,631 @@
+// What one block of threads does in each kernel of GroupNorm+SiLU. plan.cuh cuts the work and picks the
+// kernels.
+//
+// Forward:  Statistics (mean and sum of squared deviations of each channel in each chunk of pixels) ->
+// Combine
+//           (statistics of each group) -> Apply.
+// Backward: Sums (of dz and of dz xhat, for each channel and chunk) -> Reduce (over chunks, then over a
+// group's
+//           channels) -> ApplyBackward, and Parameters (over the batch) for the gradients of weight and bias.
+// With dz = dy/dz grad and xhat = (x - mean) rstd, the gradient of x is
+// rstd (weight dz - mean over the group of weight dz - xhat mean over the group of weight dz xhat).
+#pragma once
+
+#include "../common/block.cuh"
+#include "group_norm_silu.h"
+
+namespace litevae {
+namespace group_norm_silu {
+
+// How the elements that a thread moves at once lie in memory.
+enum class Kind {
+  channels,  // channels innermost: 16 bytes of one pixel's channels
+  pixels,    // pixels innermost: 16 bytes of one channel's pixels
+  single     // any strides, any type: single elements
+};
+
+constexpr int kThreads = 128;        // of a block that streams pixels
+constexpr int kReduceThreads = 512;  // at most, of one that adds up what those found
+constexpr int kParameterColumns = 8;
+
+namespace {
+
+struct alignas(16) Pair {
+  double first, second;
+};
+
+// One launch. A unit is what a thread moves at once along the pixels: a pixel, or 16 bytes of pixels.
+struct Pass {
+  int64_t blocks;
+  int threads;
+
+  Strided x[2];             // x and skip ...
+  Strided grad[2], out[2];  // ... and the parts of the other tensors with the same channels
+  int64_t x_channels;       // how many of the channels x has
+  bool flat;                // pixels are evenly spaced in all tensors: width counts them all
+  int64_t pixels, width, channels, groups, group_channels, batch;
+  Strided weight, bias;
+  Strided grad_weight, grad_bias;
+  double* stats;
+  double eps;
+
+  Table table;            // of threads: columns of channels, rows of units
+  int64_t slabs, chunks;  // into which channels and units are cut
+  int64_t chunk;          // units in a chunk
+  double chunk_pixels;    // the same in pixels ...
+  double last_pixels;     // ... and of the last chunk
+  Pair* partial;          // (N, chunks, C): of a chunk
+  Pair* sums;             // (N, C): of all pixels, backward only
+  Pair* group_means;      // (N, groups)
+};
+
+// The 16-bit and 32-bit types together, which one is known at run time.
+struct AnyType {
+  float widest;
+};
+
+template <class S>
+LITEVAE_CONSTEXPR int lanes_of(Kind kind) {
+  return kind == Kind::single ? 1 : 16 / static_cast<int>(sizeof(S));
+}
+
+LITEVAE_DEVICE float sigmoid(float z) {
+#if defined(__CUDACC__)
+  // exp overflows to infinity, and 1 / infinity is 0. PTX because the intrinsics also handle subnormal
+  // numbers.
+  float e, s;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(z * -1.4426950408889634f));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(s) : "f"(1.f + e));
+  return s;
+#else
+  return 1.f / (1.f + std::exp(-z));
+#endif
+}
+LITEVAE_DEVICE double sigmoid(double z) { return 1. / (1. + exp(-z)); }
+
+LITEVAE_DEVICE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+LITEVAE_DEVICE double multiply_add(double a, double b, double c) { return fma(a, b, c); }
+
+LITEVAE_DEVICE double parameter(const Strided& of, int64_t channel, double missing) {
+  return of.data == nullptr ? missing : load_one<double>(of.data + channel * of.c, of.dtype);
+}
+
+// --- What the kernels that stream pixels share.
+
+// One block's part of the tensors, in units and channels.
+template <class S, Kind kKind>
+struct Part {
+  static constexpr bool kAny = std::is_same<S, AnyType>::value;
+  using T = std::conditional_t<std::is_same<S, double>::value, double, float>;
+  static constexpr int V = lanes_of<S>(kKind);               // elements that a thread moves at once: of
+  static constexpr int K = kKind == Kind::channels ? V : 1;  // so many channels
+
+  const Pass& p;
+  int64_t n, chunk, first_channel, begin;
+  int count;  // of units
+
+  LITEVAE_DEVICE Part(const Pass& p, int64_t block) : p(p) {
+    int64_t slab;
+    if (p.table.column_stride == 1) {  // neighbouring blocks read neighbouring memory
+      slab = take(block, p.slabs), chunk = take(block, p.chunks);
+    } else {
+      chunk = take(block, p.chunks), slab = take(block, p.slabs);
+    }
+    n = block;
+    first_channel = slab * p.table.columns * K;
+    begin = chunk * p.chunk;
+    const int64_t units = p.pixels / (V / K);
+    count = static_cast<int>(units - begin < p.chunk ? units - begin : p.chunk);
+  }
+
+  LITEVAE_DEVICE int channels() const {
+    const int64_t rest = p.channels - first_channel, columns = p.table.columns * K;
+    return static_cast<int>(rest < columns ? rest : columns);
+  }
+  // Whether a thread has channels to work on; the last column may not.
+  LITEVAE_DEVICE bool has(int thread) const {
+    return p.table.has(thread) && p.table.column(thread) * K < channels();
+  }
+  LITEVAE_DEVICE Pair& partial(int channel) const {
+    return p.partial[(n * p.chunks + chunk) * p.channels + first_channel + channel];
+  }
+
+  // One unit as it was loaded: unpacked it takes more registers.
+  struct Packed {
+    uint32_t words[V * sizeof(S) / 4];
+    LITEVAE_DEVICE void unpack(T (&to)[V]) const { litevae::unpack<S>(words, to); }
+  };
+  struct Value {
+    T value;
+    LITEVAE_DEVICE void unpack(T (&to)[V]) const { to[0] = value; }
+  };
+  using Unit = std::conditional_t<kAny, Value, Packed>;
+
+  // A column's units of one tensor, counted from the beginning of the chunk.
+  struct Units {
+    char* first;
+    std::conditional_t<kKind == Kind::single, int64_t, int> step;
+    int64_t begin, width, row_step;
+    DType dtype;
+
+    LITEVAE_DEVICE char* at(int unit) const {
+      if (kKind != Kind::single || width == 0) return first + static_cast<int64_t>(unit) * step;
+      int64_t y = begin + unit;
+      const int64_t x = take(y, width);
+      return first + y * row_step + x * step;
+    }
+    LITEVAE_DEVICE Unit load(int unit) const {
+      Unit to;
+      if constexpr (kAny)
+        to.value = load_one<T>(at(unit), dtype);
+      else
+        load_words<vector_bytes(V * sizeof(S))>(at(unit), to.words);
+      return to;
+    }
+    LITEVAE_DEVICE void store(int unit, const T (&from)[V]) const {
+      if constexpr (kAny)
+        store_one<T>(at(unit), dtype, from[0]);
+      else
+        store_vector<S>(at(unit), from);
+    }
+  };
+  LITEVAE_DEVICE Units units(const Strided (&tensor)[2], int thread) const {
+    int64_t c = first_channel + p.table.column(thread) * K;
+    const bool in_skip = c >= p.x_channels;
+    if (in_skip) c -= p.x_channels;
+    const Strided& t = tensor[in_skip];
+    char* const plane = t.data + n * t.n + c * t.c;
+    if constexpr (kKind == Kind::pixels)
+      return {plane + begin * 16, 16, 0, 0, 0, t.dtype};
+    else if constexpr (kKind == Kind::channels)
+      return {plane + begin * t.w, static_cast<int>(t.w), 0, 0, 0, t.dtype};
+    else
+      return {p.flat ? plane + begin * t.w : plane, t.w, begin, p.flat ? 0 : p.width, t.h, t.dtype};
+  }
+};
+
+// z = (x - mean) a + b for each channel of a block. The mean is cut in two, the second half in b, so that the
+// difference keeps its digits at any mean. Backward, the gradient of x is a dz - (x - mean) c - d.
+template <class T>
+struct Coefficients {
+  T mean[kThreads], a[kThreads], b[kThreads], c[kThreads], d[kThreads];
+
+  template <bool kGradient, class Part>
+  LITEVAE_DEVICE void fill(const Block& block, const Part& part) {
+    const Pass& p = part.p;
+    block.each([&](int thread) {
+      for (int i = thread; i < part.channels(); i += block.threads) {
+        const int64_t channel = part.first_channel + i;
+        int64_t group = channel;
+        take(group, p.group_channels);
+        group += part.n * p.groups;
+        const double exact = p.stats[2 * group], rstd = p.stats[2 * group + 1];
+        const double scale = rstd * parameter(p.weight, channel, 1.);
+        mean[i] = static_cast<T>(exact), a[i] = static_cast<T>(scale);
+        const double low = exact - static_cast<double>(mean[i]);
+        b[i] = static_cast<T>(parameter(p.bias, channel, 0.) - low * scale);
+        if constexpr (kGradient) {
+          const Pair means = p.group_means[group];
+          const double slope = rstd * rstd * means.second;
+          c[i] = static_cast<T>(slope), d[i] = static_cast<T>(rstd * means.first - low * slope);
+        }
+      }
+    });
+  }
+};
+
+// dz of an element. d: x - mean.
+template <class T>
+LITEVAE_DEVICE T gradient_of_z(T d, T a, T b, T grad) {
+  const T z = multiply_add(d, a, b), s = sigmoid(z);
+  return grad * s * multiply_add(z, 1 - s, T(1));
+}
+
+// A thread's sums over V lanes to those over its K channels.
+template <int K, int V, class T>
+LITEVAE_DEVICE void add_lanes(T (&first)[V], T (&second)[V]) {
+  if constexpr (K < V) {
+#pragma unroll
+    for (int v = 1; v < V; ++v) first[0] += first[v], second[0] += second[v];
+  }
+}
+
+template <class S, Kind kKind>
+struct Statistics {
+  using Part = group_norm_silu::Part<S, kKind>;
+  using T = typename Part::T;
+  static constexpr int V = Part::V, K = Part::K, kBatch = 4;
+  static constexpr int kMaxThreads = kThreads, kMinBlocks = 6;
+  struct Shared {
+    T values[K][kThreads], sums[kThreads], shift[kThreads];
+  };
+  // What a thread found in its units: of each channel a shift, how far the mean is from that, and the sum of
+  // the squared deviations from the mean. Their sum would round the mean.
+  struct Found {
+    T count, shift[K], mean[K], squares[K];
+  };
+
+  static LITEVAE_DEVICE Found find(const Part& part, int thread) {
+    Found found{};
+    if (!part.has(thread)) return found;
+    const auto x = part.units(part.p.x, thread);
+    const int first = part.p.table.row(thread), rows = part.p.table.rows;
+    T shift[K] = {}, sum[V] = {}, squares[V] = {};
+#pragma unroll 1
+    for (int unit = first; unit < part.count; unit += kBatch * rows) {
+      typename Part::Unit loaded[kBatch];
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u)
+        if (unit + u * rows < part.count) loaded[u] = x.load(unit + u * rows);
+      if (unit == first) {
+        // Deviations from the mean of the first units, at least an eighth of all: their squares add up to at
+        // most nine times what those from the mean do.
+        int count = 0;
+#pragma unroll
+        for (int u = 0; u < kBatch; ++u) {
+          if (unit + u * rows >= part.count) break;
+          T values[V];
+          loaded[u].unpack(values);
+#pragma unroll
+          for (int v = 0; v < V; ++v) shift[K == 1 ? 0 : v] += values[v];
+          count += V / K;
+        }
+        const T share = 1 / static_cast<T>(count);
+#pragma unroll
+        for (int k = 0; k < K; ++k) shift[k] *= share;
+      }
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) {
+        if (unit + u * rows >= part.count) break;
+        T values[V];
+        loaded[u].unpack(values);
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          const T d = values[v] - shift[K == 1 ? 0 : v];
+          sum[v] += d, squares[v] = multiply_add(d, d, squares[v]);
+        }
+      }
+    }
+    if (first >= part.count) return found;
+    found.count = static_cast<T>((part.count - first + rows - 1) / rows * (V / K));
+    const T share = 1 / found.count;
+    add_lanes<K>(sum, squares);
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      const T difference = sum[k] * share;
+      found.shift[k] = shift[k], found.mean[k] = difference;
+      // in one rounding: a square that overflows must not meet another
+      found.squares[k] = multiply_add(-sum[k], difference, squares[k]);
+    }
+    return found;
+  }
+
+  static LITEVAE_DEVICE void run(const Pass& p, int64_t index, const Block& block, Shared& shared) {
+    const Part part(p, index);
+    const Table& table = p.table;
+    Private<Found> all(block);
+    block.each([&](int thread) {
+      Found& found = all[thread] = find(part, thread);
+      if (table.has(thread) && table.row(thread) == 0) {
+#pragma unroll
+        for (int k = 0; k < K; ++k) shared.shift[k * table.columns + table.column(thread)] = found.shift[k];
+      }
+    });
+    const T share = 1 / static_cast<T>(part.count * (V / K));
+    block.each([&](int thread) {
+      if (!table.has(thread)) return;
+      Found& found = all[thread];
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+        found.mean[k] += found.shift[k] - shared.shift[k * table.columns + table.column(thread)];
+        shared.values[k][thread] = found.count * found.mean[k];
+      }
+    });
+    add_rows(block, table, shared.values, shared.sums);
+    block.each([&](int thread) {
+      if (!table.has(thread)) return;
+      Found& found = all[thread];
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+        const T d = found.mean[k] - shared.sums[k * table.columns + table.column(thread)] * share;
+        shared.values[k][thread] = multiply_add(found.count * d, d, found.squares[k]);
+      }
+    });
+    block.each([&](int thread) {
+      for (int i = thread; i < part.channels(); i += block.threads) {
+        const int at = i % K * table.columns + i / K;
+        part.partial(i).first = static_cast<double>(shared.shift[at]) +
+                                static_cast<double>(shared.sums[at]) * static_cast<double>(share);
+      }
+    });
+    add_rows(block, table, shared.values, shared.sums);
+    block.each([&](int thread) {
+      for (int i = thread; i < part.channels(); i += block.threads)
+        part.partial(i).second = shared.sums[i % K * table.columns + i / K];
+    });
+  }
+};
+
+template <class S, Kind kKind>
+struct Apply {
+  using Part = group_norm_silu::Part<S, kKind>;
+  using T = typename Part::T;
+  static constexpr int V = Part::V, K = Part::K, kBatch = 4;
+  static constexpr int kMaxThreads = kThreads, kMinBlocks = 6;
+  using Shared = Coefficients<T>;
+
+  static LITEVAE_DEVICE void run(const Pass& p, int64_t index, const Block& block, Shared& shared) {
+    // From the end, which the statistics read last: it may still be in the cache.
+    const Part part(p, p.blocks - 1 - index);
+    shared.template fill<false>(block, part);
+    block.each([&](int thread) {
+      if (!part.has(thread)) return;
+      T mean[K], a[K], b[K];
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+        const int i = p.table.column(thread) * K + k;
+        mean[k] = shared.mean[i], a[k] = shared.a[i], b[k] = shared.b[i];
+      }
+      const auto x = part.units(p.x, thread), y = part.units(p.out, thread);
+      const int rows = p.table.rows;
+#pragma unroll 1
+      for (int unit = p.table.row(thread); unit < part.count; unit += kBatch * rows) {
+        typename Part::Unit loaded[kBatch];
+#pragma unroll
+        for (int u = 0; u < kBatch; ++u)
+          if (unit + u * rows < part.count) loaded[u] = x.load(unit + u * rows);
+#pragma unroll
+        for (int u = 0; u < kBatch; ++u) {
+          if (unit + u * rows >= part.count) break;
+          T values[V];
+          loaded[u].unpack(values);
+#pragma unroll
+          for (int v = 0; v < V; ++v) {
+            const int k = K == 1 ? 0 : v;
+            const T z = multiply_add(values[v] - mean[k], a[k], b[k]);
+            values[v] = z * sigmoid(z);
+          }
+          y.store(unit + u * rows, values);
+        }
+      }
+    });
+  }
+};
+
+template <class S, Kind kKind>
+struct Sums {
+  using Part = group_norm_silu::Part<S, kKind>;
+  using T = typename Part::T;
+  static constexpr int V = Part::V, K = Part::K, kBatch = 2;
+  static constexpr int kMaxThreads = kThreads, kMinBlocks = 5;
+  struct Shared {
+    T values[2 * K][kThreads], sums[2 * kThreads];
+    Coefficients<T> coefficients;
+  };
+
+  static LITEVAE_DEVICE void run(const Pass& p, int64_t index, const Block& block, Shared& shared) {
+    const Part part(p, index);
+    shared.coefficients.template fill<false>(block, part);
+    block.each([&](int thread) {
+      T sum[V] = {}, products[V] = {};
+      if (part.has(thread)) {
+        T mean[K], a[K], b[K];
+#pragma unroll
+        for (int k = 0; k < K; ++k) {
+          const int i = p.table.column(thread) * K + k;
+          mean[k] = shared.coefficients.mean[i], a[k] = shared.coefficients.a[i],
+          b[k] = shared.coefficients.b[i];
+        }
+        const auto x = part.units(p.x, thread), grad = part.units(p.grad, thread);
+        const int rows = p.table.rows;
+#pragma unroll 1
+        for (int unit = p.table.row(thread); unit < part.count; unit += kBatch * rows) {
+          typename Part::Unit loaded[kBatch], loaded_grad[kBatch];
+#pragma unroll
+          for (int u = 0; u < kBatch; ++u)
+            if (unit + u * rows < part.count) {
+              loaded[u] = x.load(unit + u * rows);
+              loaded_grad[u] = grad.load(unit + u * rows);
+            }
+#pragma unroll
+          for (int u = 0; u < kBatch; ++u) {
+            if (unit + u * rows >= part.count) break;
+            T values[V], grads[V];
+            loaded[u].unpack(values), loaded_grad[u].unpack(grads);
+#pragma unroll
+            for (int v = 0; v < V; ++v) {
+              const int k = K == 1 ? 0 : v;
+              const T d = values[v] - mean[k], dz = gradient_of_z(d, a[k], b[k], grads[v]);
+              sum[v] += dz, products[v] = multiply_add(dz, d, products[v]);
+            }
+          }
+        }
+      }
+      add_lanes<K>(sum, products);
+#pragma unroll
+      for (int k = 0; k < K; ++k)
+        shared.values[k][thread] = sum[k], shared.values[K + k][thread] = products[k];
+    });
+    add_rows(block, p.table, shared.values, shared.sums);
+    block.each([&](int thread) {
+      for (int i = thread; i < part.channels(); i += block.threads) {
+        const int at = i % K * p.table.columns + i / K;
+        const double sum = shared.sums[at], products = shared.sums[K * p.table.columns + at];
+        int64_t group = part.first_channel + i;
+        take(group, p.group_channels);
+        const double* const stats = p.stats + 2 * (part.n * p.groups + group);
+        const double low = stats[0] - static_cast<double>(shared.coefficients.mean[i]);
+        part.partial(i) = {sum, (products - low * sum) * stats[1]};
+      }
+    });
+  }
+};
+
+template <class S, Kind kKind>
+struct ApplyBackward {
+  using Part = group_norm_silu::Part<S, kKind>;
+  using T = typename Part::T;
+  static constexpr int V = Part::V, K = Part::K, kBatch = 2;
+  static constexpr int kMaxThreads = kThreads, kMinBlocks = 5;
+  using Shared = Coefficients<T>;
+
+  static LITEVAE_DEVICE void run(const Pass& p, int64_t index, const Block& block, Shared& shared) {
+    const Part part(p, p.blocks - 1 - index);
+    shared.template fill<true>(block, part);
+    block.each([&](int thread) {
+      if (!part.has(thread)) return;
+      T mean[K], a[K], b[K], c[K], d[K];
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+        const int i = p.table.column(thread) * K + k;
+        mean[k] = shared.mean[i], a[k] = shared.a[i], b[k] = shared.b[i], c[k] = shared.c[i],
+        d[k] = shared.d[i];
+      }
+      const auto x = part.units(p.x, thread), grad = part.units(p.grad, thread),
+                 to = part.units(p.out, thread);
+      const int rows = p.table.rows;
+#pragma unroll 1
+      for (int unit = p.table.row(thread); unit < part.count; unit += kBatch * rows) {
+        typename Part::Unit loaded[kBatch], loaded_grad[kBatch];
+#pragma unroll
+        for (int u = 0; u < kBatch; ++u)
+          if (unit + u * rows < part.count) {
+            loaded[u] = x.load(unit + u * rows);
+            loaded_grad[u] = grad.load(unit + u * rows);
+          }
+#pragma unroll
+        for (int u = 0; u < kBatch; ++u) {
+          if (unit + u * rows >= part.count) break;
+          T values[V], grads[V];
+          loaded[u].unpack(values), loaded_grad[u].unpack(grads);
+#pragma unroll
+          for (int v = 0; v < V; ++v) {
+            const int k = K == 1 ? 0 : v;
+            const T difference = values[v] - mean[k];
+            const T dz = gradient_of_z(difference, a[k], b[k], grads[v]);
+            values[v] = multiply_add(a[k], dz, -multiply_add(difference, c[k], d[k]));
+          }
+          to.store(unit + u * rows, values);
+        }
+      }
+    });
+  }
+};
+
+// --- The kernels between. A block for each group of each image (Parameters: for a few channels).
+
+struct Combine {
+  static constexpr int kMaxThreads = kReduceThreads, kMinBlocks = 1;
+  struct Shared {
+    double values[2][kReduceThreads], sums[kReduceThreads];
+  };
+
+  static LITEVAE_DEVICE void run(const Pass& p, int64_t index, const Block& block, Shared& shared) {
+    int64_t n = index;
+    const int64_t first = take(n, p.groups) * p.group_channels;
+    const Pair* const partial = p.partial + n * p.chunks * p.channels + first;
+    const Table table = Table::of(block, p.group_channels), all{1, block.threads, 1, 1};
+    const double shift = partial[0].first;
+    block.each([&](int thread) {
+      double sum = 0, squares = 0;
+      if (table.has(thread))
+        for (int64_t c = table.column(thread); c < p.group_channels; c += table.columns)
+#pragma unroll 4
+          for (int64_t chunk = table.row(thread); chunk < p.chunks; chunk += table.rows) {
+            const Pair one = partial[chunk * p.channels + c];
+            const double count = chunk + 1 < p.chunks ? p.chunk_pixels : p.last_pixels;
+            const double d = one.first - shift;
+            sum += count * d, squares += one.second + count * d * d;
+          }
+      shared.values[0][thread] = sum, shared.values[1][thread] = squares;
+    });
+    add_rows(block, all, shared.values, shared.sums);
+    block.each([&](int thread) {
+      if (thread != 0) return;
+      const double share = 1. / static_cast<double>(p.group_channels * p.pixels);
+      const double difference = shared.sums[0] * share, square = shared.sums[1] * share;
+      double variance = square - difference * difference;
+      if (variance < 0) variance = 0;
+      p.stats[2 * index] = shift + difference, p.stats[2 * index + 1] = 1. / sqrt(variance + p.eps);
+    });
+  }
+};
+
+struct Reduce {
+  static constexpr int kMaxThreads = kReduceThreads, kMinBlocks = 1;
+  struct Shared {
+    double values[2][kReduceThreads], sums[2 * kReduceThreads], group[2][kReduceThreads];
+  };
+
+  static LITEVAE_DEVICE void run(const Pass& p, int64_t index, const Block& block, Shared& shared) {
+    int64_t n = index;
+    const int64_t first = take(n, p.groups) * p.group_channels;
+    const Pair* const partial = p.partial + n * p.chunks * p.channels + first;
+    const Table table = Table::of(block, p.group_channels), all{1, block.threads, 1, 1};
+    block.each([&](int thread) { shared.group[0][thread] = shared.group[1][thread] = 0; });
+    for (int64_t from = 0; from < p.group_channels; from += table.columns) {
+      block.each([&](int thread) {
+        const int64_t c = from + table.column(thread);
+        double sum = 0, products = 0;
+        if (table.has(thread) && c < p.group_channels)
+#pragma unroll 4
+          for (int64_t chunk = table.row(thread); chunk < p.chunks; chunk += table.rows) {
+            const Pair one = partial[chunk * p.channels + c];
+            sum += one.first, products += one.second;
+          }
+        shared.values[0][thread] = sum, shared.values[1][thread] = products;
+      });
+      add_rows(block, table, shared.values, shared.sums);
+      block.each([&](int thread) {
+        const int64_t c = first + from + thread;
+        if (thread >= table.columns || from + thread >= p.group_channels) return;
+        const Pair both{shared.sums[thread], shared.sums[table.columns + thread]};
+        const double weight = parameter(p.weight, c, 1.);
+        p.sums[n * p.channels + c] = both;
+        shared.group[0][thread] += weight * both.first, shared.group[1][thread] += weight * both.second;
+      });
+    }
+    add_rows(block, all, shared.group, shared.sums);
+    block.each([&](int thread) {
+      if (thread != 0) return;
+      const double share = 1. / static_cast<double>(p.group_channels * p.pixels);
+      p.group_means[index] = {shared.sums[0] * share, shared.sums[1] * share};
+    });
+  }
+};
+
+struct Parameters {
+  static constexpr int kMaxThreads = kThreads, kMinBlocks = 1;
+  struct Shared {
+    double values[2][kThreads], sums[kThreads];
+  };
+
+  static LITEVAE_DEVICE void run(const Pass& p, int64_t index, const Block& block, Shared& shared) {
+    const int64_t first = index * kParameterColumns;
+    const Table table = Table::of(block, kParameterColumns);
+    block.each([&](int thread) {
+      const int64_t c = first + table.column(thread);
+      double sum = 0, products = 0;
+      if (c < p.channels)
+#pragma unroll 4
+        for (int64_t n = table.row(thread); n < p.batch; n += table.rows) {
+          const Pair one = p.sums[n * p.channels + c];
+          sum += one.first, products += one.second;
+        }
+      shared.values[0][thread] = sum, shared.values[1][thread] = products;
+    });
+    add_rows(block, table, shared.values, shared.sums);
+    block.each([&](int thread) {
+      const int64_t c = first + thread;
+      if (thread >= kParameterColumns || c >= p.channels) return;
+      const Strided &bias = p.grad_bias, &weight = p.grad_weight;
+      if (bias.data != nullptr) store_one(bias.data + c * bias.c, bias.dtype, shared.sums[thread]);
+      if (weight.data != nullptr)
+        store_one(weight.data + c * weight.c, weight.dtype, shared.sums[kParameterColumns + thread]);
+    });
+  }
+};
+
+}  // namespace
+}  // namespace group_norm_silu
+}  // namespace litevae

@@ -1,0 +1,200 @@
+// Cuts GroupNorm+SiLU into blocks, and picks the kernels. Plain host code; `launch` decides what running a
+// kernel means, so that tests can do it on the CPU.
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+
+#include "kernels.cuh"
+
+namespace litevae {
+namespace group_norm_silu {
+namespace {
+
+// --- How a tensor of a shape is cut. A function of the shape alone: every GPU gives the same bits.
+
+struct Cut {
+  Table table;
+  int64_t slabs, chunks, chunk;
+};
+
+// `columns`: of channels, `units`: of pixels, as a thread moves them.
+Cut cut(int64_t batch, int64_t columns, int64_t units, bool channels_first) {
+  // Runs of 256 bytes: wider ones would leave fewer pixels to a block, and more partial sums to add up.
+  constexpr int64_t kMaxColumns = 16;
+  Cut result;
+  int64_t width, rows;
+  if (channels_first) {
+    result.slabs = (columns + kMaxColumns - 1) / kMaxColumns;
+    width = (columns + result.slabs - 1) / result.slabs;
+    rows = std::min(kThreads / width, units);
+  } else {
+    rows = std::min<int64_t>(kThreads, units);
+    width = std::min(kThreads / rows, columns);
+  }
+  result.slabs = (columns + width - 1) / width;
+  result.table = {static_cast<int>(width), static_cast<int>(rows),
+                  channels_first ? 1 : static_cast<int>(rows), channels_first ? static_cast<int>(width) : 1};
+  // As many units a thread as leave enough blocks to fill the largest GPUs evenly.
+  constexpr struct {
+    int64_t units, blocks;
+  } kChoices[] = {{32, 4096}, {16, 512}, {8, 264}, {4, 132}, {2, 0}};
+  for (const auto& choice : kChoices) {
+    result.chunks = (units + rows * choice.units - 1) / (rows * choice.units);
+    if (batch * result.slabs * result.chunks >= choice.blocks) break;
+  }
+  const int64_t per_row = (units + rows * result.chunks - 1) / (rows * result.chunks);
+  result.chunk = rows * per_row;
+  result.chunks = (units + result.chunk - 1) / result.chunk;
+  return result;
+}
+
+// Bytes of scratch memory that a call needs at most, whatever the strides: partial sums of the chunks, and
+// backward those of whole channels and groups.
+int64_t scratch_bytes(int64_t batch, int64_t channels, int64_t pixels, int64_t element) {
+  int64_t chunks = 0;
+  for (const int64_t lanes : {int64_t{1}, 16 / element})
+    for (const bool channels_first : {false, true}) {
+      const int64_t along_channels = channels_first ? lanes : 1, along_pixels = channels_first ? 1 : lanes;
+      if (channels % along_channels != 0 || pixels % along_pixels != 0 || batch * channels * pixels == 0)
+        continue;
+      chunks = std::max(chunks,
+                        cut(batch, channels / along_channels, pixels / along_pixels, channels_first).chunks);
+    }
+  return batch * channels * (chunks + 2) * static_cast<int64_t>(sizeof(Pair));
+}
+
+// --- Which kernels serve a call.
+
+class Layout {
+ public:
+  Layout(const Pass& p, int64_t element) : p(p), lanes(16 / element), element(element) {}
+
+  // `count` of the tensors, in pairs of the channels of x and those of skip.
+  Kind kind(const Strided (*const* tensors)[2], int count) const {
+    if (!p.flat || lanes == 2) return Kind::single;
+    bool channels = true, pixels = p.pixels % lanes == 0;
+    for (int i = 0; i < count; ++i)
+      for (int part = 0; part < 2; ++part) {
+        const Strided& t = (*tensors[i])[part];
+        const int64_t size = part == 0 ? p.x_channels : p.channels - p.x_channels;
+        if (size == 0) continue;
+        channels = channels && size % lanes == 0 && t.c == element && aligned(t, p.pixels > 1 ? t.w : 0) &&
+                   std::abs(t.w) < int64_t{1} << 31;
+        pixels = pixels && t.w == element && aligned(t, size > 1 ? t.c : 0);
+      }
+    return channels ? Kind::channels : pixels ? Kind::pixels : Kind::single;
+  }
+
+ private:
+  bool aligned(const Strided& t, int64_t stride) const {
+    const int64_t strides = stride | (p.batch > 1 ? t.n : 0);
+    return ((static_cast<int64_t>(reinterpret_cast<uintptr_t>(t.data)) | strides) & 15) == 0;
+  }
+
+  const Pass& p;
+  const int64_t lanes, element;
+};
+
+// The parts of a tensor of all channels that belong to x and to skip.
+void divide(const TensorView& t, int64_t x_channels, Strided (&parts)[2]) {
+  parts[0] = parts[1] = in_bytes(t);
+  parts[1].data += x_channels * parts[1].c;
+}
+
+Pass pass_of(const Inputs& in) {
+  Pass p{};
+  p.x[0] = in_bytes(in.x);
+  if (in.skip.data != nullptr) p.x[1] = in_bytes(in.skip);
+  p.x_channels = in.x.size[1];
+  p.batch = in.batch(), p.channels = in.channels(), p.pixels = in.height() * in.width();
+  p.width = in.width();
+  p.groups = in.groups, p.group_channels = p.channels / p.groups;
+  p.weight = in_bytes(in.weight), p.bias = in_bytes(in.bias);
+  p.stats = in.stats;
+  return p;
+}
+
+Kind prepare(Pass& p, const Inputs& in, bool backward, void* scratch) {
+  Strided(*const tensors[])[2] = {&p.x, &p.out, &p.grad};
+  const int count = backward ? 3 : 2;
+  p.flat = true;
+  for (int i = 0; i < count; ++i)
+    for (Strided& t : *tensors[i])
+      if (t.data != nullptr && !flatten(t, in.height(), in.width())) p.flat = false;
+  const int64_t element = element_size(in.x.dtype);
+  const Kind kind = Layout(p, element).kind(tensors, count);
+
+  bool channels_first = kind == Kind::channels;
+  if (kind == Kind::single) channels_first = p.channels > 1 && (p.pixels == 1 || p.x[0].c < p.x[0].w);
+  const int64_t lanes = kind == Kind::single ? 1 : 16 / element;
+  const int64_t along_pixels = kind == Kind::pixels ? lanes : 1;
+  const Cut how = cut(p.batch, kind == Kind::channels ? p.channels / lanes : p.channels,
+                      p.pixels / along_pixels, channels_first);
+  p.table = how.table, p.slabs = how.slabs, p.chunks = how.chunks, p.chunk = how.chunk;
+  p.chunk_pixels = static_cast<double>(how.chunk * along_pixels);
+  p.last_pixels = static_cast<double>(p.pixels - (how.chunks - 1) * how.chunk * along_pixels);
+  p.partial = static_cast<Pair*>(scratch);
+  p.sums = p.partial + p.batch * p.chunks * p.channels;
+  p.group_means = p.sums + p.batch * p.channels;
+  return kind;
+}
+
+// --- Launches.
+
+template <template <class, Kind> class Body, class Launch>
+void launch_streaming(Pass& p, DType dtype, Kind kind, const Launch& launch) {
+  p.blocks = p.batch * p.slabs * p.chunks;
+  p.threads = (p.table.columns * p.table.rows + 31) / 32 * 32;
+  if (dtype == DType::f64) return launch(Body<double, Kind::single>(), p);
+  if (kind == Kind::single) return launch(Body<AnyType, Kind::single>(), p);
+  const bool channels = kind == Kind::channels;
+  if (dtype == DType::f32)
+    channels ? launch(Body<float, Kind::channels>(), p) : launch(Body<float, Kind::pixels>(), p);
+  else if (dtype == DType::f16)
+    channels ? launch(Body<Half, Kind::channels>(), p) : launch(Body<Half, Kind::pixels>(), p);
+  else
+    channels ? launch(Body<BFloat16, Kind::channels>(), p) : launch(Body<BFloat16, Kind::pixels>(), p);
+}
+
+template <class Body, class Launch>
+void launch_groups(Pass& p, const Launch& launch) {
+  p.blocks = p.batch * p.groups;
+  p.threads = 32;
+  while (p.threads < kReduceThreads && 4 * p.threads < p.chunks * p.group_channels) p.threads *= 2;
+  launch(Body(), p);
+}
+
+// `scratch`: scratch_bytes() of it, aligned to 16 bytes.
+template <class Launch>
+void run(const Forward& call, void* scratch, const Launch& launch) {
+  Pass p = pass_of(call.in);
+  if (p.batch * p.channels * p.pixels == 0) return;
+  divide(call.y, p.x_channels, p.out);
+  p.eps = call.eps;
+  const Kind kind = prepare(p, call.in, false, scratch);
+  launch_streaming<Statistics>(p, call.in.x.dtype, kind, launch);
+  launch_groups<Combine>(p, launch);
+  launch_streaming<Apply>(p, call.in.x.dtype, kind, launch);
+}
+
+template <class Launch>
+void run(const Backward& call, void* scratch, const Launch& launch) {
+  Pass p = pass_of(call.in);
+  if (p.batch * p.channels * p.pixels == 0) return;
+  divide(call.grad, p.x_channels, p.grad);
+  p.out[0] = in_bytes(call.grad_x);
+  if (call.grad_skip.data != nullptr) p.out[1] = in_bytes(call.grad_skip);
+  p.grad_weight = in_bytes(call.grad_weight), p.grad_bias = in_bytes(call.grad_bias);
+  const Kind kind = prepare(p, call.in, true, scratch);
+  launch_streaming<Sums>(p, call.in.x.dtype, kind, launch);
+  launch_groups<Reduce>(p, launch);
+  launch_streaming<ApplyBackward>(p, call.in.x.dtype, kind, launch);
+  if (p.grad_weight.data == nullptr && p.grad_bias.data == nullptr) return;
+  p.blocks = (p.channels + kParameterColumns - 1) / kParameterColumns, p.threads = kThreads;
+  launch(Parameters(), p);
+}
+
+}  // namespace
+}  // namespace group_norm_silu
+}  // namespace litevae

@@ -1,0 +1,92 @@
+"""GroupNorm+SiLU in the compiled core: C++ on the CPU, CUDA C++ on a GPU.
+
+Both fill tensors that the caller allocated, and take any strides: on the CPU, a tensor whose innermost dimension
+is another one than the output's, or has gaps, is copied first.
+"""
+
+import torch
+from torch import Tensor
+
+from litevae_kernels.backend import core
+from litevae_kernels.tensors import is_channels_last, memory_format_of, native_view
+
+
+def _gapless(x: Tensor, like: Tensor) -> Tensor:
+    """`x`, or a copy, with adjacent elements in the innermost dimension of `like`, which is dense."""
+    channels_last = is_channels_last(like)
+    innermost = 1 if channels_last else 3 if x.shape[3] > 1 else 2
+    if x.shape[innermost] == 1 or x.stride(innermost) == 1:
+        return x
+    return x.contiguous(memory_format=memory_format_of(channels_last))
+
+
+def forward(
+    x: Tensor,
+    skip: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor,
+    stats: Tensor,
+    num_groups: int,
+    eps: float,
+) -> None:
+    """Fills `y` (N, C, H, W) and `stats` (N, num_groups, 2)."""
+    assert core is not None
+    on_cpu = x.device.type == "cpu"
+    if on_cpu:
+        x, skip = _gapless(x, y), None if skip is None else _gapless(skip, y)
+    views = [native_view(t) for t in (x, skip, weight, bias, y)]
+    if on_cpu:
+        core.group_norm_silu_cpu(*views, stats.data_ptr(), num_groups, eps, torch.get_num_threads())
+        return
+    with torch.cuda.device(x.device):
+        scratch, stream = _scratch(y), torch.cuda.current_stream(x.device).cuda_stream
+        core.group_norm_silu_cuda(
+            *views, stats.data_ptr(), num_groups, eps, scratch.data_ptr(), x.device.index, stream
+        )
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    skip: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    grad_x: Tensor,
+    grad_skip: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+    num_groups: int,
+) -> None:
+    """Fills the gradients that are not None."""
+    assert core is not None
+    on_cpu = x.device.type == "cpu"
+    to_skip = grad_skip
+    if on_cpu:
+        grad, x = _gapless(grad, grad_x), _gapless(x, grad_x)
+        skip = None if skip is None else _gapless(skip, grad_x)
+        to_skip = None if grad_skip is None else _gapless(grad_skip, grad_x)
+    inputs = [native_view(t) for t in (grad, x, skip, weight, bias)]
+    outputs = [native_view(t) for t in (grad_x, to_skip, grad_weight, grad_bias)]
+    if on_cpu:
+        core.group_norm_silu_backward_cpu(
+            *inputs, stats.data_ptr(), *outputs, num_groups, torch.get_num_threads()
+        )
+        if grad_skip is not None and to_skip is not None and to_skip is not grad_skip:
+            grad_skip.copy_(to_skip)
+        return
+    with torch.cuda.device(x.device):
+        scratch, stream = _scratch(grad), torch.cuda.current_stream(x.device).cuda_stream
+        core.group_norm_silu_backward_cuda(
+            *inputs, stats.data_ptr(), *outputs, num_groups, scratch.data_ptr(), x.device.index, stream
+        )
+
+
+def _scratch(y: Tensor) -> Tensor:
+    """For a result like `y`. From torch's allocator, which knows streams and graph capture; free to go when the
+    kernels are queued."""
+    assert core is not None
+    n, channels, height, width = y.shape
+    size = core.group_norm_silu_scratch_bytes(n, channels, height * width, y.element_size())
+    return torch.empty(size, dtype=torch.uint8, device=y.device)

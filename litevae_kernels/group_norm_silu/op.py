@@ -1,0 +1,177 @@
+"""Registration of GroupNorm+SiLU with PyTorch, and its derivatives.
+
+The forward pass also gives what backward needs: each group's mean and 1 / sqrt(var + eps), (N, num_groups, 2), in
+float64, so that the difference x - mean keeps its digits at any mean.
+"""
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from litevae_kernels.group_norm_silu import native, reference
+from litevae_kernels.tensors import differentiable_gradients, is_channels_last, memory_format_of
+
+
+def _backend(name: str) -> ModuleType:
+    if name == "triton":
+        from litevae_kernels.group_norm_silu import triton  # needs Triton, which not every platform has
+
+        return triton
+    return native
+
+
+def _empty_like(x: Tensor, channels: int) -> Tensor:
+    n, _, height, width = x.shape
+    memory_format = memory_format_of(is_channels_last(x))
+    return torch.empty(
+        (n, channels, height, width), dtype=x.dtype, device=x.device, memory_format=memory_format
+    )
+
+
+def _outputs(x: Tensor, skip: Tensor | None, num_groups: int) -> tuple[Tensor, Tensor]:
+    channels = x.shape[1] + (0 if skip is None else skip.shape[1])
+    stats = torch.empty((x.shape[0], num_groups, 2), dtype=torch.float64, device=x.device)
+    return _empty_like(x, channels), stats
+
+
+def _gradients(
+    x: Tensor, skip: Tensor | None, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Where an input is None, its gradient has no elements: an operator cannot return None."""
+    none = [0]
+    return (
+        _empty_like(x, x.shape[1]),
+        x.new_empty(none) if skip is None else _empty_like(skip, skip.shape[1]),
+        x.new_empty(none)
+        if weight is None
+        else torch.empty_like(weight, memory_format=torch.contiguous_format),
+        x.new_empty(none) if bias is None else torch.empty_like(bias, memory_format=torch.contiguous_format),
+    )
+
+
+torch.library.define(
+    "litevae::group_norm_silu",
+    "(Tensor x, Tensor? skip, Tensor? weight, Tensor? bias, int num_groups, float eps, str backend) "
+    "-> (Tensor y, Tensor stats)",
+)
+torch.library.define(
+    "litevae::group_norm_silu_backward",
+    "(Tensor grad, Tensor x, Tensor? skip, Tensor? weight, Tensor? bias, Tensor stats, int num_groups, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+def _forward(
+    x: Tensor,
+    skip: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    num_groups: int,
+    eps: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    y, stats = _outputs(x, skip, num_groups)
+    if y.numel() == 0:
+        return y, stats.zero_()
+    _backend(backend).forward(x, skip, weight, bias, y, stats, num_groups, eps)
+    return y, stats
+
+
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    skip: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    num_groups: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    gradients = _gradients(x, skip, weight, bias)
+    if grad.numel() == 0:
+        for gradient in gradients:
+            gradient.zero_()
+        return gradients
+    present = [None if t is None else g for t, g in zip((x, skip, weight, bias), gradients, strict=True)]
+    _backend(backend).backward(grad, x, skip, weight, bias, stats, *present, num_groups)
+    return gradients
+
+
+for _key in ("CPU", "CUDA"):
+    torch.library.impl("litevae::group_norm_silu", _key, _forward)
+    torch.library.impl("litevae::group_norm_silu_backward", _key, _backward)
+
+
+@torch.library.register_fake("litevae::group_norm_silu")
+def _(
+    x: Tensor,
+    skip: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    num_groups: int,
+    eps: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return _outputs(x, skip, num_groups)
+
+
+@torch.library.register_fake("litevae::group_norm_silu_backward")
+def _(
+    grad: Tensor,
+    x: Tensor,
+    skip: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    num_groups: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _gradients(x, skip, weight, bias)
+
+
+class _GroupNormSiLU(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        skip: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        num_groups: int,
+        eps: float,
+        backend: str,
+    ) -> Tensor:
+        y, stats = torch.ops.litevae.group_norm_silu(x, skip, weight, bias, num_groups, eps, backend)
+        ctx.save_for_backward(x, skip, weight, bias, stats)
+        ctx.rest = (num_groups, eps, backend)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        *inputs, stats = ctx.saved_tensors
+        num_groups, eps, backend = ctx.rest
+        needed = ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # a derivative of this derivative is wanted: autograd of plain PyTorch has all orders
+            gradients = differentiable_gradients(
+                lambda x, s, w, b: reference.forward(x, s, w, b, num_groups, eps), inputs, needed, grad
+            )
+        else:
+            computed = torch.ops.litevae.group_norm_silu_backward(grad, *inputs, stats, num_groups, backend)
+            gradients = [g if need else None for g, need in zip(computed, needed, strict=True)]
+        return (*gradients, None, None, None)
+
+
+def group_norm_silu(
+    x: Tensor,
+    skip: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    num_groups: int,
+    eps: float,
+    backend: str,
+) -> Tensor:
+    """Differentiable `litevae::group_norm_silu`, without the statistics."""
+    return _GroupNormSiLU.apply(x, skip, weight, bias, num_groups, eps, backend)

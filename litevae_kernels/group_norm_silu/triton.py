@@ -1,0 +1,619 @@
+"""GroupNorm+SiLU in Triton: any CUDA device, and the CPU under Triton's interpreter.
+
+Both functions fill tensors that the caller allocated, and take any strides. A tile is (pixels, channels); programs
+reduce chunks of pixels to partial results for each channel, a small kernel joins those of a group, and another
+pass over the pixels applies the result. x and skip get launches of their own, so groups may lie across both.
+The partition depends on shapes and layouts only: the same inputs give the same bits.
+"""
+
+# Kernels are typed by Triton, which also gives a name another type where a branch is compiled away.
+# mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment,misc"
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from litevae_kernels.tensors import accumulate_dtype
+
+TILE = 2048  # elements: 16 a thread
+PROGRAMS = 4096  # are enough to fill a GPU; only then does a program take several tiles
+# Tiles that share a shift: their squares add up to at most MAX_STEPS + 1 times the squares about the mean.
+MAX_STEPS = 64
+GRID = tl.constexpr(2**30)  # programs on the grid's first axis
+
+
+def _kernel(function: Callable[..., Any]) -> Any:
+    """Integer arguments are int64 and specialised on nothing, so that no size compiles a kernel of its own.
+
+    What a kernel needs to know about alignment comes with its constexpr vector widths.
+    """
+    integers = [name for name, kind in function.__annotations__.items() if kind is tl.int64]
+    return triton.jit(function, do_not_specialize=integers)
+
+
+@triton.jit
+def _program():
+    return tl.program_id(1).to(tl.int64) * GRID + tl.program_id(0)
+
+
+@triton.jit
+def _offsets(
+    n, channel, pixel, s_n, s_c, s_h, s_w, width,
+    INNER: tl.constexpr, PIXELS: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """(pixels, channels), int64; visibly contiguous along INNER, and multiples of VEC along the rest."""
+    if PIXELS == "flat":
+        down = pixel if INNER == "pixels" else pixel * (s_w * VEC)
+    else:
+        # int32 division is several times faster; "rows" have fewer than 2^31 pixels
+        index = tl.int32 if PIXELS == "rows" else tl.int64
+        row = (pixel.to(index) // width.to(index)).to(tl.int64)
+        down = row * (s_h * VEC) + (pixel - row * width) * (s_w * VEC)
+    across = channel if INNER == "channels" else channel * (s_c * VEC)
+    return n * (s_n * VEC) + down[:, None] + across[None, :]
+
+
+@triton.jit
+def _parameters(
+    n, channel, mask, first, groups, group_channels, weight, bias, weight_c, bias_c, stats, ACC: tl.constexpr
+):
+    """A channel's mean in two parts, rstd, weight and bias; each (1, channels)."""
+    at = first + channel
+    group = n * groups + at // group_channels
+    mean = tl.load(stats + 2 * group, mask=mask, other=0)
+    rstd = tl.load(stats + 2 * group + 1, mask=mask, other=0).to(ACC)
+    high = mean.to(ACC)
+    low = (mean - high.to(tl.float64)).to(ACC)
+    w = tl.full(channel.shape, 1, ACC)
+    b = tl.full(channel.shape, 0, ACC)
+    if weight is not None:
+        w = tl.load(weight + at * weight_c, mask=mask, other=0).to(ACC)
+    if bias is not None:
+        b = tl.load(bias + at * bias_c, mask=mask, other=0).to(ACC)
+    return high[None, :], low[None, :], rstd[None, :], w[None, :], b[None, :]
+
+
+@triton.jit
+def _slope(x, grad, high, low, rstd, w, b):
+    """The normalised x, and grad times the derivative of SiLU."""
+    normal = ((x - high) - low) * rstd
+    z = normal * w + b
+    sigmoid = 1 / (1 + tl.exp(-z))
+    return normal, grad * sigmoid * (1 + z * (1 - sigmoid))
+
+
+@_kernel
+def group_norm_silu_stats_kernel(
+    x, partials,
+    x_n: tl.int64, x_c: tl.int64, x_h: tl.int64, x_w: tl.int64,
+    batch: tl.int64, channels: tl.int64, pixels: tl.int64, width: tl.int64, first: tl.int64,
+    all_channels: tl.int64, chunks: tl.int64, steps: tl.int64,
+    INNER: tl.constexpr, PIXELS: tl.constexpr, X_VEC: tl.constexpr, C_VEC: tl.constexpr, P_VEC: tl.constexpr,
+    ACC: tl.constexpr, TILE_P: tl.constexpr, TILE_C: tl.constexpr,
+):  # fmt: skip
+    """Partials (3, batch, chunks, all_channels): a reference value, the mean less that, squares about the mean.
+
+    `channels` and `pixels` come in units of C_VEC and P_VEC. Each place of the tile is shifted by the value it meets
+    first, so that no mean, however large, costs digits.
+    """
+    channels *= C_VEC
+    pixels *= P_VEC
+    blocks = tl.cdiv(channels, TILE_C)
+    program = _program()
+    block = program % blocks
+    chunk = program // blocks % chunks
+    n = program // blocks // chunks
+    if n >= batch:
+        return
+    channel = block * TILE_C + tl.arange(0, TILE_C)
+    has_channel = channel < channels
+    start = chunk * (steps * TILE_P)
+    pixel = start + tl.arange(0, TILE_P)
+    at = _offsets(n, channel, start + tl.arange(0, 1), x_n, x_c, x_h, x_w, width, INNER, PIXELS, X_VEC)
+    reference = tl.load(x + at, mask=has_channel[None, :], other=0).to(ACC)
+    mask = (pixel < pixels)[:, None] & has_channel[None, :]
+    at = _offsets(n, channel, pixel, x_n, x_c, x_h, x_w, width, INNER, PIXELS, X_VEC)
+    shift = tl.load(x + at, mask=mask, other=0).to(ACC)
+    total = tl.zeros((TILE_P, TILE_C), ACC)
+    squares = tl.zeros((TILE_P, TILE_C), ACC)
+    for step in tl.range(1, steps, loop_unroll_factor=4):
+        now = pixel + step * TILE_P
+        mask = (now < pixels)[:, None] & has_channel[None, :]
+        at = _offsets(n, channel, now, x_n, x_c, x_h, x_w, width, INNER, PIXELS, X_VEC)
+        change = tl.where(mask, tl.load(x + at, mask=mask, other=0).to(ACC) - shift, 0)
+        total += change
+        squares += change * change
+    # Each place has seen `count` pixels.
+    valid = tl.minimum(pixels - start, steps * TILE_P).to(tl.int32)
+    count = tl.maximum(valid - tl.arange(0, TILE_P) + (TILE_P - 1), 0) // TILE_P
+    share = total / tl.maximum(count, 1).to(ACC)[:, None]
+    weight = count.to(ACC)[:, None]
+    squares = tl.maximum(squares - total * share, 0)
+    distance = (shift - reference) + share
+    mean = tl.sum(distance * weight, 0) / valid.to(ACC)
+    apart = distance - mean[None, :]
+    squares = tl.sum(squares + weight * apart * apart, 0)
+    out = partials + ((n * chunks + chunk) * all_channels + first + channel)
+    plane = batch * chunks * all_channels
+    tl.store(out, tl.sum(reference, 0), mask=has_channel)
+    tl.store(out + plane, mean, mask=has_channel)
+    tl.store(out + 2 * plane, squares, mask=has_channel)
+
+
+@_kernel
+def group_norm_silu_stats_join_kernel(
+    partials, stats,
+    batch: tl.int64, all_channels: tl.int64, pixels: tl.int64, groups: tl.int64, group_channels: tl.int64,
+    chunks: tl.int64, chunk_pixels: tl.int64,
+    EPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Stats (batch, groups, 2) from partials (3, batch, chunks, all_channels); a program a group."""
+    program = _program()
+    n = program // groups
+    if n >= batch:
+        return
+    base = partials + (n * chunks * all_channels + program % groups * group_channels)
+    plane = batch * chunks * all_channels
+    shift = tl.load(base).to(tl.float64) + tl.load(base + plane).to(tl.float64)
+    total = tl.zeros((BLOCK,), tl.float64)
+    squares = tl.zeros((BLOCK,), tl.float64)
+    for i in range(0, chunks * group_channels, BLOCK):
+        index = i + tl.arange(0, BLOCK)
+        mask = index < chunks * group_channels
+        chunk = index // group_channels
+        at = base + (chunk * all_channels + (index - chunk * group_channels))
+        mean = tl.load(at, mask=mask, other=0).to(tl.float64)
+        mean += tl.load(at + plane, mask=mask, other=0).to(tl.float64)
+        count = tl.minimum(pixels - chunk * chunk_pixels, chunk_pixels).to(tl.float64)
+        change = tl.where(mask, mean - shift, 0)
+        total += count * change
+        squares += tl.load(at + 2 * plane, mask=mask, other=0).to(tl.float64) + count * change * change
+    size = (pixels * group_channels).to(tl.float64)
+    distance = tl.sum(total, 0) / size
+    variance = tl.maximum(tl.sum(squares, 0) / size - distance * distance, 0)
+    tl.store(stats + 2 * program, shift + distance)
+    tl.store(stats + 2 * program + 1, 1 / tl.sqrt(variance + EPS))
+
+
+@_kernel
+def group_norm_silu_apply_kernel(
+    x, weight, bias, stats, y,
+    x_n: tl.int64, x_c: tl.int64, x_h: tl.int64, x_w: tl.int64,
+    y_n: tl.int64, y_c: tl.int64, y_h: tl.int64, y_w: tl.int64,
+    weight_c: tl.int64,
+    bias_c: tl.int64, batch: tl.int64, channels: tl.int64, pixels: tl.int64, width: tl.int64, first: tl.int64,
+    groups: tl.int64, group_channels: tl.int64, chunks: tl.int64, steps: tl.int64,
+    INNER: tl.constexpr, PIXELS: tl.constexpr, X_VEC: tl.constexpr, Y_INNER: tl.constexpr,
+    Y_PIXELS: tl.constexpr, Y_VEC: tl.constexpr, C_VEC: tl.constexpr, P_VEC: tl.constexpr, ACC: tl.constexpr,
+    TILE_P: tl.constexpr, TILE_C: tl.constexpr,
+):  # fmt: skip
+    """y (batch, channels, pixels) = silu((x - mean) rstd weight + bias)."""
+    channels *= C_VEC
+    pixels *= P_VEC
+    blocks = tl.cdiv(channels, TILE_C)
+    program = batch * chunks * blocks - 1 - _program()  # backwards: the end of x may still be in the cache
+    if program < 0:
+        return
+    block = program % blocks
+    chunk = program // blocks % chunks
+    n = program // blocks // chunks
+    channel = block * TILE_C + tl.arange(0, TILE_C)
+    has_channel = channel < channels
+    high, low, rstd, w, b = _parameters(
+        n, channel, has_channel, first, groups, group_channels, weight, bias, weight_c, bias_c, stats, ACC
+    )
+    slope = rstd * w
+    pixel = chunk * (steps * TILE_P) + tl.arange(0, TILE_P)
+    for step in tl.range(0, steps, loop_unroll_factor=2):
+        now = pixel + step * TILE_P
+        mask = (now < pixels)[:, None] & has_channel[None, :]
+        at = _offsets(n, channel, now, x_n, x_c, x_h, x_w, width, INNER, PIXELS, X_VEC)
+        z = ((tl.load(x + at, mask=mask, other=0).to(ACC) - high) - low) * slope + b
+        at = _offsets(n, channel, now, y_n, y_c, y_h, y_w, width, Y_INNER, Y_PIXELS, Y_VEC)
+        tl.store(y + at, z / (1 + tl.exp(-z)), mask=mask)
+
+
+@_kernel
+def group_norm_silu_sums_kernel(
+    x, grad, weight, bias, stats, partials,
+    x_n: tl.int64, x_c: tl.int64, x_h: tl.int64, x_w: tl.int64,
+    grad_n: tl.int64, grad_c: tl.int64, grad_h: tl.int64, grad_w: tl.int64,
+    weight_c: tl.int64,
+    bias_c: tl.int64, batch: tl.int64, channels: tl.int64, pixels: tl.int64, width: tl.int64, first: tl.int64,
+    all_channels: tl.int64, groups: tl.int64, group_channels: tl.int64, chunks: tl.int64, steps: tl.int64,
+    INNER: tl.constexpr, PIXELS: tl.constexpr, X_VEC: tl.constexpr, GRAD_INNER: tl.constexpr,
+    GRAD_PIXELS: tl.constexpr, GRAD_VEC: tl.constexpr, C_VEC: tl.constexpr, P_VEC: tl.constexpr,
+    ACC: tl.constexpr, TILE_P: tl.constexpr, TILE_C: tl.constexpr,
+):  # fmt: skip
+    """Partials (2, batch, chunks, all_channels): sums of z's gradient, and of that times the normalised x."""
+    channels *= C_VEC
+    pixels *= P_VEC
+    blocks = tl.cdiv(channels, TILE_C)
+    program = _program()
+    block = program % blocks
+    chunk = program // blocks % chunks
+    n = program // blocks // chunks
+    if n >= batch:
+        return
+    channel = block * TILE_C + tl.arange(0, TILE_C)
+    has_channel = channel < channels
+    high, low, rstd, w, b = _parameters(
+        n, channel, has_channel, first, groups, group_channels, weight, bias, weight_c, bias_c, stats, ACC
+    )
+    pixel = chunk * (steps * TILE_P) + tl.arange(0, TILE_P)
+    total = tl.zeros((TILE_P, TILE_C), ACC)
+    product = tl.zeros((TILE_P, TILE_C), ACC)
+    for step in tl.range(0, steps, loop_unroll_factor=2):
+        now = pixel + step * TILE_P
+        mask = (now < pixels)[:, None] & has_channel[None, :]
+        at = _offsets(n, channel, now, x_n, x_c, x_h, x_w, width, INNER, PIXELS, X_VEC)
+        value = tl.load(x + at, mask=mask, other=0).to(ACC)
+        at = _offsets(
+            n, channel, now, grad_n, grad_c, grad_h, grad_w, width, GRAD_INNER, GRAD_PIXELS, GRAD_VEC
+        )
+        incoming = tl.load(grad + at, mask=mask, other=0).to(ACC)
+        normal, dz = _slope(value, incoming, high, low, rstd, w, b)
+        total += dz
+        product += tl.where(mask, dz * normal, 0)
+    out = partials + ((n * chunks + chunk) * all_channels + first + channel)
+    tl.store(out, tl.sum(total, 0), mask=has_channel)
+    tl.store(out + batch * chunks * all_channels, tl.sum(product, 0), mask=has_channel)
+
+
+@_kernel
+def group_norm_silu_sums_join_kernel(
+    partials, weight, stats, totals, coefficients,
+    weight_c: tl.int64,
+    batch: tl.int64, all_channels: tl.int64, pixels: tl.int64, groups: tl.int64, group_channels: tl.int64,
+    chunks: tl.int64,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Totals (2, batch, all_channels) of partials (2, batch, chunks, all_channels); coefficients (batch, groups, 2).
+
+    The latter say what to subtract from x's gradient, as a constant and as a multiple of the normalised x.
+    """
+    program = _program()
+    n = program // groups
+    if n >= batch:
+        return
+    group = program % groups
+    plane = batch * chunks * all_channels
+    constant = tl.zeros((BLOCK,), tl.float64)
+    multiple = tl.zeros((BLOCK,), tl.float64)
+    for i in range(0, group_channels, BLOCK):
+        inside = i + tl.arange(0, BLOCK)
+        has_channel = inside < group_channels
+        channel = group * group_channels + inside
+        total = tl.zeros((ROWS, BLOCK), tl.float64)
+        product = tl.zeros((ROWS, BLOCK), tl.float64)
+        for j in range(0, chunks, ROWS):
+            chunk = j + tl.arange(0, ROWS)
+            mask = (chunk < chunks)[:, None] & has_channel[None, :]
+            at = partials + ((n * chunks + chunk)[:, None] * all_channels + channel[None, :])
+            total += tl.load(at, mask=mask, other=0).to(tl.float64)
+            product += tl.load(at + plane, mask=mask, other=0).to(tl.float64)
+        total = tl.sum(total, 0)
+        product = tl.sum(product, 0)
+        out = totals + (n * all_channels + channel)
+        tl.store(out, total, mask=has_channel)
+        tl.store(out + batch * all_channels, product, mask=has_channel)
+        if weight is not None:
+            w = tl.load(weight + channel * weight_c, mask=has_channel, other=0).to(tl.float64)
+            total *= w
+            product *= w
+        constant += total
+        multiple += product
+    factor = tl.load(stats + 2 * program + 1) / (pixels * group_channels).to(tl.float64)
+    tl.store(coefficients + 2 * program, tl.sum(constant, 0) * factor)
+    tl.store(coefficients + 2 * program + 1, tl.sum(multiple, 0) * factor)
+
+
+@_kernel
+def group_norm_silu_parameters_kernel(
+    totals,
+    grad_weight,
+    grad_bias,
+    batch: tl.int64,
+    all_channels: tl.int64,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Gradients (all_channels) of weight and bias from totals (2, batch, all_channels)."""
+    channel = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    has_channel = channel < all_channels
+    total = tl.zeros((ROWS, BLOCK), tl.float64)
+    product = tl.zeros((ROWS, BLOCK), tl.float64)
+    for i in range(0, batch, ROWS):
+        n = i + tl.arange(0, ROWS)
+        mask = (n < batch)[:, None] & has_channel[None, :]
+        at = totals + (n[:, None] * all_channels + channel[None, :])
+        if grad_bias is not None:
+            total += tl.load(at, mask=mask, other=0)
+        if grad_weight is not None:
+            product += tl.load(at + batch * all_channels, mask=mask, other=0)
+    # 16-bit types round through float32, as PyTorch's conversions do
+    if grad_bias is not None:
+        total = tl.sum(total, 0)
+        if grad_bias.dtype.element_ty != tl.float64:
+            total = total.to(tl.float32)
+        tl.store(grad_bias + channel, total, mask=has_channel)
+    if grad_weight is not None:
+        product = tl.sum(product, 0)
+        if grad_weight.dtype.element_ty != tl.float64:
+            product = product.to(tl.float32)
+        tl.store(grad_weight + channel, product, mask=has_channel)
+
+
+@_kernel
+def group_norm_silu_grad_kernel(
+    x, grad, weight, bias, stats, coefficients, out,
+    x_n: tl.int64, x_c: tl.int64, x_h: tl.int64, x_w: tl.int64,
+    grad_n: tl.int64, grad_c: tl.int64, grad_h: tl.int64, grad_w: tl.int64,
+    out_n: tl.int64, out_c: tl.int64, out_h: tl.int64, out_w: tl.int64,
+    weight_c: tl.int64,
+    bias_c: tl.int64, batch: tl.int64, channels: tl.int64, pixels: tl.int64, width: tl.int64, first: tl.int64,
+    groups: tl.int64, group_channels: tl.int64, chunks: tl.int64, steps: tl.int64,
+    INNER: tl.constexpr, PIXELS: tl.constexpr, X_VEC: tl.constexpr, GRAD_INNER: tl.constexpr,
+    GRAD_PIXELS: tl.constexpr, GRAD_VEC: tl.constexpr, OUT_INNER: tl.constexpr, OUT_PIXELS: tl.constexpr,
+    OUT_VEC: tl.constexpr, C_VEC: tl.constexpr, P_VEC: tl.constexpr, ACC: tl.constexpr, TILE_P: tl.constexpr,
+    TILE_C: tl.constexpr,
+):  # fmt: skip
+    """Out (batch, channels, pixels), the gradient of x."""
+    channels *= C_VEC
+    pixels *= P_VEC
+    blocks = tl.cdiv(channels, TILE_C)
+    program = batch * chunks * blocks - 1 - _program()  # backwards, as in forward
+    if program < 0:
+        return
+    block = program % blocks
+    chunk = program // blocks % chunks
+    n = program // blocks // chunks
+    channel = block * TILE_C + tl.arange(0, TILE_C)
+    has_channel = channel < channels
+    high, low, rstd, w, b = _parameters(
+        n, channel, has_channel, first, groups, group_channels, weight, bias, weight_c, bias_c, stats, ACC
+    )
+    pair = coefficients + 2 * (n * groups + (first + channel) // group_channels)
+    constant = tl.load(pair, mask=has_channel, other=0)[None, :]
+    multiple = tl.load(pair + 1, mask=has_channel, other=0)[None, :]
+    slope = rstd * w
+    pixel = chunk * (steps * TILE_P) + tl.arange(0, TILE_P)
+    for step in tl.range(0, steps, loop_unroll_factor=2):
+        now = pixel + step * TILE_P
+        mask = (now < pixels)[:, None] & has_channel[None, :]
+        at = _offsets(n, channel, now, x_n, x_c, x_h, x_w, width, INNER, PIXELS, X_VEC)
+        value = tl.load(x + at, mask=mask, other=0).to(ACC)
+        at = _offsets(
+            n, channel, now, grad_n, grad_c, grad_h, grad_w, width, GRAD_INNER, GRAD_PIXELS, GRAD_VEC
+        )
+        incoming = tl.load(grad + at, mask=mask, other=0).to(ACC)
+        normal, dz = _slope(value, incoming, high, low, rstd, w, b)
+        at = _offsets(n, channel, now, out_n, out_c, out_h, out_w, width, OUT_INNER, OUT_PIXELS, OUT_VEC)
+        tl.store(out + at, dz * slope - (constant + normal * multiple), mask=mask)
+
+
+def _power_of_two(*values: int) -> int:
+    """The largest power of two that divides all of them, 16 at most."""
+    bits = 16
+    for value in values:
+        bits |= value
+    return bits & -bits
+
+
+class _View(NamedTuple):
+    """A tensor as the kernels take it; strides in units of an access."""
+
+    strides: tuple[int, int, int, int]
+    # the axis that is visibly contiguous, how to find a pixel, elements of an access
+    layout: tuple[str, str, int]
+
+
+def _view(x: Tensor) -> _View:
+    _, c, height, width = x.shape
+    # the stride of an axis of one element is arbitrary
+    s_n, s_c, s_h, s_w = (0 if size == 1 else step for size, step in zip(x.shape, x.stride(), strict=True))
+    pixels = "rows" if height * width <= 2**30 else "wide rows"
+    if height == 1 or width == 1 or s_h == width * s_w:
+        pixels, s_h, s_w = "flat", 0, s_h if width == 1 else s_w
+    inner, vector = "none", 1
+    if s_c == 1:
+        inner, vector = "channels", _power_of_two(c, s_n, s_h, s_w)
+    elif pixels == "flat" and s_w == 1:
+        inner, vector = "pixels", _power_of_two(height * width, s_n, s_c)
+    vector = 1 if x.data_ptr() % 16 else min(vector, 16 // x.element_size())
+    return _View((s_n // vector, s_c // vector, s_h // vector, s_w // vector), (inner, pixels, vector))
+
+
+def _tile(inner: str, channels: int, pixels: int) -> tuple[int, int]:
+    """(pixels, channels) of a tile, powers of two."""
+    most = triton.next_power_of_2(channels)
+    tile_p = triton.next_power_of_2(pixels)
+    if inner == "channels":
+        even = channels & -channels
+        tile_c = min(even if even >= 32 else most, 64)
+        tile_p = min(tile_p, max(TILE // tile_c, 1))
+    tile_p = min(tile_p, TILE)
+    if inner != "channels" or tile_p * tile_c < TILE:
+        tile_c = min(most, TILE // tile_p)
+    return tile_p, tile_c
+
+
+def _steps(batch: int, channels: int, pixels: int, tile: tuple[int, int], most: int) -> int:
+    """How many tiles, one after the other, a program takes: more where there are programs enough."""
+    rest = batch * triton.cdiv(channels, tile[1])
+    steps = 1
+    while steps < most and rest * triton.cdiv(pixels, 2 * steps * tile[0]) >= PROGRAMS:
+        steps *= 2
+    return steps
+
+
+class _Part(NamedTuple):
+    """x or skip: the tensor, its view, its first channel and its tiles."""
+
+    x: Tensor
+    view: _View
+    first: int
+    tile: tuple[int, int]
+
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        n, c, height, width = self.x.shape
+        c_vec, p_vec = self.vectors()
+        return n, c // c_vec, height * width // p_vec, width, self.first
+
+    def vectors(self) -> tuple[int, int]:
+        return _power_of_two(self.x.shape[1]), _power_of_two(self.x.shape[2] * self.x.shape[3])
+
+    def tiling(self, chunk: int) -> tuple[tuple[int, int], tuple[int, int], dict[str, Any]]:
+        """The grid, (chunks, steps), and the options of a launch whose programs take `chunk` pixels each."""
+        n, c, height, width = self.x.shape
+        tile_p = min(self.tile[0], chunk)
+        chunks = triton.cdiv(height * width, chunk)
+        c_vec, p_vec = self.vectors()
+        options = {
+            "C_VEC": c_vec,
+            "P_VEC": p_vec,
+            "ACC": tl.float64 if self.x.dtype == torch.float64 else tl.float32,
+            "TILE_P": tile_p,
+            "TILE_C": self.tile[1],
+            "num_warps": max(1, min(4, tile_p * self.tile[1] // 512)),
+            "enable_fp_fusion": True,  # where Triton's own default is changing
+        }
+        return _grid(n * chunks * triton.cdiv(c, self.tile[1])), (chunks, chunk // tile_p), options
+
+    def chunk(self, most: int) -> int:
+        n, c, height, width = self.x.shape
+        return self.tile[0] * _steps(n, c, height * width, self.tile, most)
+
+
+def _parts(x: Tensor, skip: Tensor | None) -> list[_Part]:
+    out = []
+    first = 0
+    for part in (x, skip):
+        if part is not None and part.shape[1] > 0:
+            view = _view(part)
+            tile = _tile(view.layout[0], part.shape[1], part.shape[2] * part.shape[3])
+            out.append(_Part(part, view, first, tile))
+            first += part.shape[1]
+    return out
+
+
+def _grid(programs: int) -> tuple[int, int]:
+    return min(programs, GRID.value), triton.cdiv(programs, GRID.value)
+
+
+def _step(parameter: Tensor | None) -> int:
+    return 0 if parameter is None else parameter.stride(0)
+
+
+def _on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def forward(
+    x: Tensor,
+    skip: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor,
+    stats: Tensor,
+    num_groups: int,
+    eps: float,
+) -> None:
+    """Fills `y` (N, C, H, W) and `stats` (N, num_groups, 2)."""
+    n, channels, height, width = y.shape
+    pixels = height * width
+    parts = _parts(x, skip)
+    chunk = min(part.chunk(MAX_STEPS) for part in parts)
+    chunks = triton.cdiv(pixels, chunk)
+    groups = (num_groups, channels // num_groups)
+    partials = x.new_empty((3, n, chunks, channels), dtype=accumulate_dtype(x.dtype))
+    with _on_device(x):
+        for part in parts:
+            grid, tiling, options = part.tiling(chunk)
+            group_norm_silu_stats_kernel[grid](
+                part.x, partials, *part.view.strides, *part.sizes(), channels, *tiling,
+                **dict(zip(("INNER", "PIXELS", "X_VEC"), part.view.layout, strict=True)), **options,
+            )  # fmt: skip
+        group_norm_silu_stats_join_kernel[_grid(n * num_groups)](
+            partials, stats, n, channels, pixels, *groups, chunks, chunk,
+            EPS=eps, BLOCK=512, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+        for part in parts:
+            grid, tiling, options = part.tiling(part.chunk(8))
+            out = y.narrow(1, part.first, part.x.shape[1])
+            view = _view(out)
+            group_norm_silu_apply_kernel[grid](
+                part.x, weight, bias, stats, out, *part.view.strides, *view.strides, _step(weight), _step(bias),
+                *part.sizes(), *groups, *tiling,
+                **dict(zip(("INNER", "PIXELS", "X_VEC"), part.view.layout, strict=True)),
+                **dict(zip(("Y_INNER", "Y_PIXELS", "Y_VEC"), view.layout, strict=True)), **options,
+            )  # fmt: skip
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    skip: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    grad_x: Tensor,
+    grad_skip: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+    num_groups: int,
+) -> None:
+    """Fills the gradients that are not None."""
+    n, channels, height, width = grad.shape
+    parts = _parts(x, skip)
+    chunk = min(part.chunk(MAX_STEPS) for part in parts)
+    chunks = triton.cdiv(height * width, chunk)
+    groups = (num_groups, channels // num_groups)
+    steps = (_step(weight), _step(bias))
+    dtype = accumulate_dtype(x.dtype)
+    partials = x.new_empty((2, n, chunks, channels), dtype=dtype)
+    totals = x.new_empty((2, n, channels), dtype=torch.float64)
+    coefficients = x.new_empty((n, num_groups, 2), dtype=dtype)
+    block = min(triton.next_power_of_2(groups[1]), 64)
+    inputs = []
+    for part in parts:
+        incoming = grad.narrow(1, part.first, part.x.shape[1])
+        view = _view(incoming)
+        layouts = zip(
+            ("INNER", "PIXELS", "X_VEC", "GRAD_INNER", "GRAD_PIXELS", "GRAD_VEC"),
+            part.view.layout + view.layout,
+            strict=True,
+        )
+        inputs.append((part, incoming, part.view.strides + view.strides, dict(layouts)))
+    with _on_device(x):
+        for part, incoming, strides, layout in inputs:
+            grid, tiling, options = part.tiling(chunk)
+            group_norm_silu_sums_kernel[grid](
+                part.x, incoming, weight, bias, stats, partials, *strides, *steps,
+                *part.sizes(), channels, *groups, *tiling, **layout, **options,
+            )  # fmt: skip
+        group_norm_silu_sums_join_kernel[_grid(n * num_groups)](
+            partials, weight, stats, totals, coefficients, steps[0], n, channels, height * width, *groups, chunks,
+            ROWS=512 // block, BLOCK=block, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+        if grad_weight is not None or grad_bias is not None:
+            group_norm_silu_parameters_kernel[(triton.cdiv(channels, 16),)](
+                totals, grad_weight, grad_bias, n, channels,
+                ROWS=32, BLOCK=16, num_warps=4, enable_fp_fusion=True,
+            )  # fmt: skip
+        for part, incoming, strides, layout in inputs:
+            out = grad_x if part.x is x else grad_skip
+            if out is None:
+                continue
+            grid, tiling, options = part.tiling(part.chunk(8))
+            view = _view(out)
+            layout |= zip(("OUT_INNER", "OUT_PIXELS", "OUT_VEC"), view.layout, strict=True)
+            group_norm_silu_grad_kernel[grid](
+                part.x, incoming, weight, bias, stats, coefficients, out, *strides, *view.strides, *steps,
+                *part.sizes(), *groups, *tiling, **layout, **options,
+            )  # fmt: skip

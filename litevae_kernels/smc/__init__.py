@@ -1,0 +1,145 @@
+"""Self-modulated convolution (LiteVAE, Equation 3): a convolution that normalises its own weights.
+
+w'[o,i,k] = gain * scale[i] * w[o,i,k] / (sqrt(sum_{i,k} (scale[i] * w[o,i,k])^2) + eps)
+
+The scales and the gain belong to the layer and not to the sample, so this is one ordinary convolution: StyleGAN2's
+modulated convolution with a shared style, without its filter bank per sample.
+
+Weights are float64, float32, bfloat16 or float16; the arithmetic runs in float32 (float64 for float64), and the
+functions are differentiable any number of times. `torch.func`'s transforms and forward-mode derivatives need the
+reference backend.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from litevae_kernels.backend import choose
+from litevae_kernels.smc import op, reference
+from litevae_kernels.tensors import check_dtype, check_memory_format, check_tensor, is_channels_last
+
+
+def modulate_weight(
+    weight: Tensor,
+    scale: Tensor,
+    gain: Tensor | None = None,
+    *,
+    eps: float = 1e-8,
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format | None = None,
+) -> Tensor:
+    """The weight w' of a self-modulated convolution (Equation 3).
+
+    An all-zero filter, or one under scales of zero, gives zeros; its gradient is finite in float32, where the slope
+    is gain / eps.
+
+    Args:
+        weight: (C_out, C_in / groups, K_h, K_w), any strides.
+        scale: (C_in), one for each input channel; more of them than the weight has inputs mean a grouped
+            convolution, whose filter sees the channels of its group.
+        gain: (1), one for the layer; default: 1.
+        eps: added to each filter's norm.
+        dtype: of the result; default: the weight's.
+        memory_format: `torch.contiguous_format` or `torch.channels_last`; default: the weight's.
+
+    Returns:
+        The shape of `weight`.
+
+    Raises:
+        TypeError: a tensor, or `dtype`, is not float32, float64, float16 or bfloat16.
+        ValueError: a weight that is not 4-D or is empty, a scale or gain of another length, groups that do not
+            divide C_out, an `eps` that is not positive, another memory format, or tensors on several devices.
+    """
+    check_tensor(weight, "weight")
+    check_tensor(scale, "scale")
+    if weight.ndim != 4 or weight.numel() == 0:
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}; 4 dimensions of at least 1 are needed: "
+            f"(C_out, C_in / groups, K_h, K_w)"
+        )
+    c_out, c_in = weight.shape[:2]
+    if scale.ndim != 1 or scale.shape[0] == 0 or scale.shape[0] % c_in or c_out % (scale.shape[0] // c_in):
+        raise ValueError(
+            f"scale has shape {tuple(scale.shape)}; ({c_in},) is needed for a weight of {tuple(weight.shape)}, or "
+            f"a multiple of it whose factor, the groups, divides {c_out}"
+        )
+    if gain is not None:
+        check_tensor(gain, "gain")
+        if gain.shape != (1,):
+            raise ValueError(f"gain has shape {tuple(gain.shape)}; (1,) is needed")
+    if not eps > 0:
+        raise ValueError(f"eps is {eps}; a positive number is needed")
+    for name, other in (("scale", scale), ("gain", gain)):
+        if other is not None and other.device != weight.device:
+            raise ValueError(f"{name} is on {other.device}; allowed: the weight's device, {weight.device}")
+    if dtype is not None:
+        check_dtype(dtype, "dtype is")
+    check_memory_format(memory_format)
+    dtype = weight.dtype if dtype is None else dtype
+    channels_last = (
+        is_channels_last(weight) if memory_format is None else memory_format == torch.channels_last
+    )
+    backend = choose(weight.device.type)
+    if backend == "reference":
+        return reference.modulate(weight, scale, gain, eps, dtype, channels_last)
+    return op.modulate_weight(weight, scale, gain, eps, dtype, channels_last, backend)
+
+
+def self_modulated_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    gain: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    eps: float = 1e-8,
+    silu_input: bool = False,
+) -> Tensor:
+    """A convolution with the weights of `modulate_weight`: one ordinary convolution for the whole batch.
+
+    Args:
+        x: (N, C_in, H, W).
+        weight: (C_out, C_in / groups, K_h, K_w).
+        scale: (C_in).
+        gain: (1); default: 1.
+        bias: (C_out); default: none.
+        stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`.
+        eps: added to each filter's norm.
+        silu_input: convolve silu(x), the order of LiteVAE's ResBlocks.
+
+    Returns:
+        (N, C_out, H', W') in x's dtype, or autocast's where that is on. The parameters may be wider: the modulated
+        weight is rounded once, from float32.
+
+    Raises:
+        TypeError: a tensor is not float32, float64, float16 or bfloat16.
+        ValueError: x is not 4-D or its channels are not as many as the scales, `groups` does not divide them or
+            does not belong to the weight, or what `modulate_weight` raises.
+        RuntimeError: what `torch.nn.functional.conv2d` raises.
+    """
+    check_tensor(x, "x")
+    check_tensor(scale, "scale")
+    if x.ndim != 4:
+        raise ValueError(f"x has {x.ndim} dimensions; 4 are needed: (batch, channels, height, width)")
+    if scale.shape != (x.shape[1],):
+        raise ValueError(f"scale has shape {tuple(scale.shape)}; x's channels are needed: ({x.shape[1]},)")
+    check_tensor(weight, "weight")
+    if weight.ndim == 4 and weight.shape[1] * groups != x.shape[1]:
+        raise ValueError(
+            f"groups is {groups}; with a weight of {tuple(weight.shape)} it does not make x's {x.shape[1]} channels"
+        )
+    dtype, device_type = x.dtype, x.device.type
+    # the meta device knows no autocast, and autocast leaves float64 alone
+    autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    if autocast and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+    memory_format = torch.channels_last if is_channels_last(x) else None
+    modulated = modulate_weight(weight, scale, gain, eps=eps, dtype=dtype, memory_format=memory_format)
+    if silu_input:
+        x = F.silu(x)
+    bias = None if bias is None else bias.to(dtype)
+    return F.conv2d(x, modulated, bias, stride, padding, dilation, groups)

@@ -1,0 +1,88 @@
+"""What the tests of the CUDA kernels on the CPU share."""
+
+import ctypes
+import random
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # by the core's codes
+LAYOUTS = ("contiguous", "channels_last", "contiguous_sliced", "channels_last_sliced", "transposed", "wild")
+
+
+class Poisoned:
+    """A tensor of any strides in a buffer of NaN: what is read or written outside shows."""
+
+    def __init__(self, rng: random.Random, shape: Sequence[int], dtype: torch.dtype, layout: str) -> None:
+        order = [3, 2, 1, 0]  # axes, the innermost first
+        if layout.startswith("channels_last"):
+            order = [1, 3, 2, 0]
+        elif layout == "transposed":
+            order = [2, 3, 1, 0]
+        elif layout == "wild":
+            rng.shuffle(order)
+        strides, extent = [0] * 4, 1
+        for axis in order:
+            strides[axis] = extent
+            extent *= shape[axis]
+            if layout == "wild":
+                extent += rng.randrange(3) * strides[axis]
+            elif layout.endswith("sliced"):  # of more channels, or of larger images; vectors stay aligned
+                extent += 8 * strides[axis] if axis in (1, order[0]) else 0
+        self.offset = 32 if layout != "wild" else 33
+        self.buffer = torch.full((extent + 64,), torch.nan, dtype=dtype)
+        self.view = self.buffer.as_strided(list(shape), strides, self.offset)
+
+    def check_surroundings(self, what: str) -> None:
+        """Nothing may be written outside the view; overwrites it."""
+        self.view.fill_(torch.nan)
+        assert bool(self.buffer.isnan().all()), f"{what}: written outside"
+
+
+def numbers(tensors: Sequence[Tensor | None]) -> ctypes.Array:
+    """Ten a tensor; vectors are (1, C, 1, 1)."""
+    flat: list[int] = []
+    for t in tensors:
+        if t is None:
+            flat += [0] * 10
+            continue
+        t = t[None, :, None, None] if t.ndim == 1 else t
+        flat += [t.data_ptr(), DTYPES.index(t.dtype), *t.shape, *t.stride()]
+    return (ctypes.c_int64 * len(flat))(*flat)
+
+
+@pytest.fixture(scope="session")
+def on_host(tmp_path_factory) -> Callable[[str], SimpleNamespace]:
+    """Compiles a file of this folder; gives its library and the helpers above."""
+
+    def build(name: str) -> SimpleNamespace:
+        compiler = shutil.which("g++") or shutil.which("clang++")
+        if compiler is None:
+            pytest.skip("needs a C++ compiler")
+        library = tmp_path_factory.mktemp(name) / f"{name}.so"
+        flags = [
+            "-std=c++17",
+            "-O1",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            "-Wno-unknown-pragmas",
+            "-shared",
+            "-fPIC",
+        ]
+        source = Path(__file__).with_name(f"{name}.cpp")
+        subprocess.run([compiler, *flags, str(source), "-o", str(library)], check=True)
+        loaded = ctypes.CDLL(str(library))
+        loaded.forward.restype = loaded.backward.restype = ctypes.c_int64
+        loaded.kernels_that_ran.restype = ctypes.c_char_p
+        return SimpleNamespace(
+            core=loaded, Poisoned=Poisoned, numbers=numbers, DTYPES=DTYPES, LAYOUTS=LAYOUTS
+        )
+
+    return build

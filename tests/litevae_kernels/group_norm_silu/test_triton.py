@@ -1,0 +1,544 @@
+"""The Triton kernels: on the CPU in Triton's interpreter, on a GPU where there is one, and compiled without one.
+
+Triton reads TRITON_INTERPRET when a kernel is defined, so this module runs itself again in a process that has it
+set; there the tests' device is the CPU, here it is CUDA.
+"""
+
+import os
+import random
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import litevae_kernels
+from litevae_kernels.testing import LAYOUTS, arrange, assert_within_budget
+
+triton = pytest.importorskip("triton")
+kernels = pytest.importorskip("litevae_kernels.group_norm_silu.triton")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+on_device = pytest.mark.parametrize(
+    "device", ["cpu"] if INTERPRETED else [pytest.param("cuda", marks=needs_gpu)]
+)
+not_interpreted = pytest.mark.skipif(INTERPRETED, reason="needs the compiler's kernels")
+
+CASES = 13  # a test
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SHAPES = (  # N, C, C_skip, groups, H, W; few groups, for the interpreter's time goes by programs
+    (1, 1, 0, 1, 1, 1),
+    (3, 4, 0, 4, 1, 1),  # one value a group
+    (2, 6, 0, 1, 5, 7),
+    (1, 8, 0, 8, 13, 11),
+    (2, 16, 0, 2, 16, 16),
+    (1, 24, 0, 3, 9, 32),
+    (1, 24, 16, 8, 3, 5),  # groups of 5, one of them across both
+    (1, 12, 8, 4, 8, 8),
+    (2, 5, 2, 1, 6, 4),
+    (1, 3, 37, 2, 17, 2),
+    (3, 7, 0, 7, 1, 23),
+    (1, 160, 0, 4, 4, 8),
+    (2, 2, 0, 2, 43, 19),
+)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
+def test_under_the_interpreter(pytestconfig: pytest.Config) -> None:
+    root = Path(litevae_kernels.__file__).parents[1]
+    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    child = subprocess.run(
+        [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "--color=no"],
+        cwd=pytestconfig.rootpath,
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert child.returncode == 0, child.stdout + child.stderr
+    assert re.search(r"\d+ passed", child.stdout), child.stdout
+
+
+def poisoned(like: Tensor | None, channels: int | None = None) -> Tensor | None:
+    """NaN of the shape, dtype and order of `like`, or of other channels.
+
+    The interpreter truncates to bfloat16, where a GPU rounds: there it writes float32.
+    """
+    if like is None:
+        return None
+    dtype = torch.float32 if INTERPRETED and like.dtype == torch.bfloat16 else like.dtype
+    if like.ndim == 1:
+        return torch.full(like.shape, float("nan"), dtype=dtype, device=like.device)
+    n, c, h, w = like.shape
+    channels_last = like.stride(1) == 1 and c > 1
+    shape = (n, c if channels is None else channels, h, w)
+    out = torch.full(shape, float("nan"), dtype=dtype, device=like.device)
+    return out.contiguous(memory_format=torch.channels_last) if channels_last else out
+
+
+def double(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach().double()
+
+
+def exact(
+    grad: Tensor,
+    x: Tensor,
+    skip: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    eps: float,
+) -> tuple[Tensor, list[Tensor | None], Tensor, Tensor]:
+    """PyTorch's own operators in float64: y, the four gradients, the normalised input, rstd."""
+    inputs = [double(t) for t in (x, skip, weight, bias)]
+    for t in inputs:
+        if t is not None:
+            t.requires_grad_()
+    first, second, w, b = inputs
+    assert first is not None
+    joined = first if second is None else torch.cat([first, second], 1)
+    n, c, *_ = joined.shape
+    # PyTorch's group_norm subtracts squares, which costs digits at a large mean, in float64 too; the mean of a
+    # group changes neither its value nor its gradients.
+    mean = joined.detach().reshape(n, groups, -1).mean(2, keepdim=True)
+    centred = (joined.reshape(n, groups, -1) - mean).reshape(joined.shape)
+    if centred[0].numel() == groups:  # which group_norm refuses
+        scale = torch.ones(c, dtype=torch.float64, device=x.device) if w is None else w
+        z = centred * 0 * scale[:, None, None]
+        z = z if b is None else z + b[:, None, None]
+    else:
+        z = F.group_norm(centred, groups, w, b, eps)
+    y = F.silu(z)
+    wanted = [t for t in inputs if t is not None]
+    found = iter(torch.autograd.grad(y, wanted, grad.double()))
+    gradients = [None if t is None else next(found) for t in inputs]
+    values = centred.detach().reshape(n, groups, -1)
+    rstd = (values.square().mean(2) + eps).rsqrt()
+    return y.detach(), gradients, values * rstd[..., None], rstd
+
+
+def run(
+    grad: Tensor,
+    x: Tensor,
+    skip: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    eps: float,
+) -> list[Tensor | None]:
+    """y, stats and the four gradients."""
+    y = poisoned(x, grad.shape[1])
+    stats = torch.full((x.shape[0], groups, 2), float("nan"), dtype=torch.float64, device=x.device)
+    gradients = [poisoned(t) for t in (x, skip, weight, bias)]
+    kernels.forward(x, skip, weight, bias, y, stats, groups, eps)
+    kernels.backward(grad, x, skip, weight, bias, stats, *gradients, groups)
+    return [y, stats, *gradients]
+
+
+def check(
+    grad: Tensor,
+    x: Tensor,
+    skip: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    eps: float,
+) -> None:
+    """Bounds, to first order in half a unit in the last place, with the maxima X of the normalised input, W and B of
+    the parameters, Z = X W + B of SiLU's input, G of the gradient.
+
+    A chunk's mean comes from up to S additions at one place of the tile, then of up to P places: S + P + 4 roundings
+    of differences of at most 2 X. Squares are at most S + 1 times what is left of them, after S products and
+    additions and a subtraction, then P more places; rstd takes half of the variance's error. Six roundings make z,
+    eight SiLU (whose slope is at most 1.1): so many in y, of magnitude Z.
+    The slope of SiLU changes by at most 0.5 |z's error| and has 12 roundings of its own, of magnitude 1 + Z; the sums
+    add S + P + 1, the one with the normalised input that one's as well. x's gradient has all of those, and
+    the magnitudes 1, 1 of the mean and X^2 of the projection, times W rstd.
+    """
+    y, stats, *gradients = run(grad, x, skip, weight, bias, groups, eps)
+    want, want_gradients, normal, rstd = exact(grad, x, skip, weight, bias, groups, eps)
+    s = kernels.MAX_STEPS
+    p = min(triton.next_power_of_2(x.shape[2] * x.shape[3]), kernels.TILE)
+    largest = normal.abs().max().item()
+    w = 1.0 if weight is None else weight.abs().max().item()
+    z = largest * w + (0.0 if bias is None else bias.abs().max().item())
+    forward = 2 * (s + p + 4) + ((s + 1) * (2 * s + 4) + p + 6) // 2 + 14
+    sums = forward // 2 + 12 + s + p + 1
+    assert y is not None
+    assert_within_budget(y, want, magnitude=1.1 * z, operations=forward)
+    assert stats is not None
+    assert_within_budget(
+        stats[..., 1].to(rstd.dtype) / rstd if x.dtype == torch.float64 else (stats[..., 1] / rstd).float(),
+        torch.ones_like(rstd), magnitude=1, operations=forward,
+    )  # fmt: skip
+    g = grad.double().abs()
+    each = 1.1 * g.max().item() * (1 + z)
+    summed = 1.1 * g.sum((0, 2, 3)).max().item() * (1 + z)
+    bounds = [(rstd.max().item() * w * each * (2 + largest + largest**2), sums + 2 * forward + 8)] * 2
+    bounds += [(summed * largest, sums + forward + 1), (summed, sums)]
+    for actual, gradient, (magnitude, operations) in zip(gradients, want_gradients, bounds, strict=True):
+        assert (actual is None) == (gradient is None)
+        if actual is not None:
+            if x.dtype != torch.float64:
+                actual = actual.to(min(actual.dtype, torch.float32, key=lambda dtype: dtype.itemsize))
+            assert_within_budget(actual, gradient, magnitude=magnitude, operations=operations)
+
+
+def draw(seed: int, device: str) -> tuple[Any, ...]:
+    r = random.Random(seed)
+    torch.manual_seed(seed)
+    n, c, c_skip, groups, h, w = SHAPES[seed % len(SHAPES)]
+    dtype = r.choice(DTYPES)
+    # half precision would leave nothing but the mean, and the mean of float64 has no wider type
+    mean = r.choice((0, 0, 3, 1e4, 1e6)) if dtype == torch.float32 else r.choice((0, 0, 3))
+    spread = 10 ** r.uniform(-1, 1)
+
+    def tensor(channels: int, offset: float) -> Tensor:
+        values = torch.randn(n, channels, h, w, dtype=torch.float64) * spread + offset
+        return arrange(values.to(dtype).to(device), r.choice((*LAYOUTS, "channels_last", "channels_last")))
+
+    def parameter(offset: float) -> Tensor | None:
+        if r.random() < 0.2:
+            return None
+        values = (torch.randn(2 * (c + c_skip)) + offset).to(r.choice((dtype, *DTYPES))).to(device)
+        return values[::2] if r.random() < 0.3 else values[: c + c_skip]
+
+    skip = tensor(c_skip, -mean) if c_skip else None
+    x = tensor(c, mean)
+    return tensor(c + c_skip, 0), x, skip, parameter(1), parameter(0), groups, r.choice((1e-6, 1e-5, 0.1))
+
+
+@on_device
+@pytest.mark.parametrize("group", range(8))
+def test_equals_pytorch_in_float64(device: str, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in range(group * CASES, (group + 1) * CASES):
+        with monkeypatch.context() as patch:
+            # many chunks, or many tiles in one, where the GPU's sizes would make one tile of all
+            patch.setattr(kernels, "TILE", (512, 1024, 256)[seed % 3])
+            patch.setattr(kernels, "PROGRAMS", (1, 4, 10**9)[seed // 13 % 3])
+            patch.setattr(kernels, "MAX_STEPS", 4)
+            case = draw(seed, device)
+            try:
+                check(*case)
+            except Exception as error:
+                error.add_note(f"seed {seed}: {[(t.shape, t.stride(), t.dtype) for t in case[:2]]}")
+                raise
+
+
+@on_device
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+def test_large_means(device: str, format: torch.memory_format) -> None:
+    torch.manual_seed(1)
+    x = (torch.randn(1, 8, 24, 24, dtype=torch.float64) + 1e6).float().to(device, memory_format=format)
+    x[:, 4:] += 3e5  # a group of its own
+    check(torch.randn_like(x), x, None, None, None, 2, 1e-6)
+
+
+@on_device
+def test_an_outlier_as_the_shift(device: str) -> None:
+    x = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(1)).to(device) * 1e-3
+    x[..., 0, 0] = 1000
+    check(torch.ones_like(x), x, None, None, None, 4, 1e-6)
+
+
+@on_device
+def test_extreme_activations(device: str) -> None:
+    """SiLU of -1000 is -0 and not NaN, of 1000 it is 1000; the slopes are 0 and 1."""
+    bias = torch.tensor([-1000.0, 1000.0, -100.0, 88.0], device=device)
+    x = torch.zeros(1, 4, 2, 2, device=device)
+    y, _, grad_x, _, _, grad_bias = run(torch.ones_like(x), x, None, None, bias, 4, 1e-6)
+    assert y is not None
+    assert grad_x is not None
+    assert grad_bias is not None
+    assert y[0, :, 0, 0].tolist() == [0, 1000, 0, 88]
+    assert torch.signbit(y[0, 0, 0, 0])
+    assert grad_x.abs().max() == 0
+    torch.testing.assert_close(grad_bias, torch.tensor([0.0, 4, 0, 4], device=device), rtol=1e-6, atol=1e-30)
+
+
+@on_device
+def test_nan_reaches_its_group_only(device: str) -> None:
+    x = torch.randn(2, 4, 3, 3, device=device)
+    x[1, 2, 1, 1] = float("nan")
+    y = run(torch.ones_like(x), x, None, None, None, 2, 1e-6)[0]
+    assert y is not None
+    bad = y.isnan()
+    assert bad[1, 2:].all()
+    assert not bad[0].any()
+    assert not bad[1, :2].any()
+
+
+@on_device
+def test_same_bits_every_time(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if INTERPRETED:
+        monkeypatch.setattr(kernels, "TILE", 128)
+    grad, x, skip = (torch.randn(2, c, 9, 11, device=device) for c in (20, 12, 8))
+    weight, bias = torch.randn(20, device=device), torch.randn(20, device=device)
+    for first, second in zip(*(run(grad, x, skip, weight, bias, 4, 1e-6) for _ in range(2)), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the interpreter truncates to bfloat16")
+def test_bfloat16_is_the_rounded_float32() -> None:
+    x = torch.randn(1, 4, 5, 3).bfloat16()
+    stats = torch.empty(1, 2, 2, dtype=torch.float64)
+    outputs = [torch.full(x.shape, float("nan"), dtype=d) for d in (torch.float32, torch.bfloat16)]
+    for y in outputs:
+        kernels.forward(x, None, None, None, y, stats, 2, 1e-6)
+    truncated = (outputs[0].view(torch.int32) & -65536).view(torch.float32)
+    assert torch.equal(outputs[1].float(), truncated)
+
+
+# What a launch passes, without launching.
+
+Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
+
+
+def launches(monkeypatch: pytest.MonkeyPatch, call: Callable[[], None]) -> list[Launch]:
+    seen: list[Launch] = []
+
+    class Recorder:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            assert 0 < grid[0] < 2**31
+            assert all(size < 2**16 for size in grid[1:])
+            return lambda *args, **kwargs: seen.append((self.kernel, args, kwargs))
+
+    with monkeypatch.context() as patch:
+        for name in dir(kernels):
+            if name.endswith("_kernel"):
+                patch.setattr(kernels, name, Recorder(getattr(kernels, name)))
+        call()
+    return seen
+
+
+def run_both(
+    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, int, int, int],
+    skip: int = 0,
+    *,
+    groups: int = 32,
+    dtype: torch.dtype = torch.bfloat16,
+    format: torch.memory_format = torch.channels_last,
+    grad_format: torch.memory_format | None = None,
+    crop: bool = False,
+    affine: bool = True,
+) -> list[Launch]:
+    n, c, h, w = shape
+
+    def empty(channels: int, memory_format: torch.memory_format) -> Tensor:
+        # on the meta device, for no size takes memory; address 0 counts as aligned
+        out = torch.empty(n, channels, h, w + crop, dtype=dtype, device="meta", memory_format=memory_format)
+        return out[..., :w]
+
+    x, grad = empty(c, format), empty(c + skip, grad_format or format)
+    second = empty(skip, format) if skip else None
+    parameters = [torch.empty(c + skip, device="meta") if affine else None for _ in range(2)]
+    stats = torch.empty(n, groups, 2, dtype=torch.float64, device="meta")
+    y = empty(c + skip, format)
+
+    def call() -> None:
+        kernels.forward(x, second, *parameters, y, stats, groups, 1e-6)
+        kernels.backward(grad, x, second, *parameters, stats, x, second, *parameters, groups)
+
+    return launches(monkeypatch, call)
+
+
+@not_interpreted
+def test_sizes_share_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run_both(monkeypatch, (4, 128, 128, 128))
+    for shape in [(1, 128, 128, 128), (7, 128, 256, 256), (3, 128, 64, 96), (2, 256, 64, 64)]:
+        for (kernel, args, kwargs), (other, other_args, other_kwargs) in zip(
+            first, run_both(monkeypatch, shape), strict=True
+        ):
+            assert kernel is other
+            assert {k: v for k, v in kwargs.items() if k not in ("ROWS", "BLOCK")} == {
+                k: v for k, v in other_kwargs.items() if k not in ("ROWS", "BLOCK")
+            }
+            for parameter, a, b in zip(kernel.params, args, other_args, strict=False):
+                assert type(a) is type(b)
+                if isinstance(a, int):
+                    assert parameter.do_not_specialize
+                    assert parameter.annotation_type == "i64"
+
+
+@pytest.mark.parametrize(
+    ("shape", "groups"),
+    [
+        ((2**22, 512, 1, 1), 32),
+        ((3 * 2**29, 32, 1, 1), 32),
+        ((1, 1, 65536, 65537), 1),
+        ((70000, 96, 3, 3), 96),
+    ],
+)
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+def test_grids_of_huge_sizes(
+    shape: tuple[int, int, int, int],
+    groups: int,
+    format: torch.memory_format,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert run_both(monkeypatch, shape, groups=groups, format=format)
+
+
+def test_one_image_fills_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    grids = []
+    x = torch.empty(1, 128, 512, 512, dtype=torch.bfloat16, device="meta", memory_format=torch.channels_last)
+    for part in kernels._parts(x, None):
+        grids += [part.tiling(part.chunk(most))[0][0] for most in (kernels.MAX_STEPS, 8)]
+    assert min(grids) >= 132 * 16
+
+
+# Ahead of time for a GPU that need not be here.
+
+
+def compile_for_sm90(launch: Launch) -> Any:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, args, kwargs = launch
+    names = {torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16", torch.bfloat16: "bf16"}
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for i, name in enumerate(kernel.arg_names):
+        value = args[i] if i < len(args) else kwargs[name]
+        if i >= len(args) or value is None:
+            signature[name] = "constexpr"
+            constants[(i,)] = value
+        elif isinstance(value, Tensor):
+            signature[name] = f"*{names[value.dtype]}"
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i64"
+    options = {name: value for name, value in kwargs.items() if name not in signature}
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def accesses(ptx: str, kind: str) -> Counter[int]:
+    """Bytes of each global access."""
+    widths = re.findall(rf"{kind}\.global\S*?(?:\.v(\d))?\.[bfu](\d+)", ptx)
+    return Counter(int(vector or 1) * int(bits) // 8 for vector, bits in widths)
+
+
+def resources(compiled: Any, folder: Path) -> tuple[int, int]:
+    """Registers, and bytes of spills."""
+    source = folder / "kernel.ptx"
+    source.write_text(compiled.asm["ptx"])
+    for name in ("ptxas", "ptxas-blackwell"):  # Triton has two, of different ages
+        ptxas = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+        command = [str(ptxas), "-v", "--gpu-name=sm_90a", str(source), "-o", str(folder / "kernel.cubin")]
+        done = (
+            subprocess.run(command, capture_output=True, text=True, check=False) if ptxas.exists() else None
+        )
+        if done is not None and done.returncode == 0:
+            break
+    else:
+        pytest.skip("this Triton has no ptxas of its own for its PTX")
+    log = done.stderr
+    spilled = sum(int(x) for x in re.findall(r"(\d+) bytes spill", log))
+    return int(re.findall(r"Used (\d+) registers", log)[0]), spilled
+
+
+@not_interpreted
+@pytest.mark.parametrize("format", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_vectors_and_no_spills(
+    dtype: torch.dtype, format: torch.memory_format, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    found = run_both(monkeypatch, (8, 128, 128, 128), dtype=dtype, format=format)
+    assert len(found) == 7
+    for launch in found:
+        name = launch[0].__name__
+        compiled = compile_for_sm90(launch)
+        registers, spilled = resources(compiled, tmp_path)
+        assert spilled == 0, name
+        print(name, registers)
+        assert registers <= 168, (name, registers)
+        if "join" in name or "parameters" in name:
+            continue
+        ptx = compiled.asm["ptx"]
+        loads, stores = accesses(ptx, "ld"), accesses(ptx, "st")
+        tensors = 1 if "stats" in name or "apply" in name else 2
+        assert loads[16] >= 2 * tensors, (name, loads)
+        if dtype == torch.bfloat16:
+            narrow = 1 if "stats" in name else 0  # the reference value
+            assert loads[2] <= narrow, (name, loads)
+            assert stores[2] == 0, (name, stores)
+        if "apply" in name or "grad" in name:
+            assert set(stores) == {16}, (name, stores)
+
+
+@not_interpreted
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"shape": (2, 96, 16, 16), "skip": 64},
+        {"shape": (2, 64, 15, 17), "format": torch.contiguous_format, "grad_format": torch.channels_last},
+        {"shape": (2, 64, 15, 17), "crop": True, "dtype": torch.float64},
+        {"shape": (1, 3, 1, 1), "groups": 1, "dtype": torch.float16, "affine": False},
+        {"shape": (1, 64, 32, 65536), "crop": True, "format": torch.contiguous_format},
+    ],
+    ids=["skip", "mixed", "fp64 rows", "one pixel", "wide rows"],
+)
+def test_kernels_compile(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    done = set()
+    for launch in run_both(monkeypatch, **case):
+        key = (launch[0].__name__, str(launch[2]))
+        if key not in done:
+            done.add(key)
+            compiled = compile_for_sm90(launch)
+            assert len(compiled.asm["cubin"]) > 0
+            if case.get("dtype") != torch.float64 and "join" not in key[0] and "parameters" not in key[0]:
+                # float64 only to split the mean: no Python float makes arithmetic wider
+                assert not re.search(r"\b(mul|fma|div)\.(\w+\.)*f64", compiled.asm["ptx"]), key
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("shape", [(1, 32, 8192, 8200), (3, 2, 16384, 22000)])
+def test_more_than_2_31_elements(shape: tuple[int, int, int, int]) -> None:
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs more GPU memory")
+    for memory_format in (torch.channels_last, torch.contiguous_format):
+        x = torch.empty(shape, dtype=torch.bfloat16, device="cuda", memory_format=memory_format).normal_()
+        y = torch.full_like(x, float("nan"))
+        stats = torch.empty(shape[0], 2, 2, dtype=torch.float64, device="cuda")
+        kernels.forward(x, None, None, None, y, stats, 2, 1e-6)
+        torch.testing.assert_close(stats[..., 0], torch.zeros_like(stats[..., 0]), rtol=0, atol=1e-3)
+        tail = (slice(-1, None), slice(-1, None), slice(-1, None))
+        z = (x[tail].double() - stats[-1, -1, 0]) * stats[-1, -1, 1]
+        torch.testing.assert_close(y[tail], F.silu(z).bfloat16(), rtol=2**-7, atol=1e-6)
+        assert not any(bool(image.isnan().any()) for image in y)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_graph_capture() -> None:
+    x = torch.randn(2, 32, 33, 31, device="cuda")
+    grad = torch.randn_like(x)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run(grad, x, None, None, None, 8, 1e-6)  # compiles
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(grad, x, None, None, None, 8, 1e-6)
+    x.normal_()
+    graph.replay()
+    for got, want in zip(captured, run(grad, x, None, None, None, 8, 1e-6), strict=True):
+        assert (got is None and want is None) or torch.equal(got, want)

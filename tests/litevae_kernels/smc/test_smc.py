@@ -1,0 +1,605 @@
+"""modulate_weight and self_modulated_conv2d against Equation 3 in float64, on every backend that runs here."""
+
+import random
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from litevae_kernels import modulate_weight, self_modulated_conv2d, use_backend
+from litevae_kernels.backend import core
+from litevae_kernels.testing import LAYOUTS, arrange, assert_within_budget, poisoned_memory
+
+BACKENDS = ("reference", "native")
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+NAMES = ("weight", "scale", "gain")
+
+# The error budget, in units of half a last place of the arithmetic's type. First-order analysis:
+#
+# v = scale w, three roundings with the inputs brought to the arithmetic's type; a sum of squares loses `chain` and
+#   the squares' own rounding, and its root half of that; the norm stored, + eps, the division, gain, and the product
+#   that makes w' = gain v / (norm + eps): 10 + chain / 2, relative to w' itself.
+# dv = gain (g / d - v sum(g v) / (norm d^2)), d = norm + eps: 8 for either term beside the norms (three of them, in
+#   the second) and the sum; grad_weight = scale dv, grad_scale = sum w dv and grad_gain = sum g v / d: 2 more, and
+#   the sums.
+OPERATIONS = 20
+# Roundings of the longest chain of additions.
+#   native: at most 64 for each of 16 lanes, which are float64 then, for sums over a filter; the taps of one input channel for grad_scale,
+#   whose other sums are float64.
+#   reference: one after another, at worst: vector_norm over a filter; autograd's sums over all filters and taps.
+NATIVE_CHAIN = 64
+
+
+class Call(NamedTuple):
+    weight: torch.Tensor
+    scale: torch.Tensor
+    gain: torch.Tensor | None = None
+    eps: float = 1e-8
+    dtype: torch.dtype | None = None
+    memory_format: torch.memory_format | None = None
+
+    def inputs(self):
+        return {n: t for n, t in zip(NAMES, self[:3], strict=True) if t is not None}
+
+
+def values(shape, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype)
+
+
+def run(call, grad):
+    leaves = {n: t.detach().requires_grad_() for n, t in call.inputs().items()}
+    modulated = modulate_weight(
+        leaves["weight"],
+        leaves["scale"],
+        leaves.get("gain"),
+        eps=call.eps,
+        dtype=call.dtype,
+        memory_format=call.memory_format,
+    )
+    gradients = torch.autograd.grad(modulated, list(leaves.values()), grad)
+    return {"modulated": modulated.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+
+def equation_3(weight, scale, gain, eps):
+    """As the paper writes it, one filter after another."""
+    filters, inputs = weight.shape[:2]
+    each = filters // (len(scale) // inputs)
+    out = []
+    for o in range(filters):
+        s = scale[o // each * inputs :][:inputs]
+        v = s[:, None, None] * weight[o]
+        square = v.square().sum()
+        # the root's slope at zero is infinite; that of v / (|v| + eps) is 1 / eps
+        norm = square.sqrt() if square > 0 else torch.zeros_like(square)
+        out.append(v / (norm + eps) * (1 if gain is None else gain))
+    return torch.stack(out)
+
+
+def exact(call, grad):
+    leaves = {n: t.detach().double().requires_grad_() for n, t in call.inputs().items()}
+    modulated = equation_3(leaves["weight"], leaves["scale"], leaves.get("gain"), call.eps)
+    gradients = torch.autograd.grad(modulated, list(leaves.values()), grad.double())
+    return {"modulated": modulated.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+
+def budgets(call, grad, backend):
+    """For w' and each gradient: the magnitude of each of its elements, and the roundings (see above)."""
+    weight, scale, g = (t.detach().double().abs() for t in (call.weight, call.scale, grad))
+    gain = 1.0 if call.gain is None else call.gain.double().abs()
+    filters, inputs = weight.shape[:2]
+    groups = len(scale) // inputs
+    spread = scale.view(groups, 1, inputs, 1, 1).expand(-1, filters // groups, -1, -1, -1)
+    spread = spread.reshape(filters, inputs, 1, 1)
+    v = spread * weight
+    norm = v.square().sum((1, 2, 3), keepdim=True).sqrt()
+    d = norm + call.eps
+    along = (g * v).sum((1, 2, 3), keepdim=True)
+    dv = gain * (g / d + (v * along / (norm * d**2)).nan_to_num())
+    magnitudes = {
+        "modulated": gain * v / d,
+        "weight": spread * dv,
+        "scale": (weight * dv).sum((2, 3)).view(groups, -1, inputs).sum(1).flatten(),
+        "gain": (along / d).sum().view(1),
+    }
+    # no chain is longer than there are values to add
+    chain, across = min(NATIVE_CHAIN, weight[0].numel() // 16 + 1), weight[0, 0].numel()
+    if backend == "reference":
+        chain, across = weight[0].numel(), weight.numel()
+    chains = {"modulated": chain, "weight": 2 * chain, "scale": 2 * chain + across, "gain": chain + across}
+    return {n: (m, OPERATIONS + chains[n]) for n, m in magnitudes.items()}
+
+
+def check(call, grad, backend):
+    """Runs one call both ways and compares; gives what was computed."""
+    before = [t.clone() for t in (*call.inputs().values(), grad)]
+    with use_backend(backend), poisoned_memory():
+        actual = run(call, grad)
+    for a, b in zip((*call.inputs().values(), grad), before, strict=True):
+        assert torch.equal(a, b)  # inputs are not written
+    expected = exact(call, grad)
+    allowed = budgets(call, grad, backend)
+    in_double = torch.float64 in (call.weight.dtype, call.dtype)
+    for name, value in actual.items():
+        dtype = call.dtype or call.weight.dtype if name == "modulated" else getattr(call, name).dtype
+        assert value.dtype == dtype
+        magnitude, operations = allowed[name]
+        if value.dtype == torch.float64 and not in_double:
+            value = value.float()  # its arithmetic was float32
+        # the slope of a filter of zeros is 1 / eps: beyond float16
+        beyond = expected[name].abs() > 1.001 * torch.finfo(value.dtype).max
+        infinite = torch.full_like(value, float("inf")).copysign(expected[name])
+        assert torch.equal(value[beyond], infinite[beyond])
+        assert value.isinf().sum() == beyond.sum()
+        try:
+            assert_within_budget(
+                value.masked_fill(beyond, 0),
+                expected[name].masked_fill(beyond, 0),
+                magnitude=magnitude,
+                operations=operations,
+            )
+        except AssertionError as error:
+            described = {n: (tuple(t.shape), t.dtype, t.stride()) for n, t in call.inputs().items()}
+            raise AssertionError(f"{name}: {error}; eps {call.eps}, {described}") from error
+    return actual
+
+
+def random_call(rng, dtype, layout, seed):
+    """Any sizes, groups, dtypes of the scales, the gain and the result, and layout of the gradient."""
+    groups = rng.choice([1, 1, 1, 2, 3])
+    filters = groups * rng.choice([1, 1, 2, 3, 5, 8, 17, 40])
+    inputs = rng.choice([1, 2, 3, 4, 7, 16, 33])
+    taps = rng.choice([(1, 1), (3, 3), (1, 3), (5, 2), (7, 7)])
+    weight = values((filters, inputs, *taps), seed=seed) * rng.choice([1.0, 0.05])
+    scale = values((groups * inputs,), rng.choice(DTYPES), seed=seed + 1)
+    if rng.random() < 0.3:
+        scale = torch.stack([scale, scale], 1)[:, 0]  # a stride of 2
+    if rng.random() < 0.2:
+        scale[rng.randrange(len(scale))] = 0
+    gain = values((1,), rng.choice(DTYPES), seed=seed + 2) if rng.random() < 0.6 else None
+    call = Call(
+        arrange(weight.to(dtype), layout),
+        scale,
+        gain,
+        rng.choice([1e-8, 1e-8, 1e-4, 1.0]),
+        rng.choice([None, *DTYPES]),
+        rng.choice([None, torch.contiguous_format, torch.channels_last]),
+    )
+    grad = values(weight.shape, call.dtype or dtype, seed=seed + 3)
+    return call, arrange(grad, rng.choice(LAYOUTS))
+
+
+# 320 cases a backend: 4 dtypes x 5 layouts of the weight x 16; everything else at random.
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equals_equation_3_in_float64(backend, layout, dtype):
+    rng = random.Random(f"{layout} {dtype}")
+    for i in range(16):
+        seed = 1000 * LAYOUTS.index(layout) + 100 * DTYPES.index(dtype) + 4 * i
+        call, grad = random_call(rng, dtype, layout, seed)
+        actual = check(call, grad, backend)
+        weight_last = layout == "channels_last" and call.weight.shape[1] > 1
+        inherited = torch.channels_last if weight_last else torch.contiguous_format
+        assert actual["modulated"].is_contiguous(memory_format=call.memory_format or inherited)
+        if backend == "native":
+            assert actual["weight"].is_contiguous(memory_format=inherited)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("grad_layout", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_weight_and_gradient(backend, layout, grad_layout):
+    weight, grad = (values((6, 5, 3, 4), torch.float32, seed=i) for i in range(2))
+    for memory_format in (None, torch.contiguous_format, torch.channels_last):
+        call = Call(
+            arrange(weight, layout),
+            values(10, torch.float32, seed=2),
+            values(1, torch.float32, seed=3),
+            memory_format=memory_format,
+        )
+        check(call, arrange(grad, grad_layout), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    ("shape", "groups", "dtype"),
+    [
+        ((64, 48, 3, 3), 1, torch.float32),
+        ((33, 130, 3, 3), 1, torch.bfloat16),
+        ((3, 1500, 1, 1), 1, torch.float32),  # longer than one float32 sum
+        ((120, 7, 3, 3), 40, torch.float16),
+        ((257, 1, 1, 1), 257, torch.float32),
+    ],
+)
+def test_large(backend, layout, shape, groups, dtype):
+    scale, gain = values(groups * shape[1], torch.float32, seed=1), values(1, torch.float32, seed=2)
+    call = Call(arrange(values(shape, dtype), layout), scale, gain)
+    check(call, arrange(values(shape, dtype, seed=3), layout), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (5, 1, 1, 1), (1, 6, 1, 1), (1, 1, 3, 3), (2, 1, 1, 7)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_small_shapes(backend, shape, layout, dtype):
+    call = Call(arrange(values(shape, dtype), layout), values(shape[1], seed=1).to(dtype))
+    check(call, arrange(values(shape, dtype, seed=3), layout), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_zero_filters_and_scales(backend, dtype):
+    weight, grad = values((4, 3, 3, 3), dtype), values((4, 3, 3, 3), dtype, seed=1)
+    weight[2] = 0
+    gain = torch.tensor([1.5])
+    actual = check(Call(weight, values(3, torch.float32, seed=2), gain), grad, backend)
+    assert not actual["modulated"][2].any()
+    assert actual["weight"].isfinite().all()
+    actual = check(Call(weight, torch.zeros(3), gain), grad, backend)
+    assert not actual["modulated"].any()
+    assert not actual["weight"].any()  # slope: scale * gain / eps
+    assert actual["scale"].isfinite().all()
+    actual = check(Call(torch.zeros_like(weight), torch.ones(3)), grad, backend)
+    assert not actual["modulated"].any()
+    assert not actual["scale"].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [
+        (torch.float16, 1e-4),  # squares below float16, reciprocals beyond it
+        (torch.float16, 1e-7),  # the smallest there are
+        (torch.float16, 6e4),
+        (torch.bfloat16, 1e-4),
+        (torch.bfloat16, 1e17),
+        (torch.float32, 1e-4),
+        (torch.float32, 1e-12),  # far below eps
+        (torch.float32, 1e-25),  # squares below float32
+        (torch.float32, 1e17),
+        (torch.float64, 1e-30),
+        (torch.float64, 1e30),
+    ],
+)
+def test_small_and_large_weights(backend, dtype, size):
+    weight = (values((5, 4, 3, 3)).clamp(-1, 1) * size).to(dtype)
+    grad = values(weight.shape, dtype, seed=1)
+    gain = values(1, torch.float32, seed=3)
+    call = Call(weight, values(4, torch.float32, seed=2), gain)
+    actual = check(call, grad, backend)
+    if size > 1e-6:
+        norms = actual["modulated"].double().square().sum((1, 2, 3)).sqrt()
+        torch.testing.assert_close(norms, gain.double().abs().expand(5), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_value_spoils_its_own_filter_only(backend, bad):
+    weight, scale = values((6, 4, 3, 3), torch.float32), values(4, torch.float32, seed=1)
+    grad = values(weight.shape, torch.float32, seed=2)
+    with use_backend(backend):
+        clean = run(Call(weight, scale), grad)
+        spoiled = weight.clone()
+        spoiled[3, 2, 1, 1] = bad
+        actual = run(Call(spoiled, scale), grad)
+    rest = torch.arange(6) != 3
+    for name in ("modulated", "weight"):
+        assert torch.equal(actual[name][rest], clean[name][rest])
+        assert actual[name][3, 2, 1, 1].isnan()
+    assert not actual["scale"][2].isfinite()
+
+
+def stylegan3(weight, style):
+    """modulated_conv2d of StyleGAN3 with demodulation, for one sample: its filters and no convolution."""
+    # pre-normalisation of both inputs, which cancels
+    w = weight * weight.square().mean((1, 2, 3), keepdim=True).rsqrt()
+    s = style * style.square().mean().rsqrt()
+    w = w * s[None, :, None, None]
+    return w * (w.square().sum((1, 2, 3), keepdim=True) + 1e-8).rsqrt()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equals_stylegan3s_grouped_convolution(backend):
+    # the batch laid out as groups, each with its own copy of the filters, as StyleGAN3 computes it
+    x, weight, scale = values((3, 6, 9, 10)), values((8, 6, 3, 3), seed=1), values(6, seed=2)
+    filters = stylegan3(weight, scale).repeat(3, 1, 1, 1)
+    expected = F.conv2d(x.reshape(1, 18, 9, 10), filters, padding=1, groups=3).reshape(3, 8, 9, 10)
+    with use_backend(backend):
+        actual = self_modulated_conv2d(x, weight, scale, padding=1)
+        narrow = self_modulated_conv2d(x.float(), weight.float(), scale.float(), padding=1)
+    # filters of norm 1; its eps = 1e-8 inside the root, beside a square of 54, and ours beside a norm
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-7)
+    # 54 products and their sums, of filters that lost OPERATIONS and a chain
+    assert_within_budget(
+        narrow,
+        expected,
+        magnitude=F.conv2d(x.abs(), stylegan3(weight, scale).abs(), padding=1) + 1.0,
+        operations=2 * 54 + OPERATIONS + NATIVE_CHAIN,
+    )
+
+
+CONVOLUTIONS = [
+    {},
+    {"stride": 2, "padding": 1},
+    {"stride": (2, 1), "padding": (0, 2)},
+    {"padding": "same"},
+    {"padding": "same", "dilation": 2},
+    {"padding": "valid", "dilation": (1, 2)},
+    {"groups": 2, "padding": 1},
+    {"groups": 6, "stride": 3},
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", CONVOLUTIONS, ids=str)
+@pytest.mark.parametrize("silu_input", [False, True])
+def test_convolution_equals_torch_in_float64(backend, options, silu_input):
+    groups = options.get("groups", 1)
+    for dtype, parameter_dtype, layout in [
+        (torch.float64, torch.float64, "contiguous"),
+        (torch.float32, torch.float32, "channels_last"),
+        (torch.float32, torch.bfloat16, "contiguous"),
+        (torch.float32, torch.float64, "sliced"),
+    ]:
+        x = arrange(values((2, 6, 11, 12), dtype), layout)
+        shapes = [(12, 6 // groups, 3, 3), (6,), (1,), (12,)]
+        parameters = [values(shape, parameter_dtype, seed=i + 1) for i, shape in enumerate(shapes)]
+        leaves = [t.detach().requires_grad_() for t in (x, *parameters)]
+        with use_backend(backend), poisoned_memory():
+            y = self_modulated_conv2d(*leaves, silu_input=silu_input, **options)
+        grad = values(y.shape, dtype, seed=9)
+        gradients = torch.autograd.grad(y, leaves, grad)
+        wide = [t.detach().double().requires_grad_() for t in (x, *parameters)]
+        source = F.silu(wide[0]) if silu_input else wide[0]
+        modulated = equation_3(*wide[1:4], 1e-8)
+        expected = F.conv2d(source, modulated, wide[4], **options)
+        exact_gradients = torch.autograd.grad(expected, wide, grad.double())
+        assert y.dtype == dtype
+        assert y.is_contiguous(memory_format=torch.channels_last) == (layout == "channels_last")
+        # each result is a sum of products; the convolution of absolute values has their sums of magnitudes
+        source, filters, bias = (t.detach().abs().requires_grad_() for t in (source, modulated, wide[4]))
+        magnitude = F.conv2d(source, filters, bias, **options)
+        through = torch.autograd.grad(magnitude, (source, filters, bias), grad.double().abs())
+        call = Call(*(t.detach() for t in leaves[1:4]))
+        allowed = budgets(call, through[1], backend)
+        # silu'(x) is below 1 + |x|, and loses as much
+        magnitudes = [magnitude.detach(), through[0] * (1 + x.double().abs())]
+        magnitudes += [allowed[name][0] for name in NAMES] + [through[2]]
+        # of the convolution and its gradients, no sum is longer than 2 * 12 * 11 products; a silu, 20
+        operations = 2 * 2 * 12 * 11 + 20 + max(n for _, n in allowed.values())
+        for actual, value, size in zip(
+            (y, *gradients), (expected, *exact_gradients), magnitudes, strict=True
+        ):
+            if actual.dtype == torch.float64:
+                actual = actual.to(dtype)  # judged as what it was computed in
+            assert_within_budget(actual.detach(), value.detach(), magnitude=size, operations=operations)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_weight_is_rounded_once_from_wider_parameters(backend):
+    x = values((2, 4, 6, 5), torch.bfloat16).requires_grad_()
+    weight, scale = values((3, 4, 3, 3), torch.float32, seed=1), values(4, torch.float32, seed=2)
+    gain, bias = values(1, torch.float32, seed=3), values(3, torch.float32, seed=4)
+    leaves = [t.requires_grad_() for t in (weight, scale, gain, bias)]
+    with use_backend(backend):
+        y = self_modulated_conv2d(x, *leaves)
+        gradients = torch.autograd.grad(y.float().sum(), [x, *leaves])
+        modulated = modulate_weight(weight, scale, gain, dtype=torch.bfloat16)
+    assert y.dtype == torch.bfloat16
+    assert [g.dtype for g in gradients] == [torch.bfloat16] + [torch.float32] * 4
+    assert torch.equal(y, F.conv2d(x, modulated, bias.bfloat16()))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_autocast(backend, dtype):
+    x = values((2, 4, 6, 5), dtype).requires_grad_()
+    leaves = [values(s, torch.float32, seed=i) for i, s in enumerate([(3, 4, 3, 3), (4,), (1,), (3,)], 1)]
+    if dtype == torch.float64:
+        leaves = [t.double() for t in leaves]
+    leaves = [t.requires_grad_() for t in leaves]
+    with use_backend(backend):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = self_modulated_conv2d(x, *leaves, silu_input=True)
+            modulated = modulate_weight(*leaves[:3])
+        assert y.dtype == (torch.float64 if dtype == torch.float64 else torch.bfloat16)
+        assert modulated.dtype == leaves[0].dtype  # the function alone keeps what it was told
+        gradients = torch.autograd.grad(y.double().sum(), [x, *leaves])
+    assert [g.dtype for g in gradients] == [dtype] + [leaves[0].dtype] * 4
+    assert all(g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_float16_is_not_rounded_through_bfloat16(backend, layout):
+    weight, grad = (arrange(values((9, 20, 3, 3), torch.float16, seed=i), layout) for i in range(2))
+    actual = check(Call(weight, values(20, torch.float16, seed=2)), grad, backend)
+    for value in actual.values():
+        # of its 11 bits, the last three are zero in one of eight
+        assert (value.bfloat16() != value).double().mean() > 0.5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("given", range(1, 8))
+def test_only_some_inputs_want_gradients(backend, given):
+    call = Call(*(values(s, torch.float32, seed=i) for i, s in enumerate([(4, 3, 2, 3), (6,), (1,)])))
+    grad = values((4, 3, 2, 3), torch.float32, seed=9)
+    wanted = [name for bit, name in enumerate(NAMES) if given >> bit & 1]
+    leaves = [t.detach().requires_grad_(n in wanted) for n, t in call.inputs().items()]
+    with use_backend(backend), poisoned_memory():
+        modulate_weight(*leaves).backward(grad)
+    expected, allowed = exact(call, grad), budgets(call, grad, backend)
+    for name, leaf in zip(NAMES, leaves, strict=True):
+        if name in wanted:
+            magnitude, operations = allowed[name]
+            assert_within_budget(leaf.grad, expected[name], magnitude=magnitude, operations=operations)
+        else:
+            assert leaf.grad is None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_views(backend):
+    storage = values(4000, torch.float32)
+    offset = storage[37 : 37 + 4 * 5 * 3 * 2].view(4, 5, 3, 2)
+    negated = torch.complex(storage, storage).conj().imag[3:123].view(4, 5, 3, 2)
+    assert negated.is_neg()
+    stepped = storage[: 4 * 5 * 6 * 6].view(4, 5, 6, 6)[:, :, ::2, ::3]
+    views = [
+        offset,
+        storage.as_strided((4, 5, 3, 2), (11, 3, 2, 1), 5),
+        negated,
+        stepped,
+        offset.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),
+        offset.flip(0),
+    ]
+    scales = [storage[50:60:2], storage[7:8].expand(5), negated[0, :, 0, 0]]
+    for i, weight in enumerate(views):
+        check(Call(weight, scales[i % 3], storage[99:100]), views[i - 1], backend)
+
+
+@pytest.fixture
+def restore_isa():
+    best = core.isa()
+    yield
+    core.set_isa(best)
+
+
+def all_isas():
+    names = ("baseline", "avx2", "avx512", "avx512bf16")
+    return names[: names.index(core.isa()) + 1]
+
+
+def some_calls(count):
+    rng = random.Random(5)
+    for i in range(count):
+        yield random_call(rng, DTYPES[i % 4], LAYOUTS[i // 4 % 5], 4 * i)
+
+
+def test_every_instruction_set(restore_isa):
+    for isa in all_isas():
+        core.set_isa(isa)
+        for call, grad in some_calls(40):
+            check(call, grad, "native")
+
+
+@pytest.fixture
+def restore_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_thread_count_and_run_do_not_change_the_bits(restore_threads, layout):
+    for shape, groups in [((128, 64, 3, 3), 1), ((50, 31, 5, 5), 2), ((3, 2, 3, 3), 3)]:
+        scale, gain = values(groups * shape[1], torch.float32, seed=1), values(1, torch.float32, seed=2)
+        call = Call(arrange(values(shape, torch.float32), layout), scale, gain)
+        results = []
+        for threads in (2, 1, 5, 2, 2):
+            torch.set_num_threads(threads)
+            with use_backend("native"), poisoned_memory():
+                results.append(run(call, values(shape, torch.float32, seed=3)))
+        for other in results[1:]:
+            assert all(torch.equal(other[name], results[0][name]) for name in other)
+
+
+W, S, IMAGE = torch.ones(4, 6, 3, 3), torch.ones(6), torch.ones(2, 6, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: modulate_weight("w", S), TypeError, "weight is a str; a torch.Tensor is needed"),
+        (lambda: modulate_weight(W.int(), S), TypeError, "weight has dtype torch.int32; allowed: float32"),
+        (
+            lambda: modulate_weight(W.to_sparse(), S),
+            TypeError,
+            "weight is torch.sparse_coo; a dense (strided)",
+        ),
+        (lambda: modulate_weight(W, [1.0]), TypeError, "scale is a list; a torch.Tensor is needed"),
+        (lambda: modulate_weight(W, S.long()), TypeError, "scale has dtype torch.int64; allowed: float32"),
+        (lambda: modulate_weight(W, S, 1.0), TypeError, "gain is a float; a torch.Tensor is needed"),
+        (
+            lambda: modulate_weight(W, S, torch.tensor([True])),
+            TypeError,
+            "gain has dtype torch.bool; allowed",
+        ),
+        (
+            lambda: modulate_weight(W[0], S),
+            ValueError,
+            "weight has shape (6, 3, 3); 4 dimensions of at least 1",
+        ),
+        (lambda: modulate_weight(W[:0], S), ValueError, "weight has shape (0, 6, 3, 3); 4 dimensions"),
+        (lambda: modulate_weight(W[:, :0], S), ValueError, "weight has shape (4, 0, 3, 3); 4 dimensions"),
+        (
+            lambda: modulate_weight(W, S[:5]),
+            ValueError,
+            "scale has shape (5,); (6,) is needed for a weight of (4, 6, 3, 3), or a multiple of it whose factor, "
+            "the groups, divides 4",
+        ),
+        (lambda: modulate_weight(W, S.repeat(3)), ValueError, "scale has shape (18,); (6,) is needed"),
+        (lambda: modulate_weight(W, S[:0]), ValueError, "scale has shape (0,); (6,) is needed"),
+        (lambda: modulate_weight(W, S[None]), ValueError, "scale has shape (1, 6); (6,) is needed"),
+        (lambda: modulate_weight(W, S, torch.ones(())), ValueError, "gain has shape (); (1,) is needed"),
+        (lambda: modulate_weight(W, S, S), ValueError, "gain has shape (6,); (1,) is needed"),
+        (lambda: modulate_weight(W, S, eps=0.0), ValueError, "eps is 0.0; a positive number is needed"),
+        (lambda: modulate_weight(W, S, eps=float("nan")), ValueError, "eps is nan; a positive number"),
+        (
+            lambda: modulate_weight(W, S.to("meta")),
+            ValueError,
+            "scale is on meta; allowed: the weight's device, cpu",
+        ),
+        (
+            lambda: modulate_weight(W, S, torch.ones(1, device="meta")),
+            ValueError,
+            "gain is on meta; allowed: the weight's device, cpu",
+        ),
+        (lambda: modulate_weight(W, S, dtype=torch.int8), TypeError, "dtype is torch.int8; allowed: float32"),
+        (
+            lambda: modulate_weight(W, S, memory_format=torch.channels_last_3d),
+            ValueError,
+            "memory_format is torch.channels_last_3d; allowed: torch.contiguous_format, torch.channels_last",
+        ),
+        (lambda: self_modulated_conv2d(None, W, S), TypeError, "x is a NoneType; a torch.Tensor is needed"),
+        (lambda: self_modulated_conv2d(IMAGE.long(), W, S), TypeError, "x has dtype torch.int64; allowed"),
+        (lambda: self_modulated_conv2d(IMAGE, W, None), TypeError, "scale is a NoneType; a torch.Tensor"),
+        (lambda: self_modulated_conv2d(IMAGE, None, S), TypeError, "weight is a NoneType; a torch.Tensor"),
+        (
+            lambda: self_modulated_conv2d(IMAGE, W[0], S),
+            ValueError,
+            "weight has shape (6, 3, 3); 4 dimensions",
+        ),
+        (lambda: self_modulated_conv2d(IMAGE[0], W, S), ValueError, "x has 3 dimensions; 4 are needed"),
+        (
+            lambda: self_modulated_conv2d(IMAGE[:, :5], W, S),
+            ValueError,
+            "scale has shape (6,); x's channels are needed: (5,)",
+        ),
+        (
+            lambda: self_modulated_conv2d(IMAGE, W, S[:5]),
+            ValueError,
+            "scale has shape (5,); x's channels are",
+        ),
+        (
+            lambda: self_modulated_conv2d(IMAGE, W, S, groups=2),
+            ValueError,
+            "groups is 2; with a weight of (4, 6, 3, 3) it does not make x's 6 channels",
+        ),
+        (lambda: self_modulated_conv2d(IMAGE, W, S, groups=0), ValueError, "groups is 0; with a weight of"),
+        (lambda: self_modulated_conv2d(IMAGE, W, S, eps=-1.0), ValueError, "eps is -1.0; a positive number"),
+        (
+            lambda: self_modulated_conv2d(IMAGE, torch.ones(4, 2, 3, 3), S, groups=3),
+            ValueError,
+            "scale has shape (6,); (2,) is needed for a weight of (4, 2, 3, 3)",
+        ),
+        (lambda: self_modulated_conv2d(IMAGE, W, S, stride=0), RuntimeError, "stride"),
+    ],
+)
+def test_errors(call, error, message):
+    with pytest.raises(error) as caught:
+        call()
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,397 @@
+"""The Triton kernels: on the CPU in Triton's interpreter, on a GPU where there is one, and compiled without one.
+
+Triton reads TRITON_INTERPRET when a kernel is defined, so this module runs itself again in a process that has it
+set; there the tests' device is the CPU, here it is CUDA.
+"""
+
+import os
+import random
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import litevae_kernels
+from litevae_kernels.smc import reference
+from litevae_kernels.tensors import accumulate_dtype
+from litevae_kernels.testing import LAYOUTS, arrange, assert_within_budget
+
+triton = pytest.importorskip("triton")
+kernels = pytest.importorskip("litevae_kernels.smc.triton")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+on_device = pytest.mark.parametrize(
+    "device", ["cpu"] if INTERPRETED else [pytest.param("cuda", marks=needs_gpu)]
+)
+not_interpreted = pytest.mark.skipif(INTERPRETED, reason="needs the compiler's kernels")
+
+CASES = 12  # a test
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SHAPES = (  # C_out, C_in / groups, K_h, K_w, groups
+    (1, 1, 1, 1, 1),
+    (8, 16, 3, 3, 1),
+    (6, 5, 1, 1, 2),
+    (7, 3, 3, 3, 1),
+    (4, 1, 3, 3, 4),
+    (12, 32, 1, 1, 1),
+    (6, 7, 2, 5, 3),
+    (18, 8, 3, 3, 1),
+)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
+def test_under_the_interpreter(pytestconfig: pytest.Config) -> None:
+    root = Path(litevae_kernels.__file__).parents[1]
+    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    child = subprocess.run(
+        [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "--color=no"],
+        cwd=pytestconfig.rootpath,
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert child.returncode == 0, child.stdout + child.stderr
+    assert re.search(r"\d+ passed", child.stdout), child.stdout
+
+
+def poisoned(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """NaN of the shape of `like`. The interpreter truncates to bfloat16, where a GPU rounds: there, float32."""
+    dtype = dtype or like.dtype
+    if INTERPRETED and dtype == torch.bfloat16:
+        dtype = torch.float32
+    return torch.full(like.shape, float("nan"), dtype=dtype, device=like.device)
+
+
+def run(
+    grad: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    gain: Tensor | None,
+    eps: float,
+    out: Tensor,
+    grad_weight: Tensor,
+) -> list[Tensor | None]:
+    """The modulated weight (in `out`), norms and three gradients."""
+    accumulate = accumulate_dtype(weight.dtype, out.dtype)
+    norm = torch.full(weight.shape[:1], float("nan"), dtype=accumulate, device=weight.device)
+    grad_scale = poisoned(scale)
+    grad_gain = None if gain is None else poisoned(gain)
+    kernels.forward(weight, scale, gain, out, norm, eps)
+    kernels.backward(grad, weight, scale, gain, norm, grad_weight, grad_scale, grad_gain, eps)
+    return [out, norm, grad_weight, grad_scale, grad_gain]
+
+
+def check(
+    grad: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    gain: Tensor | None,
+    eps: float,
+    out: Tensor,
+    grad_weight: Tensor,
+) -> None:
+    """Bounds in halves of a unit in the last place, with n elements in a filter.
+
+    Squares of rounded products and their sum: n + 2 relative to it, half of that after the root, which rounds, as
+    the sum with eps and the reciprocal do: (n + 2) / 2 + 3 in 1 / d, and 3 more in w'. The gradient of v adds
+    factor g, factor = gain / d, and along v, along = (dot / norm) / d gain / d, whose dot sums n products of three
+    roundings each, and where the norm comes three times: (n + 3) + 3 ((n + 2) / 2 + 3) + 6 bounds both. Its
+    products add 3, and sums over filters and taps their number.
+    """
+    actual = run(grad, weight, scale, gain, eps, out, grad_weight)
+    inputs = [None if t is None else t.detach().double().requires_grad_() for t in (weight, scale, gain)]
+    exact = reference.modulate(*inputs, eps, torch.float64, False)
+    wanted = iter(torch.autograd.grad(exact, [t for t in inputs if t is not None], grad.double()))
+    gradients = [None if t is None else next(wanted) for t in inputs]
+
+    filters, per_group, height, width = weight.shape
+    groups = scale.numel() // per_group
+    scales = scale.double().view(groups, per_group).repeat_interleave(filters // groups, 0)[:, :, None, None]
+    w, g = weight.double().abs(), grad.double().abs()
+    v = w * scales.abs()
+    norm = v.square().sum((1, 2, 3), keepdim=True).sqrt()
+    d = norm + eps
+    strength = 1.0 if gain is None else gain.double().abs()
+    dot = (g * v).sum((1, 2, 3), keepdim=True)
+    slope = strength * (g / d + v * dot / (norm * d * d).clamp_min(1e-300) * (norm > 0))
+    n, taps = per_group * height * width, height * width
+    inverse = (n + 2) // 2 + 4
+    sums = (n + 3) + 3 * inverse + 6
+    each_scale = (w * slope).reshape(groups, filters // groups, per_group, taps).sum((1, 3))
+    bounds = [
+        (exact.abs().max().item(), inverse + 3),
+        (norm.max().item(), inverse),
+        ((slope * scales.abs()).max().item(), sums + 3),
+        (each_scale.max().item(), sums + 4 + filters // groups * taps),
+        ((dot / d).sum().item(), sums + filters),
+    ]
+    accumulate = accumulate_dtype(weight.dtype, out.dtype)
+    targets = [exact.detach(), norm.flatten(), *gradients]
+    for got, want, (magnitude, operations) in zip(actual, targets, bounds, strict=True):
+        assert (got is None) == (want is None)
+        if got is not None:
+            if accumulate == torch.float32 and got.dtype == torch.float64:
+                got = got.float()
+            assert_within_budget(got, want, magnitude=magnitude, operations=operations)
+
+
+def draw(seed: int, device: str) -> tuple[Any, ...]:
+    r = random.Random(seed)
+    torch.manual_seed(seed)
+    c_out, c_in, height, width, groups = SHAPES[seed % len(SHAPES)]
+    shape = (c_out, c_in, height, width)
+    dtype, out_dtype = r.choice(DTYPES), r.choice(DTYPES)
+
+    def tensor(dtype: torch.dtype, size: float) -> Tensor:
+        return arrange(
+            (torch.randn(shape) * size).to(dtype).to(device), r.choice((*LAYOUTS, "channels_last"))
+        )
+
+    def like(x: Tensor, dtype: torch.dtype) -> Tensor:
+        memory_format = r.choice([torch.contiguous_format, torch.channels_last])
+        return poisoned(x, dtype).contiguous(memory_format=memory_format)
+
+    scale = torch.randn(2 * c_in * groups).to(r.choice(DTYPES)).to(device)
+    scale = scale[::2] if r.random() < 0.3 else scale[: c_in * groups]
+    gain = None if r.random() < 0.3 else torch.randn(1).to(r.choice(DTYPES)).to(device)
+    weight = tensor(dtype, 10 ** r.uniform(-2, 1))
+    grad = tensor(out_dtype, 1)
+    return grad, weight, scale, gain, r.choice((1e-8, 1e-4)), like(weight, out_dtype), like(weight, dtype)
+
+
+@on_device
+@pytest.mark.parametrize("group", range(6))
+def test_equals_the_reference_in_float64(device: str, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in range(group * CASES, (group + 1) * CASES):
+        with monkeypatch.context() as patch:
+            if seed // 4 % 2:  # filters in several blocks, scales from several blocks of filters
+                patch.setattr(kernels, "BLOCK", 64)
+                patch.setattr(kernels, "TILE", 64)
+            case = draw(seed, device)
+            try:
+                check(*case)
+            except Exception as error:
+                error.add_note(f"seed {seed}: {[(t.shape, t.stride(), t.dtype) for t in case[:2]]}")
+                raise
+
+
+@on_device
+@pytest.mark.parametrize("zero", ["filter", "scales"])
+def test_zeros(device: str, zero: str) -> None:
+    """Zeros out, and the finite gradient gain / eps."""
+    torch.manual_seed(0)
+    weight, scale, gain = (torch.randn(s, device=device) for s in ((3, 4, 3, 3), (4,), (1,)))
+    (weight[1] if zero == "filter" else scale).zero_()
+    grad = torch.randn_like(weight)
+    case = (grad, weight, scale, gain, 1e-4, poisoned(weight), poisoned(weight))
+    out, norm, *gradients = run(*case)
+    assert out is not None
+    assert norm is not None
+    assert (out[1] == 0).all()
+    assert norm[1] == 0
+    assert all(g is not None and g.isfinite().all() for g in gradients)
+    check(*case)
+
+
+@on_device
+@pytest.mark.parametrize("size", [1e-4, 6e-8, 6e4])
+def test_half_precision_neither_under_nor_overflows(device: str, size: float) -> None:
+    torch.manual_seed(0)
+    weight = ((torch.rand(4, 8, 3, 3) + 0.01).sign() * size).half().to(device)
+    scale = torch.full((8,), 0.5, device=device)
+    out = torch.empty_like(weight)
+    norm = torch.empty(4, device=device)
+    kernels.forward(weight, scale, None, out, norm, 1e-12)
+    torch.testing.assert_close(out, torch.full_like(out, 72**-0.5), rtol=2**-10, atol=0)
+
+
+@on_device
+def test_same_bits_every_time(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "TILE", 64)
+    weight, grad = torch.randn(2, 19, 12, 3, 3, device=device)
+    scale, gain = torch.randn(12, device=device), torch.ones(1, device=device)
+    results = [run(grad, weight, scale, gain, 1e-8, poisoned(weight), poisoned(weight)) for _ in range(2)]
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first, second)
+
+
+# What a launch passes, without launching.
+
+Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
+
+
+def launches(monkeypatch: pytest.MonkeyPatch, call: Callable[[], None]) -> list[Launch]:
+    seen: list[Launch] = []
+
+    class Recorder:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            assert 0 < grid[0] < 2**31
+            assert all(size < 2**16 for size in grid[1:])
+            return lambda *args, **kwargs: seen.append((self.kernel, args, kwargs))
+
+    with monkeypatch.context() as patch:
+        for name in dir(kernels):
+            if name.endswith("_kernel"):
+                patch.setattr(kernels, name, Recorder(getattr(kernels, name)))
+        call()
+    return seen
+
+
+def run_both(
+    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, int, int, int],
+    *,
+    dtype: torch.dtype = torch.float32,
+    out_dtype: torch.dtype = torch.bfloat16,
+    format: torch.memory_format = torch.channels_last,
+    out_format: torch.memory_format | None = None,
+    groups: int = 1,
+    gain: bool = True,
+) -> list[Launch]:
+    # on the meta device, for no size takes memory; address 0 counts as aligned
+    weight = torch.empty(shape, dtype=dtype, device="meta", memory_format=format)
+    out = torch.empty(shape, dtype=out_dtype, device="meta", memory_format=out_format or format)
+    scale = torch.empty(shape[1] * groups, device="meta")
+    strength = torch.empty(1, device="meta") if gain else None
+    norm = torch.empty(shape[0], dtype=accumulate_dtype(dtype, out_dtype), device="meta")
+
+    def call() -> None:
+        kernels.forward(weight, scale, strength, out, norm, 1e-8)
+        kernels.backward(out, weight, scale, strength, norm, weight, scale, strength, 1e-8)
+
+    return launches(monkeypatch, call)
+
+
+@pytest.mark.parametrize(
+    ("shape", "groups"), [((2**20, 1, 3, 3), 2**20), ((3 * 2**29, 1, 1, 1), 1), ((1, 2**20, 33, 65), 1)]
+)
+def test_grids_of_huge_sizes(
+    shape: tuple[int, int, int, int], groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run_both(monkeypatch, shape, groups=groups)
+
+
+# Ahead of time for a GPU that need not be here.
+
+
+def compile_for_sm90(launch: Launch) -> Any:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, args, kwargs = launch
+    names = {torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16", torch.bfloat16: "bf16"}
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for i, name in enumerate(kernel.arg_names):
+        value = args[i] if i < len(args) else kwargs[name]
+        if i >= len(args) or value is None:
+            signature[name] = "constexpr"
+            constants[(i,)] = value
+        elif isinstance(value, Tensor):
+            signature[name] = f"*{names[value.dtype]}"
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i64"
+    options = {name: value for name, value in kwargs.items() if name not in signature}
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def accesses(ptx: str, kind: str) -> Counter[int]:
+    """Bytes of each global access."""
+    widths = re.findall(rf"{kind}\.global\S*?(?:\.v(\d))?\.[bfu](\d+)", ptx)
+    return Counter(int(vector or 1) * int(bits) // 8 for vector, bits in widths)
+
+
+def spilled(compiled: Any, folder: Path) -> int:
+    """Bytes."""
+    source = folder / "kernel.ptx"
+    source.write_text(compiled.asm["ptx"])
+    for name in ("ptxas", "ptxas-blackwell"):  # Triton has two, of different ages
+        ptxas = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+        command = [str(ptxas), "-v", "--gpu-name=sm_90a", str(source), "-o", str(folder / "kernel.cubin")]
+        done = (
+            subprocess.run(command, capture_output=True, text=True, check=False) if ptxas.exists() else None
+        )
+        if done is not None and done.returncode == 0:
+            return sum(int(x) for x in re.findall(r"(\d+) bytes spill", done.stderr))
+    pytest.skip("this Triton has no ptxas of its own for its PTX")
+
+
+@not_interpreted
+@pytest.mark.parametrize("format", [torch.channels_last, torch.contiguous_format])
+def test_vectors_and_no_spills(
+    format: torch.memory_format, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    found = run_both(monkeypatch, (512, 512, 3, 3), format=format)
+    assert len(found) == 5
+    for launch in found:
+        name = launch[0].__name__
+        compiled = compile_for_sm90(launch)
+        assert spilled(compiled, tmp_path) == 0, name
+        if name in ("modulate_weight_kernel", "modulate_weight_grad_kernel"):
+            ptx = compiled.asm["ptx"]
+            loads, stores = accesses(ptx, "ld"), accesses(ptx, "st")
+            assert loads[16] >= 2, (name, loads)
+            assert loads[2] == 0, (name, loads)
+            # all but the norm and the three factors
+            assert stores[2] == 0, (name, stores)
+            assert stores[4] <= 3, (name, stores)
+            assert stores[16] + stores[8] >= 2, (name, stores)
+            assert not re.search(r"\.f64", ptx), name
+
+
+@not_interpreted
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"shape": (96, 64, 3, 3), "format": torch.contiguous_format, "out_format": torch.channels_last},
+        {"shape": (32, 1, 3, 3), "groups": 32, "gain": False},
+        {"shape": (16, 8, 1, 1), "dtype": torch.float64, "out_dtype": torch.float16},
+        {"shape": (4, 4096, 5, 5), "dtype": torch.bfloat16, "format": torch.contiguous_format},
+    ],
+    ids=["mixed", "depthwise", "fp64", "long"],
+)
+def test_kernels_compile(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for launch in run_both(monkeypatch, **case):
+        compiled = compile_for_sm90(launch)
+        assert len(compiled.asm["cubin"]) > 0
+        assert spilled(compiled, tmp_path) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_graph_capture() -> None:
+    weight, grad = torch.randn(2, 64, 32, 3, 3, device="cuda")
+    scale, gain = torch.randn(32, device="cuda"), torch.ones(1, device="cuda")
+
+    def call() -> list[Tensor | None]:
+        return run(grad, weight, scale, gain, 1e-8, poisoned(weight), poisoned(weight))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()  # compiles
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    weight.normal_()
+    graph.replay()
+    for got, want in zip(captured, call(), strict=True):
+        assert torch.equal(got, want)
