@@ -15,6 +15,19 @@ constexpr int kColumns = 8;  // channels of a block of Gather
 
 namespace {
 
+// Called, not inlined: these rarely run, and are long.
+struct Division {
+  int64_t quotient, remainder;
+};
+LITEVAE_DEVICE_CALL Division divide_far(int64_t dividend, int64_t by) {
+  const int64_t quotient = dividend / by;
+  return {quotient, dividend - quotient * by};
+}
+template <class T>
+LITEVAE_DEVICE_CALL T load_far(const char* at, DType dtype) {
+  return load_one<T>(at, dtype);
+}
+
 // Division by a number that is known at launch.
 struct Divider {
   uint32_t by, magic;  // magic 0: plain division
@@ -26,7 +39,11 @@ struct Divider {
   }
   // Divides `rest` in place and returns the remainder.
   LITEVAE_DEVICE int64_t take(int64_t& rest) const {
-    if (magic == 0) return litevae::take(rest, by);
+    if (magic == 0) {
+      const Division far = divide_far(rest, by);
+      rest = far.quotient;
+      return far.remainder;
+    }
     const uint32_t dividend = static_cast<uint32_t>(rest);
     const uint32_t quotient = static_cast<uint32_t>(static_cast<uint64_t>(dividend) * magic >> 32);
     rest = quotient;
@@ -53,8 +70,8 @@ struct Pass {
 
 LITEVAE_DEVICE int64_t place(const Pass& p, const Strided& t, int64_t i, int64_t k) {
   if (p.width == 0) return i * t.c + k * t.w;
-  const int64_t x = take(k, p.width);
-  return i * t.c + k * t.h + x * t.w;
+  const Division tap = divide_far(k, p.width);
+  return i * t.c + tap.quotient * t.h + tap.remainder * t.w;
 }
 
 // Element e of a filter in the order of memory, as channel i and tap k.
@@ -83,7 +100,7 @@ LITEVAE_DEVICE void with_type(DType dtype, const Body& body) {
 }
 
 template <class S, class T>
-LITEVAE_DEVICE T load_as(const char* at, DType dtype) {
+LITEVAE_DEVICE T load_stored(const char* at, DType dtype) {
   if constexpr (std::is_same<S, AnyType>::value) {
     return load_one<T>(at, dtype);
   } else {
@@ -94,7 +111,7 @@ LITEVAE_DEVICE T load_as(const char* at, DType dtype) {
 }
 
 template <class S, class T>
-LITEVAE_DEVICE void store_as(char* at, DType dtype, T value) {
+LITEVAE_DEVICE void store_stored(char* at, DType dtype, T value) {
   const T run[1] = {value};
   if constexpr (std::is_same<S, AnyType>::value)
     store_one<T>(at, dtype, value);
@@ -112,12 +129,14 @@ LITEVAE_DEVICE void read(const Pass& p, const Block& block, const Strided& t, in
   with_type<T>(t.dtype, [&](auto stored) {
     for (int64_t e = thread; e < count; e += kBatch * block.threads) {
       T value[kBatch];
-      int64_t i[kBatch] = {}, k[kBatch] = {};
+      int i[kBatch] = {}, k[kBatch] = {};
 #pragma unroll
       for (int u = 0; u < kBatch; ++u)
         if (e + u * block.threads < count) {
-          locate(p, t, e + u * block.threads, i[u], k[u]);
-          value[u] = load_as<decltype(stored), T>(filter + place(p, t, i[u], k[u]), t.dtype);
+          int64_t channel, tap;
+          locate(p, t, e + u * block.threads, channel, tap);
+          i[u] = static_cast<int>(channel), k[u] = static_cast<int>(tap);
+          value[u] = load_stored<decltype(stored), T>(filter + place(p, t, channel, tap), t.dtype);
         }
 #pragma unroll
       for (int u = 0; u < kBatch; ++u)
@@ -137,15 +156,9 @@ LITEVAE_DEVICE void write(const Pass& p, const Block& block, const Strided& t, i
     for (int64_t e = thread; e < count; e += block.threads) {
       int64_t i, k;
       locate(p, t, e, i, k);
-      store_as<decltype(stored)>(filter + place(p, t, i, k), t.dtype, make(i, k));
+      store_stored<decltype(stored)>(filter + place(p, t, i, k), t.dtype, make(i, k));
     }
   });
-}
-
-// Called, not inlined: it rarely runs.
-template <class T>
-LITEVAE_DEVICE_CALL T load_far(const char* at, DType dtype) {
-  return load_one<T>(at, dtype);
 }
 
 // A filter, its scales and for the backward pass its gradient, in shared memory or where they came from.
@@ -190,7 +203,7 @@ struct Filter {
 
 template <class T>
 struct Modulate {
-  static constexpr int kMaxThreads = kThreads, kMinBlocks = 4;
+  static constexpr int kMaxThreads = kThreads, kMinBlocks = sizeof(T) == 8 ? 2 : 4;
   struct Shared {
     T values[1][kThreads], sums[kThreads];
   };

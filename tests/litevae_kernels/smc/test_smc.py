@@ -25,8 +25,8 @@ NAMES = ("weight", "scale", "gain")
 #   the sums.
 OPERATIONS = 20
 # Roundings of the longest chain of additions.
-#   native: at most 64 for each of 16 lanes, which are float64 then, for sums over a filter; the taps of one input channel for grad_scale,
-#   whose other sums are float64.
+#   native: over a filter at most 64 in each of 16 lanes, and float64 from there on; for grad_scale the taps of one
+#   input channel, and float64 from there on.
 #   reference: one after another, at worst: vector_norm over a filter; autograd's sums over all filters and taps.
 NATIVE_CHAIN = 64
 
@@ -63,18 +63,13 @@ def run(call, grad):
 
 
 def equation_3(weight, scale, gain, eps):
-    """As the paper writes it, one filter after another."""
     filters, inputs = weight.shape[:2]
-    each = filters // (len(scale) // inputs)
-    out = []
-    for o in range(filters):
-        s = scale[o // each * inputs :][:inputs]
-        v = s[:, None, None] * weight[o]
-        square = v.square().sum()
-        # the root's slope at zero is infinite; that of v / (|v| + eps) is 1 / eps
-        norm = square.sqrt() if square > 0 else torch.zeros_like(square)
-        out.append(v / (norm + eps) * (1 if gain is None else gain))
-    return torch.stack(out)
+    group = torch.arange(filters) // (filters // (len(scale) // inputs))
+    v = weight * scale[group[:, None] * inputs + torch.arange(inputs)][:, :, None, None]
+    square = v.square().sum((1, 2, 3), keepdim=True)
+    # the root's slope at zero is infinite; that of v / (|v| + eps) is 1 / eps
+    norm = square.where(square > 0, 1).sqrt() * (square > 0)
+    return v / (norm + eps) * (1 if gain is None else gain)
 
 
 def exact(call, grad):
