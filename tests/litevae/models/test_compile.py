@@ -83,15 +83,15 @@ def test_training_step_compiles_whole_for_all_sizes_at_once(make_small, variant)
 
 
 def train(vae: LiteVAE, steps: int, compiled: bool = False) -> Tensor:
-    """The losses of `steps` steps of training on a different batch each."""
+    """The losses of `steps` steps of training on one batch."""
     dtype = vae.dtype
     loss_of = partial(training_loss, vae)
     if compiled:
         loss_of = torch.compile(loss_of, fullgraph=True)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3)
-    losses = []
-    for step in range(steps):
-        loss = loss_of(images(2, 3, 16, 16, seed=step).to(dtype))
+    batch, losses = images(2, 3, 16, 16, seed=0).to(dtype), []
+    for _ in range(steps):
+        loss = loss_of(batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -110,7 +110,7 @@ def test_losses_of_20_compiled_steps_are_those_of_eager_ones(make_small, variant
         for memory_format in (torch.contiguous_format, torch.channels_last)
     ]
     error = (train(vae, 20, compiled=True) - exact).abs().max()
-    assert exact[-1] < 0.9 * exact[0]
+    assert exact[-5:].mean() < exact[:5].mean()  # it trains
     assert error <= CHANCE * max((losses - exact).abs().max() for losses in eager)
     assert error < 1e-4 * exact.min()
 
@@ -151,8 +151,7 @@ def test_cuda_graph_replays_the_model_on_other_images(make_small, cuda, variant,
         replayed = [x.clone() for x in captured]
         for actual, expected in zip(replayed, run(), strict=True):
             assert actual.isfinite().all()
-            # cuDNN may choose another algorithm outside the graph: a few roundings of the storage type
-            torch.testing.assert_close(actual, expected, atol=32 * torch.finfo(dtype).eps, rtol=0)
+            assert torch.equal(actual, expected)  # the same kernels
 
 
 @pytest.mark.gpu
