@@ -126,6 +126,11 @@ struct Part {
   LITEVAE_DEVICE bool has(int thread) const {
     return p.table.has(thread) && p.table.column(thread) * K < channels();
   }
+  // Number of the group of a channel of all tensors.
+  LITEVAE_DEVICE int64_t group(int64_t channel) const {
+    take(channel, p.group_channels);
+    return n * p.groups + channel;
+  }
   LITEVAE_DEVICE Pair& partial(int channel) const {
     return p.partial[(n * p.chunks + chunk) * p.channels + first_channel + channel];
   }
@@ -184,21 +189,44 @@ struct Part {
   }
 };
 
+// use(unit, values of each tensor) for a thread's units below `end`; kBatch of them are on their way at once.
+template <int kBatch, int kTensors, class Part, class Use>
+LITEVAE_DEVICE void stream(const Part& part, int thread, int end,
+                           const typename Part::Units (&from)[kTensors], const Use& use) {
+  const int rows = part.p.table.rows;
+#pragma unroll 1
+  for (int unit = part.p.table.row(thread); unit < end; unit += kBatch * rows) {
+    typename Part::Unit loaded[kBatch][kTensors];
+#pragma unroll
+    for (int u = 0; u < kBatch; ++u)
+      if (unit + u * rows < end)
+#pragma unroll
+        for (int i = 0; i < kTensors; ++i) loaded[u][i] = from[i].load(unit + u * rows);
+#pragma unroll
+    for (int u = 0; u < kBatch; ++u) {
+      if (unit + u * rows >= end) break;
+      typename Part::T values[kTensors][Part::V];
+#pragma unroll
+      for (int i = 0; i < kTensors; ++i) loaded[u][i].unpack(values[i]);
+      use(unit + u * rows, values);
+    }
+  }
+}
+
 // z = (x - mean) a + b for each channel of a block. The mean is cut in two, the second half in b, so that the
 // difference keeps its digits at any mean. Backward, the gradient of x is a dz - (x - mean) c - d.
-template <class T>
+template <class T, int kChannels, bool kGradient>
 struct Coefficients {
-  T mean[kThreads], a[kThreads], b[kThreads], c[kThreads], d[kThreads];
+  T mean[kChannels], a[kChannels], b[kChannels];
+  T c[kGradient ? kChannels : 1], d[kGradient ? kChannels : 1];
 
-  template <bool kGradient, class Part>
+  // For a block.
+  template <class Part>
   LITEVAE_DEVICE void fill(const Block& block, const Part& part) {
     const Pass& p = part.p;
     block.each([&](int thread) {
       for (int i = thread; i < part.channels(); i += block.threads) {
-        const int64_t channel = part.first_channel + i;
-        int64_t group = channel;
-        take(group, p.group_channels);
-        group += part.n * p.groups;
+        const int64_t channel = part.first_channel + i, group = part.group(channel);
         const double exact = p.stats[2 * group], rstd = p.stats[2 * group + 1];
         const double scale = rstd * parameter(p.weight, channel, 1.);
         mean[i] = static_cast<T>(exact), a[i] = static_cast<T>(scale);
@@ -211,6 +239,16 @@ struct Coefficients {
         }
       }
     });
+  }
+
+  // A thread's, from those of its block.
+  template <int kAll>
+  LITEVAE_DEVICE void take(const Coefficients<T, kAll, kGradient>& all, int first) {
+#pragma unroll
+    for (int k = 0; k < kChannels; ++k) {
+      mean[k] = all.mean[first + k], a[k] = all.a[first + k], b[k] = all.b[first + k];
+      if constexpr (kGradient) c[k] = all.c[first + k], d[k] = all.d[first + k];
+    }
   }
 };
 
@@ -247,55 +285,34 @@ struct Statistics {
 
   static LITEVAE_DEVICE Found find(const Part& part, int thread) {
     Found found{};
-    if (!part.has(thread)) return found;
-    const auto x = part.units(part.p.x, thread);
     const int first = part.p.table.row(thread), rows = part.p.table.rows;
-    T shift[K] = {}, sum[V] = {}, squares[V] = {};
-#pragma unroll 1
-    for (int unit = first; unit < part.count; unit += kBatch * rows) {
-      typename Part::Unit loaded[kBatch];
+    if (!part.has(thread) || first >= part.count) return found;
+    const typename Part::Units from[] = {part.units(part.p.x, thread)};
+    const auto count = [&](int end) { return static_cast<T>((end - first + rows - 1) / rows * (V / K)); };
+    // Deviations from the mean of the first units, at least an eighth of all: their squares add up to at most
+    // nine times what those from the mean do.
+    const int some = smaller(part.count, kBatch * rows);
+    stream<kBatch>(part, thread, some, from, [&](int, const T(&x)[1][V]) {
 #pragma unroll
-      for (int u = 0; u < kBatch; ++u)
-        if (unit + u * rows < part.count) loaded[u] = x.load(unit + u * rows);
-      if (unit == first) {
-        // Deviations from the mean of the first units, at least an eighth of all: their squares add up to at
-        // most nine times what those from the mean do.
-        int count = 0;
+      for (int v = 0; v < V; ++v) found.shift[K == 1 ? 0 : v] += x[0][v];
+    });
+    T share = 1 / count(some), sum[V] = {}, squares[V] = {};
 #pragma unroll
-        for (int u = 0; u < kBatch; ++u) {
-          if (unit + u * rows >= part.count) break;
-          T values[V];
-          loaded[u].unpack(values);
+    for (int k = 0; k < K; ++k) found.shift[k] *= share;
+    stream<kBatch>(part, thread, part.count, from, [&](int, const T(&x)[1][V]) {
 #pragma unroll
-          for (int v = 0; v < V; ++v) shift[K == 1 ? 0 : v] += values[v];
-          count += V / K;
-        }
-        const T share = 1 / static_cast<T>(count);
-#pragma unroll
-        for (int k = 0; k < K; ++k) shift[k] *= share;
+      for (int v = 0; v < V; ++v) {
+        const T d = x[0][v] - found.shift[K == 1 ? 0 : v];
+        sum[v] += d, squares[v] = multiply_add(d, d, squares[v]);
       }
-#pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
-        if (unit + u * rows >= part.count) break;
-        T values[V];
-        loaded[u].unpack(values);
-#pragma unroll
-        for (int v = 0; v < V; ++v) {
-          const T d = values[v] - shift[K == 1 ? 0 : v];
-          sum[v] += d, squares[v] = multiply_add(d, d, squares[v]);
-        }
-      }
-    }
-    if (first >= part.count) return found;
-    found.count = static_cast<T>((part.count - first + rows - 1) / rows * (V / K));
-    const T share = 1 / found.count;
+    });
     add_lanes<K>(sum, squares);
+    found.count = count(part.count), share = 1 / found.count;
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-      const T difference = sum[k] * share;
-      found.shift[k] = shift[k], found.mean[k] = difference;
+      found.mean[k] = sum[k] * share;
       // in one rounding: a square that overflows must not meet another
-      found.squares[k] = multiply_add(-sum[k], difference, squares[k]);
+      found.squares[k] = multiply_add(-sum[k], found.mean[k], squares[k]);
     }
     return found;
   }
@@ -350,44 +367,29 @@ template <class S, Kind kKind>
 struct Apply {
   using Part = group_norm_silu::Part<S, kKind>;
   using T = typename Part::T;
-  static constexpr int V = Part::V, K = Part::K, kBatch = 4;
+  static constexpr int V = Part::V, K = Part::K;
   static constexpr int kMaxThreads = kThreads, kMinBlocks = 6;
-  using Shared = Coefficients<T>;
+  using Shared = Coefficients<T, kThreads, false>;
 
   static LITEVAE_DEVICE void run(const Pass& p, int64_t index, const Block& block, Shared& shared) {
     // From the end, which the statistics read last: it may still be in the cache.
     const Part part(p, p.blocks - 1 - index);
-    shared.template fill<false>(block, part);
+    shared.fill(block, part);
     block.each([&](int thread) {
       if (!part.has(thread)) return;
-      T mean[K], a[K], b[K];
+      Coefficients<T, K, false> own;
+      own.take(shared, p.table.column(thread) * K);
+      const auto y = part.units(p.out, thread);
+      stream<4>(part, thread, part.count, {part.units(p.x, thread)}, [&](int unit, const T(&x)[1][V]) {
+        T result[V];
 #pragma unroll
-      for (int k = 0; k < K; ++k) {
-        const int i = p.table.column(thread) * K + k;
-        mean[k] = shared.mean[i], a[k] = shared.a[i], b[k] = shared.b[i];
-      }
-      const auto x = part.units(p.x, thread), y = part.units(p.out, thread);
-      const int rows = p.table.rows;
-#pragma unroll 1
-      for (int unit = p.table.row(thread); unit < part.count; unit += kBatch * rows) {
-        typename Part::Unit loaded[kBatch];
-#pragma unroll
-        for (int u = 0; u < kBatch; ++u)
-          if (unit + u * rows < part.count) loaded[u] = x.load(unit + u * rows);
-#pragma unroll
-        for (int u = 0; u < kBatch; ++u) {
-          if (unit + u * rows >= part.count) break;
-          T values[V];
-          loaded[u].unpack(values);
-#pragma unroll
-          for (int v = 0; v < V; ++v) {
-            const int k = K == 1 ? 0 : v;
-            const T z = multiply_add(values[v] - mean[k], a[k], b[k]);
-            values[v] = z * sigmoid(z);
-          }
-          y.store(unit + u * rows, values);
+        for (int v = 0; v < V; ++v) {
+          const int k = K == 1 ? 0 : v;
+          const T z = multiply_add(x[0][v] - own.mean[k], own.a[k], own.b[k]);
+          result[v] = z * sigmoid(z);
         }
-      }
+        y.store(unit, result);
+      });
     });
   }
 };
@@ -396,50 +398,31 @@ template <class S, Kind kKind>
 struct Sums {
   using Part = group_norm_silu::Part<S, kKind>;
   using T = typename Part::T;
-  static constexpr int V = Part::V, K = Part::K, kBatch = 2;
+  static constexpr int V = Part::V, K = Part::K;
   static constexpr int kMaxThreads = kThreads, kMinBlocks = 5;
   struct Shared {
     T values[2 * K][kThreads], sums[2 * kThreads];
-    Coefficients<T> coefficients;
+    Coefficients<T, kThreads, false> coefficients;
   };
 
   static LITEVAE_DEVICE void run(const Pass& p, int64_t index, const Block& block, Shared& shared) {
     const Part part(p, index);
-    shared.coefficients.template fill<false>(block, part);
+    shared.coefficients.fill(block, part);
     block.each([&](int thread) {
       T sum[V] = {}, products[V] = {};
       if (part.has(thread)) {
-        T mean[K], a[K], b[K];
+        Coefficients<T, K, false> own;
+        own.take(shared.coefficients, p.table.column(thread) * K);
+        stream<2>(part, thread, part.count, {part.units(p.x, thread), part.units(p.grad, thread)},
+                  [&](int, const T(&x_grad)[2][V]) {
 #pragma unroll
-        for (int k = 0; k < K; ++k) {
-          const int i = p.table.column(thread) * K + k;
-          mean[k] = shared.coefficients.mean[i], a[k] = shared.coefficients.a[i],
-          b[k] = shared.coefficients.b[i];
-        }
-        const auto x = part.units(p.x, thread), grad = part.units(p.grad, thread);
-        const int rows = p.table.rows;
-#pragma unroll 1
-        for (int unit = p.table.row(thread); unit < part.count; unit += kBatch * rows) {
-          typename Part::Unit loaded[kBatch], loaded_grad[kBatch];
-#pragma unroll
-          for (int u = 0; u < kBatch; ++u)
-            if (unit + u * rows < part.count) {
-              loaded[u] = x.load(unit + u * rows);
-              loaded_grad[u] = grad.load(unit + u * rows);
-            }
-#pragma unroll
-          for (int u = 0; u < kBatch; ++u) {
-            if (unit + u * rows >= part.count) break;
-            T values[V], grads[V];
-            loaded[u].unpack(values), loaded_grad[u].unpack(grads);
-#pragma unroll
-            for (int v = 0; v < V; ++v) {
-              const int k = K == 1 ? 0 : v;
-              const T d = values[v] - mean[k], dz = gradient_of_z(d, a[k], b[k], grads[v]);
-              sum[v] += dz, products[v] = multiply_add(dz, d, products[v]);
-            }
-          }
-        }
+                    for (int v = 0; v < V; ++v) {
+                      const int k = K == 1 ? 0 : v;
+                      const T d = x_grad[0][v] - own.mean[k];
+                      const T dz = gradient_of_z(d, own.a[k], own.b[k], x_grad[1][v]);
+                      sum[v] += dz, products[v] = multiply_add(dz, d, products[v]);
+                    }
+                  });
       }
       add_lanes<K>(sum, products);
 #pragma unroll
@@ -451,9 +434,7 @@ struct Sums {
       for (int i = thread; i < part.channels(); i += block.threads) {
         const int at = i % K * p.table.columns + i / K;
         const double sum = shared.sums[at], products = shared.sums[K * p.table.columns + at];
-        int64_t group = part.first_channel + i;
-        take(group, p.group_channels);
-        const double* const stats = p.stats + 2 * (part.n * p.groups + group);
+        const double* const stats = p.stats + 2 * part.group(part.first_channel + i);
         const double low = stats[0] - static_cast<double>(shared.coefficients.mean[i]);
         part.partial(i) = {sum, (products - low * sum) * stats[1]};
       }
@@ -465,49 +446,30 @@ template <class S, Kind kKind>
 struct ApplyBackward {
   using Part = group_norm_silu::Part<S, kKind>;
   using T = typename Part::T;
-  static constexpr int V = Part::V, K = Part::K, kBatch = 2;
+  static constexpr int V = Part::V, K = Part::K;
   static constexpr int kMaxThreads = kThreads, kMinBlocks = 5;
-  using Shared = Coefficients<T>;
+  using Shared = Coefficients<T, kThreads, true>;
 
   static LITEVAE_DEVICE void run(const Pass& p, int64_t index, const Block& block, Shared& shared) {
     const Part part(p, p.blocks - 1 - index);
-    shared.template fill<true>(block, part);
+    shared.fill(block, part);
     block.each([&](int thread) {
       if (!part.has(thread)) return;
-      T mean[K], a[K], b[K], c[K], d[K];
+      Coefficients<T, K, true> own;
+      own.take(shared, p.table.column(thread) * K);
+      const auto to = part.units(p.out, thread);
+      stream<2>(part, thread, part.count, {part.units(p.x, thread), part.units(p.grad, thread)},
+                [&](int unit, const T(&x_grad)[2][V]) {
+                  T result[V];
 #pragma unroll
-      for (int k = 0; k < K; ++k) {
-        const int i = p.table.column(thread) * K + k;
-        mean[k] = shared.mean[i], a[k] = shared.a[i], b[k] = shared.b[i], c[k] = shared.c[i],
-        d[k] = shared.d[i];
-      }
-      const auto x = part.units(p.x, thread), grad = part.units(p.grad, thread),
-                 to = part.units(p.out, thread);
-      const int rows = p.table.rows;
-#pragma unroll 1
-      for (int unit = p.table.row(thread); unit < part.count; unit += kBatch * rows) {
-        typename Part::Unit loaded[kBatch], loaded_grad[kBatch];
-#pragma unroll
-        for (int u = 0; u < kBatch; ++u)
-          if (unit + u * rows < part.count) {
-            loaded[u] = x.load(unit + u * rows);
-            loaded_grad[u] = grad.load(unit + u * rows);
-          }
-#pragma unroll
-        for (int u = 0; u < kBatch; ++u) {
-          if (unit + u * rows >= part.count) break;
-          T values[V], grads[V];
-          loaded[u].unpack(values), loaded_grad[u].unpack(grads);
-#pragma unroll
-          for (int v = 0; v < V; ++v) {
-            const int k = K == 1 ? 0 : v;
-            const T difference = values[v] - mean[k];
-            const T dz = gradient_of_z(difference, a[k], b[k], grads[v]);
-            values[v] = multiply_add(a[k], dz, -multiply_add(difference, c[k], d[k]));
-          }
-          to.store(unit + u * rows, values);
-        }
-      }
+                  for (int v = 0; v < V; ++v) {
+                    const int k = K == 1 ? 0 : v;
+                    const T d = x_grad[0][v] - own.mean[k];
+                    const T dz = gradient_of_z(d, own.a[k], own.b[k], x_grad[1][v]);
+                    result[v] = multiply_add(own.a[k], dz, -multiply_add(d, own.c[k], own.d[k]));
+                  }
+                  to.store(unit, result);
+                });
     });
   }
 };

@@ -85,8 +85,8 @@ LITEVAE_DEVICE void locate(const Pass& p, const Strided& t, int64_t e, int64_t& 
 // Which type it is only run time tells.
 struct AnyType {};
 
-// Calls body with a number of the stored type of a weight or a gradient. Float64 among them, for which T is double,
-// is for checking derivatives: slower, and less to compile.
+// Calls body with a number of the stored type of a weight or a gradient. Float64 among them, for which T is
+// double, is for checking derivatives: slower, and less to compile.
 template <class T, class Body>
 LITEVAE_DEVICE void with_type(DType dtype, const Body& body) {
   if constexpr (sizeof(T) == 8)

@@ -1,5 +1,5 @@
-// Runs kernels whose threads work together (csrc/common/block.cuh) on the CPU: one block after the other, and of a
-// block one phase after the other.
+// Runs kernels whose threads work together (csrc/common/block.cuh) on the CPU: one block after the other, and
+// of a block one phase after the other.
 #pragma once
 
 #include <cstring>

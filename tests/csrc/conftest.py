@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # by the core's codes
-LAYOUTS = ("contiguous", "channels_last", "contiguous_sliced", "channels_last_sliced", "transposed", "wild")
+LAYOUTS = (
+    "contiguous",
+    "channels_last",
+    "contiguous_sliced",
+    "channels_last_sliced",
+    "contiguous_pitched",
+    "channels_last_pitched",
+    "transposed",
+    "wild",
+)
 
 
 class Poisoned:
@@ -29,6 +38,8 @@ class Poisoned:
             rng.shuffle(order)
         strides, extent = [0] * 4, 1
         for axis in order:
+            if axis == 0 and layout.endswith("pitched"):
+                extent += 1  # images begin at any element
             strides[axis] = extent
             extent *= shape[axis]
             if layout == "wild":
