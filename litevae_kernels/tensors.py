@@ -64,9 +64,10 @@ def native_view(x: Tensor | None) -> Any:
     if x is None:
         return None
     assert core is not None
-    if x.ndim == 1:
-        x = x[None, :, None, None]
-    return core.TensorView(x.data_ptr(), DTYPES[x.dtype], x.shape, x.stride())
+    shape, stride = tuple(x.shape), x.stride()
+    if len(shape) == 1:
+        shape, stride = (1, *shape, 1, 1), (0, *stride, 0, 0)
+    return core.TensorView(x.data_ptr(), DTYPES[x.dtype], shape, stride)
 
 
 def differentiable_gradients(

@@ -44,8 +44,9 @@ struct VecF {
   VecF operator-(VecF o) const { return {_mm512_sub_ps(v, o.v)}; }
   VecF operator*(VecF o) const { return {_mm512_mul_ps(v, o.v)}; }
   static VecF multiply_add(VecF a, VecF b, VecF c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-  VecF rounded() const { return {_mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-  VecF times_power_of_two(VecF n) const { return {_mm512_scalef_ps(v, n.v)}; }
+  VecF operator/(VecF o) const { return {_mm512_div_ps(v, o.v)}; }
+  VecF fraction() const { return {_mm512_reduce_ps(v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}; }
+  VecF times_power_of_two(VecF t) const { return {_mm512_scalef_ps(v, t.v)}; }  // 2^floor(t)
 
  private:
   static __mmask16 first(int lanes) { return static_cast<__mmask16>((1u << lanes) - 1); }
@@ -67,13 +68,6 @@ struct VecF {
   }
   __m256i half() const { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
 };
-
-inline VecF min(VecF a, VecF b) { return {_mm512_min_ps(a.v, b.v)}; }  // b where either is a NaN
-
-inline VecF reciprocal(VecF x) {  // of normal numbers, to the last place or two
-  const VecF r{_mm512_rcp14_ps(x.v)};
-  return r * VecF{_mm512_fnmadd_ps(x.v, r.v, _mm512_set1_ps(2.0f))};
-}
 
 // a b (2 x width adjacent values) -> those at even and at odd positions
 inline void deinterleave(VecF a, VecF b, VecF& even, VecF& odd) {
@@ -134,18 +128,24 @@ struct VecF {
   VecF operator-(VecF o) const { return {_mm256_sub_ps(v, o.v)}; }
   VecF operator*(VecF o) const { return {_mm256_mul_ps(v, o.v)}; }
   static VecF multiply_add(VecF a, VecF b, VecF c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
-  VecF rounded() const { return {_mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-  VecF times_power_of_two(VecF n) const {  // n whole, of what makes zero or less cut off at 2^-126
-    const __m256 cut = _mm256_max_ps(n.v, _mm256_set1_ps(-126.0f));
-    const __m256i exponent =
-        _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(cut), _mm256_set1_epi32(127)), 23);
-    return {_mm256_mul_ps(v, _mm256_castsi256_ps(exponent))};
+  VecF operator/(VecF o) const { return {_mm256_div_ps(v, o.v)}; }
+  VecF fraction() const {
+    const VecF t = cut();
+    return {_mm256_sub_ps(t.v, _mm256_floor_ps(t.v))};
+  }
+  VecF times_power_of_two(VecF t) const {  // 2^floor(t)
+    const __m256i whole = _mm256_cvtps_epi32(_mm256_floor_ps(t.cut().v));
+    const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(whole, _mm256_set1_epi32(127)), 23);
+    return {_mm256_mul_ps(v, _mm256_castsi256_ps(power))};
+  }
+
+ private:
+  // to the exponents of normal numbers; in this order a NaN stays
+  VecF cut() const {
+    const __m256 below = _mm256_min_ps(_mm256_set1_ps(127.0f), v);
+    return {_mm256_max_ps(_mm256_set1_ps(-126.0f), below)};
   }
 };
-
-inline VecF min(VecF a, VecF b) { return {_mm256_min_ps(a.v, b.v)}; }  // b where either is a NaN
-
-inline VecF reciprocal(VecF x) { return {_mm256_div_ps(_mm256_set1_ps(1.0f), x.v)}; }
 
 inline void deinterleave(VecF a, VecF b, VecF& even, VecF& odd) {
   const __m256 lo = _mm256_permute2f128_ps(a.v, b.v, 0x20), hi = _mm256_permute2f128_ps(a.v, b.v, 0x31);

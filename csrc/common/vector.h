@@ -10,11 +10,11 @@
 namespace litevae {
 namespace {
 
-// 2^f for |f| <= 1/2, highest power first: minimax, relative error 7.5e-8 (half a unit in the last place is
+// 2^f for 0 <= f <= 1, highest power first: minimax, relative error 7.5e-8 (half a unit in the last place is
 // 6e-8).
 constexpr int kDegree = 5;
-constexpr float kExp2[] = {1.3276472e-3f, 9.6755419e-3f, 5.5507131e-2f,
-                           2.4022120e-1f, 6.9314694e-1f, 1.0000001f};
+constexpr float kExp2[] = {1.8775767e-3f, 8.9893400e-3f, 5.5826318e-2f,
+                           2.4015362e-1f, 6.9315307e-1f, 9.9999993e-1f};
 
 template <class T>
 struct VecN {
@@ -59,6 +59,10 @@ struct VecN {
     for (int i = 0; i < width; ++i) o.v[i] = v[i] * o.v[i];
     return o;
   }
+  VecN operator/(VecN o) const {
+    for (int i = 0; i < width; ++i) o.v[i] = v[i] / o.v[i];
+    return o;
+  }
 };
 
 template <class T>
@@ -67,31 +71,37 @@ inline VecN<T> multiply_add(VecN<T> a, VecN<T> b, VecN<T> c) {
   return c;
 }
 
-// 1 / (1 + exp(-z)); the exponent is cut where the result is zero all the same.
-inline VecN<double> sigmoid(VecN<double> z) {
-  for (double& x : z.v) x = 1.0 / (1.0 + ::exp(-x));
-  return z;
+// 1 + exp(-z), by which z is to be divided for its SiLU, of U vectors. They go through each step together,
+// because the steps wait for one another.
+template <int U>
+__attribute__((always_inline)) inline void one_plus_exp_minus(const VecN<double>* z, VecN<double>* result) {
+  for (int u = 0; u < U; ++u)
+    for (int i = 0; i < VecN<double>::width; ++i) result[u].v[i] = 1.0 + ::exp(-z[u].v[i]);
 }
-inline VecN<float> sigmoid(VecN<float> z) {
-  for (float& x : z.v) {
-    const float t = x * -1.44269504f, cut = t > 126.0f ? 126.0f : t < -126.0f ? -126.0f : t;
-    const float n = cut + 12582912.0f - 12582912.0f, f = cut - n;  // 1.5 * 2^23: rounds to whole numbers
-    float p = kExp2[0];
-    for (int i = 1; i <= kDegree; ++i) p = p * f + kExp2[i];
-    x = 1.0f / (1.0f + p * float_of(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23));
-  }
-  return z;
+template <int U>
+__attribute__((always_inline)) inline void one_plus_exp_minus(const VecN<float>* z, VecN<float>* result) {
+  for (int u = 0; u < U; ++u)
+    for (int i = 0; i < VecN<float>::width; ++i) {
+      const float t = z[u].v[i] * -1.44269504f, cut = t > 127.0f ? 127.0f : t < -126.0f ? -126.0f : t;
+      const float n = cut - 0.5f + 12582912.0f - 12582912.0f,
+                  f = cut - n;  // 1.5 * 2^23: rounds to whole numbers
+      float p = kExp2[0];
+      for (int k = 1; k <= kDegree; ++k) p = p * f + kExp2[k];
+      result[u].v[i] = 1.0f + p * float_of(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
+    }
 }
 
 #if defined(LITEVAE_SIMD)
 inline VecF multiply_add(VecF a, VecF b, VecF c) { return VecF::multiply_add(a, b, c); }
 
-inline VecF sigmoid(VecF z) {
-  // at most 2^126, so that the reciprocal neither overflows nor underflows; in this order a NaN stays
-  const VecF t = min(VecF::set(126.0f), z * VecF::set(-1.44269504f)), n = t.rounded(), f = t - n;
-  VecF p = VecF::set(kExp2[0]);
-  for (int i = 1; i <= kDegree; ++i) p = multiply_add(p, f, VecF::set(kExp2[i]));
-  return reciprocal(VecF::set(1.0f) + p.times_power_of_two(n));
+template <int U>
+__attribute__((always_inline)) inline void one_plus_exp_minus(const VecF* z, VecF* result) {
+  VecF t[U], f[U], p[U];
+  for (int u = 0; u < U; ++u) t[u] = z[u] * VecF::set(-1.44269504f);
+  for (int u = 0; u < U; ++u) f[u] = t[u].fraction(), p[u] = VecF::set(kExp2[0]);
+  for (int i = 1; i <= kDegree; ++i)
+    for (int u = 0; u < U; ++u) p[u] = multiply_add(p[u], f[u], VecF::set(kExp2[i]));
+  for (int u = 0; u < U; ++u) result[u] = VecF::set(1.0f) + p[u].times_power_of_two(t[u]);
 }
 
 using VecFloat = VecF;

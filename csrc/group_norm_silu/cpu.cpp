@@ -163,11 +163,12 @@ void moment_strip(const S* x, int64_t step, int64_t count, int lanes, const V* s
   constexpr int U = W::value;
   V k[U], s[U], q[U];
   for (int u = 0; u < U; ++u) k[u] = shift[u], s[u] = V::set(0), q[u] = V::set(0);
-  for (int64_t i = 0; i < count; ++i, x += step)
+  for (int64_t i = 0; i < count; ++i, x += step) {
     for (int u = 0; u < U; ++u) {
       const V d = get<V, W::whole>(x + u * V::width, lanes) - k[u];
       s[u] = s[u] + d, q[u] = multiply_add(d, d, q[u]);
     }
+  }
   for (int u = 0; u < U; ++u) sum[u] = s[u], square[u] = q[u];
 }
 
@@ -182,26 +183,32 @@ void forward_strip(const S* x, int64_t x_step, S* y, int64_t y_step, int64_t cou
   constexpr int U = W::value;
   V c[kForwardRows * U];
   for (int i = 0; i < kForwardRows * U; ++i) c[i] = rows[i];
-  for (int64_t i = 0; i < count; ++i, x += x_step, y += y_step)
-    for (int u = 0; u < U; ++u) {
-      const V d = get<V, W::whole>(x + u * V::width, lanes) - c[kMean * U + u];
-      const V z = multiply_add(d, c[kFactor * U + u], c[kOffset * U + u]);
-      set<W::whole>(z * sigmoid(z), y + u * V::width, lanes);
-    }
+  for (int64_t i = 0; i < count; ++i, x += x_step, y += y_step) {
+    V z[U], divisor[U];
+    for (int u = 0; u < U; ++u)
+      z[u] = multiply_add(get<V, W::whole>(x + u * V::width, lanes) - c[kMean * U + u], c[kFactor * U + u],
+                          c[kOffset * U + u]);
+    one_plus_exp_minus<U>(z, divisor);
+    for (int u = 0; u < U; ++u) set<W::whole>(z[u] / divisor[u], y + u * V::width, lanes);
+  }
 }
 
-template <class V>
-struct Derivative {
-  V normalised, dz;
-};
-
-// The normalised x, and the gradient of the SiLU's input.
-template <class V, int U>
-Derivative<V> derivative(V x, V g, const V* c, int u) {
-  const V normalised = multiply_add(x - c[kMeanB * U + u], c[kRstd * U + u], c[kRest * U + u]);
-  const V z = multiply_add(normalised, c[kWeight * U + u], c[kBias * U + u]), s = sigmoid(z);
-  // s (1 + z (1 - s))
-  return {normalised, g * multiply_add(s, z - z * s, s)};
+// The normalised x, and the gradient of the SiLU's input, of one place.
+template <class V, class W, class S>
+void derivative(const S* x, const S* g, int lanes, const V* c, V* normalised, V* dz) {
+  constexpr int U = W::value;
+  V z[U], divisor[U];
+  for (int u = 0; u < U; ++u) {
+    const V d = get<V, W::whole>(x + u * V::width, lanes) - c[kMeanB * U + u];
+    normalised[u] = multiply_add(d, c[kRstd * U + u], c[kRest * U + u]);
+    z[u] = multiply_add(normalised[u], c[kWeight * U + u], c[kBias * U + u]);
+  }
+  one_plus_exp_minus<U>(z, divisor);
+  for (int u = 0; u < U; ++u) {
+    const V s = V::set(1) / divisor[u];
+    // s (1 + z (1 - s))
+    dz[u] = get<V, W::whole>(g + u * V::width, lanes) * multiply_add(s, z[u] - z[u] * s, s);
+  }
 }
 
 template <class V, class W, class S>
@@ -211,12 +218,11 @@ void sums_strip(const S* x, int64_t x_step, const S* g, int64_t g_step, int64_t 
   V c[kSlope * U], a[U], b[U];
   for (int i = 0; i < kSlope * U; ++i) c[i] = rows[i];
   for (int u = 0; u < U; ++u) a[u] = V::set(0), b[u] = V::set(0);
-  for (int64_t i = 0; i < count; ++i, x += x_step, g += g_step)
-    for (int u = 0; u < U; ++u) {
-      const auto d = derivative<V, U>(get<V, W::whole>(x + u * V::width, lanes),
-                                      get<V, W::whole>(g + u * V::width, lanes), c, u);
-      a[u] = a[u] + d.dz, b[u] = multiply_add(d.dz, d.normalised, b[u]);
-    }
+  for (int64_t i = 0; i < count; ++i, x += x_step, g += g_step) {
+    V normalised[U], dz[U];
+    derivative<V, W>(x, g, lanes, c, normalised, dz);
+    for (int u = 0; u < U; ++u) a[u] = a[u] + dz[u], b[u] = multiply_add(dz[u], normalised[u], b[u]);
+  }
   for (int u = 0; u < U; ++u) sum[u] = a[u], product[u] = b[u];
 }
 
@@ -226,13 +232,14 @@ void backward_strip(const S* x, int64_t x_step, const S* g, int64_t g_step, S* d
   constexpr int U = W::value;
   V c[kBackwardRows * U];
   for (int i = 0; i < kBackwardRows * U; ++i) c[i] = rows[i];
-  for (int64_t i = 0; i < count; ++i, x += x_step, g += g_step, dx += dx_step)
+  for (int64_t i = 0; i < count; ++i, x += x_step, g += g_step, dx += dx_step) {
+    V normalised[U], dz[U];
+    derivative<V, W>(x, g, lanes, c, normalised, dz);
     for (int u = 0; u < U; ++u) {
-      const auto d = derivative<V, U>(get<V, W::whole>(x + u * V::width, lanes),
-                                      get<V, W::whole>(g + u * V::width, lanes), c, u);
-      const V mean = multiply_add(d.normalised, c[kLinear * U + u], c[kConstant * U + u]);
-      set<W::whole>(multiply_add(d.dz, c[kSlope * U + u], mean), dx + u * V::width, lanes);
+      const V mean = multiply_add(normalised[u], c[kLinear * U + u], c[kConstant * U + u]);
+      set<W::whole>(multiply_add(dz[u], c[kSlope * U + u], mean), dx + u * V::width, lanes);
     }
+  }
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -467,11 +474,15 @@ int64_t padded(int64_t channels) {
          V::width;  // a whole vector may be read at the last channel
 }
 
-// Calls body(image, unit) for all units of the images [first, last), on the same thread in each pass.
+// Calls body(image, unit) for all units of the images [first, last), on the same thread in each pass. The
+// second pass goes backwards: what the first one read last may still be in the cache.
 template <class Body>
-void for_units(const Shape& s, int64_t first, int64_t last, int threads, const Body& body) {
+void for_units(const Shape& s, int64_t first, int64_t last, int threads, bool backwards, const Body& body) {
   parallel_for((last - first) * s.units(), threads, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) body(first + i / s.units(), i % s.units());
+    for (int64_t k = begin; k < end; ++k) {
+      const int64_t i = backwards ? begin + end - 1 - k : k;
+      body(first + i / s.units(), i % s.units());
+    }
   });
 }
 
@@ -495,7 +506,7 @@ void forward(const Forward& call, int threads) {
   T* tables = scratch.take<T>(wave * kForwardRows * stride);
   for (int64_t first = 0; first < s.batch; first += wave) {
     const int64_t last = least(s.batch, first + wave);
-    for_units(s, first, last, threads, [&](int64_t n, int64_t unit) {
+    for_units(s, first, last, threads, false, [&](int64_t n, int64_t unit) {
       const int64_t block = s.channels_innermost ? unit : unit % s.blocks;
       double* mean = partial + (n - first) * an_image + 2 * block * s.channels;
       moments<V>(s, in, n, unit, mean, mean + s.channels);
@@ -507,7 +518,7 @@ void forward(const Forward& call, int threads) {
                        stride);
       }
     });
-    for_units(s, first, last, threads, [&](int64_t n, int64_t unit) {
+    for_units(s, first, last, threads, true, [&](int64_t n, int64_t unit) {
       write_forward<V>(s, in, y, n, unit, tables + (n - first) * kForwardRows * stride, stride);
     });
   }
@@ -663,7 +674,7 @@ void backward(const Backward& call, int threads) {
       for (int64_t i = begin; i < end; ++i)
         start_table(s, call, first + i, tables + i * kBackwardRows * stride, stride);
     });
-    for_units(s, first, last, threads, [&](int64_t n, int64_t unit) {
+    for_units(s, first, last, threads, false, [&](int64_t n, int64_t unit) {
       const int64_t block = s.channels_innermost ? unit : unit % s.blocks;
       double* sum = partial + (n - first) * an_image + 2 * block * s.channels;
       sums<V>(s, in, grad, n, unit, tables + (n - first) * kBackwardRows * stride, stride, sum,
@@ -677,7 +688,7 @@ void backward(const Backward& call, int threads) {
     });
     for (int64_t i = 0; i < last - first; ++i)  // in the order of the images
       for (int64_t c = 0; c < 2 * s.channels; ++c) totals[c] += partial[i * an_image + c];
-    for_units(s, first, last, threads, [&](int64_t n, int64_t unit) {
+    for_units(s, first, last, threads, true, [&](int64_t n, int64_t unit) {
       write_backward<V>(s, in, grad, out, n, unit, tables + (n - first) * kBackwardRows * stride, stride);
     });
   }

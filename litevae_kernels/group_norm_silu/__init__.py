@@ -79,6 +79,8 @@ def group_norm_silu(
 
 
 def _as_4d(x: Tensor) -> Tensor:
+    if x.ndim == 4:
+        return x
     if x.ndim > 4:  # pixels are pixels; (D, H) merge without a copy in channels_last_3d, too
         return x.flatten(2, -2)
     return x[(...,) + (None,) * (4 - x.ndim)]
