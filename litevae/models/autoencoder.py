@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from litevae.models.decoder import Decoder
 from litevae.models.encoder import Encoder
-from litevae.models.layers import Norm, ResBlock, compute_dtype
+from litevae.models.layers import Norm, ResBlock, autocast_enabled, compute_dtype
 from litevae.models.presets import get_preset
 from litevae_kernels import haar_idwt2d
 
@@ -288,7 +288,7 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         check_device("latent", z, self, conv)
         dtype = compute_dtype(conv, z.device)
         # autocast casts any floating dtype by itself
-        if z.dtype != dtype and not (torch.is_autocast_enabled(z.device.type) and z.is_floating_point()):
+        if z.dtype != dtype and not (autocast_enabled(z.device) and z.is_floating_point()):
             raise TypeError(f"latent must have the model's dtype {dtype}, got {z.dtype}")
 
 

@@ -17,13 +17,18 @@ EPS = 1e-6  # of every GroupNorm, as in the Stable Diffusion VAE
 SPLIT_SHORTCUT = True  # a 1x1 convolution of two inputs is two of one each, and not one of a concatenation
 
 
+def autocast_enabled(device: torch.device) -> bool:
+    """Whether autocast is on for `device`; asking is an error for some, such as meta."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def compute_dtype(module: nn.Module, device: torch.device) -> torch.dtype:
     """The dtype `module` computes in on `device`: autocast's where that is on, else its parameters'.
 
     Under diffusers' layerwise casting this is the compute dtype, not the storage dtype.
     """
     dtype: torch.dtype = get_parameter_dtype(module)
-    if torch.is_autocast_enabled(device.type) and dtype != torch.float64:  # autocast leaves float64 alone
+    if autocast_enabled(device) and dtype != torch.float64:  # autocast leaves float64 alone
         return torch.get_autocast_dtype(device.type)
     return dtype
 

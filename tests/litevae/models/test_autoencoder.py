@@ -58,6 +58,14 @@ def mode(vae: LiteVAE, image: torch.Tensor) -> torch.Tensor:
 
 
 # What it returns
+def test_shapes_without_memory(tiny_config):
+    with torch.device("meta"):
+        vae = LiteVAE(**tiny_config)
+        latent = mode(vae, torch.zeros(1, 3, 64, 48))
+        assert latent.shape == (1, 4, 8, 6)
+        assert vae.decode(latent).sample.shape == (1, 3, 64, 48)
+
+
 
 
 @pytest.mark.parametrize("decoder_norm", ["group", "smc"])
