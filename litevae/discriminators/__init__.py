@@ -19,8 +19,10 @@ CHANNELS = {"S": 32, "M": 64, "L": 128}
 
 @dataclass
 class DiscriminatorConfig:
-    """Table 10 of the paper compares the three kinds. Width M is the published network of each; S has half
-    its channels, L twice.
+    """Table 10 of the paper compares the three kinds; it does not print their widths.
+
+    M is pix2pix's PatchGAN, StyleGAN2's config F, and 64 channels at the outermost level of the U-Net. S has
+    half as many channels, L twice; StyleGAN2's stop at 512.
     """
 
     kind: Literal["unet", "patchgan", "stylegan"] = "unet"

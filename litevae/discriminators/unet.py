@@ -28,7 +28,7 @@ class UNetDiscriminator(nn.Module):
     Args:
         size: side in pixels of the images to begin with. Below 256 the network has the five levels of the
             paper's layout for 128, from there on the six of that for 256.
-        channels: width of the outermost level, `ch` in the paper: 64, and 128 for its largest network.
+        channels: width of the outermost level; the innermost has 16 times as many.
 
     Raises:
         ValueError: a size or a width below 1.
