@@ -1,0 +1,65 @@
+"""Discriminators for adversarial training: `build_discriminator`.
+
+Each takes images (N, 3, H, W) in [-1, 1] and returns a tuple of logits, one tensor a head; larger means real.
+Adversarial losses are means over a head's logits. None depends on the size of the images it was built for:
+one can train at 128 and go on at 256.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from litevae.discriminators.patchgan import PatchGANDiscriminator
+from litevae.discriminators.stylegan import StyleGANDiscriminator
+from litevae.discriminators.unet import UNetDiscriminator
+
+CHANNELS = {"S": 32, "M": 64, "L": 128}
+
+
+@dataclass
+class DiscriminatorConfig:
+    """Table 10 of the paper compares the three kinds; it does not print their widths.
+
+    M is pix2pix's PatchGAN, StyleGAN2's config F, and 64 channels at the outermost level of the U-Net. S has
+    half as many channels, L twice; StyleGAN2's stop at 512.
+    """
+
+    kind: Literal["unet", "patchgan", "stylegan"] = "unet"
+    width: Literal["S", "M", "L"] = "M"
+
+
+def build_discriminator(config: DiscriminatorConfig, size: int) -> nn.Module:
+    """A discriminator with fresh weights, drawn from PyTorch's global generator.
+
+    Args:
+        config: which one.
+        size: side in pixels of the images to begin with.
+
+    Raises:
+        ValueError: an unknown kind or width, or a size that this discriminator does not take.
+    """
+    if config.width not in CHANNELS:
+        raise ValueError(f"width must be one of {', '.join(CHANNELS)}, got {config.width!r}")
+    channels = CHANNELS[config.width]
+    match config.kind:
+        case "unet":
+            return UNetDiscriminator(size, channels)
+        case "patchgan":
+            discriminator = PatchGANDiscriminator(channels)
+            discriminator.check_size(size, size)
+            return discriminator
+        case "stylegan":
+            return StyleGANDiscriminator(size, channels)
+        case _:
+            raise ValueError(f"kind must be one of unet, patchgan, stylegan, got {config.kind!r}")
+
+
+__all__ = [
+    "CHANNELS",
+    "DiscriminatorConfig",
+    "PatchGANDiscriminator",
+    "StyleGANDiscriminator",
+    "UNetDiscriminator",
+    "build_discriminator",
+]

@@ -1,0 +1,150 @@
+"""The residual discriminator of StyleGAN2: one logit for the image."""
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MAX_CHANNELS = 512
+FINAL_SIZE = 4  # side of the last feature map
+GROUP_SIZE = 4  # images that share a minibatch standard deviation
+MIN_SIZE = 2 * FINAL_SIZE
+
+
+class StyleGANDiscriminator(nn.Module):
+    """The discriminator of StyleGAN2 (Karras et al., 2020), written from the paper.
+
+    Residual blocks halve the image down to 4x4, then come the minibatch standard deviation (Karras et al.,
+    2018), a convolution and two fully connected layers. Learning rates are equalised: weights start as
+    N(0, 1) and are divided by the root of their fan-in when used. Activations are leaky ReLUs of slope 0.2
+    with gain √2, and [1, 3, 3, 1] blurs before every downsampling.
+
+    The number of blocks is fixed by `size`. Where an image of another size leaves a feature map that is not
+    4x4, averages over 4x4 cells of it go to the fully connected layers; at `size`, if that is a power of two,
+    this is the network of the paper.
+
+    The minibatch standard deviation is over groups of 4 consecutive images, of 2 in a batch that 4 does not
+    divide; an odd batch has none to speak of.
+
+    Args:
+        size: side in pixels of the images to begin with.
+        channels: width at 512 pixels; it doubles with each halving, up to 512. 64 is the paper's large
+            network (config F), 32 its config E.
+
+    Raises:
+        ValueError: a width below 1, or a size below 8 or with too few factors of two.
+    """
+
+    def __init__(self, size: int, channels: int = 64) -> None:
+        super().__init__()
+        if size < MIN_SIZE:
+            raise ValueError(f"size must be {MIN_SIZE} or more, got {size}")
+        if channels < 1:
+            raise ValueError(f"channels must be 1 or more, got {channels}")
+        blocks = (size // FINAL_SIZE).bit_length() - 1
+        self.multiple = 2**blocks
+        self.check_size(size, size)
+
+        # a side that is no power of two has the widths of the power of two below it
+        sides = [FINAL_SIZE * 2**i for i in range(blocks, -1, -1)]
+        widths = [max(1, min(MAX_CHANNELS, channels * 512 // side)) for side in sides]
+        last = widths[-1]
+        self.from_rgb = EqualisedConv2d(3, widths[0], 1)
+        self.blocks = nn.Sequential(*(ResBlock(before, width) for before, width in pairwise(widths)))
+        self.conv_out = EqualisedConv2d(last + 1, last, 3, padding=1)
+        self.linear1 = EqualisedLinear(last * FINAL_SIZE**2, last)
+        self.linear2 = EqualisedLinear(last, 1)
+
+    def check_size(self, height: int, width: int) -> None:
+        """ValueError unless the blocks can halve both sides."""
+        if height % self.multiple or width % self.multiple:
+            raise ValueError(
+                f"this StyleGAN discriminator takes images whose sides are multiples of {self.multiple}, "
+                f"got {height}x{width}"
+            )
+
+    def forward(self, image: Tensor) -> tuple[Tensor]:
+        """(N, 3, H, W) in [-1, 1] to logits (N, 1).
+
+        Raises:
+            ValueError: H or W is not a multiple of 2 to the number of blocks: of 32 if built for 128.
+        """
+        self.check_size(*image.shape[2:])
+        x = self.blocks(activate(self.from_rgb(image)))
+        x = activate(self.conv_out(torch.cat([x, minibatch_std(x)], dim=1)))
+        if x.shape[2:] != (FINAL_SIZE, FINAL_SIZE):
+            x = F.adaptive_avg_pool2d(x, FINAL_SIZE)
+        return (self.linear2(activate(self.linear1(x.flatten(1)))),)
+
+
+class ResBlock(nn.Module):
+    """(N, in_channels, H, W) to (N, out_channels, H/2, W/2): two 3x3 convolutions, and a 1x1 one beside."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv1 = EqualisedConv2d(in_channels, in_channels, 3, padding=1)
+        self.blur = Blur(padding=2)
+        self.conv2 = EqualisedConv2d(in_channels, out_channels, 3, stride=2)
+        self.blur_shortcut = Blur(padding=1, stride=2)
+        self.conv_shortcut = EqualisedConv2d(in_channels, out_channels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = activate(self.conv2(self.blur(activate(self.conv1(x)))))
+        return (h + self.conv_shortcut(self.blur_shortcut(x))) * 0.5**0.5
+
+
+class Blur(nn.Module):
+    """Each channel filtered by [1, 3, 3, 1]/8 in both directions, with `padding` zeros at each border."""
+
+    taps: Tensor
+
+    def __init__(self, padding: int, stride: int = 1) -> None:
+        super().__init__()
+        self.padding = padding
+        self.stride = stride
+        self.register_buffer("taps", torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # made anew in each call: DDP writes to buffers between two calls that share a backward pass
+        kernel = (self.taps[:, None] * self.taps).expand(x.shape[1], 1, 4, 4)
+        return F.conv2d(x, kernel, stride=self.stride, padding=self.padding, groups=x.shape[1])
+
+
+class EqualisedConv2d(nn.Conv2d):
+    """A convolution with an equalised learning rate (Karras et al., 2018)."""
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight * self.weight[0].numel() ** -0.5
+        return F.conv2d(input, weight, self.bias, self.stride, self.padding)
+
+
+class EqualisedLinear(nn.Linear):
+    """A fully connected layer with an equalised learning rate."""
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight * self.in_features**-0.5, self.bias)
+
+
+def activate(x: Tensor) -> Tensor:
+    return F.leaky_relu(x, 0.2) * 2**0.5
+
+
+def minibatch_std(x: Tensor) -> Tensor:
+    """The standard deviation over each group of images, averaged over (C, H, W): a channel (N, 1, H, W)."""
+    n, _, height, width = x.shape
+    group = GROUP_SIZE if n % GROUP_SIZE == 0 else 2 if n % 2 == 0 else 1
+    precise = x.to(torch.promote_types(x.dtype, torch.float32))
+    variance = precise.unflatten(0, (n // group, group)).var(dim=1, correction=0)
+    # inside the root, so that equal images have a finite gradient
+    std = (variance + 1e-8).sqrt().mean((1, 2, 3))
+    return std.to(x.dtype).repeat_interleave(group).view(n, 1, 1, 1).expand(n, 1, height, width)

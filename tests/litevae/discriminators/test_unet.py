@@ -1,0 +1,150 @@
+"""The U-Net discriminator against its layer table and a plain float64 forward pass."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.utils import parametrize
+
+from litevae.discriminators import UNetDiscriminator
+
+
+def small(size=128, channels=4):
+    torch.manual_seed(0)
+    return UNetDiscriminator(size, channels)
+
+
+def images(*shape):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1
+
+
+# in and out of every block, as multiples of the width; the image has three channels. Beside what comes from below,
+# a block on the way up gets what the block on the way down put out at its resolution.
+TABLE_128 = {
+    "down": [("rgb", 1), (1, 2), (2, 4), (4, 8), (8, 16)],
+    "up": [(16, 8), (8 + 8, 4), (4 + 4, 2), (2 + 2, 1), (1 + 1, 1)],
+}
+TABLE_256 = {
+    "down": [("rgb", 1), (1, 2), (2, 4), (4, 8), (8, 8), (8, 16)],
+    "up": [(16, 8), (8 + 8, 8), (8 + 8, 4), (4 + 4, 2), (2 + 2, 1), (1 + 1, 1)],
+}
+
+
+def expected_count(table, channels):
+    count = (16 * channels + 1) + (channels + 1)  # the two heads
+    for before, after in [*table["down"], *table["up"]]:
+        i, o = 3 if before == "rgb" else before * channels, after * channels
+        count += (9 * i * o + o) + (9 * o * o + o) + (i * o + o)
+    return count
+
+
+@pytest.mark.parametrize(
+    ("size", "table", "channels"),
+    [
+        (128, TABLE_128, 32),
+        (128, TABLE_128, 64),
+        (128, TABLE_128, 128),
+        (256, TABLE_256, 64),
+        (64, TABLE_128, 4),
+        (248, TABLE_128, 4),
+        (512, TABLE_256, 4),
+    ],
+)
+def test_parameter_count(size, table, channels):
+    with torch.device("meta"):
+        discriminator = UNetDiscriminator(size, channels)
+    assert sum(p.numel() for p in discriminator.parameters()) == expected_count(table, channels)
+
+
+def plain_forward(discriminator, image):
+    """The network in the order of the paper: 1x1 convolutions after upsampling and before pooling."""
+
+    def conv(layer, x):
+        return F.conv2d(x, layer.weight, layer.bias, padding=layer.weight.shape[-1] // 2)
+
+    x, outputs = image, []
+    for i, block in enumerate(discriminator.down_blocks):
+        h = x if i == 0 else x.relu()
+        h = conv(block.conv2, conv(block.conv1, h).relu())
+        x = F.avg_pool2d(h + conv(block.conv_shortcut, x), 2)
+        outputs.append(x)
+    whole = F.linear(
+        x.relu().sum((2, 3)), discriminator.bottleneck_head.weight, discriminator.bottleneck_head.bias
+    )
+    for i, block in enumerate(discriminator.up_blocks):
+        if i > 0:
+            x = torch.cat([x, outputs[-1 - i]], dim=1)
+        up = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+        x = conv(block.conv2, conv(block.conv1, up.relu()).relu()) + conv(block.conv_shortcut, up)
+    return conv(discriminator.pixel_head, x.relu()), whole
+
+
+@pytest.mark.parametrize("size", [128, 256])
+def test_outputs_equal_a_plain_forward_pass(size):
+    discriminator = small(size).double().eval()
+    with torch.no_grad():
+        for parameter in discriminator.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)  # biases that are not zero
+    image = images(1, 3, size, size)
+    torch.testing.assert_close(
+        discriminator(image), plain_forward(discriminator, image), rtol=1e-9, atol=1e-9
+    )
+
+
+def test_every_layer_is_spectrally_normalised_and_starts_orthogonal():
+    discriminator = small()
+    layers = [m for m in discriminator.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
+    assert len(layers) == 3 * 10 + 2
+    for layer in layers:
+        assert parametrize.is_parametrized(layer, "weight")
+        values = torch.linalg.svdvals(layer.weight.flatten(1))
+        torch.testing.assert_close(values, torch.ones_like(values), rtol=1e-5, atol=0)
+        assert not layer.bias.any()
+
+
+def test_power_iteration_follows_the_weights():
+    """The layers' largest singular value, from LAPACK, is 1 again some forward passes after a change."""
+    discriminator = small()
+    with torch.no_grad():
+        for name, parameter in discriminator.named_parameters():
+            if name.endswith("original"):
+                parameter.copy_(torch.randn_like(parameter))
+    for _ in range(60):
+        discriminator(images(1, 3, 8, 8).float())
+    discriminator.eval()
+    for layer in (discriminator.down_blocks[2].conv1, discriminator.up_blocks[1].conv_shortcut):
+        # the estimate is from below, and nears the value as (second / first)^(2 · 60)
+        values = torch.linalg.svdvals(layer.parametrizations.weight.original.detach().flatten(1))
+        bound = 1 / (1 - (values[1] / values[0]) ** 120) + 1e-4
+        assert 1 - 1e-4 <= torch.linalg.matrix_norm(layer.weight.flatten(1), 2) <= bound
+
+
+def test_evaluation_leaves_the_power_iteration_alone():
+    discriminator = small().eval()
+    before = {key: value.clone() for key, value in discriminator.state_dict().items()}
+    discriminator(images(1, 3, 32, 32).float())
+    assert all(torch.equal(value, before[key]) for key, value in discriminator.state_dict().items())
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (7, 5), (33, 65), (100, 72)])
+def test_any_size(height, width):
+    image = images(2, 3, height, width).float().requires_grad_()
+    pixels, whole = small()(image)
+    assert pixels.shape == (2, 1, height, width)
+    assert whole.shape == (2, 1)
+    (pixels.mean() + whole.mean()).backward()
+    assert image.grad.isfinite().all()
+
+
+def test_logits_of_the_bottleneck_keep_their_scale_at_other_sizes():
+    """An image tiled twice each way has the same features, borders apart, and a periodic one all the same."""
+    discriminator = small().double().eval()
+    with torch.no_grad():
+        for module in discriminator.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                module.padding_mode = "circular"
+                module._reversed_padding_repeated_twice = [module.padding[0]] * 4
+    image = images(1, 3, 128, 128)
+    pixels, whole = discriminator(image)
+    tiled_pixels, tiled_whole = discriminator(image.tile(1, 1, 2, 2))
+    torch.testing.assert_close(tiled_whole, whole, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(tiled_pixels, pixels.tile(1, 1, 2, 2), rtol=1e-9, atol=1e-9)
