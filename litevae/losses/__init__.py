@@ -1,9 +1,29 @@
 """Training losses: every term is a mean per element, so its weight means the same at every resolution."""
 
+from litevae.losses.adversarial import adaptive_weight, discriminator_loss, generator_loss
 from litevae.losses.gaussian import gaussian_loss
 from litevae.losses.kl import kl_loss
-from litevae.losses.objective import Loss, LossWeights, Objective
-from litevae.losses.reconstruction import l1_loss
+from litevae.losses.ldl import ldl_loss
+from litevae.losses.objective import RECONSTRUCTION_TERMS, TERMS, Loss, LossConfig, Objective
+from litevae.losses.perceptual import LPIPS, ESRGANLoss
+from litevae.losses.reconstruction import l1_loss, l2_loss
 from litevae.losses.wavelet import wavelet_loss
 
-__all__ = ["Loss", "LossWeights", "Objective", "gaussian_loss", "kl_loss", "l1_loss", "wavelet_loss"]
+__all__ = [
+    "LPIPS",
+    "RECONSTRUCTION_TERMS",
+    "TERMS",
+    "ESRGANLoss",
+    "Loss",
+    "LossConfig",
+    "Objective",
+    "adaptive_weight",
+    "discriminator_loss",
+    "gaussian_loss",
+    "generator_loss",
+    "kl_loss",
+    "l1_loss",
+    "l2_loss",
+    "ldl_loss",
+    "wavelet_loss",
+]

@@ -1,64 +1,209 @@
 """The training objective: the weighted sum of the losses."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from litevae.errors import UserError
+from litevae.losses.adversarial import (
+    AdversarialLoss,
+    adaptive_weight,
+    discriminator_loss,
+    frozen,
+    generator_loss,
+)
 from litevae.losses.gaussian import gaussian_loss
 from litevae.losses.kl import kl_loss
-from litevae.losses.reconstruction import l1_loss
+from litevae.losses.ldl import ldl_loss
+from litevae.losses.perceptual import LPIPS, ESRGANLoss
+from litevae.losses.reconstruction import l1_loss, l2_loss
 from litevae.losses.wavelet import wavelet_loss
+
+RECONSTRUCTION_TERMS = ("l1", "l2", "lpips", "esrgan", "wavelet", "gaussian", "ldl")
+TERMS = (*RECONSTRUCTION_TERMS, "kl", "adversarial")
+
+
+T = TypeVar("T")
 
 
 @dataclass
-class LossWeights:
-    """Weight of each term. A term of weight 0 is neither computed nor reported.
+class LossConfig:
+    """The weight of each term, then the settings. A term of weight 0 is neither computed nor reported.
 
     The paper does not print its weights. 0.01, 1.0 and 0.5 for kl, wavelet and gaussian are what the public
-    re-implementation reports.
+    re-implementation reports. With the adaptive weight, adversarial=0.5 is Equation 2.
     """
 
     l1: float = 1.0
-    kl: float = 0.01
+    l2: float = 0.0
+    lpips: float = 0.0
+    esrgan: float = 0.0
     wavelet: float = 1.0
     gaussian: float = 0.5
+    ldl: float = 0.0
+    kl: float = 0.01
+    adversarial: float = 0.0
+    adversarial_loss: AdversarialLoss = "hinge"
+    adversarial_weight: Literal["constant", "adaptive"] = "constant"
+    adversarial_start: int = 0  # the first step with a discriminator
+    pretrained: bool = True  # VGG of lpips and esrgan; false, for tests only: random weights
 
 
 @dataclass(frozen=True)
 class Loss:
-    """`total`: the weighted sum, a float32 scalar to differentiate. `terms`: each term by name, unweighted."""
+    """`total`: the weighted sum, a float32 scalar to differentiate. `terms`, `weighted`: each term by name,
+    without and with its weight, detached."""
 
     total: Tensor
     terms: dict[str, Tensor]
+    weighted: dict[str, Tensor]
+
+    def first_non_finite(self) -> str | None:
+        """The first term that is infinite or NaN, else "loss" if the total is, else None."""
+        names = [*self.terms, "loss"]
+        finite = torch.stack([*self.terms.values(), self.total.detach()]).isfinite().tolist()
+        return None if all(finite) else names[finite.index(False)]
 
 
-class Objective:
-    """Computes `Loss` from a batch, its reconstruction and its posterior.
+class Objective(nn.Module):
+    """Computes the generator's and the discriminator's `Loss`.
+
+    Has no parameters and an empty state dict; `.to(device)` moves the VGG networks of lpips and esrgan.
 
     Args:
-        weights: weight of each term.
+        config: weights and settings.
+
+    Raises:
+        ValueError: no reconstruction term has a weight.
+        UserError: a VGG network's weights are neither there nor to be downloaded.
     """
 
-    def __init__(self, weights: LossWeights) -> None:
-        self.weights = {name: weight for name, weight in asdict(weights).items() if weight != 0}
+    def __init__(self, config: LossConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weights: dict[str, float] = {
+            name: getattr(config, name) for name in TERMS if getattr(config, name)
+        }
+        if not any(name in self.weights for name in RECONSTRUCTION_TERMS):
+            raise ValueError(f"one of {', '.join(RECONSTRUCTION_TERMS)} must have a weight other than 0")
+        self.networks = nn.ModuleDict()
+        for name, network in {"lpips": LPIPS, "esrgan": ESRGANLoss}.items():
+            if name in self.weights:
+                try:
+                    self.networks[name] = network(config.pretrained)
+                except UserError as error:
+                    raise UserError(f"loss.{name}: {error}") from None
 
-    def __call__(self, image: Tensor, reconstruction: Tensor, mean: Tensor, logvar: Tensor) -> Loss:
-        """The loss of one batch, in float32 whatever autocast does.
+    @property
+    def needs_ema(self) -> bool:
+        """Whether `generator` needs the EMA model's reconstruction."""
+        return "ldl" in self.weights
+
+    def uses_discriminator(self, step: int) -> bool:
+        """Whether the generator's adversarial term and the discriminator's update are on at `step`."""
+        return "adversarial" in self.weights and step >= self.config.adversarial_start
+
+    def generator(
+        self,
+        image: Tensor,
+        reconstruction: Tensor,
+        mean: Tensor,
+        logvar: Tensor,
+        *,
+        step: int,
+        discriminator: nn.Module | None = None,
+        last_weight: Tensor | None = None,
+        ema_reconstruction: Tensor | None = None,
+    ) -> Loss:
+        """The autoencoder's loss on one batch, in float32 whatever autocast does.
 
         Args:
-            image, reconstruction: (N, C, H, W), the image in [-1, 1].
+            image, reconstruction: (N, 3, H, W), the image in [-1, 1].
             mean, logvar: (N, n_z, h, w), the posterior's.
+            step: at which the batch is trained on.
+            discriminator: for a step that `uses_discriminator`: gives a tuple of logits, one tensor a head.
+                Its parameters get no gradient. Of a DistributedDataParallel the module inside is called.
+            last_weight: for the adaptive weight: the decoder's last convolution's, a leaf of the
+                reconstruction's graph.
+            ema_reconstruction: for `needs_ema`: (N, 3, H, W), the EMA model's.
+
+        Raises:
+            ValueError: `discriminator`, `last_weight` or `ema_reconstruction` is needed and missing.
+            TypeError: the logits are a tensor, not a tuple.
         """
+        adversarial = self.uses_discriminator(step)
+        adaptive = adversarial and self.config.adversarial_weight == "adaptive"
+        logits: list[Tensor] = []
+        if adversarial:
+            inner = required(discriminator, "discriminator")
+            if isinstance(inner, DistributedDataParallel):
+                inner = inner.module  # DDP's forward gets ready for gradients, and none will come
+            with frozen(inner):
+                logits = in_float32(inner(reconstruction.float()))
+
         with torch.autocast(image.device.type, enabled=False):
             image, reconstruction = image.float(), reconstruction.float()
-            mean, logvar = mean.float(), logvar.float()
-            compute = {
+            compute: dict[str, Callable[[], Tensor]] = {
                 "l1": lambda: l1_loss(image, reconstruction),
-                "kl": lambda: kl_loss(mean, logvar),
+                "l2": lambda: l2_loss(image, reconstruction),
+                "lpips": lambda: self.networks["lpips"](image, reconstruction),
+                "esrgan": lambda: self.networks["esrgan"](image, reconstruction),
                 "wavelet": lambda: wavelet_loss(image, reconstruction),
                 "gaussian": lambda: gaussian_loss(image, reconstruction),
+                "ldl": lambda: ldl_loss(
+                    image, reconstruction, required(ema_reconstruction, "ema_reconstruction").float()
+                ),
+                "kl": lambda: kl_loss(mean.float(), logvar.float()),
+                "adversarial": lambda: generator_loss(logits, self.config.adversarial_loss),
             }
-            terms = {name: compute[name]() for name in self.weights}
-            total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
-        return Loss(total, {name: term.detach() for name, term in terms.items()})
+            active = [name for name in self.weights if name != "adversarial" or adversarial]
+            terms = {name: compute[name]() for name in active}
+            weighted = {name: self.weights[name] * term for name, term in terms.items()}
+            if adaptive:
+                to_match = torch.stack(
+                    [weighted[name] for name in RECONSTRUCTION_TERMS if name in weighted]
+                ).sum()
+                weighted["adversarial"] = weighted["adversarial"] * adaptive_weight(
+                    to_match, terms["adversarial"], required(last_weight, "last_weight")
+                )
+            return summed(terms, weighted)
+
+    def discriminator(self, real_logits: Sequence[Tensor], fake_logits: Sequence[Tensor]) -> Loss:
+        """The discriminator's loss, in float32 whatever autocast does; its one term is "discriminator".
+
+        Args:
+            real_logits, fake_logits: of the image and of the detached reconstruction, one tensor a head.
+
+        Raises:
+            TypeError: the logits are a tensor, not a tuple.
+        """
+        with torch.autocast(real_logits[0].device.type, enabled=False):
+            loss = discriminator_loss(
+                in_float32(real_logits), in_float32(fake_logits), self.config.adversarial_loss
+            )
+        return summed({"discriminator": loss}, {"discriminator": loss})
+
+
+def required(argument: T | None, name: str) -> T:
+    if argument is None:
+        raise ValueError(f"the losses in use need {name}, got None")
+    return argument
+
+
+def in_float32(logits: Sequence[Tensor]) -> list[Tensor]:
+    if isinstance(logits, Tensor):  # each image would pass for a head
+        raise TypeError("a discriminator must return a tuple of logits, one tensor a head; got a tensor")
+    return [head.float() for head in logits]
+
+
+def summed(terms: dict[str, Tensor], weighted: dict[str, Tensor]) -> Loss:
+    """The `Loss` of terms that still have their graph."""
+    return Loss(
+        torch.stack(list(weighted.values())).sum(),
+        {name: term.detach() for name, term in terms.items()},
+        {name: term.detach() for name, term in weighted.items()},
+    )

@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from litevae.errors import UserError
-from litevae.losses import LossWeights
+from litevae.losses import RECONSTRUCTION_TERMS, TERMS, LossConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -60,7 +60,7 @@ class Config:
     channels_last: bool = True
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    loss: LossWeights = field(default_factory=LossWeights)
+    loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
 
@@ -206,7 +206,8 @@ def check(config: Config) -> None:
         "optimizer.weight_decay": 0,
         "optimizer.warmup_steps": 0,
         "optimizer.max_gradient_norm": 0,
-        **{f"loss.{entry.name}": 0 for entry in fields(LossWeights)},
+        **{f"loss.{name}": 0 for name in TERMS},
+        "loss.adversarial_start": 0,
     }
     for key, minimum in least.items():
         value = setting(config, key)
@@ -220,8 +221,11 @@ def check(config: Config) -> None:
         raise UserError(
             f"model.block_out_channels must all be 1 or more, got {config.model.block_out_channels}"
         )
-    if not any(getattr(config.loss, entry.name) for entry in fields(LossWeights)):
-        raise UserError("every loss has weight 0: there is nothing to train for")
+    if not any(getattr(config.loss, name) for name in RECONSTRUCTION_TERMS):
+        raise UserError(
+            f"every reconstruction loss ({', '.join(RECONSTRUCTION_TERMS)}) has weight 0: "
+            "there is nothing to train for"
+        )
     if not all(0 <= beta < 1 for beta in config.optimizer.betas):
         raise UserError(f"optimizer.betas must be at least 0 and below 1, got {list(config.optimizer.betas)}")
     if not config.output_dir:

@@ -140,7 +140,7 @@ class Trainer:
         self.autoencode, self.optimizer, self.loader = self.accelerator.prepare(
             Autoencode(self.model), optimizer, DataLoader(crops, config.data.batch_size)
         )
-        self.objective = Objective(config.loss)
+        self.objective = Objective(config.loss).to(self.accelerator.device)
         self.lines: list[dict[str, float]] = []
         self.history: list[dict[str, float]] = []
 
@@ -194,11 +194,10 @@ class Trainer:
         if self.config.channels_last:
             image = image.contiguous(memory_format=torch.channels_last)
         reconstruction, mean, logvar = self.autoencode(image)
-        loss = self.objective(image, reconstruction, mean, logvar)
+        loss = self.objective.generator(image, reconstruction, mean, logvar, step=step)
         values = {"loss": loss.total.item(), **{name: term.item() for name, term in loss.terms.items()}}
-        for name in [*loss.terms, "loss"]:
-            if not math.isfinite(values[name]):
-                raise NonFiniteError(f"step {step}: the {name} loss is {values[name]}, the first to go")
+        if name := loss.first_non_finite():
+            raise NonFiniteError(f"step {step}: the {name} loss is {values[name]}, the first to go")
 
         self.accelerator.backward(loss.total)
         norm = self.accelerator.clip_grad_norm_(

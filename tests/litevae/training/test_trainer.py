@@ -92,12 +92,12 @@ def test_non_finite_loss_names_the_term_and_saves_what_was(tmp_path, monkeypatch
     class Exploding(trainer_module.Objective):
         calls = 0
 
-        def __call__(self, *inputs):
-            loss = super().__call__(*inputs)
+        def generator(self, *inputs, **settings):
+            loss = super().generator(*inputs, **settings)
             self.calls += 1
             if self.calls < 4:
                 return loss
-            return Loss(loss.total * math.inf, {**loss.terms, "wavelet": torch.tensor(math.nan)})
+            return Loss(loss.total * math.inf, {**loss.terms, "wavelet": torch.tensor(math.nan)}, {})
 
     monkeypatch.setattr(trainer_module, "Objective", Exploding)
     with pytest.raises(NonFiniteError, match="step 4: the wavelet loss is nan"):

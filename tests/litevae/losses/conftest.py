@@ -1,0 +1,13 @@
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def pair():
+    """Makes two float64 tensors of a shape, uniform in [-1, 1]."""
+
+    def make(shape):
+        generator = torch.Generator().manual_seed(0)
+        return tuple(torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1 for _ in "ab")
+
+    return make
