@@ -1,12 +1,26 @@
-"""Writing files and folders so that what bears the final name is complete."""
+"""Writing files and folders so that what bears the final name is complete; a run's checkpoints."""
 
+import io
+import json
 import os
+import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
+import numpy as np
+import safetensors.torch
+import torch
 from diffusers import ModelMixin
+from torch import Tensor
+
+from litevae.errors import UserError
+from litevae.training.build import WEIGHTS
+
+MANIFEST, STATE, DISCRIMINATOR = "manifest.json", "state.pt", "discriminator.safetensors"
 
 
 @contextmanager
@@ -20,6 +34,35 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write(path: Path, content: bytes) -> None:
+    """Writes a file through to the disk. The libraries' own writers raise what not, or crash, if it is full."""
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in `folder` last."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_model(model: ModelMixin, folder: Path) -> None:
+    """Writes what `from_pretrained` reads, config.json and the weights as safetensors, to a new folder."""
+    folder.mkdir()
+    write(folder / "config.json", model.to_json_string().encode())
+    write_tensors(folder / WEIGHTS, model.state_dict())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write(path, safetensors.torch.save(contiguous, {"format": "pt"}))
+
+
 def save_model(model: ModelMixin, folder: Path) -> None:
     """Writes `model` (config.json and safetensors) to `folder`, replacing a model that is there."""
     new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
@@ -27,7 +70,7 @@ def save_model(model: ModelMixin, folder: Path) -> None:
         os.rename(old, folder)
     shutil.rmtree(new, ignore_errors=True)
     try:
-        model.save_pretrained(new)
+        write_model(model, new)
         if folder.exists():  # a folder that is not empty cannot be replaced in one step
             shutil.rmtree(old, ignore_errors=True)
             os.rename(folder, old)
@@ -40,3 +83,165 @@ def save_model(model: ModelMixin, folder: Path) -> None:
     finally:
         shutil.rmtree(new, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint, step-00001000 for example: model/, with an average ema/, with a discriminator
+    discriminator.safetensors, state.pt (optimizers, random states and so on) and manifest.json.
+
+    `psnr`: on the validation images at this step, if it was measured then.
+    """
+
+    path: Path
+    step: int
+    psnr: float | None
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    models: Mapping[str, ModelMixin],
+    discriminator: Mapping[str, Tensor] | None,
+    state: Mapping[str, Any],
+    manifest: Mapping[str, Any],
+) -> Checkpoint:
+    """Writes a checkpoint to `folder`, through to the disk, under a temporary name until it is complete.
+
+    Args:
+        models: by the name of their folder.
+        discriminator: its state dict.
+        state: tensors, numbers and text in lists and dicts, which load without unpickling code.
+        manifest: what else to note in manifest.json, such as "psnr".
+
+    Raises:
+        OSError: it cannot be written, a full disk for example. Nothing is left of it, and the others stay.
+    """
+    target = folder / f"step-{step:08d}"
+    temporary = folder / f".{target.name}.new"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        for name, model in models.items():
+            write_model(model, temporary / name)
+        if discriminator is not None:
+            write_tensors(temporary / DISCRIMINATOR, discriminator)
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write(temporary / STATE, buffer.getvalue())
+        sizes = {path.relative_to(temporary).as_posix(): path.stat().st_size for path in files_in(temporary)}
+        note = {"step": step, **manifest, "files": sizes}
+        write(temporary / MANIFEST, (json.dumps(note, indent=2) + "\n").encode())
+        for each in (*(temporary / name for name in models), temporary):
+            sync_folder(each)
+        shutil.rmtree(target, ignore_errors=True)  # there only if it is not complete
+        os.rename(temporary, target)
+        sync_folder(folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(
+            f"checkpoint {target}: cannot be written: {error.strerror or error}; earlier ones are intact"
+        ) from None
+    return Checkpoint(target, step, manifest.get("psnr"))
+
+
+def files_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def find_checkpoints(folder: Path) -> list[Checkpoint]:
+    """The complete checkpoints in `folder`, oldest first."""
+    found = [read_manifest(path) for path in folder.glob("step-*")]
+    return sorted((each for each in found if each is not None), key=lambda each: each.step)
+
+
+def read_manifest(path: Path) -> Checkpoint | None:
+    """The checkpoint at `path`, or None unless every file is there with its full length."""
+    try:
+        note = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        complete = all((path / name).stat().st_size == size for name, size in note["files"].items())
+        return Checkpoint(path, int(note["step"]), note.get("psnr")) if complete else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def remove_old(folder: Path, keep: int) -> None:
+    """Deletes all checkpoints but the last `keep` and the one of the highest PSNR."""
+    checkpoints = find_checkpoints(folder)
+    measured = [each for each in checkpoints if each.psnr is not None]
+    best = max(measured, key=lambda each: each.psnr or 0.0, default=None)
+    for each in checkpoints[:-keep]:
+        if each != best:
+            # one that is half deleted must not look like one
+            trash = each.path.with_name(f".{each.path.name}.old")
+            os.rename(each.path, trash)
+            shutil.rmtree(trash, ignore_errors=True)
+
+
+def remove_remains(folder: Path) -> None:
+    """Deletes what a run that was killed while it saved or deleted has left behind."""
+    for pattern in (".step-*.new", ".step-*.old"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def choose_checkpoint(resume: str, folder: Path) -> Checkpoint | None:
+    """The checkpoint that `resume` means, with the run's own checkpoints in `folder`.
+
+    Args:
+        resume: "" for none; "auto" for the newest in `folder`, if there is one; or the path of a checkpoint,
+            or of a run for its newest.
+
+    Raises:
+        UserError: there is no complete checkpoint at that path, or the run would write over newer ones.
+    """
+    own = find_checkpoints(folder)
+    chosen: Checkpoint | None = None
+    if resume == "auto":
+        return own[-1] if own else None
+    if resume:
+        path = Path(resume)
+        candidates = [read_manifest(path), *reversed(find_checkpoints(path / "checkpoints"))]
+        chosen = next((each for each in candidates if each is not None), None)
+        if chosen is None:
+            raise UserError(
+                f"resume: {path}: {'no complete checkpoint' if path.exists() else 'no such folder'}"
+            )
+    if own and (chosen is None or own[-1].step > chosen.step):
+        raise UserError(
+            f"{folder} has a checkpoint of step {own[-1].step}: continue with resume=auto, or give another "
+            "output_dir"
+        )
+    return chosen
+
+
+def load_state(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What `save_checkpoint` was given as `state`, on the CPU; UserError if it cannot be read."""
+    path = checkpoint.path / STATE
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        return state
+    except Exception as error:  # a broken file makes the unpickler raise almost anything
+        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every global random generator that a training process draws from."""
+    name, keys, *rest = cast(tuple[Any, ...], np.random.get_state())  # noqa: NPY002  (the global one)
+    return {
+        "python": random.getstate(),
+        "numpy": [name, keys.tolist(), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def restore_random_state(state: Mapping[str, Any]) -> None:
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
+from litevae.discriminators import DiscriminatorConfig
 from litevae.errors import UserError
 from litevae.losses import RECONSTRUCTION_TERMS, TERMS, LossConfig
 
@@ -19,8 +20,13 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 
 @dataclass
 class ModelConfig:
-    """Arguments of `LiteVAE.from_preset`."""
+    """LiteVAE, or one of the paper's baselines with the same decoder.
 
+    `preset`, `decoder_norm` and `output_type` are LiteVAE's alone; `use_1x1_conv` is quant_conv and
+    post_quant_conv in Stable Diffusion's VAE.
+    """
+
+    kind: Literal["litevae", "sd-vae", "vae-small"] = "litevae"
     preset: str = "litevae-b"
     latent_channels: int = 4
     block_out_channels: list[int] = field(default_factory=lambda: [128, 256, 512, 512])
@@ -34,12 +40,21 @@ class ModelConfig:
 @dataclass
 class DataConfig:
     size: int = 256  # side of the square crops, in pixels
-    batch_size: int = 16  # crops a step
+    batch_size: int = 16  # crops a step, of all processes together
+
+
+@dataclass
+class StageConfig:
+    """From step `start` on (the first is 1), crops of this size, and as many a step."""
+
+    start: int = 1
+    size: int = 256
+    batch_size: int | None = None  # as before
 
 
 @dataclass
 class OptimizerConfig:
-    """Adam. The paper's settings (Table 22): learning rate 1e-4, betas 0.5 and 0.9."""
+    """Adam. The paper's settings (Appendix F): learning rate 1e-4, betas 0.5 and 0.9."""
 
     learning_rate: float = 1e-4
     betas: tuple[float, float] = (0.5, 0.9)
@@ -47,6 +62,21 @@ class OptimizerConfig:
     schedule: Literal["constant", "cosine"] = "constant"  # after the warm-up; cosine ends at 0
     warmup_steps: int = 0
     max_gradient_norm: float = 1.0  # clipped to; 0 for never
+    accumulation: int = 1  # parts that a step's batch is worked through in, to save memory
+
+
+@dataclass
+class AdversaryConfig(DiscriminatorConfig):
+    """The discriminator, for loss.adversarial above 0. Its optimizer has the autoencoder's settings but for:"""
+
+    learning_rate: float | None = None  # optimizer.learning_rate
+    betas: tuple[float, float] | None = None  # optimizer.betas
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = 1000  # steps; 0 for none
+    keep: int = 2  # of the last ones; the best by validation PSNR is kept besides
 
 
 @dataclass
@@ -55,13 +85,50 @@ class Config:
     seed: int = 0
     max_steps: int = 100_000
     log_every: int = 100  # steps between the lines of metrics.jsonl
-    validate_every: int = 1000  # steps between measurements on the held-out photograph
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights stay in float32
+    validate_every: int = 1000  # steps between measurements on the validation images
+    max_bad_steps: int = 10  # so many steps in a row with a loss or gradient that is not finite end the run
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # autocast; weights stay in float32
     channels_last: bool = True
+    compile: bool = False
+    ema_decay: float = 0.9999  # at most (1 + n) / (10 + n) at the n-th step; 0 for no averaged model
+    tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
+    resume: str = ""  # auto: from the newest checkpoint in output_dir, if any; or a checkpoint's folder
+    init: str = ""  # a model, a run or a checkpoint to take the first weights from
+    init_decoder: str = ""  # a diffusers AutoencoderKL to take the decoder's first weights from
+    freeze_encoder: bool = False
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    stages: list[StageConfig] = field(default_factory=list)  # what changes after data.size, data.batch_size
     loss: LossConfig = field(default_factory=LossConfig)
+    discriminator: AdversaryConfig = field(default_factory=AdversaryConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps `first` to `last` of a run, counted from 1. `first_sample` is the number of crops before it."""
+
+    first: int
+    last: int
+    size: int
+    batch_size: int
+    first_sample: int
+
+
+def list_stages(config: Config) -> list[Stage]:
+    """The run's stages in order; each ends where the next begins, the last with `max_steps`."""
+    settings = [StageConfig(1, config.data.size, config.data.batch_size), *config.stages]
+    result: list[Stage] = []
+    batch_size, sample = config.data.batch_size, 0
+    for index, stage in enumerate(settings):
+        batch_size = stage.batch_size or batch_size
+        following = settings[index + 1].start if index + 1 < len(settings) else config.max_steps + 1
+        last = min(following - 1, config.max_steps)
+        if stage.start <= last:
+            result.append(Stage(stage.start, last, stage.size, batch_size, sample))
+            sample += (last - stage.start + 1) * batch_size
+    return result
 
 
 def shipped_configs() -> list[str]:
@@ -72,6 +139,8 @@ def shipped_configs() -> list[str]:
 def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     """The defaults, then the file, then the overrides.
 
+    A file with `extends: NAME` replaces settings of the configuration NAME.
+
     Args:
         name: of a shipped configuration, or a path that ends in .yaml.
         overrides: such as "max_steps=20" or "data.size=64", in YAML's notation after the sign.
@@ -81,12 +150,9 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
             value of the wrong type or out of range.
     """
     path = find_config(name)
-    try:
-        loaded = OmegaConf.load(path)
-    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{path}: cannot be read: {one_line(error)}") from None
     config = OmegaConf.structured(Config)
-    apply(config, loaded, f"{path}: ")
+    for file, settings in reversed(read_files(path)):
+        apply(config, settings, f"{file}: ")
 
     for override in overrides:
         key, sign, _ = override.partition("=")
@@ -105,6 +171,23 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path}: {one_line(error)}") from None
     check(result)
     return result
+
+
+def read_files(path: Path) -> list[tuple[Path, Any]]:
+    """The file's settings, then those of the file that it `extends`, and so on."""
+    files: list[tuple[Path, Any]] = []
+    following: str | None = str(path)
+    while following is not None:
+        path = find_config(following)
+        if path in [file for file, _ in files]:
+            raise UserError(f"{path}: extends itself")
+        try:
+            settings = OmegaConf.load(path)
+        except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
+            raise UserError(f"{path}: cannot be read: {one_line(error)}") from None
+        following = settings.pop("extends", None) if isinstance(settings, DictConfig) else None
+        files.append((path, settings))
+    return files
 
 
 def find_config(name: str) -> Path:
@@ -180,6 +263,12 @@ def expected(key: str) -> str:
 
 def in_words(kind: Any) -> str:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if type(None) in args:
+        return in_words(args[0])
+    if kind is StageConfig:
+        return "with the settings " + ", ".join(entry.name for entry in fields(StageConfig))
+    if origin is list and args[0] is StageConfig:
+        return f"a list such as [{{start: 100001, size: 256}}], each {in_words(StageConfig)}"
     if origin is Literal:
         return " or ".join(args)
     if origin is list:
@@ -206,6 +295,11 @@ def check(config: Config) -> None:
         "optimizer.weight_decay": 0,
         "optimizer.warmup_steps": 0,
         "optimizer.max_gradient_norm": 0,
+        "optimizer.accumulation": 1,
+        "max_bad_steps": 1,
+        "ema_decay": 0,
+        "checkpoint.every": 0,
+        "checkpoint.keep": 1,
         **{f"loss.{name}": 0 for name in TERMS},
         "loss.adversarial_start": 0,
     }
@@ -217,6 +311,18 @@ def check(config: Config) -> None:
     for key, maximum in most.items():
         if setting(config, key) > maximum:
             raise UserError(f"{key} must be {maximum} or less, got {setting(config, key)}")
+    if config.ema_decay >= 1:
+        raise UserError(f"ema_decay must be below 1, got {config.ema_decay}")
+    if config.loss.ldl and not config.ema_decay:
+        raise UserError("loss.ldl compares with the averaged model: ema_decay must be above 0")
+    rate = config.discriminator.learning_rate
+    if rate is not None and not 0 <= rate <= 1e6:
+        raise UserError(f"discriminator.learning_rate must be between 0 and 1e6, got {rate}")
+    check_stages(config)
+    if config.model.kind != "litevae":
+        for name, allowed in (("decoder_norm", "group"), ("output_type", "image")):
+            if getattr(config.model, name) != allowed:
+                raise UserError(f"model.{name} must be {allowed} for model.kind={config.model.kind}")
     if min(config.model.block_out_channels, default=0) < 1:
         raise UserError(
             f"model.block_out_channels must all be 1 or more, got {config.model.block_out_channels}"
@@ -226,10 +332,28 @@ def check(config: Config) -> None:
             f"every reconstruction loss ({', '.join(RECONSTRUCTION_TERMS)}) has weight 0: "
             "there is nothing to train for"
         )
-    if not all(0 <= beta < 1 for beta in config.optimizer.betas):
-        raise UserError(f"optimizer.betas must be at least 0 and below 1, got {list(config.optimizer.betas)}")
+    for name, betas in (("optimizer", config.optimizer.betas), ("discriminator", config.discriminator.betas)):
+        if betas is not None and not all(0 <= beta < 1 for beta in betas):
+            raise UserError(f"{name}.betas must be at least 0 and below 1, got {list(betas)}")
     if not config.output_dir:
         raise UserError("output_dir is empty: give a folder to write to")
+
+
+def check_stages(config: Config) -> None:
+    """UserError for stages that are not in order, and for sizes and batches that make no sense."""
+    before = 1
+    for index, stage in enumerate(config.stages):
+        if stage.start <= before:
+            raise UserError(f"stages[{index}].start must be above {before}, got {stage.start}")
+        if stage.size < 16:
+            raise UserError(f"stages[{index}].size must be 16 or more, got {stage.size}")
+        if stage.batch_size is not None and not 1 <= stage.batch_size <= 10**5:
+            raise UserError(f"stages[{index}].batch_size must be 1 to 100000, got {stage.batch_size}")
+        before = stage.start
+    parts = config.optimizer.accumulation
+    for batch_size in (stage.batch_size for stage in list_stages(config)):
+        if batch_size % parts:
+            raise UserError(f"optimizer.accumulation must divide the batch of {batch_size}, got {parts}")
 
 
 def setting(config: Config, key: str) -> Any:

@@ -1,27 +1,34 @@
-"""The pictures of a training run."""
+"""The pictures of a training run, and what versions it ran on."""
 
+import functools
+import subprocess
 from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 
 from litevae.evaluation.metrics import psnr
 from litevae.evaluation.reconstruction import decode, encode
 from litevae.images import Pixels
-from litevae.models import LiteVAE
+from litevae.training.build import Autoencoder, spatial_compression
+from litevae.training.checkpoint import replacing
 
 DPI = 120
 
 
-def draw_reconstructions(model: LiteVAE, photographs: Mapping[str, Pixels], path: Path) -> None:
+def draw_reconstructions(model: Autoencoder, photographs: Mapping[str, Pixels], path: Path) -> None:
     """A row for each photograph: input, reconstruction, and latent as RGB.
 
     Args:
         photographs: (H, W, 3) uint8 each, by what to write beside its row.
         path: the PNG to write.
     """
+    factor = spatial_compression(model)
     latents = [encode(model, image) for image in photographs.values()]
     colours = latents_as_rgb([latent[0].float().cpu() for latent in latents])
     columns = ("input", "reconstruction", "latent as RGB")
@@ -35,7 +42,7 @@ def draw_reconstructions(model: LiteVAE, photographs: Mapping[str, Pixels], path
     figure.text(
         left / total_width,
         1 - 0.08 / total_height,
-        f"{latents[0].shape[1]} latent channels at 1/{model.spatial_compression_ratio} of the size, shown by "
+        f"{latents[0].shape[1]} latent channels at 1/{factor} of the size, shown by "
         "their first three principal components",
         va="top",
         fontsize=9,
@@ -44,7 +51,6 @@ def draw_reconstructions(model: LiteVAE, photographs: Mapping[str, Pixels], path
     y = total_height - top
     for row, (label, image) in enumerate(photographs.items()):
         reconstruction = decode(model, latents[row], (image.shape[0], image.shape[1]))
-        factor = model.spatial_compression_ratio
         latent = np.kron(colours[row], np.ones((factor, factor, 1), np.uint8))
         pictures = (image, reconstruction, latent[: image.shape[0], : image.shape[1]])
         y -= heights[row]
@@ -106,7 +112,7 @@ def latents_as_rgb(latents: Sequence[torch.Tensor]) -> list[Pixels]:
 
 
 def draw_curves(
-    lines: Sequence[Mapping[str, float]],
+    lines: Sequence[Mapping[str, Any]],
     terms: Sequence[str],
     history: Sequence[Mapping[str, float]],
     held_out: str,
@@ -115,7 +121,7 @@ def draw_curves(
     """Losses over the steps on the left, the held-out photograph's PSNR and SSIM on the right.
 
     Args:
-        lines: one mapping a logged step, with "step", "loss" and the `terms`.
+        lines: one mapping a logged step, with "step", "loss" and those of the `terms` that were on.
         history: one mapping a measurement, with "step", "psnr" and "ssim".
         held_out: name of the photograph.
         path: the PNG to write.
@@ -123,9 +129,9 @@ def draw_curves(
     figure = Figure(figsize=(10, 4), dpi=DPI, layout="constrained")
     left, right = figure.subplots(1, 2)
 
-    steps = [line["step"] for line in lines]
     for name in ("loss", *terms):
-        values = [line[name] for line in lines]
+        having = [line for line in lines if name in line]
+        steps, values = [line["step"] for line in having], [line[name] for line in having]
         (curve,) = left.plot(steps, smooth(values), label="total" if name == "loss" else name, linewidth=1.6)
         left.plot(steps, values, color=curve.get_color(), alpha=0.2, linewidth=0.8)
     left.set(title="losses (unweighted terms, weighted total)", xlabel="step", yscale="log")
@@ -144,6 +150,37 @@ def draw_curves(
     left.spines["right"].set_visible(False)
     ssim_axes.spines["top"].set_visible(False)
     figure.savefig(path)
+
+
+def draw_grid(pairs: Sequence[tuple[Pixels, Pixels]], path: Path, most: int = 8) -> None:
+    """The first images, each beside its reconstruction, as a PNG; makes its folder."""
+    rows = [np.concatenate(pair, axis=1) for pair in pairs[:most]]
+    grid = np.full((sum(len(row) for row in rows), max(row.shape[1] for row in rows), 3), 255, np.uint8)
+    top = 0
+    for row in rows:
+        grid[top : top + len(row), : row.shape[1]] = row
+        top += len(row)
+    path.parent.mkdir(exist_ok=True)
+    with replacing(path) as temporary:
+        Image.fromarray(grid).save(temporary)
+
+
+@functools.cache
+def versions() -> str:
+    """Of litevae, its git commit if it runs from a repository, and PyTorch."""
+    try:
+        own = version("litevae")
+    except PackageNotFoundError:  # run from a source tree
+        own = "not installed"
+    package = Path(__file__).parents[1]
+    command = ["git", "-C", str(package), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    commit = ""
+    if (package.parent / ".git").exists():  # not some repository that the environment lies in
+        try:
+            commit = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
+        except (OSError, subprocess.TimeoutExpired):
+            commit = "unknown"
+    return f"litevae {own}" + (f" (commit {commit})" if commit else "") + f", torch {torch.__version__}"
 
 
 def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:

@@ -1,5 +1,6 @@
 """The training loop, on Hugging Face Accelerate."""
 
+import importlib.util
 import json
 import math
 import signal
@@ -7,30 +8,44 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
-from diffusers.optimization import get_scheduler
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from litevae.discriminators import build_discriminator
 from litevae.errors import NonFiniteError, UserError
 from litevae.evaluation.metrics import psnr, ssim
 from litevae.evaluation.reconstruction import reconstruct
 from litevae.images import Pixels, to_model_range
 from litevae.losses import Objective
-from litevae.models import LiteVAE
-from litevae.training.checkpoint import replacing, save_model
-from litevae.training.config import Config, ModelConfig
+from litevae.training.build import Autoencoder, build_model, copy_weights, load_weights, spatial_compression
+from litevae.training.checkpoint import (
+    DISCRIMINATOR,
+    Checkpoint,
+    choose_checkpoint,
+    load_state,
+    random_state,
+    remove_old,
+    remove_remains,
+    replacing,
+    restore_random_state,
+    save_checkpoint,
+    save_model,
+)
+from litevae.training.config import Config, OptimizerConfig, Stage, list_stages
 from litevae.training.data import HELD_OUT_PHOTOGRAPH, TRAINING_PHOTOGRAPHS, RandomCrops, load_photograph
-from litevae.training.initialise import initialise
-from litevae.training.report import draw_curves, draw_reconstructions
+from litevae.training.report import draw_curves, draw_grid, draw_reconstructions, versions
+from litevae.training.step import EMA, Outcome, TrainingStep
 
 SHOWN_PHOTOGRAPHS = ("astronaut", "coffee", "rocket")  # of the training photographs, in the picture
 
@@ -39,7 +54,7 @@ SHOWN_PHOTOGRAPHS = ("astronaut", "coffee", "rocket")  # of the training photogr
 class Result:
     """What a run came to.
 
-    `psnr` (dB) and `ssim` are the held-out photograph's at the end; `seconds` is wall-clock time without
+    `psnr` (dB) and `ssim` are the validation images' means at the end; `seconds` is wall-clock time without
     the start; `stopped_by` is the signal that ended the run early, such as "SIGINT", else None.
     """
 
@@ -49,21 +64,6 @@ class Result:
     psnr: float
     ssim: float
     stopped_by: str | None
-
-
-class Autoencode(nn.Module):
-    """A model's training step as one forward, which is what DDP and autocast wrap."""
-
-    def __init__(self, model: LiteVAE) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(N, 3, H, W) in [-1, 1] to its reconstruction from a sample of the latent, and to the posterior's
-        mean and log-variance (N, n_z, h, w)."""
-        posterior = self.model.encode(image).latent_dist
-        reconstruction = self.model.decode(posterior.sample()).sample
-        return reconstruction, posterior.mean, posterior.logvar
 
 
 class StopRequest:
@@ -89,147 +89,322 @@ class StopRequest:
 
 
 def train(config: Config) -> Result:
-    """Trains a model on the demo's photographs and leaves these files in `config.output_dir`.
+    """Trains a model and leaves these files in `config.output_dir`.
 
-    `model/` (for `LiteVAE.from_pretrained`), `metrics.jsonl` (a line for each logged step), `metrics.json`
-    (the held-out photograph's PSNR and SSIM), `reconstructions.png`, `curves.png`, and `config.yaml`, with
-    which the run can be repeated. Shows a progress bar on stderr. SIGINT or SIGTERM ends the run after the
-    current step, with all of them written. On one machine's CPU the same config gives the same losses.
+    `model/` (for `LiteVAE.from_pretrained`; the averaged one where there is one), `metrics.jsonl` (a line for
+    each logged step), `metrics.json` (PSNR and SSIM of the validation images), `validation/` (those images
+    beside their reconstructions), `reconstructions.png`, `curves.png`, `checkpoints/`, the tracker's files,
+    and `config.yaml`, with which the run can be repeated. Shows a progress bar on stderr.
+
+    SIGINT or SIGTERM ends the run after the current step, with a checkpoint and all of these written. With
+    `config.resume` it goes on from a checkpoint, wherever it was killed: on one machine's CPU with the same
+    losses to the bit. Under `torchrun` or `accelerate launch` the processes share each batch; the crops and
+    the latents' noise do not depend on how many they are.
 
     Raises:
-        UserError: settings that do not fit together, or an output folder that cannot be written.
-        NonFiniteError: a loss or a gradient is not finite. All files are written as of the step before.
+        UserError: settings that do not fit together, missing or foreign weights, or an output folder that
+            cannot be written.
+        NonFiniteError: `config.max_bad_steps` steps in a row had a loss or a gradient that is not finite. All
+            files are written as of the step before the first of them.
+        OSError: the disk is full, for example; earlier checkpoints are intact.
     """
     with StopRequest() as stop:
-        return Trainer(config).run(stop)
+        trainer = Trainer(config)
+        try:
+            return trainer.run(stop)
+        finally:
+            trainer.accelerator.end_training()
 
 
 class Trainer:
-    """One run: `__init__` builds everything, `run` goes through the steps."""
+    """One run: `__init__` builds or restores everything, `run` goes through the steps.
+
+    `step` is the last step that updated the weights, `random` the state of the random generators after it:
+    what a checkpoint holds is always the run as of that step.
+    """
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.output_dir = make_output_dir(Path(config.output_dir))
-        self.accelerator = Accelerator(
-            mixed_precision="no" if config.precision == "fp32" else config.precision
-        )
+        self.accelerator = make_accelerator(config, self.output_dir)
+        self.is_main = self.accelerator.is_main_process
+        self.stages = list_stages(config)
+        checkpoint = choose_checkpoint(config.resume, self.checkpoint_folder)
         set_seed(config.seed)
-        self.photographs = {name: load_photograph(name) for name in TRAINING_PHOTOGRAPHS}
-        self.held_out = load_photograph(HELD_OUT_PHOTOGRAPH)
-        self.model = build_model(config.model, config.data.size)
+        self.load_data()
+        self.model = build_model(config)
+        self.check_stages()
+        # PyTorch's loader draws from a generator when it starts, and a resumed run starts it once more
+        self.loader_random = torch.Generator().manual_seed(int(torch.empty((), dtype=torch.int64).random_()))
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)
-        optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=config.optimizer.learning_rate,
-            betas=config.optimizer.betas,
-            weight_decay=config.optimizer.weight_decay,
+        self.model.to(self.accelerator.device)
+        self.ema = EMA(self.model, config.ema_decay) if config.ema_decay else None
+        self.discriminator = self.make_discriminator()
+        self.train_step = TrainingStep(
+            config,
+            self.accelerator,
+            self.model,
+            self.discriminator,
+            Objective(config.loss).to(self.accelerator.device),
+            self.ema,
+            lambda done: learning_rate_factor(config.optimizer, done, config.max_steps),
         )
-        self.scheduler = get_scheduler(  # not prepared: Accelerate would advance it once for each process
-            "cosine" if config.optimizer.schedule == "cosine" else "constant_with_warmup",
-            optimizer,
-            num_warmup_steps=config.optimizer.warmup_steps,
-            num_training_steps=config.max_steps,
-        )
+        self.lines: list[dict[str, Any]] = []
+        self.history: list[dict[str, float]] = []
+        self.bad: list[str] = []  # steps in a row without an update, and why
+        self.step = self.skipped = 0
+        self.seconds_before = 0.0
+        self.saved_step: int | None = None
+        if checkpoint is not None:
+            self.restore(checkpoint)
+        self.random = random_state()
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        return self.output_dir / "checkpoints"
+
+    @property
+    def best_model(self) -> Autoencoder:
+        """What is validated and saved as the run's model."""
+        return self.model if self.ema is None else self.ema.model
+
+    def load_data(self) -> None:
+        self.photographs = {name: load_photograph(name) for name in TRAINING_PHOTOGRAPHS}
+        self.validation = {HELD_OUT_PHOTOGRAPH: load_photograph(HELD_OUT_PHOTOGRAPH)}
+
+    def batches(self, stage: Stage, done: int) -> Iterator[Tensor]:
+        """This process's share of each batch of the stage after step `done`, (N, 3, H, W) uint8."""
         crops = RandomCrops(
             list(self.photographs.values()),
-            size=config.data.size,
-            length=config.max_steps * config.data.batch_size * self.accelerator.num_processes,
-            seed=config.seed,
+            size=stage.size,
+            length=stage.first_sample + (stage.last - stage.first + 1) * stage.batch_size,
+            seed=self.config.seed,
         )
-        self.autoencode, self.optimizer, self.loader = self.accelerator.prepare(
-            Autoencode(self.model), optimizer, DataLoader(crops, config.data.batch_size)
-        )
-        self.objective = Objective(config.loss).to(self.accelerator.device)
-        self.lines: list[dict[str, float]] = []
-        self.history: list[dict[str, float]] = []
+        sampler = ShareSampler(stage, done, self.accelerator.process_index, self.accelerator.num_processes)
+        return iter(DataLoader(crops, batch_sampler=sampler, generator=self.loader_random))
+
+    def check_stages(self) -> None:
+        """UserError for sizes that the model does not take, and batches that cannot be shared evenly."""
+        factor, processes = spatial_compression(self.model), self.accelerator.num_processes
+        parts = processes * self.config.optimizer.accumulation
+        for stage in self.stages:
+            if stage.size % factor:
+                raise UserError(f"data.size must be a multiple of {factor}, got {stage.size}")
+            if stage.batch_size % parts:
+                raise UserError(
+                    f"data.batch_size counts the crops of all processes: {stage.batch_size} cannot be shared "
+                    f"by {processes} processes with optimizer.accumulation={parts // processes}"
+                )
+
+    def make_discriminator(self) -> nn.Module | None:
+        config = self.config
+        if not config.loss.adversarial:
+            return None
+        first = [stage for stage in self.stages if stage.last >= config.loss.adversarial_start]
+        try:
+            discriminator = build_discriminator(config.discriminator, (first or self.stages)[0].size)
+        except ValueError as error:
+            raise UserError(f"discriminator: {error}") from None
+        return discriminator.to(self.accelerator.device)
 
     def run(self, stop: StopRequest) -> Result:
         """Goes through the steps until the last one or until `stop`, then writes everything."""
         config = self.config
-        with replacing(self.output_dir / "config.yaml") as path:
-            OmegaConf.save(OmegaConf.structured(config), path)
-        done, training_seconds, start = 0, 0.0, time.perf_counter()
-        failure = None
+        if self.is_main:
+            with replacing(self.output_dir / "config.yaml") as path:
+                text = OmegaConf.to_yaml(OmegaConf.structured(config))
+                path.write_text(f"# {versions()}\n{text}", encoding="utf-8")
+            remove_remains(self.checkpoint_folder)
+        start = time.perf_counter()
+        stopped, failure = False, None
         with (
-            open(self.output_dir / "metrics.jsonl", "w", encoding="utf-8") as log,
+            Log(self.output_dir / "metrics.jsonl", self.lines, self.accelerator) as log,
             # into a file or a pipe a line now and then is enough
-            tqdm(total=config.max_steps, unit="step", mininterval=0.5 if sys.stderr.isatty() else 10) as bar,
+            tqdm(
+                total=config.max_steps,
+                initial=self.step,
+                unit="step",
+                mininterval=0.5 if sys.stderr.isatty() else 10,
+                disable=not self.is_main,
+            ) as bar,
         ):
-            step_start = start
-            for batch in self.loader:
-                try:
-                    measured = self.train_step(batch, done + 1)
-                except NonFiniteError as error:  # the weights are still those of the step before
-                    failure = error
-                    break
-                stopped = stop.signal  # read once: it may come at any time
-                done += 1
-                training_seconds += time.perf_counter() - step_start
+            for step, batch, waited in self.steps():
+                outcome = self.update(batch, step, stop.signal is not None)
+                stopped = outcome.stop
                 bar.update()
-                if done == 1 or done % config.log_every == 0 or done == config.max_steps or stopped:
-                    rate = done * len(batch) / training_seconds
-                    line = {"step": done, **measured, "images_per_second": rate}
-                    self.lines.append(line)
-                    log.write(json.dumps(line) + "\n")
-                    log.flush()
-                    bar.set_postfix_str(f"loss {line['loss']:.3f}, {rate:.0f} images/s")
-                if stopped:
+                log.count(len(batch) * self.accelerator.num_processes, waited)
+                if outcome.bad is None:
+                    self.step, self.random, self.bad = step, random_state(), []
+                    if step == 1 or step % config.log_every == 0 or step == config.max_steps or stopped:
+                        line = log.write(step, outcome.values, self.skipped)
+                        bar.set_postfix_str(in_short(line))
+                else:
+                    self.skipped += 1
+                    self.bad.append(f"step {step}: {outcome.bad}")
+                    log.write_skipped(step, outcome.bad, self.skipped)
+                    bar.write(f"{self.bad[-1]}: the step is skipped", file=sys.stderr)
+                    if len(self.bad) == config.max_bad_steps:
+                        failure = NonFiniteError(
+                            f"{self.bad[0]}, the first to go"
+                            + f"; {len(self.bad)} steps in a row were skipped" * (len(self.bad) > 1)
+                        )
+                if stopped or failure:
                     break
-                if done % config.validate_every == 0 and done < config.max_steps:
-                    self.validate(done)
-                step_start = time.perf_counter()
+                self.validate_and_save(step)
+                log.restart()
         try:
-            return self.finish(done, time.perf_counter() - start, stop.signal)
+            return self.finish(
+                self.seconds_before + time.perf_counter() - start, stop.signal, stopped, failure
+            )
         finally:
             if failure:
                 raise failure
 
-    def train_step(self, batch: Tensor, step: int) -> dict[str, float]:
-        """One update from (N, 3, H, W) uint8. Returns what belongs into the log.
+    def steps(self) -> Iterator[tuple[int, Tensor, float]]:
+        """Each step to come with this process's share of its batch and the seconds that it took to get."""
+        done = self.step
+        for stage in self.stages:
+            if stage.last <= done:
+                continue
+            batches = self.batches(stage, done)
+            for step in range(max(stage.first, done + 1), stage.last + 1):
+                start = time.perf_counter()
+                batch = next(batches).to(self.accelerator.device, non_blocking=True)
+                yield step, batch, time.perf_counter() - start
 
-        Raises NonFiniteError before it touches the weights.
-        """
+    def update(self, batch: Tensor, step: int, stop: bool) -> Outcome:
+        """One step from this process's share of the batch, (N, 3, H, W) uint8."""
         image = to_model_range(batch)
         if self.config.channels_last:
             image = image.contiguous(memory_format=torch.channels_last)
-        reconstruction, mean, logvar = self.autoencode(image)
-        loss = self.objective.generator(image, reconstruction, mean, logvar, step=step)
-        values = {"loss": loss.total.item(), **{name: term.item() for name, term in loss.terms.items()}}
-        if name := loss.first_non_finite():
-            raise NonFiniteError(f"step {step}: the {name} loss is {values[name]}, the first to go")
+        # the whole batch's, on every process alike, so that a run is the same on one process as on many
+        processes, index, count = (
+            self.accelerator.num_processes,
+            self.accelerator.process_index,
+            len(batch),
+        )
+        side = image.shape[-1] // spatial_compression(self.model)
+        noise = torch.randn(
+            (count * processes, self.config.model.latent_channels, side, side), device=image.device
+        )
+        return self.train_step(image, noise[index * count : (index + 1) * count], step, stop)
 
-        self.accelerator.backward(loss.total)
-        norm = self.accelerator.clip_grad_norm_(
-            self.autoencode.parameters(), self.config.optimizer.max_gradient_norm or math.inf
-        ).item()
-        if not math.isfinite(norm):
-            raise NonFiniteError(f"step {step}: the gradient's norm is {norm}, though every loss is finite")
-        learning_rate = self.scheduler.get_last_lr()[0]
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.scheduler.step()
-        return {**values, "gradient_norm": norm, "learning_rate": learning_rate}
+    def validate_and_save(self, step: int) -> None:
+        """What is due after `step`; the end of the run is `finish`'s."""
+        config = self.config
+        if step == config.max_steps:
+            return
+        best = max((point["psnr"] for point in self.history), default=-math.inf)
+        improved = False
+        if step % config.validate_every == 0:
+            self.validate(step)
+            improved = self.history[-1]["psnr"] > best
+        if step == self.step and (
+            improved or (config.checkpoint.every and step % config.checkpoint.every == 0)
+        ):
+            self.save()
 
     def validate(self, step: int) -> None:
-        """Appends the held-out photograph's PSNR and SSIM to the history."""
-        reconstruction = reconstruct(self.model, self.held_out)
-        self.history.append(
-            {
-                "step": step,
-                "psnr": psnr(self.held_out, reconstruction),
-                "ssim": ssim(self.held_out, reconstruction),
+        """Appends the validation images' mean PSNR and SSIM to the history."""
+        point: list[dict[str, float]] = [{}]
+        if self.is_main:
+            pairs = [(image, reconstruct(self.best_model, image)) for image in self.validation.values()]
+            values = {
+                name: sum(metric(*pair) for pair in pairs) / len(pairs)
+                for name, metric in (("psnr", psnr), ("ssim", ssim))
             }
-        )
+            point = [{"step": step, **values}]
+            draw_grid(pairs, self.output_dir / "validation" / f"step-{step:08d}.png")
+            self.accelerator.log({f"validation/{name}": value for name, value in values.items()}, step=step)
+        broadcast_object_list(point)
+        self.history.append(point[0])
 
-    def finish(self, steps: int, seconds: float, stopped_by: str | None) -> Result:
-        """Measures once more and writes the model, the metrics and the pictures."""
-        self.validate(steps)
-        result = Result(
-            self.output_dir, steps, seconds, self.history[-1]["psnr"], self.history[-1]["ssim"], stopped_by
-        )
-        save_model(self.model, self.output_dir / "model")
-        height, width = self.held_out.shape[:2]
+    def save(self) -> None:
+        """Writes a checkpoint of the last step that updated the weights; all processes take part."""
+        if not self.config.checkpoint.every or self.saved_step == self.step:
+            return
+        random = gather_object([self.random])
+        if self.is_main:
+            scaler = self.train_step.scaler
+            state = {
+                "random": random,
+                "optimizers": {
+                    name: learner.optimizer.state_dict()["state"]
+                    for name, learner in self.train_step.learners.items()
+                },
+                "scaler": scaler.state_dict() if scaler else None,
+                "ema_updates": self.ema.updates if self.ema else 0,
+                "history": self.history,
+                "skipped": self.skipped - len(self.bad),
+                "seconds": self.seconds_before,
+            }
+            measured = self.history and self.history[-1]["step"] == self.step
+            manifest = {
+                "psnr": self.history[-1]["psnr"] if measured else None,
+                "versions": versions(),
+                "config": asdict(self.config),
+            }
+            save_checkpoint(
+                self.checkpoint_folder,
+                self.step,
+                {"model": self.model} | ({"ema": self.ema.model} if self.ema else {}),
+                self.discriminator.state_dict() if self.discriminator else None,
+                state,
+                manifest,
+            )
+            remove_old(self.checkpoint_folder, self.config.checkpoint.keep)
+        self.saved_step = self.step
+        self.accelerator.wait_for_everyone()
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Goes back to a checkpoint; UserError if it is another architecture's."""
+        path = checkpoint.path
+        load_weights(self.model, path / "model", "resume")
+        if (path / "ema").is_dir() != (self.ema is not None):
+            raise UserError(f"resume: {path} has {'no' if self.ema else 'an'} averaged model: see ema_decay")
+        if (path / DISCRIMINATOR).is_file() != (self.discriminator is not None):
+            raise UserError(
+                f"resume: {path} has {'no' if self.discriminator else 'a'} discriminator: see loss.adversarial, "
+                "or start a new run with init"
+            )
+        state = load_state(checkpoint)
+        if self.ema is not None:
+            load_weights(self.ema.model, path / "ema", "resume")
+            self.ema.updates = state["ema_updates"]
+        if self.discriminator is not None:
+            weights = load_file(path / DISCRIMINATOR)
+            copy_weights(self.discriminator, weights, path / DISCRIMINATOR, "resume")
+        for name, learner in self.train_step.learners.items():
+            learner.load_state(state["optimizers"][name])
+        if self.train_step.scaler and state["scaler"]:
+            self.train_step.scaler.load_state_dict(state["scaler"])
+        self.step = self.saved_step = checkpoint.step
+        self.history, self.skipped = state["history"], state["skipped"]
+        self.seconds_before = state["seconds"]
+        self.lines = read_log(self.output_dir / "metrics.jsonl", self.step)
+        restore_random_state(state["random"][self.accelerator.process_index % len(state["random"])])
+
+    def finish(
+        self, seconds: float, signal: str | None, stopped: bool, failure: NonFiniteError | None
+    ) -> Result:
+        """Measures once more and writes the checkpoint, the model, the metrics and the pictures."""
+        if stopped or failure:  # nobody knows how long they wait
+            self.save()
+        if not self.history or self.history[-1]["step"] != self.step:
+            self.validate(self.step)
+        self.save()
+        final = self.history[-1]
+        stopped_by = (signal or "another process") if stopped else None
+        result = Result(self.output_dir, self.step, seconds, final["psnr"], final["ssim"], stopped_by)
+        if self.is_main:
+            self.write_results(result)
+        return result
+
+    def write_results(self, result: Result) -> None:
+        save_model(self.best_model, self.output_dir / "model")
+        held_out = self.validation[HELD_OUT_PHOTOGRAPH]
+        height, width = held_out.shape[:2]
         metrics = {
             "held_out": {
                 "photograph": HELD_OUT_PHOTOGRAPH,
@@ -238,9 +413,11 @@ class Trainer:
                 "ssim": result.ssim,
                 "history": self.history,
             },
-            "steps": steps,
-            "seconds": round(seconds, 1),
-            "stopped_by": stopped_by,
+            "steps": result.steps,
+            "skipped_steps": self.skipped,
+            "seconds": round(result.seconds, 1),
+            "stopped_by": result.stopped_by,
+            "versions": versions(),
         }
         with replacing(self.output_dir / "metrics.json") as path:
             path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
@@ -248,25 +425,137 @@ class Trainer:
         rows = {f"{name} (training)": image for name, image in shown.items()}
         with replacing(self.output_dir / "reconstructions.png") as path:
             draw_reconstructions(
-                self.model, {**rows, f"{HELD_OUT_PHOTOGRAPH} (held out)": self.held_out}, path
+                self.best_model, {**rows, f"{HELD_OUT_PHOTOGRAPH} (held out)": held_out}, path
             )
+        terms = [*self.train_step.objective.weights, *["discriminator"] * bool(self.discriminator)]
         with replacing(self.output_dir / "curves.png") as path:
-            draw_curves(self.lines, list(self.objective.weights), self.history, HELD_OUT_PHOTOGRAPH, path)
-        return result
+            draw_curves(self.lines, terms, self.history, HELD_OUT_PHOTOGRAPH, path)
 
 
-def build_model(config: ModelConfig, size: int) -> LiteVAE:
-    """A model to train from nothing on images of `size` pixels; UserError for settings it does not take."""
-    settings = asdict(config)
-    try:
-        model = LiteVAE.from_preset(settings.pop("preset"), **settings)
-    except ValueError as error:
-        raise UserError(f"model: {error}") from None
-    factor = model.spatial_compression_ratio
-    if size % factor:
-        raise UserError(f"data.size must be a multiple of {factor}, got {size}")
-    initialise(model)
-    return model
+class ShareSampler:
+    """The numbers of the crops that a process takes at each step after `done`: its part of the batch."""
+
+    def __init__(self, stage: Stage, done: int, process: int, processes: int) -> None:
+        self.stage, self.done, self.process, self.processes = stage, done, process, processes
+
+    def __iter__(self) -> Iterator[list[int]]:
+        stage, share = self.stage, self.stage.batch_size // self.processes
+        for step in range(max(stage.first, self.done + 1), stage.last + 1):
+            start = stage.first_sample + (step - stage.first) * stage.batch_size + self.process * share
+            yield list(range(start, start + share))
+
+
+class Log:
+    """metrics.jsonl and the tracker, with the speed since the line before.
+
+    Args:
+        path: of metrics.jsonl, written anew with `lines`.
+        lines: those of the run so far; gets the new ones.
+        accelerator: with trackers, which the main process writes to.
+    """
+
+    def __init__(self, path: Path, lines: list[dict[str, Any]], accelerator: Accelerator) -> None:
+        self.path, self.lines, self.accelerator = path, lines, accelerator
+
+    def __enter__(self) -> Self:
+        self.file = None
+        if self.accelerator.is_main_process:
+            with replacing(self.path) as path:
+                path.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
+            self.file = open(self.path, "a", encoding="utf-8")
+        self.images, self.waited, self.seconds = 0, 0.0, 0.0
+        self.restart()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.file is not None:
+            self.file.close()
+
+    def restart(self) -> None:
+        """Leaves out the time since the last step: validating and saving are not training."""
+        self.last = time.perf_counter()
+
+    def count(self, images: int, waited: float) -> None:
+        """A step on so many images of all processes is done."""
+        self.images, self.waited = self.images + images, self.waited + waited
+        self.seconds += time.perf_counter() - self.last
+
+    def write(self, step: int, values: dict[str, float], skipped: int) -> dict[str, Any]:
+        speed = {
+            "images_per_second": self.images / self.seconds,
+            "data_wait": min(self.waited / self.seconds, 1.0),  # as a share of the time
+        }
+        self.images, self.waited, self.seconds = 0, 0.0, 0.0
+        return self.append({"step": step, **values, "skipped_steps": skipped, **speed})
+
+    def write_skipped(self, step: int, reason: str, skipped: int) -> None:
+        self.append({"step": step, "skipped": reason, "skipped_steps": skipped})
+
+    def append(self, line: dict[str, Any]) -> dict[str, Any]:
+        self.lines.append(line)
+        if self.file is not None:
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+            numbers = {name: value for name, value in line.items() if isinstance(value, float)}
+            self.accelerator.log(numbers, step=line["step"])
+        return line
+
+
+def read_log(path: Path, step: int) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl up to `step`; none if there is no such file."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:  # the last one, of a run that was killed
+            break
+        if line["step"] <= step:
+            lines.append(line)
+    return lines
+
+
+def in_short(line: dict[str, Any]) -> str:
+    """A log line for the progress bar."""
+    about = ("step", "gradient_norm", "discriminator_gradient_norm", "learning_rate", "skipped_steps")
+    speed = f"{line['images_per_second']:.0f} images/s, {line['data_wait']:.0%} waiting for data"
+    losses = [
+        f"{name} {value:.3g}"
+        for name, value in line.items()
+        if name not in (*about, "images_per_second", "data_wait")
+    ]
+    return ", ".join([*losses, speed])
+
+
+def make_accelerator(config: Config, folder: Path) -> Accelerator:
+    """UserError for a precision or a tracker that this machine does not have."""
+    has_device = torch.accelerator.is_available()
+    if config.precision == "fp16" and not has_device:
+        raise UserError("precision=fp16 needs a GPU: on a CPU there are bf16 and fp32")
+    if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
+        raise UserError(f"tracker={config.tracker} is not installed: pip install {config.tracker}")
+    accelerator = Accelerator(
+        cpu=not has_device,  # several processes on CPUs are asked for in this way
+        mixed_precision="no" if config.precision == "fp32" else config.precision,
+        log_with=None if config.tracker == "none" else config.tracker,
+        project_dir=folder,
+    )
+    if config.tracker == "tensorboard":
+        accelerator.init_trackers("tensorboard")  # the name of its folder
+    elif config.tracker == "wandb":
+        accelerator.init_trackers(
+            "litevae", config=asdict(config), init_kwargs={"wandb": {"dir": str(folder), "name": folder.name}}
+        )
+    return accelerator
+
+
+def learning_rate_factor(config: OptimizerConfig, done: int, total: int) -> float:
+    """What the learning rate is multiplied with after `done` of `total` steps, as in diffusers' schedules."""
+    if done < config.warmup_steps:
+        return done / config.warmup_steps
+    if config.schedule == "constant":
+        return 1.0
+    progress = (done - config.warmup_steps) / max(1, total - config.warmup_steps)
+    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
 
 
 def make_output_dir(folder: Path) -> Path:

@@ -1,0 +1,60 @@
+"""The paper's baselines: Stable Diffusion's VAE, and the same with a small encoder."""
+
+from collections.abc import Sequence
+
+from diffusers import AutoencoderKL
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.vae import Encoder
+
+
+class SmallEncoderVAE(AutoencoderKL):
+    """An `AutoencoderKL` whose encoder has widths of its own: VAE-Small of Table 2b.
+
+    The paper gives the size of its encoder, 6.75 M parameters, and not its widths. These give 6,793,032, with
+    half of Stable Diffusion's widths at the image's side.
+
+    Args:
+        encoder_block_out_channels: widths of the encoder's blocks.
+        latent_channels, block_out_channels, layers_per_block, norm_num_groups, use_quant_conv,
+            use_post_quant_conv, sample_size, scaling_factor, latents_mean, latents_std: as in `AutoencoderKL`.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        encoder_block_out_channels: Sequence[int] = (64, 128, 224, 224),
+        latent_channels: int = 4,
+        block_out_channels: Sequence[int] = (128, 256, 512, 512),
+        layers_per_block: int = 2,
+        norm_num_groups: int = 32,
+        use_quant_conv: bool = True,
+        use_post_quant_conv: bool = True,
+        sample_size: int = 256,
+        scaling_factor: float = 1.0,
+        latents_mean: Sequence[float] | None = None,
+        latents_std: Sequence[float] | None = None,
+    ) -> None:
+        blocks = len(block_out_channels)
+        super().__init__(
+            down_block_types=("DownEncoderBlock2D",) * blocks,
+            up_block_types=("UpDecoderBlock2D",) * blocks,
+            block_out_channels=tuple(block_out_channels),
+            layers_per_block=layers_per_block,
+            latent_channels=latent_channels,
+            norm_num_groups=norm_num_groups,
+            use_quant_conv=use_quant_conv,
+            use_post_quant_conv=use_post_quant_conv,
+            sample_size=sample_size,
+            scaling_factor=scaling_factor,
+            latents_mean=latents_mean,
+            latents_std=latents_std,
+            force_upcast=False,
+        )
+        self.encoder = Encoder(
+            out_channels=latent_channels,
+            down_block_types=("DownEncoderBlock2D",) * len(encoder_block_out_channels),
+            block_out_channels=tuple(encoder_block_out_channels),
+            layers_per_block=layers_per_block,
+            norm_num_groups=norm_num_groups,
+            double_z=True,
+        )

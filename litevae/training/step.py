@@ -1,0 +1,283 @@
+"""One training step: losses and gradients of both networks, then their updates, or none."""
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from litevae.losses import Loss, Objective
+from litevae.training.build import Autoencoder
+from litevae.training.config import Config
+
+
+class Autoencode(nn.Module):
+    """Encoding and decoding as one forward, which is what DDP and autocast wrap."""
+
+    def __init__(self, model: Autoencoder) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(N, 3, H, W) in [-1, 1] to its reconstruction from mean + std · noise, and to the posterior's mean
+        and log-variance; these and the noise are (N, n_z, h, w)."""
+        posterior = self.model.encode(image).latent_dist
+        latent = posterior.mean + posterior.std * noise
+        return self.model.decode(latent).sample, posterior.mean, posterior.logvar
+
+
+class Discriminate(nn.Module):
+    """A discriminator's training step as one forward."""
+
+    def __init__(self, discriminator: nn.Module) -> None:
+        super().__init__()
+        self.discriminator = discriminator
+
+    def forward(self, real: Tensor, fake: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The logits of both; not of their concatenation, since PatchGAN normalises over the batch."""
+        return self.discriminator(real), self.discriminator(fake)
+
+
+class EMA:
+    """An exponential moving average of a model's weights.
+
+    After the n-th update (from 0) the decay is min(decay, (1 + n) / (10 + n)), as in TensorFlow's and
+    diffusers' EMA: the first weights are soon forgotten.
+    """
+
+    def __init__(self, model: Autoencoder, decay: float) -> None:
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+        self.updates = 0
+
+    @torch.no_grad()
+    def update(self, model: Autoencoder) -> None:
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        averages, values = list(self.model.parameters()), list(model.parameters())
+        torch._foreach_lerp_(averages, values, 1 - decay)
+        self.updates += 1
+
+
+class Learner:
+    """A network, wrapped for training, with its optimizer."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        learning_rate: float,
+        betas: tuple[float, float],
+        weight_decay: float,
+        factor: Callable[[int], float],
+    ) -> None:
+        self.network = network
+        self.parameters = [p for p in network.parameters() if p.requires_grad]
+        self.learning_rate = learning_rate
+        self.factor = factor
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay
+        )
+
+    def gradient_norm(self, maximum: float, scaler: torch.amp.GradScaler | None) -> Tensor:
+        """The norm of all gradients, which are clipped to `maximum`."""
+        if scaler is not None:
+            scaler.unscale_(self.optimizer)
+        return torch.nn.utils.clip_grad_norm_(self.parameters, maximum)
+
+    def update(self, step: int, scaler: torch.amp.GradScaler | None) -> float:
+        """Takes the optimizer's step; returns the learning rate."""
+        rate = self.learning_rate * self.factor(step - 1)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if scaler is not None:
+            scaler.step(self.optimizer)
+        else:
+            self.optimizer.step()
+        return rate
+
+    def load_state(self, state: dict[str, object]) -> None:
+        """The moments; learning rate, betas and weight decay stay as they are set."""
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step came to, the same on all processes.
+
+    `values`: what belongs into the log. `bad`: what was not finite first, in words, else None; then nothing
+    was updated. `stop`: a process was told to stop.
+    """
+
+    values: dict[str, float]
+    bad: str | None
+    stop: bool
+
+
+class TrainingStep:
+    """Updates the autoencoder, its average, and from its start on the discriminator.
+
+    Both networks' gradients are taken from one reconstruction and with the weights before the step, so that
+    one decision, made alike on all processes, applies to both updates.
+
+    Args:
+        config: of the run.
+        accelerator: prepares the networks.
+        model: the autoencoder, on the accelerator's device.
+        discriminator: where `objective` uses one.
+        objective: on the accelerator's device.
+        ema: updated with the model.
+        factor: of the learning rates, by the number of steps before.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        accelerator: Accelerator,
+        model: Autoencoder,
+        discriminator: nn.Module | None,
+        objective: Objective,
+        ema: EMA | None,
+        factor: Callable[[int], float],
+    ) -> None:
+        self.accelerator = accelerator
+        self.model = model
+        self.discriminator = discriminator
+        self.objective = objective
+        self.ema = ema
+        self.accumulation = config.optimizer.accumulation
+        self.max_norm = config.optimizer.max_gradient_norm or math.inf
+        self.scaler: torch.amp.GradScaler | None = accelerator.scaler
+
+        settings = config.optimizer
+        autoencode = Autoencode(model)
+        if config.compile:
+            autoencode.compile()
+            if discriminator is not None:
+                discriminator.compile()
+        self.learners = {
+            "autoencoder": Learner(
+                accelerator.prepare_model(autoencode),
+                settings.learning_rate,
+                settings.betas,
+                settings.weight_decay,
+                factor,
+            )
+        }
+        if discriminator is not None:
+            own = config.discriminator
+            self.learners["discriminator"] = Learner(
+                accelerator.prepare_model(Discriminate(discriminator)),
+                settings.learning_rate if own.learning_rate is None else own.learning_rate,
+                own.betas or settings.betas,
+                settings.weight_decay,
+                factor,
+            )
+
+    def __call__(self, image: Tensor, noise: Tensor, step: int, stop: bool) -> Outcome:
+        """One step on this process's share of the batch.
+
+        Args:
+            image: (N, 3, H, W) in [-1, 1].
+            noise: (N, n_z, h, w), standard normal.
+            step: from 1.
+            stop: whether this process was told to stop.
+        """
+        adversarial = self.objective.uses_discriminator(step)
+        active = [self.learners[name] for name in ("autoencoder", "discriminator")[: 1 + adversarial]]
+        # their forward passes change statistics, which a step that is skipped must not
+        buffers = list(cast(nn.Module, self.discriminator).buffers()) if adversarial else []
+        before = [buffer.clone() for buffer in buffers]
+
+        losses: list[list[Loss]] = []
+        parts = zip(image.chunk(self.accumulation), noise.chunk(self.accumulation), strict=True)
+        for index, (images, noises) in enumerate(parts):
+            with self.synchronised(active, index == self.accumulation - 1):
+                losses.append(self.backward(images, noises, step, adversarial))
+
+        names = [*losses[0][0].terms, "loss", *(["discriminator"] if adversarial else [])]
+        # an infinite or NaN loss on one process makes the mean so, and all decide alike
+        means = self.accelerator.reduce(
+            torch.cat([mean_losses(losses), torch.full((1,), float(stop), device=image.device)]), "mean"
+        )
+        norms = [learner.gradient_norm(self.max_norm, self.scaler) for learner in active]
+        *numbers, stopped = torch.cat([torch.stack(norms), means]).tolist()  # the step's one wait for a GPU
+        norm_values, loss_values = numbers[: len(norms)], dict(zip(names, numbers[len(norms) :], strict=True))
+        bad = first_bad(loss_values, norm_values)
+
+        rates = [learner.update(step, self.scaler) for learner in active] if bad is None else []
+        if bad is None and self.ema is not None:
+            self.ema.update(self.model)
+        elif bad is not None and buffers:
+            torch._foreach_copy_(buffers, before)
+        if self.scaler is not None:
+            self.scaler.update()
+        for learner in active:
+            learner.optimizer.zero_grad()
+
+        values = {"loss": loss_values.pop("loss"), **loss_values, "gradient_norm": norm_values[0]}
+        if adversarial:
+            values["discriminator_gradient_norm"] = norm_values[1]
+        if rates:
+            values["learning_rate"] = rates[0]
+        return Outcome(values, bad, stopped > 0)
+
+    def backward(self, image: Tensor, noise: Tensor, step: int, adversarial: bool) -> list[Loss]:
+        """Adds one part's gradients; returns the autoencoder's loss and the discriminator's, if any."""
+        ema_reconstruction = None
+        with self.accelerator.autocast():
+            if self.objective.needs_ema and self.ema is not None:
+                with torch.no_grad():
+                    ema_reconstruction = Autoencode(self.ema.model)(image, noise)[0]
+            reconstruction, mean, logvar = self.learners["autoencoder"].network(image, noise)
+            loss = self.objective.generator(
+                image,
+                reconstruction,
+                mean,
+                logvar,
+                step=step,
+                discriminator=self.discriminator if adversarial else None,
+                last_weight=self.model.decoder.conv_out.weight,
+                ema_reconstruction=ema_reconstruction,
+            )
+        self.accelerator.backward(loss.total / self.accumulation)
+        if not adversarial:
+            return [loss]
+        with self.accelerator.autocast():
+            logits = self.learners["discriminator"].network(image, reconstruction.detach().float())
+            of_discriminator = self.objective.discriminator(*logits)
+        self.accelerator.backward(of_discriminator.total / self.accumulation)
+        return [loss, of_discriminator]
+
+    @contextmanager
+    def synchronised(self, active: Sequence[Learner], last: bool) -> Iterator[None]:
+        """Processes exchange gradients in the last part's backward passes alone."""
+        with ExitStack() as stack:
+            if not last:
+                for learner in active:
+                    stack.enter_context(self.accelerator.no_sync(learner.network))
+            yield
+
+
+def mean_losses(losses: Sequence[Sequence[Loss]]) -> Tensor:
+    """The autoencoder's terms and total and the discriminator's loss, means over the parts."""
+    rows = [
+        torch.stack([*own.terms.values(), own.total.detach(), *(d.total.detach() for d in other)])
+        for own, *other in losses
+    ]
+    return torch.stack(rows).mean(dim=0)
+
+
+def first_bad(losses: dict[str, float], norms: Sequence[float]) -> str | None:
+    """What is infinite or NaN, in the order of computation, or None."""
+    for name, value in losses.items():
+        if not math.isfinite(value):
+            return f"the loss is {value}" if name == "loss" else f"the {name} loss is {value}"
+    for whose, norm in zip(("gradient", "discriminator's gradient"), norms, strict=False):
+        if not math.isfinite(norm):
+            return f"the {whose}'s norm is {norm}, though every loss is finite"
+    return None
