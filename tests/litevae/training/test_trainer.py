@@ -240,7 +240,9 @@ def test_a_run_that_really_diverges_ends_in_one_error_with_its_files(tmp_path):
     ]
     with pytest.raises(NonFiniteError):
         train(
-            short(tmp_path / "run", *settings, "optimizer.schedule=constant", "max_steps=12", "max_bad_steps=3")
+            short(
+                tmp_path / "run", *settings, "optimizer.schedule=constant", "max_steps=12", "max_bad_steps=3"
+            )
         )
     for name in ("reconstructions.png", "curves.png", "metrics.json"):
         assert (tmp_path / "run" / name).stat().st_size > 0

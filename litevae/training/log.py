@@ -1,0 +1,91 @@
+"""The log of a training run: metrics.jsonl, the tracker and the speed."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any, Self
+
+from accelerate import Accelerator
+
+from litevae.training.checkpoint import replacing
+
+
+class Log:
+    """metrics.jsonl and the tracker, with the speed since the line before.
+
+    Args:
+        path: of metrics.jsonl, written anew with `lines`.
+        lines: those of the run so far; gets the new ones.
+        accelerator: with trackers, which the main process writes to.
+    """
+
+    def __init__(self, path: Path, lines: list[dict[str, Any]], accelerator: Accelerator) -> None:
+        self.path, self.lines, self.accelerator = path, lines, accelerator
+
+    def __enter__(self) -> Self:
+        self.file = None
+        if self.accelerator.is_main_process:
+            with replacing(self.path) as path:
+                path.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
+            self.file = open(self.path, "a", encoding="utf-8")
+        self.images, self.waited, self.seconds = 0, 0.0, 0.0
+        self.restart()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.file is not None:
+            self.file.close()
+
+    def restart(self) -> None:
+        """Leaves out the time since the last step: validating and saving are not training."""
+        self.last = time.perf_counter()
+
+    def count(self, images: int, waited: float) -> None:
+        """A step on so many images of all processes is done."""
+        self.images, self.waited = self.images + images, self.waited + waited
+        self.seconds += time.perf_counter() - self.last
+
+    def write(self, step: int, values: dict[str, float], skipped: int) -> dict[str, Any]:
+        speed = {
+            "images_per_second": self.images / self.seconds,
+            "data_wait": min(self.waited / self.seconds, 1.0),  # as a share of the time
+        }
+        self.images, self.waited, self.seconds = 0, 0.0, 0.0
+        return self.append({"step": step, **values, "skipped_steps": skipped, **speed})
+
+    def write_skipped(self, step: int, reason: str, skipped: int) -> None:
+        self.append({"step": step, "skipped": reason, "skipped_steps": skipped})
+
+    def append(self, line: dict[str, Any]) -> dict[str, Any]:
+        self.lines.append(line)
+        if self.file is not None:
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+            numbers = {name: value for name, value in line.items() if isinstance(value, float)}
+            self.accelerator.log(numbers, step=line["step"])
+        return line
+
+
+def read_log(path: Path, step: int) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl up to `step`; none if there is no such file."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:  # the last one, of a run that was killed
+            break
+        if line["step"] <= step:
+            lines.append(line)
+    return lines
+
+
+def in_short(line: dict[str, Any]) -> str:
+    """A log line for the progress bar."""
+    about = ("step", "gradient_norm", "discriminator_gradient_norm", "learning_rate", "skipped_steps")
+    speed = f"{line['images_per_second']:.0f} images/s, {line['data_wait']:.0%} waiting for data"
+    losses = [
+        f"{name} {value:.3g}"
+        for name, value in line.items()
+        if name not in (*about, "images_per_second", "data_wait")
+    ]
+    return ", ".join([*losses, speed])
