@@ -1,0 +1,67 @@
+"""Trains in child processes that are killed. Arguments: output folder, number of kills, seed, settings.
+
+Importing PyTorch takes seconds, so the children are forks of this process, which computes nothing itself.
+"""
+
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import skimage.data
+import torch
+
+from litevae.training import load_config, train
+
+folder, kills, seed, *settings = sys.argv[1:]
+log = Path(folder) / "metrics.jsonl"
+torch.set_num_threads(1)
+skimage.data.chelsea()
+
+
+def lines():
+    return log.read_bytes().count(b"\n") if log.exists() else 0
+
+
+def start(die_at_sync=None):
+    """Forks a run; it kills itself when it has written through to the disk `die_at_sync` times."""
+    child = os.fork()
+    if child:
+        return child
+    if die_at_sync is not None:
+        sync, count = os.fsync, iter(range(die_at_sync))
+
+        def fsync(descriptor):
+            sync(descriptor)
+            if next(count, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        os.fsync = fsync
+    status = 1
+    try:
+        train(load_config("demo", [*settings, f"output_dir={folder}", "resume=auto"]))
+        status = 0
+    finally:
+        os._exit(status)
+
+
+random = random.Random(int(seed))
+for number in range(int(kills)):
+    if number % 2:
+        child = start(random.randrange(30))  # a checkpoint is about 10 writes
+    else:
+        before, wanted = lines(), random.randrange(3)
+        child = start()
+        while lines() < before + wanted and not os.waitid(
+            os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT
+        ):
+            time.sleep(0.001)
+        time.sleep(random.uniform(0, 0.2))
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status), "the run ended before it could be killed"
+    print("killed at", lines(), *sorted(path.name for path in log.parent.glob("checkpoints/*")), flush=True)
+_, status = os.waitpid(start(), 0)
+assert status == 0

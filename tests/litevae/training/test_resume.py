@@ -1,0 +1,203 @@
+"""Checkpoints: a run that was ended in whatever way goes on as if it had not been."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import litevae.training.trainer as trainer_module
+from litevae.errors import NonFiniteError, UserError
+from litevae.training import train
+from litevae.training.checkpoint import find_checkpoints
+
+STAGES = ["stages=[{start: 6, size: 48, batch_size: 4}]"]
+
+
+def names(folder):
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def weights(folder):
+    (*_, newest) = find_checkpoints(folder / "checkpoints")
+    return {
+        (path.relative_to(newest.path), name): tensor
+        for path in newest.path.rglob("*.safetensors")
+        for name, tensor in load_file(path).items()
+    }
+
+
+@pytest.fixture
+def assert_same_run(logged):
+    def compare(first, second):
+        assert logged(first) == logged(second)
+        ours, theirs = weights(first), weights(second)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+    return compare
+
+
+def test_killed_at_ten_random_instants_the_run_is_the_same_to_the_bit(
+    tmp_path, tiny_settings, adversarial_settings, logged, assert_same_run
+):
+    settings = [
+        *tiny_settings,
+        *adversarial_settings,
+        *STAGES,
+        "max_steps=14",
+        "checkpoint.every=1",
+        "validate_every=7",
+        "ema_decay=0.999",
+    ]
+    script = Path(__file__).with_name("killed.py")
+    for name, kills in (("whole", 0), ("killed", 10)):
+        result = subprocess.run(
+            [sys.executable, script, tmp_path / name, str(kills), "0", *settings],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert result.returncode == 0, result.stderr
+        print(result.stdout)
+    assert "step-00000014" in names(tmp_path / "killed")
+    assert not any(name.startswith(".") for name in names(tmp_path / "killed"))
+    assert len(logged(tmp_path / "whole")) == 14
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Spares a run the seconds that Matplotlib takes."""
+    for name in ("draw_curves", "draw_reconstructions"):
+        monkeypatch.setattr(trainer_module, name, lambda *arguments: arguments[-1].touch())
+
+
+SAVING = ["max_steps=6", "checkpoint.every=2", "ema_decay=0.9", "optimizer.accumulation=2"]
+
+
+def test_a_preempted_run_goes_on_as_if_it_had_not_been(
+    tiny, tmp_path, no_pictures, monkeypatch, assert_same_run
+):
+    train(tiny(*SAVING, name="whole"))
+    original, signals = trainer_module.Trainer.update, [signal.SIGTERM]
+
+    def update(self, batch, step, stop):
+        if step == 3 and signals:
+            signal.raise_signal(signals.pop())
+        return original(self, batch, step, stop)
+
+    monkeypatch.setattr(trainer_module.Trainer, "update", update)
+    result = train(tiny(*SAVING))
+    # told within the step, the run ends after the next
+    assert (result.steps, result.stopped_by) == (4, "SIGTERM")
+    assert names(tmp_path / "run") == ["step-00000002", "step-00000004"]
+    for _ in range(2):  # the second time there is nothing left to do
+        assert train(tiny(*SAVING, "resume=auto")).steps == 6
+        assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+class TestRefusal:
+    @pytest.fixture
+    def run(self, tiny, no_pictures):
+        config = tiny("max_steps=2", "checkpoint.every=1")
+        train(config)
+        return Path(config.output_dir)
+
+    def refused(self, config):
+        with pytest.raises(UserError) as caught:
+            train(config)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    def test_what_cannot_be_resumed_is_named(self, run, tiny, tmp_path, adversarial_settings):
+        newest = run / "checkpoints" / "step-00000002"
+        elsewhere = f"output_dir={tmp_path / 'other'}"
+        assert "latent_channels is 4 there and 5 here" in self.refused(
+            tiny("resume=auto", "model.latent_channels=5")
+        )
+        assert "AutoencoderKL" in self.refused(
+            tiny("resume=auto", "model.kind=sd-vae", "model.decoder_norm=group", "model.output_type=image")
+        )
+        assert "no averaged model" in self.refused(tiny("resume=auto", "ema_decay=0.9"))
+        assert "no discriminator" in self.refused(tiny("resume=auto", *adversarial_settings))
+        assert "no such folder" in self.refused(tiny("resume=nowhere", elsewhere))
+        assert "no complete checkpoint" in self.refused(tiny(f"resume={tmp_path}", elsewhere))
+        assert "continue with resume=auto" in self.refused(tiny())
+        assert "continue with resume=auto" in self.refused(
+            tiny(f"resume={newest.with_name('step-00000001')}")
+        )
+        assert names(run) == ["step-00000001", "step-00000002"]
+
+    def test_state_with_code_in_it_is_not_run(self, run, tiny):
+        class Code:
+            def __reduce__(self):
+                return os.mkdir, (str(run / "made"),)
+
+        path = run / "checkpoints" / "step-00000002" / "state.pt"
+        size = path.stat().st_size
+        torch.save({"random": Code()}, path)
+        assert path.stat().st_size < size
+        with open(path, "ab") as file:  # as long as the manifest says
+            file.write(b"\0" * (size - path.stat().st_size))
+        assert "state.pt: cannot be read" in self.refused(tiny("resume=auto"))
+        assert not (run / "made").exists()
+
+    def test_an_incomplete_checkpoint_is_passed_over(self, run, tiny):
+        newest = run / "checkpoints" / "step-00000002"
+        (newest / "state.pt").write_bytes(b"cut")
+        assert [each.step for each in find_checkpoints(run / "checkpoints")] == [1]
+        train(tiny("max_steps=2", "checkpoint.every=1", "resume=auto"))
+        assert [each.step for each in find_checkpoints(run / "checkpoints")] == [1, 2]
+
+
+def test_full_disk_is_one_line_and_loses_no_checkpoint(tiny, tmp_path, no_pictures, monkeypatch):
+    train(tiny("max_steps=2", "checkpoint.every=1"))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("step-*/**/*") if path.is_file()}
+    original, left = os.fsync, iter(range(2))
+
+    def fsync(descriptor):
+        original(descriptor)
+        if next(left, None) is None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="step-00000003: cannot be written: No space left on device") as caught:
+        train(tiny("max_steps=4", "checkpoint.every=1", "resume=auto"))
+    assert "\n" not in str(caught.value)
+    assert names(tmp_path / "run") == ["step-00000001", "step-00000002"]
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_the_last_ones_and_the_best_are_kept(tiny, tmp_path, no_pictures, monkeypatch):
+    values = iter([10.0, 12.0, 11.0, 9.0, 8.0, 7.0])
+    monkeypatch.setattr(trainer_module, "psnr", lambda *_: next(values))
+    train(tiny("max_steps=6", "checkpoint.every=1", "checkpoint.keep=2", "validate_every=1"))
+    assert names(tmp_path / "run") == ["step-00000002", "step-00000005", "step-00000006"]
+    manifest = json.loads((tmp_path / "run" / "checkpoints" / "step-00000002" / "manifest.json").read_text())
+    assert (manifest["step"], manifest["psnr"], manifest["config"]["max_steps"]) == (2, 12.0, 6)
+
+
+def test_non_finite_steps_are_not_in_the_checkpoint(tiny, tmp_path, no_pictures, monkeypatch, logged):
+    """The run that stopped goes on from before the first of them."""
+    settings = ["max_steps=6", "checkpoint.every=100", "max_bad_steps=2"]
+    train(tiny(*settings, name="whole"))
+    original = trainer_module.Trainer.update
+
+    def update(self, batch, step, stop):
+        return original(self, batch.float().fill_(torch.inf) if step > 3 else batch, step, stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module.Trainer, "update", update)
+        with pytest.raises(NonFiniteError, match="step 4: the l1 loss is"):
+            train(tiny(*settings))
+    assert names(tmp_path / "run") == ["step-00000003"]
+    train(tiny(*settings, "resume=auto"))
+    assert logged(tmp_path / "run") == logged(tmp_path / "whole")
