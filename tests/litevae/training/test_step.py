@@ -1,0 +1,224 @@
+"""One step: whose gradients, when it is skipped, and in how many parts."""
+
+import copy
+
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from torch import nn
+
+from litevae.discriminators import build_discriminator
+from litevae.losses import Objective
+from litevae.training.build import build_model
+from litevae.training.step import EMA, Autoencode, TrainingStep
+
+BATCH, SIZE = 4, 32
+
+
+@pytest.fixture
+def make(tiny, adversarial_settings):
+    """A `TrainingStep` of a tiny run with a PatchGAN discriminator, the same every time."""
+
+    def make(*overrides, scaler=None):
+        config = tiny(
+            *adversarial_settings,
+            "loss.adversarial_start=1",
+            "ema_decay=0.9",
+            "optimizer.max_gradient_norm=0",
+            *overrides,
+        )
+        torch.manual_seed(0)
+        model = build_model(config)
+        discriminator = build_discriminator(config.discriminator, SIZE)
+        accelerator = Accelerator(cpu=True)
+        accelerator.scaler = scaler
+        ema = EMA(model, config.ema_decay)
+        return TrainingStep(
+            config, accelerator, model, discriminator, Objective(config.loss), ema, lambda _: 1.0
+        )
+
+    return make
+
+
+def inputs(seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.rand(BATCH, 3, SIZE, SIZE, generator=generator) * 2 - 1
+    return image, torch.randn(BATCH, 4, SIZE // 4, SIZE // 4, generator=generator)
+
+
+def snapshot(step):
+    """All that a step may change but the random state, copied."""
+    return copy.deepcopy(
+        {
+            "model": step.model.state_dict(),
+            "ema": step.ema.model.state_dict(),
+            "discriminator": step.discriminator.state_dict(),
+            "updates": {"ema": torch.tensor(step.ema.updates)},
+            **{
+                f"{name} {i}": moments
+                for name, learner in step.learners.items()
+                for i, moments in learner.optimizer.state_dict()["state"].items()
+            },
+        }
+    )
+
+
+def changed(before, after):
+    return {
+        part
+        for part in after
+        if part not in before
+        or any(not torch.equal(value, before[part][name]) for name, value in after[part].items())
+    }
+
+
+def gradients(step, name):
+    """Those of the first step, from Adam's first moment."""
+    learner = step.learners[name]
+    beta = learner.optimizer.param_groups[0]["betas"][0]
+    return [learner.optimizer.state[p]["exp_avg"] / (1 - beta) for p in learner.parameters]
+
+
+def relative_errors(values, expected):
+    return [
+        ((a - b).norm() / b.norm()).item() for a, b in zip(values, expected, strict=True) if b.norm() > 1e-12
+    ]
+
+
+def test_gradients_are_those_of_each_network_s_own_loss(make):
+    step, reference = make(), make()
+    image, noise = inputs()
+    step(image, noise, 1, False)
+
+    reconstruction, mean, logvar = Autoencode(reference.model)(image, noise)
+    loss = reference.objective.generator(
+        image, reconstruction, mean, logvar, step=1, discriminator=reference.discriminator
+    )
+    own = torch.autograd.grad(loss.total, list(reference.model.parameters()))
+    fake = reconstruction.detach()
+    logits = reference.discriminator(image), reference.discriminator(fake)
+    of_discriminator = reference.objective.discriminator(*logits)
+    others = torch.autograd.grad(of_discriminator.total, list(reference.discriminator.parameters()))
+    for name, expected in (("autoencoder", own), ("discriminator", others)):
+        for value, other in zip(gradients(step, name), expected, strict=True):
+            torch.testing.assert_close(value, other, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_good_step_changes_everything(make):
+    step = make()
+    before = snapshot(step)
+    outcome = step(*inputs(), 1, False)
+    assert (outcome.bad, outcome.stop) == (None, False)
+    assert {"model", "ema", "discriminator", "updates"} <= changed(before, snapshot(step))
+    assert {"discriminator", "discriminator_gradient_norm", "adversarial"} <= outcome.values.keys()
+
+
+@pytest.mark.parametrize("what", ["image", "autoencoder's gradient", "discriminator's gradient"])
+def test_a_step_that_is_not_finite_changes_nothing(make, what):
+    step = make()
+    image, noise = inputs()
+    step(image, noise, 1, False)  # so that there are moments
+    before, handles = snapshot(step), []
+    if what == "image":
+        bad_image = image.clone()
+        bad_image[0, 0, 0, 0] = torch.nan
+    else:
+        bad_image = image
+        network = step.model if what.startswith("auto") else step.discriminator
+        handles.append(next(network.parameters()).register_hook(lambda g: g * torch.inf))
+    outcome = step(bad_image, noise, 2, False)
+    reasons = {
+        "image": "the l1 loss is nan",
+        "autoencoder's gradient": "the gradient's norm is",
+        "discriminator's gradient": "the discriminator's gradient's norm is",
+    }
+    assert outcome.bad is not None
+    assert outcome.bad.startswith(reasons[what])
+    assert changed(before, snapshot(step)) == set()
+    for handle in handles:
+        handle.remove()
+    assert step(image, noise, 3, False).bad is None
+    assert "model" in changed(before, snapshot(step))
+
+
+def test_accumulated_gradients_are_the_batch_s(make):
+    # the U-Net discriminator, since PatchGAN normalises over what it gets at a time
+    unet = "discriminator.kind=unet"
+    whole, parts = make(unet), make(unet, "optimizer.accumulation=2")
+    values = [step(*inputs(), 1, False).values for step in (whole, parts)]
+    for name, learner in whole.learners.items():
+        # a few hundred operations in a row, each rounding by 2^-24
+        assert max(relative_errors(gradients(parts, name), gradients(whole, name))) < 1e-4, learner
+    assert values[1] == pytest.approx(values[0], rel=1e-5)
+
+
+class TestLossScaling:
+    def test_gradients_are_unscaled_exactly(self, make):
+        scaled, plain = make(scaler=torch.amp.GradScaler("cpu", init_scale=2.0**16)), make()
+        assert scaled(*inputs(), 1, False) == plain(*inputs(), 1, False)
+        first, second = snapshot(scaled), snapshot(plain)
+        assert changed(first, second) == set()
+
+    def test_overflow_skips_the_step_and_lowers_the_scale(self, make):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+        step = make(scaler=scaler)
+        before = snapshot(step)
+        outcome = step(*inputs(), 1, False)
+        assert outcome.bad is not None
+        assert "gradient's norm is" in outcome.bad
+        assert changed(before, snapshot(step)) == set()
+        assert scaler.get_scale() == 2.0**126
+        scaler.update(2.0**10)
+        assert step(*inputs(), 2, False).bad is None
+
+
+def test_ema_is_diffusers():
+    torch.manual_seed(0)
+    model = nn.Linear(7, 5)
+    ours, theirs = EMA(model, 0.7), EMAModel(model.parameters(), decay=0.7)
+    for index in range(40):
+        if index:  # theirs copies the weights the first time
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter += torch.randn_like(parameter)
+        ours.update(model)
+        theirs.step(model.parameters())
+    for mine, other in zip(ours.model.parameters(), theirs.shadow_params, strict=True):
+        torch.testing.assert_close(mine, other)
+        assert not mine.requires_grad
+
+
+EVERYTHING = [
+    f"loss.{name}=0.1" for name in ("l1", "l2", "lpips", "esrgan", "wavelet", "gaussian", "ldl", "kl")
+]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["discriminator.kind=unet", "loss.adversarial_weight=adaptive", *EVERYTHING],
+        ["discriminator.kind=patchgan", "loss.adversarial_loss=logistic", *EVERYTHING],
+        ["discriminator.kind=stylegan", "discriminator.learning_rate=1e-3", "discriminator.betas=[0,0.99]"],
+    ],
+    ids=lambda settings: settings[0],
+)
+def test_every_loss_and_discriminator_trains(make, settings):
+    step = make(*settings, "loss.pretrained=false", "channels_last=true")
+    outcomes = [step(*inputs(seed), seed, False) for seed in (1, 2, 3)]
+    assert [outcome.bad for outcome in outcomes] == [None] * 3
+    assert len(outcomes[0].values) == len(step.objective.weights) + 5
+    assert step.learners["discriminator"].optimizer.param_groups[0]["betas"] == (
+        (0.0, 0.99) if "stylegan" in settings[0] else (0.9, 0.99)
+    )
+
+
+def test_compiled_step_is_the_eager_one(make, monkeypatch):
+    original = nn.Module.compile
+    # the inductor backend takes minutes; the model's own tests compile with it
+    monkeypatch.setattr(nn.Module, "compile", lambda module: original(module, backend="aot_eager"))
+    eager, compiled = make(), make("compile=true")
+    for index in (1, 2):
+        values = compiled(*inputs(index), index, False).values
+        assert values == pytest.approx(eager(*inputs(index), index, False).values, rel=1e-4)
+    assert compiled.model.state_dict().keys() == eager.model.state_dict().keys()
