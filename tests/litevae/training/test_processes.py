@@ -1,0 +1,88 @@
+"""Several processes share a batch."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SHARED = [
+    "data.batch_size=4",
+    "max_steps=3",
+    "checkpoint.every=1",
+    "checkpoint.keep=3",
+    "optimizer.learning_rate=1e-4",
+    "optimizer.accumulation=2",
+    "loss.adversarial=0.1",
+    "loss.adversarial_start=2",
+    "discriminator.width=S",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def statuses(folder, tiny_settings):
+    """Runs processes.py; the exit status by job and rank, and what they wrote to stderr."""
+    jobs = [
+        [1, -1, [*SHARED, f"output_dir={folder / 'one'}"]],
+        [2, -1, [*SHARED, f"output_dir={folder / 'two'}"]],
+        [2, 1, ["max_steps=5", f"output_dir={folder / 'dies'}"]],
+        [2, -1, ["data.batch_size=3", f"output_dir={folder / 'odd'}"]],
+    ]
+    jobs = [[count, dying, [*tiny_settings, *settings]] for count, dying, settings in jobs]
+    result = subprocess.run(
+        [sys.executable, Path(__file__).with_name("processes.py"), json.dumps(jobs)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=200,  # a hang fails here
+    )
+    assert result.returncode == 0, result.stderr
+    lines = [list(map(int, line.split())) for line in result.stdout.splitlines()]
+    return {(job, rank): status for job, rank, status in lines}, result.stderr
+
+
+def test_two_processes_do_what_one_does_with_the_double_batch(statuses, folder, logged):
+    codes, errors = statuses
+    assert [codes[0, 0], codes[1, 0], codes[1, 1]] == [0, 0, 0], errors
+    ranks = [torch.load(folder / "two" / f"rank{rank}.pt") for rank in (0, 1)]
+    assert all(torch.equal(tensor, ranks[1][name]) for name, tensor in ranks[0].items())
+
+    one, two = logged(folder / "one"), logged(folder / "two")
+    assert [line["step"] for line in two] == [1, 2, 3]
+    assert "discriminator" in two[-1]
+    # a few hundred operations in a row, each rounding by 2^-24; then Adam's first steps, which turn the
+    # rounding of a gradient near 0 into a difference of the size of the learning rate
+    for line, other, tolerance in zip(one, two, (1e-5, 1e-3, 1e-3), strict=True):
+        assert other == pytest.approx(line, rel=tolerance)
+
+    # Adam's first moment after the first step is the gradient, clipped alike
+    first = [
+        torch.load(folder / count / "checkpoints" / "step-00000001" / "state.pt", weights_only=True)[
+            "optimizers"
+        ]["autoencoder"]
+        for count in ("one", "two")
+    ]
+    for index, moments in first[0].items():
+        gradient, other = moments["exp_avg"], first[1][index]["exp_avg"]
+        assert (gradient - other).norm() <= 1e-4 * gradient.norm() + 1e-12
+
+
+def test_a_process_that_dies_ends_the_other_with_an_error(statuses):
+    codes, errors = statuses
+    assert codes[2, 1] == -9
+    assert codes[2, 0] > 0
+    assert "job 2, rank 0" in errors
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(statuses):
+    codes, errors = statuses
+    assert (codes[3, 0], codes[3, 1]) == (1, 1)
+    assert "3 cannot be shared by 2 processes" in errors
