@@ -66,8 +66,6 @@ def test_shapes_without_memory(tiny_config):
         assert vae.decode(latent).sample.shape == (1, 3, 64, 48)
 
 
-
-
 @pytest.mark.parametrize("decoder_norm", ["group", "smc"])
 @pytest.mark.parametrize("output_type", ["image", "wavelet"])
 @pytest.mark.parametrize("use_1x1_conv", [False, True])
