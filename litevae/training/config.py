@@ -42,8 +42,7 @@ class DataConfig:
     otherwise.
 
     `crop` says how an image becomes a square. random: a square of the shorter side's length at a random
-    place, resized (as the first stages of Rombach et al. and Esser et al. are trained; the paper says only
-    that it follows them). random_resized: torchvision's RandomResizedCrop, a window of 8 % to 100 % of the
+    place, resized (as in the code of Esser et al., arXiv:2012.09841; the paper does not say). random_resized: torchvision's RandomResizedCrop, a window of 8 % to 100 % of the
     image with sides of 3:4 to 4:3. native: a square of `size` at a random place, not resized; images smaller
     than that count as bad.
     """
@@ -244,8 +243,6 @@ def check(config: Config) -> None:
             raise UserError(f"{key} must be {maximum} or less, got {setting(config, key)}")
     if config.data.max_bad_fraction >= 1:
         raise UserError(f"data.max_bad_fraction must be below 1, got {config.data.max_bad_fraction}")
-    if not config.data.train:
-        raise UserError("data.train is empty: name a folder of images, .tar shards, a dataset, or demo")
     if min(config.model.block_out_channels, default=0) < 1:
         raise UserError(
             f"model.block_out_channels must all be 1 or more, got {config.model.block_out_channels}"

@@ -127,12 +127,8 @@ def random_resized_window(height: int, width: int, random: np.random.Generator) 
         ratio = math.exp(random.uniform(math.log(ASPECT_RATIO[0]), math.log(ASPECT_RATIO[1])))
         rows, columns = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
         if 0 < rows <= height and 0 < columns <= width:
-            return (
-                int(random.integers(height - rows + 1)),
-                int(random.integers(width - columns + 1)),
-                rows,
-                columns,
-            )
+            top, left = random.integers(height - rows + 1), random.integers(width - columns + 1)
+            return int(top), int(left), rows, columns
     # too long an image: the middle, as near to its aspect ratio as is allowed
     rows = min(height, max(1, round(width / ASPECT_RATIO[0])))
     columns = min(width, max(1, round(height * ASPECT_RATIO[1])))
@@ -146,7 +142,7 @@ def allowed_bad(total: int, max_fraction: float) -> int:
 class BadImages:
     """The list of images that a run could not use, in a file with a line for each: name, tab, reason.
 
-    A file that is there is continued. The processes of a run may each have one of these on the same file.
+    A file that is there is continued: delete it for a new run. The processes of a run may each have one of these on the same file.
 
     Args:
         path: of the file; it is made when the first image fails.

@@ -360,17 +360,17 @@ def import_datasets(path: str) -> Any:
 
 def quietly(name: str, function: Any, argument: Any) -> Any:
     """`function(argument)` without progress bars; UserError, beginning with `name`, for any failure."""
-    from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    shown = is_progress_bar_enabled()
-    disable_progress_bar()
+    hidden = are_progress_bars_disabled()
+    disable_progress_bars()
     try:
         return function(argument)
     except Exception as error:  # `datasets` raises its own and pyarrow's
         raise UserError(f"{name}: cannot be read: {' '.join(str(error).split())}") from None
     finally:
-        if shown:
-            enable_progress_bar()
+        if not hidden:
+            enable_progress_bars()
 
 
 def and_more(files: Sequence[str]) -> str:
