@@ -42,9 +42,9 @@ class DataConfig:
     otherwise.
 
     `crop` says how an image becomes a square. random: a square of the shorter side's length at a random
-    place, resized (as in the code of Esser et al., arXiv:2012.09841; the paper does not say). random_resized: torchvision's RandomResizedCrop, a window of 8 % to 100 % of the
-    image with sides of 3:4 to 4:3. native: a square of `size` at a random place, not resized; images smaller
-    than that count as bad.
+    place, resized (as in the code of Esser et al., arXiv:2012.09841; the paper does not say).
+    random_resized: torchvision's RandomResizedCrop, a window of 8 % to 100 % of the image with sides of 3:4
+    to 4:3. native: a square of `size` at a random place, not resized; smaller images count as bad.
     """
 
     train: str = "demo"

@@ -142,7 +142,8 @@ def allowed_bad(total: int, max_fraction: float) -> int:
 class BadImages:
     """The list of images that a run could not use, in a file with a line for each: name, tab, reason.
 
-    A file that is there is continued: delete it for a new run. The processes of a run may each have one of these on the same file.
+    A file that is there is continued: delete it for a new run. The processes of a run may each have one of
+    these on the same file.
 
     Args:
         path: of the file; it is made when the first image fails.

@@ -147,9 +147,9 @@ class Trainer:
         loader = DataLoader(
             crops, config.data.batch_size, num_workers=config.data.workers, collate_fn=collate
         )
-        self.bad_images = BadImages(
-            self.output_dir / "bad_images.txt", len(images), config.data.max_bad_fraction
-        )
+        bad_images = self.output_dir / "bad_images.txt"
+        bad_images.unlink(missing_ok=True)  # an earlier run's
+        self.bad_images = BadImages(bad_images, len(images), config.data.max_bad_fraction)
         self.autoencode, self.optimizer, self.loader = self.accelerator.prepare(
             Autoencode(self.model), optimizer, loader
         )
