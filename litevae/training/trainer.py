@@ -28,9 +28,15 @@ from litevae.losses import Objective
 from litevae.models import LiteVAE
 from litevae.training.checkpoint import replacing, save_model
 from litevae.training.config import Config, ModelConfig
-from litevae.training.data import HELD_OUT_PHOTOGRAPH, TRAINING_PHOTOGRAPHS, RandomCrops, load_photograph
+from litevae.training.data import BadImages, TrainingCrops, collate
 from litevae.training.initialise import initialise
 from litevae.training.report import draw_curves, draw_reconstructions
+from litevae.training.sources import (
+    HELD_OUT_PHOTOGRAPH,
+    TRAINING_PHOTOGRAPHS,
+    load_photograph,
+    open_images,
+)
 
 SHOWN_PHOTOGRAPHS = ("astronaut", "coffee", "rocket")  # of the training photographs, in the picture
 
@@ -131,14 +137,21 @@ class Trainer:
             num_warmup_steps=config.optimizer.warmup_steps,
             num_training_steps=config.max_steps,
         )
-        crops = RandomCrops(
-            list(self.photographs.values()),
-            size=config.data.size,
-            length=config.max_steps * config.data.batch_size * self.accelerator.num_processes,
+        images = open_images(config.data.train)
+        crops = TrainingCrops(
+            images,
+            config.data,
             seed=config.seed,
+            length=config.max_steps * config.data.batch_size * self.accelerator.num_processes,
         )
+        loader = DataLoader(
+            crops, config.data.batch_size, num_workers=config.data.workers, collate_fn=collate
+        )
+        bad_images = self.output_dir / "bad_images.txt"
+        bad_images.unlink(missing_ok=True)  # an earlier run's
+        self.bad_images = BadImages(bad_images, len(images), config.data.max_bad_fraction)
         self.autoencode, self.optimizer, self.loader = self.accelerator.prepare(
-            Autoencode(self.model), optimizer, DataLoader(crops, config.data.batch_size)
+            Autoencode(self.model), optimizer, loader
         )
         self.objective = Objective(config.loss).to(self.accelerator.device)
         self.lines: list[dict[str, float]] = []
@@ -158,8 +171,9 @@ class Trainer:
         ):
             step_start = start
             for batch in self.loader:
+                self.bad_images.add(batch.bad)
                 try:
-                    measured = self.train_step(batch, done + 1)
+                    measured = self.train_step(batch.images, done + 1)
                 except NonFiniteError as error:  # the weights are still those of the step before
                     failure = error
                     break
@@ -168,7 +182,7 @@ class Trainer:
                 training_seconds += time.perf_counter() - step_start
                 bar.update()
                 if done == 1 or done % config.log_every == 0 or done == config.max_steps or stopped:
-                    rate = done * len(batch) / training_seconds
+                    rate = done * len(batch.images) / training_seconds
                     line = {"step": done, **measured, "images_per_second": rate}
                     self.lines.append(line)
                     log.write(json.dumps(line) + "\n")
