@@ -1,5 +1,7 @@
 // A 3x3 convolution (stride 1, one pixel of zeros around) of bfloat16 tensors as the core sees it:
 // y = conv(activation(x and skip side by side)) + bias + residual, rounded once. Needs AVX512-BF16.
+// The rms error is about 2.5 times that of a direct convolution, which rounds the result only. Faster than
+// that from 32 channels on both sides on: channels are padded to 32.
 #pragma once
 
 #include <cstdint>

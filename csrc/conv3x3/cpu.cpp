@@ -10,7 +10,8 @@
 // A thread takes rows of tiles one after the other. Each row of pixels passes through the activation once,
 // into a ring of rows that has the border of zeros; a block of tiles is transformed, multiplied and
 // transformed back within the second-level cache, while the next rows and the residual are being prefetched.
-// An output depends on its tile alone, so any number of threads gives the same bits.
+// An output depends on its tile alone, so any number of threads gives the same bits. A NaN or an infinity
+// spoils all outputs of the tiles that it is in, also those that it is no neighbour of.
 //
 // Compiled once an instruction set: only internal linkage and no library templates below.
 #include <cstring>
@@ -309,6 +310,7 @@ void convolve(const Task& k, const Block& b, int64_t next, const Space& space) {
 
 template <int V, int T>
 void forward(const Forward& call, int threads) {
+  threads = static_cast<int>(least(threads, call.in.batch() * ceil_div(call.in.height(), 2)));
   Task k{Image(call.in.x),
          Image(call.in.skip),
          Image(call.residual),
