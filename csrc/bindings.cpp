@@ -145,14 +145,16 @@ litevae::group_norm_silu::Backward norm_backward(const TensorView& grad, const T
   return b;
 }
 
-litevae::smc::Inputs smc_inputs(const TensorView& weight, const TensorView& scale, const MaybeView& gain,
-                                const TensorView& norm, double eps) {
+// `other` is the modulated weight, or its gradient. Their arithmetic is the norm's: double for doubles.
+litevae::smc::Inputs smc_inputs(const TensorView& weight, const TensorView& other, const TensorView& scale,
+                                const MaybeView& gain, const TensorView& norm, double eps) {
   litevae::smc::Inputs in{weight, scale, gain.value_or(TensorView{}), norm, eps};
   expect(weight.size[1] > 0 && scale.size[1] > 0 && scale.size[1] % weight.size[1] == 0 &&
              weight.size[0] % in.groups() == 0,
          "scale");
+  const bool doubles = weight.dtype == litevae::DType::f64 || other.dtype == litevae::DType::f64;
   expect(norm.size[1] == weight.size[0] &&
-             (norm.dtype == litevae::DType::f32 || norm.dtype == litevae::DType::f64),
+             (norm.dtype == litevae::DType::f64 || (norm.dtype == litevae::DType::f32 && !doubles)),
          "norm");
   return in;
 }
@@ -160,7 +162,7 @@ litevae::smc::Inputs smc_inputs(const TensorView& weight, const TensorView& scal
 litevae::smc::Forward smc_forward(const TensorView& weight, const TensorView& scale, const MaybeView& gain,
                                   const TensorView& modulated, const TensorView& norm, double eps) {
   expect(same_size(weight, modulated), "modulated");
-  return {smc_inputs(weight, scale, gain, norm, eps), modulated};
+  return {smc_inputs(weight, modulated, scale, gain, norm, eps), modulated};
 }
 
 litevae::smc::Backward smc_backward(const TensorView& grad, const TensorView& weight, const TensorView& scale,
@@ -168,10 +170,10 @@ litevae::smc::Backward smc_backward(const TensorView& grad, const TensorView& we
                                     const TensorView& grad_weight, const TensorView& grad_scale,
                                     const MaybeView& grad_gain, double eps) {
   expect(same_size(weight, grad), "grad");
-  expect(same_size(weight, grad_weight), "grad_weight");
+  expect(same_size(weight, grad_weight) && weight.dtype == grad_weight.dtype, "grad_weight");
   expect(same_size(scale, grad_scale), "grad_scale");
   expect(gain.has_value() == grad_gain.has_value(), "grad_gain");
-  return {smc_inputs(weight, scale, gain, norm, eps), grad, grad_weight, grad_scale,
+  return {smc_inputs(weight, grad, scale, gain, norm, eps), grad, grad_weight, grad_scale,
           grad_gain.value_or(TensorView{})};
 }
 

@@ -64,10 +64,11 @@ def native_view(x: Tensor | None) -> Any:
     if x is None:
         return None
     assert core is not None
-    shape, stride = tuple(x.shape), x.stride()
-    if len(shape) == 1:
-        shape, stride = (1, *shape, 1, 1), (0, *stride, 0, 0)
-    return core.TensorView(x.data_ptr(), DTYPES[x.dtype], shape, stride)
+    size: tuple[int, ...] = x.shape
+    stride = x.stride()
+    if x.ndim == 1:  # not by a view of the tensor, which takes as long as a small kernel
+        size, stride = (1, size[0], 1, 1), (0, stride[0], 0, 0)
+    return core.TensorView(x.data_ptr(), DTYPES[x.dtype], size, stride)
 
 
 def differentiable_gradients(

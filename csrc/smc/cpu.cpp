@@ -1,14 +1,18 @@
 // Weight modulation on the CPU: one pass over the weight in either direction, a filter at a time, which stays
 // in the first-level cache between its sum and its use.
 //
+// A filter is worked on in the weight's own order, as runs of adjacent values that have the same row of
+// scales: a run for each tap where the channels are innermost, and one run, whose scales are repeated for the
+// taps of a channel, where the taps are. What comes or goes in another order is transposed in vectors.
+//
 // Compiled once an instruction set: only internal linkage and no library templates below.
 #include <math.h>
 
 #include <cstdlib>
 #include <new>
 
-#include "../common/convert.h"
 #include "../common/parallel.h"
+#include "../common/vector.h"
 #include "smc.h"
 
 namespace litevae {
@@ -20,48 +24,23 @@ using smc::Inputs;
 namespace {
 
 constexpr int64_t kFiltersAPart = 16;  // whose contributions to the scales' gradients are added up together
-constexpr int64_t kElementsForThreads = 1 << 14;  // a thread's start costs more than less work
-constexpr int kLanes = 16;
+constexpr int64_t kElementsForThreads = 1 << 15;  // a thread's start costs more than less work
+constexpr int kTaps = 9;                          // of the filters that are transposed in vectors: 3 x 3
+constexpr int64_t kElementsASum = 1024;           // in the arithmetic's type; double from there on
 
+// From a cache line's boundary on: vectors that straddle two lines halve the speed.
 template <class T>
 struct Scratch {
+  char* memory;
   T* data;
   explicit Scratch(int64_t count)
-      : data(static_cast<T*>(std::malloc(static_cast<size_t>(count) * sizeof(T) + 1))) {}
+      : memory(static_cast<char*>(std::malloc(static_cast<size_t>(count) * sizeof(T) + 64))),
+        data(reinterpret_cast<T*>(
+            memory == nullptr ? nullptr : memory + 64 - reinterpret_cast<uintptr_t>(memory) % 64)) {}
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
-  ~Scratch() { std::free(data); }
+  ~Scratch() { std::free(memory); }
 };
-
-// One filter's values, input channel by input channel and tap by tap, whatever the layout of the weight.
-template <class Move>
-void for_rows(const TensorView& t, int64_t filter, const Move& move) {
-  const int64_t inputs = t.size[1], height = t.size[2], width = t.size[3], bytes = element_size(t.dtype);
-  char* base = static_cast<char*>(t.data) + filter * t.stride[0] * bytes;
-  if (t.stride[3] == 1 && t.stride[2] == width && t.stride[1] == height * width)
-    return move(base, 1, inputs * height * width, 0, 1);
-  for (int64_t k = 0; k < height * width; ++k)
-    move(base + (k / width * t.stride[2] + k % width * t.stride[3]) * bytes, t.stride[1], inputs, k,
-         height * width);
-}
-
-template <class T>
-void load_filter(const TensorView& t, int64_t filter, T* to, T* line) {
-  for_rows(t, filter, [&](char* from, int64_t stride, int64_t count, int64_t first, int64_t step) {
-    if (step == 1) return load_row(t.dtype, from, stride, count, 1, to);
-    load_row(t.dtype, from, stride, count, 1, line);
-    for (int64_t i = 0; i < count; ++i) to[first + i * step] = line[i];
-  });
-}
-
-template <class T>
-void store_filter(const TensorView& t, int64_t filter, const T* from, T* line) {
-  for_rows(t, filter, [&](char* to, int64_t stride, int64_t count, int64_t first, int64_t step) {
-    if (step == 1) return store_row(t.dtype, from, to, stride, count, 1);
-    for (int64_t i = 0; i < count; ++i) line[i] = from[first + i * step];
-    store_row(t.dtype, line, to, stride, count, 1);
-  });
-}
 
 template <class T>
 void load_vector(const TensorView& t, T* to) {
@@ -73,54 +52,213 @@ void store_vector(const T* from, const TensorView& t) {
   store_row(t.dtype, from, static_cast<char*>(t.data), t.stride[1], t.size[1], 1);
 }
 
-// In lanes, so that the compiler may vectorise it; the order of the additions is fixed.
-template <class T>
-double dot(const T* a, const T* b, int64_t count) {
-  double sum = 0;
-  for (int64_t first = 0; first < count; first += 1024) {
-    const int64_t last = first + 1024 < count ? first + 1024 : count;
-    T lane[kLanes] = {};
-    int64_t i = first;
-    for (; i + kLanes <= last; i += kLanes)
-      for (int k = 0; k < kLanes; ++k) lane[k] += a[i + k] * b[i + k];
-    for (; i < last; ++i) lane[i % kLanes] += a[i] * b[i];
-    for (int k = 0; k < kLanes; ++k) sum += static_cast<double>(lane[k]);
-  }
-  return sum;
-}
+// Distances between a filter's channels, and between the rows and columns of its taps.
+struct Order {
+  int64_t channel, row, column;
+  bool operator==(const Order& o) const { return channel == o.channel && row == o.row && column == o.column; }
+};
 
-// Each tap's scale: scale[i] for all taps of input channel i of the filter's group.
-template <class T>
-void spread(const T* scale, int64_t inputs, int64_t taps, T* to) {
-  for (int64_t i = 0; i < inputs; ++i)
-    for (int64_t k = 0; k < taps; ++k) to[i * taps + k] = scale[i];
-}
-
-template <class T>
 struct Sizes {
-  int64_t filters, inputs, taps, values, groups;
-  T gain;
+  int64_t filters, inputs, width, taps, values, groups;
+  double gain;
+  Order by_channel, order;  // taps innermost; the weight's own, or channels innermost
+  int64_t length, copies;   // of a run, and of each scale in it
+
   explicit Sizes(const Inputs& in)
       : filters(in.weight.size[0]),
         inputs(in.weight.size[1]),
-        taps(in.weight.size[2] * in.weight.size[3]),
+        width(in.weight.size[3]),
+        taps(in.weight.size[2] * width),
         values(inputs * taps),
         groups(in.groups()),
-        gain(1) {
+        gain(1),
+        by_channel{taps, width, 1},
+        order(order_of(in.weight)),
+        length(values),
+        copies(taps) {
     if (in.gain.data != nullptr) load_vector(in.gain, &gain);
+    if (order == by_channel) return;
+    order = ordered(in.weight, 1, width * inputs, inputs);
+    length = inputs, copies = 1;
   }
+  // Dimensions of one element have any stride: here, that of `by_channel`.
+  Order ordered(const TensorView& t, int64_t channel, int64_t row, int64_t column) const {
+    return {t.size[1] == 1 ? taps : channel, t.size[2] == 1 ? width : row, t.size[3] == 1 ? 1 : column};
+  }
+  Order order_of(const TensorView& t) const { return ordered(t, t.stride[1], t.stride[2], t.stride[3]); }
   int64_t group(int64_t filter) const { return filter / (filters / groups); }
 };
 
-// body(part, first filter, last filter, scratch of `rows` filters) for parts of a fixed size on several
-// threads.
-template <class T, class Body>
-void for_parts(const Sizes<T>& s, int threads, int rows, const Body& body) {
+// A filter that is needed next: asked for, if it is dense, while the one before is written.
+struct Ahead {
+  const char* data;
+  int64_t bytes;
+  Ahead(const TensorView& t, int64_t filter)
+      : data(static_cast<const char*>(t.data) + filter * t.stride[0] * element_size(t.dtype)),
+        bytes(element_size(t.dtype)) {}
+  void fetch(int64_t value) const { __builtin_prefetch(data + value * bytes); }
+};
+
+// f(pointer of the tensor's type to one of its filters); doubles come with arithmetic in double only
+template <class T, class F>
+void with_filter(const TensorView& t, int64_t filter, const F& f) {
+  const int64_t offset = filter * t.stride[0];
+  switch (t.dtype) {
+    case DType::f32:
+      return f(static_cast<float*>(t.data) + offset);
+    case DType::f64:
+      if constexpr (sizeof(T) == sizeof(double)) f(static_cast<double*>(t.data) + offset);
+      return;
+    case DType::f16:
+      return f(static_cast<Half*>(t.data) + offset);
+    case DType::bf16:
+      return f(static_cast<BFloat16*>(t.data) + offset);
+  }
+}
+
+// The first `count` lanes of a vector; all of them where that is known from the start.
+template <bool Whole>
+struct Lanes {
+  int count;
+  template <class V, class S>
+  V load(const S* from) const {
+    return Whole ? V::load(from) : V::load(from, count);
+  }
+  template <class V, class S>
+  void store(V v, S* to) const {
+    Whole ? v.store(to) : v.store(to, count);
+  }
+};
+
+// f(first, lanes) for each vector of `count` elements
+template <class V, class F>
+void for_vectors(int64_t count, const F& f) {
+  int64_t i = 0;
+  for (; i + V::width <= count; i += V::width) f(i, Lanes<true>{V::width});
+  if (i < count) f(i, Lanes<false>{static_cast<int>(count - i)});
+}
+
+template <class V, class A, class B>
+void copy_run(const A* from, B* to, int64_t count) {
+  for_vectors<V>(count,
+                 [&](int64_t i, auto lanes) { lanes.store(lanes.template load<V>(from + i), to + i); });
+}
+
+#if defined(LITEVAE_SIMD)
+// Transposes (2 width, kTaps) values to (kTaps, 2 width), or back, in registers; load(j) and store(j, vector)
+// are of the j-th vector. Place kTaps i + k becomes 2 width k + i, which is 2 width times as much, modulo the
+// number of values less one; and the perfect shuffle of the halves doubles each place, modulo the same.
+template <bool Back, int Times, class Load, class Store>
+void transpose(const Load& load, const Store& store) {
+  if constexpr (Times == 1) {
+#pragma GCC unroll 18  // or the vectors go by way of memory
+    for (int j = 0; j < 2 * kTaps; ++j) store(j, load(j));
+  } else {
+    VecF v[2 * kTaps];
+#pragma GCC unroll 9
+    for (int j = 0; j < kTaps; ++j)
+      Back ? deinterleave(load(2 * j), load(2 * j + 1), v[j], v[kTaps + j])
+           : interleave(load(j), load(kTaps + j), v[2 * j], v[2 * j + 1]);
+    transpose<Back, Times / 2>([&](int j) { return v[j]; }, store);
+  }
+}
+#endif
+
+// From any order and type to any other, by way of V's type.
+template <class V, class A, class B>
+void copy_filter(const Sizes& s, const A* from, Order in, B* to, Order out) {
+  const auto source = [&](int64_t k) { return from + k / s.width * in.row + k % s.width * in.column; };
+  const auto target = [&](int64_t k) { return to + k / s.width * out.row + k % s.width * out.column; };
+  if (in == s.by_channel && out == s.by_channel) return copy_run<V>(from, to, s.values);
+  if (in.channel == 1 && out.channel == 1) {
+    for (int64_t k = 0; k < s.taps; ++k) copy_run<V>(source(k), target(k), s.inputs);
+    return;
+  }
+  int64_t done = 0;  // channels
+#if defined(LITEVAE_SIMD)
+  if constexpr (sizeof(typename V::Scalar) == sizeof(float)) {
+    constexpr int W = VecF::width;
+    const A* sources[kTaps];
+    B* targets[kTaps];
+    for (int k = 0; k < kTaps && s.taps == kTaps; ++k) sources[k] = source(k), targets[k] = target(k);
+    if (s.taps == kTaps && in == s.by_channel && out.channel == 1)
+      for (; done + 2 * W <= s.inputs; done += 2 * W)
+        transpose<false, 2 * W>([&](int j) { return VecF::load(from + done * kTaps + j * W); },
+                                [&](int j, VecF v) { v.store(targets[j / 2] + done + j % 2 * W); });
+    if (s.taps == kTaps && in.channel == 1 && out == s.by_channel)
+      for (; done + 2 * W <= s.inputs; done += 2 * W)
+        transpose<true, 2 * W>([&](int j) { return VecF::load(sources[j / 2] + done + j % 2 * W); },
+                               [&](int j, VecF v) { v.store(to + done * kTaps + j * W); });
+  }
+#endif
+  for (int64_t k = 0; k < s.taps; ++k)
+    for (int64_t i = done; i < s.inputs; ++i)
+      put(static_cast<typename V::Scalar>(to_float(source(k)[i * in.channel])), target(k)[i * out.channel]);
+}
+
+// A filter in the order and type of the arithmetic: where it stands, or else in `room`.
+template <class V>
+const typename V::Scalar* load_filter(const Sizes& s, const TensorView& t, int64_t filter,
+                                      typename V::Scalar* room) {
+  using T = typename V::Scalar;
+  if (t.dtype == dtype_of<T>() && s.order_of(t) == s.order)
+    return static_cast<const T*>(t.data) + filter * t.stride[0];
+  with_filter<T>(t, filter, [&](const auto* from) { copy_filter<V>(s, from, s.order_of(t), room, s.order); });
+  return room;
+}
+
+// fill(where) writes a filter in the order of the arithmetic, there or in `room`.
+template <class V, class Fill>
+void store_filter(const Sizes& s, const TensorView& t, int64_t filter, typename V::Scalar* room,
+                  const Fill& fill) {
+  const bool there = s.order_of(t) == s.order;
+  if (!there) fill(room);
+  with_filter<typename V::Scalar>(
+      t, filter, [&](auto* to) { there ? fill(to) : copy_filter<V>(s, room, s.order, to, s.order_of(t)); });
+}
+
+// The sum over a filter's vectors: add(sum so far, first value, its scale, lanes). The order is fixed.
+template <class V, class Add>
+double sum_filter(const Sizes& s, const Add& add) {
+  double total[V::width] = {};
+  for (int64_t run = 0; run < s.values; run += s.length)
+    for (int64_t first = 0; first < s.length; first += kElementsASum) {
+      const int64_t left = s.length - first, count = left < kElementsASum ? left : kElementsASum;
+      V sum[4] = {V::set(0), V::set(0), V::set(0), V::set(0)};
+      int64_t i = first;
+      for (; i + 4 * V::width <= first + count; i += 4 * V::width)
+        for (int u = 0; u < 4; ++u)
+          sum[u] = add(sum[u], run + i + u * V::width, i + u * V::width, Lanes<true>{V::width});
+      for_vectors<V>(first + count - i,
+                     [&](int64_t j, auto lanes) { sum[0] = add(sum[0], run + i + j, i + j, lanes); });
+      typename V::Scalar lane[V::width];
+      ((sum[0] + sum[1]) + (sum[2] + sum[3])).store(lane);
+      for (int k = 0; k < V::width; ++k) total[k] += static_cast<double>(lane[k]);
+    }
+  double sum = 0;
+  for (double lane : total) sum += lane;
+  return sum;
+}
+
+// The scales of a run, of the filter's group.
+template <class T>
+const T* scales_of(const Sizes& s, int64_t filter, const T* scale, T* room) {
+  scale += s.group(filter) * s.inputs;
+  if (s.copies == 1) return scale;
+  for (int64_t i = 0; i < s.inputs; ++i)
+    for (int64_t k = 0; k < s.copies; ++k) room[i * s.copies + k] = scale[i];
+  return room;
+}
+
+// body(part, first filter, last filter, scratch of `rooms` filters) for parts of a fixed size on
+// several threads.
+template <class V, class Body>
+void for_parts(const Sizes& s, int threads, int rooms, const Body& body) {
   if (s.filters * s.values < kElementsForThreads) threads = 1;
   const int64_t parts = (s.filters + kFiltersAPart - 1) / kFiltersAPart;
   bool out_of_memory = false;  // an exception must not leave a thread of the team
   parallel_for(parts, threads, [&](int64_t begin, int64_t end) {
-    Scratch<T> scratch(rows * s.values);
+    Scratch<typename V::Scalar> scratch(rooms * s.values);
     if (scratch.data == nullptr) return __atomic_store_n(&out_of_memory, true, __ATOMIC_RELAXED);
     for (int64_t part = begin; part < end; ++part) {
       const int64_t last = (part + 1) * kFiltersAPart;
@@ -130,23 +268,33 @@ void for_parts(const Sizes<T>& s, int threads, int rows, const Body& body) {
   if (out_of_memory) throw std::bad_alloc();
 }
 
-template <class T>
+template <class V>
 void forward(const Forward& call, int threads) {
-  const Sizes<T> s(call.in);
+  using T = typename V::Scalar;
+  const Sizes s(call.in);
   Scratch<T> scale(s.groups * s.inputs), norm(s.filters);
   if (scale.data == nullptr || norm.data == nullptr) throw std::bad_alloc();
   load_vector(call.in.scale, scale.data);
-  for_parts(s, threads, 3, [&](int64_t, int64_t first, int64_t last, T* scratch) {
-    T *w = scratch, *scales = w + s.values, *line = scales + s.values;
+  for_parts<V>(s, threads, 3, [&](int64_t, int64_t first, int64_t last, T* scratch) {
+    T *room = scratch, *result = room + s.values, *repeated = result + s.values;
+    const T* scales = nullptr;
     for (int64_t o = first; o < last; ++o) {
-      if (o == first || s.group(o) != s.group(o - 1))
-        spread(scale.data + s.group(o) * s.inputs, s.inputs, s.taps, scales);
-      load_filter(call.in.weight, o, w, line);
-      for (int64_t i = 0; i < s.values; ++i) w[i] *= scales[i];
-      const double n = ::sqrt(dot(w, w, s.values));
-      const T factor = static_cast<T>(static_cast<double>(s.gain) / (n + call.in.eps));
-      for (int64_t i = 0; i < s.values; ++i) w[i] *= factor;
-      store_filter(call.modulated, o, w, line);
+      if (o == first || s.group(o) != s.group(o - 1)) scales = scales_of(s, o, scale.data, repeated);
+      const T* w = load_filter<V>(s, call.in.weight, o, room);
+      const double n = ::sqrt(sum_filter<V>(s, [&](V sum, int64_t i, int64_t j, auto lanes) {
+        const V v = lanes.template load<V>(w + i) * lanes.template load<V>(scales + j);
+        return multiply_add(v, v, sum);
+      }));
+      const Ahead next_weight(call.in.weight, o + 1);
+      const V factor = V::set(static_cast<T>(s.gain / (n + call.in.eps)));
+      store_filter<V>(s, call.modulated, o, result, [&](auto* to) {
+        for (int64_t run = 0; run < s.values; run += s.length)
+          for_vectors<V>(s.length, [&](int64_t j, auto lanes) {
+            next_weight.fetch(run + j);
+            const V v = lanes.template load<V>(w + run + j) * lanes.template load<V>(scales + j);
+            lanes.store(v * factor, to + run + j);
+          });
+      });
       norm.data[o] = static_cast<T>(n);
     }
   });
@@ -154,38 +302,58 @@ void forward(const Forward& call, int threads) {
 }
 
 // With v = scale w, d = norm + eps and D = sum g v: dv = gain (g / d - v D / (norm d^2)).
-template <class T>
+template <class V>
 void backward(const Backward& call, int threads) {
-  const Sizes<T> s(call.in);
+  using T = typename V::Scalar;
+  const Sizes s(call.in);
   const int64_t parts = (s.filters + kFiltersAPart - 1) / kFiltersAPart, channels = s.groups * s.inputs;
   Scratch<T> scale(channels), norm(s.filters);
   Scratch<double> partial(parts * channels), gain(s.filters);
   if (!scale.data || !norm.data || !partial.data || !gain.data) throw std::bad_alloc();
   load_vector(call.in.scale, scale.data);
   load_vector(call.in.norm, norm.data);
-  for_parts(s, threads, 4, [&](int64_t part, int64_t first, int64_t last, T* scratch) {
-    T *w = scratch, *g = w + s.values, *scales = g + s.values, *line = scales + s.values;
+  for_parts<V>(s, threads, 5, [&](int64_t part, int64_t first, int64_t last, T* scratch) {
+    T *w_room = scratch, *g_room = w_room + s.values, *result = g_room + s.values;
+    T *repeated = result + s.values, *products = repeated + s.values;
+    const T* scales = nullptr;
     double* of_scale = partial.data + part * channels;
     for (int64_t i = 0; i < channels; ++i) of_scale[i] = 0;
+    int64_t added = 0;  // filters in `products`
     for (int64_t o = first; o < last; ++o) {
-      if (o == first || s.group(o) != s.group(o - 1))
-        spread(scale.data + s.group(o) * s.inputs, s.inputs, s.taps, scales);
-      load_filter(call.in.weight, o, w, line);
-      load_filter(call.grad, o, g, line);
-      for (int64_t i = 0; i < s.values; ++i) line[i] = w[i] * scales[i];
-      const double along = dot(g, line, s.values), n = static_cast<double>(norm.data[o]), d = n + call.in.eps;
-      const double outer = static_cast<double>(s.gain) / d;
-      const T a = static_cast<T>(outer), b = static_cast<T>(n > 0 ? outer * (along / (n * d)) : 0.0);
+      if (o == first || s.group(o) != s.group(o - 1)) scales = scales_of(s, o, scale.data, repeated);
+      const T* w = load_filter<V>(s, call.in.weight, o, w_room);
+      const T* g = load_filter<V>(s, call.grad, o, g_room);
+      const double along = sum_filter<V>(s, [&](V sum, int64_t i, int64_t j, auto lanes) {
+        const V v = lanes.template load<V>(w + i) * lanes.template load<V>(scales + j);
+        return multiply_add(lanes.template load<V>(g + i), v, sum);
+      });
+      const double n = static_cast<double>(norm.data[o]), d = n + call.in.eps, outer = s.gain / d;
+      const V a = V::set(static_cast<T>(outer));
+      const V b = V::set(static_cast<T>(n > 0 ? -outer * (along / (n * d)) : 0.0));
       gain.data[o] = along / d;
-      for (int64_t i = 0; i < s.values; ++i) g[i] = a * g[i] - b * line[i];
+      const Ahead next_weight(call.in.weight, o + 1), next_grad(call.grad, o + 1);
+      if (added == 0)
+        for (int64_t i = 0; i < s.length; ++i) products[i] = 0;
+      store_filter<V>(s, call.grad_weight, o, result, [&](auto* to) {
+        for (int64_t run = 0; run < s.values; run += s.length)
+          for_vectors<V>(s.length, [&](int64_t j, auto lanes) {
+            next_weight.fetch(run + j), next_grad.fetch(run + j);
+            const V value = lanes.template load<V>(w + run + j), factor = lanes.template load<V>(scales + j);
+            const V dv = multiply_add(b, value * factor, a * lanes.template load<V>(g + run + j));
+            lanes.store(multiply_add(value, dv, lanes.template load<V>(products + j)), products + j);
+            lanes.store(dv * factor, to + run + j);
+          });
+      });
+      // as many filters as add up a channel's taps in this type, and double from there on
+      if (++added < s.copies && o + 1 < last && s.group(o) == s.group(o + 1)) continue;
+      added = 0;
       double* sums = of_scale + s.group(o) * s.inputs;
-      for (int64_t i = 0; i < s.inputs; ++i) {
-        T sum = 0;
-        for (int64_t k = 0; k < s.taps; ++k) sum += w[i * s.taps + k] * g[i * s.taps + k];
-        sums[i] += static_cast<double>(sum);
+      for (int64_t i = 0; s.copies == 1 && i < s.inputs; ++i) sums[i] += static_cast<double>(products[i]);
+      for (int64_t i = 0; s.copies != 1 && i < s.inputs; ++i) {
+        double sum = 0;
+        for (int64_t k = 0; k < s.copies; ++k) sum += static_cast<double>(products[i * s.copies + k]);
+        sums[i] += sum;
       }
-      for (int64_t i = 0; i < s.values; ++i) g[i] *= scales[i];
-      store_filter(call.grad_weight, o, g, line);
     }
   });
   for (int64_t part = 1; part < parts; ++part)
@@ -203,11 +371,11 @@ bool in_double(const Inputs& in) { return in.norm.dtype == DType::f64; }
 }  // namespace
 
 void modulate_weight_forward(const Forward& call, int threads) {
-  in_double(call.in) ? forward<double>(call, threads) : forward<float>(call, threads);
+  in_double(call.in) ? forward<VecN<double>>(call, threads) : forward<VecFloat>(call, threads);
 }
 
 void modulate_weight_backward(const Backward& call, int threads) {
-  in_double(call.in) ? backward<double>(call, threads) : backward<float>(call, threads);
+  in_double(call.in) ? backward<VecN<double>>(call, threads) : backward<VecFloat>(call, threads);
 }
 
 }  // namespace LITEVAE_ISA

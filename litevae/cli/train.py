@@ -1,5 +1,6 @@
 """`litevae train`."""
 
+import os
 from typing import Annotated
 
 import typer
@@ -39,10 +40,12 @@ def train(
     from litevae.training import train as run
 
     result = run(load_config(config, overrides or ()))
+    if int(os.environ.get("RANK", "0")):  # the first process speaks for all
+        return
     if result.stopped_by:
         print(f"stopped by {result.stopped_by} after {result.steps} steps; everything is saved")
-    print(
-        f"{result.steps} steps in {result.seconds:.0f} s; "
-        f"held-out photograph: PSNR {result.psnr:.2f} dB, SSIM {result.ssim:.3f}"
+    measured = (
+        "" if result.psnr is None else f"; validation: PSNR {result.psnr:.2f} dB, SSIM {result.ssim:.3f}"
     )
+    print(f"{result.steps} steps in {result.seconds:.0f} s{measured}")
     print(f"see {result.output_dir / 'reconstructions.png'} and {result.output_dir / 'curves.png'}")

@@ -21,19 +21,19 @@ from litevae.training.checkpoint import replacing
 DPI = 120
 
 
-def draw_reconstructions(model: Autoencoder, photographs: Mapping[str, Pixels], path: Path) -> None:
-    """A row for each photograph: input, reconstruction, and latent as RGB.
+def draw_reconstructions(model: Autoencoder, images: Sequence[tuple[str, Pixels]], path: Path) -> None:
+    """A row for each image: input, reconstruction, and latent as RGB.
 
     Args:
-        photographs: (H, W, 3) uint8 each, by what to write beside its row.
+        images: what to write beside the row, and (H, W, 3) uint8.
         path: the PNG to write.
     """
     factor = spatial_compression(model)
-    latents = [encode(model, image) for image in photographs.values()]
+    latents = [encode(model, image) for _, image in images]
     colours = latents_as_rgb([latent[0].float().cpu() for latent in latents])
     columns = ("input", "reconstruction", "latent as RGB")
     width, left, top = 3.6, 0.35, 0.55  # inches; of a picture, and of the margins
-    heights = [width * image.shape[0] / image.shape[1] for image in photographs.values()]
+    heights = [width * image.shape[0] / image.shape[1] for _, image in images]
     gap = 0.1
     total_width = left + len(columns) * (width + gap)
     total_height = top + sum(heights) + gap * len(heights)
@@ -49,7 +49,7 @@ def draw_reconstructions(model: Autoencoder, photographs: Mapping[str, Pixels], 
         color="0.35",
     )
     y = total_height - top
-    for row, (label, image) in enumerate(photographs.items()):
+    for row, (label, image) in enumerate(images):
         reconstruction = decode(model, latents[row], (image.shape[0], image.shape[1]))
         latent = np.kron(colours[row], np.ones((factor, factor, 1), np.uint8))
         pictures = (image, reconstruction, latent[: image.shape[0], : image.shape[1]])
@@ -115,15 +115,13 @@ def draw_curves(
     lines: Sequence[Mapping[str, Any]],
     terms: Sequence[str],
     history: Sequence[Mapping[str, float]],
-    held_out: str,
     path: Path,
 ) -> None:
-    """Losses over the steps on the left, the held-out photograph's PSNR and SSIM on the right.
+    """Losses over the steps on the left, the validation images' PSNR and SSIM on the right.
 
     Args:
         lines: one mapping a logged step, with "step", "loss" and those of the `terms` that were on.
         history: one mapping a measurement, with "step", "psnr" and "ssim".
-        held_out: name of the photograph.
         path: the PNG to write.
     """
     figure = Figure(figsize=(10, 4), dpi=DPI, layout="constrained")
@@ -141,7 +139,7 @@ def draw_curves(
     ssim_axes = right.twinx()
     right.plot(at, [point["psnr"] for point in history], "o-", markersize=3, color="C0")
     ssim_axes.plot(at, [point["ssim"] for point in history], "s-", markersize=3, color="C1")
-    right.set(title=f"held-out photograph ({held_out})", xlabel="step")
+    right.set(title="validation images", xlabel="step")
     right.set_ylabel("PSNR (dB)", color="C0")
     ssim_axes.set_ylabel("SSIM", color="C1")
     for axes in (left, right):

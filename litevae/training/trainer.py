@@ -17,14 +17,13 @@ from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from litevae.discriminators import build_discriminator
 from litevae.errors import NonFiniteError, UserError
 from litevae.evaluation.metrics import psnr, ssim
 from litevae.evaluation.reconstruction import reconstruct
-from litevae.images import Pixels, to_model_range
+from litevae.images import to_model_range
 from litevae.losses import Objective
 from litevae.training.build import Autoencoder, build_model, copy_weights, load_weights, spatial_compression
 from litevae.training.checkpoint import (
@@ -40,29 +39,28 @@ from litevae.training.checkpoint import (
     save_checkpoint,
     save_model,
 )
-from litevae.training.config import Config, OptimizerConfig, Stage, list_stages
-from litevae.training.data import HELD_OUT_PHOTOGRAPH, TRAINING_PHOTOGRAPHS, RandomCrops, load_photograph
+from litevae.training.config import Config, OptimizerConfig, list_stages
+from litevae.training.feed import Feed
 from litevae.training.log import Log, in_short, read_log
 from litevae.training.report import draw_curves, draw_grid, draw_reconstructions, versions
 from litevae.training.step import EMA, Outcome, TrainingStep
 from litevae.training.stop import StopRequest
-
-SHOWN_PHOTOGRAPHS = ("astronaut", "coffee", "rocket")  # of the training photographs, in the picture
 
 
 @dataclass(frozen=True)
 class Result:
     """What a run came to.
 
-    `psnr` (dB) and `ssim` are the validation images' means at the end; `seconds` is wall-clock time without
-    the start; `stopped_by` is the signal that ended the run early, such as "SIGINT", else None.
+    `psnr` (dB) and `ssim` are the validation images' means at the end, None if there are no such images;
+    `seconds` is wall-clock time without the start; `stopped_by` is the signal that ended the run early, such
+    as "SIGINT", else None.
     """
 
     output_dir: Path
     steps: int
     seconds: float
-    psnr: float
-    ssim: float
+    psnr: float | None
+    ssim: float | None
     stopped_by: str | None
 
 
@@ -109,11 +107,9 @@ class Trainer:
         self.stages = list_stages(config)
         checkpoint = choose_checkpoint(config.resume, self.checkpoint_folder)
         set_seed(config.seed)
-        self.load_data()
         self.model = build_model(config)
         self.check_stages()
-        # PyTorch's loader draws from a generator when it starts, and a resumed run starts it once more
-        self.loader_random = torch.Generator().manual_seed(int(torch.empty((), dtype=torch.int64).random_()))
+        self.feed = Feed(config, self.stages, self.accelerator, self.output_dir, checkpoint is not None)
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)
         self.model.to(self.accelerator.device)
@@ -146,21 +142,6 @@ class Trainer:
     def best_model(self) -> Autoencoder:
         """What is validated and saved as the run's model."""
         return self.model if self.ema is None else self.ema.model
-
-    def load_data(self) -> None:
-        self.photographs = {name: load_photograph(name) for name in TRAINING_PHOTOGRAPHS}
-        self.validation = {HELD_OUT_PHOTOGRAPH: load_photograph(HELD_OUT_PHOTOGRAPH)}
-
-    def batches(self, stage: Stage, done: int) -> Iterator[Tensor]:
-        """This process's share of each batch of the stage after step `done`, (N, 3, H, W) uint8."""
-        crops = RandomCrops(
-            list(self.photographs.values()),
-            size=stage.size,
-            length=stage.first_sample + (stage.last - stage.first + 1) * stage.batch_size,
-            seed=self.config.seed,
-        )
-        sampler = ShareSampler(stage, done, self.accelerator.process_index, self.accelerator.num_processes)
-        return iter(DataLoader(crops, batch_sampler=sampler, generator=self.loader_random))
 
     def check_stages(self) -> None:
         """UserError for sizes that the model does not take, and batches that cannot be shared evenly."""
@@ -245,11 +226,13 @@ class Trainer:
         for stage in self.stages:
             if stage.last <= done:
                 continue
-            batches = self.batches(stage, done)
+            batches = self.feed.batches(stage, done)
             for step in range(max(stage.first, done + 1), stage.last + 1):
                 start = time.perf_counter()
-                batch = next(batches).to(self.accelerator.device, non_blocking=True)
-                yield step, batch, time.perf_counter() - start
+                batch = next(batches)
+                self.feed.bad_images.add(batch.bad)
+                images = batch.images.to(self.accelerator.device, non_blocking=True)
+                yield step, images, time.perf_counter() - start
 
     def update(self, batch: Tensor, step: int, stop: bool) -> Outcome:
         """One step from this process's share of the batch, (N, 3, H, W) uint8."""
@@ -275,7 +258,7 @@ class Trainer:
             return
         best = max((point["psnr"] for point in self.history), default=-math.inf)
         improved = False
-        if step % config.validate_every == 0:
+        if step % config.validate_every == 0 and self.feed.validation:
             self.validate(step)
             improved = self.history[-1]["psnr"] > best
         if step == self.step and (
@@ -287,7 +270,7 @@ class Trainer:
         """Appends the validation images' mean PSNR and SSIM to the history."""
         point: list[dict[str, float]] = [{}]
         if self.is_main:
-            pairs = [(image, reconstruct(self.best_model, image)) for image in self.validation.values()]
+            pairs = [(image, reconstruct(self.best_model, image)) for _, image in self.feed.validation]
             values = {
                 name: sum(metric(*pair) for pair in pairs) / len(pairs)
                 for name, metric in (("psnr", psnr), ("ssim", ssim))
@@ -364,16 +347,16 @@ class Trainer:
         restore_random_state(state["random"][self.accelerator.process_index % len(state["random"])])
 
     def finish(
-        self, seconds: float, signal: str | None, stopped: bool, failure: NonFiniteError | None
+        self, seconds: float, signal_name: str | None, stopped: bool, failure: NonFiniteError | None
     ) -> Result:
         """Measures once more and writes the checkpoint, the model, the metrics and the pictures."""
         if stopped or failure:  # nobody knows how long they wait
             self.save()
-        if not self.history or self.history[-1]["step"] != self.step:
+        if self.feed.validation and (not self.history or self.history[-1]["step"] != self.step):
             self.validate(self.step)
         self.save()
-        final = self.history[-1]
-        stopped_by = (signal or "another process") if stopped else None
+        final: dict[str, Any] = self.history[-1] if self.feed.validation else {"psnr": None, "ssim": None}
+        stopped_by = (signal_name or "another process") if stopped else None
         result = Result(self.output_dir, self.step, seconds, final["psnr"], final["ssim"], stopped_by)
         if self.is_main:
             self.write_results(result)
@@ -381,12 +364,14 @@ class Trainer:
 
     def write_results(self, result: Result) -> None:
         save_model(self.best_model, self.output_dir / "model")
-        held_out = self.validation[HELD_OUT_PHOTOGRAPH]
-        height, width = held_out.shape[:2]
+        height, width = self.feed.validation[0][1].shape[:2] if self.feed.validation else (0, 0)
         metrics = {
-            "held_out": {
-                "photograph": HELD_OUT_PHOTOGRAPH,
-                "measured_on": f"the whole photograph, {height}x{width}, 8 bits, mode of the posterior",
+            "validation": {
+                "images": self.config.data.validation or self.config.data.train
+                if self.feed.validation
+                else None,
+                "count": len(self.feed.validation),
+                "measured_on": f"{height}x{width} pixels, 8 bits, mode of the posterior, mean over the images",
                 "psnr": result.psnr,
                 "ssim": result.ssim,
                 "history": self.history,
@@ -399,28 +384,11 @@ class Trainer:
         }
         with replacing(self.output_dir / "metrics.json") as path:
             path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-        shown = {name: centre_crop(self.photographs[name], height, width) for name in SHOWN_PHOTOGRAPHS}
-        rows = {f"{name} (training)": image for name, image in shown.items()}
         with replacing(self.output_dir / "reconstructions.png") as path:
-            draw_reconstructions(
-                self.best_model, {**rows, f"{HELD_OUT_PHOTOGRAPH} (held out)": held_out}, path
-            )
+            draw_reconstructions(self.best_model, self.feed.shown, path)
         terms = [*self.train_step.objective.weights, *["discriminator"] * bool(self.discriminator)]
         with replacing(self.output_dir / "curves.png") as path:
-            draw_curves(self.lines, terms, self.history, HELD_OUT_PHOTOGRAPH, path)
-
-
-class ShareSampler:
-    """The numbers of the crops that a process takes at each step after `done`: its part of the batch."""
-
-    def __init__(self, stage: Stage, done: int, process: int, processes: int) -> None:
-        self.stage, self.done, self.process, self.processes = stage, done, process, processes
-
-    def __iter__(self) -> Iterator[list[int]]:
-        stage, share = self.stage, self.stage.batch_size // self.processes
-        for step in range(max(stage.first, self.done + 1), stage.last + 1):
-            start = stage.first_sample + (step - stage.first) * stage.batch_size + self.process * share
-            yield list(range(start, start + share))
+            draw_curves(self.lines, terms, self.history, path)
 
 
 def make_accelerator(config: Config, folder: Path) -> Accelerator:
@@ -467,9 +435,3 @@ def make_output_dir(folder: Path) -> Path:
     if model.exists() and any(model.iterdir()) and not (model / "config.json").is_file():
         raise UserError(f"output_dir: {model} is there and is not a model; give another folder")
     return folder
-
-
-def centre_crop(image: Pixels, height: int, width: int) -> Pixels:
-    """The middle of an (H, W, 3) image, at most `height` x `width`."""
-    top, left = max(image.shape[0] - height, 0) // 2, max(image.shape[1] - width, 0) // 2
-    return image[top : top + height, left : left + width]

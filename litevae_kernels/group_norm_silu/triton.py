@@ -114,11 +114,10 @@ def group_norm_silu_stats_kernel(
     has_channel = channel < channels
     start = chunk * (steps * TILE_P)
     pixel = start + tl.arange(0, TILE_P)
-    at = _offsets(n, channel, start + tl.arange(0, 1), x_n, x_c, x_h, x_w, width, INNER, PIXELS, X_VEC)
-    reference = tl.load(x + at, mask=has_channel[None, :], other=0).to(ACC)
     mask = (pixel < pixels)[:, None] & has_channel[None, :]
     at = _offsets(n, channel, pixel, x_n, x_c, x_h, x_w, width, INNER, PIXELS, X_VEC)
     shift = tl.load(x + at, mask=mask, other=0).to(ACC)
+    reference = tl.sum(tl.where((tl.arange(0, TILE_P) == 0)[:, None], shift, 0), 0)
     total = tl.zeros((TILE_P, TILE_C), ACC)
     squares = tl.zeros((TILE_P, TILE_C), ACC)
     for step in tl.range(1, steps, loop_unroll_factor=4):
@@ -134,13 +133,13 @@ def group_norm_silu_stats_kernel(
     share = total / tl.maximum(count, 1).to(ACC)[:, None]
     weight = count.to(ACC)[:, None]
     squares = tl.maximum(squares - total * share, 0)
-    distance = (shift - reference) + share
+    distance = (shift - reference[None, :]) + share
     mean = tl.sum(distance * weight, 0) / valid.to(ACC)
     apart = distance - mean[None, :]
     squares = tl.sum(squares + weight * apart * apart, 0)
     out = partials + ((n * chunks + chunk) * all_channels + first + channel)
     plane = batch * chunks * all_channels
-    tl.store(out, tl.sum(reference, 0), mask=has_channel)
+    tl.store(out, reference, mask=has_channel)
     tl.store(out + plane, mean, mask=has_channel)
     tl.store(out + 2 * plane, squares, mask=has_channel)
 

@@ -133,8 +133,8 @@ def self_modulated_conv2d(
             f"groups is {groups}; with a weight of {tuple(weight.shape)} it does not make x's {x.shape[1]} channels"
         )
     dtype, device_type = x.dtype, x.device.type
-    # the meta device knows no autocast, and autocast leaves float64 alone
-    autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    # for the meta device PyTorch does not say, and autocast leaves float64 alone
+    autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
     if autocast and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
     memory_format = torch.channels_last if is_channels_last(x) else None

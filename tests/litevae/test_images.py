@@ -1,11 +1,19 @@
+import io
+import os
+import struct
+import warnings
+import zlib
+
 import numpy as np
 import pytest
+import tifffile
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from skimage import data
+from torchvision.transforms import functional
 
 from litevae.errors import UserError
-from litevae.images import read_image, to_batch, to_model_range, to_pixels
+from litevae.images import BadImage, decode, read_image, resize_window, to_batch, to_model_range, to_pixels
 
 RGB = data.chelsea()[:31, :45]
 
@@ -28,6 +36,34 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
     pixels = saved(tmp_path, image, name)
     assert pixels.dtype == np.uint8
     assert pixels.shape == RGB.shape
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "L", "P"])
+def test_colours_are_kept(tmp_path, mode):
+    image = Image.fromarray(RGB).convert(mode)
+    pixels = saved(tmp_path, image, "x.tif")
+    np.testing.assert_array_equal(pixels, np.asarray(image.convert("RGB")))
+
+
+def test_cmyk_jpeg_is_no_negative(tmp_path):
+    pixels = saved(tmp_path, Image.fromarray(RGB).convert("CMYK"), "x.jpg", quality=95)
+    assert np.abs(pixels.astype(int) - RGB).mean() < 8  # a negative would be 46 away
+
+
+def test_16_bit_colour_is_scaled_not_clipped(tmp_path):
+    values = np.linspace(0, 65535, 31 * 45 * 3).reshape(31, 45, 3).astype(np.uint16)
+    tifffile.imwrite(tmp_path / "x.tif", values, photometric="rgb")
+    # Pillow keeps the upper byte: at most one level below the nearest
+    assert np.abs(read_image(tmp_path / "x.tif") - values / 257).max() <= 1
+
+
+@pytest.mark.parametrize("name", ["x.gif", "x.webp", "x.png", "x.tif"])
+def test_first_frame_of_an_animation(tmp_path, name):
+    frames = [Image.new("RGB", (20, 30), colour) for colour in ("red", "blue")]
+    options = {"lossless": True} if name == "x.webp" else {}
+    pixels = saved(tmp_path, frames[0], name, save_all=True, append_images=frames[1:], **options)
+    assert pixels.shape == (30, 20, 3)
+    assert (pixels == (255, 0, 0)).all()
 
 
 @pytest.mark.parametrize("name", ["x.png", "x.tif", "x.pgm"])
@@ -55,11 +91,39 @@ def test_transparent_palette_colour_shows_white(tmp_path):
     assert pixels[1, 1].tolist() == [200, 100, 50]
 
 
+def test_big_endian_16_bits(tmp_path):
+    values = np.linspace(0, 65535, 31 * 45).reshape(31, 45).astype(">u2")
+    tifffile.imwrite(tmp_path / "x.tif", values, byteorder=">")
+    np.testing.assert_array_equal(read_image(tmp_path / "x.tif")[..., 1], np.rint(values / 257))
+
+
 def test_exif_orientation_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # show it turned clockwise
     pixels = saved(tmp_path, Image.fromarray(RGB), exif=exif)
     np.testing.assert_array_equal(pixels, np.rot90(RGB, -1))
+
+
+@pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.tif", "x.webp"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_every_orientation_is_as_pillow_turns_it(tmp_path, name, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = saved(tmp_path, Image.fromarray(RGB), name, exif=exif)
+    with Image.open(tmp_path / name) as image:
+        np.testing.assert_array_equal(pixels, ImageOps.exif_transpose(image).convert("RGB"))
+    assert pixels.shape[:2] == ((45, 31) if orientation in (5, 6, 7, 8) else (31, 45))
+
+
+@pytest.mark.parametrize("exif", [b"", b"nonsense", b"MM\0*\0\0\0\x08\xff\xff", b"II*\0\xff\xff\xff\x7f"])
+@pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.webp"])
+def test_broken_exif_leaves_the_pixels(tmp_path, name, exif):
+    plain = saved(tmp_path, Image.fromarray(RGB), name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_array_equal(
+            saved(tmp_path, Image.fromarray(RGB), name, exif=b"Exif\0\0" + exif), plain
+        )
 
 
 def broken(tmp_path):
@@ -98,10 +162,109 @@ def test_unreadable_file_is_named(tmp_path, make, message):
     assert str(path) in str(caught.value)
 
 
-def test_decompression_bomb_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(UserError, match="cannot be read"):
-        saved(tmp_path, Image.fromarray(RGB))
+def png(width, height, content=b""):
+    """A PNG of 8-bit RGB that claims to have this size."""
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(content)),
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in [*chunks, (b"IEND", b"")]
+    )
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\nshowpage\n%%EOF\n"
+SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="20" height="20"/>'
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 5000, SVG, EPS, b"\xff\xd8\xff\xe0", b"GIF89a"])
+def test_what_is_no_image_is_refused(content):
+    with pytest.raises(BadImage, match="not an image"):
+        decode(io.BytesIO(content))
+
+
+@pytest.mark.parametrize("content", [png(100_000, 100_000), png(2**31 - 1, 1)])
+def test_decompression_bomb_is_refused(content):
+    with pytest.raises(BadImage, match=r"cannot be read.*exceeds limit"):
+        decode(io.BytesIO(content))
+
+
+def test_large_image_that_is_no_bomb_raises_no_warning(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 31 * 45 - 1)  # Pillow refuses twice that
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_array_equal(saved(tmp_path, Image.fromarray(RGB)), RGB)
+
+
+def test_files_that_cannot_be_opened(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.png")  # opening it would wait for ever
+    (tmp_path / "link.png").symlink_to(tmp_path / "gone.png")
+    for name in ("pipe.png", "link.png", "gone.png"):
+        with pytest.raises(BadImage, match="no such file"):
+            decode(tmp_path / name)
+    Image.fromarray(RGB).save(tmp_path / "x.png")
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Image, "open", refuse)
+    with pytest.raises(BadImage, match="cannot be read: Permission denied"):
+        decode(tmp_path / "x.png")
+
+
+FORMATS = {"JPEG": {}, "PNG": {}, "WEBP": {}, "GIF": {}, "TIFF": {}, "BMP": {}, "JPEG2000": {}}
+FORMATS["progressive JPEG"] = {"format": "JPEG", "progressive": True}
+
+
+def encoded(kind):
+    buffer = io.BytesIO()
+    Image.fromarray(RGB).save(buffer, **{"format": kind, **FORMATS[kind]})
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_file_cut_off_anywhere_is_refused_or_whole(kind):
+    content = encoded(kind)
+    whole = decode(io.BytesIO(content))
+    refused = 0
+    for cut in np.random.default_rng(0).integers(0, len(content), 50):
+        try:
+            pixels = decode(io.BytesIO(content[:cut]))
+        except BadImage as reason:
+            assert "\n" not in str(reason)  # noqa: PT017
+            refused += 1
+        else:
+            np.testing.assert_array_equal(pixels, whole)
+    assert refused > 40
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_broken_bytes_give_pixels_or_a_bad_image(kind):
+    random = np.random.default_rng(0)
+    content = np.frombuffer(encoded(kind), np.uint8)
+    for _ in range(50):
+        broken = content.copy()
+        broken[random.integers(0, len(broken), 8)] = random.integers(0, 256, 8)
+        try:
+            pixels = decode(io.BytesIO(broken.tobytes()))
+        except BadImage:
+            continue
+        assert pixels.dtype == np.uint8
+        assert pixels.ndim == 3
+        assert pixels.shape[2] == 3
+        assert pixels.size
+
+
+@pytest.mark.parametrize("size", [16, 100, 300, 500])
+def test_resized_square_is_torchvisions(size):
+    image = Image.fromarray(data.chelsea()[:300, :300])
+    expected = functional.resize(image, [size, size], functional.InterpolationMode.BICUBIC, antialias=True)
+    np.testing.assert_array_equal(resize_window(np.asarray(image), 0, 0, 300, 300, size), expected)
+
+
+def test_window_of_the_size_is_not_resampled():
+    np.testing.assert_array_equal(resize_window(RGB, 3, 5, 20, 20, 20), RGB[3:23, 5:25])
 
 
 def test_pixels_survive_the_way_to_the_model_and_back():

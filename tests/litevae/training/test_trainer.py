@@ -67,12 +67,12 @@ class TestFinishedRun:
     def test_metrics_are_the_saved_model_s(self, finished):
         folder, result = finished
         metrics = json.loads((folder / "metrics.json").read_text())
-        assert [point["step"] for point in metrics["held_out"]["history"]] == [10, 20]
+        assert [point["step"] for point in metrics["validation"]["history"]] == [10, 20]
         model = LiteVAE.from_pretrained(folder / "model")
         reconstruction = reconstruct(model, data.chelsea())
         expected = psnr(data.chelsea(), reconstruction), ssim(data.chelsea(), reconstruction)
         assert (result.psnr, result.ssim) == pytest.approx(expected, abs=1e-3)
-        assert (metrics["held_out"]["psnr"], metrics["held_out"]["ssim"]) == (result.psnr, result.ssim)
+        assert (metrics["validation"]["psnr"], metrics["validation"]["ssim"]) == (result.psnr, result.ssim)
         assert (metrics["steps"], metrics["stopped_by"]) == (20, None)
 
     def test_pictures_open(self, finished):
@@ -149,7 +149,7 @@ def test_signal_saves_everything_and_exits_with_0(tmp_path, name):
     assert {path.name for path in tmp_path.iterdir()} == FILES
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["stopped_by"] == name
-    assert metrics["steps"] == logged(tmp_path)[-1]["step"] == metrics["held_out"]["history"][-1]["step"]
+    assert metrics["steps"] == logged(tmp_path)[-1]["step"] == metrics["validation"]["history"][-1]["step"]
     LiteVAE.from_pretrained(tmp_path / "model")
 
 

@@ -88,8 +88,14 @@ def exact(call, grad):
     """The same by torch in float64."""
     leaves = {n: wide(t).requires_grad_() for n, t in zip(call.names(), call.inputs(), strict=True)}
     joined = torch.cat([leaves[n] for n in ("x", "skip") if n in leaves], 1)
-    # what F.group_norm calls, which refuses a group of one value in its training
-    z = torch.group_norm(joined, call.groups, leaves.get("weight"), leaves.get("bias"), call.eps)
+    # what F.group_norm calls, which refuses a group of one value in its training; weight and bias by hand, because
+    # torch 2.11 has no gradient where one of them is missing
+    z = torch.group_norm(joined, call.groups, None, None, call.eps)
+    shape = (-1,) + (1,) * (joined.ndim - 2)
+    if "weight" in leaves:
+        z = z * leaves["weight"].view(shape)
+    if "bias" in leaves:
+        z = z + leaves["bias"].view(shape)
     y = F.silu(z)
     gradients = torch.autograd.grad(y, list(leaves.values()), wide(grad))
     return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}

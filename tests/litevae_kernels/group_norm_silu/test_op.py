@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 from litevae_kernels import group_norm_silu, use_backend
 from litevae_kernels.group_norm_silu import op
@@ -215,3 +216,14 @@ def test_an_input_changed_before_backward_is_an_error():
     t.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("grad_enabled", [False, True])
+def test_a_tangent_is_an_error_and_not_lost(grad_enabled):
+    x = torch.randn(1, 4, 3, 3)
+    with torch.set_grad_enabled(grad_enabled), forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        with use_backend("native"), pytest.raises(NotImplementedError, match="jvp"):
+            group_norm_silu(dual, 2)
+        with use_backend("reference"):
+            assert forward_ad.unpack_dual(group_norm_silu(dual, 2)).tangent is not None

@@ -63,6 +63,8 @@ def test_under_the_interpreter(pytestconfig: pytest.Config) -> None:
         text=True,
         check=False,
     )
+    if "only 0-dimensional arrays can be converted" in child.stdout:
+        pytest.skip("the interpreter of this Triton needs NumPy below 2.5")
     assert child.returncode == 0, child.stdout + child.stderr
     assert re.search(r"\d+ passed", child.stdout), child.stdout
 
@@ -105,17 +107,16 @@ def exact(
     first, second, w, b = inputs
     assert first is not None
     joined = first if second is None else torch.cat([first, second], 1)
-    n, c, *_ = joined.shape
+    n = joined.shape[0]
     # PyTorch's group_norm subtracts squares, which costs digits at a large mean, in float64 too; the mean of a
     # group changes neither its value nor its gradients.
     mean = joined.detach().reshape(n, groups, -1).mean(2, keepdim=True)
     centred = (joined.reshape(n, groups, -1) - mean).reshape(joined.shape)
-    if centred[0].numel() == groups:  # which group_norm refuses
-        scale = torch.ones(c, dtype=torch.float64, device=x.device) if w is None else w
-        z = centred * 0 * scale[:, None, None]
-        z = z if b is None else z + b[:, None, None]
-    else:
-        z = F.group_norm(centred, groups, w, b, eps)
+    # torch.group_norm takes one value a group, which F.group_norm refuses; weight and bias by hand, because torch
+    # 2.11 has no gradient where one of them is missing
+    z = torch.group_norm(centred, groups, None, None, eps)
+    z = z if w is None else z * w[:, None, None]
+    z = z if b is None else z + b[:, None, None]
     y = F.silu(z)
     wanted = [t for t in inputs if t is not None]
     found = iter(torch.autograd.grad(y, wanted, grad.double()))
@@ -474,8 +475,7 @@ def test_vectors_and_no_spills(
         tensors = 1 if "stats" in name or "apply" in name else 2
         assert loads[16] >= 2 * tensors, (name, loads)
         if dtype == torch.bfloat16:
-            narrow = 1 if "stats" in name else 0  # the reference value
-            assert loads[2] <= narrow, (name, loads)
+            assert loads[2] == 0, (name, loads)
             assert stores[2] == 0, (name, stores)
         if "apply" in name or "grad" in name:
             assert set(stores) == {16}, (name, stores)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from litevae_kernels import modulate_weight, self_modulated_conv2d, use_backend
 from litevae_kernels.backend import core
+from litevae_kernels.tensors import memory_format_of
 from litevae_kernels.testing import LAYOUTS, arrange, assert_within_budget, poisoned_memory
 
 BACKENDS = ("reference", "native")
@@ -480,6 +481,24 @@ def test_every_instruction_set(restore_isa):
             check(call, grad, "native")
 
 
+@pytest.mark.parametrize("taps", [(3, 3), (3, 2)])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+def test_every_order_and_dtype_to_every_other(restore_isa, layout, taps):
+    """With channels for whole vectors and a rest, on every instruction set."""
+    weight, grad = (values((3, 70, *taps), seed=i) for i in range(2))
+    scale, gain = values(70, torch.float32, seed=2), values(1, torch.float32, seed=3)
+    for isa in all_isas():
+        core.set_isa(isa)
+        for dtype in DTYPES:
+            for out_dtype in DTYPES:
+                for order in ("contiguous", "channels_last"):
+                    memory_format = memory_format_of(order == "channels_last")
+                    call = Call(
+                        arrange(weight.to(dtype), layout), scale, gain, 1e-8, out_dtype, memory_format
+                    )
+                    check(call, arrange(grad.to(out_dtype), order), "native")
+
+
 @pytest.fixture
 def restore_threads():
     before = torch.get_num_threads()
@@ -489,7 +508,7 @@ def restore_threads():
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_thread_count_and_run_do_not_change_the_bits(restore_threads, layout):
-    for shape, groups in [((128, 64, 3, 3), 1), ((50, 31, 5, 5), 2), ((3, 2, 3, 3), 3)]:
+    for shape, groups in [((128, 96, 3, 3), 1), ((90, 31, 5, 5), 2), ((3, 2, 3, 3), 3)]:
         scale, gain = values(groups * shape[1], torch.float32, seed=1), values(1, torch.float32, seed=2)
         call = Call(arrange(values(shape, torch.float32), layout), scale, gain)
         results = []

@@ -59,6 +59,8 @@ def test_under_the_interpreter(pytestconfig: pytest.Config) -> None:
         text=True,
         check=False,
     )
+    if "only 0-dimensional arrays can be converted" in child.stdout:
+        pytest.skip("the interpreter of this Triton needs NumPy below 2.5")
     assert child.returncode == 0, child.stdout + child.stderr
     assert re.search(r"\d+ passed", child.stdout), child.stdout
 

@@ -1,0 +1,36 @@
+// Scratch memory, and the arithmetic of sizes. Internal linkage throughout: compiled once an instruction set.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+
+namespace litevae {
+namespace {
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+class Buffer {
+ public:
+  explicit Buffer(int64_t bytes) : data_(static_cast<char*>(std::malloc(static_cast<size_t>(bytes) + 64))) {
+    if (data_ == nullptr) throw std::bad_alloc();
+    next_ = data_ + (64 - reinterpret_cast<uintptr_t>(data_) % 64) % 64;
+  }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { std::free(data_); }
+  template <class T>
+  T* take(int64_t count) {
+    T* taken = reinterpret_cast<T*>(next_);
+    next_ += count * static_cast<int64_t>(sizeof(T));
+    return taken;
+  }
+
+ private:
+  char *data_, *next_;
+};
+
+}  // namespace
+}  // namespace litevae

@@ -1,0 +1,125 @@
+"""What a run feeds on: each process's share of the batches, and the images to validate on and to show."""
+
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+
+from litevae.errors import UserError
+from litevae.images import Pixels
+from litevae.training.config import Config, Stage
+from litevae.training.data import (
+    BadImages,
+    Batch,
+    TrainingCrops,
+    collate,
+    load_validation,
+    open_validation,
+)
+from litevae.training.sources import Photographs, open_images
+
+SHOWN = 4  # images in reconstructions.png
+
+
+class Feed:
+    """The images of a run.
+
+    `validation` and `shown` are names and (H, W, 3) uint8 images; `bad_images` lists those that training
+    could not use.
+
+    Args:
+        config: of the run.
+        stages: of the run; validation images have the last one's size, but for the demo's, which stay whole.
+        accelerator: says which process this is.
+        folder: the run's, for bad_images.txt.
+        resuming: whether that list is continued.
+
+    Its seed for PyTorch's loader is drawn from the global generator.
+
+    Raises:
+        UserError: no images, or none that can be read.
+    """
+
+    def __init__(
+        self, config: Config, stages: Sequence[Stage], accelerator: Accelerator, folder: Path, resuming: bool
+    ) -> None:
+        self.seed, self.config, self.accelerator = config.seed, config.data, accelerator
+        # PyTorch's loader draws from a generator when it starts, and a resumed run starts it once more
+        self.random = torch.Generator().manual_seed(int(torch.empty((), dtype=torch.int64).random_()))
+        self.open(stages[-1].size, folder / "bad_images.txt", resuming)
+
+    def open(self, size: int, bad: Path, resuming: bool) -> None:
+        config = self.config
+        if not config.train:
+            raise UserError(
+                "data.train is empty: give a folder of images (litevae train --help tells of others)"
+            )
+        self.images = open_images(config.train)
+        source = open_validation(config)
+        if self.accelerator.is_main_process and not resuming:
+            bad.unlink(missing_ok=True)  # an earlier run's
+        self.accelerator.wait_for_everyone()
+        self.bad_images = BadImages(bad, len(self.images), config.max_bad_fraction)
+        if isinstance(source, Photographs):  # whole
+            self.validation = list(zip(source.names, source.pixels, strict=True))
+        else:
+            self.validation = load_validation(source, size, config.validation_count).images if source else []
+        # of the demo three photographs that it trains on too, no larger than the one that is held out
+        self.shown = self.validation[:SHOWN]
+        if isinstance(self.images, Photographs):
+            height, width = self.shown[0][1].shape[:2] if self.shown else (size, size)
+            photographs = zip(self.images.names, self.images.pixels, strict=True)
+            training = [(name, centre_crop(pixels, height, width)) for name, pixels in photographs]
+            held_out = [(f"{name} (held out)", pixels) for name, pixels in self.shown[:1]]
+            self.shown = [(f"{name} (training)", pixels) for name, pixels in training[: SHOWN - 1]] + held_out
+        elif not self.shown:
+            self.shown = load_validation(self.images, size, SHOWN).images
+
+    def batches(self, stage: Stage, done: int) -> Iterator[Batch]:
+        """This process's share of each batch of the stage after step `done`."""
+        crops = TrainingCrops(
+            self.images,
+            replace(self.config, size=stage.size),
+            seed=self.seed,
+            length=stage.first_sample + (stage.last - stage.first + 1) * stage.batch_size,
+        )
+        sampler = ShareSampler(stage, done, self.accelerator.process_index, self.accelerator.num_processes)
+        loader = DataLoader(
+            crops,
+            batch_sampler=sampler,
+            collate_fn=collate,
+            num_workers=self.config.workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+            generator=self.random,
+            worker_init_fn=ignore_signals,
+        )
+        return iter(loader)
+
+
+def ignore_signals(_: int) -> None:
+    """For workers, which Ctrl-C and some schedulers signal too: they end when the run does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+class ShareSampler:
+    """The numbers of the crops that a process takes at each step after `done`: its part of the batch."""
+
+    def __init__(self, stage: Stage, done: int, process: int, processes: int) -> None:
+        self.stage, self.done, self.process, self.processes = stage, done, process, processes
+
+    def __iter__(self) -> Iterator[list[int]]:
+        stage, share = self.stage, self.stage.batch_size // self.processes
+        for step in range(max(stage.first, self.done + 1), stage.last + 1):
+            start = stage.first_sample + (step - stage.first) * stage.batch_size + self.process * share
+            yield list(range(start, start + share))
+
+
+def centre_crop(image: Pixels, height: int, width: int) -> Pixels:
+    """The middle of an (H, W, 3) image, at most `height` x `width`."""
+    top, left = max(image.shape[0] - height, 0) // 2, max(image.shape[1] - width, 0) // 2
+    return image[top : top + height, left : left + width]
