@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 from litevae.errors import UserError
 
 if TYPE_CHECKING:
-    from litevae.models import LiteVAE
+    from litevae.models.baseline import Autoencoder
 
 
-def load_model(path: Path) -> "LiteVAE":
-    """The model in a folder that `save_pretrained` wrote, or in `model/` of a training run's folder.
+def load_model(path: Path) -> "Autoencoder":
+    """The autoencoder in a folder that `save_pretrained` wrote, or in `model/` of a training run's folder.
 
     Raises:
-        UserError: no such folder, not a LiteVAE, or files that are missing or broken.
+        UserError: no such folder, neither a LiteVAE nor a baseline, or files that are missing or broken.
     """
     folder = path if (path / "config.json").exists() else path / "model"
     config = folder / "config.json"
@@ -26,15 +26,20 @@ def load_model(path: Path) -> "LiteVAE":
         kind = json.loads(config.read_text(encoding="utf-8")).get("_class_name")
     except (ValueError, AttributeError):
         raise UserError(f"{config}: not a model's configuration") from None
-    if kind != "LiteVAE":
+    if kind not in ("LiteVAE", "AutoencoderKL", "SmallEncoderVAE"):
         raise UserError(f"{path}: not a LiteVAE but {kind or 'something else'}")
 
+    from diffusers import AutoencoderKL
     from safetensors import SafetensorError
 
     from litevae.models import LiteVAE
+    from litevae.models.baseline import SmallEncoderVAE
 
+    classes = {each.__name__: each for each in (LiteVAE, AutoencoderKL, SmallEncoderVAE)}
     try:
-        model, loading = LiteVAE.from_pretrained(folder, output_loading_info=True, local_files_only=True)
+        model, loading = classes[kind].from_pretrained(
+            folder, output_loading_info=True, local_files_only=True
+        )
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot be loaded: {error}") from None
     if loading["missing_keys"]:

@@ -42,6 +42,7 @@ def reconstruct(
     from litevae.evaluation.metrics import psnr
     from litevae.evaluation.reconstruction import reconstruct as run
     from litevae.images import read_image
+    from litevae.models.baseline import spatial_compression
     from litevae.training.checkpoint import replacing
 
     try:
@@ -50,7 +51,7 @@ def reconstruct(
         raise UserError(f"{output}: cannot be made: {error.strerror}") from None
     autoencoder.enable_tiling()
     autoencoder.tile_sample_min_size = TILE
-    autoencoder.tile_latent_min_size = TILE // autoencoder.spatial_compression_ratio
+    autoencoder.tile_latent_min_size = TILE // spatial_compression(autoencoder)
 
     values = []
     for path, target in zip(images, targets, strict=True):

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from litevae.models import LiteVAE
+from litevae.models.baseline import Autoencoder
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Complexity:
     latent_shape: tuple[int, ...]
 
 
-def measure_complexity(model: LiteVAE, size: int = 256) -> Complexity:
+def measure_complexity(model: Autoencoder, size: int = 256) -> Complexity:
     """Counts for one image of `size` x `size` pixels. Nothing is computed: the tensors have shapes only.
 
     Raises:

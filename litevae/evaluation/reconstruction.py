@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 from litevae.images import Pixels, to_batch, to_pixels
-from litevae.models import LiteVAE
+from litevae.models.baseline import Autoencoder, spatial_compression
 
 
 @torch.inference_mode()
-def encode(model: LiteVAE, image: Pixels) -> Tensor:
+def encode(model: Autoencoder, image: Pixels) -> Tensor:
     """The mode of the latent of an image.
 
     Args:
@@ -18,12 +18,12 @@ def encode(model: LiteVAE, image: Pixels) -> Tensor:
     Returns:
         (1, n_z, h, w) with h = max(⌈H/f⌉, 2) and w likewise, in the model's dtype and on its device.
     """
-    batch = to_batch(image, model.spatial_compression_ratio).to(model.device, model.dtype)
+    batch = to_batch(image, spatial_compression(model)).to(model.device, model.dtype)
     return model.encode(batch).latent_dist.mode()
 
 
 @torch.inference_mode()
-def decode(model: LiteVAE, latent: Tensor, size: tuple[int, int]) -> Pixels:
+def decode(model: Autoencoder, latent: Tensor, size: tuple[int, int]) -> Pixels:
     """The image of a latent that `encode` returned, (H, W, 3) uint8, with the padding cut off.
 
     Args:
@@ -33,7 +33,7 @@ def decode(model: LiteVAE, latent: Tensor, size: tuple[int, int]) -> Pixels:
     return decoded[0, :, : size[0], : size[1]].permute(1, 2, 0).contiguous().cpu().numpy()
 
 
-def reconstruct(model: LiteVAE, image: Pixels) -> Pixels:
+def reconstruct(model: Autoencoder, image: Pixels) -> Pixels:
     """What is left of an (H, W, 3) uint8 image once it went through its latent; the same shape and type."""
     height, width = image.shape[:2]
     return decode(model, encode(model, image), (height, width))

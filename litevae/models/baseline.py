@@ -1,10 +1,20 @@
-"""The paper's baselines: Stable Diffusion's VAE, and the same with a small encoder."""
+"""The paper's baselines: Stable Diffusion's VAE (diffusers' `AutoencoderKL`), and one with a small encoder."""
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 from diffusers import AutoencoderKL
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import Encoder
+
+from litevae.models.autoencoder import LiteVAE
+
+Autoencoder: TypeAlias = LiteVAE | AutoencoderKL
+
+
+def spatial_compression(model: Autoencoder) -> int:
+    """f: pixels of the image for one of the latent, along a side."""
+    return 2 ** (len(model.config.block_out_channels) - 1)
 
 
 class SmallEncoderVAE(AutoencoderKL):

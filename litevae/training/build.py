@@ -3,7 +3,6 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TypeAlias
 
 from diffusers import AutoencoderKL
 from safetensors import SafetensorError
@@ -12,11 +11,9 @@ from torch import Tensor, nn
 
 from litevae.errors import UserError
 from litevae.models import LiteVAE
-from litevae.models.baseline import SmallEncoderVAE
+from litevae.models.baseline import Autoencoder, SmallEncoderVAE
 from litevae.training.config import Config, ModelConfig
 from litevae.training.initialise import initialise
-
-Autoencoder: TypeAlias = LiteVAE | AutoencoderKL
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 # what a model's config.json holds besides its architecture
@@ -74,11 +71,6 @@ def with_fresh_weights(config: ModelConfig, size: int) -> Autoencoder:
         force_upcast=False,
         **settings,
     )
-
-
-def spatial_compression(model: Autoencoder) -> int:
-    """f: pixels of the image for one of the latent, along a side."""
-    return 2 ** (len(model.config.block_out_channels) - 1)
 
 
 def find_model(path: Path) -> Path:

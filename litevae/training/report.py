@@ -15,7 +15,7 @@ from PIL import Image
 from litevae.evaluation.metrics import psnr
 from litevae.evaluation.reconstruction import decode, encode
 from litevae.images import Pixels
-from litevae.training.build import Autoencoder, spatial_compression
+from litevae.models.baseline import Autoencoder, spatial_compression
 from litevae.training.checkpoint import replacing
 
 DPI = 120

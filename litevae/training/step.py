@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from litevae.losses import Loss, Objective
-from litevae.training.build import Autoencoder
+from litevae.models.baseline import Autoencoder
 from litevae.training.config import Config
 
 

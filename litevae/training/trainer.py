@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
@@ -25,7 +26,8 @@ from litevae.evaluation.metrics import psnr, ssim
 from litevae.evaluation.reconstruction import reconstruct
 from litevae.images import to_model_range
 from litevae.losses import Objective
-from litevae.training.build import Autoencoder, build_model, copy_weights, load_weights, spatial_compression
+from litevae.models.baseline import Autoencoder, spatial_compression
+from litevae.training.build import build_model, copy_weights, load_weights
 from litevae.training.checkpoint import (
     DISCRIMINATOR,
     Checkpoint,
@@ -398,6 +400,7 @@ def make_accelerator(config: Config, folder: Path) -> Accelerator:
         raise UserError("precision=fp16 needs a GPU: on a CPU there are bf16 and fp32")
     if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
         raise UserError(f"tracker={config.tracker} is not installed: pip install {config.tracker}")
+    AcceleratorState._reset_state()  # keeps the precision of an earlier run in this process
     accelerator = Accelerator(
         cpu=not has_device,  # several processes on CPUs are asked for in this way
         mixed_precision="no" if config.precision == "fp32" else config.precision,

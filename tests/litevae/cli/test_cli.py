@@ -177,7 +177,7 @@ def empty(folder):
 
 def other_class(folder):
     folder.mkdir()
-    (folder / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    (folder / "config.json").write_text('{"_class_name": "AutoencoderDC"}')
 
 
 def not_json(folder):
@@ -193,7 +193,7 @@ def a_file(folder):
     ("make", "message"),
     [
         (empty, "there is no config.json"),
-        (other_class, "not a LiteVAE but AutoencoderKL"),
+        (other_class, "not a LiteVAE but AutoencoderDC"),
         (not_json, "not a model's configuration"),
         (a_file, "is a file, not a model folder"),
     ],

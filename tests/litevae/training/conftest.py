@@ -1,7 +1,10 @@
 import json
 
 import pytest
+from PIL import Image
+from skimage import data
 
+import litevae.training.trainer as trainer_module
 from litevae.training import load_config
 
 # a run of a few milliseconds a step
@@ -25,8 +28,11 @@ SPEED = {"images_per_second", "data_wait"}
 
 
 @pytest.fixture(scope="session")
-def tiny_settings():
-    return TINY
+def tiny_settings(tmp_path_factory):
+    """With one small image to validate on."""
+    folder = tmp_path_factory.mktemp("validation")
+    Image.fromarray(data.chelsea()[100:148, 100:148]).save(folder / "cat.png")
+    return [*TINY, f"data.validation={folder}"]
 
 
 @pytest.fixture(scope="session")
@@ -45,10 +51,17 @@ def logged():
 
 
 @pytest.fixture
-def tiny(tmp_path):
+def tiny(tmp_path, tiny_settings):
     """The configuration of a tiny run in tmp_path/run."""
 
     def make(*overrides, name="run"):
-        return load_config("demo", [*TINY, f"output_dir={tmp_path / name}", *overrides])
+        return load_config("demo", [*tiny_settings, f"output_dir={tmp_path / name}", *overrides])
 
     return make
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Spares a run the seconds that Matplotlib takes."""
+    for name in ("draw_curves", "draw_reconstructions"):
+        monkeypatch.setattr(trainer_module, name, lambda *arguments: arguments[-1].touch())

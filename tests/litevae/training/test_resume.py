@@ -73,13 +73,6 @@ def test_killed_at_ten_random_instants_the_run_is_the_same_to_the_bit(
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
-@pytest.fixture
-def no_pictures(monkeypatch):
-    """Spares a run the seconds that Matplotlib takes."""
-    for name in ("draw_curves", "draw_reconstructions"):
-        monkeypatch.setattr(trainer_module, name, lambda *arguments: arguments[-1].touch())
-
-
 SAVING = ["max_steps=6", "checkpoint.every=2", "ema_decay=0.9", "optimizer.accumulation=2"]
 
 

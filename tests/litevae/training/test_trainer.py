@@ -9,7 +9,6 @@ import time
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 from skimage import data
@@ -154,11 +153,9 @@ def test_signal_saves_everything_and_exits_with_0(tmp_path, name):
 
 
 def test_bfloat16_and_image_decoder_train(tmp_path):
-    AcceleratorState._reset_state()  # Accelerate allows one precision a process
     train(short(tmp_path, "max_steps=2", "precision=bf16", "model.output_type=image", "channels_last=false"))
     weights = load_file(tmp_path / "model" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
-    AcceleratorState._reset_state()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,140 @@
+"""Models of a run: the baselines, and weights to start from."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file
+
+from litevae import LiteVAE
+from litevae.errors import UserError
+from litevae.models.baseline import SmallEncoderVAE
+from litevae.training import load_config, train
+from litevae.training.build import build_model, with_fresh_weights
+
+BASELINE = ["model.decoder_norm=group", "model.output_type=image"]
+
+
+def parameters(module):
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_baselines_have_the_paper_s_sizes():
+    with torch.device("meta"):
+        sd, small, lite = (
+            with_fresh_weights(load_config(name).model, 256)
+            for name in ("imagenet-sd-vae", "imagenet-vae-small", "imagenet-b")
+        )
+    assert parameters(sd.encoder) == 34_163_592
+    assert parameters(small.encoder) == pytest.approx(6.75e6, rel=0.03)
+    assert parameters(lite.encoder) == 6_753_252
+    assert {parameters(model.decoder) for model in (sd, small, lite)} == {49_490_179}
+    assert (sd.quant_conv is None, lite.quant_conv is None) == (False, True)
+
+
+def test_shipped_recipes_are_the_paper_s(tmp_path):
+    paper = {
+        "imagenet-b": (100_000, 256, "litevae"),
+        "imagenet-128-b": (200_000, 128, "litevae"),
+        "ffhq-b": (100_000, 256, "litevae"),
+        "imagenet-b-tuned": (150_000, 128, "litevae"),
+        "imagenet-sd-vae": (100_000, 256, "sd-vae"),
+        "imagenet-vae-small": (100_000, 256, "vae-small"),
+    }
+    for name, (steps, size, kind) in paper.items():
+        config = load_config(name)
+        assert (config.max_steps, config.data.size, config.model.kind) == (steps, size, kind)
+        assert (config.data.batch_size, config.optimizer.learning_rate) == (16, 1e-4)
+        assert config.optimizer.betas == (0.5, 0.9)
+        assert (config.model.preset, config.output_dir) == ("litevae-b", f"runs/{name}")
+    with pytest.raises(UserError, match=r"data\.train is empty"):
+        train(load_config("imagenet-b", [f"output_dir={tmp_path}", "loss.lpips=0", "tracker=none"]))
+
+
+@pytest.mark.parametrize("kind", ["sd-vae", "vae-small"])
+def test_baselines_train_in_the_same_loop(kind, tiny, tmp_path, no_pictures):
+    blocks = "model.block_out_channels=[16,16,16,16]"  # as many as VAE-Small's encoder has
+    config = tiny(f"model.kind={kind}", *BASELINE, blocks, "max_steps=2", "ema_decay=0.9")
+    assert train(config).psnr > 0
+    model = (AutoencoderKL if kind == "sd-vae" else SmallEncoderVAE).from_pretrained(
+        tmp_path / "run" / "model"
+    )
+    assert model.config.latent_channels == 4
+    if kind == "vae-small":
+        assert parameters(model.encoder) > parameters(model.decoder)
+
+
+class TestFineTuning:
+    @pytest.fixture
+    def source(self, tiny, tmp_path):
+        model = build_model(tiny())
+        model.save_pretrained(tmp_path / "source")
+        return tmp_path / "source"
+
+    def test_starts_from_a_model_or_a_run_or_a_checkpoint(self, source, tiny, tmp_path):
+        expected = load_file(source / "diffusion_pytorch_model.safetensors")
+        for name, place in (("model", source), ("run", tmp_path / "folder")):
+            if name == "run":
+                place.mkdir()
+                source.rename(place / "model")
+            loaded = build_model(tiny(f"init={place}")).state_dict()
+            assert all(torch.equal(loaded[key], value) for key, value in expected.items())
+
+    def test_frozen_encoder_stays_and_the_decoder_learns(self, source, tiny, tmp_path, no_pictures):
+        train(tiny(f"init={source}", "freeze_encoder=true", "max_steps=2", "optimizer.warmup_steps=0"))
+        before, after = (
+            load_file(folder / "diffusion_pytorch_model.safetensors")
+            for folder in (source, tmp_path / "run" / "model")
+        )
+        same = {name: torch.equal(before[name], after[name]) for name in before}
+        assert all(same[name] for name in same if name.startswith("encoder."))
+        assert not any(same[name] for name in ("decoder.conv_in.weight", "decoder.conv_out.weight"))
+
+    @pytest.mark.parametrize("pipeline", [False, True])
+    def test_decoder_of_a_diffusers_vae(self, tiny, tmp_path, pipeline):
+        torch.manual_seed(1)
+        vae = AutoencoderKL(
+            block_out_channels=(16, 16, 16),
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            norm_num_groups=4,
+        )
+        vae.save_pretrained(tmp_path / "sd" / "vae" if pipeline else tmp_path / "sd")
+        config = tiny(f"init_decoder={tmp_path / 'sd'}", *BASELINE, "model.use_1x1_conv=true")
+        model, latent = build_model(config), torch.randn(1, 4, 8, 8)
+        with torch.no_grad():
+            torch.testing.assert_close(
+                model.decode(latent).sample, vae.decode(latent).sample, rtol=1e-4, atol=1e-4
+            )
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            (["init=nowhere"], "nowhere: no such"),
+            (["init={empty}"], "there is no config.json"),
+            (["init={source}", "model.latent_channels=5"], "latent_channels is 4 there and 5 here"),
+            (["init={source}", "model.output_type=image"], "output_type is wavelet there and image here"),
+            (["init_decoder=nowhere"], "no such file"),
+            (["init_decoder={source}", "model.latent_channels=5"], "another architecture"),
+        ],
+        ids=lambda value: str(value),
+    )
+    def test_what_does_not_fit_is_one_line(self, source, tiny, tmp_path, settings, message):
+        (tmp_path / "empty").mkdir()
+        settings = [each.format(source=source, empty=tmp_path / "empty") for each in settings]
+        with pytest.raises(UserError, match=message) as caught:
+            build_model(tiny(*settings))
+        assert "\n" not in str(caught.value)
+
+    def test_cut_weights_are_one_line(self, source, tiny):
+        path = source / "diffusion_pytorch_model.safetensors"
+        path.write_bytes(path.read_bytes()[:1000])
+        with pytest.raises(UserError, match="cannot be read"):
+            build_model(tiny(f"init={source}"))
+
+
+def test_preset_sizes_remain_by_override():
+    config = load_config("imagenet-b", ["model.preset=litevae-l", "model.latent_channels=12"])
+    with torch.device("meta"):
+        model = with_fresh_weights(config.model, 256)
+    assert isinstance(model, LiteVAE)
+    assert model.config.latent_channels == 12
