@@ -9,6 +9,7 @@ import typer
 
 from litevae.cli.info import info
 from litevae.cli.reconstruct import reconstruct
+from litevae.cli.scale import scale
 from litevae.cli.train import train
 from litevae.errors import NonFiniteError, UserError
 
@@ -18,6 +19,7 @@ app = typer.Typer(rich_markup_mode=None, add_completion=False)
 app.command(context_settings={"ignore_unknown_options": True})(train)
 app.command()(reconstruct)
 app.command()(info)
+app.command()(scale)
 
 
 def print_version(wanted: bool) -> None:
@@ -42,6 +44,7 @@ def callback(
     Example: litevae train demo
              litevae reconstruct runs/demo photo.jpg -o reconstructed
              litevae info litevae-b
+             litevae scale runs/demo path/to/images
     """
     if context.invoked_subcommand is None:
         print(context.get_help())

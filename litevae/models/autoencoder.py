@@ -48,6 +48,7 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         sample_size: side of the images it is trained on; the default size of tiles.
         scaling_factor, shift_factor: what diffusion pipelines normalise latents with,
             (latent - shift_factor) * scaling_factor. Not applied here.
+        latents_mean, latents_std: of each latent channel, as in diffusers. Not applied here.
         force_upcast: read by the SDXL pipelines: run the model in float32 where the rest is float16.
 
     Raises:
@@ -78,6 +79,8 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         sample_size: int = 256,
         scaling_factor: float = 1.0,
         shift_factor: float | None = None,
+        latents_mean: Sequence[float] | None = None,
+        latents_std: Sequence[float] | None = None,
         force_upcast: bool = False,
     ) -> None:
         super().__init__()

@@ -240,11 +240,15 @@ def load_validation(images: ImageSource, size: int, count: int) -> Validation:
         except BadImage as error:
             result.bad.append((name, str(error)))
             continue
-        height, width = pixels.shape[:2]
-        side = min(height, width)
-        square = resize_window(pixels, (height - side) // 2, (width - side) // 2, side, side, size)
-        result.images.append((name, square))
+        result.images.append((name, middle_square(pixels, size)))
     if not result.images:
         name, reason = result.bad[0]
         raise UserError(f"none of the {count} images to validate on can be read; {name}: {reason}")
     return result
+
+
+def middle_square(pixels: Pixels, size: int) -> Pixels:
+    """The largest square in the middle of an (H, W, 3) image, resized to `size` pixels."""
+    height, width = pixels.shape[:2]
+    side = min(height, width)
+    return resize_window(pixels, (height - side) // 2, (width - side) // 2, side, side, size)

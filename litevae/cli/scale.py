@@ -1,0 +1,54 @@
+"""`litevae scale`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from litevae.cli.common import load_model
+
+
+def scale(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a model, or of a training run.")],
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="Folder of images, or what else data.train may be.")
+    ],
+    size: Annotated[
+        int, typer.Option(min=16, metavar="PIXELS", help="Side that images are resized to.")
+    ] = 256,
+    count: Annotated[int, typer.Option(min=1, metavar="N", help="Images to measure, at most.")] = 10_000,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Images at a time.")] = 16,
+    workers: Annotated[int, typer.Option(min=0, metavar="N", help="Processes that read images.")] = 4,
+) -> None:
+    """Measure a model's latents and store their scale in its config.json.
+
+    \b
+    Example: litevae scale runs/imagenet-b path/to/images
+             litevae scale runs/demo demo --size 64
+
+    Stores scaling_factor, 1 / the standard deviation of all latents together, which diffusers' pipelines
+    multiply them with, and each channel's latents_mean and latents_std. Images are cropped to the middle
+    square.
+    """
+    autoencoder = load_model(model)
+
+    import torch
+
+    from litevae.training.checkpoint import replacing
+    from litevae.training.scale import measure_latents
+    from litevae.training.sources import open_images
+
+    if torch.accelerator.is_available():
+        autoencoder.to(torch.accelerator.current_accelerator())
+    found = measure_latents(autoencoder, open_images(data), size, count, batch_size, workers)
+    autoencoder.register_to_config(
+        scaling_factor=found.scaling_factor, latents_mean=list(found.mean), latents_std=list(found.std)
+    )
+    folder = model if (model / "config.json").exists() else model / "model"
+    with replacing(folder / "config.json") as path:
+        path.write_text(autoencoder.to_json_string(), encoding="utf-8")
+
+    print(f"{found.count} images of {size} x {size} pixels")
+    for channel, (mean, std) in enumerate(zip(found.mean, found.std, strict=True)):
+        print(f"channel {channel}: mean {mean:.4f}, standard deviation {std:.4f}")
+    print(f"scaling_factor {found.scaling_factor:.5f}, stored in {folder / 'config.json'}")
