@@ -235,7 +235,8 @@ def apply(config: DictConfig, settings: Any, where: str) -> None:
         if key not in KEYS:
             raise UserError(where + unknown_key(key))
         try:
-            OmegaConf.update(config, key, value)
+            # YAML takes nothing after the sign for null
+            OmegaConf.update(config, key, "" if value is None and KEYS[key] is str else value)
         except OmegaConfBaseException:
             raise UserError(f"{where}{key} must be {expected(key)}") from None
 

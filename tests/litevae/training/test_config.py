@@ -2,7 +2,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from litevae.errors import UserError
-from litevae.training.config import Config, load_config, shipped_configs
+from litevae.training.config import Config, Stage, list_stages, load_config, shipped_configs
 
 
 def fails(*overrides, name="demo"):
@@ -66,6 +66,17 @@ def test_unknown_key_names_the_nearest(key, nearest):
         ("loss.adversarial_start=soon", "loss.adversarial_start must be a whole number"),
         ("optimizer.betas=[0.5]", "optimizer.betas must be 2 values"),
         ("output_dir=[1", "output_dir must be text"),
+        (
+            "stages=3",
+            "stages must be a list such as [{start: 100001, size: 256}], each with the settings start",
+        ),
+        ("stages=[{begin: 3}]", "stages must be a list such as"),
+        ("stages=[{start: soon}]", "stages must be a list such as"),
+        ("discriminator.kind=dcgan", "discriminator.kind must be unet or patchgan or stylegan"),
+        ("discriminator.betas=[1]", "discriminator.betas must be 2 values such as [0.5,0.5], each a number"),
+        ("discriminator.learning_rate=fast", "discriminator.learning_rate must be a number"),
+        ("tracker=comet", "tracker must be tensorboard or wandb or none"),
+        ("model.kind=vqgan", "model.kind must be litevae or sd-vae or vae-small"),
     ],
 )
 def test_wrong_type_names_key_and_type(override, expected):
@@ -85,6 +96,18 @@ def test_wrong_type_names_key_and_type(override, expected):
         ("loss.adversarial_start=-1", "loss.adversarial_start must be 0 or more"),
         ("loss={l1: 0, wavelet: 0, gaussian: 0, adversarial: 1}", "nothing to train for"),
         ("output_dir=", "output_dir"),
+        ("stages=[{start: 1, size: 32}]", "stages[0].start must be above 1, got 1"),
+        ("stages=[{start: 9, size: 32}, {start: 9, size: 64}]", "stages[1].start must be above 9, got 9"),
+        ("stages=[{start: 9, size: 8}]", "stages[0].size must be 16 or more"),
+        ("stages=[{start: 9, size: 32, batch_size: 0}]", "stages[0].batch_size must be 1 to 100000"),
+        ("optimizer.accumulation=3", "optimizer.accumulation must divide the batch of 4, got 3"),
+        ("discriminator.betas=[0,1]", "discriminator.betas must be at least 0 and below 1"),
+        ("discriminator.learning_rate=-1", "discriminator.learning_rate must be between 0 and 1e6, got -1"),
+        ("loss.ldl=1", "ema_decay must be above 0"),
+        ("ema_decay=1", "ema_decay must be below 1"),
+        ("model.kind=sd-vae", "model.decoder_norm must be group for model.kind=sd-vae"),
+        ("max_bad_steps=0", "max_bad_steps must be 1 or more"),
+        ("checkpoint.keep=0", "checkpoint.keep must be 1 or more"),
         ("max_steps", "'max_steps' is not a setting"),
         ("=3", "is not a setting"),
         ("output_dir=${nowhere}", "nowhere"),
@@ -96,6 +119,30 @@ def test_senseless_value_is_refused(override, expected):
 
 def test_unknown_config_names_the_nearest():
     assert "did you mean 'demo'?" in fails(name="dmeo")
+
+
+def test_stages_follow_each_other():
+    settings = [
+        "max_steps=20",
+        "data.size=32",
+        "stages=[{start: 6, size: 48}, {start: 11, size: 64, batch_size: 2}]",
+    ]
+    stages = [Stage(1, 5, 32, 4, 0), Stage(6, 10, 48, 4, 20), Stage(11, 20, 64, 2, 40)]
+    assert list_stages(load_config("demo", settings)) == stages
+    # max_steps ends the run wherever it is
+    assert list_stages(load_config("demo", [*settings, "max_steps=7"])) == [stages[0], Stage(6, 7, 48, 4, 20)]
+    tuned = list_stages(load_config("imagenet-b-tuned"))
+    assert [(stage.last - stage.first + 1, stage.size) for stage in tuned] == [(100_000, 128), (50_000, 256)]
+
+
+def test_a_file_extends_another(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("extends: demo\nmax_steps: 9")
+    assert load_config(str(path)) == load_config("demo", ["max_steps=9"])
+    path.write_text(f"extends: {path}")
+    assert "extends itself" in fails(name=str(path))
+    path.write_text("extends: dmeo")
+    assert "did you mean 'demo'?" in fails(name=str(path))
 
 
 def test_missing_file_is_named():

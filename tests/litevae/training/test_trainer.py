@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import math
 import os
@@ -5,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from skimage import data
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import litevae.training.trainer as trainer_module
 from litevae import LiteVAE
@@ -21,6 +24,7 @@ from litevae.evaluation.reconstruction import reconstruct
 from litevae.losses import Loss
 from litevae.training import load_config, train
 from litevae.training.checkpoint import replacing, save_model
+from litevae.training.data import middle_square
 from litevae.training.report import latents_as_rgb
 
 SHORT = ["max_steps=20", "data.size=32", "data.batch_size=2", "log_every=5", "validate_every=10"]
@@ -286,3 +290,80 @@ class TestSavingOverAModel:
         with pytest.raises(OSError, match="full"):
             save_model(self.model, folder)
         LiteVAE.from_pretrained(folder)
+
+
+class TestTinyRun:
+    def test_on_a_folder_with_every_option(self, tiny, tmp_path, adversarial_settings):
+        images = tmp_path / "images"
+        images.mkdir()
+        for i in range(3):
+            Image.fromarray(data.chelsea()[50 * i :, 50 * i :][:60, :50]).save(images / f"{i}.png")
+        settings = [
+            f"data.train={images}",
+            "data.validation=",
+            "data.workers=1",
+            "data.crop=random",
+            "tracker=tensorboard",
+            "max_steps=5",
+            "checkpoint.every=2",
+            "ema_decay=0.9",
+            "stages=[{start: 3, size: 48, batch_size: 4}]",
+        ]
+        result = train(tiny(*settings, *adversarial_settings))
+        assert (result.psnr, result.ssim, result.steps) == (None, None, 5)
+        folder = tmp_path / "run"
+        assert {path.name for path in folder.iterdir()} == FILES - {"validation"} | {
+            "checkpoints",
+            "tensorboard",
+        }
+        lines = logged(folder)
+        assert ["discriminator" in line for line in lines] == [False, False, True, True, True]
+        assert all(0 <= line["data_wait"] <= 1 for line in lines)
+        events = EventAccumulator(str(folder / "tensorboard")).Reload()
+        assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5]
+        assert [event.value for event in events.Scalars("l1")] == pytest.approx(
+            [line["l1"] for line in lines]
+        )
+
+    def test_grid_shows_image_and_reconstruction(self, tiny, tmp_path, no_pictures):
+        config = tiny("max_steps=2", "validate_every=1")
+        train(config)
+        grids = sorted((tmp_path / "run" / "validation").iterdir())
+        assert [path.name for path in grids] == ["step-00000001.png", "step-00000002.png"]
+        grid = np.asarray(Image.open(grids[1]))
+        (image,) = Path(config.data.validation).iterdir()
+        pixels = middle_square(np.asarray(Image.open(image)), 32)
+        np.testing.assert_array_equal(grid[:, :32], pixels)
+        model = LiteVAE.from_pretrained(tmp_path / "run" / "model")
+        np.testing.assert_array_equal(grid[:, 32:], reconstruct(model, pixels))
+
+    def test_averaged_model_is_what_is_measured_and_saved(self, tiny, tmp_path, no_pictures):
+        settings = ["max_steps=3", "ema_decay=0.9", "checkpoint.every=3", "optimizer.warmup_steps=0"]
+        train(tiny(*settings))
+        name = "diffusion_pytorch_model.safetensors"
+        newest = tmp_path / "run" / "checkpoints" / "step-00000003"
+        saved, average, last = (
+            load_file(folder / name)
+            for folder in (tmp_path / "run" / "model", newest / "ema", newest / "model")
+        )
+        assert all(torch.equal(saved[key], average[key]) for key in saved)
+        assert not torch.equal(saved["decoder.conv_in.weight"], last["decoder.conv_in.weight"])
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            (["precision=fp16"], "precision=fp16 needs a GPU"),
+            (["tracker=wandb"], "tracker=wandb is not installed: pip install wandb"),
+            (["data.train=nowhere"], "nowhere"),
+            (["data.train={empty}"], "no images"),
+            (["stages=[{{start: 2, size: 33}}]"], "data.size must be a multiple of 4, got 33"),
+        ],
+        ids=lambda value: str(value),
+    )
+    def test_what_this_machine_cannot_do_is_one_line(self, tiny, tmp_path, monkeypatch, settings, message):
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(UserError, match=message) as caught:
+            train(tiny(*(each.format(empty=tmp_path / "empty") for each in settings)))
+        assert "\n" not in str(caught.value)
