@@ -8,7 +8,7 @@ import typer
 
 def train(
     config: Annotated[
-        str, typer.Argument(metavar="CONFIG", help="A shipped configuration (demo), or a .yaml file.")
+        str, typer.Argument(metavar="CONFIG", help="A shipped configuration, such as demo, or a .yaml file.")
     ],
     overrides: Annotated[
         list[str] | None,
@@ -20,21 +20,37 @@ def train(
     \b
     Example: litevae train demo
              litevae train demo max_steps=200 output_dir=runs/short loss.wavelet=0
+             litevae train imagenet-b data.train=FOLDER data.validation=FOLDER
+             litevae train imagenet-b data.train=FOLDER resume=auto
+             torchrun --nproc-per-node 2 --no-python litevae train imagenet-b data.train=FOLDER
 
     The demo trains a LiteVAE-S with a small decoder on scikit-image's photographs, in about 4 minutes on 2
-    CPU cores and without any download, and holds out chelsea the cat to measure on. It leaves in runs/demo:
+    CPU cores and without any download, and holds out chelsea the cat to measure on. The other shipped
+    configurations are the paper's: imagenet-b (256 x 256), imagenet-128-b, imagenet-b-tuned (128, then 256),
+    ffhq-b, and the baselines imagenet-sd-vae and imagenet-vae-small. model.preset=litevae-s, -m or -l and
+    model.latent_channels=12 make its other models of them. data.train is a folder of images, WebDataset
+    shards, a Hugging Face dataset on disk, .parquet files, or demo.
+
+    A run's folder holds:
 
     \b
-      reconstructions.png  input, reconstruction and latent of some photographs
-      curves.png           the losses, and PSNR and SSIM of the held-out photograph
+      reconstructions.png  input, reconstruction and latent of some images
+      validation/          the validation images beside their reconstructions, for each measurement
+      curves.png           the losses, and PSNR and SSIM of the validation images
       metrics.json         the same PSNR and SSIM as numbers
       metrics.jsonl        a line for each logged step
       config.yaml          every setting: litevae train runs/demo/config.yaml repeats the run
       model/               for litevae reconstruct, or LiteVAE.from_pretrained
+      checkpoints/         the last checkpoint.keep and the best, every checkpoint.every steps (not the demo's)
+      tensorboard/         unless tracker is wandb or none
+
+    resume=auto goes on from the newest checkpoint, if there is one; resume=PATH from another run's.
+    init=PATH starts from a model's weights, init_decoder=PATH from a diffusers AutoencoderKL's decoder, and
+    freeze_encoder=true trains the decoder alone.
 
     Ctrl-C (or SIGTERM) ends the run after the current step, saves all of this and exits with status 0; a
-    second one quits at once. A loss that is no longer finite saves what the step before left and exits
-    with status 1.
+    second one quits at once. A step whose loss or gradient is not finite is skipped; after max_bad_steps in a
+    row the run saves what was before the first of them and exits with status 1.
     """
     from litevae.training import load_config
     from litevae.training import train as run

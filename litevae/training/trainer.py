@@ -130,7 +130,7 @@ class Trainer:
         self.history: list[dict[str, float]] = []
         self.bad: list[str] = []  # steps in a row without an update, and why
         self.step = self.skipped = 0
-        self.seconds_before = 0.0
+        self.seconds_before, self.start = 0.0, time.perf_counter()
         self.saved_step: int | None = None
         if checkpoint is not None:
             self.restore(checkpoint)
@@ -139,6 +139,11 @@ class Trainer:
     @property
     def checkpoint_folder(self) -> Path:
         return self.output_dir / "checkpoints"
+
+    @property
+    def seconds(self) -> float:
+        """Since the run began, without the times it was not running and the starts."""
+        return self.seconds_before + time.perf_counter() - self.start
 
     @property
     def best_model(self) -> Autoencoder:
@@ -177,7 +182,7 @@ class Trainer:
                 text = OmegaConf.to_yaml(OmegaConf.structured(config))
                 path.write_text(f"# {versions()}\n{text}", encoding="utf-8")
             remove_remains(self.checkpoint_folder)
-        start = time.perf_counter()
+        self.start = time.perf_counter()
         stopped, failure = False, None
         with (
             Log(self.output_dir / "metrics.jsonl", self.lines, self.accelerator) as log,
@@ -192,7 +197,7 @@ class Trainer:
         ):
             for step, batch, waited in self.steps():
                 outcome = self.update(batch, step, stop.signal is not None)
-                stopped = outcome.stop
+                stopped = outcome.stop and step < config.max_steps
                 bar.update()
                 log.count(len(batch) * self.accelerator.num_processes, waited)
                 if outcome.bad is None:
@@ -215,9 +220,7 @@ class Trainer:
                 self.validate_and_save(step)
                 log.restart()
         try:
-            return self.finish(
-                self.seconds_before + time.perf_counter() - start, stop.signal, stopped, failure
-            )
+            return self.finish(stop.signal, stopped, failure)
         finally:
             if failure:
                 raise failure
@@ -242,16 +245,10 @@ class Trainer:
         if self.config.channels_last:
             image = image.contiguous(memory_format=torch.channels_last)
         # the whole batch's, on every process alike, so that a run is the same on one process as on many
-        processes, index, count = (
-            self.accelerator.num_processes,
-            self.accelerator.process_index,
-            len(batch),
-        )
-        side = image.shape[-1] // spatial_compression(self.model)
-        noise = torch.randn(
-            (count * processes, self.config.model.latent_channels, side, side), device=image.device
-        )
-        return self.train_step(image, noise[index * count : (index + 1) * count], step, stop)
+        count, side = self.accelerator.num_processes, image.shape[-1] // spatial_compression(self.model)
+        channels = self.config.model.latent_channels
+        noise = torch.randn((count * len(batch), channels, side, side), device=image.device)
+        return self.train_step(image, noise.chunk(count)[self.accelerator.process_index], step, stop)
 
     def validate_and_save(self, step: int) -> None:
         """What is due after `step`; the end of the run is `finish`'s."""
@@ -300,7 +297,7 @@ class Trainer:
                 "ema_updates": self.ema.updates if self.ema else 0,
                 "history": self.history,
                 "skipped": self.skipped - len(self.bad),
-                "seconds": self.seconds_before,
+                "seconds": self.seconds,
             }
             measured = self.history and self.history[-1]["step"] == self.step
             manifest = {
@@ -348,9 +345,7 @@ class Trainer:
         self.lines = read_log(self.output_dir / "metrics.jsonl", self.step)
         restore_random_state(state["random"][self.accelerator.process_index % len(state["random"])])
 
-    def finish(
-        self, seconds: float, signal_name: str | None, stopped: bool, failure: NonFiniteError | None
-    ) -> Result:
+    def finish(self, signal_name: str | None, stopped: bool, failure: NonFiniteError | None) -> Result:
         """Measures once more and writes the checkpoint, the model, the metrics and the pictures."""
         if stopped or failure:  # nobody knows how long they wait
             self.save()
@@ -359,7 +354,7 @@ class Trainer:
         self.save()
         final: dict[str, Any] = self.history[-1] if self.feed.validation else {"psnr": None, "ssim": None}
         stopped_by = (signal_name or "another process") if stopped else None
-        result = Result(self.output_dir, self.step, seconds, final["psnr"], final["ssim"], stopped_by)
+        result = Result(self.output_dir, self.step, self.seconds, final["psnr"], final["ssim"], stopped_by)
         if self.is_main:
             self.write_results(result)
         return result

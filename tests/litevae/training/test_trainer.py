@@ -156,9 +156,11 @@ def test_signal_saves_everything_and_exits_with_0(tmp_path, name):
     LiteVAE.from_pretrained(tmp_path / "model")
 
 
-def test_bfloat16_and_image_decoder_train(tmp_path):
-    train(short(tmp_path, "max_steps=2", "precision=bf16", "model.output_type=image", "channels_last=false"))
-    weights = load_file(tmp_path / "model" / "diffusion_pytorch_model.safetensors")
+def test_bfloat16_and_image_decoder_train(tiny, tmp_path, no_pictures, adversarial_settings):
+    settings = ["model.output_type=image", "channels_last=false", "ema_decay=0.9", "loss.ldl=1"]
+    train(tiny("max_steps=4", "precision=bf16", *settings, *adversarial_settings))
+    assert "discriminator" in logged(tmp_path / "run")[-1]
+    weights = load_file(tmp_path / "run" / "model" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
 
