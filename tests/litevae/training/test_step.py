@@ -205,8 +205,8 @@ EVERYTHING = [
 )
 def test_every_loss_and_discriminator_trains(make, settings):
     step = make(*settings, "loss.pretrained=false", "channels_last=true")
-    outcomes = [step(*inputs(seed), seed, False) for seed in (1, 2, 3)]
-    assert [outcome.bad for outcome in outcomes] == [None] * 3
+    outcomes = [step(*inputs(seed), seed, False) for seed in (1, 2)]
+    assert [outcome.bad for outcome in outcomes] == [None] * 2
     assert len(outcomes[0].values) == len(step.objective.weights) + 5
     assert step.learners["discriminator"].optimizer.param_groups[0]["betas"] == (
         (0.0, 0.99) if "stylegan" in settings[0] else (0.9, 0.99)

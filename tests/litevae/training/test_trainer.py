@@ -99,7 +99,7 @@ class TestFinishedRun:
         assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
 
 
-def test_non_finite_loss_names_the_term_and_saves_what_was(tmp_path, monkeypatch):
+def test_non_finite_loss_names_the_term_and_saves_what_was(tmp_path, monkeypatch, no_pictures):
     class Exploding(trainer_module.Objective):
         calls = 0
 
@@ -119,14 +119,13 @@ def test_non_finite_loss_names_the_term_and_saves_what_was(tmp_path, monkeypatch
     assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
-def test_non_finite_gradient_is_told_from_a_loss(tmp_path, monkeypatch):
+def test_non_finite_gradient_is_told_from_a_loss(tmp_path, monkeypatch, no_pictures):
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.nan))
     with pytest.raises(NonFiniteError, match="step 1: the gradient's norm is nan"):
         train(short(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_signal_saves_everything_and_exits_with_0(tmp_path, name):
+def test_sigterm_saves_everything_and_exits_with_0(tmp_path):
     command = "import sys; from litevae.cli import main; sys.exit(main())"
     arguments = ["train", "demo", *SHORT, "max_steps=100000", "log_every=1", f"output_dir={tmp_path}"]
     process = subprocess.Popen(
@@ -142,7 +141,7 @@ def test_signal_saves_everything_and_exits_with_0(tmp_path, name):
             assert process.poll() is None, process.stderr.read()
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        process.send_signal(getattr(signal, name))
+        process.send_signal(signal.SIGTERM)
         output, errors = process.communicate(timeout=100)
     finally:
         process.kill()
@@ -151,7 +150,7 @@ def test_signal_saves_everything_and_exits_with_0(tmp_path, name):
     assert "everything is saved" in output
     assert {path.name for path in tmp_path.iterdir()} == FILES
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics["stopped_by"] == name
+    assert metrics["stopped_by"] == "SIGTERM"
     assert metrics["steps"] == logged(tmp_path)[-1]["step"] == metrics["validation"]["history"][-1]["step"]
     LiteVAE.from_pretrained(tmp_path / "model")
 
@@ -338,6 +337,18 @@ class TestTinyRun:
         np.testing.assert_array_equal(grid[:, :32], pixels)
         model = LiteVAE.from_pretrained(tmp_path / "run" / "model")
         np.testing.assert_array_equal(grid[:, 32:], reconstruct(model, pixels))
+
+    def test_ctrl_c_ends_it_after_the_next_step(self, tiny, no_pictures, monkeypatch):
+        original = trainer_module.Trainer.update
+
+        def update(self, batch, step, stop):
+            if step == 2:
+                signal.raise_signal(signal.SIGINT)
+            return original(self, batch, step, stop)
+
+        monkeypatch.setattr(trainer_module.Trainer, "update", update)
+        result = train(tiny("max_steps=9"))
+        assert (result.steps, result.stopped_by) == (3, "SIGINT")
 
     def test_averaged_model_is_what_is_measured_and_saved(self, tiny, tmp_path, no_pictures):
         settings = ["max_steps=3", "ema_decay=0.9", "checkpoint.every=3", "optimizer.warmup_steps=0"]
