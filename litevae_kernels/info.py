@@ -57,8 +57,8 @@ def report() -> list[tuple[str, str]]:
         rows.append((f"{operator} on cuda", _serves("cuda") + ("" if gpus else "   (no GPU here)")))
     native = (
         "native for bfloat16 inference, else PyTorch's"
-        if reason is None
-        else f"PyTorch's   (not native: {reason})"
+        if WHY_NO_CONV3X3 is None
+        else f"PyTorch's   (not native: {WHY_NO_CONV3X3})"
     )
     rows.append(("conv3x3 on cpu", native))
     rows.append(("conv3x3 on cuda", "PyTorch's"))
