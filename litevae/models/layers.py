@@ -74,11 +74,9 @@ class ResBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, num_groups: int, norm: Norm = "group") -> None:
         super().__init__()
-        conv: Callable[[int, int], nn.Module] = {
-            "group": Conv3x3,
-            "smc": partial(SelfModulatedConv2d, kernel_size=3, padding=1, silu_input=True),
-            "none": partial(Conv3x3, silu_input=True),
-        }[norm]
+        conv: Callable[[int, int], nn.Module] = partial(Conv3x3, silu_input=norm == "none")
+        if norm == "smc":
+            conv = partial(SelfModulatedConv2d, kernel_size=3, padding=1, silu_input=True)
         grouped = norm == "group"
         self.norm1 = norm_silu(in_channels, num_groups, norm) if grouped else nn.Identity()
         self.conv1 = conv(in_channels, out_channels)
