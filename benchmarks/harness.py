@@ -8,6 +8,8 @@ On a GPU a time is the GPU's own: events around calls that are queued back to ba
 something else, so that the microseconds Python takes for a call do not count.
 """
 
+import ctypes
+import gc
 import itertools
 import json
 import math
@@ -49,7 +51,9 @@ class Result:
     bar: float | None  # what times_ours has to reach
     bytes_moved: int | None
     gigabytes_per_second: float | None
-    peak_memory: int | None  # CUDA's allocator peak beyond the inputs; not measured on a CPU
+    peak_memory: (
+        int | None
+    )  # beyond the inputs: CUDA's allocator peak, or the peak of the resident memory on Linux
     rounds: int
 
 
@@ -125,6 +129,27 @@ def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]
     return torch.compile(copy, fullgraph=True, dynamic=False, **options)
 
 
+def peak_resident_memory(function: Callable[[], Any]) -> int | None:
+    """By how many bytes a call makes the process grow at most; None where the kernel does not tell.
+
+    glibc first gives back what it keeps of freed memory, so that the call has to ask for all that it needs.
+    """
+    status, peak = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    try:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        peak.write_text("5")  # Linux: VmHWM starts again from here
+    except (OSError, AttributeError):
+        return None
+
+    def kilobytes(field: str) -> int:
+        return int(re.findall(rf"{field}:\s+(\d+) kB", status.read_text())[0])
+
+    before = kilobytes("VmRSS")
+    function()
+    return max(0, kilobytes("VmHWM") - before) * 1024
+
+
 def copies(device: str, byte_count: int, inputs: int) -> Provider:
     """Copies half as many bytes as `byte_count`, so that it reads and writes `byte_count`."""
     sources = [
@@ -145,6 +170,8 @@ class Stopwatch:
         self.provider(next(turn))  # compile, and touch the memory
         if self.on_gpu:
             self._prepare()
+        else:
+            self.peak_memory = peak_resident_memory(lambda: self.provider(next(turn)))
 
     def _prepare(self) -> None:
         """Measures the peak of the memory, Python's time for a call, and how many calls a time needs."""

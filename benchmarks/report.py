@@ -7,8 +7,12 @@ from benchmarks.harness import RESULTS
 INTRODUCTION = """Made by `python -m benchmarks.report` from the JSON files beside it. Rivals run in turn on inputs
 larger than the caches; figures are medians over the rounds, ratios medians of the ratios within a round. "x copy"
 is against copying as many bytes as the operator has to read and write. A bar is what "x ours" has to reach, and
-is set in the benchmark; whether it was reached follows from the figure beside it."""
-COLUMNS = "| provider | ms, median (10% to 90%) | GB/s | x copy | x ours | bar |\n|---|---|---|---|---|---|"
+is set in the benchmark; whether it was reached follows from the figure beside it. Peak memory is what a call needs
+beyond its inputs, results included."""
+COLUMNS = (
+    "| provider | ms, median (10% to 90%) | GB/s | x copy | x ours | bar | peak MB |\n"
+    "|---|---|---|---|---|---|---|"
+)
 
 
 def table(rows: list[dict[str, object]]) -> str:
@@ -22,6 +26,7 @@ def table(rows: list[dict[str, object]]) -> str:
             "" if row["times_copy"] is None else f"{row['times_copy']:.2f}",
             f"{row['times_ours']:.2f}",
             verdict(row),
+            "" if row["peak_memory"] is None else f"{float(str(row['peak_memory'])) / 1e6:.3g}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "common/isa.h"
+#include "conv3x3/conv3x3.h"
 #include "group_norm_silu/group_norm_silu.h"
 #include "haar/haar.h"
 #include "smc/smc.h"
@@ -18,6 +19,7 @@ namespace py = pybind11;
 using litevae::TensorView;
 using litevae::haar::Transform;
 
+LITEVAE_DISPATCH_ISA(conv3x3_forward, (const conv3x3::Forward& call, int threads), call, threads)
 LITEVAE_DISPATCH_ISA(haar_analysis, (const haar::Transform& call, int threads), call, threads)
 LITEVAE_DISPATCH_ISA(haar_synthesis, (const haar::Transform& call, int threads), call, threads)
 LITEVAE_DISPATCH_ISA(group_norm_silu_forward, (const group_norm_silu::Forward& call, int threads), call,
@@ -177,6 +179,19 @@ litevae::smc::Backward smc_backward(const TensorView& grad, const TensorView& we
           grad_gain.value_or(TensorView{})};
 }
 
+litevae::conv3x3::Forward conv3x3_forward(const TensorView& x, bool silu, const TensorView& weight,
+                                          const MaybeView& bias, const MaybeView& residual,
+                                          const TensorView& y) {
+  expect(weight.size[1] == x.size[1] && weight.size[1] > 0 && weight.size[2] == 3 && weight.size[3] == 3,
+         "weight");
+  expect(y.size[0] == x.size[0] && y.size[1] == weight.size[0] && y.size[2] == x.size[2] &&
+             y.size[3] == x.size[3],
+         "y");
+  if (bias) expect(bias->size[1] == weight.size[0], "bias");
+  if (residual) expect(same_size(*residual, y), "residual");
+  return {x, silu, weight, bias.value_or(TensorView{}), residual.value_or(TensorView{}), y};
+}
+
 bool is_empty(const Transform& t) { return t.batch * t.channels * t.height * t.width == 0; }
 
 }  // namespace
@@ -185,7 +200,7 @@ PYBIND11_MODULE(litevae_core, m) {
   m.doc() = "litevae's compiled core: raw addresses in, no tensors";
   // Raised with every change of these functions' arguments or meaning; litevae_kernels/backend.py names the
   // same.
-  m.attr("interface") = 2;
+  m.attr("interface") = 3;
   const litevae::Isa best = litevae::detect_isa();
   static litevae::Isa isa = best;
   m.def("isa", [] { return litevae::isa_name(isa); });
@@ -207,6 +222,13 @@ PYBIND11_MODULE(litevae_core, m) {
   py::class_<TensorView>(m, "TensorView")
       .def(py::init(&view), py::arg("data"), py::arg("dtype"), py::arg("size"), py::arg("stride"));
 
+  m.def("has_amx_bf16", &litevae::has_amx_bf16);
+  m.def("conv3x3_cpu", [](const TensorView& x, bool silu, const TensorView& weight, const MaybeView& bias,
+                          const MaybeView& residual, const TensorView& y, int threads) {
+    const auto call = conv3x3_forward(x, silu, weight, bias, residual, y);
+    py::gil_scoped_release release;
+    litevae::conv3x3_forward(isa, call, threads);
+  });
   m.def("haar_analysis_cpu", [](const TensorView& image, const std::vector<TensorView>& coeffs, int levels,
                                 int mode, double factor, bool stacked, int threads) {
     const Transform t = transform(image, coeffs, levels, mode, factor, stacked);

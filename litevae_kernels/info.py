@@ -8,6 +8,7 @@ import torch
 
 from litevae_kernels import backend
 from litevae_kernels.backend import core
+from litevae_kernels.conv3x3 import WHY_NOT as WHY_NO_CONV3X3
 
 OPERATORS = ("haar", "group_norm_silu", "smc")
 
@@ -54,6 +55,13 @@ def report() -> list[tuple[str, str]]:
     for operator in OPERATORS:
         rows.append((f"{operator} on cpu", _serves("cpu")))
         rows.append((f"{operator} on cuda", _serves("cuda") + ("" if gpus else "   (no GPU here)")))
+    native = (
+        "native for bfloat16 inference, else PyTorch's"
+        if WHY_NO_CONV3X3 is None
+        else f"PyTorch's   (not native: {WHY_NO_CONV3X3})"
+    )
+    rows.append(("conv3x3 on cpu", native))
+    rows.append(("conv3x3 on cuda", "PyTorch's"))
     return rows
 
 

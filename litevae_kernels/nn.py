@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litevae_kernels import group_norm_silu, modulate_weight, self_modulated_conv2d
+from litevae_kernels import conv3x3, group_norm_silu, modulate_weight, self_modulated_conv2d
 
 
 class GroupNormSiLU(nn.GroupNorm):
@@ -19,6 +19,34 @@ class GroupNormSiLU(nn.GroupNorm):
     def forward(self, input: Tensor, skip: Tensor | None = None) -> Tensor:
         """With a second input (N, C_skip, *), the result is that of ``torch.cat([input, skip], 1)``."""
         return group_norm_silu(input, self.num_groups, self.weight, self.bias, eps=self.eps, skip=skip)
+
+
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution of stride 1 with one pixel of zero padding, through `litevae_kernels.conv3x3`.
+
+    Takes (N, in_channels, H, W), returns (N, out_channels, H, W) in the input's dtype, or autocast's where that is on.
+    State-dict keys are `nn.Conv2d`'s. `silu_input` convolves the SiLU of the input. Raises what
+    `litevae_kernels.conv3x3` raises.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        bias: bool = True,
+        *,
+        silu_input: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=3, padding=1, bias=bias, **kwargs)
+        self.silu_input = silu_input
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", silu_input=True" if self.silu_input else "")
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """`residual` (N, out_channels, H, W) is added to the result."""
+        return conv3x3(input, self.weight, self.bias, residual=residual, silu_input=self.silu_input)
 
 
 class SelfModulatedConv2d(nn.Conv2d):
@@ -92,7 +120,8 @@ class SelfModulatedConv2d(nn.Conv2d):
             plain.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
         return plain.train(self.training)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """`residual` (N, C_out, H', W') is added to the result."""
         padding = self.padding
         if self.padding_mode != "zeros":  # what pads with values of the image itself commutes with SiLU
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
@@ -109,4 +138,5 @@ class SelfModulatedConv2d(nn.Conv2d):
             groups=self.groups,
             eps=self.eps,
             silu_input=self.silu_input,
+            residual=residual,
         )

@@ -28,6 +28,16 @@ inline Isa detect_isa() {
 #endif
 }
 
+// Whether this CPU multiplies bfloat16 matrices in tiles (AMX), several times faster than in vectors.
+inline bool has_amx_bf16() {
+#if defined(LITEVAE_X86)
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & 1u << 22) != 0;
+#else
+  return false;
+#endif
+}
+
 inline const char* isa_name(Isa isa) {
   switch (isa) {
     case Isa::avx512bf16:

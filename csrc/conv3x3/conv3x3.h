@@ -1,32 +1,25 @@
 // A 3x3 convolution (stride 1, one pixel of zeros around) of bfloat16 tensors as the core sees it:
-// y = conv(activation(x and skip side by side)) + bias + residual, rounded once. Needs AVX512-BF16.
-// The rms error is about 2.5 times that of a direct convolution, which rounds the result only. Faster than
-// that from 32 channels on both sides on: channels are padded to 32.
+// y = conv(x) + bias + residual, or that of silu(x), rounded once. Needs AVX512-BF16.
+//
+// Accuracy: beside the rounding of y, which any convolution has, both transformed factors are rounded to
+// bfloat16, so that the error is about 2.5 times that of a direct convolution.
 #pragma once
 
 #include <cstdint>
 
 #include "../common/tensor_view.h"
-#include "../group_norm_silu/group_norm_silu.h"
 
 namespace litevae {
 namespace conv3x3 {
 
-enum class Activation : int { none = 0, silu = 1, norm_silu = 2 };
-
-// A tensor that is not there has no data. x, skip, residual and y are bf16 with channels innermost.
+// A tensor that is not there has no data. x, residual and y are bf16 with channels innermost.
 struct Forward {
-  group_norm_silu::Inputs in;  // the statistics are read, for norm_silu only, as are the weight and the bias
-  Activation activation;
-  const void* packed;   // what conv3x3_pack wrote
+  TensorView x;  // (N, I, H, W)
+  bool silu;
+  TensorView weight;    // (O, I, 3, 3), any dtype and strides
   TensorView bias;      // (1, O, 1, 1), any dtype
   TensorView residual;  // (N, O, H, W)
   TensorView y;         // (N, O, H, W); written
-};
-
-struct Pack {
-  TensorView weight;  // (O, I, 3, 3), any dtype
-  void* packed;       // packed_bytes(I, O) bytes, aligned to 64; written
 };
 
 constexpr int64_t kLanes = 16;  // output channels a vector
@@ -45,6 +38,7 @@ static inline int64_t panels(int64_t outputs) {
   const int64_t width = panel_vectors(outputs) * kLanes;
   return (outputs + width - 1) / width;
 }
+// Of the transformed weights.
 static inline int64_t packed_bytes(int64_t inputs, int64_t outputs) {
   return 16 * padded_inputs(inputs) * panels(outputs) * panel_vectors(outputs) * kLanes * 2;
 }

@@ -20,16 +20,13 @@
 #include "../common/buffer.h"
 #include "../common/parallel.h"
 #include "../common/vector.h"
-#include "../group_norm_silu/apply.h"
 #include "conv3x3.h"
 
 namespace litevae {
 namespace LITEVAE_ISA {
-using conv3x3::Activation;
 using conv3x3::Forward;
 using conv3x3::kLanes;
 using conv3x3::kRun;
-using conv3x3::Pack;
 
 #if defined(__AVX512BF16__)
 namespace {
@@ -75,8 +72,8 @@ struct Shape {
   int64_t point_inputs, point_products;  // from one point's values of a block to the next one's
 
   Shape(const Forward& call, int vectors, int tiles_at_once, int threads) {
-    batch = call.in.batch(), height = call.in.height(), width = call.in.width();
-    inputs = call.in.channels(), outputs = call.y.size[1], padded = conv3x3::padded_inputs(inputs);
+    batch = call.x.size[0], height = call.x.size[2], width = call.x.size[3];
+    inputs = call.x.size[1], outputs = call.y.size[1], padded = conv3x3::padded_inputs(inputs);
     tile_rows = ceil_div(height, 2), tile_columns = ceil_div(width, 2);
     column_blocks = ceil_div(tile_columns, kTiles), columns = ceil_div(tile_columns, column_blocks);
     rows = least(kTiles / columns, most(1, batch * tile_rows / (2 * threads)));  // work for every thread
@@ -102,21 +99,22 @@ void clear(BFloat16* to, int64_t count) {
   std::memset(static_cast<void*>(to), 0, static_cast<size_t>(count) * 2);
 }
 
-// One row of pixels with a zero before it and zeros behind. Padding channels hold what they held.
-void fill_row(const Shape& s, const Image& x, const Image& skip, const float* table, int64_t n, int64_t y,
-              BFloat16* to) {
+// `count`, a multiple of two vectors.
+void silu(BFloat16* values, int64_t count) {
+  for (int64_t i = 0; i < count; i += 2 * kLanes) {
+    VecF z[2] = {VecF::load(values + i), VecF::load(values + i + kLanes)}, divisor[2];
+    one_plus_exp_minus<2>(z, divisor);
+    for (int u = 0; u < 2; ++u) (z[u] / divisor[u]).store(values + i + u * kLanes);
+  }
+}
+
+// One row of pixels with a zero before it and zeros behind. Padding channels stay zero.
+void fill_row(const Shape& s, const Image& x, bool activated, int64_t n, int64_t y, BFloat16* to) {
   if (y < 0 || y >= s.height) return clear(to, s.row_elements);
   clear(to, s.padded);
   to += s.padded;
   copy_pixels(x.at(n, y, 0), x.pixel, s.width, x.channels, to, s.padded);
-  if (skip.data != nullptr)
-    copy_pixels(skip.at(n, y, 0), skip.pixel, s.width, skip.channels, to + x.channels, s.padded);
-  if (table != nullptr)
-    for (int64_t c = 0; c < s.padded; c += kRun) {
-      VecF rows[2 * kForwardRows];
-      load_rows<VecF, 2, kForwardRows>(table, s.padded, c, false, rows);
-      forward_strip<VecF, Width<2, true>>(to + c, s.padded, to + c, s.padded, s.width, kLanes, rows);
-    }
+  if (activated) silu(to, s.width * s.padded);
   clear(to + s.width * s.padded, s.row_elements - (s.width + 1) * s.padded);
 }
 
@@ -228,131 +226,6 @@ void transform_outputs(const Shape s, const float* products, const float* bias, 
 
 // ---------------------------------------------------------------------------------------------------------------
 
-// Each channel's coefficients for each image; padding channels have zeros.
-const float* fill_tables(const Forward& call, const Shape& s, float* tables) {
-  std::memset(tables, 0, static_cast<size_t>(s.batch * kForwardRows * s.padded) * sizeof(float));
-  for (int64_t n = 0; n < s.batch; ++n) {
-    float* table = tables + n * kForwardRows * s.padded;
-    if (call.activation == Activation::norm_silu)
-      forward_table(call.in, n, table, s.padded);
-    else
-      for (int64_t c = 0; c < s.inputs; ++c) table[kFactor * s.padded + c] = 1;
-  }
-  return tables;
-}
-
-// What all threads share.
-struct Task {
-  Image x, skip, residual, y;
-  Shape s;
-  const float *bias, *tables;  // zero where there is no bias; null without an activation
-  const BFloat16* packed;
-};
-
-// What a thread has for itself.
-struct Space {
-  BFloat16 *ring, *inputs;
-  float* products;
-
-  static int64_t bytes(const Shape& s) {
-    return (s.ring * s.row_elements + kPoints * s.point_inputs) * 2 + kPoints * s.point_products * 4;
-  }
-  Space(const Shape& s, char* memory)
-      : ring(reinterpret_cast<BFloat16*>(memory)),
-        inputs(ring + s.ring * s.row_elements),
-        products(reinterpret_cast<float*>(inputs + kPoints * s.point_inputs)) {
-    clear(ring, s.ring * s.row_elements);
-  }
-  BFloat16* row(const Shape& s, int64_t y) const { return ring + (y + s.ring) % s.ring * s.row_elements; }
-};
-
-// Rows and columns of tiles of an image, and their first pixel.
-struct Block {
-  int64_t n, top, left, rows, columns;
-};
-
-// A part of what follows the block's products: its residual, and rows of pixels from `next` on.
-void prefetch(const Task& k, const Block& b, int64_t next, int64_t part, int64_t parts) {
-  const int64_t columns = least(2 * b.columns, k.s.width - b.left);
-  for (int64_t y = b.top; y < least(k.s.height, b.top + 2 * b.rows); ++y)
-    k.residual.prefetch(b.n, y, b.left, columns, part, parts);
-  for (int64_t y = next; y < least(k.s.height, next + 2 * k.s.rows); ++y) {
-    k.x.prefetch(b.n, y, b.left, columns, part, parts);
-    k.skip.prefetch(b.n, y, b.left, columns, part, parts);
-  }
-}
-
-template <int V, int T>
-void convolve(const Task& k, const Block& b, int64_t next, const Space& space) {
-  const Shape& s = k.s;
-  for (int64_t r = 0; r < b.rows; ++r) {
-    const BFloat16* d[4];
-    for (int i = 0; i < 4; ++i) d[i] = space.row(s, b.top + 2 * r - 1 + i) + b.left * s.padded;
-    BFloat16* to = space.inputs + r * b.columns * s.padded;
-    transform_inputs<false>(d[0], d[2], s, b.columns, to);
-    transform_inputs<true>(d[1], d[2], s, b.columns, to + 4 * s.point_inputs);
-    transform_inputs<false>(d[2], d[1], s, b.columns, to + 8 * s.point_inputs);
-    transform_inputs<false>(d[1], d[3], s, b.columns, to + 12 * s.point_inputs);
-  }
-  const int64_t panels = conv3x3::panels(s.outputs), factors = s.padded * V * kLanes;
-  for (int64_t p = 0; p < panels; ++p) {
-    for (int64_t i = 0; i < kPoints; ++i) {
-      const int64_t step = p * kPoints + i;
-      prefetch(k, b, next, step, panels * kPoints);
-      multiply<V, T>(space.inputs + i * s.point_inputs, s.padded, b.rows * b.columns,
-                     k.packed + step * factors, space.products + i * s.point_products);
-    }
-    for (int64_t r = 0; r < b.rows; ++r)
-      transform_outputs<V>(s, space.products + r * b.columns * V * kLanes, k.bias, k.residual, k.y, b.n,
-                           b.top + 2 * r, b.left, b.columns, p * V * kLanes);
-  }
-}
-
-template <int V, int T>
-void forward(const Forward& call, int threads) {
-  threads = static_cast<int>(least(threads, call.in.batch() * ceil_div(call.in.height(), 2)));
-  Task k{Image(call.in.x),
-         Image(call.in.skip),
-         Image(call.residual),
-         Image(call.y),
-         Shape(call, V, T, threads),
-         nullptr,
-         nullptr,
-         static_cast<const BFloat16*>(call.packed)};
-  const Shape& s = k.s;
-  const bool activated = call.activation != Activation::none;
-  const int64_t outputs = conv3x3::panels(s.outputs) * V * kLanes, a_thread = Space::bytes(s);
-  Buffer scratch(threads * a_thread + (outputs + s.batch * kForwardRows * s.padded) * 4);
-  char* memory = scratch.take<char>(threads * a_thread);
-  float* bias = scratch.take<float>(outputs);
-  for (int64_t c = 0; c < outputs; ++c)
-    bias[c] = c < s.outputs ? static_cast<float>(value(call.bias, c, 0)) : 0.0f;
-  k.bias = bias;
-  if (activated) k.tables = fill_tables(call, s, scratch.take<float>(s.batch * kForwardRows * s.padded));
-
-  const int64_t blocks = s.batch * s.row_blocks;
-  parallel_for(threads, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread) {
-      const Space space(s, memory + thread * a_thread);
-      int64_t image = -1, next = 0;  // the rows before `next` of this image are in the ring
-      for (int64_t i = blocks * thread / threads; i < blocks * (thread + 1) / threads; ++i) {
-        Block b{i / s.row_blocks, 2 * (i % s.row_blocks * s.rows), 0, 0, 0};
-        b.rows = least(s.rows, s.tile_rows - b.top / 2);
-        if (b.n != image) image = b.n, next = b.top - 1;
-        for (; next <= b.top + 2 * b.rows; ++next)
-          fill_row(s, k.x, k.skip, activated ? k.tables + b.n * kForwardRows * s.padded : nullptr, b.n, next,
-                   space.row(s, next));
-        for (; b.left < 2 * s.tile_columns; b.left += 2 * s.columns) {
-          b.columns = least(s.columns, s.tile_columns - b.left / 2);
-          convolve<V, T>(k, b, next, space);
-        }
-      }
-    }
-  });
-}
-
-// ---------------------------------------------------------------------------------------------------------------
-
 // A column of taps times G.
 void transform_weights(Run g0, Run g1, Run g2, Run* to, int step) {
   const Run outer = g0 + g2;
@@ -383,8 +256,7 @@ void pack_output(const float* taps, int64_t padded, int64_t panel_width, BFloat1
   }
 }
 
-void pack(const Pack& call, int threads) {
-  const TensorView& w = call.weight;
+void pack(const TensorView& w, int threads, BFloat16* packed) {
   const int64_t outputs = w.size[0], inputs = w.size[1], padded = conv3x3::padded_inputs(inputs);
   const int64_t panel_width = conv3x3::panel_vectors(outputs) * kLanes, element = element_size(w.dtype);
   const int64_t count = conv3x3::panels(outputs) * panel_width;
@@ -402,9 +274,111 @@ void pack(const Pack& call, int threads) {
                      inputs, 1, taps + k * padded);
           else
             std::memset(taps + k * padded, 0, static_cast<size_t>(padded) * sizeof(float));
-        BFloat16* panel =
-            static_cast<BFloat16*>(call.packed) + o / panel_width * kPoints * padded * panel_width;
+        BFloat16* panel = packed + o / panel_width * kPoints * padded * panel_width;
         pack_output(taps, padded, panel_width, panel + o % panel_width * 2);
+      }
+    }
+  });
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+
+// What all threads share.
+struct Task {
+  Image x, residual, y;
+  Shape s;
+  bool silu;
+  const float* bias;  // zeros where there is none
+  const BFloat16* packed;
+};
+
+// What a thread has for itself.
+struct Space {
+  BFloat16 *ring, *inputs;
+  float* products;
+
+  static int64_t bytes(const Shape& s) {
+    return (s.ring * s.row_elements + kPoints * s.point_inputs) * 2 + kPoints * s.point_products * 4;
+  }
+  Space(const Shape& s, char* memory)
+      : ring(reinterpret_cast<BFloat16*>(memory)),
+        inputs(ring + s.ring * s.row_elements),
+        products(reinterpret_cast<float*>(inputs + kPoints * s.point_inputs)) {
+    clear(ring, s.ring * s.row_elements);
+  }
+  BFloat16* row(const Shape& s, int64_t y) const { return ring + (y + s.ring) % s.ring * s.row_elements; }
+};
+
+// Rows and columns of tiles of an image, and their first pixel.
+struct Block {
+  int64_t n, top, left, rows, columns;
+};
+
+// A part of what follows the block's products: its residual, and rows of pixels from `next` on.
+void prefetch(const Task& k, const Block& b, int64_t next, int64_t part, int64_t parts) {
+  const int64_t columns = least(2 * b.columns, k.s.width - b.left);
+  for (int64_t y = b.top; y < least(k.s.height, b.top + 2 * b.rows); ++y)
+    k.residual.prefetch(b.n, y, b.left, columns, part, parts);
+  for (int64_t y = next; y < least(k.s.height, next + 2 * k.s.rows); ++y)
+    k.x.prefetch(b.n, y, b.left, columns, part, parts);
+}
+
+template <int V, int T>
+void convolve(const Task& k, const Block& b, int64_t next, const Space& space) {
+  const Shape& s = k.s;
+  for (int64_t r = 0; r < b.rows; ++r) {
+    const BFloat16* d[4];
+    for (int i = 0; i < 4; ++i) d[i] = space.row(s, b.top + 2 * r - 1 + i) + b.left * s.padded;
+    BFloat16* to = space.inputs + r * b.columns * s.padded;
+    transform_inputs<false>(d[0], d[2], s, b.columns, to);
+    transform_inputs<true>(d[1], d[2], s, b.columns, to + 4 * s.point_inputs);
+    transform_inputs<false>(d[2], d[1], s, b.columns, to + 8 * s.point_inputs);
+    transform_inputs<false>(d[1], d[3], s, b.columns, to + 12 * s.point_inputs);
+  }
+  const int64_t panels = conv3x3::panels(s.outputs), factors = s.padded * V * kLanes;
+  for (int64_t p = 0; p < panels; ++p) {
+    for (int64_t i = 0; i < kPoints; ++i) {
+      const int64_t step = p * kPoints + i;
+      prefetch(k, b, next, step, panels * kPoints);
+      multiply<V, T>(space.inputs + i * s.point_inputs, s.padded, b.rows * b.columns,
+                     k.packed + step * factors, space.products + i * s.point_products);
+    }
+    for (int64_t r = 0; r < b.rows; ++r)
+      transform_outputs<V>(s, space.products + r * b.columns * V * kLanes, k.bias, k.residual, k.y, b.n,
+                           b.top + 2 * r, b.left, b.columns, p * V * kLanes);
+  }
+}
+
+template <int V, int T>
+void forward(const Forward& call, int threads) {
+  threads = static_cast<int>(least(threads, call.x.size[0] * ceil_div(call.x.size[2], 2)));
+  const Shape s(call, V, T, threads);
+  const int64_t outputs = conv3x3::panels(s.outputs) * V * kLanes, a_thread = Space::bytes(s);
+  Buffer scratch(threads * a_thread + conv3x3::packed_bytes(s.inputs, s.outputs) + outputs * 4);
+  char* memory = scratch.take<char>(threads * a_thread);
+  BFloat16* packed = scratch.take<BFloat16>(conv3x3::packed_bytes(s.inputs, s.outputs) / 2);
+  float* bias = scratch.take<float>(outputs);
+  pack(call.weight, threads, packed);
+  for (int64_t c = 0; c < outputs; ++c) bias[c] = 0;
+  if (call.bias.data != nullptr)
+    load_row(call.bias.dtype, static_cast<const char*>(call.bias.data), call.bias.stride[1], s.outputs, 1,
+             bias);
+  const Task k{Image(call.x), Image(call.residual), Image(call.y), s, call.silu, bias, packed};
+
+  const int64_t blocks = s.batch * s.row_blocks;
+  parallel_for(threads, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) {
+      const Space space(s, memory + thread * a_thread);
+      int64_t image = -1, next = 0;  // the rows before `next` of this image are in the ring
+      for (int64_t i = blocks * thread / threads; i < blocks * (thread + 1) / threads; ++i) {
+        Block b{i / s.row_blocks, 2 * (i % s.row_blocks * s.rows), 0, 0, 0};
+        b.rows = least(s.rows, s.tile_rows - b.top / 2);
+        if (b.n != image) image = b.n, next = b.top - 1;
+        for (; next <= b.top + 2 * b.rows; ++next) fill_row(s, k.x, k.silu, b.n, next, space.row(s, next));
+        for (; b.left < 2 * s.tile_columns; b.left += 2 * s.columns) {
+          b.columns = least(s.columns, s.tile_columns - b.left / 2);
+          convolve<V, T>(k, b, next, space);
+        }
       }
     }
   });
@@ -424,11 +398,8 @@ void conv3x3_forward(const Forward& call, int threads) {
   }
 }
 
-void conv3x3_pack(const Pack& call, int threads) { pack(call, threads); }
-
 #else
 void conv3x3_forward(const Forward&, int) { throw std::logic_error("conv3x3 needs AVX512-BF16"); }
-void conv3x3_pack(const Pack&, int) { throw std::logic_error("conv3x3 needs AVX512-BF16"); }
 #endif
 
 }  // namespace LITEVAE_ISA

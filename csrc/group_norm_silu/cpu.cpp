@@ -14,7 +14,6 @@
 #include "../common/buffer.h"
 #include "../common/parallel.h"
 #include "../common/vector.h"
-#include "apply.h"
 #include "group_norm_silu.h"
 
 namespace litevae {
@@ -109,6 +108,22 @@ Shape shape_of(const Inputs& in, const TensorView* const* tensors, int count) {
 // Strips: U vectors side by side, `count` times, `step` elements apart; `lanes` of each count (U is 1 where
 // that is not all of them).
 
+// A strip's vectors side by side, as a type, and whether all lanes of them count.
+template <int U, bool W>
+struct Width {
+  static constexpr int value = U;
+  static constexpr bool whole = W;
+};
+
+template <class V, bool Whole, class S>
+V get(const S* from, int lanes) {
+  return Whole ? V::load(from) : V::load(from, lanes);
+}
+template <bool Whole, class V, class S>
+void set(V value, S* to, int lanes) {
+  Whole ? value.store(to) : value.store(to, lanes);
+}
+
 template <class V, class W, class S>
 void add_strip(const S* x, int64_t step, int64_t count, int lanes, V* sum) {
   constexpr int U = W::value;
@@ -132,7 +147,26 @@ void moment_strip(const S* x, int64_t step, int64_t count, int lanes, const V* s
   for (int u = 0; u < U; ++u) sum[u] = s[u], square[u] = q[u];
 }
 
+// Coefficients of each channel. The mean is the sum of a number of type T and of what that lacks, so that x -
+// mean keeps its digits at any mean.
+enum ForwardRow { kMean, kFactor, kOffset, kForwardRows };
 enum BackwardRow { kMeanB, kRstd, kRest, kWeight, kBias, kSlope, kConstant, kLinear, kBackwardRows };
+
+template <class V, class W, class S>
+void forward_strip(const S* x, int64_t x_step, S* y, int64_t y_step, int64_t count, int lanes,
+                   const V* rows) {
+  constexpr int U = W::value;
+  V c[kForwardRows * U];
+  for (int i = 0; i < kForwardRows * U; ++i) c[i] = rows[i];
+  for (int64_t i = 0; i < count; ++i, x += x_step, y += y_step) {
+    V z[U], divisor[U];
+    for (int u = 0; u < U; ++u)
+      z[u] = multiply_add(get<V, W::whole>(x + u * V::width, lanes) - c[kMean * U + u], c[kFactor * U + u],
+                          c[kOffset * U + u]);
+    one_plus_exp_minus<U>(z, divisor);
+    for (int u = 0; u < U; ++u) set<W::whole>(z[u] / divisor[u], y + u * V::width, lanes);
+  }
+}
 
 // The normalised x, and the gradient of the SiLU's input, of one place.
 template <class V, class W, class S>
@@ -215,6 +249,16 @@ void for_chunks(const Shape& s, int64_t block, int64_t chunk, const F& f) {
     f(p, count);
     p += count;
   }
+}
+
+// `count` coefficients of each of the first `Rows` rows, from a channel on or, in every lane, of one channel.
+template <class V, int U, int Rows>
+void load_rows(const typename V::Scalar* table, int64_t channels, int64_t channel, bool one, V* rows) {
+  for (int r = 0; r < Rows; ++r)
+    for (int u = 0; u < U; ++u) {
+      const typename V::Scalar* from = table + r * channels + channel;
+      rows[r * U + u] = one ? V::set(*from) : V::load(from + u * V::width);
+    }
 }
 
 // f(segment's channels, its first channel): x and then skip.
@@ -320,6 +364,14 @@ void moments(const Shape& s, const Pair<const S>& in, int64_t n, int64_t unit, d
   });
 }
 
+double value(const TensorView& t, int64_t channel, double missing) {
+  if (t.data == nullptr) return missing;
+  double v;
+  load_row(t.dtype, static_cast<const char*>(t.data) + channel * t.stride[1] * element_size(t.dtype), 1, 1, 1,
+           &v);
+  return v;
+}
+
 void put_value(double v, const TensorView& t, int64_t channel) {
   store_row(t.dtype, &v, static_cast<char*>(t.data) + channel * t.stride[1] * element_size(t.dtype), 1, 1, 1);
 }
@@ -347,8 +399,15 @@ void finish_moments(const Shape& s, const Forward& call, int64_t n, double* mean
     const double rstd = 1 / ::sqrt((variance < 0 ? 0 : variance) + call.eps);
     double* stats = call.in.stats + 2 * (n * s.groups + g);
     stats[0] = group_mean, stats[1] = rstd;
+    const T high = static_cast<T>(group_mean);
+    const double low = group_mean - static_cast<double>(high);
+    for (int64_t c = g * each; c < (g + 1) * each; ++c) {
+      const double factor = rstd * value(call.in.weight, c, 1);
+      table[kMean * stride + c] = high;
+      table[kFactor * stride + c] = static_cast<T>(factor);
+      table[kOffset * stride + c] = static_cast<T>(value(call.in.bias, c, 0) - low * factor);
+    }
   }
-  forward_table(call.in, n, table, stride);
 }
 
 template <class V, class S>

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from diffusers.models.modeling_utils import get_parameter_dtype
 from torch import Tensor, nn
 
-from litevae_kernels.nn import GroupNormSiLU, SelfModulatedConv2d
+from litevae_kernels.nn import Conv3x3, GroupNormSiLU, SelfModulatedConv2d
 
 Norm = Literal["group", "smc", "none"]
 
@@ -74,12 +74,14 @@ class ResBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, num_groups: int, norm: Norm = "group") -> None:
         super().__init__()
-        smc = norm == "smc"
-        conv = partial(SelfModulatedConv2d, silu_input=True) if smc else nn.Conv2d
-        self.norm1 = nn.Identity() if smc else norm_silu(in_channels, num_groups, norm)
-        self.conv1 = conv(in_channels, out_channels, kernel_size=3, padding=1)
-        self.norm2 = nn.Identity() if smc else norm_silu(out_channels, num_groups, norm)
-        self.conv2 = conv(out_channels, out_channels, kernel_size=3, padding=1)
+        conv: Callable[[int, int], nn.Module] = partial(Conv3x3, silu_input=norm == "none")
+        if norm == "smc":
+            conv = partial(SelfModulatedConv2d, kernel_size=3, padding=1, silu_input=True)
+        grouped = norm == "group"
+        self.norm1 = norm_silu(in_channels, num_groups, norm) if grouped else nn.Identity()
+        self.conv1 = conv(in_channels, out_channels)
+        self.norm2 = norm_silu(out_channels, num_groups, norm) if grouped else nn.Identity()
+        self.conv2 = conv(out_channels, out_channels)
         self.conv_shortcut = (
             ShortcutConv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
         )
@@ -90,17 +92,18 @@ class ResBlock(nn.Module):
             isinstance(self.norm1, GroupNormSiLU) and self.conv_shortcut is not None
         ):
             inputs = [torch.cat(inputs, dim=1)]  # not every layer that reads them takes two
-        h = self.conv2(self.norm2(self.conv1(self.norm1(*inputs))))
-        # in place: the backward pass of a convolution does not need its result
-        return h.add_(inputs[0] if self.conv_shortcut is None else self.conv_shortcut(*inputs))
+        residual = inputs[0] if self.conv_shortcut is None else self.conv_shortcut(*inputs)
+        return self.conv2(self.norm2(self.conv1(self.norm1(*inputs))), residual)
 
     def fold(self) -> None:
         """Replace self-modulated convolutions by plain ones with the modulated weights: the same outputs."""
-        for norm, conv in (("norm1", "conv1"), ("norm2", "conv2")):
-            layer = getattr(self, conv)
+        for name in ("conv1", "conv2"):
+            layer = getattr(self, name)
             if isinstance(layer, SelfModulatedConv2d):
-                setattr(self, norm, nn.SiLU())
-                setattr(self, conv, layer.folded())
+                folded = layer.folded()
+                plain = Conv3x3(layer.in_channels, layer.out_channels, silu_input=True, device="meta")
+                plain.weight, plain.bias = folded.weight, folded.bias
+                setattr(self, name, plain.train(layer.training))
 
 
 class Attention(nn.Module):

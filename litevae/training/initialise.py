@@ -29,7 +29,7 @@ def initialise(model: LiteVAE) -> None:
                 nn.init.zeros_(module.bias)
     for module in model.modules():
         if isinstance(module, ResBlock):
-            last: nn.Conv2d = module.conv2
+            last = cast(nn.Conv2d, module.conv2)
             nn.init.zeros_(last.gain if isinstance(last, SelfModulatedConv2d) else last.weight)
         elif isinstance(module, Attention):
             nn.init.zeros_(cast(nn.Linear, module.to_out[0]).weight)

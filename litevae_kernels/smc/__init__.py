@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from litevae_kernels.backend import choose
+from litevae_kernels.conv3x3 import conv3x3
 from litevae_kernels.smc import op, reference
 from litevae_kernels.tensors import check_dtype, check_memory_format, check_tensor, is_channels_last
 
@@ -98,6 +99,7 @@ def self_modulated_conv2d(
     groups: int = 1,
     eps: float = 1e-8,
     silu_input: bool = False,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """A convolution with the weights of `modulate_weight`: one ordinary convolution for the whole batch.
 
@@ -110,6 +112,7 @@ def self_modulated_conv2d(
         stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`.
         eps: added to each filter's norm.
         silu_input: convolve silu(x), the order of LiteVAE's ResBlocks.
+        residual: (N, C_out, H', W'), added to the result; default: none.
 
     Returns:
         (N, C_out, H', W') in x's dtype, or autocast's where that is on. The parameters may be wider: the modulated
@@ -139,7 +142,9 @@ def self_modulated_conv2d(
         dtype = torch.get_autocast_dtype(device_type)
     memory_format = torch.channels_last if is_channels_last(x) else None
     modulated = modulate_weight(weight, scale, gain, eps=eps, dtype=dtype, memory_format=memory_format)
-    if silu_input:
-        x = F.silu(x)
     bias = None if bias is None else bias.to(dtype)
-    return F.conv2d(x, modulated, bias, stride, padding, dilation, groups)
+    plain = stride in (1, (1, 1)) and padding in (1, (1, 1)) and dilation in (1, (1, 1)) and groups == 1
+    if plain and weight.shape[2:] == (3, 3):
+        return conv3x3(x, modulated, bias, residual=residual, silu_input=silu_input)
+    y = F.conv2d(F.silu(x) if silu_input else x, modulated, bias, stride, padding, dilation, groups)
+    return y if residual is None else y.add_(residual)

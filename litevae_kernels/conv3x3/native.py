@@ -1,0 +1,16 @@
+"""The convolution in the compiled core: C++ for CPUs with AVX512-BF16."""
+
+import torch
+from torch import Tensor
+
+from litevae_kernels.backend import core
+from litevae_kernels.tensors import native_view
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, silu_input: bool, y: Tensor
+) -> None:
+    """Fills `y`, which like `x` and `residual` is bfloat16 with channels innermost."""
+    assert core is not None
+    views = [native_view(t) for t in (weight, bias, residual, y)]
+    core.conv3x3_cpu(native_view(x), silu_input, *views, torch.get_num_threads())

@@ -1,0 +1,271 @@
+"""The 3x3 convolution against torch in float64, whichever way it is served."""
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
+
+from litevae_kernels import conv3x3, use_backend
+from litevae_kernels.backend import core
+from litevae_kernels.conv3x3 import WHY_NOT
+from litevae_kernels.nn import Conv3x3
+from litevae_kernels.testing import LAYOUTS, arrange, assert_within_budget, poisoned_memory
+
+needs_kernel = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+
+# Winograd's transforms (csrc/conv3x3/cpu.cpp)
+B = torch.tensor([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]], dtype=torch.float64)
+G = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
+A = torch.tensor([[1, 1, 1, 0], [0, 1, -1, -1]], dtype=torch.float64)
+
+BF16 = 2**16  # units in the last place of float32 in one of bfloat16
+
+
+def values(*shape, dtype=torch.bfloat16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype)
+
+
+def channels_innermost(x, layout):
+    """In three ways: dense, a slice of something larger that is NaN, and one image for all."""
+    if layout == "sliced":
+        n, c, h, w = x.shape
+        big = torch.full((n, h + 3, w + 5, c + 7), float("nan"), dtype=x.dtype)
+        view = big[:, 2 : 2 + h, 3 : 3 + w, 1 : 1 + c].permute(0, 3, 1, 2)
+        view.copy_(x)
+        return view
+    dense = x.contiguous(memory_format=torch.channels_last)
+    return dense[:1].expand(x.shape) if layout == "expanded" else dense
+
+
+def winograd(x, weight, absolute):
+    """The convolution by F(2x2, 3x3) in float64, or with the absolute values of everything that is multiplied.
+
+    `absolute`: "factors" takes those of both transformed factors, "inputs" those of x before its transform too: what
+    the roundings of the factors, and of x, amount to.
+    """
+    height, width = x.shape[2:]
+    x = F.pad(x, (1, 1 + width % 2, 1, 1 + height % 2))
+    tiles = x.unfold(2, 4, 2).unfold(3, 4, 2)  # (N, C, tile rows, tile columns, 4, 4)
+    b = B.abs() if absolute == "inputs" else B
+    inputs = b @ (tiles.abs() if absolute == "inputs" else tiles) @ b.T
+    factors = G @ weight @ G.T
+    a = A
+    if absolute is not None:
+        inputs, factors, a = inputs.abs(), factors.abs(), A.abs()
+    y = a @ torch.einsum("ncyxij,ocij->noyxij", inputs, factors) @ a.T
+    return y.permute(0, 1, 2, 4, 3, 5).flatten(4, 5).flatten(2, 3)[:, :, :height, :width]
+
+
+def check(x, weight, bias, residual, silu):
+    x = x.detach().to(torch.bfloat16)
+    with poisoned_memory():
+        actual = conv3x3(x, weight, bias, residual=residual, silu_input=silu)
+    assert actual.dtype == torch.bfloat16
+    assert actual.is_contiguous(memory_format=torch.channels_last)
+    wide, weight = x.double(), weight.double()
+    wide = F.silu(wide) if silu else wide
+    exact = F.conv2d(wide, weight, padding=1)
+    # both factors are rounded to bfloat16; the float32 sums and transforms lose little beside
+    magnitude = 2 * BF16 * winograd(wide, weight, "factors")
+    rough = winograd(wide, weight, "inputs")
+    magnitude += (torch.tensor(weight[0].numel() + 40) + (BF16 if silu else 0)) * rough
+    for added in (None if bias is None else bias[:, None, None], residual):
+        if added is not None:
+            exact, magnitude = exact + added.double(), magnitude + 4 * added.double().abs()
+    assert_within_budget(actual, exact, magnitude=magnitude, operations=1)
+    return actual
+
+
+def test_the_oracle_is_a_convolution():
+    x, weight = values(2, 3, 7, 4, dtype=torch.float64), values(5, 3, 3, 3, dtype=torch.float64)
+    torch.testing.assert_close(winograd(x, weight, None), F.conv2d(x, weight, padding=1))
+
+
+@needs_kernel
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("layout", ["channels_last", "sliced", "expanded"])
+def test_within_the_budget(layout, silu):
+    rng = random.Random(f"{layout} {silu}")
+    for seed in range(55):
+        batch, inputs, outputs = rng.randint(1, 3), rng.randint(32, 100), rng.randint(32, 150)
+        height, width = rng.choice(
+            [(rng.randint(1, 20), rng.randint(1, 20)), (1, 1), (2, rng.randint(1, 300))]
+        )
+        x = channels_innermost(values(batch, inputs, height, width, seed=seed), layout)
+        weight = values(outputs, inputs, 3, 3, dtype=torch.bfloat16, seed=seed + 1) * inputs**-0.5 / 3
+        bias = values(outputs, dtype=torch.bfloat16, seed=seed + 2) if rng.random() < 0.5 else None
+        residual = values(batch, outputs, height, width, seed=seed + 3) if rng.random() < 0.5 else None
+        if residual is not None:
+            residual = channels_innermost(residual, rng.choice(["channels_last", "sliced"]))
+        if rng.random() < 0.5:
+            weight = weight.contiguous(memory_format=torch.channels_last)
+        check(x, weight, bias, residual, silu)
+
+
+@needs_kernel
+def test_large_mean_and_wide_images():
+    x = channels_innermost(values(1, 64, 40, 130) + 30, "channels_last")
+    check(x, values(32, 64, 3, 3, seed=1), values(32, seed=2), None, False)
+
+
+@needs_kernel
+def test_zero_images_and_zero_weights():
+    weight = values(48, 64, 3, 3)
+    assert conv3x3(channels_innermost(values(0, 64, 5, 4), "channels_last"), weight).shape == (0, 48, 5, 4)
+    x = channels_innermost(values(2, 64, 5, 4), "channels_last")
+    assert not conv3x3(x, torch.zeros_like(weight)).any()
+
+
+@needs_kernel
+def test_the_same_bits_for_any_number_of_threads():
+    x = channels_innermost(values(2, 64, 33, 29), "channels_last")
+    weight, residual = (
+        values(96, 64, 3, 3, seed=1),
+        channels_innermost(values(2, 96, 33, 29), "channels_last"),
+    )
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3, 1):
+            torch.set_num_threads(threads)
+            results.append(conv3x3(x, weight, residual=residual, silu_input=True))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@needs_kernel
+def test_a_stack_of_images_is_each_image_by_itself():
+    x, weight = channels_innermost(values(5, 32, 17, 23), "channels_last"), values(64, 32, 3, 3, seed=1)
+    together = conv3x3(x, weight)
+    assert torch.equal(together, torch.cat([conv3x3(image[None], weight) for image in x]))
+
+
+@needs_kernel
+@pytest.mark.parametrize("residual", [False, True])
+def test_under_autocast(residual):
+    """Float32 weights are transformed as they are, and rounded once."""
+    x = channels_innermost(values(2, 48, 9, 7, dtype=torch.float32), "channels_last")
+    weight, bias = values(64, 48, 3, 3, dtype=torch.float32, seed=1), values(64, dtype=torch.float32, seed=2)
+    added = values(2, 64, 9, 7, dtype=torch.float32, seed=3) if residual else None
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        check(x, weight, bias, added, False)
+        assert conv3x3(x.double(), weight.double()).dtype == torch.float64
+
+
+def by_torch(x, weight, bias, residual, silu):
+    y = F.conv2d(F.silu(x) if silu else x, weight, bias, padding=1)
+    return y if residual is None else y + residual
+
+
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_other_calls_are_torchs(dtype, layout, silu):
+    """Those that the kernel does not serve: other dtypes, narrow layers, channels apart, and all with the reference."""
+    channels = 4 if dtype == torch.bfloat16 and layout == "channels_last" else 40
+    x = arrange(values(2, channels, 6, 5, dtype=dtype), layout)
+    weight, bias = values(36, channels, 3, 3, dtype=dtype, seed=1), values(36, dtype=dtype, seed=2)
+    residual = values(2, 36, 6, 5, dtype=dtype, seed=3)
+    expected = by_torch(x, weight, bias, residual, silu)
+    assert torch.equal(conv3x3(x, weight, bias, residual=residual, silu_input=silu), expected)
+    with use_backend("reference"):
+        assert torch.equal(conv3x3(x, weight, bias, residual=residual, silu_input=silu), expected)
+
+
+@pytest.mark.parametrize("wanted", range(4))
+def test_gradients_are_torchs(wanted):
+    tensors = [
+        values(2, 32, 6, 5),
+        values(32, 32, 3, 3, seed=1),
+        values(32, seed=2),
+        values(2, 32, 6, 5, seed=3),
+    ]
+    tensors[0] = channels_innermost(tensors[0], "channels_last")
+    tensors[wanted].requires_grad_()
+    y = conv3x3(*tensors[:3], residual=tensors[3], silu_input=True)
+    expected = by_torch(*tensors, True)
+    assert torch.equal(y, expected)
+    grad = values(*y.shape, seed=4)
+    assert torch.equal(*(torch.autograd.grad(result, tensors[wanted], grad)[0] for result in (y, expected)))
+
+
+def call(**changes):
+    arguments = {"x": values(2, 32, 6, 5), "weight": values(32, 32, 3, 3), "bias": values(32)} | changes
+    return conv3x3(arguments.pop("x"), arguments.pop("weight"), arguments.pop("bias"), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"x": 1}, TypeError, "x is a int"),
+        ({"x": torch.zeros(1, 32, 4, 4, dtype=torch.int8)}, TypeError, "x has dtype torch.int8"),
+        ({"x": values(32, 6, 5)}, ValueError, "x has 3 dimensions; 4 are needed"),
+        ({"weight": values(32, 32, 1, 1)}, ValueError, r"\(32, 32, 1, 1\); \(C_out, 32, 3, 3\) is needed"),
+        ({"weight": values(32, 16, 3, 3)}, ValueError, r"\(32, 16, 3, 3\); \(C_out, 32, 3, 3\) is needed"),
+        ({"bias": values(16)}, ValueError, r"bias has shape \(16,\); \(32,\) is needed"),
+        ({"residual": values(2, 32, 5, 6)}, ValueError, r"residual has shape \(2, 32, 5, 6\)"),
+        ({"weight": values(32, 32, 3, 3, dtype=torch.float32)}, RuntimeError, "same"),
+    ],
+)
+def test_bad_input(changes, error, message):
+    with pytest.raises(error, match=message):
+        call(**changes)
+
+
+@needs_kernel
+@pytest.mark.parametrize("grad_enabled", [False, True])
+def test_a_tangent_is_an_error_and_not_lost(grad_enabled):
+    x = channels_innermost(values(1, 32, 4, 4), "channels_last")
+    with torch.set_grad_enabled(grad_enabled), forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(NotImplementedError, match="jvp"):
+            conv3x3(dual, values(32, 32, 3, 3))
+
+
+@needs_kernel
+@pytest.mark.parametrize("residual", [False, True])
+def test_opcheck(residual):
+    x = channels_innermost(values(2, 32, 6, 5), "channels_last")
+    added = values(2, 40, 6, 5, seed=2) if residual else None
+    torch.library.opcheck(
+        torch.ops.litevae.conv3x3.default, (x, values(40, 32, 3, 3, seed=1), values(40, seed=3), added, True)
+    )
+
+
+@needs_kernel
+def test_compiles_whole_and_once_for_all_batch_sizes():
+    counter = CompileCounterWithBackend("aot_eager")
+    layer = Conv3x3(32, 48, silu_input=True).bfloat16().eval()
+    compiled = torch.compile(layer, fullgraph=True, backend=counter, dynamic=True)
+    with torch.no_grad():
+        for batch in (2, 3, 5):
+            x = channels_innermost(values(batch, 32, 8, 6), "channels_last")
+            residual = channels_innermost(values(batch, 48, 8, 6), "channels_last")
+            assert torch.equal(compiled(x, residual), layer(x, residual))
+    assert counter.frame_count == 1
+
+
+@needs_kernel
+def test_the_core_without_its_instructions():
+    x = channels_innermost(values(1, 32, 4, 4), "channels_last")
+    best = core.isa()
+    try:
+        core.set_isa("avx512")
+        with pytest.raises(RuntimeError, match="AVX512-BF16"):
+            torch.ops.litevae.conv3x3(x, values(32, 32, 3, 3), None, None, False)
+    finally:
+        core.set_isa(best)
+
+
+def test_the_module_has_the_keys_of_conv2d():
+    plain = torch.nn.Conv2d(4, 5, 3, padding=1)
+    layer = Conv3x3(4, 5)
+    layer.load_state_dict(plain.state_dict())
+    x = values(2, 4, 6, 5, dtype=torch.float32)
+    assert torch.equal(layer(x), plain(x))
+    assert repr(Conv3x3(4, 5, bias=False, silu_input=True)).endswith("bias=False, silu_input=True)")
