@@ -132,7 +132,11 @@ def draw_curves(
         steps, values = [line["step"] for line in having], [line[name] for line in having]
         (curve,) = left.plot(steps, smooth(values), label="total" if name == "loss" else name, linewidth=1.6)
         left.plot(steps, values, color=curve.get_color(), alpha=0.2, linewidth=0.8)
-    left.set(title="losses (unweighted terms, weighted total)", xlabel="step", yscale="log")
+    left.set(title="losses (unweighted terms, weighted total)", xlabel="step")
+    if all(line.get(name, 1.0) > 0 for line in lines for name in ("loss", *terms)):
+        left.set_yscale("log")
+    else:  # an adversarial loss may be negative
+        left.set_yscale("symlog", linthresh=1e-2)
     left.legend(fontsize=9, frameon=False, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.16))
 
     at = [point["step"] for point in history]
