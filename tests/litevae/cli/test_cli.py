@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from skimage import data
 from skimage.metrics import peak_signal_noise_ratio
@@ -12,6 +13,7 @@ from skimage.metrics import peak_signal_noise_ratio
 from litevae import LiteVAE
 from litevae.cli import main
 from litevae.images import read_image
+from litevae.models.baseline import SmallEncoderVAE
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,7 @@ def fails(capsys):
     return run
 
 
-@pytest.mark.parametrize("command", ["train", "reconstruct", "info"])
+@pytest.mark.parametrize("command", ["train", "reconstruct", "info", "scale"])
 def test_help_shows_an_example(litevae, command):
     assert f"Example: litevae {command} " in litevae(command, "--help")
 
@@ -233,3 +235,19 @@ def test_reconstruct_overwrites_only_when_told(model, litevae, fails, tmp_path):
     assert (tmp_path / "photo.png").read_text() == "mine"
     litevae(*command, "--overwrite")
     assert Image.open(tmp_path / "photo.png").size == (30, 20)
+
+
+@pytest.mark.parametrize("kind", [AutoencoderKL, SmallEncoderVAE])
+def test_baselines_are_models_too(litevae, tmp_path, kind):
+    blocks = {} if kind is SmallEncoderVAE else {"down_block_types": ("DownEncoderBlock2D",) * 4}
+    if blocks:
+        blocks["up_block_types"] = ("UpDecoderBlock2D",) * 4
+    kind(block_out_channels=(32, 32, 32, 32), layers_per_block=1, **blocks).save_pretrained(
+        tmp_path / "model"
+    )
+    Image.fromarray(data.chelsea()[:40, :30]).save(tmp_path / "cat.png")
+    assert "latent: 4 x 8 x 8" in litevae("info", tmp_path, "--size", 64)
+    litevae("reconstruct", tmp_path, tmp_path / "cat.png", "-o", tmp_path / "out")
+    assert Image.open(tmp_path / "out" / "cat.png").size == (30, 40)
+    litevae("scale", tmp_path, tmp_path, "--size", 32, "--workers", 0)
+    assert kind.from_pretrained(tmp_path / "model").config.scaling_factor != 1.0
