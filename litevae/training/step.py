@@ -99,10 +99,16 @@ class Learner:
             self.optimizer.step()
         return rate
 
-    def load_state(self, state: dict[str, object]) -> None:
-        """The moments; learning rate, betas and weight decay stay as they are set."""
+    def load_state(self, state: dict[int, dict[str, Tensor]]) -> bool:
+        """The moments; learning rate, betas and weight decay stay as they are set. False if they are those of
+        other weights."""
+        shapes = {index: moments["exp_avg"].shape for index, moments in state.items()}
+        # there are none yet before the first update
+        if shapes and shapes != {index: p.shape for index, p in enumerate(self.parameters)}:
+            return False
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        return True
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from omegaconf import OmegaConf
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -27,7 +26,7 @@ from litevae.evaluation.reconstruction import reconstruct
 from litevae.images import to_model_range
 from litevae.losses import Objective
 from litevae.models.baseline import Autoencoder, spatial_compression
-from litevae.training.build import build_model, copy_weights, load_weights
+from litevae.training.build import build_model, copy_weights, load_weights, read_weights
 from litevae.training.checkpoint import (
     DISCRIMINATOR,
     Checkpoint,
@@ -333,10 +332,11 @@ class Trainer:
             load_weights(self.ema.model, path / "ema", "resume")
             self.ema.updates = state["ema_updates"]
         if self.discriminator is not None:
-            weights = load_file(path / DISCRIMINATOR)
+            weights = read_weights(path / DISCRIMINATOR, "resume")
             copy_weights(self.discriminator, weights, path / DISCRIMINATOR, "resume")
         for name, learner in self.train_step.learners.items():
-            learner.load_state(state["optimizers"][name])
+            if not learner.load_state(state["optimizers"][name]):
+                raise UserError(f"resume: {path} trained other weights of the {name}: see freeze_encoder")
         if self.train_step.scaler and state["scaler"]:
             self.train_step.scaler.load_state_dict(state["scaler"])
         self.step = self.saved_step = checkpoint.step

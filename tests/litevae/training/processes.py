@@ -1,5 +1,5 @@
 """Trains in several processes with gloo. The argument: a JSON list of jobs, each a list of how many processes,
-which of them dies at step 2 (-1: none), and the settings.
+what happens to the second at step 2 ("dies", "nan", "term" or nothing), and the settings.
 
 Prints "JOB RANK STATUS" as each of them ends. Importing PyTorch takes seconds, so they are forks of this
 process, which computes nothing itself.
@@ -19,13 +19,18 @@ from litevae.training import load_config, train
 torch.set_num_threads(1)
 
 
-def work(rank, dying, settings):
+def work(rank, event, settings):
     """The run of one process."""
     update, finish = trainer_module.Trainer.update, trainer_module.Trainer.finish
 
-    def update_or_die(self, batch, step, stop):
-        if step == 2 and rank == dying:
-            os.kill(os.getpid(), signal.SIGKILL)
+    def update_or_else(self, batch, step, stop):
+        if step == 2 and rank == 1:
+            if event == "dies":
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif event == "term":
+                signal.raise_signal(signal.SIGTERM)
+            elif event == "nan":
+                batch = batch.float().fill_(torch.nan)
         return update(self, batch, step, stop)
 
     def finish_and_save(self, *arguments):  # each of them shows its weights, not only the one that saves
@@ -33,12 +38,12 @@ def work(rank, dying, settings):
         torch.save(self.model.state_dict(), self.output_dir / f"rank{rank}.pt")
         return result
 
-    trainer_module.Trainer.update = update_or_die
+    trainer_module.Trainer.update = update_or_else
     trainer_module.Trainer.finish = finish_and_save
     train(load_config("demo", settings))
 
 
-for job, (count, dying, settings) in enumerate(json.loads(sys.argv[1])):
+for job, (count, event, settings) in enumerate(json.loads(sys.argv[1])):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -52,7 +57,7 @@ for job, (count, dying, settings) in enumerate(json.loads(sys.argv[1])):
         os.environ.update(WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count))
         status = 1
         try:
-            work(rank, dying, settings)
+            work(rank, event, settings)
             status = 0
         except BaseException as error:
             print(f"job {job}, rank {rank}: {error!r}", file=sys.stderr, flush=True)

@@ -31,12 +31,14 @@ def folder(tmp_path_factory):
 def statuses(folder, tiny_settings):
     """Runs processes.py; the exit status by job and rank, and what they wrote to stderr."""
     jobs = [
-        [1, -1, [*SHARED, f"output_dir={folder / 'one'}"]],
-        [2, -1, [*SHARED, f"output_dir={folder / 'two'}"]],
-        [2, 1, ["max_steps=5", f"output_dir={folder / 'dies'}"]],
-        [2, -1, ["data.batch_size=3", f"output_dir={folder / 'odd'}"]],
+        [1, "", [*SHARED, f"output_dir={folder / 'one'}"]],
+        [2, "", [*SHARED, f"output_dir={folder / 'two'}"]],
+        [2, "dies", ["max_steps=5", f"output_dir={folder / 'dies'}"]],
+        [2, "", ["data.batch_size=3", f"output_dir={folder / 'odd'}"]],
+        [2, "nan", ["max_steps=3", f"output_dir={folder / 'nan'}"]],
+        [2, "term", ["max_steps=9", "checkpoint.every=100", f"output_dir={folder / 'term'}"]],
     ]
-    jobs = [[count, dying, [*tiny_settings, *settings]] for count, dying, settings in jobs]
+    jobs = [[count, event, [*tiny_settings, *settings]] for count, event, settings in jobs]
     result = subprocess.run(
         [sys.executable, Path(__file__).with_name("processes.py"), json.dumps(jobs)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
@@ -52,8 +54,7 @@ def statuses(folder, tiny_settings):
 def test_two_processes_do_what_one_does_with_the_double_batch(statuses, folder, logged):
     codes, errors = statuses
     assert [codes[0, 0], codes[1, 0], codes[1, 1]] == [0, 0, 0], errors
-    ranks = [torch.load(folder / "two" / f"rank{rank}.pt") for rank in (0, 1)]
-    assert all(torch.equal(tensor, ranks[1][name]) for name, tensor in ranks[0].items())
+    assert same_weights(folder / "two")
 
     one, two = logged(folder / "one"), logged(folder / "two")
     assert [line["step"] for line in two] == [1, 2, 3]
@@ -86,3 +87,22 @@ def test_a_batch_that_cannot_be_shared_is_refused(statuses):
     codes, errors = statuses
     assert (codes[3, 0], codes[3, 1]) == (1, 1)
     assert "3 cannot be shared by 2 processes" in errors
+
+
+def same_weights(folder):
+    ranks = [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
+    return all(torch.equal(tensor, ranks[1][name]) for name, tensor in ranks[0].items())
+
+
+def test_what_is_not_finite_on_one_is_skipped_on_both(statuses, folder, logged):
+    codes, errors = statuses
+    assert (codes[4, 0], codes[4, 1]) == (0, 0), errors
+    assert [line.get("skipped") for line in logged(folder / "nan")] == [None, "the l1 loss is nan", None]
+    assert same_weights(folder / "nan")
+
+
+def test_a_signal_to_one_ends_both_after_the_same_step(statuses, folder):
+    codes, errors = statuses
+    assert (codes[5, 0], codes[5, 1]) == (0, 0), errors
+    assert [path.name for path in (folder / "term" / "checkpoints").iterdir()] == ["step-00000003"]
+    assert same_weights(folder / "term")

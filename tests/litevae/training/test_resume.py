@@ -121,6 +121,9 @@ class TestRefusal:
         )
         assert "no averaged model" in self.refused(tiny("resume=auto", "ema_decay=0.9"))
         assert "no discriminator" in self.refused(tiny("resume=auto", *adversarial_settings))
+        assert "trained other weights of the autoencoder" in self.refused(
+            tiny("resume=auto", "freeze_encoder=true")
+        )
         assert "no such folder" in self.refused(tiny("resume=nowhere", elsewhere))
         assert "no complete checkpoint" in self.refused(tiny(f"resume={tmp_path}", elsewhere))
         assert "continue with resume=auto" in self.refused(tiny())
