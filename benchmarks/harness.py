@@ -150,6 +150,11 @@ def peak_resident_memory(function: Callable[[], Any]) -> int | None:
     return max(0, kilobytes("VmHWM") - before) * 1024
 
 
+def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
+    """Root mean square of the error, relative to that of the exact values."""
+    return float((actual.double() - exact).norm() / exact.norm())
+
+
 def copies(device: str, byte_count: int, inputs: int) -> Provider:
     """Copies half as many bytes as `byte_count`, so that it reads and writes `byte_count`."""
     sources = [

@@ -7,18 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Session, compiled, contest
+from benchmarks.harness import Session, compiled, contest, relative_error
 from litevae_kernels import conv3x3
 from litevae_kernels.conv3x3 import WHY_NOT
 
 # (batch, channels in, channels out, height, width)
 SIZES = [(4, 96, 96, 128, 128), (4, 64, 64, 128, 128), (4, 96, 96, 32, 32), (1, 512, 512, 64, 64)]
 INPUTS = 5
-
-
-def error(actual: Tensor, exact: Tensor) -> float:
-    """Root mean square of the error, relative to that of the exact values."""
-    return ((actual.double() - exact).norm() / exact.norm()).item()
 
 
 @pytest.mark.skipif(WHY_NOT is not None, reason=f"PyTorch's convolution serves all calls here: {WHY_NOT}")
@@ -51,7 +46,7 @@ def test_inference(benchmark: Any, session: Session, device: str, size: tuple[in
         x, residual = sets[0]
         exact = F.conv2d(x[:1].double(), weight.double(), bias.double(), padding=1) + residual[:1].double()
         # the gate: both factors are rounded to bfloat16 beside the result, 2.5 times the error of that alone
-        assert error(ours(0)[:1], exact) < 3.5 * error(torchs(0)[:1], exact)
+        assert relative_error(ours(0)[:1], exact) < 3.5 * relative_error(torchs(0)[:1], exact)
         contest(
             benchmark,
             session,

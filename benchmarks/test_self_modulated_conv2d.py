@@ -9,9 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness import Provider, Session, compiled, contest, copies, our_backends, with_backend
+from benchmarks.harness import (
+    Provider,
+    Session,
+    compiled,
+    contest,
+    copies,
+    our_backends,
+    relative_error,
+    with_backend,
+)
 from litevae_kernels import modulate_weight, self_modulated_conv2d
-from litevae_kernels.nn import SelfModulatedConv2d
+from litevae_kernels.nn import Conv3x3, SelfModulatedConv2d
 from litevae_kernels.testing import assert_within_budget
 
 EPS = 1e-8
@@ -173,12 +182,14 @@ def make_images(shape: tuple[int, ...], device: str, count: int) -> list[Tensor]
 
 
 def check_convolution(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> None:
-    """The first image's, against `weight` and `bias` as the convolution gets them: what its sums may lose."""
-    x, weight, bias = (t.detach().double() for t in (x[:1], weight.bfloat16(), bias.bfloat16()))
-    exact = F.conv2d(x, weight, bias, padding=1)
-    magnitude = F.conv2d(x.abs(), weight.abs(), bias.abs(), padding=1).max().item()
-    operations = weight[0].numel() + 1  # in the worst order
-    assert_within_budget(y[:1].detach(), exact, magnitude=magnitude, operations=operations)
+    """The first image's, against `weight` and `bias` as the convolution gets them.
+
+    PyTorch's own convolution rounds its result; one by Winograd's algorithm, both transformed factors as well, which
+    makes its error 2.5 times as large (csrc/conv3x3/conv3x3.h).
+    """
+    direct = F.conv2d(x[:1], weight, bias, padding=1)
+    exact = F.conv2d(x[:1].double(), weight.double(), bias.double(), padding=1)
+    assert relative_error(y[:1], exact) < 3.5 * relative_error(direct, exact)
 
 
 @pytest.mark.parametrize("shape", IMAGES, ids=lambda shape: "x".join(map(str, shape)))
@@ -190,7 +201,9 @@ def test_inference(benchmark: Any, session: Session, device: str, shape: tuple[i
     plain = nn.Conv2d(shape[1], shape[1], **options).to(memory_format=torch.channels_last)
     backends = our_backends(device)
     with torch.no_grad():
-        folded = with_backend(backends[0], layer.folded)()
+        of_fold = with_backend(backends[0], layer.folded)()
+        folded = Conv3x3(shape[1], shape[1], device=device)  # what LiteVAE.fold puts there
+        folded.weight, folded.bias = of_fold.weight, of_fold.bias
         check_convolution(folded(images[0]), images[0], folded.weight, folded.bias)
         providers: dict[str, Provider] = {"folded": lambda i: folded(images[i])}
         for backend in backends:

@@ -55,12 +55,12 @@ def report() -> list[tuple[str, str]]:
     for operator in OPERATORS:
         rows.append((f"{operator} on cpu", _serves("cpu")))
         rows.append((f"{operator} on cuda", _serves("cuda") + ("" if gpus else "   (no GPU here)")))
-    native = (
-        "native for bfloat16 inference, else PyTorch's"
-        if WHY_NO_CONV3X3 is None
-        else f"PyTorch's   (not native: {WHY_NO_CONV3X3})"
-    )
-    rows.append(("conv3x3 on cpu", native))
+    served = "PyTorch's"
+    if WHY_NO_CONV3X3 is not None:
+        served += f"   (not native: {WHY_NO_CONV3X3})"
+    elif _serves("cpu").startswith("native"):
+        served = "native for bfloat16 inference, else PyTorch's"
+    rows.append(("conv3x3 on cpu", served))
     rows.append(("conv3x3 on cuda", "PyTorch's"))
     return rows
 

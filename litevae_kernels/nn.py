@@ -36,9 +36,12 @@ class Conv3x3(nn.Conv2d):
         bias: bool = True,
         *,
         silu_input: bool = False,
-        **kwargs: Any,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size=3, padding=1, bias=bias, **kwargs)
+        super().__init__(
+            in_channels, out_channels, kernel_size=3, padding=1, bias=bias, device=device, dtype=dtype
+        )
         self.silu_input = silu_input
 
     def extra_repr(self) -> str:

@@ -76,8 +76,20 @@ def differentiable_gradients(
 ) -> list[Tensor | None]:
     """Gradients of ``function(*inputs)``, which is plain PyTorch, that can be differentiated in their turn.
 
-    None for the inputs that are not `needed`.
+    In the memory format of their inputs. None for the inputs that are not `needed`.
     """
+    # one tensor may be given as two inputs, and each has a gradient of its own
+    inputs = [None if x is None else x.view_as(x) for x in inputs]
     wanted = [x for x, need in zip(inputs, needed, strict=True) if need and x is not None]
     found = iter(torch.autograd.grad(function(*inputs), wanted, grad, create_graph=True))
-    return [next(found) if need else None for need in needed]
+    return [
+        _like(next(found), x) if need and x is not None else None
+        for x, need in zip(inputs, needed, strict=True)
+    ]
+
+
+def _like(gradient: Tensor, x: Tensor) -> Tensor:
+    """`gradient` in the memory format of `x`, if that has four dimensions."""
+    if x.ndim != 4:
+        return gradient
+    return gradient.contiguous(memory_format=memory_format_of(is_channels_last(x)))

@@ -28,11 +28,16 @@ inline Isa detect_isa() {
 #endif
 }
 
-// Whether this CPU multiplies bfloat16 matrices in tiles (AMX), several times faster than in vectors.
+// Whether this CPU multiplies bfloat16 matrices in tiles (AMX), several times faster than in vectors, and the
+// operating system lets it.
 inline bool has_amx_bf16() {
 #if defined(LITEVAE_X86)
   unsigned a, b, c, d;
-  return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & 1u << 22) != 0;
+  if (__get_cpuid(1, &a, &b, &c, &d) == 0 || (c & bit_OSXSAVE) == 0) return false;
+  unsigned enabled, high;
+  __asm__("xgetbv" : "=a"(enabled), "=d"(high) : "c"(0));
+  const unsigned tiles = 3u << 17;
+  return (enabled & tiles) == tiles && __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & 1u << 22) != 0;
 #else
   return false;
 #endif

@@ -140,9 +140,9 @@ struct VecF {
   }
 
  private:
-  // to the exponents of normal numbers; in this order a NaN stays
+  // to the exponents of normal numbers and of infinity; in this order a NaN stays
   VecF cut() const {
-    const __m256 below = _mm256_min_ps(_mm256_set1_ps(127.0f), v);
+    const __m256 below = _mm256_min_ps(_mm256_set1_ps(128.0f), v);
     return {_mm256_max_ps(_mm256_set1_ps(-126.0f), below)};
   }
 };

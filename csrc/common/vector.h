@@ -82,7 +82,7 @@ template <int U>
 __attribute__((always_inline)) inline void one_plus_exp_minus(const VecN<float>* z, VecN<float>* result) {
   for (int u = 0; u < U; ++u)
     for (int i = 0; i < VecN<float>::width; ++i) {
-      const float t = z[u].v[i] * -1.44269504f, cut = t > 127.0f ? 127.0f : t < -126.0f ? -126.0f : t;
+      const float t = z[u].v[i] * -1.44269504f, cut = t > 128.0f ? 128.0f : t < -126.0f ? -126.0f : t;
       const float n = cut - 0.5f + 12582912.0f - 12582912.0f,
                   f = cut - n;  // 1.5 * 2^23: rounds to whole numbers
       float p = kExp2[0];

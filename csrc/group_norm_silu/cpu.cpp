@@ -264,7 +264,7 @@ void load_rows(const typename V::Scalar* table, int64_t channels, int64_t channe
 // f(segment's channels, its first channel): x and then skip.
 template <class F>
 void for_segments(const Shape& s, const F& f) {
-  f(s.split, int64_t{0});
+  if (s.split > 0) f(s.split, int64_t{0});
   if (s.channels > s.split) f(s.channels - s.split, s.split);
 }
 
@@ -304,7 +304,7 @@ void moments(const Shape& s, const Pair<const S>& in, int64_t n, int64_t unit, d
     for (int64_t c = 0; c < s.channels; ++c) mean[c] = m2[c] = 0;
     for_chunks(s, unit, kPixelsAChunk, [&](int64_t p, int64_t count) {
       for_segments(s, [&](int64_t channels, int64_t first) {
-        const Plane<const S>& t = first == 0 ? in.x : in.skip;
+        const Plane<const S>& t = first < s.split ? in.x : in.skip;
         const S* base = t.at(s, n, 0, p);
         for_runs<V>(channels, [&](auto width, int64_t c, int lanes) {
           constexpr int U = decltype(width)::value;
@@ -416,7 +416,7 @@ void write_forward(const Shape& s, const Pair<const S>& in, const Plane<S>& y, i
   if (s.channels_innermost) {
     for_chunks(s, unit, kPixelsAChunk, [&](int64_t p, int64_t count) {
       for_segments(s, [&](int64_t channels, int64_t first) {
-        const Plane<const S>& t = first == 0 ? in.x : in.skip;
+        const Plane<const S>& t = first < s.split ? in.x : in.skip;
         const S* from = t.at(s, n, 0, p);
         S* to = y.at(s, n, first, p);
         for_runs<V>(channels, [&](auto width, int64_t c, int lanes) {
@@ -528,7 +528,7 @@ void sums(const Shape& s, const Pair<const S>& in, const Plane<const S>& grad, i
     for (int64_t c = 0; c < s.channels; ++c) sum[c] = product[c] = 0;
     for_chunks(s, unit, kPixelsAChunk, [&](int64_t p, int64_t count) {
       for_segments(s, [&](int64_t channels, int64_t first) {
-        const Plane<const S>& t = first == 0 ? in.x : in.skip;
+        const Plane<const S>& t = first < s.split ? in.x : in.skip;
         const S *x = t.at(s, n, 0, p), *g = grad.at(s, n, first, p);
         for_runs<V>(channels, [&](auto width, int64_t c, int lanes) {
           constexpr int U = decltype(width)::value;
@@ -595,8 +595,8 @@ void write_backward(const Shape& s, const Pair<const S>& in, const Plane<const S
   if (s.channels_innermost) {
     for_chunks(s, unit, kPixelsAChunk, [&](int64_t p, int64_t count) {
       for_segments(s, [&](int64_t channels, int64_t first) {
-        const Plane<const S>& t = first == 0 ? in.x : in.skip;
-        const Plane<S>& to = first == 0 ? out.x : out.skip;
+        const Plane<const S>& t = first < s.split ? in.x : in.skip;
+        const Plane<S>& to = first < s.split ? out.x : out.skip;
         const S *x = t.at(s, n, 0, p), *g = grad.at(s, n, first, p);
         S* dx = to.at(s, n, 0, p);
         for_runs<V>(channels, [&](auto width, int64_t c, int lanes) {

@@ -1,12 +1,11 @@
 // What one block of threads does in each kernel of GroupNorm+SiLU. plan.cuh cuts the work and picks the
 // kernels.
 //
-// Forward:  Statistics (mean and sum of squared deviations of each channel in each chunk of pixels) ->
-// Combine
-//           (statistics of each group) -> Apply.
-// Backward: Sums (of dz and of dz xhat, for each channel and chunk) -> Reduce (over chunks, then over a
-// group's
-//           channels) -> ApplyBackward, and Parameters (over the batch) for the gradients of weight and bias.
+// Forward: Statistics (mean and sum of squared deviations of each channel in each chunk of pixels), Combine
+// (statistics of each group), Apply. Backward: Sums (of dz and of dz xhat, for each channel and chunk),
+// Reduce (over chunks, then over a group's channels), ApplyBackward, and Parameters (over the batch) for the
+// gradients of weight and bias.
+//
 // With dz = dy/dz grad and xhat = (x - mean) rstd, the gradient of x is
 // rstd (weight dz - mean over the group of weight dz - xhat mean over the group of weight dz xhat).
 #pragma once

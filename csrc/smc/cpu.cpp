@@ -8,9 +8,9 @@
 // Compiled once an instruction set: only internal linkage and no library templates below.
 #include <math.h>
 
-#include <cstdlib>
 #include <new>
 
+#include "../common/buffer.h"
 #include "../common/parallel.h"
 #include "../common/vector.h"
 #include "smc.h"
@@ -27,20 +27,6 @@ constexpr int64_t kFiltersAPart = 16;  // whose contributions to the scales' gra
 constexpr int64_t kElementsForThreads = 1 << 15;  // a thread's start costs more than less work
 constexpr int kTaps = 9;                          // of the filters that are transposed in vectors: 3 x 3
 constexpr int64_t kElementsASum = 1024;           // in the arithmetic's type; double from there on
-
-// From a cache line's boundary on: vectors that straddle two lines halve the speed.
-template <class T>
-struct Scratch {
-  char* memory;
-  T* data;
-  explicit Scratch(int64_t count)
-      : memory(static_cast<char*>(std::malloc(static_cast<size_t>(count) * sizeof(T) + 64))),
-        data(reinterpret_cast<T*>(
-            memory == nullptr ? nullptr : memory + 64 - reinterpret_cast<uintptr_t>(memory) % 64)) {}
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  ~Scratch() { std::free(memory); }
-};
 
 template <class T>
 void load_vector(const TensorView& t, T* to) {
@@ -250,36 +236,36 @@ const T* scales_of(const Sizes& s, int64_t filter, const T* scale, T* room) {
   return room;
 }
 
-// body(part, first filter, last filter, scratch of `rooms` filters) for parts of a fixed size on
-// several threads.
+// body(part, first filter, last filter, scratch of `rooms` filters) for parts of a fixed size on several
+// threads.
 template <class V, class Body>
 void for_parts(const Sizes& s, int threads, int rooms, const Body& body) {
+  using T = typename V::Scalar;
   if (s.filters * s.values < kElementsForThreads) threads = 1;
-  const int64_t parts = (s.filters + kFiltersAPart - 1) / kFiltersAPart;
-  bool out_of_memory = false;  // an exception must not leave a thread of the team
-  parallel_for(parts, threads, [&](int64_t begin, int64_t end) {
-    Scratch<typename V::Scalar> scratch(rooms * s.values);
-    if (scratch.data == nullptr) return __atomic_store_n(&out_of_memory, true, __ATOMIC_RELAXED);
-    for (int64_t part = begin; part < end; ++part) {
-      const int64_t last = (part + 1) * kFiltersAPart;
-      body(part, part * kFiltersAPart, last < s.filters ? last : s.filters, scratch.data);
-    }
+  const int64_t parts = ceil_div(s.filters, kFiltersAPart);
+  const int64_t a_thread = ceil_div(rooms * s.values, 16) * 16;  // whole cache lines
+  Buffer scratch(threads * a_thread * static_cast<int64_t>(sizeof(T)));
+  T* memory = scratch.take<T>(threads * a_thread);
+  parallel_for(threads, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread)
+      for (int64_t part = parts * thread / threads; part < parts * (thread + 1) / threads; ++part)
+        body(part, part * kFiltersAPart, least(s.filters, (part + 1) * kFiltersAPart),
+             memory + thread * a_thread);
   });
-  if (out_of_memory) throw std::bad_alloc();
 }
 
 template <class V>
 void forward(const Forward& call, int threads) {
   using T = typename V::Scalar;
   const Sizes s(call.in);
-  Scratch<T> scale(s.groups * s.inputs), norm(s.filters);
-  if (scale.data == nullptr || norm.data == nullptr) throw std::bad_alloc();
-  load_vector(call.in.scale, scale.data);
+  Buffer memory((s.groups * s.inputs + s.filters) * static_cast<int64_t>(sizeof(T)));
+  T *scale = memory.take<T>(s.groups * s.inputs), *norm = memory.take<T>(s.filters);
+  load_vector(call.in.scale, scale);
   for_parts<V>(s, threads, 3, [&](int64_t, int64_t first, int64_t last, T* scratch) {
     T *room = scratch, *result = room + s.values, *repeated = result + s.values;
     const T* scales = nullptr;
     for (int64_t o = first; o < last; ++o) {
-      if (o == first || s.group(o) != s.group(o - 1)) scales = scales_of(s, o, scale.data, repeated);
+      if (o == first || s.group(o) != s.group(o - 1)) scales = scales_of(s, o, scale, repeated);
       const T* w = load_filter<V>(s, call.in.weight, o, room);
       const double n = ::sqrt(sum_filter<V>(s, [&](V sum, int64_t i, int64_t j, auto lanes) {
         const V v = lanes.template load<V>(w + i) * lanes.template load<V>(scales + j);
@@ -295,10 +281,10 @@ void forward(const Forward& call, int threads) {
             lanes.store(v * factor, to + run + j);
           });
       });
-      norm.data[o] = static_cast<T>(n);
+      norm[o] = static_cast<T>(n);
     }
   });
-  store_vector(norm.data, call.in.norm);
+  store_vector(norm, call.in.norm);
 }
 
 // With v = scale w, d = norm + eps and D = sum g v: dv = gain (g / d - v D / (norm d^2)).
@@ -306,31 +292,32 @@ template <class V>
 void backward(const Backward& call, int threads) {
   using T = typename V::Scalar;
   const Sizes s(call.in);
-  const int64_t parts = (s.filters + kFiltersAPart - 1) / kFiltersAPart, channels = s.groups * s.inputs;
-  Scratch<T> scale(channels), norm(s.filters);
-  Scratch<double> partial(parts * channels), gain(s.filters);
-  if (!scale.data || !norm.data || !partial.data || !gain.data) throw std::bad_alloc();
-  load_vector(call.in.scale, scale.data);
-  load_vector(call.in.norm, norm.data);
+  const int64_t parts = ceil_div(s.filters, kFiltersAPart), channels = s.groups * s.inputs;
+  Buffer memory((parts * channels + s.filters) * static_cast<int64_t>(sizeof(double)) +
+                (channels + s.filters) * static_cast<int64_t>(sizeof(T)));
+  double *partial = memory.take<double>(parts * channels), *gain = memory.take<double>(s.filters);
+  T *scale = memory.take<T>(channels), *norm = memory.take<T>(s.filters);
+  load_vector(call.in.scale, scale);
+  load_vector(call.in.norm, norm);
   for_parts<V>(s, threads, 5, [&](int64_t part, int64_t first, int64_t last, T* scratch) {
     T *w_room = scratch, *g_room = w_room + s.values, *result = g_room + s.values;
     T *repeated = result + s.values, *products = repeated + s.values;
     const T* scales = nullptr;
-    double* of_scale = partial.data + part * channels;
+    double* of_scale = partial + part * channels;
     for (int64_t i = 0; i < channels; ++i) of_scale[i] = 0;
     int64_t added = 0;  // filters in `products`
     for (int64_t o = first; o < last; ++o) {
-      if (o == first || s.group(o) != s.group(o - 1)) scales = scales_of(s, o, scale.data, repeated);
+      if (o == first || s.group(o) != s.group(o - 1)) scales = scales_of(s, o, scale, repeated);
       const T* w = load_filter<V>(s, call.in.weight, o, w_room);
       const T* g = load_filter<V>(s, call.grad, o, g_room);
       const double along = sum_filter<V>(s, [&](V sum, int64_t i, int64_t j, auto lanes) {
         const V v = lanes.template load<V>(w + i) * lanes.template load<V>(scales + j);
         return multiply_add(lanes.template load<V>(g + i), v, sum);
       });
-      const double n = static_cast<double>(norm.data[o]), d = n + call.in.eps, outer = s.gain / d;
+      const double n = static_cast<double>(norm[o]), d = n + call.in.eps, outer = s.gain / d;
       const V a = V::set(static_cast<T>(outer));
       const V b = V::set(static_cast<T>(n > 0 ? -outer * (along / (n * d)) : 0.0));
-      gain.data[o] = along / d;
+      gain[o] = along / d;
       const Ahead next_weight(call.in.weight, o + 1), next_grad(call.grad, o + 1);
       if (added == 0)
         for (int64_t i = 0; i < s.length; ++i) products[i] = 0;
@@ -357,11 +344,11 @@ void backward(const Backward& call, int threads) {
     }
   });
   for (int64_t part = 1; part < parts; ++part)
-    for (int64_t i = 0; i < channels; ++i) partial.data[i] += partial.data[part * channels + i];
-  store_vector(partial.data, call.grad_scale);
+    for (int64_t i = 0; i < channels; ++i) partial[i] += partial[part * channels + i];
+  store_vector(partial, call.grad_scale);
   if (call.grad_gain.data != nullptr) {
     double sum = 0;
-    for (int64_t o = 0; o < s.filters; ++o) sum += gain.data[o];
+    for (int64_t o = 0; o < s.filters; ++o) sum += gain[o];
     store_vector(&sum, call.grad_gain);
   }
 }

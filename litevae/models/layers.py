@@ -14,7 +14,6 @@ from litevae_kernels.nn import Conv3x3, GroupNormSiLU, SelfModulatedConv2d
 Norm = Literal["group", "smc", "none"]
 
 EPS = 1e-6  # of every GroupNorm, as in the Stable Diffusion VAE
-SPLIT_SHORTCUT = True  # a 1x1 convolution of two inputs is two of one each, and not one of a concatenation
 
 
 def autocast_enabled(device: torch.device) -> bool:
@@ -57,8 +56,6 @@ class ShortcutConv2d(nn.Conv2d):
     def forward(self, input: Tensor, skip: Tensor | None = None) -> Tensor:
         if skip is None:
             return super().forward(input)
-        if not SPLIT_SHORTCUT:
-            return super().forward(torch.cat([input, skip], dim=1))
         weight, weight_skip = self.weight.tensor_split([input.shape[1]], dim=1)
         # in place: the backward pass of a convolution does not need its result
         return F.conv2d(input, weight, self.bias).add_(F.conv2d(skip, weight_skip))

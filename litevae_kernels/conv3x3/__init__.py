@@ -3,8 +3,13 @@
 Stride 1, one pixel of zero padding. On a CPU with AVX512-BF16 (and without AMX, which PyTorch's own convolution uses),
 bfloat16 inference is served by one kernel that needs 16 multiplications where a direct convolution needs 36 (Winograd's
 F(2x2, 3x3), Lavin and Gray 2016). It rounds both transformed factors to bfloat16, beside the result, which makes its
-error about 2.5 times a direct bfloat16 convolution's. All other calls, and all of them under
-``use_backend("reference")``, are served by PyTorch's convolution, whose operators are differentiable.
+error about 2.5 times a direct bfloat16 convolution's; sums of four inputs must not overflow, and a NaN or an infinity
+reaches the whole 2x2 tiles of results that it has a part in. It has no derivatives and no `torch.func` transforms.
+
+All other calls are served by PyTorch's convolution: other devices and dtypes, narrow layers, channels that are not
+innermost in memory, calls that want a gradient, `torch.export`, and all of them under ``use_backend("reference")``.
+Forcing another backend changes nothing here. Reentrant checkpointing computes a block without gradients first, and may
+so compare the one with the other.
 """
 
 import torch
@@ -79,17 +84,24 @@ def conv3x3(
 
 
 def _is_fused(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
-    """Whether the kernel serves a call."""
-    if x.device.type != "cpu" or choose("cpu") != "native" or WHY_NOT is not None:
+    """Whether the kernel serves a call. What it takes, PyTorch's convolution takes as well."""
+    if WHY_NOT is not None or x.device.type != "cpu":
         return False
-    autocast = torch.is_autocast_enabled("cpu")
-    dtype = torch.get_autocast_dtype("cpu") if autocast and x.dtype != torch.float64 else x.dtype
-    tensors = [t for t in (x, weight, bias, residual) if t is not None]
+    operands = [t for t in (x, weight, bias) if t is not None]
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        same = all(t.dtype != torch.float64 for t in operands)  # which autocast leaves alone
+    else:
+        dtype = x.dtype
+        same = all(t.dtype == dtype for t in operands)
+    tensors = operands if residual is None else [*operands, residual]
     return (
         dtype == torch.bfloat16
-        and (autocast or weight.dtype == dtype)
+        and same
         and all(t.device == x.device for t in tensors)
         and x.stride(1) == 1
         and min(weight.shape[:2]) >= LEAST_CHANNELS
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+        and not torch.compiler.is_exporting()  # to devices that have no such kernel
+        and choose("cpu") == "native"
     )

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from litevae_kernels.conv3x3 import native
 
@@ -29,6 +30,8 @@ def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, silu_input: bool
 ) -> Tensor:
     y = _output(x, weight)
+    # as autocast does, though the kernel takes any dtype
+    weight, bias = weight.to(torch.bfloat16), None if bias is None else bias.to(torch.bfloat16)
     x = _channels_innermost(x)
     residual = None if residual is None else _channels_innermost(residual)
     native.forward(x, weight, bias, residual, silu_input, y)
@@ -38,6 +41,12 @@ def _forward(
 @torch.library.register_fake("litevae::conv3x3")
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, silu_input: bool) -> Tensor:
     return _output(x, weight)
+
+
+@register_flop_formula(torch.ops.litevae.conv3x3)
+def _flops(x: torch.Size, weight: torch.Size, *_: Any, out_shape: torch.Size | None = None, **__: Any) -> int:
+    """A direct convolution's, so that counts do not depend on what serves it."""
+    return 2 * x[0] * x[2] * x[3] * weight.numel()
 
 
 def _channels_innermost(x: Tensor) -> Tensor:

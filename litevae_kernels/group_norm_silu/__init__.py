@@ -83,4 +83,4 @@ def _as_4d(x: Tensor) -> Tensor:
         return x
     if x.ndim > 4:  # pixels are pixels; (D, H) merge without a copy in channels_last_3d, too
         return x.flatten(2, -2)
-    return x[(...,) + (None,) * (4 - x.ndim)]
+    return x[:, :, None, None] if x.ndim == 2 else x[:, :, None]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from litevae_kernels.backend import choose
 from litevae_kernels.conv3x3 import conv3x3
+from litevae_kernels.conv3x3.reference import add
 from litevae_kernels.smc import op, reference
 from litevae_kernels.tensors import check_dtype, check_memory_format, check_tensor, is_channels_last
 
@@ -142,9 +143,18 @@ def self_modulated_conv2d(
         dtype = torch.get_autocast_dtype(device_type)
     memory_format = torch.channels_last if is_channels_last(x) else None
     modulated = modulate_weight(weight, scale, gain, eps=eps, dtype=dtype, memory_format=memory_format)
-    bias = None if bias is None else bias.to(dtype)
+    if bias is not None:
+        check_tensor(bias, "bias")
+        bias = bias.to(dtype)
     plain = stride in (1, (1, 1)) and padding in (1, (1, 1)) and dilation in (1, (1, 1)) and groups == 1
     if plain and weight.shape[2:] == (3, 3):
         return conv3x3(x, modulated, bias, residual=residual, silu_input=silu_input)
     y = F.conv2d(F.silu(x) if silu_input else x, modulated, bias, stride, padding, dilation, groups)
-    return y if residual is None else y.add_(residual)
+    if residual is None:
+        return y
+    check_tensor(residual, "residual")
+    if residual.shape != y.shape:
+        raise ValueError(
+            f"residual has shape {tuple(residual.shape)}; the result's is needed, {tuple(y.shape)}"
+        )
+    return add(y, residual)

@@ -78,7 +78,9 @@ def test_training_step_compiles_whole_for_all_sizes_at_once(make_small, variant)
     first = graphs.frame_count
     assert first <= 2
     for size in [(3, 3, 12, 20), (5, 3, 20, 12), (2, 3, 16, 36)]:
-        assert gradients(compiled, vae, images(*size)).isfinite().all()
+        torch.testing.assert_close(
+            gradients(compiled, vae, images(*size)), gradients(loss, vae, images(*size)), atol=1e-5, rtol=1e-3
+        )
     assert graphs.frame_count == first
 
 

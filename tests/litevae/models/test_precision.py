@@ -79,6 +79,54 @@ def test_folded_model_is_as_near_to_float64_as_the_self_modulated_one(vae, unfus
         assert folded <= MORE_THAN_UNFUSED * distance(unfused(vae)(image).sample, exact)
 
 
+# Where the 3x3 convolutions have a kernel of their own, their error is 2.5 times a direct one's
+# (csrc/conv3x3/conv3x3.h). With two of a block's six roundings, squares add up to sqrt((4 + 2 * 2.5^2) / 6) = 1.7
+# times the error, of which the rest is chance.
+MORE_WITH_WINOGRAD = 2.0
+
+
+@pytest.fixture(params=VARIANTS)
+def wide(request, tiny_config) -> LiteVAE:
+    """A model whose layers are wide enough for every kernel."""
+    torch.manual_seed(0)
+    widths = {"extractor_channels": 32, "aggregator_channels": 32, "block_out_channels": (32, 32, 64, 64)}
+    return LiteVAE(**{**tiny_config, **widths, **VARIANTS[request.param]}).to(
+        memory_format=torch.channels_last
+    )
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "autocast"])
+def test_wide_model_in_bfloat16(wide, unfused, autocast):
+    image = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    vae = wide if autocast else wide.bfloat16()
+    image = image if autocast else image.bfloat16()
+    with torch.no_grad():
+        exact = unfused(vae).double()(image.double()).sample
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            ours, theirs = (distance(model(image).sample, exact) for model in (vae, unfused(vae)))
+    assert theirs < 0.1
+    assert ours <= MORE_WITH_WINOGRAD * theirs
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "autocast"])
+def test_wide_model_folds_to_equal_outputs(wide, autocast):
+    latent = torch.randn(2, 4, 5, 6, generator=torch.Generator().manual_seed(1))
+    vae = wide if autocast else wide.bfloat16()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        latent = latent.to(vae.dtype).contiguous(memory_format=torch.channels_last)
+        assert torch.equal(vae.fold().decode(latent).sample, vae.decode(latent).sample)
+
+
+def test_wide_model_compiles_whole(wide):
+    torch._dynamo.reset()
+    vae = wide.bfloat16().eval()
+    with torch.no_grad():
+        decode = torch.compile(lambda z: vae.decode(z).sample, fullgraph=True, backend="aot_eager")
+        for batch in (1, 2, 3):
+            z = torch.randn(batch, 4, 4, 5).bfloat16().contiguous(memory_format=torch.channels_last)
+            torch.testing.assert_close(decode(z), vae.decode(z).sample)
+
+
 # Half precision on photographs
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
 
 from litevae_kernels import conv3x3, use_backend
 from litevae_kernels.backend import core
@@ -148,12 +149,13 @@ def test_a_stack_of_images_is_each_image_by_itself():
 @needs_kernel
 @pytest.mark.parametrize("residual", [False, True])
 def test_under_autocast(residual):
-    """Float32 weights are transformed as they are, and rounded once."""
+    """Float32 parameters are rounded first, as autocast does for PyTorch's convolution."""
     x = channels_innermost(values(2, 48, 9, 7, dtype=torch.float32), "channels_last")
     weight, bias = values(64, 48, 3, 3, dtype=torch.float32, seed=1), values(64, dtype=torch.float32, seed=2)
     added = values(2, 64, 9, 7, dtype=torch.float32, seed=3) if residual else None
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        check(x, weight, bias, added, False)
+        y = check(x, weight.bfloat16(), bias.bfloat16(), added, False)
+        assert torch.equal(y, conv3x3(x, weight, bias, residual=added))
         assert conv3x3(x.double(), weight.double()).dtype == torch.float64
 
 
@@ -260,6 +262,32 @@ def test_the_core_without_its_instructions():
             torch.ops.litevae.conv3x3(x, values(32, 32, 3, 3), None, None, False)
     finally:
         core.set_isa(best)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_operations_are_counted_whatever_serves_the_call(dtype):
+    x = channels_innermost(values(2, 32, 9, 7, dtype=dtype), "channels_last")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        conv3x3(x, values(64, 32, 3, 3, dtype=dtype))
+    assert counter.get_total_flops() == 2 * 2 * 9 * 7 * 64 * 32 * 9
+
+
+def test_exports_to_pytorchs_own_operators():
+    x = channels_innermost(values(2, 32, 9, 7), "channels_last")
+    with torch.no_grad():
+        exported = torch.export.export(Conv3x3(32, 48, silu_input=True).bfloat16(), (x,), strict=True)
+    assert "litevae" not in str(exported.graph)
+
+
+def test_vmap_over_the_residual():
+    x, weight, residuals = values(1, 4, 3, 3), values(5, 4, 3, 3, seed=1), values(6, 1, 5, 3, 3, seed=2)
+    y = torch.func.vmap(lambda residual: conv3x3(x, weight, residual=residual))(residuals)
+    assert torch.equal(y, torch.stack([conv3x3(x, weight, residual=residual) for residual in residuals]))
+
+
+def test_the_module_is_of_one_kind_only():
+    with pytest.raises(TypeError, match="stride"):
+        Conv3x3(4, 4, stride=2)
 
 
 def test_the_module_has_the_keys_of_conv2d():

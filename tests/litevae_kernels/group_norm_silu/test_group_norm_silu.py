@@ -450,11 +450,17 @@ def test_nothing_in_nothing_out(backend, with_skip, shape):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_an_empty_skip(backend):
-    x = values((2, 4, 3, 5), torch.float32)
+@pytest.mark.parametrize("shape", [(2, 4, 3, 5), (2, 4, 1, 1), (2, 4)])
+def test_an_empty_skip(backend, shape):
+    x = values(shape, torch.float32)
     with use_backend(backend), poisoned_memory():
         assert torch.equal(group_norm_silu(x, 2, skip=x[:, :0]), group_norm_silu(x, 2))
         assert torch.equal(group_norm_silu(x[:, :0], 2, skip=x), group_norm_silu(x, 2))
+
+
+def test_one_dimension_keeps_its_memory_format():
+    x = values((2, 50, 8), torch.float32).transpose(1, 2)
+    assert group_norm_silu(x, 4).stride() == x.stride()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -587,6 +593,8 @@ def test_every_instruction_set(restore_isa):
             x = values((2, 4, 3, n), torch.float32) + mean
             for layout in ("contiguous", "channels_last"):
                 check(Call(arrange(x, layout), 2), values(x.shape, torch.float32, seed=1), "native")
+        huge = group_norm_silu(values((1, 4, 8, 8), torch.float32), 2, torch.full((4,), 1e38))
+        assert -0.3 < huge.min() <= 0  # silu is nowhere below -0.28
         weight, bias = torch.tensor([1e3, -1e3, 90.0, 2e-3]), torch.tensor([-1e3, 1e3, -88.0, 0.0])
         x = values((1, 4, 16, 17), torch.float32)
         check(Call(x, 2, weight, bias), values(x.shape, torch.float32, seed=1), "native")

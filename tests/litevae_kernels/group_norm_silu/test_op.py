@@ -227,3 +227,21 @@ def test_a_tangent_is_an_error_and_not_lost(grad_enabled):
             group_norm_silu(dual, 2)
         with use_backend("reference"):
             assert forward_ad.unpack_dual(group_norm_silu(dual, 2)).tangent is not None
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_one_tensor_as_two_inputs(create_graph):
+    x, weight = (t.requires_grad_() for t in (values((2, 4, 3, 3)), values((8,), seed=1)))
+    grad = values((2, 8, 3, 3), seed=2)
+    y = group_norm_silu(x, 4, weight, weight, skip=x)
+    normal = F.group_norm(torch.cat([x, x], 1), 4, weight, weight, 1e-6)
+    actual = torch.autograd.grad(y, (x, weight), grad, create_graph=create_graph)
+    torch.testing.assert_close(actual, torch.autograd.grad(F.silu(normal), (x, weight), grad))
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_gradients_keep_the_memory_format(create_graph):
+    x = values((2, 8, 5, 5)).contiguous(memory_format=torch.channels_last).requires_grad_()
+    y = group_norm_silu(x, 4)
+    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=create_graph)
+    assert gradient.is_contiguous(memory_format=torch.channels_last)

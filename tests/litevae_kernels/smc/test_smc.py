@@ -375,6 +375,61 @@ def test_convolution_equals_torch_in_float64(backend, options, silu_input):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_any_convolution_of_any_dtype(backend, dtype):
+    rng = random.Random(f"{backend} {dtype}")
+    for seed in range(80):
+        groups, kernel = rng.choice([1, 1, 2]), (rng.randint(1, 3), rng.randint(1, 3))
+        inputs, outputs = groups * rng.randint(1, 5), groups * rng.randint(1, 5)
+        options = {"stride": rng.randint(1, 2), "padding": rng.randint(0, 2), "groups": groups}
+        size = (rng.randint(1, 2), inputs, rng.randint(3, 9), rng.randint(3, 9))
+        x = arrange(values(size, dtype, seed=seed), rng.choice(LAYOUTS))
+        weight = values((outputs, inputs // groups, *kernel), dtype, seed=seed + 1)
+        scale, gain = values(inputs, dtype, seed=seed + 2), values(1, dtype, seed=seed + 3)
+        bias = values(outputs, dtype, seed=seed + 4) if rng.random() < 0.5 else None
+        silu, wide = rng.random() < 0.5, x.double()
+        source = F.silu(wide) if silu else wide
+        modulated = equation_3(*(t.double() for t in (weight, scale, gain)), 1e-8)
+        exact = F.conv2d(source, modulated, None if bias is None else bias.double(), **options)
+        magnitude = F.conv2d(
+            source.abs(), modulated.abs(), None if bias is None else bias.double().abs(), **options
+        )
+        residual = values(exact.shape, dtype, seed=seed + 5) if rng.random() < 0.5 else None
+        if residual is not None:
+            exact, magnitude = exact + residual.double(), magnitude + residual.double().abs()
+        with use_backend(backend), poisoned_memory():
+            y = self_modulated_conv2d(
+                x, weight, scale, gain, bias, residual=residual, silu_input=silu, **options
+            )
+        # In the storage's dtype: the weight, the silu and the convolution are rounded, before the residual is added.
+        # In float32: Equation 3, a silu, and the sum of at most 45 products.
+        computed = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+        operations = 3 * torch.finfo(dtype).eps / computed + (2 * 45 + 10) + 20 + 2 * 45
+        assert y.dtype == dtype
+        assert_within_budget(y, exact, magnitude=magnitude, operations=int(operations))
+
+
+@pytest.mark.parametrize(
+    ("residual", "error"), [(torch.ones(2, 3, 1, 1), ValueError), (torch.ones(2, 3, 6, 5).int(), TypeError)]
+)
+def test_bad_residual(residual, error):
+    x, weight = values((2, 4, 6, 5), torch.float32), values((3, 4, 1, 1), torch.float32)
+    with pytest.raises(error, match="residual has"):
+        self_modulated_conv2d(x, weight, torch.ones(4), residual=residual)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_one_tensor_as_two_inputs(create_graph):
+    weight, both = values((5, 1, 3, 3)), values(1, seed=1).requires_grad_()
+    grad = values((5, 1, 3, 3), seed=2)
+    (actual,) = torch.autograd.grad(
+        modulate_weight(weight, both, both), both, grad, create_graph=create_graph
+    )
+    (expected,) = torch.autograd.grad(equation_3(weight, both, both, 1e-8), both, grad)
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_weight_is_rounded_once_from_wider_parameters(backend):
     x = values((2, 4, 6, 5), torch.bfloat16).requires_grad_()
     weight, scale = values((3, 4, 3, 3), torch.float32, seed=1), values(4, torch.float32, seed=2)
