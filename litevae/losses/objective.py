@@ -62,12 +62,6 @@ class Loss:
     terms: dict[str, Tensor]
     weighted: dict[str, Tensor]
 
-    def first_non_finite(self) -> str | None:
-        """The first term that is infinite or NaN, else "loss" if the total is, else None."""
-        names = [*self.terms, "loss"]
-        finite = torch.stack([*self.terms.values(), self.total.detach()]).isfinite().tolist()
-        return None if all(finite) else names[finite.index(False)]
-
 
 class Objective(nn.Module):
     """Computes the generator's and the discriminator's `Loss`.

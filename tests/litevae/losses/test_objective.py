@@ -1,7 +1,5 @@
 """The objective against its terms."""
 
-import math
-
 import pytest
 import torch
 from torch import nn
@@ -9,7 +7,6 @@ from torch import nn
 from litevae.errors import UserError
 from litevae.losses import (
     TERMS,
-    Loss,
     LossConfig,
     Objective,
     adaptive_weight,
@@ -259,13 +256,3 @@ def test_compiles_as_one_graph(inputs):
 def test_needs_a_reconstruction_term():
     with pytest.raises(ValueError, match="l1, l2, lpips"):
         Objective(LossConfig(**{**ONLY_L1, "l1": 0, "kl": 1}))
-
-
-def test_first_non_finite_names_the_term():
-    def loss(total, **terms):
-        terms = {name: torch.tensor(value) for name, value in terms.items()}
-        return Loss(torch.tensor(total), terms, terms)
-
-    assert loss(3.0, l1=1.0, kl=2.0).first_non_finite() is None
-    assert loss(math.nan, l1=1.0, kl=math.inf, l2=math.nan).first_non_finite() == "kl"
-    assert loss(math.inf, l1=1e38, kl=3e38).first_non_finite() == "loss"
