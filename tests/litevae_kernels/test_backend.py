@@ -207,6 +207,7 @@ def test_environment_variable():
 
 def test_public_names():
     assert sorted(litevae_kernels.__all__) == [
+        "conv3x3",
         "group_norm_silu",
         "haar_dwt2d",
         "haar_idwt2d",
