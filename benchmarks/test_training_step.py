@@ -12,7 +12,7 @@ from litevae.discriminators import build_discriminator
 from litevae.losses import Objective
 from litevae.training.build import build_model
 from litevae.training.config import load_config
-from litevae.training.step import TrainingStep
+from litevae.training.step import EMA, TrainingStep
 
 INPUTS = 2
 BATCH = {"cpu": 1, "cuda": 16}
@@ -36,7 +36,8 @@ def make_step(name: str, overrides: list[str], size: int, adversarial: bool) -> 
     if discriminator is not None:
         discriminator.to(accelerator.device, memory_format=torch.channels_last)
     objective = Objective(config.loss).to(accelerator.device)
-    return TrainingStep(config, accelerator, model, discriminator, objective, None, lambda done: 1.0)
+    ema = EMA(model, config.ema_decay)
+    return TrainingStep(config, accelerator, model, discriminator, objective, ema, lambda done: 1.0)
 
 
 @pytest.mark.parametrize("adversarial", [False, True], ids=["no discriminator", "discriminator"])

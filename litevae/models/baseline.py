@@ -45,6 +45,11 @@ class SmallEncoderVAE(AutoencoderKL):
         latents_std: Sequence[float] | None = None,
     ) -> None:
         blocks = len(block_out_channels)
+        if len(encoder_block_out_channels) != blocks:
+            raise ValueError(
+                f"block_out_channels must have as many entries as the encoder's, {len(encoder_block_out_channels)}, "
+                f"got {list(block_out_channels)}"
+            )
         super().__init__(
             down_block_types=("DownEncoderBlock2D",) * blocks,
             up_block_types=("UpDecoderBlock2D",) * blocks,

@@ -36,10 +36,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write(path: Path, content: bytes) -> None:
     """Writes a file through to the disk. The libraries' own writers raise what not, or crash, if it is full."""
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(path, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None  # names the file
 
 
 def sync_folder(folder: Path) -> None:
@@ -140,9 +143,8 @@ def save_checkpoint(
         sync_folder(folder)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(
-            f"checkpoint {target}: cannot be written: {error.strerror or error}; earlier ones are intact"
-        ) from None
+        others = "; earlier ones are intact" if find_checkpoints(folder) else ""
+        raise OSError(f"checkpoint {target}: cannot be written: {error.strerror or error}{others}") from None
     return Checkpoint(target, step, manifest.get("psnr"))
 
 
@@ -154,6 +156,12 @@ def find_checkpoints(folder: Path) -> list[Checkpoint]:
     """The complete checkpoints in `folder`, oldest first."""
     found = [read_manifest(path) for path in folder.glob("step-*")]
     return sorted((each for each in found if each is not None), key=lambda each: each.step)
+
+
+def read_note(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What is in the manifest of a complete checkpoint."""
+    note: dict[str, Any] = json.loads((checkpoint.path / MANIFEST).read_text(encoding="utf-8"))
+    return note
 
 
 def read_manifest(path: Path) -> Checkpoint | None:

@@ -69,13 +69,13 @@ class StageConfig:
     """From step `start` on (the first is 1), crops of this size, and as many a step."""
 
     start: int = 1
-    size: int = 256
+    size: int | None = None  # as before
     batch_size: int | None = None  # as before
 
 
 @dataclass
 class OptimizerConfig:
-    """Adam. The paper's settings (Appendix F): learning rate 1e-4, betas 0.5 and 0.9."""
+    """AdamW, without weight decay Adam. The paper's settings (Appendix F): learning rate 1e-4, betas 0.5 and 0.9."""
 
     learning_rate: float = 1e-4
     betas: tuple[float, float] = (0.5, 0.9)
@@ -141,13 +141,13 @@ def list_stages(config: Config) -> list[Stage]:
     """The run's stages in order; each ends where the next begins, the last with `max_steps`."""
     settings = [StageConfig(1, config.data.size, config.data.batch_size), *config.stages]
     result: list[Stage] = []
-    batch_size, sample = config.data.batch_size, 0
+    size, batch_size, sample = config.data.size, config.data.batch_size, 0
     for index, stage in enumerate(settings):
-        batch_size = stage.batch_size or batch_size
+        size, batch_size = stage.size or size, stage.batch_size or batch_size
         following = settings[index + 1].start if index + 1 < len(settings) else config.max_steps + 1
         last = min(following - 1, config.max_steps)
         if stage.start <= last:
-            result.append(Stage(stage.start, last, stage.size, batch_size, sample))
+            result.append(Stage(stage.start, last, size, batch_size, sample))
             sample += (last - stage.start + 1) * batch_size
     return result
 
@@ -332,7 +332,13 @@ def check(config: Config) -> None:
         value = setting(config, key)
         if not minimum <= value < float("inf"):
             raise UserError(f"{key} must be {minimum} or more, got {value}")
-    most = {"seed": 2**32 - 1, "max_steps": 10**9, "data.batch_size": 10**5, "optimizer.learning_rate": 1e6}
+    most = {
+        "model.latent_channels": 4096,
+        "seed": 2**32 - 1,
+        "max_steps": 10**9,
+        "data.batch_size": 10**5,
+        "optimizer.learning_rate": 1e6,
+    }
     for key, maximum in most.items():
         if setting(config, key) > maximum:
             raise UserError(f"{key} must be {maximum} or less, got {setting(config, key)}")
@@ -372,7 +378,7 @@ def check_stages(config: Config) -> None:
     for index, stage in enumerate(config.stages):
         if stage.start <= before:
             raise UserError(f"stages[{index}].start must be above {before}, got {stage.start}")
-        if stage.size < 16:
+        if stage.size is not None and stage.size < 16:
             raise UserError(f"stages[{index}].size must be 16 or more, got {stage.size}")
         if stage.batch_size is not None and not 1 <= stage.batch_size <= 10**5:
             raise UserError(f"stages[{index}].batch_size must be 1 to 100000, got {stage.batch_size}")

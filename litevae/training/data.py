@@ -219,7 +219,7 @@ def open_validation(config: DataConfig) -> ImageSource | None:
     return open_images(config.validation) if config.validation else None
 
 
-def load_validation(images: ImageSource, size: int, count: int) -> Validation:
+def load_validation(images: ImageSource, size: int, count: int, at_least: int = 1) -> Validation:
     """The middle square of each image, as large as the shorter side allows, resized to `size`.
 
     Args:
@@ -227,9 +227,10 @@ def load_validation(images: ImageSource, size: int, count: int) -> Validation:
             be read are left out.
         size: in pixels. Pillow's bicubic, antialiased.
         count: at most.
+        at_least: that many must be readable.
 
     Raises:
-        UserError: none of them can be read.
+        UserError: fewer of them can be read.
     """
     result = Validation([], [])
     count = min(count, len(images))
@@ -241,7 +242,7 @@ def load_validation(images: ImageSource, size: int, count: int) -> Validation:
             result.bad.append((name, str(error)))
             continue
         result.images.append((name, middle_square(pixels, size)))
-    if not result.images:
+    if len(result.images) < at_least:
         name, reason = result.bad[0]
         raise UserError(f"none of the {count} images to validate on can be read; {name}: {reason}")
     return result

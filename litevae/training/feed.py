@@ -1,6 +1,7 @@
 """What a run feeds on: each process's share of the batches, and the images to validate on and to show."""
 
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from litevae.errors import UserError
 from litevae.images import Pixels
@@ -20,7 +22,7 @@ from litevae.training.data import (
     load_validation,
     open_validation,
 )
-from litevae.training.sources import Photographs, open_images
+from litevae.training.sources import ImageSource, Photographs, open_images
 
 SHOWN = 4  # images in reconstructions.png
 
@@ -67,7 +69,7 @@ class Feed:
         if isinstance(source, Photographs):  # whole
             self.validation = list(zip(source.names, source.pixels, strict=True))
         else:
-            self.validation = load_validation(source, size, config.validation_count).images if source else []
+            self.validation = self.load(source, size, config.validation_count) if source else []
         # of the demo three photographs that it trains on too, no larger than the one that is held out
         self.shown = self.validation[:SHOWN]
         if isinstance(self.images, Photographs):
@@ -76,8 +78,16 @@ class Feed:
             training = [(name, centre_crop(pixels, height, width)) for name, pixels in photographs]
             held_out = [(f"{name} (held out)", pixels) for name, pixels in self.shown[:1]]
             self.shown = [(f"{name} (training)", pixels) for name, pixels in training[: SHOWN - 1]] + held_out
-        elif not self.shown:
-            self.shown = load_validation(self.images, size, SHOWN).images
+        elif not self.shown:  # training images, and none that cannot be read
+            self.shown = load_validation(self.images, size, SHOWN, at_least=0).images
+
+    def load(self, source: ImageSource, size: int, count: int) -> list[tuple[str, Pixels]]:
+        """Validation images; says which ones cannot be read."""
+        validation = load_validation(source, size, count)
+        if validation.bad and self.accelerator.is_main_process:
+            names = ", ".join(name for name, _ in validation.bad)
+            tqdm.write(f"{len(validation.bad)} validation images cannot be read: {names}", file=sys.stderr)
+        return validation.images
 
     def batches(self, stage: Stage, done: int) -> Iterator[Batch]:
         """This process's share of each batch of the stage after step `done`."""

@@ -69,13 +69,13 @@ class Log:
 def read_log(path: Path, step: int) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl up to `step`; none if there is no such file."""
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
             line = json.loads(text)
-        except ValueError:  # the last one, of a run that was killed
+            if line["step"] <= step:
+                lines.append(line)
+        except (ValueError, TypeError, KeyError):  # the last one, of a run that was killed
             break
-        if line["step"] <= step:
-            lines.append(line)
     return lines
 
 

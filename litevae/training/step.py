@@ -163,8 +163,6 @@ class TrainingStep:
         autoencode = Autoencode(model)
         if config.compile:
             autoencode.compile()
-            if discriminator is not None:
-                discriminator.compile()
         self.learners = {
             "autoencoder": Learner(
                 accelerator.prepare_model(autoencode),
@@ -176,8 +174,13 @@ class TrainingStep:
         }
         if discriminator is not None:
             own = config.discriminator
+            # both forward passes in one graph: spectral norm's vectors change in each of them, and Inductor's
+            # backward pass of a first graph would read what the second one wrote
+            discriminate = Discriminate(discriminator)
+            if config.compile:
+                discriminate.compile()
             self.learners["discriminator"] = Learner(
-                accelerator.prepare_model(Discriminate(discriminator)),
+                accelerator.prepare_model(discriminate),
                 settings.learning_rate if own.learning_rate is None else own.learning_rate,
                 own.betas or settings.betas,
                 settings.weight_decay,

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from litevae.discriminators import build_discriminator
+from litevae.discriminators.patchgan import PatchGANDiscriminator
+from litevae.discriminators.stylegan import StyleGANDiscriminator
 from litevae.errors import NonFiniteError, UserError
 from litevae.evaluation.metrics import psnr, ssim
 from litevae.evaluation.reconstruction import reconstruct
@@ -33,6 +35,7 @@ from litevae.training.checkpoint import (
     choose_checkpoint,
     load_state,
     random_state,
+    read_note,
     remove_old,
     remove_remains,
     replacing,
@@ -131,6 +134,7 @@ class Trainer:
         self.step = self.skipped = 0
         self.seconds_before, self.start = 0.0, time.perf_counter()
         self.saved_step: int | None = None
+        self.restored_step: int | None = None
         if checkpoint is not None:
             self.restore(checkpoint)
         self.random = random_state()
@@ -169,8 +173,13 @@ class Trainer:
         first = [stage for stage in self.stages if stage.last >= config.loss.adversarial_start]
         try:
             discriminator = build_discriminator(config.discriminator, (first or self.stages)[0].size)
+            for stage in first:
+                if isinstance(discriminator, PatchGANDiscriminator | StyleGANDiscriminator):
+                    discriminator.check_size(stage.size, stage.size)
         except ValueError as error:
             raise UserError(f"discriminator: {error}") from None
+        if config.channels_last:
+            discriminator.to(memory_format=torch.channels_last)
         return discriminator.to(self.accelerator.device)
 
     def run(self, stop: StopRequest) -> Result:
@@ -182,7 +191,8 @@ class Trainer:
                 path.write_text(f"# {versions()}\n{text}", encoding="utf-8")
             remove_remains(self.checkpoint_folder)
         self.start = time.perf_counter()
-        stopped, failure = False, None
+        stopped = False
+        failure: NonFiniteError | UserError | None = None
         with (
             Log(self.output_dir / "metrics.jsonl", self.lines, self.accelerator) as log,
             # into a file or a pipe a line now and then is enough
@@ -194,7 +204,19 @@ class Trainer:
                 disable=not self.is_main,
             ) as bar,
         ):
-            for step, batch, waited in self.steps():
+            steps = self.steps()
+            while True:
+                try:
+                    step, batch, waited = next(steps)
+                except StopIteration:
+                    break
+                except UserError as error:  # too many bad images
+                    if (
+                        self.step == 0 or self.accelerator.num_processes > 1
+                    ):  # of which the others do not know
+                        raise
+                    failure = error  # what there is, is saved
+                    break
                 outcome = self.update(batch, step, stop.signal is not None)
                 stopped = outcome.stop and step < config.max_steps
                 bar.update()
@@ -257,11 +279,9 @@ class Trainer:
         best = max((point["psnr"] for point in self.history), default=-math.inf)
         improved = False
         if step % config.validate_every == 0 and self.feed.validation:
-            self.validate(step)
+            self.validate(self.step)  # the last one that was not skipped
             improved = self.history[-1]["psnr"] > best
-        if step == self.step and (
-            improved or (config.checkpoint.every and step % config.checkpoint.every == 0)
-        ):
+        if improved or (config.checkpoint.every and step % config.checkpoint.every == 0):
             self.save()
 
     def validate(self, step: int) -> None:
@@ -339,13 +359,27 @@ class Trainer:
                 raise UserError(f"resume: {path} trained other weights of the {name}: see freeze_encoder")
         if self.train_step.scaler and state["scaler"]:
             self.train_step.scaler.load_state_dict(state["scaler"])
-        self.step = self.saved_step = checkpoint.step
+        self.step = self.saved_step = self.restored_step = checkpoint.step
+        self.warn_of_changes(checkpoint)
         self.history, self.skipped = state["history"], state["skipped"]
         self.seconds_before = state["seconds"]
         self.lines = read_log(self.output_dir / "metrics.jsonl", self.step)
         restore_random_state(state["random"][self.accelerator.process_index % len(state["random"])])
 
-    def finish(self, signal_name: str | None, stopped: bool, failure: NonFiniteError | None) -> Result:
+    def warn_of_changes(self, checkpoint: Checkpoint) -> None:
+        """Says what makes a resumed run another one than was begun."""
+        before = read_note(checkpoint)["config"]
+        now = asdict(self.config)
+        changed = [key for key in ("seed", "data", "stages", "loss") if before.get(key) != now[key]]
+        if changed and self.is_main:
+            tqdm.write(
+                f"resume: {checkpoint.path} was trained with other settings of {', '.join(changed)}",
+                file=sys.stderr,
+            )
+
+    def finish(
+        self, signal_name: str | None, stopped: bool, failure: NonFiniteError | UserError | None
+    ) -> Result:
         """Measures once more and writes the checkpoint, the model, the metrics and the pictures."""
         if stopped or failure:  # nobody knows how long they wait
             self.save()
@@ -360,7 +394,9 @@ class Trainer:
         return result
 
     def write_results(self, result: Result) -> None:
-        save_model(self.best_model, self.output_dir / "model")
+        # a model that was trained no further may have been given its scale
+        if self.step != self.restored_step or not (self.output_dir / "model").is_dir():
+            save_model(self.best_model, self.output_dir / "model")
         height, width = self.feed.validation[0][1].shape[:2] if self.feed.validation else (0, 0)
         metrics = {
             "validation": {

@@ -166,3 +166,10 @@ def test_mistake_in_a_file_names_the_file(tmp_path, text, expected):
     message = fails(name=str(path))
     assert str(path) in message
     assert expected in message
+
+
+def test_a_stage_keeps_what_it_does_not_set():
+    config = load_config(
+        "demo", ["max_steps=9", "data.size=32", "stages=[{start: 3, batch_size: 8}, {start: 6, size: 48}]"]
+    )
+    assert [(stage.size, stage.batch_size) for stage in list_stages(config)] == [(32, 4), (32, 8), (48, 8)]

@@ -301,6 +301,7 @@ def test_bad_images_are_left_out_of_the_validation():
     assert result.bad == [("image 1", "reason 1")]
     with pytest.raises(UserError, match="none of the 2 images to validate on can be read; image 0: reason 0"):
         load_validation(plain(None, None), 8, 3)
+    assert load_validation(plain(None, None), 8, 3, at_least=0).images == []
 
 
 def test_validation_of_the_demo_is_chelsea(tmp_path):
