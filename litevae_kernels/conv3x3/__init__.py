@@ -102,6 +102,6 @@ def _is_fused(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor |
         and x.stride(1) == 1
         and min(weight.shape[:2]) >= LEAST_CHANNELS
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
-        and not torch.compiler.is_exporting()  # to devices that have no such kernel
+        and not torch.compiler._is_exporting_flag  # torch 2.11 takes is_exporting() for true when compiling
         and choose("cpu") == "native"
     )
