@@ -30,6 +30,21 @@ def check_dtype(dtype: object, what: str) -> None:
         raise TypeError(f"{what} {dtype}; allowed: {allowed}")
 
 
+def check_residual(residual: object, shape: Sequence[int]) -> None:
+    """TypeError or ValueError unless `residual` is a tensor that `check_tensor` takes, of a result's `shape`."""
+    check_tensor(residual, "residual")
+    assert isinstance(residual, Tensor)
+    if residual.shape != tuple(shape):
+        raise ValueError(
+            f"residual has shape {tuple(residual.shape)}; the result's is needed, {tuple(shape)}"
+        )
+
+
+def add_residual(y: Tensor, residual: Tensor) -> Tensor:
+    """``y + residual`` in y's dtype; in y itself where no transform or derivative is about."""
+    return y + residual.to(y.dtype) if torch.is_grad_enabled() else y.add_(residual)
+
+
 def check_memory_format(memory_format: object) -> None:
     """ValueError unless `memory_format` is contiguous, channels_last or None."""
     if memory_format not in (None, torch.contiguous_format, torch.channels_last):

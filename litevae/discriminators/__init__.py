@@ -6,9 +6,7 @@ one can train at 128 and go on at 256.
 """
 
 from dataclasses import dataclass
-from typing import Literal
-
-from torch import nn
+from typing import Literal, TypeAlias
 
 from litevae.discriminators.patchgan import PatchGANDiscriminator
 from litevae.discriminators.stylegan import StyleGANDiscriminator
@@ -29,16 +27,27 @@ class DiscriminatorConfig:
     width: Literal["S", "M", "L"] = "M"
 
 
-def build_discriminator(config: DiscriminatorConfig, size: int) -> nn.Module:
+Discriminator: TypeAlias = UNetDiscriminator | PatchGANDiscriminator | StyleGANDiscriminator
+
+
+def build_discriminator(config: DiscriminatorConfig, size: int, *later: int) -> Discriminator:
     """A discriminator with fresh weights, drawn from PyTorch's global generator.
 
     Args:
         config: which one.
         size: side in pixels of the images to begin with.
+        later: sides of those to go on with.
 
     Raises:
         ValueError: an unknown kind or width, or a size that this discriminator does not take.
     """
+    discriminator = fresh(config, size)
+    for side in (size, *later):
+        discriminator.check_size(side, side)
+    return discriminator
+
+
+def fresh(config: DiscriminatorConfig, size: int) -> Discriminator:
     if config.width not in CHANNELS:
         raise ValueError(f"width must be one of {', '.join(CHANNELS)}, got {config.width!r}")
     channels = CHANNELS[config.width]
@@ -46,9 +55,7 @@ def build_discriminator(config: DiscriminatorConfig, size: int) -> nn.Module:
         case "unet":
             return UNetDiscriminator(size, channels)
         case "patchgan":
-            discriminator = PatchGANDiscriminator(channels)
-            discriminator.check_size(size, size)
-            return discriminator
+            return PatchGANDiscriminator(channels)
         case "stylegan":
             return StyleGANDiscriminator(size, channels)
         case _:

@@ -52,6 +52,9 @@ class UNetDiscriminator(nn.Module):
         self.bottleneck_head = normalised(nn.Linear(down[-1], 1))
         self.pixel_head = normalised(nn.Conv2d(channels, 1, 1))
 
+    def check_size(self, height: int, width: int) -> None:
+        """Any will do."""
+
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """(N, 3, H, W) in [-1, 1] to logits (N, 1, H, W) of the pixels and (N, 1) of the whole image."""
         x, inputs = image, []

@@ -20,8 +20,6 @@ from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from litevae.discriminators import build_discriminator
-from litevae.discriminators.patchgan import PatchGANDiscriminator
-from litevae.discriminators.stylegan import StyleGANDiscriminator
 from litevae.errors import NonFiniteError, UserError
 from litevae.evaluation.metrics import psnr, ssim
 from litevae.evaluation.reconstruction import reconstruct
@@ -170,12 +168,10 @@ class Trainer:
         config = self.config
         if not config.loss.adversarial:
             return None
-        first = [stage for stage in self.stages if stage.last >= config.loss.adversarial_start]
+        stages = [stage for stage in self.stages if stage.last >= config.loss.adversarial_start]
+        sizes = [stage.size for stage in stages or self.stages[:1]]
         try:
-            discriminator = build_discriminator(config.discriminator, (first or self.stages)[0].size)
-            for stage in first:
-                if isinstance(discriminator, PatchGANDiscriminator | StyleGANDiscriminator):
-                    discriminator.check_size(stage.size, stage.size)
+            discriminator = build_discriminator(config.discriminator, *sizes)
         except ValueError as error:
             raise UserError(f"discriminator: {error}") from None
         if config.channels_last:
@@ -204,42 +200,35 @@ class Trainer:
                 disable=not self.is_main,
             ) as bar,
         ):
-            steps = self.steps()
-            while True:
-                try:
-                    step, batch, waited = next(steps)
-                except StopIteration:
-                    break
-                except UserError as error:  # too many bad images
-                    if (
-                        self.step == 0 or self.accelerator.num_processes > 1
-                    ):  # of which the others do not know
-                        raise
-                    failure = error  # what there is, is saved
-                    break
-                outcome = self.update(batch, step, stop.signal is not None)
-                stopped = outcome.stop and step < config.max_steps
-                bar.update()
-                log.count(len(batch) * self.accelerator.num_processes, waited)
-                if outcome.bad is None:
-                    self.step, self.random, self.bad = step, random_state(), []
-                    if step == 1 or step % config.log_every == 0 or step == config.max_steps or stopped:
-                        line = log.write(step, outcome.values, self.skipped)
-                        bar.set_postfix_str(in_short(line))
-                else:
-                    self.skipped += 1
-                    self.bad.append(f"step {step}: {outcome.bad}")
-                    log.write_skipped(step, outcome.bad, self.skipped)
-                    bar.write(f"{self.bad[-1]}: the step is skipped", file=sys.stderr)
-                    if len(self.bad) == config.max_bad_steps:
-                        failure = NonFiniteError(
-                            f"{self.bad[0]}, the first to go"
-                            + f"; {len(self.bad)} steps in a row were skipped" * (len(self.bad) > 1)
-                        )
-                if stopped or failure:
-                    break
-                self.validate_and_save(step)
-                log.restart()
+            try:
+                for step, batch, waited in self.steps():
+                    outcome = self.update(batch, step, stop.signal is not None)
+                    stopped = outcome.stop and step < config.max_steps
+                    bar.update()
+                    log.count(len(batch) * self.accelerator.num_processes, waited)
+                    if outcome.bad is None:
+                        self.step, self.random, self.bad = step, random_state(), []
+                        if step == 1 or step % config.log_every == 0 or step == config.max_steps or stopped:
+                            line = log.write(step, outcome.values, self.skipped)
+                            bar.set_postfix_str(in_short(line))
+                    else:
+                        self.skipped += 1
+                        self.bad.append(f"step {step}: {outcome.bad}")
+                        log.write_skipped(step, outcome.bad, self.skipped)
+                        bar.write(f"{self.bad[-1]}: the step is skipped", file=sys.stderr)
+                        if len(self.bad) == config.max_bad_steps:
+                            failure = NonFiniteError(
+                                f"{self.bad[0]}, the first to go"
+                                + f"; {len(self.bad)} steps in a row were skipped" * (len(self.bad) > 1)
+                            )
+                    if stopped or failure:
+                        break
+                    self.validate_and_save(step)
+                    log.restart()
+            except UserError as error:  # too many bad images, of which the other processes do not know
+                if self.step == 0 or self.accelerator.num_processes > 1:
+                    raise
+                failure = error  # what there is, is saved
         try:
             return self.finish(stop.signal, stopped, failure)
         finally:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from litevae_kernels.backend import choose, core
 from litevae_kernels.conv3x3 import op, reference
-from litevae_kernels.tensors import check_tensor
+from litevae_kernels.tensors import check_residual, check_tensor
 
 
 def _why_not() -> str | None:
@@ -72,12 +72,7 @@ def conv3x3(
         if bias.shape != (outputs,):
             raise ValueError(f"bias has shape {tuple(bias.shape)}; ({outputs},) is needed")
     if residual is not None:
-        check_tensor(residual, "residual")
-        if residual.shape != (batch, outputs, height, width):
-            raise ValueError(
-                f"residual has shape {tuple(residual.shape)}; the result's is needed, "
-                f"{(batch, outputs, height, width)}"
-            )
+        check_residual(residual, (batch, outputs, height, width))
     if _is_fused(x, weight, bias, residual):
         return op.conv3x3(x, weight, bias, residual, silu_input)
     return reference.forward(x, weight, bias, residual, silu_input)

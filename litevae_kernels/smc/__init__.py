@@ -16,9 +16,15 @@ from torch import Tensor
 
 from litevae_kernels.backend import choose
 from litevae_kernels.conv3x3 import conv3x3
-from litevae_kernels.conv3x3.reference import add
 from litevae_kernels.smc import op, reference
-from litevae_kernels.tensors import check_dtype, check_memory_format, check_tensor, is_channels_last
+from litevae_kernels.tensors import (
+    add_residual,
+    check_dtype,
+    check_memory_format,
+    check_residual,
+    check_tensor,
+    is_channels_last,
+)
 
 
 def modulate_weight(
@@ -152,9 +158,5 @@ def self_modulated_conv2d(
     y = F.conv2d(F.silu(x) if silu_input else x, modulated, bias, stride, padding, dilation, groups)
     if residual is None:
         return y
-    check_tensor(residual, "residual")
-    if residual.shape != y.shape:
-        raise ValueError(
-            f"residual has shape {tuple(residual.shape)}; the result's is needed, {tuple(y.shape)}"
-        )
-    return add(y, residual)
+    check_residual(residual, y.shape)
+    return add_residual(y, residual)
