@@ -1,7 +1,9 @@
 """What a run feeds on: each process's share of the batches, and the images to validate on and to show."""
 
+import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -105,15 +107,24 @@ class Feed:
             num_workers=self.config.workers,
             pin_memory=self.accelerator.device.type == "cuda",
             generator=self.random,
-            worker_init_fn=ignore_signals,
+            worker_init_fn=obey_parent_only,
         )
         return iter(loader)
 
 
-def ignore_signals(_: int) -> None:
-    """For workers, which Ctrl-C and some schedulers signal too: they end when the run does."""
+def obey_parent_only(_: int) -> None:
+    """For workers, which Ctrl-C and some schedulers signal too: they end when the run does, and at its word."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS, where SIGTERM ends them
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=exit_when_told, daemon=True).start()
+
+
+def exit_when_told() -> None:
+    """Waits for a SIGTERM of the parent's: a process that exits waits for its workers after one."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 class ShareSampler:

@@ -242,12 +242,15 @@ class Trainer:
             if stage.last <= done:
                 continue
             batches = self.feed.batches(stage, done)
-            for step in range(max(stage.first, done + 1), stage.last + 1):
-                start = time.perf_counter()
-                batch = next(batches)
-                self.feed.bad_images.add(batch.bad)
-                images = batch.images.to(self.accelerator.device, non_blocking=True)
-                yield step, images, time.perf_counter() - start
+            try:
+                for step in range(max(stage.first, done + 1), stage.last + 1):
+                    start = time.perf_counter()
+                    batch = next(batches)
+                    self.feed.bad_images.add(batch.bad)
+                    images = batch.images.to(self.accelerator.device, non_blocking=True)
+                    yield step, images, time.perf_counter() - start
+            finally:
+                del batches  # its workers end here; an error's traceback would keep them
 
     def update(self, batch: Tensor, step: int, stop: bool) -> Outcome:
         """One step from this process's share of the batch, (N, 3, H, W) uint8."""

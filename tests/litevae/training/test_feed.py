@@ -1,10 +1,17 @@
 """What a run makes of images that cannot be read, beside its crops."""
 
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from accelerate import Accelerator
 from PIL import Image
 
+from litevae import LiteVAE
 from litevae.errors import UserError
 from litevae.training import load_config
 from litevae.training.config import list_stages
@@ -57,3 +64,38 @@ def test_no_validation_image_that_can_be_read(folder, tmp_path):
     validation = folder("validation", None)
     with pytest.raises(UserError, match="none of the 1 images to validate on can be read"):
         feed(tmp_path, f"data.train={folder('train', 1)}", f"data.validation={validation}")
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="SIGTERM ends workers on this system")
+def test_workers_end_at_their_parents_signal_only(folder, tmp_path):
+    settings = [f"data.train={folder('train', *range(8))}", "data.workers=1"]
+    batches = feed(tmp_path, *settings).batches(list_stages(load_config("demo"))[0], 0)
+    (worker,) = multiprocessing.active_children()
+    next(batches)
+    for name in ("TERM", "INT"):
+        subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
+    for _ in range(5):  # more than the two that may lie ready
+        next(batches)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(20)
+    assert worker.exitcode == 0
+
+
+def test_a_run_that_ends_over_bad_images_saves_first_and_exits(folder, tmp_path, tiny_settings):
+    images, run = folder("train", *range(24), None, None, None), tmp_path / "run"
+    command = "import sys; from litevae.cli import main; sys.exit(main())"
+    settings = [*tiny_settings, f"data.train={images}", f"output_dir={run}", "data.batch_size=1"]
+    settings += ["data.workers=1", "data.max_bad_fraction=0.1", "checkpoint.every=1000000"]
+    ended = subprocess.run(
+        [sys.executable, "-c", command, "train", "demo", *settings],
+        capture_output=True,
+        text=True,
+        timeout=100,  # a worker that never ends would keep the process
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stderr.count("3 of 27 images cannot be used") == 1
+    assert "Traceback" not in ended.stderr
+    LiteVAE.from_pretrained(run / "model")
+    assert len(list((run / "checkpoints").glob("step-*"))) == 1
