@@ -9,8 +9,6 @@ The partition depends on shapes and layouts only: the same inputs give the same 
 # Kernels are typed by Triton, which also gives a name another type where a branch is compiled away.
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment,misc"
 
-import contextlib
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,26 +17,12 @@ import triton.language as tl
 from torch import Tensor
 
 from litevae_kernels.tensors import accumulate_dtype
+from litevae_kernels.triton_support import grid_of, kernel, on_device, program_index
 
 TILE = 2048  # elements: 16 a thread
 PROGRAMS = 4096  # are enough to fill a GPU; only then does a program take several tiles
 # Tiles that share a shift: their squares add up to at most MAX_STEPS + 1 times the squares about the mean.
 MAX_STEPS = 64
-GRID = tl.constexpr(2**30)  # programs on the grid's first axis
-
-
-def _kernel(function: Callable[..., Any]) -> Any:
-    """Integer arguments are int64 and specialised on nothing, so that no size compiles a kernel of its own.
-
-    What a kernel needs to know about alignment comes with its constexpr vector widths.
-    """
-    integers = [name for name, kind in function.__annotations__.items() if kind is tl.int64]
-    return triton.jit(function, do_not_specialize=integers)
-
-
-@triton.jit
-def _program():
-    return tl.program_id(1).to(tl.int64) * GRID + tl.program_id(0)
 
 
 @triton.jit
@@ -87,7 +71,7 @@ def _slope(x, grad, high, low, rstd, w, b):
     return normal, grad * sigmoid * (1 + z * (1 - sigmoid))
 
 
-@_kernel
+@kernel
 def group_norm_silu_stats_kernel(
     x, partials,
     x_n: tl.int64, x_c: tl.int64, x_h: tl.int64, x_w: tl.int64,
@@ -104,7 +88,7 @@ def group_norm_silu_stats_kernel(
     channels *= C_VEC
     pixels *= P_VEC
     blocks = tl.cdiv(channels, TILE_C)
-    program = _program()
+    program = program_index()
     block = program % blocks
     chunk = program // blocks % chunks
     n = program // blocks // chunks
@@ -144,7 +128,7 @@ def group_norm_silu_stats_kernel(
     tl.store(out + 2 * plane, squares, mask=has_channel)
 
 
-@_kernel
+@kernel
 def group_norm_silu_stats_join_kernel(
     partials, stats,
     batch: tl.int64, all_channels: tl.int64, pixels: tl.int64, groups: tl.int64, group_channels: tl.int64,
@@ -152,7 +136,7 @@ def group_norm_silu_stats_join_kernel(
     EPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Stats (batch, groups, 2) from partials (3, batch, chunks, all_channels); a program a group."""
-    program = _program()
+    program = program_index()
     n = program // groups
     if n >= batch:
         return
@@ -179,7 +163,7 @@ def group_norm_silu_stats_join_kernel(
     tl.store(stats + 2 * program + 1, 1 / tl.sqrt(variance + EPS))
 
 
-@_kernel
+@kernel
 def group_norm_silu_apply_kernel(
     x, weight, bias, stats, y,
     x_n: tl.int64, x_c: tl.int64, x_h: tl.int64, x_w: tl.int64,
@@ -195,7 +179,9 @@ def group_norm_silu_apply_kernel(
     channels *= C_VEC
     pixels *= P_VEC
     blocks = tl.cdiv(channels, TILE_C)
-    program = batch * chunks * blocks - 1 - _program()  # backwards: the end of x may still be in the cache
+    program = (
+        batch * chunks * blocks - 1 - program_index()
+    )  # backwards: the end of x may still be in the cache
     if program < 0:
         return
     block = program % blocks
@@ -217,7 +203,7 @@ def group_norm_silu_apply_kernel(
         tl.store(y + at, z / (1 + tl.exp(-z)), mask=mask)
 
 
-@_kernel
+@kernel
 def group_norm_silu_sums_kernel(
     x, grad, weight, bias, stats, partials,
     x_n: tl.int64, x_c: tl.int64, x_h: tl.int64, x_w: tl.int64,
@@ -233,7 +219,7 @@ def group_norm_silu_sums_kernel(
     channels *= C_VEC
     pixels *= P_VEC
     blocks = tl.cdiv(channels, TILE_C)
-    program = _program()
+    program = program_index()
     block = program % blocks
     chunk = program // blocks % chunks
     n = program // blocks // chunks
@@ -264,7 +250,7 @@ def group_norm_silu_sums_kernel(
     tl.store(out + batch * chunks * all_channels, tl.sum(product, 0), mask=has_channel)
 
 
-@_kernel
+@kernel
 def group_norm_silu_sums_join_kernel(
     partials, weight, stats, totals, coefficients,
     weight_c: tl.int64,
@@ -276,7 +262,7 @@ def group_norm_silu_sums_join_kernel(
 
     The latter say what to subtract from x's gradient, as a constant and as a multiple of the normalised x.
     """
-    program = _program()
+    program = program_index()
     n = program // groups
     if n >= batch:
         return
@@ -312,7 +298,7 @@ def group_norm_silu_sums_join_kernel(
     tl.store(coefficients + 2 * program + 1, tl.sum(multiple, 0) * factor)
 
 
-@_kernel
+@kernel
 def group_norm_silu_parameters_kernel(
     totals,
     grad_weight,
@@ -348,7 +334,7 @@ def group_norm_silu_parameters_kernel(
         tl.store(grad_weight + channel, product, mask=has_channel)
 
 
-@_kernel
+@kernel
 def group_norm_silu_grad_kernel(
     x, grad, weight, bias, stats, coefficients, out,
     x_n: tl.int64, x_c: tl.int64, x_h: tl.int64, x_w: tl.int64,
@@ -366,7 +352,7 @@ def group_norm_silu_grad_kernel(
     channels *= C_VEC
     pixels *= P_VEC
     blocks = tl.cdiv(channels, TILE_C)
-    program = batch * chunks * blocks - 1 - _program()  # backwards, as in forward
+    program = batch * chunks * blocks - 1 - program_index()  # backwards, as in forward
     if program < 0:
         return
     block = program % blocks
@@ -482,7 +468,7 @@ class _Part(NamedTuple):
             "num_warps": max(1, min(4, tile_p * self.tile[1] // 512)),
             "enable_fp_fusion": True,  # where Triton's own default is changing
         }
-        return _grid(n * chunks * triton.cdiv(c, self.tile[1])), (chunks, chunk // tile_p), options
+        return grid_of(n * chunks * triton.cdiv(c, self.tile[1])), (chunks, chunk // tile_p), options
 
     def chunk(self, most: int) -> int:
         n, c, height, width = self.x.shape
@@ -501,16 +487,8 @@ def _parts(x: Tensor, skip: Tensor | None) -> list[_Part]:
     return out
 
 
-def _grid(programs: int) -> tuple[int, int]:
-    return min(programs, GRID.value), triton.cdiv(programs, GRID.value)
-
-
 def _step(parameter: Tensor | None) -> int:
     return 0 if parameter is None else parameter.stride(0)
-
-
-def _on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def forward(
@@ -531,14 +509,14 @@ def forward(
     chunks = triton.cdiv(pixels, chunk)
     groups = (num_groups, channels // num_groups)
     partials = x.new_empty((3, n, chunks, channels), dtype=accumulate_dtype(x.dtype))
-    with _on_device(x):
+    with on_device(x):
         for part in parts:
             grid, tiling, options = part.tiling(chunk)
             group_norm_silu_stats_kernel[grid](
                 part.x, partials, *part.view.strides, *part.sizes(), channels, *tiling,
                 **dict(zip(("INNER", "PIXELS", "X_VEC"), part.view.layout, strict=True)), **options,
             )  # fmt: skip
-        group_norm_silu_stats_join_kernel[_grid(n * num_groups)](
+        group_norm_silu_stats_join_kernel[grid_of(n * num_groups)](
             partials, stats, n, channels, pixels, *groups, chunks, chunk,
             EPS=eps, BLOCK=512, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
@@ -589,14 +567,14 @@ def backward(
             strict=True,
         )
         inputs.append((part, incoming, part.view.strides + view.strides, dict(layouts)))
-    with _on_device(x):
+    with on_device(x):
         for part, incoming, strides, layout in inputs:
             grid, tiling, options = part.tiling(chunk)
             group_norm_silu_sums_kernel[grid](
                 part.x, incoming, weight, bias, stats, partials, *strides, *steps,
                 *part.sizes(), channels, *groups, *tiling, **layout, **options,
             )  # fmt: skip
-        group_norm_silu_sums_join_kernel[_grid(n * num_groups)](
+        group_norm_silu_sums_join_kernel[grid_of(n * num_groups)](
             partials, weight, stats, totals, coefficients, steps[0], n, channels, height * width, *groups, chunks,
             ROWS=512 // block, BLOCK=block, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip

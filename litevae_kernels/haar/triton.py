@@ -8,8 +8,7 @@ level by level. Between passes LL is carried in float32 (float64), never rounded
 # Kernels are typed by Triton, which also gives a name another type where a branch is compiled away.
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment,misc"
 
-import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from litevae_kernels.haar.reference import level_sizes, stand_in
+from litevae_kernels.triton_support import kernel, on_device
 
 MAX_FUSED = 3
 # Pixels times channels that one thread takes together where channels are innermost in memory: RGB at three levels.
@@ -25,15 +25,6 @@ MAX_FUSED = 3
 MAX_PACKED = 192
 # Positions and threads of a program: few, so that small calls spread over the multiprocessors.
 BLOCK = 64
-
-
-def _kernel(function: Callable[..., Any]) -> Any:
-    """Integer arguments are int64 and specialised on nothing, so that no size compiles a kernel of its own.
-
-    What a kernel needs to know about alignment comes with its constexpr vector widths.
-    """
-    integers = [name for name, kind in function.__annotations__.items() if kind is tl.int64]
-    return triton.jit(function, do_not_specialize=integers)
 
 
 @triton.jit
@@ -378,7 +369,7 @@ def _tile_offsets(
     return n * stride_n + channel * stride_c + row * (ROWS * stride_h) + across
 
 
-@_kernel
+@kernel
 def haar_analysis_fused_kernel(
     image,
     bands1,
@@ -507,7 +498,7 @@ def haar_analysis_fused_kernel(
         )
 
 
-@_kernel
+@kernel
 def haar_synthesis_fused_kernel(
     image,
     bands1,
@@ -629,7 +620,7 @@ def haar_synthesis_fused_kernel(
                 )  # fmt: skip
 
 
-@_kernel
+@kernel
 def haar_analysis_level_kernel(
     image,
     ll,
@@ -706,7 +697,7 @@ def _load_band(pointer, n, channel, row, col, s_n, s_c, s_h, s_w, mask, ACC: tl.
     return tl.load(pointer + (n * s_n + channel * s_c + row * s_h + col * s_w), mask=mask, other=0).to(ACC)
 
 
-@_kernel
+@kernel
 def haar_synthesis_level_kernel(
     image,
     ll,
@@ -1037,10 +1028,6 @@ def _launch_level(
     )
 
 
-def _on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
 def analysis(
     image: Tensor, coeffs: Sequence[Tensor], levels: int, mode: str, scale: float, stacked: bool
 ) -> None:
@@ -1050,7 +1037,7 @@ def analysis(
     n, c, height, width = image.shape
     sizes = level_sizes(height, width, levels)
     dtype, acc = _accumulate(image, coeffs)
-    with _on_device(image):
+    with on_device(image):
         for step in _passes(coeffs, sizes, levels, stacked):
             carry = None if step.last == levels else _carry(coeffs[0], n, c, sizes[step.last], dtype)
             if step.fused:
@@ -1072,7 +1059,7 @@ def synthesis(
     sizes = level_sizes(height, width, levels)
     dtype, acc = _accumulate(image, coeffs)
     carry: Tensor | None = None
-    with _on_device(image):
+    with on_device(image):
         for step in reversed(_passes(coeffs, sizes, levels, stacked)):
             to = image if step.first == 0 else _carry(coeffs[0], n, c, sizes[step.first], dtype)
             if step.fused:

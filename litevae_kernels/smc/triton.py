@@ -8,8 +8,6 @@ blocks, so that the same inputs give the same bits.
 # Kernels are typed by Triton, which also gives a name another type where a branch is compiled away.
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment,misc"
 
-import contextlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,20 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from litevae_kernels.triton_support import grid_of, kernel, on_device, program_index
+
 BLOCK = 8192  # elements of a filter that stay in registers
 TILE = 1024  # filters times channels that a program sums for the scales
-GRID = tl.constexpr(2**30)  # programs on the grid's first axis
-
-
-def _kernel(function: Callable[..., Any]) -> Any:
-    """Integer arguments are int64 and specialised on nothing, so that no size compiles a kernel of its own."""
-    integers = [name for name, kind in function.__annotations__.items() if kind is tl.int64]
-    return triton.jit(function, do_not_specialize=integers)
-
-
-@triton.jit
-def _program():
-    return tl.program_id(1).to(tl.int64) * GRID + tl.program_id(0)
 
 
 @triton.jit
@@ -78,7 +66,7 @@ def _store(pointer, value, mask):
     tl.store(pointer, value, mask=mask)
 
 
-@_kernel
+@kernel
 def modulate_weight_kernel(
     weight, scale, gain, modulated, norm,
     weight_o: tl.int64, weight_i: tl.int64, weight_h: tl.int64, weight_w: tl.int64,
@@ -90,7 +78,7 @@ def modulate_weight_kernel(
     ACC: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """modulated (filters, inputs, taps) and norm (filters); a filter has `count` times COUNT_VEC elements."""
-    o = _program()
+    o = program_index()
     if o >= filters:
         return
     count = (count * COUNT_VEC).to(INDEX)
@@ -131,7 +119,7 @@ def modulate_weight_kernel(
             _store(modulated + at, v * factor, j < count)
 
 
-@_kernel
+@kernel
 def modulate_weight_grad_kernel(
     grad, weight, scale, gain, norm, grad_weight, factors,
     grad_o: tl.int64, grad_i: tl.int64, grad_h: tl.int64, grad_w: tl.int64,
@@ -144,7 +132,7 @@ def modulate_weight_grad_kernel(
     INDEX: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """grad_weight, and factors (3, filters): d/dv = factors[0] grad - factors[1] v with v = scale w; gain's share."""
-    o = _program()
+    o = program_index()
     if o >= filters:
         return
     count = (count * COUNT_VEC).to(INDEX)
@@ -184,7 +172,7 @@ def modulate_weight_grad_kernel(
         _store(grad_weight + at, s * (factor * g - along * v), j < count)
 
 
-@_kernel
+@kernel
 def modulate_weight_scales_kernel(
     grad, weight, scale, factors, partials,
     grad_o: tl.int64, grad_i: tl.int64, grad_h: tl.int64, grad_w: tl.int64,
@@ -193,7 +181,7 @@ def modulate_weight_scales_kernel(
     KERNEL: tl.constexpr, KERNEL_W: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """partials (blocks, groups * inputs): sums of w d/dv over ROWS filters of a group and their taps."""
-    program = _program()
+    program = program_index()
     across = tl.cdiv(inputs, COLS)
     i = program % across * COLS + tl.arange(0, COLS)
     block = program // across % blocks
@@ -221,12 +209,12 @@ def modulate_weight_scales_kernel(
     tl.store(out + at, tl.sum(total, 0), mask=i < inputs)
 
 
-@_kernel
+@kernel
 def modulate_weight_sum_kernel(
     partials, out, rows: tl.int64, cols: tl.int64, ROWS: tl.constexpr, COLS: tl.constexpr, ACC: tl.constexpr
 ):
     """out (cols): the sum of partials (rows, cols)."""
-    col = _program() * COLS + tl.arange(0, COLS)
+    col = program_index() * COLS + tl.arange(0, COLS)
     total = tl.zeros((ROWS, COLS), ACC)
     for start in range(0, rows, ROWS):
         row = start + tl.arange(0, ROWS)
@@ -251,14 +239,6 @@ def _vector(x: Tensor, channels_inner: bool) -> int:
 def _strides(x: Tensor, vector: int) -> tuple[int, int, int, int]:
     s_o, s_i, s_h, s_w = x.stride()
     return s_o // max(vector, 1), s_i, s_h, s_w
-
-
-def _grid(programs: int) -> tuple[int, int]:
-    return min(programs, GRID.value), triton.cdiv(programs, GRID.value)
-
-
-def _on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def _order(
@@ -291,8 +271,8 @@ def forward(
     vectors = [_vector(x, options["CHANNELS_INNER"]) for x in (weight, modulated)]
     count = weight[0].numel()
     block = min(triton.next_power_of_2(count), BLOCK)
-    with _on_device(weight):
-        modulate_weight_kernel[_grid(weight.shape[0])](
+    with on_device(weight):
+        modulate_weight_kernel[grid_of(weight.shape[0])](
             weight, scale, gain, modulated, norm, *_strides(weight, vectors[0]), scale.stride(0),
             *_strides(modulated, vectors[1]), norm.stride(0), *sizes,
             WEIGHT_VEC=vectors[0], OUT_VEC=vectors[1], BLOCK=block, WHOLE=count <= block, **options,
@@ -321,20 +301,20 @@ def backward(
     factors = torch.empty((3, filters), dtype=norm.dtype, device=norm.device)
     partials = torch.empty((blocks, scale.numel()), dtype=norm.dtype, device=norm.device)
     acc = options["ACC"]
-    with _on_device(weight):
-        modulate_weight_grad_kernel[_grid(filters)](
+    with on_device(weight):
+        modulate_weight_grad_kernel[grid_of(filters)](
             grad, weight, scale, gain, norm, grad_weight, factors, *_strides(grad, vectors[0]),
             *_strides(weight, vectors[1]), scale.stride(0), *_strides(grad_weight, vectors[2]), norm.stride(0), *sizes,
             GRAD_VEC=vectors[0], WEIGHT_VEC=vectors[1], OUT_VEC=vectors[2], BLOCK=block, **options,
         )  # fmt: skip
         groups = filters // group_filters
-        modulate_weight_scales_kernel[_grid(triton.cdiv(inputs, cols) * blocks * groups)](
+        modulate_weight_scales_kernel[grid_of(triton.cdiv(inputs, cols) * blocks * groups)](
             grad, weight, scale, factors, partials, *grad.stride(), *weight.stride(), scale.stride(0),
             filters, inputs, group_filters, blocks,
             KERNEL=options["KERNEL"], KERNEL_W=options["KERNEL_W"], ACC=acc, ROWS=rows, COLS=cols,
             num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
-        modulate_weight_sum_kernel[_grid(triton.cdiv(scale.numel(), 32))](
+        modulate_weight_sum_kernel[grid_of(triton.cdiv(scale.numel(), 32))](
             partials, grad_scale, blocks, scale.numel(), ROWS=32, COLS=32, ACC=acc
         )
         if grad_gain is not None:

@@ -7,9 +7,6 @@ set; there the tests' device is the CPU, here it is CUDA.
 import os
 import random
 import re
-import subprocess
-import sys
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import litevae_kernels
 from litevae_kernels.testing import LAYOUTS, arrange, assert_within_budget
 
 triton = pytest.importorskip("triton")
@@ -52,17 +48,8 @@ SHAPES = (  # N, C, C_skip, groups, H, W; few groups, for the interpreter's time
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
-def test_under_the_interpreter(pytestconfig: pytest.Config) -> None:
-    root = Path(litevae_kernels.__file__).parents[1]
-    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-    child = subprocess.run(
-        [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "--color=no"],
-        cwd=pytestconfig.rootpath,
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def test_under_the_interpreter(under_the_interpreter: Any) -> None:
+    child = under_the_interpreter(__file__)
     if "only 0-dimensional arrays can be converted" in child.stdout:
         pytest.skip("the interpreter of this Triton needs NumPy below 2.5")
     assert child.returncode == 0, child.stdout + child.stderr
@@ -403,60 +390,17 @@ def test_one_image_fills_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 # Ahead of time for a GPU that need not be here.
 
 
-def compile_for_sm90(launch: Launch) -> Any:
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    kernel, args, kwargs = launch
-    names = {torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16", torch.bfloat16: "bf16"}
-    signature: dict[str, str] = {}
-    constants: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], Any] = {}
-    for i, name in enumerate(kernel.arg_names):
-        value = args[i] if i < len(args) else kwargs[name]
-        if i >= len(args) or value is None:
-            signature[name] = "constexpr"
-            constants[(i,)] = value
-        elif isinstance(value, Tensor):
-            signature[name] = f"*{names[value.dtype]}"
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "i64"
-    options = {name: value for name, value in kwargs.items() if name not in signature}
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-
-
-def accesses(ptx: str, kind: str) -> Counter[int]:
-    """Bytes of each global access."""
-    widths = re.findall(rf"{kind}\.global\S*?(?:\.v(\d))?\.[bfu](\d+)", ptx)
-    return Counter(int(vector or 1) * int(bits) // 8 for vector, bits in widths)
-
-
-def resources(compiled: Any, folder: Path) -> tuple[int, int]:
-    """Registers, and bytes of spills."""
-    source = folder / "kernel.ptx"
-    source.write_text(compiled.asm["ptx"])
-    for name in ("ptxas", "ptxas-blackwell"):  # Triton has two, of different ages
-        ptxas = Path(triton.__file__).parent / "backends/nvidia/bin" / name
-        command = [str(ptxas), "-v", "--gpu-name=sm_90a", str(source), "-o", str(folder / "kernel.cubin")]
-        done = (
-            subprocess.run(command, capture_output=True, text=True, check=False) if ptxas.exists() else None
-        )
-        if done is not None and done.returncode == 0:
-            break
-    else:
-        pytest.skip("this Triton has no ptxas of its own for its PTX")
-    log = done.stderr
-    spilled = sum(int(x) for x in re.findall(r"(\d+) bytes spill", log))
-    return int(re.findall(r"Used (\d+) registers", log)[0]), spilled
-
-
 @not_interpreted
 @pytest.mark.parametrize("format", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_vectors_and_no_spills(
-    dtype: torch.dtype, format: torch.memory_format, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    dtype: torch.dtype,
+    format: torch.memory_format,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    compile_for_sm90: Any,
+    accesses: Any,
+    resources: Any,
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     found = run_both(monkeypatch, (8, 128, 128, 128), dtype=dtype, format=format)
@@ -464,7 +408,7 @@ def test_vectors_and_no_spills(
     for launch in found:
         name = launch[0].__name__
         compiled = compile_for_sm90(launch)
-        registers, spilled = resources(compiled, tmp_path)
+        registers, spilled = resources(compiled)
         assert spilled == 0, name
         print(name, registers)
         assert registers <= 168, (name, registers)
@@ -493,7 +437,9 @@ def test_vectors_and_no_spills(
     ],
     ids=["skip", "mixed", "fp64 rows", "one pixel", "wide rows"],
 )
-def test_kernels_compile(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_kernels_compile(
+    case: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compile_for_sm90: Any
+) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     done = set()
     for launch in run_both(monkeypatch, **case):

@@ -7,9 +7,6 @@ set; there the tests' device is the CPU, here it is CUDA.
 import os
 import random
 import re
-import subprocess
-import sys
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,6 @@ import pywt
 import torch
 from torch import Tensor
 
-import litevae_kernels
 from litevae_kernels.haar import reference
 
 triton = pytest.importorskip("triton")
@@ -45,17 +41,8 @@ LAYOUTS = (
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
-def test_under_the_interpreter(pytestconfig: pytest.Config) -> None:
-    root = Path(litevae_kernels.__file__).parents[1]
-    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-    child = subprocess.run(
-        [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "--color=no"],
-        cwd=pytestconfig.rootpath,
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def test_under_the_interpreter(under_the_interpreter: Any) -> None:
+    child = under_the_interpreter(__file__)
     assert child.returncode == 0, child.stdout + child.stderr
     assert re.search(r"\d+ passed", child.stdout), child.stdout
 
@@ -392,43 +379,6 @@ def test_levels_go_in_passes(monkeypatch: pytest.MonkeyPatch) -> None:
 # Ahead of time for a GPU that need not be here.
 
 
-def compile_for_sm90(launch: Launch) -> Any:
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    kernel, args, kwargs = launch
-    names = {torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16", torch.bfloat16: "bf16"}
-    constants: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], Any] = {}
-
-    def type_of(x: Any, path: tuple[int, ...]) -> Any:
-        if isinstance(x, tuple):
-            return tuple(type_of(y, (*path, i)) for i, y in enumerate(x))
-        if isinstance(x, Tensor):
-            if x.data_ptr() % 16 == 0:
-                attributes[path] = [["tt.divisibility", 16]]
-            return f"*{names[x.dtype]}"
-        if isinstance(x, int):
-            return "i64"
-        constants[path] = None
-        return "constexpr"
-
-    signature = {}
-    for i, name in enumerate(kernel.arg_names):
-        signature[name] = type_of(args[i], (i,)) if i < len(args) else "constexpr"
-        if i >= len(args):
-            constants[(i,)] = kwargs[name]
-    options = {name: value for name, value in kwargs.items() if name not in signature}
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-
-
-def accesses(ptx: str, kind: str) -> Counter[int]:
-    """Bytes of each global access."""
-    widths = re.findall(rf"{kind}\.global\S*?(?:\.v(\d))?\.[bfu](\d+)", ptx)
-    return Counter(int(vector or 1) * int(bits) // 8 for vector, bits in widths)
-
-
 @not_interpreted
 @pytest.mark.parametrize(
     ("dtype", "image", "coeffs"),
@@ -444,6 +394,8 @@ def test_fused_kernels_use_vectors_and_registers_only(
     coeffs: dict[int, int],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
+    compile_for_sm90: Any,
+    accesses: Any,
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     analysis, synthesis = run_both(monkeypatch, (4, 3, 256, 256), 3, image_dtype=dtype)
@@ -473,7 +425,9 @@ def test_fused_kernels_use_vectors_and_registers_only(
     ],
     ids=["packed", "planar to packed", "channels inner", "fp64 chain", "odd", "wide odd", "wide"],
 )  # fmt: skip
-def test_kernels_compile(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_kernels_compile(
+    case: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compile_for_sm90: Any
+) -> None:
     case = dict(case)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     if case.pop("wide", False):

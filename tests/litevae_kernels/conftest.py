@@ -1,0 +1,116 @@
+"""What the tests of all operators' Triton kernels share."""
+
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import litevae_kernels
+
+
+@pytest.fixture
+def under_the_interpreter(pytestconfig: pytest.Config) -> Callable[[str], subprocess.CompletedProcess[str]]:
+    """Runs a file of tests in a process that has TRITON_INTERPRET set."""
+
+    def run(file: str) -> subprocess.CompletedProcess[str]:
+        root = Path(litevae_kernels.__file__).parents[1]
+        path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+        return subprocess.run(
+            [sys.executable, "-m", "pytest", file, "-q", "-p", "no:cacheprovider", "--color=no"],
+            cwd=pytestconfig.rootpath,
+            env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run
+
+
+@pytest.fixture
+def compile_for_sm90() -> Callable[[tuple[Any, tuple[Any, ...], dict[str, Any]]], Any]:
+    """Compiles what a launch, (kernel, arguments, named arguments), would run on an H100, without one."""
+
+    def compile(launch: tuple[Any, tuple[Any, ...], dict[str, Any]]) -> Any:
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        kernel, args, kwargs = launch
+        names = {torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16", torch.bfloat16: "bf16"}
+        constants: dict[tuple[int, ...], Any] = {}
+        attributes: dict[tuple[int, ...], Any] = {}
+
+        def type_of(x: Any, path: tuple[int, ...]) -> Any:
+            if isinstance(x, tuple):
+                return tuple(type_of(y, (*path, i)) for i, y in enumerate(x))
+            if isinstance(x, Tensor):
+                if x.data_ptr() % 16 == 0:
+                    attributes[path] = [["tt.divisibility", 16]]
+                return f"*{names[x.dtype]}"
+            if isinstance(x, int):
+                return "i64"
+            constants[path] = None
+            return "constexpr"
+
+        signature = {}
+        for i, name in enumerate(kernel.arg_names):
+            signature[name] = type_of(args[i], (i,)) if i < len(args) else "constexpr"
+            if i >= len(args):
+                constants[(i,)] = kwargs[name]
+        options = {name: value for name, value in kwargs.items() if name not in signature}
+        source = ASTSource(kernel, signature, constants, attributes)
+        return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+    return compile
+
+
+@pytest.fixture
+def accesses() -> Callable[[str, str], Counter[int]]:
+    """Bytes of each global access of a kind, "ld" or "st", in PTX."""
+
+    def count(ptx: str, kind: str) -> Counter[int]:
+        widths = re.findall(rf"{kind}\.global\S*?(?:\.v(\d))?\.[bfu](\d+)", ptx)
+        return Counter(int(vector or 1) * int(bits) // 8 for vector, bits in widths)
+
+    return count
+
+
+@pytest.fixture
+def resources(tmp_path: Path) -> Callable[[Any], tuple[int, int]]:
+    """Registers of a compiled kernel, and bytes of its spills."""
+
+    def assemble(compiled: Any) -> tuple[int, int]:
+        import triton
+
+        source = tmp_path / "kernel.ptx"
+        source.write_text(compiled.asm["ptx"])
+        for name in ("ptxas", "ptxas-blackwell"):  # Triton has two, of different ages
+            ptxas = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+            command = [
+                str(ptxas),
+                "-v",
+                "--gpu-name=sm_90a",
+                str(source),
+                "-o",
+                str(tmp_path / "kernel.cubin"),
+            ]
+            done = (
+                subprocess.run(command, capture_output=True, text=True, check=False)
+                if ptxas.exists()
+                else None
+            )
+            if done is not None and done.returncode == 0:
+                spilled = sum(int(x) for x in re.findall(r"(\d+) bytes spill", done.stderr))
+                return int(re.findall(r"Used (\d+) registers", done.stderr)[0]), spilled
+        pytest.skip("this Triton has no ptxas of its own for its PTX")
+
+    return assemble
