@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from litevae.models import encoder as encoder_module
 from litevae.models.encoder import Encoder
 
 CONFIG = {
@@ -164,6 +165,24 @@ def test_pyramid_is_written_in_autocasts_dtype():
     in_bfloat16 = model.bfloat16()(image)  # weights in bfloat16 too: the same roundings and more
     assert (out - expected).norm() < 2 * (in_bfloat16 - expected).norm()
     assert (in_bfloat16 - expected).norm() < 0.2 * expected.norm()
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_fine_levels_are_extracted_slice_by_slice(monkeypatch, memory_format):
+    model, sizes = encoder().double(), []
+    image = torch.randn(5, 3, 32, 48, dtype=torch.float64).contiguous(memory_format=memory_format)
+    whole = model(image)
+    for extractor in model.feature_extractors:
+        extractor.register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape[::2]))
+    monkeypatch.setitem(encoder_module.SLICE_PIXELS, "cpu", 2 * 16 * 24)
+    model(image)
+    assert sizes == [(5, 16), (5, 8), (5, 4)]  # the gradient keeps the features in any case
+    sizes.clear()
+    with torch.no_grad():
+        sliced = model(image)
+    assert sizes == [(2, 16), (2, 16), (1, 16), (5, 8), (5, 4)]
+    assert sliced.is_contiguous(memory_format=memory_format)
+    torch.testing.assert_close(sliced, whole, atol=1e-12, rtol=1e-12)
 
 
 def test_gradients_reach_every_parameter_and_the_image():
