@@ -20,6 +20,8 @@ using litevae::TensorView;
 using litevae::haar::Transform;
 
 LITEVAE_DISPATCH_ISA(conv3x3_forward, (const conv3x3::Forward& call, int threads), call, threads)
+LITEVAE_DISPATCH_ISA(conv3x3_weight_gradient, (const conv3x3::WeightGradient& call, int threads), call,
+                     threads)
 LITEVAE_DISPATCH_ISA(haar_analysis, (const haar::Transform& call, int threads), call, threads)
 LITEVAE_DISPATCH_ISA(haar_synthesis, (const haar::Transform& call, int threads), call, threads)
 LITEVAE_DISPATCH_ISA(group_norm_silu_forward, (const group_norm_silu::Forward& call, int threads), call,
@@ -179,17 +181,21 @@ litevae::smc::Backward smc_backward(const TensorView& grad, const TensorView& we
           grad_gain.value_or(TensorView{})};
 }
 
-litevae::conv3x3::Forward conv3x3_forward(const TensorView& x, bool silu, const TensorView& weight,
-                                          const MaybeView& bias, const MaybeView& residual,
-                                          const TensorView& y) {
+void expect_3x3(const TensorView& weight, const TensorView& x, const TensorView& y) {
   expect(weight.size[1] == x.size[1] && weight.size[1] > 0 && weight.size[2] == 3 && weight.size[3] == 3,
          "weight");
   expect(y.size[0] == x.size[0] && y.size[1] == weight.size[0] && y.size[2] == x.size[2] &&
              y.size[3] == x.size[3],
          "y");
+}
+
+litevae::conv3x3::Forward conv3x3_forward(const TensorView& x, bool silu, const TensorView& weight,
+                                          const MaybeView& bias, const MaybeView& residual,
+                                          const TensorView& y) {
+  expect_3x3(weight, x, y);
   if (bias) expect(bias->size[1] == weight.size[0], "bias");
   if (residual) expect(same_size(*residual, y), "residual");
-  return {x, silu, weight, bias.value_or(TensorView{}), residual.value_or(TensorView{}), y};
+  return {x, silu, weight, false, bias.value_or(TensorView{}), residual.value_or(TensorView{}), y};
 }
 
 bool is_empty(const Transform& t) { return t.batch * t.channels * t.height * t.width == 0; }
@@ -200,7 +206,7 @@ PYBIND11_MODULE(litevae_core, m) {
   m.doc() = "litevae's compiled core: raw addresses in, no tensors";
   // Raised with every change of these functions' arguments or meaning; litevae_kernels/backend.py names the
   // same.
-  m.attr("interface") = 3;
+  m.attr("interface") = 4;
   const litevae::Isa best = litevae::detect_isa();
   static litevae::Isa isa = best;
   m.def("isa", [] { return litevae::isa_name(isa); });
@@ -229,6 +235,19 @@ PYBIND11_MODULE(litevae_core, m) {
     py::gil_scoped_release release;
     litevae::conv3x3_forward(isa, call, threads);
   });
+  m.def("conv3x3_input_gradient_cpu",
+        [](const TensorView& grad, const TensorView& weight, const TensorView& grad_x, int threads) {
+          expect_3x3(weight, grad_x, grad);
+          const litevae::conv3x3::Forward call{grad, false, weight, true, {}, {}, grad_x};
+          py::gil_scoped_release release;
+          litevae::conv3x3_forward(isa, call, threads);
+        });
+  m.def("conv3x3_weight_gradient_cpu",
+        [](const TensorView& x, const TensorView& grad, const TensorView& grad_weight, int threads) {
+          expect_3x3(grad_weight, x, grad);
+          py::gil_scoped_release release;
+          litevae::conv3x3_weight_gradient(isa, {x, grad, grad_weight}, threads);
+        });
   m.def("haar_analysis_cpu", [](const TensorView& image, const std::vector<TensorView>& coeffs, int levels,
                                 int mode, double factor, bool stacked, int threads) {
     const Transform t = transform(image, coeffs, levels, mode, factor, stacked);

@@ -20,7 +20,7 @@ import torch
 
 BACKENDS = ("reference", "native", "triton")
 
-INTERFACE = 3  # of the compiled core; csrc/bindings.cpp names the same
+INTERFACE = 4  # of the compiled core; csrc/bindings.cpp names the same
 
 core: ModuleType | None = None
 core_error = ""

@@ -31,6 +31,10 @@ struct Half {
 struct BFloat16 {
   uint16_t bits;
 };
+template <>
+constexpr DType dtype_of<BFloat16>() {
+  return DType::bf16;
+}
 
 inline uint32_t bits_of(float value) {
   uint32_t bits;

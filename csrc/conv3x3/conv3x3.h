@@ -1,5 +1,5 @@
 // A 3x3 convolution (stride 1, one pixel of zeros around) of bfloat16 tensors as the core sees it:
-// y = conv(x) + bias + residual, or that of silu(x), rounded once. Needs AVX512-BF16.
+// y = conv(x) + bias + residual, or that of silu(x), rounded once, and its gradients. Needs AVX512-BF16.
 //
 // Accuracy: beside the rounding of y, which any convolution has, both transformed factors are rounded to
 // bfloat16, so that the error is about 2.5 times that of a direct convolution.
@@ -16,12 +16,22 @@ namespace conv3x3 {
 struct Forward {
   TensorView x;  // (N, I, H, W)
   bool silu;
-  TensorView weight;    // (O, I, 3, 3), any dtype and strides
+  TensorView weight;  // (O, I, 3, 3), any dtype and strides
+  bool
+      transposed;  // it is (I, O, 3, 3) and turned by 180 degrees: y is the gradient of a convolution's input
   TensorView bias;      // (1, O, 1, 1), any dtype
   TensorView residual;  // (N, O, H, W)
   TensorView y;         // (N, O, H, W); written
 };
 
+// The gradient of a convolution's weight. x and grad are bf16 with channels innermost.
+struct WeightGradient {
+  TensorView x;       // (N, I, H, W)
+  TensorView grad;    // (N, O, H, W), of the convolution's result
+  TensorView weight;  // (O, I, 3, 3), any dtype and strides; written
+};
+
+constexpr int kPoints = 16;     // of a transformed tile, or kernel
 constexpr int64_t kLanes = 16;  // output channels a vector
 constexpr int64_t kRun = 32;    // input channels are padded to whole runs
 

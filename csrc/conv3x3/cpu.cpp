@@ -15,108 +15,46 @@
 //
 // Compiled once an instruction set: only internal linkage and no library templates below.
 #include <cstring>
-#include <stdexcept>
 
 #include "../common/buffer.h"
 #include "../common/parallel.h"
 #include "../common/vector.h"
 #include "conv3x3.h"
+#include "rows.h"
 
 namespace litevae {
 namespace LITEVAE_ISA {
 using conv3x3::Forward;
 using conv3x3::kLanes;
+using conv3x3::kPoints;
 using conv3x3::kRun;
 
 #if defined(__AVX512BF16__)
 namespace {
 
 constexpr int64_t kTiles = 64;  // a block
-constexpr int kPoints = 16;     // of a transformed tile
 
-// ---------------------------------------------------------------------------------------------------------------
-// Rows of pixels.
-
-struct Image {
-  BFloat16* data;
-  int64_t channels, n, row, pixel;
-
-  explicit Image(const TensorView& t)
-      : data(static_cast<BFloat16*>(t.data)),
-        channels(t.size[1]),
-        n(t.stride[0]),
-        row(t.stride[2]),
-        pixel(t.stride[3]) {
-    if (data != nullptr && (t.dtype != DType::bf16 || (channels > 1 && t.stride[1] != 1)))
-      throw std::invalid_argument("a 3x3 convolution's tensors must be bf16 with channels innermost");
-  }
-  BFloat16* at(int64_t image, int64_t y, int64_t x) const { return data + image * n + y * row + x * pixel; }
-
-  // One of `parts` parts of some pixels of a row.
-  void prefetch(int64_t image, int64_t y, int64_t x, int64_t count, int64_t part, int64_t parts) const {
-    if (data == nullptr) return;
-    const int64_t elements = (count - 1) * pixel + channels;
-    const BFloat16* from = at(image, y, x);
-    for (int64_t i = elements * part / parts; i < elements * (part + 1) / parts; i += kRun)
-      _mm_prefetch(reinterpret_cast<const char*>(from + i), _MM_HINT_T1);
-  }
-};
-
-struct Shape {
-  int64_t batch, height, width, inputs, outputs;
-  int64_t padded;                        // input channels
+struct Shape : Rows {
+  int64_t batch, inputs, outputs;
   int64_t tile_rows, tile_columns;       // an image
   int64_t rows, columns;                 // of tiles a block
   int64_t row_blocks, column_blocks;     // an image
-  int64_t ring, row_elements;            // rows of pixels, and elements of one
+  int64_t ring;                          // rows of pixels
   int64_t point_inputs, point_products;  // from one point's values of a block to the next one's
 
-  Shape(const Forward& call, int vectors, int tiles_at_once, int threads) {
-    batch = call.x.size[0], height = call.x.size[2], width = call.x.size[3];
-    inputs = call.x.size[1], outputs = call.y.size[1], padded = conv3x3::padded_inputs(inputs);
+  Shape(const Forward& call, int vectors, int tiles_at_once, int threads)
+      : Rows(call.x, ceil_div(call.x.size[3], 2)) {
+    batch = call.x.size[0], inputs = call.x.size[1], outputs = call.y.size[1];
     tile_rows = ceil_div(height, 2), tile_columns = ceil_div(width, 2);
     column_blocks = ceil_div(tile_columns, kTiles), columns = ceil_div(tile_columns, column_blocks);
     rows = least(kTiles / columns, most(1, batch * tile_rows / (2 * threads)));  // work for every thread
     rows = least(rows, tile_rows), row_blocks = ceil_div(tile_rows, rows);
-    ring = 2 * rows + 2, row_elements = (2 * tile_columns + 2) * padded;
+    ring = 2 * rows + 2;
     // an odd number of cache lines, so that the points do not compete for the same sets
     const int64_t tiles = ceil_div(rows * columns, tiles_at_once) * tiles_at_once;
     point_inputs = tiles * padded + kRun, point_products = tiles * vectors * kLanes + kLanes;
   }
 };
-
-void copy_pixels(const BFloat16* from, int64_t step, int64_t count, int64_t channels, BFloat16* to,
-                 int64_t to_step) {
-  const int64_t whole = channels / kRun * kRun;
-  const __mmask32 rest = static_cast<__mmask32>((1u << (channels - whole)) - 1);
-  for (int64_t i = 0; i < count; ++i, from += step, to += to_step) {
-    for (int64_t c = 0; c < whole; c += kRun) _mm512_storeu_si512(to + c, _mm512_loadu_si512(from + c));
-    if (rest != 0) _mm512_mask_storeu_epi16(to + whole, rest, _mm512_maskz_loadu_epi16(rest, from + whole));
-  }
-}
-
-void clear(BFloat16* to, int64_t count) {
-  std::memset(static_cast<void*>(to), 0, static_cast<size_t>(count) * 2);
-}
-
-// `count`, a multiple of two vectors.
-void silu(BFloat16* values, int64_t count) {
-  for (int64_t i = 0; i < count; i += 2 * kLanes) {
-    VecF z[2] = {VecF::load(values + i), VecF::load(values + i + kLanes)}, divisor[2];
-    one_plus_exp_minus<2>(z, divisor);
-    for (int u = 0; u < 2; ++u) (z[u] / divisor[u]).store(values + i + u * kLanes);
-  }
-}
-
-// One row of pixels with a zero before it and zeros behind. Padding channels stay zero.
-void fill_row(const Shape& s, const Image& x, bool activated, int64_t n, int64_t y, BFloat16* to) {
-  if (y < 0 || y >= s.height) return clear(to, s.row_elements);
-  clear(to, s.padded);
-  to += s.padded;
-  copy_pixels(x.at(n, y, 0), x.pixel, s.width, x.channels, to, s.padded);
-  if (activated) silu(to, s.width * s.padded);
-  clear(to + s.width * s.padded, s.row_elements - (s.width + 1) * s.padded);
-}
 
 // ---------------------------------------------------------------------------------------------------------------
 // A run of a pixel's channels: the even and the odd ones.
@@ -135,7 +73,6 @@ struct Run {
   }
   Run operator+(Run o) const { return {even + o.even, odd + o.odd}; }
   Run operator-(Run o) const { return {even - o.even, odd - o.odd}; }
-  Run halved() const { return {even * VecF::set(0.5f), odd * VecF::set(0.5f)}; }
 };
 
 // Four points of each tile in a row of them: those of one row of B^T, which is a sum or a difference of two
@@ -226,58 +163,128 @@ void transform_outputs(const Shape s, const float* products, const float* bias, 
 
 // ---------------------------------------------------------------------------------------------------------------
 
+VecF halved(VecF v) { return v * VecF::set(0.5f); }
+Run halved(Run r) { return {halved(r.even), halved(r.odd)}; }
+
 // A column of taps times G.
-void transform_weights(Run g0, Run g1, Run g2, Run* to, int step) {
-  const Run outer = g0 + g2;
-  to[0] = g0, to[step] = (outer + g1).halved(), to[2 * step] = (outer - g1).halved(), to[3 * step] = g2;
+template <class V>
+void transform_weights(V g0, V g1, V g2, V* to, int step) {
+  const V outer = g0 + g2;
+  to[0] = g0, to[step] = halved(outer + g1), to[2 * step] = halved(outer - g1), to[3 * step] = g2;
 }
 
-// One output channel's taps (9, padded) to its column of a panel: pairs of channels, point by point.
-void pack_output(const float* taps, int64_t padded, int64_t panel_width, BFloat16* to) {
+// A 16x16 matrix of 32-bit values.
+void transpose(__m512i* r) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 4) {
+    const __m512i a = _mm512_unpacklo_epi32(r[i], r[i + 1]), b = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    const __m512i c = _mm512_unpacklo_epi32(r[i + 2], r[i + 3]),
+                  d = _mm512_unpackhi_epi32(r[i + 2], r[i + 3]);
+    t[i] = _mm512_unpacklo_epi64(a, c), t[i + 1] = _mm512_unpackhi_epi64(a, c);
+    t[i + 2] = _mm512_unpacklo_epi64(b, d), t[i + 3] = _mm512_unpackhi_epi64(b, d);
+  }
+  for (int i = 0; i < 4; ++i) {  // 4x4 blocks are transposed; now the matrix of blocks
+    const __m512i a = _mm512_shuffle_i32x4(t[i], t[i + 4], 0x88);
+    const __m512i b = _mm512_shuffle_i32x4(t[i + 8], t[i + 12], 0x88);
+    const __m512i c = _mm512_shuffle_i32x4(t[i], t[i + 4], 0xdd);
+    const __m512i d = _mm512_shuffle_i32x4(t[i + 8], t[i + 12], 0xdd);
+    r[i] = _mm512_shuffle_i32x4(a, b, 0x88), r[i + 8] = _mm512_shuffle_i32x4(a, b, 0xdd);
+    r[i + 4] = _mm512_shuffle_i32x4(c, d, 0x88), r[i + 12] = _mm512_shuffle_i32x4(c, d, 0xdd);
+  }
+}
+
+// Taps of a vector of output channels, `lanes` of which are there, to their columns of a panel: pairs of
+// input channels, point by point. Input channels are adjacent in memory.
+template <class T>
+void pack_outputs(const T* from, int64_t output, int64_t row, int64_t column, int lanes, int64_t inputs,
+                  int64_t panel_width, BFloat16* to) {
+  const int64_t padded = conv3x3::padded_inputs(inputs);
+  __m512i pairs[kPoints][kLanes];
   for (int64_t c = 0; c < padded; c += kRun) {
-    const auto tap = [&](int row, int column) {
-      const float* from = taps + (3 * row + column) * padded + c;
-      Run g;
-      deinterleave(VecF::load(from), VecF::load(from + kLanes), g.even, g.odd);
-      return g;
-    };
-    Run u[4][3];
-    for (int j = 0; j < 3; ++j) transform_weights(tap(0, j), tap(1, j), tap(2, j), &u[0][j], 3);
-    for (int i = 0; i < 4; ++i) {
-      Run points[4];
-      transform_weights(u[i][0], u[i][1], u[i][2], points, 1);
-      for (int j = 0; j < 4; ++j) {
-        BFloat16 pairs[kRun];
-        points[j].store(pairs);
-        BFloat16* column = to + ((4 * i + j) * padded + c) * panel_width;
-        for (int k = 0; k < kRun; k += 2) std::memcpy(column + k * panel_width, pairs + k, 4);
+    const int first = static_cast<int>(least(kLanes, inputs - c));
+    const int second = static_cast<int>(most(0, least(kLanes, inputs - c - kLanes)));
+    for (int o = 0; o < kLanes; ++o) {
+      if (o >= lanes) {
+        for (int64_t i = 0; i < kPoints; ++i) pairs[i][o] = _mm512_setzero_si512();
+        continue;
       }
+      const auto tap = [&](int i, int j) {
+        const T* at = from + o * output + i * row + j * column + c;
+        Run g;
+        deinterleave(VecF::load(at, first), VecF::load(at + kLanes, second), g.even, g.odd);
+        return g;
+      };
+      Run u[4][3], points[4];
+      for (int j = 0; j < 3; ++j) transform_weights(tap(0, j), tap(1, j), tap(2, j), &u[0][j], 3);
+      for (int i = 0; i < 4; ++i) {
+        transform_weights(u[i][0], u[i][1], u[i][2], points, 1);
+        for (int j = 0; j < 4; ++j) points[j].store(reinterpret_cast<BFloat16*>(&pairs[4 * i + j][o]));
+      }
+    }
+    for (int64_t i = 0; i < kPoints; ++i) {
+      transpose(pairs[i]);
+      for (int64_t k = 0; k < kLanes; ++k)
+        _mm512_storeu_si512(to + (i * padded + c + 2 * k) * panel_width, pairs[i][k]);
     }
   }
 }
 
+// The same where output channels are adjacent in memory.
+template <class T>
+void pack_adjacent_outputs(const TensorView& w, const T* from, int lanes, int64_t panel_width, BFloat16* to) {
+  const int64_t inputs = w.size[1], padded = conv3x3::padded_inputs(inputs);
+  const auto points = [&](int64_t c, VecF* to16) {
+    VecF u[12];
+    for (int j = 0; j < 3; ++j) {
+      VecF tap[3];
+      for (int i = 0; i < 3; ++i)
+        tap[i] = c < inputs ? VecF::load(from + c * w.stride[1] + i * w.stride[2] + j * w.stride[3], lanes)
+                            : VecF::set(0);
+      transform_weights(tap[0], tap[1], tap[2], u + j, 3);
+    }
+    for (int i = 0; i < 4; ++i) transform_weights(u[3 * i], u[3 * i + 1], u[3 * i + 2], to16 + 4 * i, 1);
+  };
+  for (int64_t c = 0; c < padded; c += kRun)
+    for (int64_t k = 0; k < kRun; k += 2) {
+      const int64_t channel = c + (k < kLanes ? 2 * k : 2 * k - kRun + 1);  // the order of a run
+      VecF a[kPoints], b[kPoints];
+      points(channel, a), points(channel + 2, b);
+      for (int64_t i = 0; i < kPoints; ++i) store_pair(a[i], b[i], to + (i * padded + c + k) * panel_width);
+    }
+}
+
+template <class T>
 void pack(const TensorView& w, int threads, BFloat16* packed) {
   const int64_t outputs = w.size[0], inputs = w.size[1], padded = conv3x3::padded_inputs(inputs);
-  const int64_t panel_width = conv3x3::panel_vectors(outputs) * kLanes, element = element_size(w.dtype);
-  const int64_t count = conv3x3::panels(outputs) * panel_width;
-  Buffer scratch(threads * 9 * padded * 4);
-  float* spaces = scratch.take<float>(threads * 9 * padded);
+  const int64_t vectors = conv3x3::panel_vectors(outputs), panel_width = vectors * kLanes;
+  const bool direct = w.dtype == dtype_of<T>() && (w.stride[0] == 1 || w.stride[1] == 1);
+  const int64_t space = direct ? 0 : kLanes * 9 * inputs;  // for the taps of a vector of outputs, as floats
+  Buffer scratch(threads * space * 4);
+  float* spaces = scratch.take<float>(threads * space);
+  const int64_t count = conv3x3::panels(outputs) * vectors;
   parallel_for(threads, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      float* taps = spaces + i * 9 * padded;
-      std::memset(taps, 0, static_cast<size_t>(9 * padded) * sizeof(float));
-      for (int64_t o = count * i / threads; o < count * (i + 1) / threads; ++o) {
-        const char* from = static_cast<const char*>(w.data) + o * w.stride[0] * element;
-        for (int64_t k = 0; k < 9; ++k)
-          if (o < outputs)
-            load_row(w.dtype, from + (k / 3 * w.stride[2] + k % 3 * w.stride[3]) * element, w.stride[1],
-                     inputs, 1, taps + k * padded);
-          else
-            std::memset(taps + k * padded, 0, static_cast<size_t>(padded) * sizeof(float));
-        BFloat16* panel = packed + o / panel_width * kPoints * padded * panel_width;
-        pack_output(taps, padded, panel_width, panel + o % panel_width * 2);
+    for (int64_t thread = begin; thread < end; ++thread)
+      for (int64_t v = count * thread / threads; v < count * (thread + 1) / threads; ++v) {
+        const int lanes = static_cast<int>(most(0, least(kLanes, outputs - v * kLanes)));
+        const char* from =
+            static_cast<const char*>(w.data) + v * kLanes * w.stride[0] * element_size(w.dtype);
+        BFloat16* to = packed + v / vectors * kPoints * padded * panel_width + v % vectors * kLanes * 2;
+        if (direct && w.stride[1] == 1)
+          pack_outputs(reinterpret_cast<const T*>(from), w.stride[0], w.stride[2], w.stride[3], lanes, inputs,
+                       panel_width, to);
+        else if (direct)
+          pack_adjacent_outputs(w, reinterpret_cast<const T*>(from), lanes, panel_width, to);
+        else {
+          float* taps = spaces + thread * space;
+          for (int64_t o = 0; o < lanes; ++o)
+            for (int64_t k = 0; k < 9; ++k) {
+              const int64_t at = o * w.stride[0] + k / 3 * w.stride[2] + k % 3 * w.stride[3];
+              load_row(w.dtype, from + at * element_size(w.dtype), w.stride[1], inputs, 1,
+                       taps + (o * 9 + k) * inputs);
+            }
+          pack_outputs(taps, 9 * inputs, 3 * inputs, inputs, lanes, inputs, panel_width, to);
+        }
       }
-    }
   });
 }
 
@@ -298,15 +305,15 @@ struct Space {
   float* products;
 
   static int64_t bytes(const Shape& s) {
-    return (s.ring * s.row_elements + kPoints * s.point_inputs) * 2 + kPoints * s.point_products * 4;
+    return (s.ring * s.elements + kPoints * s.point_inputs) * 2 + kPoints * s.point_products * 4;
   }
   Space(const Shape& s, char* memory)
       : ring(reinterpret_cast<BFloat16*>(memory)),
-        inputs(ring + s.ring * s.row_elements),
+        inputs(ring + s.ring * s.elements),
         products(reinterpret_cast<float*>(inputs + kPoints * s.point_inputs)) {
-    clear(ring, s.ring * s.row_elements);
+    clear(ring, s.ring * s.elements);
   }
-  BFloat16* row(const Shape& s, int64_t y) const { return ring + (y + s.ring) % s.ring * s.row_elements; }
+  BFloat16* row(const Shape& s, int64_t y) const { return ring + (y + s.ring) % s.ring * s.elements; }
 };
 
 // Rows and columns of tiles of an image, and their first pixel.
@@ -349,6 +356,15 @@ void convolve(const Task& k, const Block& b, int64_t next, const Space& space) {
   }
 }
 
+// (I, O, 3, 3) as (O, I, 3, 3), turned by 180 degrees.
+TensorView transposed(const TensorView& w) {
+  const int64_t last = 2 * (w.stride[2] + w.stride[3]) * element_size(w.dtype);
+  return {static_cast<char*>(w.data) + last,
+          w.dtype,
+          {w.size[1], w.size[0], 3, 3},
+          {w.stride[1], w.stride[0], -w.stride[2], -w.stride[3]}};
+}
+
 template <int V, int T>
 void forward(const Forward& call, int threads) {
   threads = static_cast<int>(least(threads, call.x.size[0] * ceil_div(call.x.size[2], 2)));
@@ -358,7 +374,8 @@ void forward(const Forward& call, int threads) {
   char* memory = scratch.take<char>(threads * a_thread);
   BFloat16* packed = scratch.take<BFloat16>(conv3x3::packed_bytes(s.inputs, s.outputs) / 2);
   float* bias = scratch.take<float>(outputs);
-  pack(call.weight, threads, packed);
+  const TensorView weight = call.transposed ? transposed(call.weight) : call.weight;
+  (weight.dtype == DType::bf16 ? pack<BFloat16> : pack<float>)(weight, threads, packed);
   for (int64_t c = 0; c < outputs; ++c) bias[c] = 0;
   if (call.bias.data != nullptr)
     load_row(call.bias.dtype, static_cast<const char*>(call.bias.data), call.bias.stride[1], s.outputs, 1,

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from litevae_kernels.nn import Conv3x3
+
 # Widths of the way down, as multiples of `channels` (Schönfeld et al., 2020). The way up mirrors all but the
 # innermost, and repeats the outermost.
 MULTIPLIERS_128 = (1, 2, 4, 8, 16)
@@ -83,8 +85,8 @@ class ResBlock(nn.Module):
         super().__init__()
         self.resample = resample
         self.preactivate = preactivate
-        self.conv1 = normalised(nn.Conv2d(in_channels, out_channels, 3, padding=1))
-        self.conv2 = normalised(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.conv1 = normalised(Conv3x3(in_channels, out_channels))
+        self.conv2 = normalised(Conv3x3(out_channels, out_channels))
         self.conv_shortcut = normalised(nn.Conv2d(in_channels, out_channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:

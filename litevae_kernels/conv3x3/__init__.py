@@ -1,18 +1,19 @@
 """The 3x3 convolution of ResBlocks, with the residual added and SiLU applied on the way.
 
 Stride 1, one pixel of zero padding. On a CPU with AVX512-BF16 (and without AMX, which PyTorch's own convolution uses),
-bfloat16 inference is served by one kernel that needs 16 multiplications where a direct convolution needs 36 (Winograd's
-F(2x2, 3x3), Lavin and Gray 2016). It rounds both transformed factors to bfloat16, beside the result, which makes its
-error about 2.5 times a direct bfloat16 convolution's; sums of four inputs must not overflow, and a NaN or an infinity
-reaches the whole 2x2 tiles of results that it has a part in. It has no derivatives and no `torch.func` transforms.
+bfloat16 calls are served by kernels that need 16 multiplications where a direct convolution needs 36 (Winograd's
+F(2x2, 3x3), Lavin and Gray 2016), for the result and for both gradients. They round both transformed factors to
+bfloat16, beside the result, which makes the error about 2.5 times a direct bfloat16 convolution's; sums of four values
+must not overflow, and a NaN or an infinity reaches the whole 2x2 tiles of results that it has a part in. Derivatives
+of higher order are PyTorch's; there are no forward-mode ones, and no `torch.func` transforms.
 
-All other calls are served by PyTorch's convolution: other devices and dtypes, narrow layers, channels that are not
-innermost in memory, calls that want a gradient, `torch.export`, and all of them under ``use_backend("reference")``.
-Forcing another backend changes nothing here. Reentrant checkpointing computes a block without gradients first, and may
-so compare the one with the other.
+All other calls are served by PyTorch's convolution: other devices and dtypes, narrow layers, small images, channels
+that are not innermost in memory, `torch.export`, and all of them under ``use_backend("reference")``. Forcing another
+backend changes nothing here.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from litevae_kernels.backend import choose, core
@@ -29,7 +30,10 @@ def _why_not() -> str | None:
 
 
 WHY_NOT = _why_not()  # the kernel serves no call on this machine; None if it serves some
-LEAST_CHANNELS = 32  # the kernel pads channels to as many: below, PyTorch's convolution is faster
+# Below either, PyTorch's convolution is faster: the kernel pads channels to as many, and transforms all weights
+# whatever the image's size. Not the batch's: an image's result does not depend on those beside it.
+LEAST_CHANNELS = 32
+LEAST_PIXELS = 128
 
 
 def conv3x3(
@@ -74,6 +78,10 @@ def conv3x3(
     if residual is not None:
         check_residual(residual, (batch, outputs, height, width))
     if _is_fused(x, weight, bias, residual):
+        if torch.is_grad_enabled():
+            x = x.to(torch.bfloat16)  # what is kept for the backward pass
+            if silu_input and (x.requires_grad or weight.requires_grad):
+                x, silu_input = F.silu(x), False
         return op.conv3x3(x, weight, bias, residual, silu_input)
     return reference.forward(x, weight, bias, residual, silu_input)
 
@@ -96,7 +104,7 @@ def _is_fused(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor |
         and all(t.device == x.device for t in tensors)
         and x.stride(1) == 1
         and min(weight.shape[:2]) >= LEAST_CHANNELS
-        and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+        and x.shape[2] * x.shape[3] >= LEAST_PIXELS
         and not torch.compiler._is_exporting_flag  # torch 2.11 takes is_exporting() for true when compiling
         and choose("cpu") == "native"
     )

@@ -14,3 +14,17 @@ def forward(
     assert core is not None
     views = [native_view(t) for t in (weight, bias, residual, y)]
     core.conv3x3_cpu(native_view(x), silu_input, *views, torch.get_num_threads())
+
+
+def input_gradient(grad: Tensor, weight: Tensor, grad_x: Tensor) -> None:
+    """Fills `grad_x`, which like `grad` is bfloat16 with channels innermost."""
+    assert core is not None
+    views = [native_view(t) for t in (grad, weight, grad_x)]
+    core.conv3x3_input_gradient_cpu(*views, torch.get_num_threads())
+
+
+def weight_gradient(x: Tensor, grad: Tensor, grad_weight: Tensor) -> None:
+    """Fills `grad_weight`, of any dtype and layout; `x` and `grad` are bfloat16 with channels innermost."""
+    assert core is not None
+    views = [native_view(t) for t in (x, grad, grad_weight)]
+    core.conv3x3_weight_gradient_cpu(*views, torch.get_num_threads())

@@ -1,4 +1,4 @@
-"""Registration of the 3x3 convolution with PyTorch. For inference: it has no backward pass."""
+"""Registration of the 3x3 convolution and its gradients with PyTorch."""
 
 from typing import Any
 
@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from litevae_kernels.conv3x3 import native
+from litevae_kernels.conv3x3 import native, reference
+from litevae_kernels.tensors import differentiable_gradients
 
 
-def _output(x: Tensor, weight: Tensor) -> Tensor:
+def _output(x: Tensor, channels: int) -> Tensor:
     batch, _, height, width = x.shape
     return torch.empty(
-        (batch, weight.shape[0], height, width),
+        (batch, channels, height, width),
         dtype=torch.bfloat16,
         device=x.device,
         memory_format=torch.channels_last,
@@ -23,30 +24,66 @@ torch.library.define(
     "litevae::conv3x3",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, bool silu_input) -> Tensor",
 )
+torch.library.define("litevae::conv3x3_input_gradient", "(Tensor grad, Tensor weight) -> Tensor")
+torch.library.define("litevae::conv3x3_weight_gradient", "(Tensor x, Tensor grad, Tensor weight) -> Tensor")
 
 
 @torch.library.impl("litevae::conv3x3", "CPU")
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, silu_input: bool
 ) -> Tensor:
-    y = _output(x, weight)
-    # as autocast does, though the kernel takes any dtype
-    weight, bias = weight.to(torch.bfloat16), None if bias is None else bias.to(torch.bfloat16)
+    y = _output(x, weight.shape[0])
     x = _channels_innermost(x)
     residual = None if residual is None else _channels_innermost(residual)
     native.forward(x, weight, bias, residual, silu_input, y)
     return y
 
 
+@torch.library.impl("litevae::conv3x3_input_gradient", "CPU")
+def _input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
+    grad_x = _output(grad, weight.shape[1])
+    native.input_gradient(_channels_innermost(grad), weight, grad_x)
+    return grad_x
+
+
+@torch.library.impl("litevae::conv3x3_weight_gradient", "CPU")
+def _weight_gradient(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
+    """In the dtype and memory format of `weight`, whose values it does not need."""
+    grad_weight = torch.empty_like(weight)
+    if x.numel() == 0:
+        return grad_weight.zero_()
+    native.weight_gradient(_channels_innermost(x), _channels_innermost(grad), grad_weight)
+    return grad_weight
+
+
 @torch.library.register_fake("litevae::conv3x3")
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, silu_input: bool) -> Tensor:
-    return _output(x, weight)
+    return _output(x, weight.shape[0])
 
 
-@register_flop_formula(torch.ops.litevae.conv3x3)
-def _flops(x: torch.Size, weight: torch.Size, *_: Any, out_shape: torch.Size | None = None, **__: Any) -> int:
-    """A direct convolution's, so that counts do not depend on what serves it."""
+@torch.library.register_fake("litevae::conv3x3_input_gradient")
+def _(grad: Tensor, weight: Tensor) -> Tensor:
+    return _output(grad, weight.shape[1])
+
+
+@torch.library.register_fake("litevae::conv3x3_weight_gradient")
+def _(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
+    return torch.empty_like(weight)
+
+
+def _flops(x: torch.Size, weight: torch.Size) -> int:
+    """A direct convolution's, so that counts do not depend on what serves it; its gradients' are as many."""
     return 2 * x[0] * x[2] * x[3] * weight.numel()
+
+
+@register_flop_formula([torch.ops.litevae.conv3x3, torch.ops.litevae.conv3x3_input_gradient])
+def _(x: torch.Size, weight: torch.Size, *_: Any, out_shape: torch.Size | None = None, **__: Any) -> int:
+    return _flops(x, weight)
+
+
+@register_flop_formula(torch.ops.litevae.conv3x3_weight_gradient)
+def _(x: torch.Size, grad: torch.Size, weight: torch.Size, *, out_shape: torch.Size | None = None) -> int:
+    return _flops(x, weight)
 
 
 def _channels_innermost(x: Tensor) -> Tensor:
@@ -56,17 +93,52 @@ def _channels_innermost(x: Tensor) -> Tensor:
 
 
 class _Conv3x3(torch.autograd.Function):
-    """Nothing but a refusal of forward-mode tangents, which the operator would lose in silence."""
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        silu_input: bool,
+    ) -> Tensor:
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+            ctx.save_for_backward(x, weight)
+        ctx.dtypes = [None if t is None else t.dtype for t in (bias, residual)]
+        return torch.ops.litevae.conv3x3(x, weight, bias, residual, silu_input)
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        return torch.ops.litevae.conv3x3(*args)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
+        grad_x = grad_weight = grad_bias = grad_residual = None
+        if needs_x or needs_weight:
+            x, weight = ctx.saved_tensors
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                # a derivative of this derivative is wanted: autograd of plain PyTorch has all orders
+                grad_x, grad_weight = differentiable_gradients(
+                    lambda x, weight: reference.forward(x, weight.to(x.dtype), None, None, False),
+                    [x, weight],
+                    ctx.needs_input_grad[:2],
+                    grad,
+                )
+            else:
+                if needs_x:
+                    grad_x = torch.ops.litevae.conv3x3_input_gradient(grad, weight).to(x.dtype)
+                if needs_weight:
+                    grad_weight = torch.ops.litevae.conv3x3_weight_gradient(x, grad, weight)
+        bias_dtype, residual_dtype = ctx.dtypes
+        if needs_bias:
+            grad_bias = grad.sum((0, 2, 3), dtype=torch.float32).to(bias_dtype)
+        if needs_residual:
+            grad_residual = grad.to(residual_dtype)
+        return grad_x, grad_weight, grad_bias, grad_residual, None
 
 
 def conv3x3(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, silu_input: bool
 ) -> Tensor:
-    """`litevae::conv3x3`, to be called where no gradient is wanted."""
+    """Differentiable `litevae::conv3x3`; with `silu_input`, in bias and residual only."""
+    # spares the Function's microseconds; under no_grad there may be forward-mode tangents
     if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         return torch.ops.litevae.conv3x3(x, weight, bias, residual, silu_input)
     return _Conv3x3.apply(x, weight, bias, residual, silu_input)

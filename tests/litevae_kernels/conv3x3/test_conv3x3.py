@@ -1,6 +1,7 @@
 """The 3x3 convolution against torch in float64, whichever way it is served."""
 
 import random
+import sys
 
 import pytest
 import torch
@@ -23,6 +24,12 @@ G = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtyp
 A = torch.tensor([[1, 1, 1, 0], [0, 1, -1, -1]], dtype=torch.float64)
 
 BF16 = 2**16  # units in the last place of float32 in one of bfloat16
+
+
+@pytest.fixture(autouse=True)
+def small_images_too(monkeypatch):
+    """The kernels serve images of any size, and take long for large ones."""
+    monkeypatch.setattr(sys.modules["litevae_kernels.conv3x3"], "LEAST_PIXELS", 1)
 
 
 def values(*shape, dtype=torch.bfloat16, seed=0):
@@ -49,16 +56,35 @@ def winograd(x, weight, absolute):
     the roundings of the factors, and of x, amount to.
     """
     height, width = x.shape[2:]
-    x = F.pad(x, (1, 1 + width % 2, 1, 1 + height % 2))
-    tiles = x.unfold(2, 4, 2).unfold(3, 4, 2)  # (N, C, tile rows, tile columns, 4, 4)
-    b = B.abs() if absolute == "inputs" else B
-    inputs = b @ (tiles.abs() if absolute == "inputs" else tiles) @ b.T
+    inputs = transformed_inputs(x, absolute == "inputs")
     factors = G @ weight @ G.T
     a = A
     if absolute is not None:
         inputs, factors, a = inputs.abs(), factors.abs(), A.abs()
     y = a @ torch.einsum("ncyxij,ocij->noyxij", inputs, factors) @ a.T
     return y.permute(0, 1, 2, 4, 3, 5).flatten(4, 5).flatten(2, 3)[:, :, :height, :width]
+
+
+def transformed_inputs(x, absolute):
+    """(N, C, tile rows, tile columns, 4, 4)."""
+    height, width = x.shape[2:]
+    tiles = F.pad(x, (1, 1 + width % 2, 1, 1 + height % 2)).unfold(2, 4, 2).unfold(3, 4, 2)
+    b = B.abs() if absolute else B
+    return b @ (tiles.abs() if absolute else tiles) @ b.T
+
+
+def winograd_weight_gradient(x, grad, absolute):
+    """The gradient of `winograd` with respect to its weight; `absolute` as there."""
+    height, width = x.shape[2:]
+    tiles = F.pad(grad, (0, width % 2, 0, height % 2)).unfold(2, 2, 2).unfold(3, 2, 2)
+    a, g = A, G
+    inputs = transformed_inputs(x, absolute == "inputs")
+    if absolute == "inputs":
+        a, tiles = A.abs(), tiles.abs()
+    gradients = a.T @ tiles @ a
+    if absolute is not None:
+        inputs, gradients, g = inputs.abs(), gradients.abs(), G.abs()
+    return g.T @ torch.einsum("ncyxij,noyxij->ocij", inputs, gradients) @ g
 
 
 def check(x, weight, bias, residual, silu):
@@ -149,14 +175,139 @@ def test_a_stack_of_images_is_each_image_by_itself():
 @needs_kernel
 @pytest.mark.parametrize("residual", [False, True])
 def test_under_autocast(residual):
-    """Float32 parameters are rounded first, as autocast does for PyTorch's convolution."""
+    """Float32 parameters are rounded once, when they are transformed."""
     x = channels_innermost(values(2, 48, 9, 7, dtype=torch.float32), "channels_last")
     weight, bias = values(64, 48, 3, 3, dtype=torch.float32, seed=1), values(64, dtype=torch.float32, seed=2)
     added = values(2, 64, 9, 7, dtype=torch.float32, seed=3) if residual else None
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        y = check(x, weight.bfloat16(), bias.bfloat16(), added, False)
-        assert torch.equal(y, conv3x3(x, weight, bias, residual=added))
+        check(x, weight, bias, added, False)
         assert conv3x3(x.double(), weight.double()).dtype == torch.float64
+
+
+def check_gradients(x, weight, bias, residual, grad, silu=False):
+    """Against float64, and that wanting them does not change the result."""
+    inputs = [x, weight, bias, residual]
+    with torch.no_grad():
+        alone = conv3x3(F.silu(x) if silu else x, weight, bias, residual=residual)
+    wanted = [t.requires_grad_() for t in inputs if t is not None]
+    y = conv3x3(x, weight, bias, residual=residual, silu_input=silu)
+    assert torch.equal(y, alone)
+    with poisoned_memory():
+        gradients = iter(torch.autograd.grad(y, wanted, grad))
+    grad_x, grad_weight, grad_bias, grad_residual = (None if t is None else next(gradients) for t in inputs)
+    assert grad_x.dtype == x.dtype
+    assert grad_x.is_contiguous(memory_format=torch.channels_last)
+    assert grad_weight.dtype == weight.dtype
+    assert grad_weight.stride() == weight.stride()
+
+    wide, wide_grad = x.detach().to(torch.bfloat16).double(), grad.to(torch.bfloat16).double()
+    slope = 1.0
+    if silu:
+        s = wide.sigmoid()
+        slope, wide = s * (1 + wide * (1 - s)), F.silu(wide).bfloat16().double()
+    turned = weight.detach().double().transpose(0, 1).flip(2, 3)
+    exact = F.conv2d(wide_grad, turned, padding=1)
+    magnitude = 2 * BF16 * winograd(wide_grad, turned, "factors")
+    magnitude += (turned[0].numel() + 40) * winograd(wide_grad, turned, "inputs")
+    if silu:  # its result is rounded before it is multiplied with the slope, which is computed in float32
+        magnitude = magnitude + 3 * BF16 * exact.abs()
+    exact, magnitude = exact * slope, magnitude * (abs(slope) + 1e-5 if silu else 1)
+    assert_within_budget(grad_x, exact, magnitude=magnitude, operations=1)
+
+    exact = winograd_weight_gradient(wide, wide_grad, None)
+    magnitude = 2 * BF16 * winograd_weight_gradient(wide, wide_grad, "factors")
+    terms = x.shape[0] * x.shape[2] * x.shape[3]
+    magnitude += (terms + 40) * winograd_weight_gradient(wide, wide_grad, "inputs")
+    assert_within_budget(grad_weight, exact, magnitude=magnitude, operations=1)
+    if bias is not None:
+        assert grad_bias.dtype == bias.dtype
+        sums = wide_grad.sum((0, 2, 3)), wide_grad.abs().sum((0, 2, 3))
+        assert_within_budget(grad_bias, sums[0], magnitude=sums[1], operations=terms)
+    if residual is not None:
+        assert torch.equal(grad_residual, grad.to(torch.bfloat16).to(residual.dtype).expand_as(residual))
+
+
+def test_the_oracle_of_the_weights_gradient():
+    x, grad = values(2, 3, 7, 4, dtype=torch.float64), values(2, 5, 7, 4, dtype=torch.float64, seed=1)
+    expected = torch.nn.grad.conv2d_weight(x, (5, 3, 3, 3), grad, padding=1)
+    torch.testing.assert_close(winograd_weight_gradient(x, grad, None), expected)
+
+
+@needs_kernel
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("layout", ["channels_last", "sliced", "expanded", "contiguous"])
+def test_gradients_within_the_budget(layout, memory_format):
+    rng = random.Random(f"{layout} {memory_format}")
+    for seed in range(20):
+        batch, inputs, outputs = rng.randint(1, 3), rng.randint(32, 150), rng.randint(32, 100)
+        height, width = rng.choice(
+            [(rng.randint(1, 20), rng.randint(1, 20)), (1, 1), (2, rng.randint(1, 300))]
+        )
+        x = channels_innermost(values(batch, inputs, height, width, seed=seed), "channels_last")
+        weight = values(outputs, inputs, 3, 3, seed=seed + 1) * inputs**-0.5 / 3
+        bias = values(outputs, seed=seed + 2) if rng.random() < 0.5 else None
+        residual = values(batch, outputs, height, width, seed=seed + 3) if rng.random() < 0.5 else None
+        grad = values(batch, outputs, height, width, seed=seed + 4)
+        if layout != "contiguous":
+            grad = channels_innermost(grad, layout)
+        check_gradients(x, weight.contiguous(memory_format=memory_format), bias, residual, grad)
+
+
+@needs_kernel
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("silu", [False, True])
+def test_gradients_under_autocast(silu, memory_format):
+    x = channels_innermost(values(2, 48, 9, 7, dtype=torch.float32), "channels_last").bfloat16().float()
+    weight = values(64, 48, 3, 3, dtype=torch.float32, seed=1).contiguous(memory_format=memory_format)
+    bias, residual = (
+        values(64, dtype=torch.float32, seed=2),
+        values(2, 64, 9, 7, dtype=torch.float32, seed=3),
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        check_gradients(x, weight, bias, residual, values(2, 64, 9, 7, seed=4), silu)
+
+
+@needs_kernel
+def test_gradients_of_several_chunks_of_tiles():
+    x, grad = (channels_innermost(values(1, 32, 80, 130, seed=seed), "channels_last") for seed in (0, 1))
+    check_gradients(x, values(32, 32, 3, 3, seed=2) / 17, None, None, grad)
+
+
+@needs_kernel
+def test_gradients_have_the_same_bits_for_any_number_of_threads():
+    x, grad = (channels_innermost(values(2, 64, 33, 29, seed=seed), "channels_last") for seed in (0, 1))
+    weight, before = values(64, 64, 3, 3, dtype=torch.float32, seed=1), torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3, 1):
+            torch.set_num_threads(threads)
+            results.append(torch.ops.litevae.conv3x3_weight_gradient(x, grad, weight))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@needs_kernel
+def test_gradients_of_no_images():
+    x, weight = channels_innermost(values(0, 64, 5, 4), "channels_last"), values(48, 64, 3, 3)
+    x.requires_grad_(), weight.requires_grad_()
+    conv3x3(x, weight).sum().backward()
+    assert x.grad.shape == x.shape
+    assert not weight.grad.any()
+
+
+@needs_kernel
+def test_higher_derivatives_are_torchs():
+    x = channels_innermost(values(1, 32, 5, 4), "channels_last").requires_grad_()
+    weight = values(32, 32, 3, 3, seed=1).requires_grad_()
+    grad = values(1, 32, 5, 4, seed=2)
+
+    def second(function):
+        first = torch.autograd.grad(function(x, weight), (x, weight), grad, create_graph=True)
+        return torch.autograd.grad(sum(g.float().square().sum() for g in first), (x, weight))
+
+    for actual, expected in zip(second(conv3x3), second(lambda x, w: F.conv2d(x, w, padding=1)), strict=True):
+        assert torch.equal(actual, expected)
 
 
 def by_torch(x, weight, bias, residual, silu):
@@ -187,8 +338,7 @@ def test_gradients_are_torchs(wanted):
         values(32, seed=2),
         values(2, 32, 6, 5, seed=3),
     ]
-    tensors[0] = channels_innermost(tensors[0], "channels_last")
-    tensors[wanted].requires_grad_()
+    tensors[wanted].requires_grad_()  # in x, pixels are innermost
     y = conv3x3(*tensors[:3], residual=tensors[3], silu_input=True)
     expected = by_torch(*tensors, True)
     assert torch.equal(y, expected)
@@ -240,6 +390,36 @@ def test_opcheck(residual):
 
 
 @needs_kernel
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_opcheck_of_the_gradients(memory_format):
+    x, grad = (channels_innermost(values(2, 32, 6, 5, seed=seed), "channels_last") for seed in (0, 1))
+    weight = values(32, 32, 3, 3, dtype=torch.float32).contiguous(memory_format=memory_format)
+    torch.library.opcheck(torch.ops.litevae.conv3x3_input_gradient.default, (grad, weight))
+    torch.library.opcheck(torch.ops.litevae.conv3x3_weight_gradient.default, (x, grad, weight))
+
+
+@needs_kernel
+@pytest.mark.parametrize("silu", [False, True])
+def test_training_compiles_whole_and_once_for_all_batch_sizes(silu):
+    counter = CompileCounterWithBackend("aot_eager")
+    layer = Conv3x3(32, 48, silu_input=silu)
+    compiled = torch.compile(layer, fullgraph=True, backend=counter, dynamic=True)
+    for batch in (2, 3, 5):
+        x = channels_innermost(values(batch, 32, 8, 6), "channels_last").requires_grad_()
+        residual = channels_innermost(values(batch, 48, 8, 6), "channels_last").requires_grad_()
+        results = []
+        for function in (compiled, layer):
+            with torch.autocast("cpu", torch.bfloat16):
+                y = function(x, residual)
+            results.append(
+                [y, *torch.autograd.grad(y.float().square().sum(), [x, residual, *layer.parameters()])]
+            )
+        for actual, expected in zip(*results, strict=True):
+            torch.testing.assert_close(actual, expected, atol=0, rtol=0 if not silu else 0.02)
+    assert counter.frame_count == 1
+
+
+@needs_kernel
 def test_compiles_whole_and_once_for_all_batch_sizes():
     counter = CompileCounterWithBackend("aot_eager")
     layer = Conv3x3(32, 48, silu_input=True).bfloat16().eval()
@@ -269,7 +449,19 @@ def test_operations_are_counted_whatever_serves_the_call(dtype):
     x = channels_innermost(values(2, 32, 9, 7, dtype=dtype), "channels_last")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         conv3x3(x, values(64, 32, 3, 3, dtype=dtype))
-    assert counter.get_total_flops() == 2 * 2 * 9 * 7 * 64 * 32 * 9
+    forward = 2 * 2 * 9 * 7 * 64 * 32 * 9
+    assert counter.get_total_flops() == forward
+    weight = values(64, 32, 3, 3, dtype=dtype).requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        conv3x3(x.requires_grad_(), weight).sum().backward()
+    assert counter.get_total_flops() == 3 * forward
+
+
+@needs_kernel
+def test_small_images_are_torchs(monkeypatch):
+    monkeypatch.undo()
+    x, weight = channels_innermost(values(9, 32, 8, 15), "channels_last"), values(32, 32, 3, 3)
+    assert torch.equal(conv3x3(x, weight), F.conv2d(x, weight, padding=1))
 
 
 def test_exports_to_pytorchs_own_operators():
