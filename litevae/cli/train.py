@@ -38,7 +38,8 @@ def train(
       validation/          the validation images beside their reconstructions, for each measurement
       curves.png           the losses, and PSNR and SSIM of the validation images
       metrics.json         the same PSNR and SSIM as numbers
-      metrics.jsonl        a line for each logged step
+      metrics.jsonl        a line for each logged step: loss is what is minimised, the sum of the
+                           weighted/NAME; NAME is that term without its weight; discriminator its own loss
       config.yaml          every setting: litevae train runs/demo/config.yaml repeats the run
       model/               for litevae reconstruct, or LiteVAE.from_pretrained
       checkpoints/         the last checkpoint.keep and the best, every checkpoint.every steps (not the demo's)

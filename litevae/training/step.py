@@ -15,6 +15,8 @@ from litevae.losses import Loss, Objective
 from litevae.models.baseline import Autoencoder
 from litevae.training.config import Config
 
+WEIGHTED = "weighted/"  # before a term's name in the log: with its weight
+
 
 class Autoencode(nn.Module):
     """Encoding and decoding as one forward, which is what DDP and autocast wrap."""
@@ -208,7 +210,9 @@ class TrainingStep:
             with self.synchronised(active, index == self.accumulation - 1):
                 losses.append(self.backward(images, noises, step, adversarial))
 
-        names = [*losses[0][0].terms, "loss", *(["discriminator"] if adversarial else [])]
+        own = losses[0][0]
+        names = [*own.terms, *(WEIGHTED + name for name in own.weighted), "loss"]
+        names += ["discriminator"] * adversarial
         # an infinite or NaN loss on one process makes the mean so, and all decide alike
         means = self.accelerator.reduce(
             torch.cat([mean_losses(losses), torch.full((1,), float(stop), device=image.device)]), "mean"
@@ -273,11 +277,11 @@ class TrainingStep:
 
 
 def mean_losses(losses: Sequence[Sequence[Loss]]) -> Tensor:
-    """The autoencoder's terms and total and the discriminator's loss, means over the parts."""
-    rows = [
-        torch.stack([*own.terms.values(), own.total.detach(), *(d.total.detach() for d in other)])
-        for own, *other in losses
-    ]
+    """The autoencoder's terms, weighted terms and total and the discriminator's loss, means over the parts."""
+    rows = []
+    for own, *other in losses:
+        totals = [loss.total.detach() for loss in (own, *other)]
+        rows.append(torch.stack([*own.terms.values(), *own.weighted.values(), *totals]))
     return torch.stack(rows).mean(dim=0)
 
 
