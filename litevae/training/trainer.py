@@ -108,7 +108,7 @@ class Trainer:
         self.accelerator = make_accelerator(config, self.output_dir)
         self.is_main = self.accelerator.is_main_process
         self.stages = list_stages(config)
-        checkpoint = choose_checkpoint(config.resume, self.checkpoint_folder)
+        checkpoint = self.choose_checkpoint()
         set_seed(config.seed)
         self.model = build_model(config)
         self.check_stages()
@@ -151,6 +151,19 @@ class Trainer:
     def best_model(self) -> Autoencoder:
         """What is validated and saved as the run's model."""
         return self.model if self.ema is None else self.ema.model
+
+    def choose_checkpoint(self) -> Checkpoint | None:
+        """What the first process chooses, which reads all of it: the others go by its word."""
+        chosen: list[Checkpoint | UserError | None] = [None]
+        if self.is_main:
+            try:
+                chosen[0] = choose_checkpoint(self.config.resume, self.checkpoint_folder)
+            except UserError as error:
+                chosen[0] = error
+        broadcast_object_list(chosen)
+        if isinstance(chosen[0], UserError):
+            raise chosen[0]
+        return chosen[0]
 
     def check_stages(self) -> None:
         """UserError for sizes that the model does not take, and batches that cannot be shared evenly."""

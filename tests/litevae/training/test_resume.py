@@ -1,6 +1,7 @@
 """Checkpoints: a run that was ended in whatever way goes on as if it had not been."""
 
 import errno
+import hashlib
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 import litevae.training.trainer as trainer_module
 from litevae.errors import NonFiniteError, UserError
 from litevae.training import train
-from litevae.training.checkpoint import find_checkpoints
+from litevae.training.checkpoint import choose_checkpoint, find_checkpoints
 
 STAGES = ["stages=[{start: 6, size: 48, batch_size: 4}]"]
 
@@ -143,6 +144,10 @@ class TestRefusal:
         assert path.stat().st_size < size
         with open(path, "ab") as file:  # as long as the manifest says
             file.write(b"\0" * (size - path.stat().st_size))
+        manifest = path.with_name("manifest.json")
+        note = json.loads(manifest.read_text())
+        note["files"]["state.pt"]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        manifest.write_text(json.dumps(note))
         assert "state.pt: cannot be read" in self.refused(tiny("resume=auto"))
         assert not (run / "made").exists()
 
@@ -152,6 +157,66 @@ class TestRefusal:
         assert [each.step for each in find_checkpoints(run / "checkpoints")] == [1]
         train(tiny("max_steps=2", "checkpoint.every=1", "resume=auto"))
         assert [each.step for each in find_checkpoints(run / "checkpoints")] == [1, 2]
+
+
+def flip(path):
+    """Changes one bit in the middle."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+class TestDamage:
+    SETTINGS = ("max_steps=2", "checkpoint.every=1", "ema_decay=0.9")
+
+    @pytest.fixture
+    def run(self, tiny, no_pictures, adversarial_settings):
+        config = tiny(*self.SETTINGS, *adversarial_settings)
+        train(config)
+        return Path(config.output_dir) / "checkpoints"
+
+    def test_one_bit_of_any_file_is_noticed(self, run, tmp_path):
+        newest = run / "step-00000002"
+        files = sorted(path.relative_to(newest) for path in newest.rglob("*.*") if path.is_file())
+        assert {path.as_posix() for path in files} == {
+            "discriminator.safetensors",
+            "ema/config.json",
+            "ema/diffusion_pytorch_model.safetensors",
+            "manifest.json",
+            "model/config.json",
+            "model/diffusion_pytorch_model.safetensors",
+            "state.pt",
+        }
+        assert choose_checkpoint(str(newest), tmp_path / "none").step == 2
+        for file in files:
+            if file.name == "manifest.json":  # with it goes what the others are checked by
+                continue
+            flip(newest / file)
+            with pytest.raises(UserError, match="damaged") as caught:
+                choose_checkpoint(str(newest), tmp_path / "none")
+            assert str(caught.value).startswith(f"resume: {newest / file}: ")
+            assert "\n" not in str(caught.value)
+            flip(newest / file)
+
+    def test_resume_auto_goes_back_to_the_one_before(
+        self, run, tiny, adversarial_settings, capsys, logged, tmp_path
+    ):
+        before = logged(tmp_path / "run")
+        flip(run / "step-00000002" / "state.pt")
+        # alone it would be the one to keep
+        train(tiny(*self.SETTINGS, *adversarial_settings, "resume=auto", "checkpoint.keep=1"))
+        assert names(tmp_path / "run") == ["damaged-step-00000002", "step-00000002"]
+        assert logged(tmp_path / "run") == before
+        said = [line for line in capsys.readouterr().err.splitlines() if "damaged" in line]
+        assert len(said) == 1
+        assert f"going on from {run / 'step-00000001'}" in said[0]
+
+    def test_a_run_does_not_begin_anew_over_damaged_ones(self, run):
+        for path in run.iterdir():
+            flip(path / "model" / "diffusion_pytorch_model.safetensors")
+        with pytest.raises(UserError, match="no older one that is intact"):
+            choose_checkpoint("auto", run)
+        assert sorted(path.name for path in run.iterdir()) == ["step-00000001", "step-00000002"]
 
 
 def test_full_disk_is_one_line_and_loses_no_checkpoint(tiny, tmp_path, no_pictures, monkeypatch):
