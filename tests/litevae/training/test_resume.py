@@ -159,6 +159,20 @@ class TestRefusal:
         assert [each.step for each in find_checkpoints(run / "checkpoints")] == [1, 2]
 
 
+def test_changed_settings_are_named_when_a_run_is_resumed(tiny, no_pictures, capsys):
+    train(tiny("max_steps=1", "checkpoint.every=1"))
+
+    def said(*settings):
+        train(tiny("checkpoint.every=1", "resume=auto", *settings))
+        return [line for line in capsys.readouterr().err.splitlines() if "was trained with" in line]
+
+    assert said("max_steps=2", "log_every=2", "optimizer.learning_rate=1e-3") == []
+    (line,) = said("max_steps=3", "seed=1", "loss.l2=1", "data.batch_size=4")
+    assert line.endswith("step-00000002 was trained with other settings of seed, data, loss")
+    assert len(said("max_steps=4", *STAGES)) == 1
+    assert said("max_steps=4", *STAGES) == []
+
+
 def flip(path):
     """Changes one bit in the middle."""
     content = bytearray(path.read_bytes())
