@@ -118,12 +118,13 @@ class Outcome:
     """What a step came to, the same on all processes.
 
     `values`: what belongs into the log. `bad`: what was not finite first, in words, else None; then nothing
-    was updated. `stop`: a process was told to stop.
+    was updated, nor if `unusable`: a process's batch must not be trained on. `stop`: a process was told to stop.
     """
 
     values: dict[str, float]
     bad: str | None
     stop: bool
+    unusable: bool
 
 
 class TrainingStep:
@@ -189,7 +190,9 @@ class TrainingStep:
                 factor,
             )
 
-    def __call__(self, image: Tensor, noise: Tensor, step: int, stop: bool) -> Outcome:
+    def __call__(
+        self, image: Tensor, noise: Tensor, step: int, stop: bool, unusable: bool = False
+    ) -> Outcome:
         """One step on this process's share of the batch.
 
         Args:
@@ -197,6 +200,7 @@ class TrainingStep:
             noise: (N, n_z, h, w), standard normal.
             step: from 1.
             stop: whether this process was told to stop.
+            unusable: whether this share must not be trained on.
         """
         adversarial = self.objective.uses_discriminator(step)
         active = [self.learners[name] for name in ("autoencoder", "discriminator")[: 1 + adversarial]]
@@ -214,18 +218,20 @@ class TrainingStep:
         names = [*own.terms, *(WEIGHTED + name for name in own.weighted), "loss"]
         names += ["discriminator"] * adversarial
         # an infinite or NaN loss on one process makes the mean so, and all decide alike
-        means = self.accelerator.reduce(
-            torch.cat([mean_losses(losses), torch.full((1,), float(stop), device=image.device)]), "mean"
-        )
+        flags = torch.tensor([float(stop), float(unusable)], device=image.device)
+        means = self.accelerator.reduce(torch.cat([mean_losses(losses), flags]), "mean")
         norms = [learner.gradient_norm(self.max_norm, self.scaler) for learner in active]
-        *numbers, stopped = torch.cat([torch.stack(norms), means]).tolist()  # the step's one wait for a GPU
+        *numbers, stopped, not_usable = torch.cat(
+            [torch.stack(norms), means]
+        ).tolist()  # the step's one wait for a GPU
         norm_values, loss_values = numbers[: len(norms)], dict(zip(names, numbers[len(norms) :], strict=True))
         bad = first_bad(loss_values, norm_values)
+        good = bad is None and not not_usable
 
-        rates = [learner.update(step, self.scaler) for learner in active] if bad is None else []
-        if bad is None and self.ema is not None:
+        rates = [learner.update(step, self.scaler) for learner in active] if good else []
+        if good and self.ema is not None:
             self.ema.update(self.model)
-        elif bad is not None and buffers:
+        elif not good and buffers:
             torch._foreach_copy_(buffers, before)
         if self.scaler is not None:
             self.scaler.update()
@@ -237,7 +243,7 @@ class TrainingStep:
             values["discriminator_gradient_norm"] = norm_values[1]
         if rates:
             values["learning_rate"] = rates[0]
-        return Outcome(values, bad, stopped > 0)
+        return Outcome(values, bad, stopped > 0, not_usable > 0)
 
     def backward(self, image: Tensor, noise: Tensor, step: int, adversarial: bool) -> list[Loss]:
         """Adds one part's gradients; returns the autoencoder's loss and the discriminator's, if any."""

@@ -115,6 +115,15 @@ def test_good_step_changes_everything(make):
     assert {"discriminator", "discriminator_gradient_norm", "adversarial"} <= outcome.values.keys()
 
 
+def test_a_share_that_is_not_to_be_used_changes_nothing(make):
+    step = make()
+    step(*inputs(), 1, False)
+    before = snapshot(step)
+    outcome = step(*inputs(2), 2, False, unusable=True)
+    assert (outcome.bad, outcome.unusable) == (None, True)
+    assert changed(before, snapshot(step)) == set()
+
+
 @pytest.mark.parametrize("what", ["image", "autoencoder's gradient", "discriminator's gradient"])
 def test_a_step_that_is_not_finite_changes_nothing(make, what):
     step = make()
