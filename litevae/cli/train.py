@@ -42,7 +42,8 @@ def train(
                            weighted/NAME; NAME is that term without its weight; discriminator its own loss
       config.yaml          every setting: litevae train runs/demo/config.yaml repeats the run
       model/               for litevae reconstruct, or LiteVAE.from_pretrained
-      checkpoints/         the last checkpoint.keep and the best, every checkpoint.every steps (not the demo's)
+      checkpoints/         one every checkpoint.every steps and at each new best PSNR, of which the last
+                           checkpoint.keep and the best stay (not the demo's)
       tensorboard/         unless tracker is wandb or none
 
     resume=auto goes on from the newest checkpoint, if there is one; resume=PATH from another run's.

@@ -17,6 +17,7 @@ import litevae.training.trainer as trainer_module
 from litevae.errors import NonFiniteError, UserError
 from litevae.training import train
 from litevae.training.checkpoint import choose_checkpoint, find_checkpoints
+from litevae.training.data import BadImages
 
 STAGES = ["stages=[{start: 6, size: 48, batch_size: 4}]"]
 
@@ -258,6 +259,37 @@ def test_the_last_ones_and_the_best_are_kept(tiny, tmp_path, no_pictures, monkey
     assert names(tmp_path / "run") == ["step-00000002", "step-00000005", "step-00000006"]
     manifest = json.loads((tmp_path / "run" / "checkpoints" / "step-00000002" / "manifest.json").read_text())
     assert (manifest["step"], manifest["psnr"], manifest["config"]["max_steps"]) == (2, 12.0, 6)
+
+
+def test_a_validation_writes_one_checkpoint_if_it_is_the_best_or_if_one_is_due(
+    tiny, no_pictures, monkeypatch
+):
+    values = iter([10.0, 9.0, 11.0, 12.0, 8.0, 7.0])
+    monkeypatch.setattr(trainer_module, "psnr", lambda *_: next(values))
+    original, written = trainer_module.save_checkpoint, []
+
+    def save_checkpoint(folder, step, *arguments):
+        written.append(step)
+        return original(folder, step, *arguments)
+
+    monkeypatch.setattr(trainer_module, "save_checkpoint", save_checkpoint)
+    train(tiny("max_steps=6", "checkpoint.every=4", "validate_every=1"))
+    assert written == [1, 3, 4, 6]
+
+
+def test_too_many_bad_images_are_not_trained_on(tiny, tmp_path, no_pictures, monkeypatch, logged):
+    settings = ["max_steps=6", "checkpoint.every=100"]
+    train(tiny(*settings, name="whole"))
+    original = BadImages.add
+    with monkeypatch.context() as patch:
+        reports = iter([[], [], [], [("cut.png", "cut")]])
+        patch.setattr(BadImages, "add", lambda self, bad: original(self, next(reports)))
+        with pytest.raises(UserError, match="1 of 8 images cannot be used"):
+            train(tiny(*settings))
+    assert names(tmp_path / "run") == ["step-00000003"]
+    (tmp_path / "run" / "bad_images.txt").unlink()
+    train(tiny(*settings, "resume=auto"))
+    assert logged(tmp_path / "run") == logged(tmp_path / "whole")
 
 
 def test_non_finite_steps_are_not_in_the_checkpoint(tiny, tmp_path, no_pictures, monkeypatch, logged):
