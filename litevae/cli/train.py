@@ -46,7 +46,8 @@ def train(
                            checkpoint.keep and the best stay (not the demo's)
       tensorboard/         unless tracker is wandb or none
 
-    resume=auto goes on from the newest checkpoint, if there is one; resume=PATH from another run's.
+    resume=auto goes on from the newest checkpoint whose files are intact, by their SHA-256, if there are
+    checkpoints; resume=PATH from another run's.
     init=PATH starts from a model's weights, init_decoder=PATH from a diffusers AutoencoderKL's decoder, and
     freeze_encoder=true trains the decoder alone.
 
