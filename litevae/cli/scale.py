@@ -1,5 +1,6 @@
 """`litevae scale`."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -28,27 +29,32 @@ def scale(
 
     Stores scaling_factor, 1 / the standard deviation of all latents together, which diffusers' pipelines
     multiply them with, and each channel's latents_mean and latents_std. Images are cropped to the middle
-    square.
+    square. A run that is resumed and trains on writes a new model, whose scale is to be measured again.
     """
     autoencoder = load_model(model)
-
+    config = (model if (model / "config.json").exists() else model / "model") / "config.json"
     import torch
 
-    from litevae.training.checkpoint import replacing
+    from litevae.errors import UserError
+    from litevae.training.checkpoint import MANIFEST, replacing
     from litevae.training.scale import measure_latents
     from litevae.training.sources import open_images
 
+    if (config.parent.parent / MANIFEST).is_file():
+        raise UserError(f"{model}: belongs to a checkpoint, which must stay as it is: copy the model first")
     if torch.accelerator.is_available():
         autoencoder.to(torch.accelerator.current_accelerator())
     found = measure_latents(autoencoder, open_images(data), size, count, batch_size, workers)
-    autoencoder.register_to_config(
-        scaling_factor=found.scaling_factor, latents_mean=list(found.mean), latents_std=list(found.std)
-    )
-    folder = model if (model / "config.json").exists() else model / "model"
-    with replacing(folder / "config.json") as path:
-        path.write_text(autoencoder.to_json_string(), encoding="utf-8")
+    settings = json.loads(config.read_text(encoding="utf-8")) | {
+        "scaling_factor": found.scaling_factor,
+        "latents_mean": found.mean,
+        "latents_std": found.std,
+    }
+    settings.pop("_name_or_path", None)  # diffusers' note of the folder that it was loaded from
+    with replacing(config) as path:
+        path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     print(f"{found.count} images of {size} x {size} pixels")
     for channel, (mean, std) in enumerate(zip(found.mean, found.std, strict=True)):
         print(f"channel {channel}: mean {mean:.4f}, standard deviation {std:.4f}")
-    print(f"scaling_factor {found.scaling_factor:.5f}, stored in {folder / 'config.json'}")
+    print(f"scaling_factor {found.scaling_factor:.5f}, stored in {config}")

@@ -38,19 +38,22 @@ def train(
       validation/          the validation images beside their reconstructions, for each measurement
       curves.png           the losses, and PSNR and SSIM of the validation images
       metrics.json         the same PSNR and SSIM as numbers
-      metrics.jsonl        a line for each logged step
+      metrics.jsonl        a line for each logged step: loss is what is minimised, the sum of the
+                           weighted/NAME; NAME is that term without its weight; discriminator its own loss
       config.yaml          every setting: litevae train runs/demo/config.yaml repeats the run
       model/               for litevae reconstruct, or LiteVAE.from_pretrained
-      checkpoints/         the last checkpoint.keep and the best, every checkpoint.every steps (not the demo's)
+      checkpoints/         one every checkpoint.every steps and at each new best PSNR, of which the last
+                           checkpoint.keep and the best stay (not the demo's)
       tensorboard/         unless tracker is wandb or none
 
-    resume=auto goes on from the newest checkpoint, if there is one; resume=PATH from another run's.
-    init=PATH starts from a model's weights, init_decoder=PATH from a diffusers AutoencoderKL's decoder, and
-    freeze_encoder=true trains the decoder alone.
+    resume=auto goes on from the newest checkpoint, if there is one, and passes over those that are damaged by
+    their SHA-256; resume=PATH from another run's. init=PATH starts from a model's weights, init_decoder=PATH
+    from a diffusers AutoencoderKL's decoder, and freeze_encoder=true trains the decoder alone.
 
     Ctrl-C (or SIGTERM) ends the run after the current step, saves all of this and exits with status 0; a
     second one quits at once. A step whose loss or gradient is not finite is skipped; after max_bad_steps in a
-    row the run saves what was before the first of them and exits with status 1.
+    row the run saves what was before the first of them and exits with status 1. So it does, with status 2, when
+    more than data.max_bad_fraction of the images cannot be used.
     """
     from litevae.training import load_config
     from litevae.training import train as run

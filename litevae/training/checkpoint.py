@@ -1,11 +1,13 @@
 """Writing files and folders so that what bears the final name is complete; a run's checkpoints."""
 
+import hashlib
 import io
 import json
 import os
 import random
 import shutil
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ import safetensors.torch
 import torch
 from diffusers import ModelMixin
 from torch import Tensor
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from litevae.errors import UserError
 from litevae.training.build import WEIGHTS
@@ -133,8 +136,11 @@ def save_checkpoint(
         buffer = io.BytesIO()
         torch.save(state, buffer)
         write(temporary / STATE, buffer.getvalue())
-        sizes = {path.relative_to(temporary).as_posix(): path.stat().st_size for path in files_in(temporary)}
-        note = {"step": step, **manifest, "files": sizes}
+        files = {
+            path.relative_to(temporary).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+            for path in files_in(temporary)
+        }
+        note = {"step": step, **manifest, "files": files}
         write(temporary / MANIFEST, (json.dumps(note, indent=2) + "\n").encode())
         for each in (*(temporary / name for name in models), temporary):
             sync_folder(each)
@@ -150,6 +156,23 @@ def save_checkpoint(
 
 def files_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def damage(checkpoint: Checkpoint) -> str | None:
+    """What is wrong with a file of a complete checkpoint, which is read as a whole for it; None for nothing."""
+    for name, file in read_note(checkpoint)["files"].items():
+        path = checkpoint.path / name
+        try:
+            if sha256(path) != file["sha256"]:
+                return f"{path}: damaged: its SHA-256 is not the one in {MANIFEST}"
+        except OSError as error:
+            return f"{path}: cannot be read: {error.strerror}"
+    return None
 
 
 def find_checkpoints(folder: Path) -> list[Checkpoint]:
@@ -168,7 +191,7 @@ def read_manifest(path: Path) -> Checkpoint | None:
     """The checkpoint at `path`, or None unless every file is there with its full length."""
     try:
         note = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        complete = all((path / name).stat().st_size == size for name, size in note["files"].items())
+        complete = all((path / name).stat().st_size == file["bytes"] for name, file in note["files"].items())
         return Checkpoint(path, int(note["step"]), note.get("psnr")) if complete else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -195,19 +218,20 @@ def remove_remains(folder: Path) -> None:
 
 
 def choose_checkpoint(resume: str, folder: Path) -> Checkpoint | None:
-    """The checkpoint that `resume` means, with the run's own checkpoints in `folder`.
+    """The checkpoint that `resume` means, with the run's own checkpoints in `folder`. Its files are intact.
 
     Args:
-        resume: "" for none; "auto" for the newest in `folder`, if there is one; or the path of a checkpoint,
-            or of a run for its newest.
+        resume: "" for none; "auto" for the newest in `folder` that is intact, if there are any: newer ones are
+            renamed, and a line on stderr says so; or the path of a checkpoint, or of a run for its newest.
 
     Raises:
-        UserError: there is no complete checkpoint at that path, or the run would write over newer ones.
+        UserError: there is no complete checkpoint at that path, it is damaged, or the run would write over
+            newer ones; for "auto", all in `folder` are damaged.
     """
     own = find_checkpoints(folder)
     chosen: Checkpoint | None = None
     if resume == "auto":
-        return own[-1] if own else None
+        return newest_intact(own)
     if resume:
         path = Path(resume)
         candidates = [read_manifest(path), *reversed(find_checkpoints(path / "checkpoints"))]
@@ -216,12 +240,34 @@ def choose_checkpoint(resume: str, folder: Path) -> Checkpoint | None:
             raise UserError(
                 f"resume: {path}: {'no complete checkpoint' if path.exists() else 'no such folder'}"
             )
+        if wrong := damage(chosen):
+            raise UserError(f"resume: {wrong}")
     if own and (chosen is None or own[-1].step > chosen.step):
         raise UserError(
             f"{folder} has a checkpoint of step {own[-1].step}: continue with resume=auto, or give another "
             "output_dir"
         )
     return chosen
+
+
+def newest_intact(checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:
+    """The last one that is not damaged; renames those after it, lest they count among the ones to keep."""
+    damaged: list[tuple[Checkpoint, str]] = []
+    for checkpoint in reversed(checkpoints):
+        if wrong := damage(checkpoint):
+            damaged.append((checkpoint, wrong))
+            continue
+        for each, why in damaged:
+            aside = each.path.with_name(f"damaged-{each.path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(each.path, aside)
+            tqdm.write(
+                f"resume: {why}; moved to {aside.name}, going on from {checkpoint.path}", file=sys.stderr
+            )
+        return checkpoint
+    if damaged:
+        raise UserError(f"resume: {damaged[0][1]}, and there is no older one that is intact")
+    return None
 
 
 def load_state(checkpoint: Checkpoint) -> dict[str, Any]:

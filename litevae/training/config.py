@@ -96,8 +96,11 @@ class AdversaryConfig(DiscriminatorConfig):
 
 @dataclass
 class CheckpointConfig:
-    every: int = 1000  # steps; 0 for none
-    keep: int = 2  # of the last ones; the best by validation PSNR is kept besides
+    """One every so many steps, at the end, and after each validation (`validate_every`) with the highest PSNR so
+    far: at most one for a step. The last `keep` and the best are kept."""
+
+    every: int = 1000  # steps; 0 for none at all
+    keep: int = 2
 
 
 @dataclass

@@ -8,6 +8,7 @@ from typing import Any, Self
 from accelerate import Accelerator
 
 from litevae.training.checkpoint import replacing
+from litevae.training.step import WEIGHTED
 
 
 class Log:
@@ -86,6 +87,6 @@ def in_short(line: dict[str, Any]) -> str:
     losses = [
         f"{name} {value:.3g}"
         for name, value in line.items()
-        if name not in (*about, "images_per_second", "data_wait")
+        if name not in (*about, "images_per_second", "data_wait") and not name.startswith(WEIGHTED)
     ]
     return ", ".join([*losses, speed])

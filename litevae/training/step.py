@@ -15,6 +15,8 @@ from litevae.losses import Loss, Objective
 from litevae.models.baseline import Autoencoder
 from litevae.training.config import Config
 
+WEIGHTED = "weighted/"  # before a term's name in the log: with its weight
+
 
 class Autoencode(nn.Module):
     """Encoding and decoding as one forward, which is what DDP and autocast wrap."""
@@ -116,12 +118,13 @@ class Outcome:
     """What a step came to, the same on all processes.
 
     `values`: what belongs into the log. `bad`: what was not finite first, in words, else None; then nothing
-    was updated. `stop`: a process was told to stop.
+    was updated, nor if `unusable`: a process's batch must not be trained on. `stop`: a process was told to stop.
     """
 
     values: dict[str, float]
     bad: str | None
     stop: bool
+    unusable: bool
 
 
 class TrainingStep:
@@ -187,7 +190,9 @@ class TrainingStep:
                 factor,
             )
 
-    def __call__(self, image: Tensor, noise: Tensor, step: int, stop: bool) -> Outcome:
+    def __call__(
+        self, image: Tensor, noise: Tensor, step: int, stop: bool, unusable: bool = False
+    ) -> Outcome:
         """One step on this process's share of the batch.
 
         Args:
@@ -195,6 +200,7 @@ class TrainingStep:
             noise: (N, n_z, h, w), standard normal.
             step: from 1.
             stop: whether this process was told to stop.
+            unusable: whether this share must not be trained on.
         """
         adversarial = self.objective.uses_discriminator(step)
         active = [self.learners[name] for name in ("autoencoder", "discriminator")[: 1 + adversarial]]
@@ -208,20 +214,24 @@ class TrainingStep:
             with self.synchronised(active, index == self.accumulation - 1):
                 losses.append(self.backward(images, noises, step, adversarial))
 
-        names = [*losses[0][0].terms, "loss", *(["discriminator"] if adversarial else [])]
+        own = losses[0][0]
+        names = [*own.terms, *(WEIGHTED + name for name in own.weighted), "loss"]
+        names += ["discriminator"] * adversarial
         # an infinite or NaN loss on one process makes the mean so, and all decide alike
-        means = self.accelerator.reduce(
-            torch.cat([mean_losses(losses), torch.full((1,), float(stop), device=image.device)]), "mean"
-        )
+        flags = torch.tensor([float(stop), float(unusable)], device=image.device)
+        means = self.accelerator.reduce(torch.cat([mean_losses(losses), flags]), "mean")
         norms = [learner.gradient_norm(self.max_norm, self.scaler) for learner in active]
-        *numbers, stopped = torch.cat([torch.stack(norms), means]).tolist()  # the step's one wait for a GPU
+        *numbers, stopped, not_usable = torch.cat(
+            [torch.stack(norms), means]
+        ).tolist()  # the step's one wait for a GPU
         norm_values, loss_values = numbers[: len(norms)], dict(zip(names, numbers[len(norms) :], strict=True))
         bad = first_bad(loss_values, norm_values)
+        good = bad is None and not not_usable
 
-        rates = [learner.update(step, self.scaler) for learner in active] if bad is None else []
-        if bad is None and self.ema is not None:
+        rates = [learner.update(step, self.scaler) for learner in active] if good else []
+        if good and self.ema is not None:
             self.ema.update(self.model)
-        elif bad is not None and buffers:
+        elif not good and buffers:
             torch._foreach_copy_(buffers, before)
         if self.scaler is not None:
             self.scaler.update()
@@ -233,7 +243,7 @@ class TrainingStep:
             values["discriminator_gradient_norm"] = norm_values[1]
         if rates:
             values["learning_rate"] = rates[0]
-        return Outcome(values, bad, stopped > 0)
+        return Outcome(values, bad, stopped > 0, not_usable > 0)
 
     def backward(self, image: Tensor, noise: Tensor, step: int, adversarial: bool) -> list[Loss]:
         """Adds one part's gradients; returns the autoencoder's loss and the discriminator's, if any."""
@@ -273,11 +283,11 @@ class TrainingStep:
 
 
 def mean_losses(losses: Sequence[Sequence[Loss]]) -> Tensor:
-    """The autoencoder's terms and total and the discriminator's loss, means over the parts."""
-    rows = [
-        torch.stack([*own.terms.values(), own.total.detach(), *(d.total.detach() for d in other)])
-        for own, *other in losses
-    ]
+    """The autoencoder's terms, weighted terms and total and the discriminator's loss, means over the parts."""
+    rows = []
+    for own, *other in losses:
+        totals = [loss.total.detach() for loss in (own, *other)]
+        rows.append(torch.stack([*own.terms.values(), *own.weighted.values(), *totals]))
     return torch.stack(rows).mean(dim=0)
 
 

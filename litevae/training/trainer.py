@@ -70,9 +70,10 @@ def train(config: Config) -> Result:
     """Trains a model and leaves these files in `config.output_dir`.
 
     `model/` (for `LiteVAE.from_pretrained`; the averaged one where there is one), `metrics.jsonl` (a line for
-    each logged step), `metrics.json` (PSNR and SSIM of the validation images), `validation/` (those images
-    beside their reconstructions), `reconstructions.png`, `curves.png`, `checkpoints/`, the tracker's files,
-    and `config.yaml`, with which the run can be repeated. Shows a progress bar on stderr.
+    each logged step: "l1" is that term, "weighted/l1" its part of "loss"), `metrics.json` (PSNR and SSIM of the
+    validation images), `validation/` (those images beside their reconstructions), `reconstructions.png`,
+    `curves.png`, `checkpoints/`, the tracker's files, and `config.yaml`, with which the run can be repeated.
+    Shows a progress bar on stderr.
 
     SIGINT or SIGTERM ends the run after the current step, with a checkpoint and all of these written. With
     `config.resume` it goes on from a checkpoint, wherever it was killed: on one machine's CPU with the same
@@ -81,7 +82,8 @@ def train(config: Config) -> Result:
 
     Raises:
         UserError: settings that do not fit together, missing or foreign weights, or an output folder that
-            cannot be written.
+            cannot be written; or more images than `config.data.max_bad_fraction` cannot be used: all files are
+            written as of the step before, on which every process ends.
         NonFiniteError: `config.max_bad_steps` steps in a row had a loss or a gradient that is not finite. All
             files are written as of the step before the first of them.
         OSError: the disk is full, for example; earlier checkpoints are intact.
@@ -107,7 +109,7 @@ class Trainer:
         self.accelerator = make_accelerator(config, self.output_dir)
         self.is_main = self.accelerator.is_main_process
         self.stages = list_stages(config)
-        checkpoint = choose_checkpoint(config.resume, self.checkpoint_folder)
+        checkpoint = self.choose_checkpoint()
         set_seed(config.seed)
         self.model = build_model(config)
         self.check_stages()
@@ -129,6 +131,7 @@ class Trainer:
         self.lines: list[dict[str, Any]] = []
         self.history: list[dict[str, float]] = []
         self.bad: list[str] = []  # steps in a row without an update, and why
+        self.unusable: UserError | None = None  # too many bad images, in this process's share
         self.step = self.skipped = 0
         self.seconds_before, self.start = 0.0, time.perf_counter()
         self.saved_step: int | None = None
@@ -150,6 +153,19 @@ class Trainer:
     def best_model(self) -> Autoencoder:
         """What is validated and saved as the run's model."""
         return self.model if self.ema is None else self.ema.model
+
+    def choose_checkpoint(self) -> Checkpoint | None:
+        """What the first process chooses, which reads all of it: the others go by its word."""
+        chosen: list[Checkpoint | UserError | None] = [None]
+        if self.is_main:
+            try:
+                chosen[0] = choose_checkpoint(self.config.resume, self.checkpoint_folder)
+            except UserError as error:
+                chosen[0] = error
+        broadcast_object_list(chosen)
+        if isinstance(chosen[0], UserError):
+            raise chosen[0]
+        return chosen[0]
 
     def check_stages(self) -> None:
         """UserError for sizes that the model does not take, and batches that cannot be shared evenly."""
@@ -200,35 +216,39 @@ class Trainer:
                 disable=not self.is_main,
             ) as bar,
         ):
-            try:
-                for step, batch, waited in self.steps():
-                    outcome = self.update(batch, step, stop.signal is not None)
-                    stopped = outcome.stop and step < config.max_steps
-                    bar.update()
-                    log.count(len(batch) * self.accelerator.num_processes, waited)
-                    if outcome.bad is None:
-                        self.step, self.random, self.bad = step, random_state(), []
-                        if step == 1 or step % config.log_every == 0 or step == config.max_steps or stopped:
-                            line = log.write(step, outcome.values, self.skipped)
-                            bar.set_postfix_str(in_short(line))
-                    else:
-                        self.skipped += 1
-                        self.bad.append(f"step {step}: {outcome.bad}")
-                        log.write_skipped(step, outcome.bad, self.skipped)
-                        bar.write(f"{self.bad[-1]}: the step is skipped", file=sys.stderr)
-                        if len(self.bad) == config.max_bad_steps:
-                            failure = NonFiniteError(
-                                f"{self.bad[0]}, the first to go"
-                                + f"; {len(self.bad)} steps in a row were skipped" * (len(self.bad) > 1)
-                            )
-                    if stopped or failure:
-                        break
-                    self.validate_and_save(step)
-                    log.restart()
-            except UserError as error:  # too many bad images, of which the other processes do not know
-                if self.step == 0 or self.accelerator.num_processes > 1:
-                    raise
-                failure = error  # what there is, is saved
+            for step, batch, waited in self.steps():
+                outcome = self.update(batch, step, stop.signal is not None)
+                if outcome.unusable:
+                    # the list is that of all processes
+                    failure = self.unusable or UserError(
+                        f"another process found too many images that cannot be used: {self.feed.bad_images.path} "
+                        "lists them"
+                    )
+                    if self.step == 0:  # there is nothing to save
+                        raise failure
+                    break
+                stopped = outcome.stop and step < config.max_steps
+                bar.update()
+                log.count(len(batch) * self.accelerator.num_processes, waited)
+                if outcome.bad is None:
+                    self.step, self.random, self.bad = step, random_state(), []
+                    if step == 1 or step % config.log_every == 0 or step == config.max_steps or stopped:
+                        line = log.write(step, outcome.values, self.skipped)
+                        bar.set_postfix_str(in_short(line))
+                else:
+                    self.skipped += 1
+                    self.bad.append(f"step {step}: {outcome.bad}")
+                    log.write_skipped(step, outcome.bad, self.skipped)
+                    bar.write(f"{self.bad[-1]}: the step is skipped", file=sys.stderr)
+                    if len(self.bad) == config.max_bad_steps:
+                        failure = NonFiniteError(
+                            f"{self.bad[0]}, the first to go"
+                            + f"; {len(self.bad)} steps in a row were skipped" * (len(self.bad) > 1)
+                        )
+                if stopped or failure:
+                    break
+                self.validate_and_save(step)
+                log.restart()
         try:
             return self.finish(stop.signal, stopped, failure)
         finally:
@@ -236,7 +256,10 @@ class Trainer:
                 raise failure
 
     def steps(self) -> Iterator[tuple[int, Tensor, float]]:
-        """Each step to come with this process's share of its batch and the seconds that it took to get."""
+        """Each step to come with this process's share of its batch and the seconds that it took to get.
+
+        What forbids to train on it goes to `unusable`: the others learn of it within the step.
+        """
         done = self.step
         for stage in self.stages:
             if stage.last <= done:
@@ -246,7 +269,10 @@ class Trainer:
                 for step in range(max(stage.first, done + 1), stage.last + 1):
                     start = time.perf_counter()
                     batch = next(batches)
-                    self.feed.bad_images.add(batch.bad)
+                    try:
+                        self.feed.bad_images.add(batch.bad)
+                    except UserError as error:
+                        self.unusable = error
                     images = batch.images.to(self.accelerator.device, non_blocking=True)
                     yield step, images, time.perf_counter() - start
             finally:
@@ -261,7 +287,8 @@ class Trainer:
         count, side = self.accelerator.num_processes, image.shape[-1] // spatial_compression(self.model)
         channels = self.config.model.latent_channels
         noise = torch.randn((count * len(batch), channels, side, side), device=image.device)
-        return self.train_step(image, noise.chunk(count)[self.accelerator.process_index], step, stop)
+        share = noise.chunk(count)[self.accelerator.process_index]
+        return self.train_step(image, share, step, stop, self.unusable is not None)
 
     def validate_and_save(self, step: int) -> None:
         """What is due after `step`; the end of the run is `finish`'s."""

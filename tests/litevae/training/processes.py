@@ -1,5 +1,5 @@
 """Trains in several processes with gloo. The argument: a JSON list of jobs, each a list of how many processes,
-what happens to the second at step 2 ("dies", "nan", "term" or nothing), and the settings.
+what happens to the second at step 2 ("dies", "nan", "term", "bad" or nothing), and the settings.
 
 Prints "JOB RANK STATUS" as each of them ends. Importing PyTorch takes seconds, so they are forks of this
 process, which computes nothing itself.
@@ -29,6 +29,9 @@ def work(rank, event, settings):
                 os.kill(os.getpid(), signal.SIGKILL)
             elif event == "term":
                 signal.raise_signal(signal.SIGTERM)
+            elif event == "bad":  # finds an image before step 3 that cannot be read; none may
+                bad_images, add = self.feed.bad_images, self.feed.bad_images.add
+                bad_images.add = lambda _: add([("cut.png", "cut")])
             elif event == "nan":
                 batch = batch.float().fill_(torch.nan)
         return update(self, batch, step, stop)

@@ -63,6 +63,15 @@ def test_baselines_train_in_the_same_loop(kind, tiny, tmp_path, no_pictures):
         assert parameters(model.encoder) > parameters(model.decoder)
 
 
+def test_another_number_of_blocks_than_the_small_encoder_s_is_one_line(tiny):
+    config = tiny("model.kind=vae-small", *BASELINE, "model.block_out_channels=[16,16,16]")
+    with pytest.raises(UserError) as caught:
+        build_model(config)
+    assert str(caught.value) == (
+        "model: block_out_channels must have as many entries as the encoder's, 4, got [16, 16, 16]"
+    )
+
+
 class TestFineTuning:
     @pytest.fixture
     def source(self, tiny, tmp_path):

@@ -30,6 +30,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def statuses(folder, tiny_settings):
     """Runs processes.py; the exit status by job and rank, and what they wrote to stderr."""
+    second = folder / "two" / "checkpoints" / "step-00000002"
     jobs = [
         [1, "", [*SHARED, f"output_dir={folder / 'one'}"]],
         [2, "", [*SHARED, f"output_dir={folder / 'two'}"]],
@@ -37,6 +38,9 @@ def statuses(folder, tiny_settings):
         [2, "", ["data.batch_size=3", f"output_dir={folder / 'odd'}"]],
         [2, "nan", ["max_steps=3", f"output_dir={folder / 'nan'}"]],
         [2, "term", ["max_steps=9", "checkpoint.every=100", f"output_dir={folder / 'term'}"]],
+        [2, "bad", ["max_steps=9", "checkpoint.every=100", f"output_dir={folder / 'bad'}"]],
+        [2, "", [*SHARED, f"resume={second}", f"output_dir={folder / 'resumed'}"]],
+        [2, "", ["resume=nowhere", f"output_dir={folder / 'nowhere'}"]],
     ]
     jobs = [[count, event, [*tiny_settings, *settings]] for count, event, settings in jobs]
     result = subprocess.run(
@@ -99,6 +103,30 @@ def test_what_is_not_finite_on_one_is_skipped_on_both(statuses, folder, logged):
     assert (codes[4, 0], codes[4, 1]) == (0, 0), errors
     assert [line.get("skipped") for line in logged(folder / "nan")] == [None, "the l1 loss is nan", None]
     assert same_weights(folder / "nan")
+
+
+def test_too_many_bad_images_in_one_end_both_and_what_was_before_is_saved(statuses, folder, logged):
+    codes, errors = statuses
+    assert (codes[6, 0], codes[6, 1]) == (1, 1)
+    assert "job 6, rank 0: UserError('another process found too many images that cannot be used" in errors
+    assert "job 6, rank 1: UserError('1 of 8 images cannot be used, more than data.max_bad_fraction" in errors
+    assert [path.name for path in (folder / "bad" / "checkpoints").iterdir()] == ["step-00000002"]
+    assert [line["step"] for line in logged(folder / "bad")] == [1, 2]
+    assert (folder / "bad" / "bad_images.txt").read_text() == "cut.png\tcut\n"
+    assert (folder / "bad" / "model" / "config.json").is_file()
+    assert same_weights(folder / "bad")
+
+
+def test_both_resume_from_the_same_checkpoint_or_neither(statuses, folder):
+    codes, errors = statuses
+    assert (codes[7, 0], codes[7, 1]) == (0, 0), errors
+    for rank in (0, 1):
+        whole, resumed = (torch.load(folder / name / f"rank{rank}.pt") for name in ("two", "resumed"))
+        assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+    assert (codes[8, 0], codes[8, 1]) == (1, 1)
+    assert all(
+        f"job 8, rank {rank}: UserError('resume: nowhere: no such folder')" in errors for rank in (0, 1)
+    )
 
 
 def test_a_signal_to_one_ends_both_after_the_same_step(statuses, folder):

@@ -1,6 +1,7 @@
 """Checkpoints: a run that was ended in whatever way goes on as if it had not been."""
 
 import errno
+import hashlib
 import json
 import os
 import signal
@@ -15,7 +16,8 @@ from safetensors.torch import load_file
 import litevae.training.trainer as trainer_module
 from litevae.errors import NonFiniteError, UserError
 from litevae.training import train
-from litevae.training.checkpoint import find_checkpoints
+from litevae.training.checkpoint import choose_checkpoint, find_checkpoints
+from litevae.training.data import BadImages
 
 STAGES = ["stages=[{start: 6, size: 48, batch_size: 4}]"]
 
@@ -143,6 +145,10 @@ class TestRefusal:
         assert path.stat().st_size < size
         with open(path, "ab") as file:  # as long as the manifest says
             file.write(b"\0" * (size - path.stat().st_size))
+        manifest = path.with_name("manifest.json")
+        note = json.loads(manifest.read_text())
+        note["files"]["state.pt"]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        manifest.write_text(json.dumps(note))
         assert "state.pt: cannot be read" in self.refused(tiny("resume=auto"))
         assert not (run / "made").exists()
 
@@ -152,6 +158,80 @@ class TestRefusal:
         assert [each.step for each in find_checkpoints(run / "checkpoints")] == [1]
         train(tiny("max_steps=2", "checkpoint.every=1", "resume=auto"))
         assert [each.step for each in find_checkpoints(run / "checkpoints")] == [1, 2]
+
+
+def test_changed_settings_are_named_when_a_run_is_resumed(tiny, no_pictures, capsys):
+    train(tiny("max_steps=1", "checkpoint.every=1"))
+
+    def said(*settings):
+        train(tiny("checkpoint.every=1", "resume=auto", *settings))
+        return [line for line in capsys.readouterr().err.splitlines() if "was trained with" in line]
+
+    assert said("max_steps=2", "log_every=2", "optimizer.learning_rate=1e-3") == []
+    (line,) = said("max_steps=3", "seed=1", "loss.l2=1", "data.batch_size=4")
+    assert line.endswith("step-00000002 was trained with other settings of seed, data, loss")
+    assert len(said("max_steps=4", *STAGES)) == 1
+    assert said("max_steps=4", *STAGES) == []
+
+
+def flip(path):
+    """Changes one bit in the middle."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+class TestDamage:
+    SETTINGS = ("max_steps=2", "checkpoint.every=1", "ema_decay=0.9")
+
+    @pytest.fixture
+    def run(self, tiny, no_pictures, adversarial_settings):
+        config = tiny(*self.SETTINGS, *adversarial_settings)
+        train(config)
+        return Path(config.output_dir) / "checkpoints"
+
+    def test_one_bit_of_any_file_is_noticed(self, run, tmp_path):
+        newest = run / "step-00000002"
+        files = sorted(path.relative_to(newest) for path in newest.rglob("*.*") if path.is_file())
+        assert {path.as_posix() for path in files} == {
+            "discriminator.safetensors",
+            "ema/config.json",
+            "ema/diffusion_pytorch_model.safetensors",
+            "manifest.json",
+            "model/config.json",
+            "model/diffusion_pytorch_model.safetensors",
+            "state.pt",
+        }
+        assert choose_checkpoint(str(newest), tmp_path / "none").step == 2
+        for file in files:
+            if file.name == "manifest.json":  # with it goes what the others are checked by
+                continue
+            flip(newest / file)
+            with pytest.raises(UserError, match="damaged") as caught:
+                choose_checkpoint(str(newest), tmp_path / "none")
+            assert str(caught.value).startswith(f"resume: {newest / file}: ")
+            assert "\n" not in str(caught.value)
+            flip(newest / file)
+
+    def test_resume_auto_goes_back_to_the_one_before(
+        self, run, tiny, adversarial_settings, capsys, logged, tmp_path
+    ):
+        before = logged(tmp_path / "run")
+        flip(run / "step-00000002" / "state.pt")
+        # alone it would be the one to keep
+        train(tiny(*self.SETTINGS, *adversarial_settings, "resume=auto", "checkpoint.keep=1"))
+        assert names(tmp_path / "run") == ["damaged-step-00000002", "step-00000002"]
+        assert logged(tmp_path / "run") == before
+        said = [line for line in capsys.readouterr().err.splitlines() if "damaged" in line]
+        assert len(said) == 1
+        assert f"going on from {run / 'step-00000001'}" in said[0]
+
+    def test_a_run_does_not_begin_anew_over_damaged_ones(self, run):
+        for path in run.iterdir():
+            flip(path / "model" / "diffusion_pytorch_model.safetensors")
+        with pytest.raises(UserError, match="no older one that is intact"):
+            choose_checkpoint("auto", run)
+        assert sorted(path.name for path in run.iterdir()) == ["step-00000001", "step-00000002"]
 
 
 def test_full_disk_is_one_line_and_loses_no_checkpoint(tiny, tmp_path, no_pictures, monkeypatch):
@@ -179,6 +259,37 @@ def test_the_last_ones_and_the_best_are_kept(tiny, tmp_path, no_pictures, monkey
     assert names(tmp_path / "run") == ["step-00000002", "step-00000005", "step-00000006"]
     manifest = json.loads((tmp_path / "run" / "checkpoints" / "step-00000002" / "manifest.json").read_text())
     assert (manifest["step"], manifest["psnr"], manifest["config"]["max_steps"]) == (2, 12.0, 6)
+
+
+def test_a_validation_writes_one_checkpoint_if_it_is_the_best_or_if_one_is_due(
+    tiny, no_pictures, monkeypatch
+):
+    values = iter([10.0, 9.0, 11.0, 12.0, 8.0, 7.0])
+    monkeypatch.setattr(trainer_module, "psnr", lambda *_: next(values))
+    original, written = trainer_module.save_checkpoint, []
+
+    def save_checkpoint(folder, step, *arguments):
+        written.append(step)
+        return original(folder, step, *arguments)
+
+    monkeypatch.setattr(trainer_module, "save_checkpoint", save_checkpoint)
+    train(tiny("max_steps=6", "checkpoint.every=4", "validate_every=1"))
+    assert written == [1, 3, 4, 6]
+
+
+def test_too_many_bad_images_are_not_trained_on(tiny, tmp_path, no_pictures, monkeypatch, logged):
+    settings = ["max_steps=6", "checkpoint.every=100"]
+    train(tiny(*settings, name="whole"))
+    original = BadImages.add
+    with monkeypatch.context() as patch:
+        reports = iter([[], [], [], [("cut.png", "cut")]])
+        patch.setattr(BadImages, "add", lambda self, bad: original(self, next(reports)))
+        with pytest.raises(UserError, match="1 of 8 images cannot be used"):
+            train(tiny(*settings))
+    assert names(tmp_path / "run") == ["step-00000003"]
+    (tmp_path / "run" / "bad_images.txt").unlink()
+    train(tiny(*settings, "resume=auto"))
+    assert logged(tmp_path / "run") == logged(tmp_path / "whole")
 
 
 def test_non_finite_steps_are_not_in_the_checkpoint(tiny, tmp_path, no_pictures, monkeypatch, logged):

@@ -9,6 +9,8 @@ from skimage import data
 from litevae import LiteVAE
 from litevae.cli import main
 from litevae.errors import UserError
+from litevae.training import train
+from litevae.training.checkpoint import damage, find_checkpoints
 from litevae.training.scale import measure_latents
 from litevae.training.sources import open_images
 
@@ -78,6 +80,43 @@ def test_command_stores_them_in_the_config(model, folder, tmp_path, capsys):
     stored = json.loads((tmp_path / "model" / "config.json").read_text())
     assert stored["scaling_factor"] == loaded.scaling_factor != 1.0
     assert stored["_class_name"] == "LiteVAE"
+
+
+def test_command_changes_nothing_else_in_the_config(model, folder, tmp_path):
+    path = tmp_path / "model" / "config.json"
+    before = json.loads(path.read_text())
+    LiteVAE.from_pretrained(tmp_path / "model").save_pretrained(tmp_path / "model")
+    assert str(tmp_path) in path.read_text()  # diffusers notes where it loads from
+    for _ in range(2):
+        assert main(["scale", str(tmp_path / "model"), str(folder), "--size", "32", "--workers", "0"]) == 0
+    after = json.loads(path.read_text())
+    changed = {"scaling_factor", "latents_mean", "latents_std"}
+    assert {name for name in after.keys() | before.keys() if after.get(name) != before.get(name)} == changed
+    assert str(tmp_path) not in path.read_text()
+
+
+class TestScaleOfARun:
+    @pytest.fixture
+    def run(self, tiny, folder, tmp_path, no_pictures):
+        train(tiny("max_steps=1", "checkpoint.every=1"))
+        assert main(["scale", str(tmp_path / "run"), str(folder), "--size", "32", "--workers", "0"]) == 0
+        return tmp_path / "run"
+
+    def test_resuming_keeps_it_until_the_model_is_trained_further(self, run, tiny):
+        scale = LiteVAE.from_pretrained(run / "model").config.scaling_factor
+        assert scale != 1.0
+        train(tiny("max_steps=1", "checkpoint.every=1", "resume=auto"))
+        assert LiteVAE.from_pretrained(run / "model").config.scaling_factor == scale
+        train(tiny("max_steps=2", "checkpoint.every=1", "resume=auto"))  # other latents
+        config = LiteVAE.from_pretrained(run / "model").config
+        assert (config.scaling_factor, config.latents_mean, config.latents_std) == (1.0, None, None)
+
+    def test_a_checkpoint_is_left_as_it_is(self, run, folder, capsys):
+        (checkpoint,) = find_checkpoints(run / "checkpoints")
+        for path in (checkpoint.path, checkpoint.path / "model"):
+            assert main(["scale", str(path), str(folder), "--size", "32", "--workers", "0"]) == 2
+            assert "belongs to a checkpoint" in capsys.readouterr().err.splitlines()[-1]
+        assert damage(checkpoint) is None
 
 
 def test_nothing_readable_is_one_line(model, folder, tmp_path, capsys):

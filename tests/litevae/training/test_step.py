@@ -11,6 +11,7 @@ from torch import nn
 from litevae.discriminators import build_discriminator
 from litevae.losses import Objective
 from litevae.training.build import build_model
+from litevae.training.log import in_short
 from litevae.training.step import EMA, Autoencode, TrainingStep
 
 BATCH, SIZE = 4, 32
@@ -114,6 +115,15 @@ def test_good_step_changes_everything(make):
     assert {"discriminator", "discriminator_gradient_norm", "adversarial"} <= outcome.values.keys()
 
 
+def test_a_share_that_is_not_to_be_used_changes_nothing(make):
+    step = make()
+    step(*inputs(), 1, False)
+    before = snapshot(step)
+    outcome = step(*inputs(2), 2, False, unusable=True)
+    assert (outcome.bad, outcome.unusable) == (None, True)
+    assert changed(before, snapshot(step)) == set()
+
+
 @pytest.mark.parametrize("what", ["image", "autoencoder's gradient", "discriminator's gradient"])
 def test_a_step_that_is_not_finite_changes_nothing(make, what):
     step = make()
@@ -151,6 +161,44 @@ def test_accumulated_gradients_are_the_batch_s(make):
         # a few hundred operations in a row, each rounding by 2^-24
         assert max(relative_errors(gradients(parts, name), gradients(whole, name))) < 1e-4, learner
     assert values[1] == pytest.approx(values[0], rel=1e-5)
+
+
+def test_weighted_terms_are_those_of_the_objective(make):
+    """Means over the parts: with the adaptive weight no constant times the term's mean."""
+    settings = ["discriminator.kind=unet", "loss.adversarial_weight=adaptive"]
+    step, reference = make(*settings, "optimizer.accumulation=2"), make(*settings)
+    image, noise = inputs()
+    values = step(image, noise, 1, False).values
+
+    expected = []
+    for part, part_noise in zip(image.chunk(2), noise.chunk(2), strict=True):
+        reconstruction, mean, logvar = Autoencode(reference.model)(part, part_noise)
+        loss = reference.objective.generator(
+            part,
+            reconstruction,
+            mean,
+            logvar,
+            step=1,
+            discriminator=reference.discriminator,
+            last_weight=reference.model.decoder.conv_out.weight,
+        )
+        (
+            reference.discriminator(part),
+            reference.discriminator(reconstruction.detach()),
+        )  # spectral norm's steps
+        expected.append({f"weighted/{name}": term.item() for name, term in loss.weighted.items()})
+    means = {name: (expected[0][name] + expected[1][name]) / 2 for name in expected[0]}
+    assert "weighted/adversarial" in means
+    found = {name: value for name, value in values.items() if name.startswith("weighted/")}
+    assert found == pytest.approx(means, rel=1e-5)
+    assert values["loss"] == pytest.approx(sum(found.values()), rel=1e-5)
+
+
+def test_progress_bar_shows_no_weighted_terms(make):
+    values = make()(*inputs(), 1, False).values
+    line = {"step": 1, **values, "skipped_steps": 0, "images_per_second": 1.0, "data_wait": 0.0}
+    shown = [part.split()[0] for part in in_short(line).split(", ")][:-2]
+    assert shown == ["loss", "l1", "wavelet", "gaussian", "kl", "adversarial", "discriminator"]
 
 
 class TestLossScaling:
@@ -207,7 +255,7 @@ def test_every_loss_and_discriminator_trains(make, settings):
     step = make(*settings, "loss.pretrained=false", "channels_last=true")
     outcomes = [step(*inputs(seed), seed, False) for seed in (1, 2)]
     assert [outcome.bad for outcome in outcomes] == [None] * 2
-    assert len(outcomes[0].values) == len(step.objective.weights) + 5
+    assert len(outcomes[0].values) == 2 * len(step.objective.weights) + 5
     assert step.learners["discriminator"].optimizer.param_groups[0]["betas"] == (
         (0.0, 0.99) if "stylegan" in settings[0] else (0.9, 0.99)
     )

@@ -62,8 +62,13 @@ class TestFinishedRun:
         assert [line["step"] for line in lines] == [1, 5, 10, 15, 20]
         weights = load_config("demo").loss
         for line in lines:
-            total = sum(getattr(weights, name) * line[name] for name in ("l1", "kl", "wavelet", "gaussian"))
-            assert line["loss"] == pytest.approx(total, rel=1e-5)
+            weighted = {
+                f"weighted/{name}": getattr(weights, name) * line[name]
+                for name in ("l1", "kl", "wavelet", "gaussian")
+            }
+            found = {name: value for name, value in line.items() if name.startswith("weighted/")}
+            assert found == pytest.approx(weighted, rel=1e-5)
+            assert line["loss"] == pytest.approx(sum(weighted.values()), rel=1e-5)
             assert line["images_per_second"] > 0
         assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
 
@@ -108,7 +113,9 @@ def test_non_finite_loss_names_the_term_and_saves_what_was(tmp_path, monkeypatch
             self.calls += 1
             if self.calls < 4:
                 return loss
-            return Loss(loss.total * math.inf, {**loss.terms, "wavelet": torch.tensor(math.nan)}, {})
+            return Loss(
+                loss.total * math.inf, {**loss.terms, "wavelet": torch.tensor(math.nan)}, loss.weighted
+            )
 
     monkeypatch.setattr(trainer_module, "Objective", Exploding)
     with pytest.raises(NonFiniteError, match="step 4: the wavelet loss is nan"):
@@ -322,9 +329,10 @@ class TestTinyRun:
         assert all(0 <= line["data_wait"] <= 1 for line in lines)
         events = EventAccumulator(str(folder / "tensorboard")).Reload()
         assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5]
-        assert [event.value for event in events.Scalars("l1")] == pytest.approx(
-            [line["l1"] for line in lines]
-        )
+        for name in ("l1", "weighted/wavelet"):
+            assert [event.value for event in events.Scalars(name)] == pytest.approx(
+                [line[name] for line in lines]
+            )
 
     def test_grid_shows_image_and_reconstruction(self, tiny, tmp_path, no_pictures):
         config = tiny("max_steps=2", "validate_every=1")
