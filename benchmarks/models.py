@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.utils.logging import set_verbosity_error
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,6 +33,8 @@ PRESETS = {
 }
 NAMES = (SD_VAE, *PRESETS)
 FLOAT32_ERROR = 1e-4  # of the norm; convolution algorithms differ by a factor of 5 around 5e-6
+
+set_verbosity_error()  # or each cast of a model to a dtype warns of the parts to keep in float32, of which it has none
 
 Side = Literal["encoder", "decoder"]
 

@@ -1,5 +1,6 @@
 """Draws the figures of one machine as PNG: bars for the encoders, curves for how cost grows."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,12 @@ def draw_all(device: str, rows: list[Row], folder: Path, stem: str) -> dict[str,
     if encoders:
         shape = encoders[0]["subject"].removeprefix(f"{HEADLINE}, ")
         title = f"Encoders at their best, {shape}: speed"
-        save(title, "encoder-speed", bars(encoders, images_per_second, "images/s", title), encoders)
+        save(
+            title, "encoder-speed", bars(encoders, images_per_second, "speedup", "images/s", title), encoders
+        )
         if all(row["peak_memory"] for row in encoders):
             title = f"Encoders at their best, {shape}: peak memory"
-            figure = bars(
-                encoders, lambda row: row["peak_memory"] / 1e6, "MB beyond weights and images", title
-            )
+            figure = bars(encoders, megabytes, "MB beyond weights and images", title)
             save(title, "encoder-memory", figure, encoders)
 
     charts: dict[str, list[Row]] = {}
@@ -49,7 +50,7 @@ def draw_all(device: str, rows: list[Row], folder: Path, stem: str) -> dict[str,
             label = "side of the image, pixels" if what == "resolution" else "images in a batch, 256 x 256"
             for name, unit, value in (
                 ("speed", "images/s", images_per_second),
-                ("memory", "peak MB beyond weights and images", lambda row: row["peak_memory"] / 1e6),
+                ("memory", "peak MB beyond weights and images", megabytes),
             ):
                 having = [row for row in models if name == "speed" or row["peak_memory"]]
                 title = f"Encoders: {unit.split()[0] if name == 'speed' else 'peak memory'} over {what}"
@@ -65,6 +66,10 @@ def draw_all(device: str, rows: list[Row], folder: Path, stem: str) -> dict[str,
 
 def images_per_second(row: Row) -> float:
     return row["images"] / row["median_ms"] * 1e3
+
+
+def megabytes(row: Row) -> float:
+    return row["peak_memory"] / 1e6
 
 
 def best_of_each(rows: list[Row]) -> list[Row]:
@@ -88,21 +93,23 @@ def canvas(title: str, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def bars(rows: list[Row], value: Any, unit: str, title: str) -> Figure:
-    """One horizontal bar a model, with its figure and what it is of the slowest's."""
+def bars(rows: list[Row], value: Callable[[Row], float], ratio: str, unit: str, title: str) -> Figure:
+    """One horizontal bar a model, with its value, and our models' `ratio` to the rival's."""
     figure, axes = canvas(title, 3.2)
+    ours = [model_of(row).startswith("LiteVAE") for row in rows]
     values = [value(row) for row in rows]
-    colors = [OURS if model_of(row).startswith("LiteVAE") else RIVAL for row in rows]
-    drawn = axes.barh([model_of(row) for row in rows], values, color=colors)
-    rival = next(v for row, v in zip(rows, values, strict=True) if not model_of(row).startswith("LiteVAE"))
-    labels = [f"{v:.3g}" + ("" if v == rival else f"  ({v / rival:.2g}x)") for v in values]
+    drawn = axes.barh([model_of(row) for row in rows], values, color=[OURS if own else RIVAL for own in ours])
+    labels = [
+        f"{v:.3g}" + (f"  ({row[ratio]:.2g}x)" if own else "")
+        for row, v, own in zip(rows, values, ours, strict=True)
+    ]
     axes.bar_label(drawn, labels, padding=4, fontsize=9)
     axes.set_xlabel(unit)
     axes.set_xlim(0, 1.18 * max(values))
     return figure
 
 
-def curves(rows: list[Row], value: Any, label: str, unit: str, title: str) -> Figure:
+def curves(rows: list[Row], value: Callable[[Row], float], label: str, unit: str, title: str) -> Figure:
     """A line a provider; the machine's copy of as many bytes is dashed."""
     figure, axes = canvas(title, 4.2)
     lines: dict[str, list[Row]] = {}

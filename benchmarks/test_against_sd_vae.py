@@ -103,6 +103,7 @@ def test_encoder(benchmark: Any, session: Session, device: str) -> None:
         rivals=rivals,
         goals={label(name, best): goal for name, goal in GOALS[device].items()},
         rounds=15,
+        least=5,
     )
 
 
@@ -212,4 +213,5 @@ def test_decoder(benchmark: Any, session: Session, device: str) -> None:
         works=field.works,
         rivals=rivals,
         rounds=15,
+        least=5,
     )
