@@ -1,5 +1,3 @@
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -30,16 +28,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session")
-def session(request: pytest.FixtureRequest) -> Iterator[Session]:
-    """The figures of this run; written to benchmarks/results/ at its end."""
+def session() -> Session:
+    """The figures of this run; written to benchmarks/results/ after each benchmark."""
     keep_freed_memory()  # for all providers alike
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True  # these two, too
     torch.backends.cuda.matmul.allow_tf32 = True
-    session = Session(device_name())
-    yield session
-    if session.results:
-        print(f"\nresults: {session.save()}")
+    return Session(device_name())
 
 
 @pytest.fixture(scope="session")

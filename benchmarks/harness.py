@@ -96,22 +96,30 @@ class Session:
     device: str
     results: list[Result] = field(default_factory=list)
 
-    def save(self) -> Path:
+    @property
+    def path(self) -> Path:
+        return RESULTS / f"{slug(self.device)}.json"
+
+    def saved(self) -> list[dict[str, Any]]:
+        """The figures of this run and, for other subjects, of earlier ones on this machine."""
+        rows: list[dict[str, Any]] = []
+        if self.path.exists():
+            rows = json.loads(self.path.read_text())["results"]
+        return rows
+
+    def save(self) -> None:
         """Writes ``results/<device>.json``; subjects that were not run keep their figures."""
-        path = RESULTS / f"{slug(self.device)}.json"
         stamp = {
             "device": self.device,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "date": date.today().isoformat(),
         }
-        kept = json.loads(path.read_text())["results"] if path.exists() else []
         subjects = {result.subject for result in self.results}
-        rows = [row for row in kept if row["subject"] not in subjects]
+        rows = [row for row in self.saved() if row["subject"] not in subjects]
         rows += [{**asdict(result), **stamp} for result in self.results]
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps({"device": self.device, "results": rows}, indent=1) + "\n")
-        return path
+        self.path.parent.mkdir(exist_ok=True)
+        self.path.write_text(json.dumps({"device": self.device, "results": rows}, indent=1) + "\n")
 
 
 def device_name() -> str:
@@ -384,6 +392,7 @@ def contest(
         results[name] = result
         benchmark.extra_info[name] = f"{result.median_ms:.3f} ms, {result.times_ours:.2f}x ours"
     session.results += results.values()
+    session.save()  # here, because a grid takes hours
     return results
 
 

@@ -6,14 +6,13 @@ SD-VAE's encoder is at its best in bf16, channels_last and eager: its grid in re
 others are behind. Before a machine's figures are quoted, its grid is to show the same, or `ENTERED` to change.
 """
 
-import json
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.harness import RESULTS, Goal, Provider, Session, Work, contest, slug
+from benchmarks.harness import Goal, Provider, Session, Work, contest
 from benchmarks.models import (
     NAMES,
     SD_VAE,
@@ -137,17 +136,10 @@ def test_grid(benchmark: Any, session: Session, device: str, name: str) -> None:
 
 def best_of_grid(session: Session, name: str, device: str) -> Configuration:
     """The fastest of `test_grid`, in this run or the last one on this machine."""
-    subject = grid_subject(name, device)
-    rows = [vars(result) for result in session.results]
-    path = RESULTS / f"{slug(session.device)}.json"
-    if path.exists():
-        rows += json.loads(path.read_text())["results"]
-    times = {}
-    for row in rows:
-        if row["subject"] == subject:
-            times.setdefault(row["provider"], row["median_ms"])
+    rows = [row for row in session.saved() if row["subject"] == grid_subject(name, device)]
+    assert rows, f"no grid for {name}: run test_grid first"
+    times = {row["provider"]: row["median_ms"] for row in rows}
     among = [configuration for configuration in configurations(device) if str(configuration) in times]
-    assert among, f"no grid for {name}: run test_grid first"
     return min(among, key=lambda configuration: times[str(configuration)])
 
 
