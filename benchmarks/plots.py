@@ -6,6 +6,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from benchmarks.harness import COPY
 
@@ -36,7 +37,7 @@ def draw_all(device: str, rows: list[Row], folder: Path, stem: str) -> dict[str,
         )
         if all(row["peak_memory"] for row in encoders):
             title = f"Encoders at their best, {shape}: peak memory"
-            figure = bars(encoders, megabytes, "MB beyond weights and images", title)
+            figure = bars(encoders, megabytes, "memory_share", "MB beyond weights and images", title)
             save(title, "encoder-memory", figure, encoders)
 
     charts: dict[str, list[Row]] = {}
@@ -85,7 +86,7 @@ def model_of(row: Row) -> str:
 
 
 def canvas(title: str, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(7, height), layout="constrained")
+    figure = Figure(figsize=(8, height), layout="constrained")
     figure.get_layout_engine().set(rect=(0, 0.04, 1, 0.96))  # room for the note
     axes = figure.subplots()
     axes.set_title(title, fontsize=10)
@@ -115,18 +116,20 @@ def curves(rows: list[Row], value: Callable[[Row], float], label: str, unit: str
     lines: dict[str, list[Row]] = {}
     for row in rows:
         lines.setdefault(row["provider"], []).append(row)
-    colors = iter(COLORS * 2)
+    colors: dict[str, str] = {}  # a model's is the same, whole or in tiles
     for provider, points in lines.items():
         points.sort(key=lambda row: row["x"])
         copied = provider.startswith(COPY)
-        tiled = "tiles" in provider
+        name, _, tiled = provider.partition(", tiles")
+        if not copied:
+            colors.setdefault(name, COLORS[len(colors) % len(COLORS)])
         axes.plot(
             [row["x"] for row in points],
             [value(row) for row in points],
             marker=None if copied else "s" if tiled else "o",
             markersize=4,
             linestyle="--" if copied else ":" if tiled else "-",
-            color=LINE if copied else next(colors),
+            color=LINE if copied else colors[name],
             label=provider,
         )
     axes.set_xscale("log", base=2)
@@ -134,8 +137,9 @@ def curves(rows: list[Row], value: Callable[[Row], float], label: str, unit: str
     ticks = sorted({row["x"] for row in rows})
     axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
     axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(label)
     axes.set_ylabel(unit)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, frameon=False)
+    figure.legend(fontsize=8, frameon=False, loc="outside right center")
     return figure
