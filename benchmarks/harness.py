@@ -181,9 +181,9 @@ def peak_resident_memory(function: Callable[[], Any]) -> int | None:
     try:
         libc = ctypes.CDLL(None)
         libc.malloc_trim(0)
+        peak.write_text("5")  # Linux: VmHWM starts again from here
         for setting, value in ((M_MMAP_THRESHOLD, 2**17), (M_MMAP_MAX, 2**16), (M_TOP_PAD, 0)):
             libc.mallopt(setting, value)
-        peak.write_text("5")  # Linux: VmHWM starts again from here
     except (OSError, AttributeError):
         return None
 
