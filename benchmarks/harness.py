@@ -19,7 +19,7 @@ import statistics
 import time
 import types
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
@@ -28,11 +28,16 @@ from typing import Any
 import torch
 
 from litevae_kernels import use_backend
+from litevae_kernels.allocator import keep_freed_memory
 from litevae_kernels.backend import why_not
 
 RESULTS = Path(__file__).parent / "results"
 GPU_SECONDS = 2e-3  # that a provider is repeated for between two events, at least
 GPU_CLOCK = 2e9  # cycles a second, for a rough wait
+YARDSTICKS = {"cpu": (2048, 2**28), "cuda": (8192, 2**31)}  # side of a matrix, bytes of a copy
+COPY = "copy"
+
+M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -2, -3, -4  # glibc's malloc.h
 
 Provider = Callable[[int], Any]
 
@@ -55,6 +60,33 @@ class Result:
         int | None
     )  # beyond the inputs: CUDA's allocator peak, or the peak of the resident memory on Linux
     rounds: int
+    images: int | None = None  # in one call
+    macs: int | None = None  # multiply-accumulates of one call
+    matrix_share: float | None = None  # of the rate that a large matrix product of the dtype reaches
+    copy_share: float | None = None  # of the rate that a large copy reads and writes at
+    speedup: float | None = None  # median over the rounds of (the best rival's time / its time)
+    memory_share: float | None = None  # of the best rival's peak
+    goal: dict[str, float | None] | None = None  # a `Goal`
+    chart: str | None = None  # the curve over `x` that the figure is a point of
+    x: float | None = None
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one call of a provider has to do: multiply-accumulates, and bytes to read and write."""
+
+    macs: int
+    bytes_moved: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Goal:
+    """How many times the best rival's images/s, and which share of its peak memory, a provider is to reach."""
+
+    speedup: float | None = None
+    memory_share: float | None = None
+    images_per_second: float | None = None
 
 
 @dataclass
@@ -64,22 +96,30 @@ class Session:
     device: str
     results: list[Result] = field(default_factory=list)
 
-    def save(self) -> Path:
+    @property
+    def path(self) -> Path:
+        return RESULTS / f"{slug(self.device)}.json"
+
+    def saved(self) -> list[dict[str, Any]]:
+        """The figures of this run and, for other subjects, of earlier ones on this machine."""
+        rows: list[dict[str, Any]] = []
+        if self.path.exists():
+            rows = json.loads(self.path.read_text())["results"]
+        return rows
+
+    def save(self) -> None:
         """Writes ``results/<device>.json``; subjects that were not run keep their figures."""
-        path = RESULTS / f"{slug(self.device)}.json"
         stamp = {
             "device": self.device,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "date": date.today().isoformat(),
         }
-        kept = json.loads(path.read_text())["results"] if path.exists() else []
         subjects = {result.subject for result in self.results}
-        rows = [row for row in kept if row["subject"] not in subjects]
+        rows = [row for row in self.saved() if row["subject"] not in subjects]
         rows += [{**asdict(result), **stamp} for result in self.results]
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps({"device": self.device, "results": rows}, indent=1) + "\n")
-        return path
+        self.path.parent.mkdir(exist_ok=True)
+        self.path.write_text(json.dumps({"device": self.device, "results": rows}, indent=1) + "\n")
 
 
 def device_name() -> str:
@@ -132,13 +172,18 @@ def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]
 def peak_resident_memory(function: Callable[[], Any]) -> int | None:
     """By how many bytes a call makes the process grow at most; None where the kernel does not tell.
 
-    glibc first gives back what it keeps of freed memory, so that the call has to ask for all that it needs.
+    glibc first gives back what it keeps of freed memory, so that the call has to ask for all that it needs, and maps
+    each large block on its own meanwhile. Among kept memory the same call grows the process by up to 1.8 times as
+    much, differently each time, for the gaps between blocks.
     """
     status, peak = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    gc.collect()
     try:
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
+        libc = ctypes.CDLL(None)
+        libc.malloc_trim(0)
         peak.write_text("5")  # Linux: VmHWM starts again from here
+        for setting, value in ((M_MMAP_THRESHOLD, 2**17), (M_MMAP_MAX, 2**16), (M_TOP_PAD, 0)):
+            libc.mallopt(setting, value)
     except (OSError, AttributeError):
         return None
 
@@ -147,7 +192,14 @@ def peak_resident_memory(function: Callable[[], Any]) -> int | None:
 
     before = kilobytes("VmRSS")
     function()
-    return max(0, kilobytes("VmHWM") - before) * 1024
+    growth = max(0, kilobytes("VmHWM") - before) * 1024
+    keep_freed_memory()  # as in the session's other calls
+    return growth
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As in tables: fp32, bf16, fp16."""
+    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
 
 
 def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
@@ -163,6 +215,28 @@ def copies(device: str, byte_count: int, inputs: int) -> Provider:
     return lambda i: sources[i].clone()
 
 
+def yardsticks(device: str, dtypes: Iterable[torch.dtype]) -> tuple[dict[str, Provider], dict[str, Work]]:
+    """What the machine can do at this moment: a large matrix product of each dtype, and a large copy."""
+    n, byte_count = YARDSTICKS[device]
+    copy = copies(device, byte_count, 2)
+    providers: dict[str, Provider] = {COPY: lambda i: copy(i % 2)}
+    works = {COPY: Work(0, byte_count, torch.uint8)}
+    for dtype in sorted(dtypes, key=str):
+        a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+        name = f"matrix product, {dtype_name(dtype)}, {n} x {n}"
+        providers[name] = lambda _, a=a, b=b: a @ b
+        works[name] = Work(n**3, 3 * a.nbytes, dtype)
+    return providers, works
+
+
+def reserved_memory() -> int:
+    """Bytes that PyTorch holds on the GPU and cannot give back."""
+    torch.cuda.synchronize()
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved()
+
+
 class Stopwatch:
     """Times one provider; each call takes the next input set of `turn`, which all providers share."""
 
@@ -172,14 +246,21 @@ class Stopwatch:
         self.on_gpu = torch.cuda.is_available()
         self.peak_memory: int | None = None
         self.repeats = 1
+        held = reserved_memory() if self.on_gpu else 0
         self.provider(next(turn))  # compile, and touch the memory
         if self.on_gpu:
-            self._prepare()
+            self._prepare(held)
         else:
             self.peak_memory = peak_resident_memory(lambda: self.provider(next(turn)))
 
-    def _prepare(self) -> None:
-        """Measures the peak of the memory, Python's time for a call, and how many calls a time needs."""
+    def _prepare(self, held: int) -> None:
+        """Measures the peak of the memory, Python's time for a call, and how many calls a time needs.
+
+        A CUDA graph allocates nothing when it is replayed: what it holds on to between calls is added.
+        """
+        for _ in range(2):  # the second call records a CUDA graph
+            self.provider(next(self.turn))
+        held = reserved_memory() - held
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -187,7 +268,7 @@ class Stopwatch:
         self.provider(next(self.turn))
         self.host_seconds = time.perf_counter() - start
         torch.cuda.synchronize()
-        self.peak_memory = torch.cuda.max_memory_allocated() - before
+        self.peak_memory = torch.cuda.max_memory_allocated() - before + max(0, held)
         self.repeats = max(1, math.ceil(GPU_SECONDS / self.seconds()))
 
     def seconds(self) -> float:
@@ -221,8 +302,15 @@ def contest(
     bytes_moved: int | None = None,
     copy: str | None = None,
     bars: Mapping[str, float] | None = None,
+    images: int | None = None,
+    works: Mapping[str, Work] | None = None,
+    rivals: Sequence[str] = (),
+    goals: Mapping[str, Goal] | None = None,
+    chart: str | None = None,
+    x: float | None = None,
     rounds: int = 30,
-    seconds: float = 6.0,
+    least: int = 7,
+    seconds: float = 4.0,
 ) -> dict[str, Result]:
     """Times all `providers` in turn and adds a `Result` each to `session`.
 
@@ -236,14 +324,26 @@ def contest(
         bytes_moved: what the subject has to read and write.
         copy: the provider that copies as many bytes, if there is one.
         bars: how many times as long as `ours` a provider is to take, at least; below 1, ours may be slower.
-        rounds: rounds at most; fewer if they would take longer than `seconds`, but at least 7.
+        images: how many there are in a call.
+        works: what each provider has to do, where that differs between them, by its name. Yardsticks for it
+            then run in the same rounds: a matrix product and a copy.
+        rivals: providers that the goals are about; the fastest in this run is the best rival.
+        goals: of the providers that have one.
+        chart, x: the figures are points of a curve at `x`.
+        rounds: rounds at most; fewer if they would take longer than `seconds`, but at least `least`.
     """
+    works, yards = dict(works or {}), {}
+    if works:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        yards, works_of_yards = yardsticks(device, {work.dtype for work in works.values()})
+        works |= works_of_yards
+    providers = providers | yards
     turn = itertools.cycle(range(inputs))
     watches = {name: Stopwatch(provider, turn) for name, provider in providers.items()}
     start = time.perf_counter()
     for watch in watches.values():
         watch.seconds()
-    rounds = max(7, min(rounds, int(seconds / (time.perf_counter() - start))))
+    rounds = max(least, min(rounds, int(seconds / (time.perf_counter() - start))))
     times: dict[str, list[float]] = {name: [] for name in providers}
 
     def run(name: str) -> None:
@@ -251,15 +351,16 @@ def contest(
 
     # pytest-benchmark times ours last in each round, so the rivals rotate: what runs just before (and leaves the
     # caches as it does) is another one each time.
-    rivals = deque(name for name in providers if name != ours)
+    others = deque(name for name in providers if name != ours)
 
-    def run_rivals() -> None:
-        rivals.rotate(1)
-        for name in rivals:
+    def run_others() -> None:
+        others.rotate(1)
+        for name in others:
             run(name)
 
-    benchmark.pedantic(lambda: run(ours), setup=run_rivals, rounds=rounds, iterations=1)
+    benchmark.pedantic(lambda: run(ours), setup=run_others, rounds=rounds, iterations=1)
 
+    best = min(rivals, key=lambda name: statistics.median(times[name]), default=None)
     results = {}
     for name, values in times.items():
         deciles = statistics.quantiles(values, n=10)
@@ -277,11 +378,35 @@ def contest(
             gigabytes_per_second=bytes_moved / median / 1e9 if bytes_moved else None,
             peak_memory=watches[name].peak_memory,
             rounds=rounds,
+            images=images if name not in yards else None,
+            chart=chart,
+            x=x,
         )
+        if name in works:
+            add_work(result, name, times, works)
+        if best is not None and name not in yards:
+            result.speedup = median_ratio(times[best], values)
+            own, its = result.peak_memory, watches[best].peak_memory
+            result.memory_share = own / its if own is not None and its else None
+            result.goal = asdict(goals[name]) if goals and name in goals else None
         results[name] = result
         benchmark.extra_info[name] = f"{result.median_ms:.3f} ms, {result.times_ours:.2f}x ours"
     session.results += results.values()
+    session.save()  # here, because a grid takes hours
     return results
+
+
+def add_work(
+    result: Result, name: str, times: Mapping[str, Sequence[float]], works: Mapping[str, Work]
+) -> None:
+    """How much of what the yardsticks reach in the same rounds a provider reaches."""
+    work, copied = works[name], works[COPY]
+    result.macs, result.bytes_moved = work.macs or None, work.bytes_moved
+    result.gigabytes_per_second = work.bytes_moved / result.median_ms / 1e6
+    result.copy_share = work.bytes_moved / copied.bytes_moved * median_ratio(times[COPY], times[name])
+    for yard, product in works.items():
+        if yard.startswith("matrix product") and product.dtype == work.dtype:
+            result.matrix_share = work.macs / product.macs * median_ratio(times[yard], times[name])
 
 
 def median_ratio(a: Sequence[float], b: Sequence[float]) -> float:

@@ -1,63 +1,180 @@
-"""Turns ``results/*.json`` into ``results/REPORT.md``: ``python -m benchmarks.report``."""
+"""``python -m benchmarks.report``: ``results/*.json`` as ``results/REPORT.md`` with plots, and the README's table."""
 
 import json
+import re
+from pathlib import Path
+from typing import Any
 
 from benchmarks.harness import RESULTS
+from benchmarks.plots import HEADLINE, Row, best_of_each, draw_all, images_per_second, model_of
+
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- python -m benchmarks.report writes from here -->", "<!-- to here -->"
 
 INTRODUCTION = """Made by `python -m benchmarks.report` from the JSON files beside it. Rivals run in turn on inputs
 larger than the caches; figures are medians over the rounds, ratios medians of the ratios within a round. "x copy"
 is against copying as many bytes as the operator has to read and write. A bar is what "x ours" has to reach, and
-is set in the benchmark; whether it was reached follows from the figure beside it. Peak memory is what a call needs
-beyond its inputs, results included."""
+is set in the benchmark; whether it was reached follows from the figure beside it.
+
+For whole models GB/s counts what their convolutions and matrix products read and write, each on its own, as if
+norms, activations and additions cost no traffic; "% of matrix" and "% of copy" are shares of what a large matrix
+product of the same dtype and a large copy reach in the same rounds. "x best rival" is images/s over those of the
+fastest rival of the same run, and "memory" the share of that rival's peak; behind them is the goal.
+
+More than 100% of matrix is no mistake: multiply-accumulates are counted as in a direct convolution, and Winograd's
+algorithm needs less than half of its multiplications.
+
+Peak memory is what a call needs beyond its inputs, results included, and beyond what is there before it: weights (and
+a trainer's gradients and optimizer states) are not in it. On a GPU it is the allocator's peak, and what a CUDA graph
+holds on to. On a CPU it is how far the process grows, with the buffers that libraries allocate for themselves. For
+that one call, which is not timed, the C library maps each large block on its own; in the timed calls, which keep
+freed memory, gaps between blocks add 10 to 80% to it, differently each time."""
 COLUMNS = (
-    "| provider | ms, median (10% to 90%) | GB/s | x copy | x ours | bar | peak MB |\n"
-    "|---|---|---|---|---|---|---|"
+    "provider",
+    "ms, median (10% to 90%)",
+    "images/s",
+    "GMAC",
+    "% of matrix",
+    "GB/s",
+    "% of copy",
+    "x copy",
 )
+COLUMNS += ("x ours", "bar", "x best rival", "memory", "peak MB")
 
 
-def table(rows: list[dict[str, object]]) -> str:
-    """One subject's providers, fastest first."""
-    lines = [COLUMNS]
-    for row in sorted(rows, key=lambda row: float(str(row["median_ms"]))):
-        cells = [
-            str(row["provider"]),
-            f"{row['median_ms']:.3g} ({row['p10_ms']:.3g} to {row['p90_ms']:.3g})",
-            "" if row["gigabytes_per_second"] is None else f"{row['gigabytes_per_second']:.3g}",
-            "" if row["times_copy"] is None else f"{row['times_copy']:.2f}",
-            f"{row['times_ours']:.2f}",
-            verdict(row),
-            "" if row["peak_memory"] is None else f"{float(str(row['peak_memory'])) / 1e6:.3g}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def verdict(row: dict[str, object]) -> str:
-    """Whether a provider's time is as many times ours as it was to be."""
-    bar = row.get("bar")  # rows from before there were bars have none
-    if bar is None:
+def number(value: Any, form: str = "", scale: float = 1.0) -> str:
+    """Three digits unless told; empty where there is none, or a row is from before there was such a figure."""
+    if value is None:
         return ""
-    return f"{bar:.3g}: {'reached' if float(str(row['times_ours'])) >= float(str(bar)) else 'missed'}"
+    return f"{value * scale:{form or ('.0f' if value * scale >= 100 else '.3g')}}"
+
+
+def cells(row: Row) -> list[str]:
+    get = row.get
+    goal = get("goal") or {}
+    speed = images_per_second(row) if get("images") else None
+    wanted = goal.get("images_per_second")
+    return [
+        row["provider"],
+        f"{number(row['median_ms'])} ({number(row['p10_ms'])} to {number(row['p90_ms'])})",
+        number(speed) + verdict(wanted, speed is not None and wanted is not None and speed >= wanted),
+        number(get("macs"), scale=1e-9),
+        number(get("matrix_share"), ".0f", 100),
+        number(row["gigabytes_per_second"]),
+        number(get("copy_share"), ".0f", 100),
+        number(row["times_copy"], ".2f"),
+        number(row["times_ours"], ".2f"),
+        verdict(get("bar"), row["times_ours"] >= (get("bar") or 0)).strip(),
+        met(get("speedup"), goal.get("speedup"), at_least=True),
+        met(get("memory_share"), goal.get("memory_share"), at_least=False),
+        number(row["peak_memory"], scale=1e-6),
+    ]
+
+
+def verdict(bar: float | None, reached: bool) -> str:
+    return "" if bar is None else f" {bar:.3g}: {'reached' if reached else 'missed'}"
+
+
+def met(value: float | None, goal: float | None, *, at_least: bool) -> str:
+    """A ratio, and its goal if there is one."""
+    if value is None:
+        return ""
+    return (
+        f"{value:.2f}"
+        + (";" if goal else "")
+        + verdict(goal, goal is not None and (value >= goal) == at_least)
+    )
+
+
+def markdown(header: list[str], lines: list[list[str]]) -> str:
+    """A table, without the columns that no line fills."""
+    used = [i for i in range(len(header)) if any(line[i] for line in lines)]
+    table = [[row[i] for i in used] for row in (header, ["---"] * len(header), *lines)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in table)
+
+
+def table(rows: list[Row]) -> str:
+    """One subject's providers, fastest first."""
+    return markdown(list(COLUMNS), [cells(row) for row in sorted(rows, key=lambda row: row["median_ms"])])
+
+
+def by_subject(rows: list[Row]) -> dict[str, list[Row]]:
+    subjects: dict[str, list[Row]] = {}
+    for row in rows:
+        subjects.setdefault(row["subject"], []).append(row)
+    return subjects
+
+
+def stamp(row: Row) -> str:
+    return f"torch {row['torch']}, {row['threads']} threads, {row['date']}"
 
 
 def report() -> str:
-    """All devices and subjects as Markdown."""
+    """All devices and subjects as Markdown; draws the plots."""
     parts = ["# Benchmarks", INTRODUCTION]
-    for path in sorted(RESULTS.glob("*.json")):
-        data = json.loads(path.read_text())
+    for path, data in machines():
         parts.append(f"## {data['device']}")
-        subjects: dict[str, list[dict[str, object]]] = {}
-        for row in data["results"]:
-            subjects.setdefault(row["subject"], []).append(row)
-        for subject, rows in subjects.items():
-            first = rows[0]
-            parts.append(
-                f"### {subject}\n\ntorch {first['torch']}, {first['threads']} threads, {first['date']}"
-            )
-            parts.append(table(rows))
+        for title, plot in draw_all(data["device"], data["results"], RESULTS, path.stem).items():
+            parts.append(f"![{title}]({plot.name})")
+        # the headline first, grids and curves last
+        subjects = by_subject(data["results"])
+        for subject in sorted(subjects, key=order(subjects)):
+            parts.append(f"### {subject}\n\n{stamp(subjects[subject][0])}\n\n{table(subjects[subject])}")
     return "\n\n".join(parts) + "\n"
+
+
+def order(subjects: dict[str, list[Row]]) -> Any:
+    def place(subject: str) -> int:
+        late = subject.startswith(("grid", "sizes")) or bool(subjects[subject][0].get("chart"))
+        return 0 if subject.startswith(HEADLINE) else 2 if late else 1
+
+    return place
+
+
+def machines() -> list[tuple[Path, dict[str, Any]]]:
+    return [(path, json.loads(path.read_text())) for path in sorted(RESULTS.glob("*.json"))]
+
+
+def headline() -> str:
+    """The README's table and plot: for each machine, every encoder's fastest configuration."""
+    parts = []
+    for path, data in machines():
+        rows = [row for row in data["results"] if row["subject"].startswith(HEADLINE)]
+        if not rows:
+            continue
+        best = best_of_each(rows)
+        lines = [
+            [
+                f"**{model_of(row)}**" if model_of(row).startswith("LiteVAE") else model_of(row),
+                row["provider"].split(", ", 1)[1],
+                number(images_per_second(row)),
+                f"{row['speedup']:.2f}x",
+                number(row["peak_memory"], ".0f", 1e-6),
+                number(row["memory_share"], ".2f") + "x",
+                number(row["macs"] / row["images"], ".1f", 1e-9),
+            ]
+            for row in best
+        ]
+        header = ["encoder", "run as", "images/s", "of SD-VAE's", "peak MB", "of SD-VAE's", "GMAC an image"]
+        shape = rows[0]["subject"].removeprefix(f"{HEADLINE}, ")
+        first = rows[0]
+        parts.append(f"{shape}, {data['device']}, torch {first['torch']}, {first['date']}:")
+        parts.append(markdown(header, lines))
+        parts.append(
+            f"![Images per second of each encoder](benchmarks/results/{path.stem}-encoder-speed.png)"
+        )
+    return "\n\n".join(parts)
+
+
+def write_readme() -> None:
+    text = README.read_text()
+    pattern = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
+    if not pattern.search(text):
+        raise SystemExit(f"{README}: the lines {BEGIN} and {END} are missing")
+    README.write_text(pattern.sub(lambda _: f"{BEGIN}\n\n{headline()}\n\n{END}", text))
 
 
 if __name__ == "__main__":
     (RESULTS / "REPORT.md").write_text(report())
+    write_readme()
     print(RESULTS / "REPORT.md")

@@ -209,6 +209,8 @@ def compete(
     *,
     training: bool,
     bars: dict[str, float],
+    chart: str | None = None,
+    x: float | None = None,
 ) -> None:
     """`sets`: for each input set, the calls to make one after the other."""
     calls = range(len(sets[0]))
@@ -260,6 +262,8 @@ def compete(
             bytes_moved=byte_count,
             copy=copy,
             bars=bars,
+            chart=chart,
+            x=x,
         )
 
 
@@ -319,4 +323,26 @@ def test_largest_call(benchmark: Any, session: Session, device: str, case: str, 
         sets,
         training=training,
         bars=bars_for(training) if case == "bf16 channels_last" else {},
+    )
+
+
+@pytest.mark.full("cpu")
+@pytest.mark.parametrize("side", [8, 16, 32, 64, 128, 256, 512])
+def test_over_size(benchmark: Any, session: Session, device: str, side: int) -> None:
+    size = Size(4, 96, 0, side, side, 32)
+    sets = [
+        [make_inputs(size, device, torch.bfloat16, torch.channels_last, training=False)]
+        for _ in range(INPUTS)
+    ]
+    chart = "group_norm_silu forward, bf16 channels_last, 4 images of 96 channels"
+    compete(
+        benchmark,
+        session,
+        device,
+        f"{chart}, {side}x{side}",
+        sets,
+        training=False,
+        bars={},
+        chart=chart,
+        x=side,
     )

@@ -1,4 +1,8 @@
-"""The Haar pyramid against its rivals: forward and backward, fp32 and bf16."""
+"""The Haar pyramid against its rivals: forward and backward, fp32 and bf16.
+
+pytorch_wavelets is among them where it can be imported: its last release, 1.3.0, imports pkg_resources, which
+setuptools has no longer since its version 81, so it needs `pip install pytorch_wavelets "setuptools<81"`.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,6 +21,11 @@ SHAPE = (32, 3, 256, 256)
 # x 25 MB in fp32: more than a CPU's or a GPU's last cache; a prime, so that each provider gets all of them
 INPUTS = 7
 LEVELS = 3
+
+try:
+    from pytorch_wavelets import DWTForward
+except ImportError:
+    DWTForward = None
 
 
 def appendix_g(image: Tensor) -> list[Tensor]:
@@ -80,10 +89,32 @@ def contestants(case: str) -> tuple[torch.dtype, Function, Function, Function]:
     return dtype, ours, by_slicing, by_ptwt
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_pyramid_forward(benchmark: Any, session: Session, device: str, case: str) -> None:
+def with_pytorch_wavelets(case: str, device: str) -> Function:
+    """Level by level, because each level's means are wanted, too."""
+    _, out_dtype, memory_format = CASES[case]
+    transform = DWTForward(J=1, wave="haar", mode="symmetric").to(device)
+
+    def pyramid(image: Tensor) -> list[Tensor]:
+        out, ll = [], image.float()
+        for level in range(1, LEVELS + 1):
+            ll, (details,) = transform(ll)
+            out.append(torch.cat([ll, *details.unbind(2)], dim=1) / 2**level)
+        return [x.to(out_dtype, memory_format=memory_format) for x in out]
+
+    return pyramid
+
+
+def compete_forward(
+    benchmark: Any,
+    session: Session,
+    device: str,
+    case: str,
+    shape: tuple[int, ...],
+    chart: str | None = None,
+    x: float | None = None,
+) -> None:
     dtype, ours, by_slicing, by_ptwt = contestants(case)
-    images = [torch.randn(SHAPE, device=device).to(dtype) for _ in range(INPUTS)]
+    images = [torch.randn(shape, device=device).to(dtype) for _ in range(INPUTS)]
 
     compiled = torch.compile(by_slicing, fullgraph=True)
     backends = our_backends(device)
@@ -100,6 +131,10 @@ def test_pyramid_forward(benchmark: Any, session: Session, device: str, case: st
         "slicing, eager": lambda i: by_slicing(images[i]),
         "Appendix G, ptwt": lambda i: by_ptwt(images[i]),
     }
+    if DWTForward is not None:
+        library = with_pytorch_wavelets(case, device)
+        torch.testing.assert_close(library(images[0]), by_slicing(images[0]))
+        providers["pytorch_wavelets"] = lambda i: library(images[i])
     if case == "fp32":
         torch.testing.assert_close(appendix_g(images[0]), slicing(images[0]))  # the rivals compute the same
         if device == "cpu":
@@ -107,13 +142,27 @@ def test_pyramid_forward(benchmark: Any, session: Session, device: str, case: st
     contest(
         benchmark,
         session,
-        f"haar_pyramid forward, {case}, {'x'.join(map(str, SHAPE))}",
+        f"haar_pyramid forward, {case}, {'x'.join(map(str, shape))}",
         f"litevae_kernels {backends[0]}",
         providers,
         inputs=INPUTS,
         bytes_moved=byte_count,
         copy="copy of the same bytes",
+        chart=chart,
+        x=x,
     )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_pyramid_forward(benchmark: Any, session: Session, device: str, case: str) -> None:
+    compete_forward(benchmark, session, device, case, SHAPE)
+
+
+@pytest.mark.full("cpu")
+@pytest.mark.parametrize("size", [64, 128, 256, 512, 1024, 2048])
+def test_forward_over_size(benchmark: Any, session: Session, device: str, size: int) -> None:
+    chart = "haar_pyramid forward, fp32, 4 images of 3 channels"
+    compete_forward(benchmark, session, device, "fp32", (4, 3, size, size), chart, size)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -143,6 +192,8 @@ def test_pyramid_backward(benchmark: Any, session: Session, device: str, case: s
         "slicing, eager": backward_of(by_slicing),
         "Appendix G, ptwt": backward_of(by_ptwt),
     }
+    if DWTForward is not None:
+        providers["pytorch_wavelets"] = backward_of(with_pytorch_wavelets(case, device))
     contest(
         benchmark,
         session,

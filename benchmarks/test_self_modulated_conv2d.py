@@ -118,8 +118,15 @@ def check_gradients(grads: tuple[Tensor, ...], parameters: Parameters, grad: Ten
         assert_within_budget(got, want, magnitude=magnitude, operations=filter_sums + length)
 
 
-def test_weight_forward(benchmark: Any, session: Session, device: str) -> None:
-    sets = [make_parameters(WEIGHT, device) for _ in range(INPUTS)]
+def compete_forward(
+    benchmark: Any,
+    session: Session,
+    device: str,
+    shape: tuple[int, ...],
+    chart: str | None = None,
+    x: float | None = None,
+) -> None:
+    sets = [make_parameters(shape, device) for _ in range(INPUTS)]
     byte_count = sets[0][0].nbytes + sets[0][0].numel() * 2
     backends = our_backends(device)
     providers: dict[str, Provider] = {COPY: copies(device, byte_count, INPUTS)}
@@ -136,13 +143,26 @@ def test_weight_forward(benchmark: Any, session: Session, device: str) -> None:
         contest(
             benchmark,
             session,
-            f"modulate_weight forward, fp32 to bf16 channels_last, {'x'.join(map(str, WEIGHT))}",
+            f"modulate_weight forward, fp32 to bf16 channels_last, {'x'.join(map(str, shape))}",
             f"litevae_kernels {backends[0]}",
             providers,
             inputs=INPUTS,
             bytes_moved=byte_count,
             copy=COPY,
+            chart=chart,
+            x=x,
         )
+
+
+def test_weight_forward(benchmark: Any, session: Session, device: str) -> None:
+    compete_forward(benchmark, session, device, WEIGHT)
+
+
+@pytest.mark.full("cpu")
+@pytest.mark.parametrize("channels", [64, 128, 256, 512, 1024, 2048])
+def test_weight_over_size(benchmark: Any, session: Session, device: str, channels: int) -> None:
+    chart = "modulate_weight forward, fp32 to bf16 channels_last, 3x3"
+    compete_forward(benchmark, session, device, (channels, channels, 3, 3), chart, channels)
 
 
 def test_weight_backward(benchmark: Any, session: Session, device: str) -> None:

@@ -1,0 +1,185 @@
+"""The models that are compared, how they can be run, and what a pass through one costs at least.
+
+Both kinds are called as their users call them, through `encode` and `decode`: the SD-VAE's encoder comes with its
+quant_conv. Weights are random; no speed depends on them.
+"""
+
+import copy
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers.utils.logging import set_verbosity_error
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+from benchmarks.harness import Work, dtype_name, relative_error, with_backend
+from benchmarks.test_encoder import unfused
+from litevae import LiteVAE
+from litevae.models.baseline import Autoencoder
+
+SD_VAE = "SD-VAE"
+PRESETS = {
+    "LiteVAE-S": "litevae-s",
+    "LiteVAE-B": "litevae-b",
+    "LiteVAE-M": "litevae-m",
+    "LiteVAE-L": "litevae-l",
+}
+NAMES = (SD_VAE, *PRESETS)
+FLOAT32_ERROR = 1e-4  # of the norm; convolution algorithms differ by a factor of 5 around 5e-6
+
+set_verbosity_error()  # or each cast of a model to a dtype warns of the parts to keep in float32, of which it has none
+
+Side = Literal["encoder", "decoder"]
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """How a model is run."""
+
+    dtype: torch.dtype
+    memory_format: torch.memory_format
+    mode: str  # one of MODES
+
+    def __str__(self) -> str:
+        layout = "channels_last" if self.memory_format == torch.channels_last else "contiguous"
+        return f"{dtype_name(self.dtype)} {layout}, {self.mode}"
+
+
+# torch.compile's arguments; on a CPU, freezing packs the weights, and adds and activates in the convolutions
+MODES: dict[str, dict[str, dict[str, Any] | None]] = {
+    "cpu": {"eager": None, "torch.compile, freezing": {"options": {"freezing": True}}},
+    "cuda": {
+        "eager": None,
+        "torch.compile": {},
+        "CUDA graphs": {"mode": "reduce-overhead"},
+        "max-autotune, CUDA graphs": {"mode": "max-autotune"},
+    },
+}
+
+
+def configurations(device: str) -> list[Configuration]:
+    """All there are: dtypes that the hardware computes in, layouts, and ways to call."""
+    dtypes = [torch.float32, torch.bfloat16, torch.float16]
+    if device == "cpu" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        dtypes.remove(torch.float16)
+    layouts = (torch.contiguous_format, torch.channels_last)
+    return [Configuration(*choice) for choice in itertools.product(dtypes, layouts, MODES[device])]
+
+
+def make_model(name: str, side: Side, device: str, **overrides: Any) -> Autoencoder:
+    """One side of a model in float32, biases and norms as after some training rather than zeros and ones."""
+    model: Autoencoder
+    if name == SD_VAE:
+        model = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            latent_channels=4,
+            sample_size=512,
+        )
+    else:
+        model = LiteVAE.from_preset(PRESETS[name], **overrides)
+    setattr(model, "decoder" if side == "encoder" else "encoder", nn.Identity())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1 and parameter.numel() > 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval().requires_grad_(False).to(device)
+
+
+def call_of(model: Autoencoder, side: Side) -> Callable[[Tensor], Tensor]:
+    """Image to moments, or latent to image."""
+    if side == "encoder":
+        return lambda image: model.encode(image).latent_dist.parameters
+    return lambda latent: model.decode(latent).sample
+
+
+def deploy(model: Autoencoder, side: Side, configuration: Configuration) -> Callable[[Tensor], Tensor]:
+    """A copy of `model` as `configuration` wants it."""
+    device = model.device.type
+    model = copy.deepcopy(model).to(dtype=configuration.dtype, memory_format=configuration.memory_format)
+    if isinstance(model, AutoencoderKL):
+        model.fuse_qkv_projections()
+    options = MODES[device][configuration.mode]
+    call = call_of(model, side)
+    return call if options is None else torch.compile(call, fullgraph=True, dynamic=False, **options)
+
+
+def make_inputs(side: Side, shape: tuple[int, ...], device: str, count: int) -> list[Tensor]:
+    """Images in [-1, 1], or latents; contiguous float32."""
+    make = torch.randn if side == "decoder" else lambda *a, **k: torch.rand(*a, **k) * 2 - 1
+    return [make(shape, device=device) for _ in range(count)]
+
+
+def as_input(x: Tensor, configuration: Configuration) -> Tensor:
+    return x.to(configuration.dtype).contiguous(memory_format=configuration.memory_format)
+
+
+class Gate:
+    """A speed is reported only for what is right: the first image's output, against a more exact one.
+
+    A 16-bit configuration is compared with PyTorch's own operators in float32, a float32 one with them in float64.
+    The same operators in the configuration's own dtype and layout say how much rounding costs; another order of
+    the same roundings may cost as much again.
+    """
+
+    def __init__(self, model: Autoencoder, side: Side, x: Tensor) -> None:
+        self.model = unfused(model)
+        self.side: Side = side
+        self.x = x[:1]
+        self.known: dict[tuple[Any, ...], Tensor] = {}
+
+    def output(self, dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
+        key = (dtype, memory_format)
+        if key not in self.known:
+            model = copy.deepcopy(self.model).to(dtype=dtype, memory_format=memory_format)
+            call = with_backend("reference", call_of(model, self.side))
+            self.known[key] = call(self.x.to(dtype).contiguous(memory_format=memory_format))
+        return self.known[key]
+
+    def check(self, call: Callable[[Tensor], Tensor], x: Tensor, configuration: Configuration) -> None:
+        """AssertionError unless `call`, given `x` with the first image in front, is right."""
+        single = configuration.dtype == torch.float32
+        exact = self.output(torch.float64 if single else torch.float32, torch.contiguous_format).double()
+        plain = self.output(configuration.dtype, configuration.memory_format)
+        allowed = max(2 * relative_error(plain, exact), FLOAT32_ERROR)
+        assert allowed < 0.5  # else any output would do
+        error = relative_error(call(x)[:1], exact)
+        assert error <= allowed, f"{configuration}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+class Traffic(TorchDispatchMode):
+    """Adds up the bytes that convolutions and matrix products read and write, each on its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            tensors = {id(t): t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)}
+            self.bytes += sum(t.numel() * t.element_size() for t in tensors.values())
+        return out
+
+
+def work(model: Autoencoder, side: Side, x: Tensor, dtype: torch.dtype) -> Work:
+    """Of one call with `x`; nothing is computed: the tensors have shapes only.
+
+    Bytes are those of a model whose norms, activations and additions cost no traffic of their own: each
+    convolution and matrix product reads its inputs and weights, and writes its result.
+    """
+    model = copy.deepcopy(model).to(dtype)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        fake = torch.empty(x.shape, dtype=dtype, device=x.device)
+        with FlopCounterMode(display=False) as flops, Traffic() as traffic:
+            call_of(model, side)(fake)
+    return Work(flops.get_total_flops() // 2, traffic.bytes, dtype)
