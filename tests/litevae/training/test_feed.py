@@ -91,7 +91,7 @@ def test_a_run_that_ends_over_bad_images_saves_first_and_exits(folder, tmp_path,
         [sys.executable, "-c", command, "train", "demo", *settings],
         capture_output=True,
         text=True,
-        timeout=100,  # a worker that never ends would keep the process
+        timeout=300,  # a worker that never ends would keep the process
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert ended.returncode == 2, ended.stderr
