@@ -1,5 +1,6 @@
 """The 3x3 convolution of ResBlocks against PyTorch's, at sizes of LiteVAE-B's encoder and of the decoder."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,21 +17,28 @@ SIZES = [(4, 96, 96, 128, 128), (4, 64, 64, 128, 128), (4, 96, 96, 32, 32), (1, 
 INPUTS = 5
 
 
-@pytest.mark.skipif(WHY_NOT is not None, reason=f"PyTorch's convolution serves all calls here: {WHY_NOT}")
+pytestmark = pytest.mark.skipif(
+    WHY_NOT is not None or torch.cuda.is_available(),
+    reason=f"PyTorch's convolution serves all calls here: {WHY_NOT or 'a GPU'}",
+)
+
+
+def image(batch: int, channels: int, height: int, width: int) -> Tensor:
+    x = torch.randn(batch, channels, height, width).bfloat16()
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def make_weight(outputs: int, inputs: int) -> Tensor:
+    weight = torch.randn(outputs, inputs, 3, 3) * (9 * inputs) ** -0.5
+    return weight.contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
-def test_inference(benchmark: Any, session: Session, device: str, size: tuple[int, ...]) -> None:
+def test_inference(benchmark: Any, session: Session, size: tuple[int, ...]) -> None:
     """With bias and residual, as the second convolution of a block."""
-    if device != "cpu":
-        pytest.skip("PyTorch's convolution serves all calls on a GPU")
-    batch, inputs, outputs, height, width = size
-
-    def image(channels: int) -> Tensor:
-        x = torch.randn(batch, channels, height, width).bfloat16()
-        return x.contiguous(memory_format=torch.channels_last)
-
-    sets = [(image(inputs), image(outputs)) for _ in range(INPUTS)]
-    weight = (torch.randn(outputs, inputs, 3, 3) * (9 * inputs) ** -0.5).bfloat16()
-    weight, bias = weight.contiguous(memory_format=torch.channels_last), torch.randn(outputs).bfloat16()
+    batch, inputs, outputs, *pixels = size
+    sets = [(image(batch, inputs, *pixels), image(batch, outputs, *pixels)) for _ in range(INPUTS)]
+    weight, bias = make_weight(outputs, inputs).bfloat16(), torch.randn(outputs).bfloat16()
 
     def ours(i: int) -> Tensor:
         return conv3x3(sets[i][0], weight, bias, residual=sets[i][1])
@@ -59,3 +67,48 @@ def test_inference(benchmark: Any, session: Session, device: str, size: tuple[in
             },
             inputs=INPUTS,
         )
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
+def test_forward_and_backward(benchmark: Any, session: Session, size: tuple[int, ...]) -> None:
+    """Under autocast: float32 weights and their float32 gradients."""
+    batch, inputs, outputs, *pixels = size
+    sets = [
+        (image(batch, inputs, *pixels).requires_grad_(), image(batch, outputs, *pixels))
+        for _ in range(INPUTS)
+    ]
+    weight = make_weight(outputs, inputs).requires_grad_()
+
+    def torchs(x: Tensor) -> Tensor:
+        return F.conv2d(x, weight, padding=1)
+
+    def provider(function: Callable[[Tensor], Tensor]) -> Callable[[int], tuple[Tensor, ...]]:
+        def run(i: int) -> tuple[Tensor, ...]:
+            x, grad = sets[i]
+            with torch.autocast("cpu", torch.bfloat16):
+                y = function(x)
+            return torch.autograd.grad(y, (x, weight), grad)
+
+        return run
+
+    providers = {
+        "litevae_kernels native": provider(lambda x: conv3x3(x, weight)),
+        "conv2d, eager": provider(torchs),
+        "conv2d, torch.compile": provider(compiled(torchs)),
+    }
+    x, grad = (t[:1].detach() for t in sets[0])
+    wide = x.double().requires_grad_(), weight.detach().double().requires_grad_()
+    exact = torch.autograd.grad(F.conv2d(*wide, padding=1), wide, grad.double())
+    sets[0] = (x.requires_grad_(), grad)
+    found = zip(providers["litevae_kernels native"](0), providers["conv2d, eager"](0), exact, strict=True)
+    for ours, theirs, expected in found:  # the gate, as above
+        assert relative_error(ours, expected) < 3.5 * relative_error(theirs, expected)
+    sets[0] = sets[1]
+    contest(
+        benchmark,
+        session,
+        f"conv3x3 forward and backward, bf16 autocast, channels_last, {'x'.join(map(str, size))}",
+        "litevae_kernels native",
+        providers,
+        inputs=INPUTS,
+    )
