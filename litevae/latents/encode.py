@@ -242,7 +242,8 @@ class Run:
         self.bad = BadImages(bad_list, len(images), max_bad_fraction, setting="--max-bad-fraction")
         self.bad.add(pair for shard in self.shards.values() for pair in shard.bad.items())
         # diffusers' own `to` warns of modules to keep in float32, of which there are none
-        torch.nn.Module.to(model, dtype=DTYPES[settings.precision], memory_format=torch.channels_last)
+        torch.nn.Module.to(model, DTYPES[settings.precision])
+        model.to(memory_format=torch.channels_last)
         model.eval()
 
     def describe(self, factor: int) -> dict[str, Any]:

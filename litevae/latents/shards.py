@@ -177,17 +177,14 @@ def verify(folder: Path) -> dict[str, Any]:
         if damage is None:
             try:
                 with safe_open(folder / shard.file, framework="pt") as file:
-                    shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-                    halves = {file.get_slice(name).get_dtype() for name in names} == {"F16"}
+                    tensors = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                    found = {name: (each.get_dtype(), *each.get_shape()) for name, each in tensors.items()}
                     listed = len(json.loads(file.metadata()[IMAGES]))
             except (SafetensorError, ValueError, KeyError, TypeError) as error:
                 damage = f"cannot be read: {error}"
             else:
-                if (
-                    not halves
-                    or shapes != dict.fromkeys(names, (shard.count, *shape))
-                    or listed != shard.count
-                ):
+                expected = dict.fromkeys(names, ("F16", shard.count, *shape))
+                if found != expected or listed != shard.count:
                     damage = f"does not hold what {INDEX} says"
         if damage is None and (shard.first != end or shard.count + len(shard.bad) != shard.images):
             damage = f"is listed in {INDEX} with numbers that do not fit"
