@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from litevae.cli.encode import encode
 from litevae.cli.info import info
 from litevae.cli.reconstruct import reconstruct
 from litevae.cli.scale import scale
@@ -20,6 +21,7 @@ app.command(context_settings={"ignore_unknown_options": True})(train)
 app.command()(reconstruct)
 app.command()(info)
 app.command()(scale)
+app.command()(encode)
 
 
 def print_version(wanted: bool) -> None:
@@ -45,6 +47,7 @@ def callback(
              litevae reconstruct runs/demo photo.jpg -o reconstructed
              litevae info litevae-b
              litevae scale runs/demo path/to/images
+             litevae encode runs/demo path/to/images latents
     """
     if context.invoked_subcommand is None:
         print(context.get_help())
@@ -58,7 +61,7 @@ def callback(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line, `sys.argv` by default, and returns the exit status.
 
-    0: done, also where training was stopped by Ctrl-C or SIGTERM and saved everything; 1: a training run
+    0: done, also where training or encoding was stopped by Ctrl-C or SIGTERM and can go on; 1: a training run
     went to infinity, or the disk failed; 2: a mistake of the user's; 130: interrupted before there was
     anything to save.
     """

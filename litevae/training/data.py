@@ -149,10 +149,14 @@ class BadImages:
         path: of the file; it is made when the first image fails.
         total: number of images in the data set.
         max_fraction: of them that may fail.
+        setting: what the user calls `max_fraction`.
     """
 
-    def __init__(self, path: Path, total: int, max_fraction: float) -> None:
+    def __init__(
+        self, path: Path, total: int, max_fraction: float, setting: str = "data.max_bad_fraction"
+    ) -> None:
         self.path = path
+        self.setting = setting
         self.total = total
         self.max_fraction = max_fraction
         self.names: set[str] = set()
@@ -182,7 +186,7 @@ class BadImages:
         if len(self.names) > allowed_bad(self.total, self.max_fraction):
             raise UserError(
                 f"{len(self.names)} of {self.total} images cannot be used, more than "
-                f"data.max_bad_fraction={self.max_fraction:g} allows: {self.path} lists them"
+                f"{self.setting}={self.max_fraction:g} allows: {self.path} lists them"
             )
 
     def read(self) -> None:
@@ -253,3 +257,8 @@ def middle_square(pixels: Pixels, size: int) -> Pixels:
     height, width = pixels.shape[:2]
     side = min(height, width)
     return resize_window(pixels, (height - side) // 2, (width - side) // 2, side, side, size)
+
+
+def load_square(images: ImageSource, index: int, size: int) -> Tensor:
+    """`middle_square` of an image, (3, size, size) uint8; raises BadImage."""
+    return torch.from_numpy(middle_square(images.load(index), size).transpose(2, 0, 1).copy())

@@ -11,7 +11,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from litevae.errors import UserError
 from litevae.images import BadImage, to_model_range
 from litevae.models.baseline import Autoencoder, spatial_compression
-from litevae.training.data import middle_square
+from litevae.training.data import load_square
 from litevae.training.sources import ImageSource
 
 
@@ -37,10 +37,9 @@ class Squares(Dataset[Tensor | None]):
 
     def __getitem__(self, index: int) -> Tensor | None:
         try:
-            pixels = self.images.load(index * len(self.images) // self.count)
+            return load_square(self.images, index * len(self.images) // self.count, self.size)
         except BadImage:
             return None
-        return torch.from_numpy(middle_square(pixels, self.size).transpose(2, 0, 1).copy())
 
 
 def stack_good(squares: Sequence[Tensor | None]) -> Tensor:

@@ -45,6 +45,12 @@ class ImageSource(Protocol):
     def name(self, index: int) -> str:
         """Where the image is, for people to find it."""
 
+    def key(self, index: int) -> str:
+        """The image's name within the source: the same wherever the source lies."""
+
+    def label(self, index: int) -> str | None:
+        """The image's class: the folder that it lies in, a shard's .cls, a dataset's column `label`."""
+
     def load(self, index: int) -> Pixels:
         """(H, W, 3) uint8 as `litevae.images.decode` makes it; BadImage where it cannot."""
 
@@ -93,7 +99,7 @@ def open_folder(folder: Path) -> ImageSource:
     if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return HuggingFace.from_disk(folder)
     shards = sorted(str(file) for file in folder.glob("*.tar"))
-    images = PackedStrings(walk(folder))
+    images = PackedStrings(os.path.relpath(path, folder) for path in walk(folder))
     if shards and images:
         raise UserError(f"{folder}: has both images and .tar shards: name one kind, such as {folder}/*.tar")
     if shards:
@@ -104,7 +110,7 @@ def open_folder(folder: Path) -> ImageSource:
                 f"{folder}: has .parquet files: name those of one split, such as {folder}/train-*.parquet"
             )
         raise UserError(f"{folder}: no images in this folder or in those inside it")
-    return Folder(images)
+    return Folder(folder, images)
 
 
 def expand(pattern: str) -> list[str]:
@@ -182,6 +188,11 @@ class Photographs:
     def name(self, index: int) -> str:
         return self.names[index]
 
+    key = name
+
+    def label(self, index: int) -> None:
+        return None
+
     def load(self, index: int) -> Pixels:
         return self.pixels[index]
 
@@ -196,19 +207,26 @@ def load_photograph(name: str) -> Pixels:
 
 
 class Folder:
-    """Image files by path."""
+    """Image files by their paths within a folder."""
 
-    def __init__(self, paths: PackedStrings) -> None:
-        self.paths = paths
+    def __init__(self, folder: Path, paths: PackedStrings) -> None:
+        self.folder, self.paths = folder, paths
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def name(self, index: int) -> str:
-        return self.paths[index]
+        return str(self.folder / self.paths[index])
+
+    def key(self, index: int) -> str:
+        return Path(self.paths[index]).as_posix()
+
+    def label(self, index: int) -> str | None:
+        folder = Path(self.paths[index]).parent
+        return folder.as_posix() if folder.name else None
 
     def load(self, index: int) -> Pixels:
-        return decode(Path(self.paths[index]))
+        return decode(Path(self.name(index)))
 
 
 class Shards:
@@ -227,23 +245,24 @@ class Shards:
 
         self.files = list(files)
         names: list[str] = []
-        places = array("q")  # of each image: number of the shard, offset, bytes
+        places = array(
+            "q"
+        )  # of each image: number of the shard, offset and bytes of the image and of its .cls
         for number, file in enumerate(self.files):
             members = ((*base_plus_ext(member.name), member) for member in tar_members(file))
             for key, sample in groupby(members, lambda member: member[0]):
-                images = [
-                    (ext, member)
-                    for _, ext, member in sample
-                    if key and f".{ext}".lower().endswith(EXTENSIONS)
-                ]
+                parts = [(ext.lower(), member) for _, ext, member in sample if key]
+                images = [part for part in parts if f".{part[0]}".endswith(EXTENSIONS)]
                 if images:
                     _, image = min(images, key=lambda image: "." in image[0])
                     names.append(image.name)
-                    places.extend((number, image.offset_data, image.size))
+                    label = next(((cls.offset_data, cls.size) for ext, cls in parts if ext == "cls"), (0, 0))
+                    places.extend((number, image.offset_data, image.size, *label))
         if not places:
             raise UserError(f"{and_more(self.files)}: no images in there")
         self.names = PackedStrings(names)
-        self.places = np.array(places).reshape(-1, 3)
+        self.places = np.array(places).reshape(-1, 5)
+        self.parent = os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in self.files])
 
     def __len__(self) -> int:
         return len(self.places)
@@ -251,15 +270,25 @@ class Shards:
     def name(self, index: int) -> str:
         return f"{self.files[self.places[index, 0]]}:{self.names[index]}"
 
+    def key(self, index: int) -> str:
+        shard = os.path.relpath(self.files[self.places[index, 0]], self.parent)
+        return f"{Path(shard).as_posix()}:{self.names[index]}"
+
+    def label(self, index: int) -> str | None:
+        number, _, _, offset, size = self.places[index].tolist()
+        return self.read(number, offset, size).decode(errors="replace").strip() if size else None
+
     def load(self, index: int) -> Pixels:
-        number, offset, size = self.places[index].tolist()
+        number, offset, size, *_ = self.places[index].tolist()
+        return decode(io.BytesIO(self.read(number, offset, size)))
+
+    def read(self, number: int, offset: int, size: int) -> bytes:
         try:
             with open(self.files[number], "rb") as file:
                 file.seek(offset)
-                content = file.read(size)
+                return file.read(size)
         except OSError as error:
             raise BadImage(f"cannot be read: {error.strerror}") from None
-        return decode(io.BytesIO(content))
 
 
 def tar_members(path: str) -> Iterator[tarfile.TarInfo]:
@@ -308,7 +337,9 @@ class HuggingFace:
             raise UserError(f"{path}: has no rows")
         self.path = path
         self.column = "image" if "image" in columns else columns[0]
-        dataset = dataset.with_format(None).select_columns(self.column)
+        dataset = dataset.with_format(None)
+        self.labels = dataset.select_columns("label") if "label" in dataset.features else None
+        dataset = dataset.select_columns(self.column)
         self.dataset = dataset.cast_column(self.column, Image(decode=False))
 
     @classmethod
@@ -335,6 +366,18 @@ class HuggingFace:
 
     def name(self, index: int) -> str:
         return f"{self.path}, row {index}"
+
+    def key(self, index: int) -> str:
+        return f"row {index}"
+
+    def label(self, index: int) -> str | None:
+        if self.labels is None:
+            return None
+        label = self.labels[index]["label"]
+        if label is None or label == -1:  # what `datasets` has for an unknown one
+            return None
+        feature = self.labels.features["label"]  # a ClassLabel knows the names of its classes
+        return feature.int2str(label) if hasattr(feature, "int2str") else str(label)
 
     def load(self, index: int) -> Pixels:
         try:

@@ -54,7 +54,7 @@ def fails(capsys):
     return run
 
 
-@pytest.mark.parametrize("command", ["train", "reconstruct", "info", "scale"])
+@pytest.mark.parametrize("command", ["train", "reconstruct", "info", "scale", "encode"])
 def test_help_shows_an_example(litevae, command):
     assert f"Example: litevae {command} " in litevae(command, "--help")
 

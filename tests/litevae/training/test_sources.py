@@ -335,3 +335,44 @@ def test_packed_strings_are_the_strings():
     strings = ["", "a/b.png", "ü\udcfe", ""]
     packed = PackedStrings(strings)
     assert [packed[i] for i in range(len(packed))] == strings
+
+
+def test_keys_do_not_depend_on_where_the_images_lie(tmp_path, monkeypatch):
+    for place in ("one", "two/deeper"):
+        for name in ("b/x/2.png", "a.png", "b/1.png"):
+            write(tmp_path / place / "images" / name, png(1))
+        write_tar(tmp_path / place / "shards" / "0" / "s.tar", [("1.png", png(1))])
+        write_tar(tmp_path / place / "shards" / "1" / "s.tar", [("1.png", png(1))])
+        folder = open_images(str(tmp_path / place / "images"))
+        assert [folder.key(i) for i in range(3)] == ["a.png", "b/1.png", "b/x/2.png"]
+        assert [folder.label(i) for i in range(3)] == [None, "b", "b/x"]
+        shards = open_images(str(tmp_path / place / "shards" / "{0..1}" / "s.tar"))
+        assert [shards.key(i) for i in range(2)] == ["0/s.tar:1.png", "1/s.tar:1.png"]
+    monkeypatch.chdir(tmp_path / "one")
+    assert open_images("images").key(1) == "b/1.png"
+    demo = open_images("demo")
+    assert (demo.key(0), demo.label(0)) == ("astronaut", None)
+
+
+def test_labels_of_shards_are_their_cls_members(tmp_path):
+    members = [("1.cls", b"7\n"), ("1.png", png(1)), ("2.png", png(2)), ("3.png", png(3)), ("3.CLS", b"cat")]
+    write_tar(tmp_path / "s.tar", members)
+    source = open_images(str(tmp_path / "s.tar"))
+    assert_pictures(source, [1, 2, 3])
+    assert [source.label(i) for i in range(3)] == ["7", None, "cat"]
+
+
+def test_labels_of_a_dataset_are_its_column_of_that_name(tmp_path):
+    images = [Image.fromarray(picture(i)) for i in range(3)]
+    kinds = {
+        "classes": (datasets.ClassLabel(names=["cat", "dog"]), [1, 0, -1], ["dog", "cat", None]),
+        "numbers": (datasets.Value("int64"), [4, None, 2], ["4", None, "2"]),
+        "text": (datasets.Value("string"), ["x", "y", None], ["x", "y", None]),
+    }
+    for name, (feature, values, expected) in kinds.items():
+        features = datasets.Features({"image": datasets.Image(), "label": feature})
+        datasets.Dataset.from_dict({"image": images, "label": values}, features).save_to_disk(tmp_path / name)
+        source = open_images(str(tmp_path / name))
+        assert [source.label(i) for i in range(3)] == expected
+        assert_pictures(source, [0, 1, 2])
+        assert source.key(2) == "row 2"

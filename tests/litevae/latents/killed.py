@@ -1,0 +1,77 @@
+"""Encodes in child processes that are killed. Arguments: model, images, output folder, number of kills, seed.
+
+Importing PyTorch takes seconds, so the children are forks of this process, which computes nothing itself.
+"""
+
+import os
+import random
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import torch
+
+from litevae import LiteVAE
+from litevae.latents import Settings, encode_images
+from litevae.training.sources import open_images
+
+model, images, folder, kills, seed = sys.argv[1:]
+folder = Path(folder)
+torch.set_num_threads(1)
+random = random.Random(int(seed))
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def start(die_at_sync=None, die_after=None, workers=0):
+    """Forks a run. It kills itself when it has written through to the disk `die_at_sync` times, or `die_after`
+    seconds after it has first renamed a file, whatever it does then."""
+    child = os.fork()
+    if child:
+        return child
+    if die_at_sync is not None:
+        sync, count = os.fsync, iter(range(die_at_sync))
+
+        def fsync(descriptor):
+            sync(descriptor)
+            if next(count, None) is None:
+                kill()
+
+        os.fsync = fsync
+    if die_after is not None:
+        replace, timer = os.replace, threading.Timer(die_after, kill)
+
+        def start_timer(source, target):
+            replace(source, target)
+            if not timer.ident:
+                timer.start()
+
+        os.replace = start_timer
+    status = 1
+    try:
+        encode_images(
+            LiteVAE.from_pretrained(model),
+            open_images(images),
+            folder,
+            Settings(32, "fp32", mirror=True, shard_size=2),
+            batch_size=2,
+            workers=workers,
+            max_bad_fraction=0.1,
+        )
+        status = 0
+    finally:
+        os._exit(status)
+
+
+for number in range(int(kills)):
+    # a shard is three writes
+    when = {"die_at_sync": random.randrange(2, 6)} if number % 2 else {"die_after": random.uniform(0, 0.02)}
+    _, status = os.waitpid(start(**when, workers=number % 4 // 2), 0)
+    if not os.WIFSIGNALED(status):  # there was little left to do
+        break
+    print("killed at", *sorted(path.name for path in folder.iterdir()), flush=True)
+_, status = os.waitpid(start(), 0)
+assert status == 0

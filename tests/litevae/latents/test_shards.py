@@ -1,0 +1,151 @@
+import json
+import pickle
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader
+
+from litevae import LiteVAE
+from litevae.errors import UserError
+from litevae.latents import LatentDataset, Settings, encode_images, sample_latents, verify
+from litevae.latents.shards import write_shard
+from litevae.training.sources import open_images
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory, model_folder, photographs):
+    folder = tmp_path_factory.mktemp("encoded") / "latents"
+    model, settings = LiteVAE.from_pretrained(model_folder), Settings(32, mirror=True, shard_size=4)
+    encode_images(model, open_images(str(photographs)), folder, settings, workers=0, max_bad_fraction=0.1)
+    return folder
+
+
+@pytest.fixture
+def folder(encoded, tmp_path):
+    return shutil.copytree(encoded, tmp_path / "latents")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_items_are_the_images_and_then_their_mirrored_copies(folder, workers):
+    dataset = LatentDataset(folder)
+    assert (len(dataset), dataset.count) == (20, 10)
+    shards = [load_file(path) for path in sorted(folder.glob("*.safetensors"))]
+    expected = torch.cat([shard[name] for name in ("moments", "moments_mirrored") for shard in shards])
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(0)).tolist()
+    batches = list(DataLoader(dataset, 3, sampler=order, num_workers=workers))
+    moments = torch.cat([batch.moments for batch in batches])
+    assert moments.dtype == torch.float32
+    assert torch.equal(moments, expected[order].float())
+    labels = [0] * 4 + [1] * 3 + [2] * 3
+    assert torch.cat([batch.label for batch in batches]).tolist() == [labels[i % 10] for i in order]
+    assert dataset.name(13) == dataset.name(3) == "a/03.png"
+    plain = LatentDataset(folder, mirrored=False)
+    assert len(plain) == 10
+    with pytest.raises(IndexError, match="item 10 of 10"):
+        plain[10]
+
+
+def test_a_copy_for_another_process_maps_the_files_itself(folder):
+    dataset = LatentDataset(folder, check=False)
+    first = dataset[0]
+    assert dataset.files
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert not copy.files
+    assert torch.equal(copy[0].moments, first.moments)
+
+
+def test_samples_are_scaled_draws_from_the_posterior(folder):
+    dataset = LatentDataset(folder)
+    moments = torch.stack([dataset[i].moments for i in range(3)])
+    mean, logvar = moments.double().chunk(2, dim=1)
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(5)).double()
+    expected = (mean + (logvar / 2).exp() * noise - 0.25) * 0.5  # the model's shift and scale
+    found = dataset.sample(moments, torch.Generator().manual_seed(5))
+    torch.testing.assert_close(
+        found.double(), expected, rtol=0, atol=8 * 2**-24 * expected.abs().max().item()
+    )
+    plain = sample_latents(moments, generator=torch.Generator().manual_seed(5))
+    torch.testing.assert_close((plain - 0.25) * 0.5, found, rtol=0, atol=0)
+
+
+def change(key, value):
+    def edit(folder):
+        path = folder / "index.json"
+        index = json.loads(path.read_text())
+        *place, last = key
+        entry = index
+        for name in place:
+            entry = entry[name]
+        entry[last] = value
+        path.write_text(json.dumps(index))
+
+    return edit
+
+
+def cut(folder):
+    path = folder / "shard-00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def swap(folder):
+    """Another shard with a digest that fits, but of other tensors."""
+    shard = write_shard(
+        folder, 1, 4, [("x", None)] * 3, {"moments": torch.zeros(3, 8, 8, 8).half()}, {"b/05.png": ""}
+    )
+    change(["shards", 1, "sha256"], shard.sha256)(folder)
+    change(["shards", 1, "bytes"], shard.bytes)(folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "index.json").unlink(), "latents: has no index.json: not encoded images"),
+        (
+            lambda folder: (folder / "index.json").write_text("{"),
+            "index.json: not the index of encoded images",
+        ),
+        (
+            lambda folder: (folder / "index.json").write_text("[]"),
+            "index.json: not the index of encoded images",
+        ),
+        (
+            change(["format"], "other"),
+            "is of format 'other'; this version reads 'litevae latents, version 1'",
+        ),
+        (change(["complete"], False), "latents: not complete"),
+        (change(["shards", 0], {}), "not the index of encoded images"),
+        (
+            change(["shards", 0, "sha256"], "0" * 64),
+            "shard-00000.safetensors: its content is not what was written",
+        ),
+        (change(["shards", 1, "first"], 5), "shard-00001.safetensors: is listed in index.json with numbers"),
+        (change(["shards", 1, "count"], 2), "shard-00001.safetensors: does not hold what index.json says"),
+        (
+            change(["latents", "shape"], [8, 4, 4]),
+            "shard-00000.safetensors: does not hold what index.json says",
+        ),
+        (change(["images", "count"], 12), "index.json: lists 11 of 12 images"),
+        (lambda folder: (folder / "shard-00002.safetensors").unlink(), "shard-00002.safetensors: is missing"),
+        (cut, "shard-00001.safetensors: has [0-9]+ bytes, not [0-9]+"),
+        (swap, "shard-00001.safetensors: does not hold what index.json says"),
+    ],
+)
+def test_damage_is_named(folder, damage, message):
+    damage(folder)
+    with pytest.raises(UserError, match=message):
+        verify(folder)
+    with pytest.raises(UserError, match=message):
+        LatentDataset(folder)
+
+
+def test_lengths_are_checked_in_any_case(folder):
+    cut(folder)
+    with pytest.raises(UserError, match=r"shard-00001\.safetensors: has "):
+        LatentDataset(folder, check=False)
+
+
+def test_no_such_folder(tmp_path):
+    with pytest.raises(UserError, match="nowhere: no such folder"):
+        LatentDataset(tmp_path / "nowhere")
