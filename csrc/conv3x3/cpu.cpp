@@ -173,6 +173,16 @@ void transform_weights(V g0, V g1, V g2, V* to, int step) {
   to[0] = g0, to[step] = halved(outer + g1), to[2 * step] = halved(outer - g1), to[3 * step] = g2;
 }
 
+// Taps are rounded to bfloat16 before they are transformed, as autocast does: the same result, whoever does
+// it.
+template <class T>
+VecF load_taps(const T* from, int lanes) {
+  const VecF v = VecF::load(from, lanes);
+  if (sizeof(T) == sizeof(BFloat16)) return v;
+  const __m512i bits = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v.v)));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16))};
+}
+
 // A 16x16 matrix of 32-bit values.
 void transpose(__m512i* r) {
   __m512i t[16];
@@ -211,7 +221,7 @@ void pack_outputs(const T* from, int64_t output, int64_t row, int64_t column, in
       const auto tap = [&](int i, int j) {
         const T* at = from + o * output + i * row + j * column + c;
         Run g;
-        deinterleave(VecF::load(at, first), VecF::load(at + kLanes, second), g.even, g.odd);
+        deinterleave(load_taps(at, first), load_taps(at + kLanes, second), g.even, g.odd);
         return g;
       };
       Run u[4][3], points[4];
@@ -238,7 +248,7 @@ void pack_adjacent_outputs(const TensorView& w, const T* from, int lanes, int64_
     for (int j = 0; j < 3; ++j) {
       VecF tap[3];
       for (int i = 0; i < 3; ++i)
-        tap[i] = c < inputs ? VecF::load(from + c * w.stride[1] + i * w.stride[2] + j * w.stride[3], lanes)
+        tap[i] = c < inputs ? load_taps(from + c * w.stride[1] + i * w.stride[2] + j * w.stride[3], lanes)
                             : VecF::set(0);
       transform_weights(tap[0], tap[1], tap[2], u + j, 3);
     }

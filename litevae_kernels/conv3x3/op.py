@@ -35,6 +35,7 @@ def _forward(
     y = _output(x, weight.shape[0])
     x = _channels_innermost(x)
     residual = None if residual is None else _channels_innermost(residual)
+    bias = None if bias is None else bias.to(torch.bfloat16)  # as autocast does; the kernel rounds the weight
     native.forward(x, weight, bias, residual, silu_input, y)
     return y
 

@@ -175,12 +175,16 @@ def test_a_stack_of_images_is_each_image_by_itself():
 @needs_kernel
 @pytest.mark.parametrize("residual", [False, True])
 def test_under_autocast(residual):
-    """Float32 parameters are rounded once, when they are transformed."""
+    """Float32 parameters are rounded first, as autocast does for PyTorch's convolution."""
     x = channels_innermost(values(2, 48, 9, 7, dtype=torch.float32), "channels_last")
     weight, bias = values(64, 48, 3, 3, dtype=torch.float32, seed=1), values(64, dtype=torch.float32, seed=2)
     added = values(2, 64, 9, 7, dtype=torch.float32, seed=3) if residual else None
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        check(x, weight, bias, added, False)
+        y = check(x, weight.bfloat16(), bias.bfloat16(), added, False)
+        assert torch.equal(y, conv3x3(x, weight, bias, residual=added))
+        assert torch.equal(
+            y, conv3x3(x, weight.contiguous(memory_format=torch.channels_last), bias, residual=added)
+        )
         assert conv3x3(x.double(), weight.double()).dtype == torch.float64
 
 
@@ -205,7 +209,7 @@ def check_gradients(x, weight, bias, residual, grad, silu=False):
     if silu:
         s = wide.sigmoid()
         slope, wide = s * (1 + wide * (1 - s)), F.silu(wide).bfloat16().double()
-    turned = weight.detach().double().transpose(0, 1).flip(2, 3)
+    turned = weight.detach().bfloat16().double().transpose(0, 1).flip(2, 3)
     exact = F.conv2d(wide_grad, turned, padding=1)
     magnitude = 2 * BF16 * winograd(wide_grad, turned, "factors")
     magnitude += (turned[0].numel() + 40) * winograd(wide_grad, turned, "inputs")
