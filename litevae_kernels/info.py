@@ -59,7 +59,7 @@ def report() -> list[tuple[str, str]]:
     if WHY_NO_CONV3X3 is not None:
         served += f"   (not native: {WHY_NO_CONV3X3})"
     elif _serves("cpu").startswith("native"):
-        served = "native for bfloat16 inference, else PyTorch's"
+        served = "native for bfloat16, else PyTorch's"
     rows.append(("conv3x3 on cpu", served))
     rows.append(("conv3x3 on cuda", "PyTorch's"))
     return rows
