@@ -375,7 +375,7 @@ def contest(
     best = min(rivals, key=lambda name: statistics.median(times[name]), default=None)
     results = {}
     for name, values in times.items():
-        deciles = statistics.quantiles(values, n=10)
+        deciles = statistics.quantiles(values, n=10, method="inclusive")
         median = statistics.median(values)
         result = Result(
             subject=subject,

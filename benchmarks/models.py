@@ -124,7 +124,7 @@ def as_input(x: Tensor, configuration: Configuration) -> Tensor:
 
 
 class Gate:
-    """A speed is reported only for what is right: the first image's output, against a more exact one.
+    """A speed is reported only for what is right: the last image's output, against a more exact one.
 
     A 16-bit configuration is compared with PyTorch's own operators in float32, a float32 one with them in float64.
     The same operators in the configuration's own dtype and layout say how much rounding costs; another order of
@@ -134,7 +134,7 @@ class Gate:
     def __init__(self, model: Autoencoder, side: Side, x: Tensor) -> None:
         self.model = unfused(model)
         self.side: Side = side
-        self.x = x[:1]
+        self.x = x[-1:]
         self.known: dict[tuple[Any, ...], Tensor] = {}
 
     def output(self, dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
@@ -146,13 +146,13 @@ class Gate:
         return self.known[key]
 
     def check(self, call: Callable[[Tensor], Tensor], x: Tensor, configuration: Configuration) -> None:
-        """AssertionError unless `call`, given `x` with the first image in front, is right."""
+        """AssertionError unless `call`, given `x` with the last image at its end, is right."""
         single = configuration.dtype == torch.float32
         exact = self.output(torch.float64 if single else torch.float32, torch.contiguous_format).double()
         plain = self.output(configuration.dtype, configuration.memory_format)
         allowed = max(2 * relative_error(plain, exact), FLOAT32_ERROR)
         assert allowed < 0.5  # else any output would do
-        error = relative_error(call(x)[:1], exact)
+        error = relative_error(call(x)[-1:], exact)
         assert error <= allowed, f"{configuration}: error {error:.3g}, allowed {allowed:.3g}"
 
 
@@ -166,6 +166,8 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func._overloadpacket in flop_registry:
+            if func._overloadpacket is torch.ops.litevae.conv3x3:
+                args = args[:3]  # without the residual
             tensors = {id(t): t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)}
             self.bytes += sum(t.numel() * t.element_size() for t in tensors.values())
         return out

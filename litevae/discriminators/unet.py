@@ -1,10 +1,12 @@
 """The U-Net discriminator: logits for every pixel and one for the image."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.utils.parametrize import register_parametrization
 
 from litevae_kernels.nn import Conv3x3
 
@@ -50,8 +52,8 @@ class UNetDiscriminator(nn.Module):
             ResBlock(before + skip, width, "up")
             for before, skip, width in zip([down[-1], *up], skips, up, strict=False)
         )
-        self.bottleneck_head = SpectralNorm(nn.Linear(down[-1], 1))
-        self.pixel_head = SpectralNorm(nn.Conv2d(channels, 1, 1))
+        self.bottleneck_head = normalised(nn.Linear(down[-1], 1))
+        self.pixel_head = normalised(nn.Conv2d(channels, 1, 1))
 
     def check_size(self, height: int, width: int) -> None:
         """Any will do."""
@@ -84,9 +86,9 @@ class ResBlock(nn.Module):
         super().__init__()
         self.resample = resample
         self.preactivate = preactivate
-        self.conv1 = SpectralNorm(Conv3x3(in_channels, out_channels))
-        self.conv2 = SpectralNorm(Conv3x3(out_channels, out_channels))
-        self.conv_shortcut = SpectralNorm(nn.Conv2d(in_channels, out_channels, 1))
+        self.conv1 = normalised(Conv3x3(in_channels, out_channels))
+        self.conv2 = normalised(Conv3x3(out_channels, out_channels))
+        self.conv_shortcut = normalised(nn.Conv2d(in_channels, out_channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.relu(x) if self.preactivate else x
@@ -107,42 +109,63 @@ def double(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
-class SpectralNorm(nn.Module):
-    """A layer whose weight is divided by its largest singular value (Miyato et al., 2018); orthogonal, and without
-    bias, to start with.
+def normalised(layer: nn.Conv2d | nn.Linear) -> nn.Module:
+    """`layer`, orthogonal and without bias to start with, divided by its largest singular value."""
+    nn.init.orthogonal_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    register_parametrization(layer, "weight", SpectralNorm(layer.weight))
+    return layer
 
-    It is the layer's result that is divided, which comes to the same: the innermost weights have a hundred times as
-    many elements, and three passes of each step would write and read them again. Each forward pass in training mode
-    does one step of the power iteration, `u` being the left singular vector.
+
+class SpectralNorm(nn.Module):
+    """A weight divided by its largest singular value (Miyato et al., 2018).
+
+    `torch.nn.utils.parametrizations.spectral_norm` in half the passes over the weights, which are most of what a step
+    with few images has to read and write. Each call in training mode does one step of the power iteration on `u`, the
+    left singular vector.
     """
 
     u: Tensor
 
-    def __init__(self, layer: nn.Conv2d | nn.Linear) -> None:
+    def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        nn.init.orthogonal_(layer.weight)
-        self.layer = layer
-        self.bias = nn.Parameter(layer.weight.new_zeros(len(layer.weight)))
-        layer.bias = None
-        self.register_buffer("u", torch.randn_like(self.bias))
+        self.register_buffer("u", F.normalize(weight.new_empty(len(weight)).normal_(), dim=0))
         with torch.no_grad():
-            self.singular_value()  # all are 1, so that one step is enough
+            self(weight)  # an orthogonal weight's singular values are all 1, so that one step is enough
 
-    def singular_value(self) -> Tensor:
-        weight = self.layer.weight
-        # in the memory's order: singular values do not depend on that of the columns
-        matrix = weight.flatten(1) if weight.is_contiguous() else weight.movedim(1, -1).flatten(1)
-        # the meta device knows no autocast
-        with torch.autocast("cpu" if weight.is_meta else weight.device.type, enabled=False):
-            with torch.no_grad():
-                v = F.normalize(matrix.T @ self.u, dim=0)
+    def forward(self, weight: Tensor) -> Tensor:
+        matrix = as_matrix(weight.detach())
+        # a matrix product under autocast would be bfloat16's; the meta device knows no autocast
+        with torch.no_grad(), torch.autocast("cpu" if weight.is_meta else weight.device.type, enabled=False):
+            v = F.normalize(matrix.T @ self.u, dim=0)
             product, u = matrix @ v, self.u
             if self.training:
-                u = F.normalize(product.detach(), dim=0)
+                u = F.normalize(product, dim=0)
                 self.u.copy_(u)
-            return u @ product
+            sigma = u @ product
+        normalised: Tensor = DivideBySingularValue.apply(weight, sigma, u, v)
+        return normalised
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.layer(x)
-        bias = self.bias.to(y.dtype)
-        return y / self.singular_value() + (bias[:, None, None] if y.ndim == 4 else bias)
+
+class DivideBySingularValue(torch.autograd.Function):
+    """weight / sigma, where sigma = u^T weight v, and u and v are no variables."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, sigma: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, sigma, u, v)
+        return weight / sigma
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        weight, sigma, u, v = ctx.saved_tensors
+        grad = torch.div(grad, sigma, out=torch.empty_like(weight))  # in its memory format
+        slope = as_matrix(grad).flatten() @ as_matrix(weight).flatten() / sigma
+        as_matrix(grad).addr_(-slope * u, v)
+        return grad, None, None, None
+
+
+def as_matrix(weight: Tensor) -> Tensor:
+    """(C_out, ...) as C_out rows, in the memory's order: a permutation of the columns changes no singular value."""
+    return weight.flatten(1) if weight.is_contiguous() else weight.movedim(1, -1).flatten(1)

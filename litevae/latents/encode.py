@@ -114,7 +114,8 @@ def encode_images(
 
     Goes on where an earlier run on the same folder, with the same model, images and settings, ended in whatever
     way; its shards are checked, and encoded again where they are damaged. On one machine the files do not
-    depend on how often it was ended, nor on `workers`. SIGINT or SIGTERM ends the run after the current batch.
+    depend on how often it was ended, nor on `workers`. SIGINT or SIGTERM ends the run after the current batch;
+    the shard that is not complete then is encoded again by the next run.
     Images that cannot be read are left out and listed in bad_images.txt. Shows a progress bar on stderr.
 
     Args:
@@ -275,6 +276,8 @@ class Run:
         """Makes the folder, or finds its whole shards; UserError if it is another one's."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            for path in self.folder.glob(".*.tmp.*"):  # of a run that was killed
+                path.unlink(missing_ok=True)
             there = read_head(self.folder)
             if there is None:
                 if any(self.folder.iterdir()):
@@ -284,8 +287,6 @@ class Run:
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be written: {error.strerror}") from None
         self.compare(there)
-        for path in self.folder.glob(".*.tmp.*"):  # of a run that was killed
-            path.unlink(missing_ok=True)
         listed = dict(enumerate(there["shards"]))
         shards = {}
         for number in range(self.count_shards()):
@@ -391,8 +392,10 @@ class Run:
                     if stop.signal:
                         break
                 encoder.finish()
+                start = time.perf_counter()
                 for each in writing:
                     each.result()
+                waited_to_write += time.perf_counter() - start
             finally:
                 del batches  # its workers end here; an error's traceback would keep them
             seconds = time.perf_counter() - begun

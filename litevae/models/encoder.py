@@ -10,7 +10,7 @@ from litevae.models.layers import compute_dtype
 from litevae_kernels import haar_pyramid
 
 # Pixels of a level at once, without gradients: the finest level's features would otherwise be the peak of the
-# memory. On a CPU that is one image of 256 pixels a side, which costs 2 to 7% of the time; 16 of them keep a GPU busy.
+# memory. On a CPU that is one image of 256 pixels a side, which costs 2 to 7% of the time; a GPU's 16 are a guess.
 SLICE_PIXELS = {"cpu": 2**14, "cuda": 2**18}
 
 

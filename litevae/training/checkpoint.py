@@ -230,6 +230,11 @@ def choose_checkpoint(resume: str, folder: Path) -> Checkpoint | None:
     """
     own = find_checkpoints(folder)
     chosen: Checkpoint | None = None
+    broken = sorted(folder.glob("step-*")) if not own and resume in ("", "auto") else []
+    if broken:  # complete ones only are given that name
+        raise UserError(
+            f"{broken[-1]}: damaged, and {folder} has none that is intact: delete them, or give another output_dir"
+        )
     if resume == "auto":
         return newest_intact(own)
     if resume:

@@ -81,7 +81,7 @@ class Learner:
         self.learning_rate = learning_rate
         self.factor = factor
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=True
+            self.parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay
         )
 
     def gradient_norm(self, maximum: float, scaler: torch.amp.GradScaler | None) -> Tensor:

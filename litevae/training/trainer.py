@@ -250,10 +250,15 @@ class Trainer:
                 self.validate_and_save(step)
                 log.restart()
         try:
-            return self.finish(stop.signal, stopped, failure)
-        finally:
+            result = self.finish(stop.signal, stopped, failure)
+        except OSError as error:
             if failure:
-                raise failure
+                tqdm.write(str(error), file=sys.stderr)
+                raise failure from error
+            raise
+        if failure:
+            raise failure
+        return result
 
     def steps(self) -> Iterator[tuple[int, Tensor, float]]:
         """Each step to come with this process's share of its batch and the seconds that it took to get.

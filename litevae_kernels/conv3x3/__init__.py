@@ -8,8 +8,8 @@ must not overflow, and a NaN or an infinity reaches the whole 2x2 tiles of resul
 of higher order are PyTorch's; there are no forward-mode ones, and no `torch.func` transforms.
 
 All other calls are served by PyTorch's convolution: other devices and dtypes, narrow layers, small images, channels
-that are not innermost in memory, `torch.export`, and all of them under ``use_backend("reference")``. Forcing another
-backend changes nothing here.
+that are not innermost in memory, `torch.export`, and all of them under ``use_backend("reference")``. There is no Triton
+kernel: where Triton is forced and does not serve the CPU, a call that the kernels would have served raises.
 """
 
 import torch

@@ -68,7 +68,7 @@ def start(die_at_sync=None, die_after=None, workers=0):
 
 for number in range(int(kills)):
     # a shard is three writes
-    when = {"die_at_sync": random.randrange(2, 6)} if number % 2 else {"die_after": random.uniform(0, 0.02)}
+    when = {"die_at_sync": random.randrange(6)} if number % 2 else {"die_after": random.uniform(0, 0.02)}
     _, status = os.waitpid(start(**when, workers=number % 4 // 2), 0)
     if not os.WIFSIGNALED(status):  # there was little left to do
         break

@@ -233,6 +233,26 @@ class TestDamage:
             choose_checkpoint("auto", run)
         assert sorted(path.name for path in run.iterdir()) == ["step-00000001", "step-00000002"]
 
+    @pytest.mark.parametrize("resume", ["auto", ""])
+    def test_a_run_does_not_begin_anew_over_incomplete_ones(self, run, resume):
+        for path in run.iterdir():
+            (path / "state.pt").write_bytes(b"cut")
+        with pytest.raises(
+            UserError, match=r"step-00000002: damaged, and .* has none that is intact: delete them"
+        ):
+            choose_checkpoint(resume, run)
+
+
+def test_a_full_disk_is_said_beside_what_else_ended_the_run(tiny, no_pictures, monkeypatch, capsys):
+    def fail(self):
+        raise OSError(errno.ENOSPC, "cannot be written: No space left on device")
+
+    monkeypatch.setattr(trainer_module.Trainer, "save", fail)
+    losses = "optimizer.learning_rate=1e6", "optimizer.warmup_steps=0", "max_bad_steps=1"
+    with pytest.raises(NonFiniteError):
+        train(tiny("max_steps=9", *losses))
+    assert "cannot be written: No space left on device" in capsys.readouterr().err
+
 
 def test_full_disk_is_one_line_and_loses_no_checkpoint(tiny, tmp_path, no_pictures, monkeypatch):
     train(tiny("max_steps=2", "checkpoint.every=1"))
