@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from litevae.cli.eval import evaluate
 from litevae.cli.info import info
 from litevae.cli.reconstruct import reconstruct
 from litevae.cli.scale import scale
@@ -20,6 +21,7 @@ app.command(context_settings={"ignore_unknown_options": True})(train)
 app.command()(reconstruct)
 app.command()(info)
 app.command()(scale)
+app.command("eval")(evaluate)
 
 
 def print_version(wanted: bool) -> None:
@@ -45,6 +47,7 @@ def callback(
              litevae reconstruct runs/demo photo.jpg -o reconstructed
              litevae info litevae-b
              litevae scale runs/demo path/to/images
+             litevae eval runs/demo path/to/images
     """
     if context.invoked_subcommand is None:
         print(context.get_help())

@@ -9,15 +9,33 @@ from litevae.errors import UserError
 if TYPE_CHECKING:
     from litevae.models.baseline import Autoencoder
 
+MODELS: tuple[str, ...] = ("LiteVAE", "AutoencoderKL", "SmallEncoderVAE")  # their class names
+DIFFUSERS = "diffusers:"
+
+
+def model_folder(path: Path) -> Path:
+    """Where `load_model` finds config.json and the weights."""
+    inside = "vae" if str(path).startswith(DIFFUSERS) else "model"
+    path = Path(str(path).removeprefix(DIFFUSERS))
+    return path if (path / "config.json").exists() else path / inside
+
 
 def load_model(path: Path) -> "Autoencoder":
     """The autoencoder in a folder that `save_pretrained` wrote, or in `model/` of a training run's folder.
 
+    Args:
+        path: with diffusers: in front, only an AutoencoderKL is taken, in its own folder or in `vae/` of a
+            pipeline's.
+
     Raises:
         UserError: no such folder, neither a LiteVAE nor a baseline, or files that are missing or broken.
     """
-    folder = path if (path / "config.json").exists() else path / "model"
+    folder = model_folder(path)
     config = folder / "config.json"
+    wanted, name = MODELS, "a LiteVAE"
+    if str(path).startswith(DIFFUSERS):
+        wanted, name = ("AutoencoderKL",), "an AutoencoderKL"
+    path = Path(str(path).removeprefix(DIFFUSERS))
     if not path.is_dir():
         raise UserError(f"{path}: {'is a file, not a model folder' if path.exists() else 'no such folder'}")
     if not config.is_file():
@@ -26,8 +44,8 @@ def load_model(path: Path) -> "Autoencoder":
         kind = json.loads(config.read_text(encoding="utf-8")).get("_class_name")
     except (ValueError, AttributeError):
         raise UserError(f"{config}: not a model's configuration") from None
-    if kind not in ("LiteVAE", "AutoencoderKL", "SmallEncoderVAE"):
-        raise UserError(f"{path}: not a LiteVAE but {kind or 'something else'}")
+    if kind not in wanted:
+        raise UserError(f"{path}: not {name} but {kind or 'something else'}")
 
     from diffusers import AutoencoderKL
     from safetensors import SafetensorError
@@ -45,3 +63,13 @@ def load_model(path: Path) -> "Autoencoder":
     if loading["missing_keys"]:
         raise UserError(f"{folder}: its weights lack {loading['missing_keys'][0]} and perhaps others")
     return model
+
+
+def weights_of(path: Path) -> dict[str, str]:
+    """The names of the files with the weights that `load_model` reads, and the SHA-256 of each."""
+    from litevae.training.checkpoint import sha256
+
+    folder = model_folder(path)
+    # safetensors come first with diffusers too
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    return {file.name: sha256(file) for file in files}

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from litevae.cli.common import load_model
+from litevae.cli.common import DIFFUSERS, load_model
 from litevae.errors import UserError
 
 
@@ -31,7 +31,7 @@ def info(
     from litevae.models import LiteVAE
     from litevae.models.presets import get_preset
 
-    if Path(model).exists():
+    if Path(model).exists() or model.startswith(DIFFUSERS):
         autoencoder = load_model(Path(model))
     else:
         try:
