@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from litevae.cli.complexity import complexity
 from litevae.cli.eval import evaluate
 from litevae.cli.info import info
 from litevae.cli.reconstruct import reconstruct
@@ -22,6 +23,7 @@ app.command()(reconstruct)
 app.command()(info)
 app.command()(scale)
 app.command("eval")(evaluate)
+app.command()(complexity)
 
 
 def print_version(wanted: bool) -> None:
@@ -48,6 +50,7 @@ def callback(
              litevae info litevae-b
              litevae scale runs/demo path/to/images
              litevae eval runs/demo path/to/images
+             litevae complexity
     """
     if context.invoked_subcommand is None:
         print(context.get_help())

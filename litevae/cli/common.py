@@ -65,6 +65,29 @@ def load_model(path: Path) -> "Autoencoder":
     return model
 
 
+def find_model(name: str) -> "Autoencoder":
+    """The model in a folder, as `load_model`, or by a preset's name, or sd-vae; the latter untrained.
+
+    Raises:
+        UserError: as `load_model`, or neither a folder nor such a name.
+    """
+    if Path(name).exists() or name.startswith(DIFFUSERS):
+        return load_model(Path(name))
+
+    from litevae.models import LiteVAE
+    from litevae.models.presets import get_preset
+    from litevae.training.build import with_fresh_weights
+    from litevae.training.config import ModelConfig
+
+    if name == "sd-vae":
+        return with_fresh_weights(ModelConfig(kind="sd-vae", use_1x1_conv=True), 256)
+    try:
+        get_preset(name)
+    except ValueError as error:
+        raise UserError(f"{name}: no such folder, and {error}") from None
+    return LiteVAE.from_preset(name)
+
+
 def weights_of(path: Path) -> dict[str, str]:
     """The names of the files with the weights that `load_model` reads, and the SHA-256 of each."""
     from litevae.training.checkpoint import sha256

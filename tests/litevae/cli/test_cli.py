@@ -54,9 +54,9 @@ def fails(capsys):
     return run
 
 
-@pytest.mark.parametrize("command", ["train", "reconstruct", "info", "scale", "eval"])
+@pytest.mark.parametrize("command", ["train", "reconstruct", "info", "scale", "eval", "complexity"])
 def test_help_shows_an_example(litevae, command):
-    assert f"Example: litevae {command} " in litevae(command, "--help")
+    assert f"Example: litevae {command}" in litevae(command, "--help")
 
 
 def test_no_command_is_help(litevae):
