@@ -10,6 +10,7 @@ import typer
 from litevae.cli.complexity import complexity
 from litevae.cli.eval import evaluate
 from litevae.cli.info import info
+from litevae.cli.latents import latents
 from litevae.cli.reconstruct import reconstruct
 from litevae.cli.scale import scale
 from litevae.cli.train import train
@@ -24,6 +25,7 @@ app.command()(info)
 app.command()(scale)
 app.command("eval")(evaluate)
 app.command()(complexity)
+app.command()(latents)
 
 
 def print_version(wanted: bool) -> None:
@@ -51,6 +53,7 @@ def callback(
              litevae scale runs/demo path/to/images
              litevae eval runs/demo path/to/images
              litevae complexity
+             litevae latents runs/demo path/to/images -o latents
     """
     if context.invoked_subcommand is None:
         print(context.get_help())

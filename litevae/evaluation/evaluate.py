@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics.image.fid import FrechetInceptionDistance
@@ -129,6 +130,11 @@ def check(model: Autoencoder, metrics: Sequence[str], size: int) -> None:
             raise UserError(f"there is no metric {metric!r}, only {', '.join(METRICS)}")
     if not metrics:
         raise UserError(f"no metrics given: name some of {', '.join(METRICS)}")
+    check_size(model, size)
+
+
+def check_size(model: Autoencoder, size: int) -> None:
+    """UserError unless the model takes RGB images of `size` pixels."""
     if model.config.in_channels != 3:
         raise UserError(f"the model takes {model.config.in_channels} channels; images here have 3")
     factor = spatial_compression(model)
@@ -165,14 +171,18 @@ def reconstruct_batch(model: Autoencoder, pixels: Tensor, seeds: list[int] | Non
     """
     pixels = pixels.to(model.device)
     posterior = model.encode(to_model_range(pixels).to(model.dtype)).latent_dist
-    latent: Tensor = posterior.mode()
-    if seeds is not None:  # drawn on the CPU: the same on any device, in any batch
-        noise = [torch.randn(latent.shape[1:], generator=torch.Generator().manual_seed(s)) for s in seeds]
-        latent = posterior.mean + posterior.std * torch.stack(noise).to(latent)
+    latent = posterior.mode() if seeds is None else sample_posterior(posterior, seeds)
     decoded: Tensor = model.decode(latent).sample
     if not decoded.isfinite().all():
         raise UserError("the model's reconstructions are not finite")
     return pixels, to_pixels(decoded)
+
+
+def sample_posterior(posterior: DiagonalGaussianDistribution, seeds: Sequence[int]) -> Tensor:
+    """A sample for each image from its own seed, drawn on the CPU: the same on any device and in any batch."""
+    mean: Tensor = posterior.mean
+    noise = [torch.randn(mean.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return mean + posterior.std * torch.stack(noise).to(mean)
 
 
 class Sums(nn.Module):

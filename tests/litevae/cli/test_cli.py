@@ -54,7 +54,9 @@ def fails(capsys):
     return run
 
 
-@pytest.mark.parametrize("command", ["train", "reconstruct", "info", "scale", "eval", "complexity"])
+@pytest.mark.parametrize(
+    "command", ["train", "reconstruct", "info", "scale", "eval", "complexity", "latents"]
+)
 def test_help_shows_an_example(litevae, command):
     assert f"Example: litevae {command}" in litevae(command, "--help")
 
