@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from litevae.errors import UserError
 
@@ -88,11 +88,27 @@ def find_model(name: str) -> "Autoencoder":
     return LiteVAE.from_preset(name)
 
 
-def weights_of(path: Path) -> dict[str, str]:
-    """The names of the files with the weights that `load_model` reads, and the SHA-256 of each."""
-    from litevae.training.checkpoint import sha256
+def provenance(model: Path, data: str, size: int) -> dict[str, Any]:
+    """What was measured, and with what, for the JSON file of a result.
 
-    folder = model_folder(path)
-    # safetensors come first with diffusers too
+    Args:
+        model: as `load_model` takes it.
+        data: as `open_images` takes it.
+        size: of the squares, in pixels.
+    """
+    from importlib.metadata import version
+
+    from litevae.training.checkpoint import sha256
+    from litevae.training.report import versions
+
+    folder = model_folder(model)
+    # diffusers prefers safetensors too
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    return {file.name: sha256(file) for file in files}
+    packages = ("diffusers", "torchvision", "torchmetrics")
+    return {
+        "model": str(model),
+        "weights": {file.name: sha256(file) for file in files},
+        "data": data,
+        "crop": f"middle square, resized to {size} x {size} (Pillow's bicubic, antialiased), 8 bits",
+        "versions": {"litevae": versions()} | {package: version(package) for package in packages},
+    }

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from litevae.cli.common import load_model, weights_of
+from litevae.cli.common import load_model, provenance
 from litevae.errors import UserError
 
 # heading, digits after the point
@@ -68,21 +68,18 @@ def evaluate(
         raise UserError(f"{output.parent}: no such folder")
     autoencoder = load_model(model)
 
-    from importlib.metadata import version
-
     import torch
     from accelerate import PartialState
 
     from litevae.evaluation.evaluate import evaluate as run
     from litevae.training.checkpoint import replacing
-    from litevae.training.report import versions
     from litevae.training.sources import open_images
 
     has_device = torch.accelerator.is_available()
     state = PartialState(cpu=not has_device)
     if has_device:
         autoencoder.to(state.device)
-    weights = weights_of(model)
+    measured = provenance(model, data, size)
     partial = output.with_name(output.name + ".partial")
     result = run(
         autoencoder,
@@ -94,15 +91,12 @@ def evaluate(
         workers,
         sample,
         partial,
-        {"data": data, "weights": weights},
+        {"data": data, "weights": measured["weights"]},
     )
     if not state.is_main_process:  # the first process speaks for all
         return
     record = {
-        "model": str(model),
-        "weights": weights,
-        "data": data,
-        "crop": f"middle square, resized to {size} x {size} (Pillow's bicubic, antialiased), 8 bits",
+        **measured,
         "count": result.count,
         "unreadable": result.unreadable,
         "latent": "sample" if sample else "mode",
@@ -117,10 +111,6 @@ def evaluate(
             )
             if name in names
         },
-        "versions": {
-            "litevae": versions(),
-            **{package: version(package) for package in ("diffusers", "torchvision", "torchmetrics")},
-        },
     }
     with replacing(output) as path:
         path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -128,7 +118,7 @@ def evaluate(
     print(
         f"{result.count} images, middle square, {size} x {size}, 8 bits; {record['latent']} of the posterior"
     )
-    for file, digest in weights.items():
+    for file, digest in measured["weights"].items():
         print(f"weights: {file}, SHA-256 {digest}")
     print("".join(f"{COLUMNS[name][0]:>10}" for name in result.values))
     print("".join(f"{value:10.{COLUMNS[name][1]}f}" for name, value in result.values.items()))

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from litevae.cli.common import load_model, weights_of
+from litevae.cli.common import load_model, provenance
 from litevae.errors import UserError
 
 PICTURES = 4  # rows of latents.png
@@ -62,7 +62,7 @@ def latents(
     from litevae.evaluation.latent_space import collect_latents, distance_from_gaussian, latent_statistics
     from litevae.training.checkpoint import replacing
     from litevae.training.data import load_validation
-    from litevae.training.report import draw_reconstructions, versions
+    from litevae.training.report import draw_reconstructions
     from litevae.training.sources import open_images
 
     try:
@@ -81,10 +81,7 @@ def latents(
             autoencoder, [(Path(name).stem, pixels) for name, pixels in shown], path, principal=False
         )
     record = {
-        "model": str(model),
-        "weights": weights_of(model),
-        "data": data,
-        "crop": f"middle square, resized to {size} x {size} (Pillow's bicubic, antialiased), 8 bits",
+        **provenance(model, data, size),
         "count": statistics.count,
         "groups": groups,
         "latent": "sample",
@@ -92,7 +89,6 @@ def latents(
         "std": statistics.std,
         "scaling_factor": statistics.scaling_factor,
         "squared_mmd": [{"sigma": d.sigma, "mean": d.mean, "std": d.std} for d in discrepancies],
-        "versions": versions(),
     }
     with replacing(files[0]) as path:
         path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -340,6 +340,7 @@ class TestCommand:
         ]
         assert outputs[0] == outputs[1]
         assert "PSNR" in outputs[0]
+        assert main(["info", f"diffusers:{tmp_path / 'pipeline'}", "--size", "32"]) == 0
         assert "not an AutoencoderKL but LiteVAE" in run(f"diffusers:{saved}", "--overwrite", status=2).err
 
     def test_missing_weights_are_one_line(self, run, saved, tmp_path, monkeypatch):
