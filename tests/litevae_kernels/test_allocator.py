@@ -51,4 +51,5 @@ def test_peak_is_what_a_call_allocates():
     if platform.libc_ver()[0] != "glibc" or not os.access("/proc/self/clear_refs", os.W_OK):
         assert peak == "None"
         return
-    assert 64e6 <= int(peak) < 66e6
+    # Linux counts a process's pages in batches of some dozen on each core
+    assert 63e6 < int(peak) < 66e6
