@@ -8,7 +8,6 @@ On a GPU a time is the GPU's own: events around calls that are queued back to ba
 something else, so that the microseconds Python takes for a call do not count.
 """
 
-import ctypes
 import gc
 import itertools
 import json
@@ -20,7 +19,6 @@ import time
 import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
@@ -29,7 +27,7 @@ from typing import Any
 import torch
 
 from litevae_kernels import use_backend
-from litevae_kernels.allocator import keep_freed_memory
+from litevae_kernels.allocator import peak_resident_memory
 from litevae_kernels.backend import why_not
 
 RESULTS = Path(__file__).parent / "results"
@@ -38,7 +36,6 @@ GPU_CLOCK = 2e9  # cycles a second, for a rough wait
 YARDSTICKS = {"cpu": (2048, 2**28), "cuda": (8192, 2**31)}  # side of a matrix, bytes of a copy
 COPY = "copy"
 
-M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -2, -3, -4  # glibc's malloc.h
 
 Provider = Callable[[int], Any]
 
@@ -168,45 +165,6 @@ def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]
         function.__closure__,
     )
     return torch.compile(copy, fullgraph=True, dynamic=False, **options)
-
-
-def peak_resident_memory(function: Callable[[], Any]) -> int | None:
-    """By how many bytes a call makes the process grow at most; None where the kernel does not tell.
-
-    In a thread of its own, for which glibc has a heap without free blocks, and maps each large block on its own
-    meanwhile. Among the memory that this process keeps, the same call would grow it by up to three times as much,
-    differently each time, for the gaps between blocks.
-    """
-    status, peak = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    gc.collect()
-    try:
-        libc = ctypes.CDLL(None)
-        libc.malloc_trim(0)
-        peak.write_text("5")  # Linux: VmHWM starts again from here
-        for setting, value in ((M_MMAP_THRESHOLD, 2**17), (M_MMAP_MAX, 2**16), (M_TOP_PAD, 0)):
-            libc.mallopt(setting, value)
-    except (OSError, AttributeError):
-        return None
-
-    def kilobytes(field: str) -> int:
-        return int(re.findall(rf"{field}:\s+(\d+) kB", status.read_text())[0])
-
-    modes = torch.is_inference_mode_enabled(), torch.is_grad_enabled()  # a thread's own
-    growth = 0
-
-    def run() -> None:
-        nonlocal growth
-        with torch.inference_mode(modes[0]), torch.set_grad_enabled(modes[1]):
-            torch.ones(2**20).add_(1)  # the thread's team of workers
-            peak.write_text("5")
-            before = kilobytes("VmRSS")
-            function()
-            growth = max(0, kilobytes("VmHWM") - before) * 1024
-
-    with ThreadPoolExecutor(1) as thread:
-        thread.submit(run).result()
-    keep_freed_memory()  # as in the session's other calls
-    return growth
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -7,8 +7,11 @@ from typing import Annotated
 
 import typer
 
+from litevae.cli.complexity import complexity
 from litevae.cli.encode import encode
+from litevae.cli.eval import evaluate
 from litevae.cli.info import info
+from litevae.cli.latents import latents
 from litevae.cli.reconstruct import reconstruct
 from litevae.cli.scale import scale
 from litevae.cli.train import train
@@ -22,6 +25,9 @@ app.command()(reconstruct)
 app.command()(info)
 app.command()(scale)
 app.command()(encode)
+app.command("eval")(evaluate)
+app.command()(complexity)
+app.command()(latents)
 
 
 def print_version(wanted: bool) -> None:
@@ -48,6 +54,9 @@ def callback(
              litevae info litevae-b
              litevae scale runs/demo path/to/images
              litevae encode runs/demo path/to/images latents
+             litevae eval runs/demo path/to/images
+             litevae complexity
+             litevae latents runs/demo path/to/images -o latents
     """
     if context.invoked_subcommand is None:
         print(context.get_help())

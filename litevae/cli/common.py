@@ -2,22 +2,40 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from litevae.errors import UserError
 
 if TYPE_CHECKING:
     from litevae.models.baseline import Autoencoder
 
+MODELS: tuple[str, ...] = ("LiteVAE", "AutoencoderKL", "SmallEncoderVAE")  # their class names
+DIFFUSERS = "diffusers:"
+
+
+def model_folder(path: Path) -> Path:
+    """Where `load_model` finds config.json and the weights."""
+    inside = "vae" if str(path).startswith(DIFFUSERS) else "model"
+    path = Path(str(path).removeprefix(DIFFUSERS))
+    return path if (path / "config.json").exists() else path / inside
+
 
 def load_model(path: Path) -> "Autoencoder":
     """The autoencoder in a folder that `save_pretrained` wrote, or in `model/` of a training run's folder.
 
+    Args:
+        path: with diffusers: in front, only an AutoencoderKL is taken, in its own folder or in `vae/` of a
+            pipeline's.
+
     Raises:
         UserError: no such folder, neither a LiteVAE nor a baseline, or files that are missing or broken.
     """
-    folder = path if (path / "config.json").exists() else path / "model"
+    folder = model_folder(path)
     config = folder / "config.json"
+    wanted, name = MODELS, "a LiteVAE"
+    if str(path).startswith(DIFFUSERS):
+        wanted, name = ("AutoencoderKL",), "an AutoencoderKL"
+    path = Path(str(path).removeprefix(DIFFUSERS))
     if not path.is_dir():
         raise UserError(f"{path}: {'is a file, not a model folder' if path.exists() else 'no such folder'}")
     if not config.is_file():
@@ -26,8 +44,8 @@ def load_model(path: Path) -> "Autoencoder":
         kind = json.loads(config.read_text(encoding="utf-8")).get("_class_name")
     except (ValueError, AttributeError):
         raise UserError(f"{config}: not a model's configuration") from None
-    if kind not in ("LiteVAE", "AutoencoderKL", "SmallEncoderVAE"):
-        raise UserError(f"{path}: not a LiteVAE but {kind or 'something else'}")
+    if kind not in wanted:
+        raise UserError(f"{path}: not {name} but {kind or 'something else'}")
 
     from diffusers import AutoencoderKL
     from safetensors import SafetensorError
@@ -45,3 +63,52 @@ def load_model(path: Path) -> "Autoencoder":
     if loading["missing_keys"]:
         raise UserError(f"{folder}: its weights lack {loading['missing_keys'][0]} and perhaps others")
     return model
+
+
+def find_model(name: str) -> "Autoencoder":
+    """The model in a folder, as `load_model`, or by a preset's name, or sd-vae; the latter untrained.
+
+    Raises:
+        UserError: as `load_model`, or neither a folder nor such a name.
+    """
+    if Path(name).exists() or name.startswith(DIFFUSERS):
+        return load_model(Path(name))
+
+    from litevae.models import LiteVAE
+    from litevae.models.presets import get_preset
+    from litevae.training.build import with_fresh_weights
+    from litevae.training.config import ModelConfig
+
+    if name == "sd-vae":
+        return with_fresh_weights(ModelConfig(kind="sd-vae", use_1x1_conv=True), 256)
+    try:
+        get_preset(name)
+    except ValueError as error:
+        raise UserError(f"{name}: no such folder, and {error}") from None
+    return LiteVAE.from_preset(name)
+
+
+def provenance(model: Path, data: str, size: int) -> dict[str, Any]:
+    """What was measured, and with what, for the JSON file of a result.
+
+    Args:
+        model: as `load_model` takes it.
+        data: as `open_images` takes it.
+        size: of the squares, in pixels.
+    """
+    from importlib.metadata import version
+
+    from litevae.training.checkpoint import sha256
+    from litevae.training.report import versions
+
+    folder = model_folder(model)
+    # diffusers prefers safetensors too
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    packages = ("diffusers", "torchvision", "torchmetrics")
+    return {
+        "model": str(model),
+        "weights": {file.name: sha256(file) for file in files},
+        "data": data,
+        "crop": f"middle square, resized to {size} x {size} (Pillow's bicubic, antialiased), 8 bits",
+        "versions": {"litevae": versions()} | {package: version(package) for package in packages},
+    }

@@ -1,11 +1,10 @@
 """`litevae info`."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from litevae.cli.common import load_model
+from litevae.cli.common import find_model
 from litevae.errors import UserError
 
 
@@ -25,20 +24,11 @@ def info(
              litevae info runs/demo --size 512
 
     Presets (litevae-s, litevae-b, litevae-m, litevae-l) have 4 latent channels and Stable Diffusion's
-    decoder. A MAC is one multiplication and one addition.
+    decoder; sd-vae is Stable Diffusion's whole VAE. A MAC is one multiplication and one addition.
     """
     from litevae.evaluation.complexity import measure_complexity
-    from litevae.models import LiteVAE
-    from litevae.models.presets import get_preset
 
-    if Path(model).exists():
-        autoencoder = load_model(Path(model))
-    else:
-        try:
-            get_preset(model)
-        except ValueError as error:
-            raise UserError(f"{model}: no such folder, and {error}") from None
-        autoencoder = LiteVAE.from_preset(model)
+    autoencoder = find_model(model)
     try:
         cost = measure_complexity(autoencoder, size)
     except ValueError as error:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from litevae.cli.common import load_model
+from litevae.cli.common import load_model, model_folder
 
 
 def scale(
@@ -32,7 +32,7 @@ def scale(
     square. A run that is resumed and trains on writes a new model, whose scale is to be measured again.
     """
     autoencoder = load_model(model)
-    config = (model if (model / "config.json").exists() else model / "model") / "config.json"
+    config = model_folder(model) / "config.json"
     import torch
 
     from litevae.errors import UserError

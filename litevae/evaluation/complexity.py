@@ -1,6 +1,10 @@
 """How large and how costly a model is."""
 
+import statistics
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -8,6 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from litevae.models.baseline import Autoencoder
+from litevae_kernels.allocator import peak_resident_memory
+
+Side = Literal["encoder", "decoder"]
 
 
 @dataclass(frozen=True)
@@ -49,3 +56,82 @@ def measure_complexity(model: Autoencoder, size: int = 256) -> Complexity:
         decoding.get_total_flops() // 2,
         tuple(latent.shape[1:]),
     )
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of one side of a model: images a second, and the peak of the memory in bytes beyond weights and inputs,
+    None where the system does not tell."""
+
+    images_per_second: float
+    peak_memory: int | None
+
+
+@torch.inference_mode()
+def measure_speed(
+    models: Sequence[Autoencoder], side: Side, size: int = 256, batch_size: int = 4, rounds: int = 5
+) -> list[Speed]:
+    """Times the models, which must all be on one device, eagerly, on random inputs in the channels_last layout.
+
+    They take turns, because a machine's speed drifts: each round runs each model once, and the median of the
+    rounds counts. Changes the models' layout. On a CPU the peak is the process's growth, and glibc keeps
+    freed memory from then on (`litevae_kernels.allocator.keep_freed_memory`).
+
+    Args:
+        models: run in their own dtypes.
+        side: encoder, image to moments, or decoder, latent to image.
+        size: of the square images in pixels.
+        batch_size: images at a time.
+        rounds: at least 1, after one that does not count.
+
+    Raises:
+        ValueError: a size that a model does not take.
+    """
+    calls = [call_of(model, side, size, batch_size) for model in models]
+    device = models[0].device
+    peaks = [peak_memory(call, device) for call in calls]  # its calls are the first of each
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(rounds):
+        for call, seconds in zip(calls, times, strict=True):
+            synchronize(device)
+            start = time.perf_counter()
+            call()
+            synchronize(device)
+            seconds.append(time.perf_counter() - start)
+    return [
+        Speed(batch_size / statistics.median(seconds), peak)
+        for seconds, peak in zip(times, peaks, strict=True)
+    ]
+
+
+def call_of(model: Autoencoder, side: Side, size: int, batch_size: int) -> Callable[[], Tensor]:
+    """One call of `side`, with an input of its own."""
+    model.to(memory_format=torch.channels_last)
+    channels, side_length = model.config.in_channels, size
+    if side == "decoder":
+        channels, *_, side_length = measure_complexity(model, size).latent_shape
+    x = torch.randn(batch_size, channels, side_length, side_length).to(model.device, model.dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+    if side == "encoder":
+        return lambda: model.encode(x).latent_dist.parameters
+    return lambda: model.decode(x).sample
+
+
+def peak_memory(call: Callable[[], Tensor], device: torch.device) -> int | None:
+    """Of a call after the first, in bytes beyond what was there before."""
+    call()
+    if device.type == "cpu":
+        return peak_resident_memory(call)
+    if device.type != "cuda":
+        return None
+    synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -1,9 +1,13 @@
-"""Distances between an image and its reconstruction, on uint8 pixels."""
+"""Distances between an image and its reconstruction, on uint8 pixels: of one image, or of batches on any device."""
 
 import numpy as np
+import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torch import Tensor
 
 from litevae.images import Pixels
+
+SIGMA, RADIUS = 1.5, 5  # of SSIM's window, in pixels
 
 
 def psnr(image: Pixels, reconstruction: Pixels) -> float:
@@ -24,7 +28,41 @@ def ssim(image: Pixels, reconstruction: Pixels) -> float:
             channel_axis=2,
             data_range=255,
             gaussian_weights=True,
-            sigma=1.5,
+            sigma=SIGMA,
             use_sample_covariance=False,
         )
     )
+
+
+def batch_psnr(images: Tensor, reconstructions: Tensor) -> Tensor:
+    """`psnr` of each of two (N, 3, H, W) uint8 tensors: (N,) float64."""
+    error = (images.double() - reconstructions.double()).square().mean((1, 2, 3))
+    return 10 * torch.log10(255**2 / error)
+
+
+def batch_ssim(images: Tensor, reconstructions: Tensor) -> Tensor:
+    """`ssim` of each of two (N, 3, H, W) uint8 tensors, H and W at least 11: (N,) float64.
+
+    torchmetrics' takes 121 taps a pixel where two passes need 22, and in float32 loses the variance of bright
+    flat areas.
+    """
+    x, y = images.double(), reconstructions.double()
+    mean_x, mean_y = window_mean(x), window_mean(y)
+    variances = window_mean(x * x + y * y) - mean_x.square() - mean_y.square()
+    covariance = window_mean(x * y) - mean_x * mean_y
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x.square() + mean_y.square() + c1)
+    return (luminance * (2 * covariance + c2) / (variances + c2)).mean((1, 2, 3))
+
+
+def window_mean(x: Tensor) -> Tensor:
+    """(..., H, W) to (..., H - 10, W - 10): the mean of each 11x11 window, with Gaussian weights."""
+    weights = torch.exp(-0.5 * (torch.arange(-RADIUS, RADIUS + 1, dtype=torch.float64) / SIGMA) ** 2)
+    weights /= weights.sum()
+    for axis in (-1, -2):
+        length = x.shape[axis] - 2 * RADIUS
+        total = x.narrow(axis, 0, length) * weights[0].item()
+        for offset, weight in enumerate(weights[1:].tolist(), 1):
+            total.add_(x.narrow(axis, offset, length), alpha=weight)
+        x = total
+    return x

@@ -2,7 +2,8 @@
 
 import importlib.resources
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
 from typing import Literal
@@ -150,19 +151,34 @@ class VGGFeatures(nn.Module):
 def load_pretrained(layers: nn.Sequential, name: str) -> None:
     """Gives `layers`, the first of VGG `name`, ImageNet's weights, which are downloaded where need be."""
     source = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
-    path = Path(torch.hub.get_dir()) / "checkpoints" / source.url.rpartition("/")[2]
-    try:
+    with explaining_weights(source.url, f"torchvision's {name}"):
         weights = source.get_state_dict(map_location="cpu", check_hash=True, weights_only=True)
         wanted = {key: weights[f"features.{key}"] for key in layers.state_dict()}
         layers.load_state_dict(wanted, assign=True)
+
+
+def weights_path(url: str) -> Path:
+    """Where PyTorch keeps what it downloaded from `url`."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+
+
+@contextmanager
+def explaining_weights(url: str, what: str) -> Iterator[None]:
+    """Around the download and loading of weights: UserError, naming the file, where either fails.
+
+    Args:
+        url: of the file.
+        what: it is, for the message.
+    """
+    path = weights_path(url)
+    try:
+        yield
     # HTTPException: the connection broke; RuntimeError: a wrong hash, or tensors of another shape
     except (OSError, HTTPException, RuntimeError, EOFError, pickle.UnpicklingError, KeyError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         if path.exists():
-            raise UserError(f"{path} is not torchvision's {name}, or damaged ({reason}): delete it") from None
-        raise UserError(
-            f"{path} is not there and cannot be downloaded ({reason}): put {source.url} there"
-        ) from None
+            raise UserError(f"{path} is not {what}, or damaged ({reason}): delete it") from None
+        raise UserError(f"{path} is not there and cannot be downloaded ({reason}): put {url} there") from None
 
 
 def randomise(layers: nn.Sequential) -> None:

@@ -21,16 +21,19 @@ from litevae.training.checkpoint import replacing
 DPI = 120
 
 
-def draw_reconstructions(model: Autoencoder, images: Sequence[tuple[str, Pixels]], path: Path) -> None:
+def draw_reconstructions(
+    model: Autoencoder, images: Sequence[tuple[str, Pixels]], path: Path, principal: bool = True
+) -> None:
     """A row for each image: input, reconstruction, and latent as RGB.
 
     Args:
         images: what to write beside the row, and (H, W, 3) uint8.
         path: the PNG to write.
+        principal: as in `latents_as_rgb`.
     """
     factor = spatial_compression(model)
     latents = [encode(model, image) for _, image in images]
-    colours = latents_as_rgb([latent[0].float().cpu() for latent in latents])
+    colours = latents_as_rgb([latent[0].float().cpu() for latent in latents], principal)
     columns = ("input", "reconstruction", "latent as RGB")
     width, left, top = 3.6, 0.35, 0.55  # inches; of a picture, and of the margins
     heights = [width * image.shape[0] / image.shape[1] for _, image in images]
@@ -43,7 +46,7 @@ def draw_reconstructions(model: Autoencoder, images: Sequence[tuple[str, Pixels]
         left / total_width,
         1 - 0.08 / total_height,
         f"{latents[0].shape[1]} latent channels at 1/{factor} of the size, shown by "
-        "their first three principal components",
+        f"their first three {'principal components' if principal else 'channels'}",
         va="top",
         fontsize=9,
         color="0.35",
@@ -83,19 +86,25 @@ def draw_reconstructions(model: Autoencoder, images: Sequence[tuple[str, Pixels]
     figure.savefig(path)
 
 
-def latents_as_rgb(latents: Sequence[torch.Tensor]) -> list[Pixels]:
+def latents_as_rgb(latents: Sequence[torch.Tensor], principal: bool = True) -> list[Pixels]:
     """Latents (n_z, h, w), float32, as (h, w, 3) uint8 pictures by their first three principal components.
 
     The components are those of all the latents together, so that a colour means the same in every picture;
     each fills the range between its 1st and 99th percentile.
+
+    Args:
+        principal: False shows the first three channels as they are, like the paper's Figures 2 and 4.
     """
     latents = [latent.nan_to_num() for latent in latents]  # a diverged model gets its picture too
     flat = torch.cat([latent.flatten(1) for latent in latents], dim=1).T  # (pixels, n_z)
     mean = flat.mean(dim=0)
-    _, _, basis = torch.linalg.svd(flat - mean, full_matrices=False)
+    if principal:
+        _, _, basis = torch.linalg.svd(flat - mean, full_matrices=False)
+        # of the two directions of a component, the one with more positive loadings: stable from run to run
+        basis = basis * torch.where(basis.sum(dim=1, keepdim=True) < 0, -1.0, 1.0)
+    else:
+        basis = torch.eye(flat.shape[1])
     basis = basis[:3]
-    # of the two directions of a component, the one with more positive loadings: stable from run to run
-    basis = basis * torch.where(basis.sum(dim=1, keepdim=True) < 0, -1.0, 1.0)
     values = (flat - mean) @ basis.T
     if values.shape[1] < 3:  # fewer latent channels than colours: grey
         values = values[:, :1].expand(-1, 3)

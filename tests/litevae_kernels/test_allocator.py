@@ -1,3 +1,4 @@
+import os
 import platform
 import subprocess
 import sys
@@ -32,3 +33,23 @@ def test_keep_freed_memory():
     assert int(faults) < 100
     # what it spares: a fault for each 4 KB (fewer with huge pages) of the 64 MB, each time
     assert int(run("default")[1]) > int(faults)
+
+
+PEAK = """
+import torch
+from litevae_kernels.allocator import keep_freed_memory, peak_resident_memory
+keep_freed_memory()
+torch.ones(40_000_000).sum()
+print(peak_resident_memory(lambda: torch.ones(16_000_000).sum()))
+"""
+
+
+def test_peak_is_what_a_call_allocates():
+    peak = subprocess.run(
+        [sys.executable, "-c", PEAK], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    if platform.libc_ver()[0] != "glibc" or not os.access("/proc/self/clear_refs", os.W_OK):
+        assert peak == "None"
+        return
+    # Linux counts a process's pages in batches of some dozen on each core
+    assert 63e6 < int(peak) < 66e6

@@ -54,9 +54,11 @@ def fails(capsys):
     return run
 
 
-@pytest.mark.parametrize("command", ["train", "reconstruct", "info", "scale", "encode"])
+@pytest.mark.parametrize(
+    "command", ["train", "reconstruct", "info", "scale", "encode", "eval", "complexity", "latents"]
+)
 def test_help_shows_an_example(litevae, command):
-    assert f"Example: litevae {command} " in litevae(command, "--help")
+    assert f"Example: litevae {command}" in litevae(command, "--help")
 
 
 def test_no_command_is_help(litevae):
@@ -84,6 +86,9 @@ def test_version(litevae):
         (["info", "litevae-s", "--size", "big"], "Invalid value for '--size'"),
         (["reconstruct", "nowhere", "missing.png", "-o", "out"], "missing.png: no such file"),
         (["reconstruct", "nowhere"], "Missing argument"),
+        (["eval", "nowhere", "demo"], "nowhere: no such folder"),
+        (["eval", "diffusers:nowhere", "demo"], "nowhere: no such folder"),
+        (["eval", "nowhere", "demo", "-o", "nowhere/eval.json"], "nowhere: no such folder"),
     ],
 )
 def test_mistake_is_one_line(fails, arguments, message):

@@ -1,7 +1,13 @@
+import re
+import time
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from litevae import LiteVAE
-from litevae.evaluation.complexity import measure_complexity
+from litevae.cli import main
+from litevae.evaluation.complexity import measure_complexity, measure_speed
 
 
 @pytest.mark.parametrize(
@@ -36,3 +42,82 @@ def test_1x1_convolutions_belong_to_their_side():
 def test_size_that_the_model_does_not_take():
     with pytest.raises(ValueError, match="multiples of 8"):
         measure_complexity(LiteVAE.from_preset("litevae-s"), 250)
+
+
+class Sleeper:
+    """A model whose encoder takes a known time."""
+
+    config = SimpleNamespace(in_channels=3)
+    device, dtype = torch.device("cpu"), torch.bfloat16
+
+    def __init__(self, seconds, calls):
+        self.seconds, self.calls = seconds, calls
+
+    def to(self, memory_format):
+        assert memory_format == torch.channels_last
+
+    def encode(self, x):
+        assert (x.shape, x.dtype) == ((2, 3, 16, 16), torch.bfloat16)
+        assert x.is_contiguous(memory_format=torch.channels_last)
+        self.calls.append(self.seconds)
+        time.sleep(self.seconds)
+        return SimpleNamespace(latent_dist=SimpleNamespace(parameters=x))
+
+
+def test_models_take_turns():
+    calls = []
+    fast, slow = measure_speed([Sleeper(0.01, calls), Sleeper(0.05, calls)], "encoder", 16, 2, rounds=3)
+    assert calls[-6:] == [0.01, 0.05] * 3
+    # a busy machine may wake late, never early
+    assert 2 < fast.images_per_second <= 2 / 0.01
+    assert 2 < slow.images_per_second <= 2 / 0.05
+
+
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+def test_memory_of_a_side_counts_its_largest_tensors(side):
+    model = LiteVAE.from_preset(
+        "litevae-s", block_out_channels=(16, 16, 16), layers_per_block=1, num_groups=4
+    )
+    (small,), (large,) = (measure_speed([model], side, 128, n, rounds=1) for n in (1, 8))
+    if large.peak_memory is None:  # the kernel does not tell; it does on Linux with glibc
+        assert small.peak_memory is None
+        return
+    # the decoder's last features are 16 x 128 x 128 float32 an image; the encoder's first 16 x 64 x 64
+    floats = 8 * 16 * (128 if side == "decoder" else 64) ** 2
+    assert 4 * floats < large.peak_memory < 40 * 4 * floats
+    assert large.peak_memory - small.peak_memory > 4 * floats * 7 / 8
+
+
+class TestCommand:
+    def test_table(self, tmp_path, capsys):
+        model = LiteVAE.from_preset("litevae-s", block_out_channels=(32, 32, 32, 32), layers_per_block=1)
+        model.save_pretrained(tmp_path / "model")
+        settings = ["--size", "64", "--batch-size", "1", "--rounds", "1"]
+        assert main(["complexity", str(tmp_path), "litevae-s", *settings, "--precision", "bf16"]) == 0
+        output = capsys.readouterr().out
+        assert output.startswith("1 x 3 x 64 x 64, bf16; ")
+        for name in (str(tmp_path), "litevae-s"):  # a sixteenth of the cost at 256
+            assert re.search(rf"^{name} +1,038,308 +0\.36 +\S+ +\d\S*$", output, re.MULTILINE)
+        assert main(["complexity", str(tmp_path), *settings, "--decoder"]) == 0
+        cost = measure_complexity(model, 64)
+        output = capsys.readouterr().out
+        assert f"{cost.decoder_parameters:14,}{cost.decoder_macs / 1e9:10,.2f}" in output
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["litevae-x"], "did you mean 'litevae-"),
+            (["litevae-s", "--size", "30"], "litevae-s: --size 30: "),
+            (["litevae-s", "--precision", "int8"], "--precision int8: must be one of fp32, bf16, fp16"),
+        ],
+    )
+    def test_mistake_is_one_line(self, arguments, message, capsys):
+        assert main(["complexity", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+
+    def test_sd_vae_has_the_published_size(self, capsys):
+        assert main(["info", "sd-vae"]) == 0
+        # 34,163,592 and 72 of the 1x1 convolution
+        assert re.search(r"encoder +34,163,664 +136\.36\n", capsys.readouterr().out)

@@ -1,0 +1,81 @@
+"""`litevae complexity`."""
+
+from typing import Annotated
+
+import typer
+
+from litevae.cli.common import find_model
+from litevae.errors import UserError
+
+NAMES = ("sd-vae", "litevae-s", "litevae-b", "litevae-m", "litevae-l")
+
+
+def complexity(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="Folders of models or of training runs, presets' names, or sd-vae; by default Table 3's.",
+        ),
+    ] = None,
+    size: Annotated[
+        int, typer.Option(min=16, max=65536, metavar="PIXELS", help="Side of the square images.")
+    ] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Images at a time.")] = 4,
+    precision: Annotated[str, typer.Option(metavar="NAME", help="fp32, bf16 or fp16.")] = "fp32",
+    decoder: Annotated[bool, typer.Option("--decoder", help="Measure decoders instead of encoders.")] = False,
+    rounds: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Times that each is run, after two for memory.")
+    ] = 5,
+) -> None:
+    """Measure models' parameters, cost, memory and speed on this machine, as the paper's Table 3.
+
+    \b
+    Example: litevae complexity
+             litevae complexity --size 512 --batch-size 1 --precision bf16
+             litevae complexity sd-vae runs/demo --decoder
+
+    The models take turns, uncompiled, in the channels_last layout, on the GPU if there is one; images/s is
+    the median over the rounds. A MAC is one multiplication and one addition; GMACs are of one image. The
+    peak of the memory is beyond weights and images, which the paper's includes; it had batches of 32 and a
+    Quadro RTX 6000. `pytest benchmarks` compares more ways to run them.
+    """
+    import torch
+
+    from litevae.evaluation.complexity import Side, measure_complexity, measure_speed
+
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if precision not in dtypes:
+        raise UserError(f"--precision {precision}: must be one of {', '.join(dtypes)}")
+    names = models or list(NAMES)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = device or torch.device("cpu")
+    autoencoders, costs = [], []
+    for name in names:
+        model = find_model(name)
+        try:
+            costs.append(measure_complexity(model, size))
+        except ValueError as error:
+            raise UserError(f"{name}: --size {size}: {error}") from None
+        # Module's own: diffusers' warns of parts to keep in float32, of which there are none
+        autoencoders.append(torch.nn.Module.to(model, device, dtypes[precision]))
+    side: Side = "decoder" if decoder else "encoder"
+    speeds = measure_speed(autoencoders, side, size, batch_size, rounds)
+
+    where = (
+        torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"{device}, {torch.get_num_threads()} threads"
+    )
+    channels = autoencoders[0].config.in_channels
+    print(f"{batch_size} x {channels} x {size} x {size}, {precision}; {where}; torch {torch.__version__}")
+    width = max(len(name) for name in (*names, side))
+    print(f"{side:{width}}{'parameters':>14}{'GMACs':>10}{'peak MB':>10}{'images/s':>10}")
+    for name, cost, speed in zip(names, costs, speeds, strict=True):
+        parameters, macs = (
+            (cost.decoder_parameters, cost.decoder_macs)
+            if decoder
+            else (cost.encoder_parameters, cost.encoder_macs)
+        )
+        peak = "unknown" if speed.peak_memory is None else f"{speed.peak_memory / 1e6:,.0f}"
+        print(f"{name:{width}}{parameters:14,}{macs / 1e9:10,.2f}{peak:>10}{speed.images_per_second:10.4g}")

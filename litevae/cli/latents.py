@@ -1,0 +1,102 @@
+"""`litevae latents`."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from litevae.cli.common import load_model, provenance
+from litevae.errors import UserError
+
+PICTURES = 4  # rows of latents.png
+
+
+def latents(
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL", help="Folder of a model or of a training run, or diffusers:FOLDER of a VAE."
+        ),
+    ],
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="Folder of images, or what else data.train may be.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the picture and the figures.")
+    ],
+    size: Annotated[
+        int, typer.Option(min=16, metavar="PIXELS", help="Side that images are resized to.")
+    ] = 256,
+    count: Annotated[int, typer.Option(min=1, metavar="N", help="Images to measure, at most.")] = 2000,
+    groups: Annotated[
+        int, typer.Option(min=2, metavar="N", help="Groups of images, over which errors are taken.")
+    ] = 10,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Images at a time.")] = 16,
+    workers: Annotated[int, typer.Option(min=0, metavar="N", help="Processes that read images.")] = 4,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
+) -> None:
+    """Compare a model's latents with Gaussian noise, as the paper's Table 6, and show them.
+
+    \b
+    Example: litevae latents runs/imagenet-b path/to/images -o latents
+             litevae latents diffusers:path/to/sd-vae path/to/images -o latents-sd
+             litevae latents runs/demo demo -o latents --size 64 --groups 4
+
+    Writes latents.json, and latents.png with some images, their reconstructions and the first three channels
+    of their latents as RGB (Figures 2 and 4).
+
+    The figures are the squared maximum mean discrepancy between samples of the latents, divided by the
+    standard deviation of all of them together, and a standard Gaussian, times 1000, for RBF kernels of
+    several sigma: mean and standard deviation over groups of images. The paper does not state its unit;
+    compare models with one another, at equal size, count and groups.
+    """
+    files = output / "latents.json", output / "latents.png"
+    for file in files:
+        if file.exists() and not overwrite:
+            raise UserError(f"{file} is there already: give another folder with -o, or --overwrite")
+    autoencoder = load_model(model)
+
+    import torch
+
+    from litevae.evaluation.latent_space import collect_latents, distance_from_gaussian, latent_statistics
+    from litevae.training.checkpoint import replacing
+    from litevae.training.data import load_validation
+    from litevae.training.report import draw_reconstructions
+    from litevae.training.sources import open_images
+
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{output}: cannot be made: {error.strerror}") from None
+    if torch.accelerator.is_available():
+        autoencoder.to(torch.accelerator.current_accelerator())
+    images = open_images(data)
+    samples = collect_latents(autoencoder, images, size, count, batch_size, workers)
+    statistics = latent_statistics(samples)
+    discrepancies = distance_from_gaussian(samples, groups=groups)
+    shown = load_validation(images, size, PICTURES).images
+    with replacing(files[1]) as path:
+        draw_reconstructions(
+            autoencoder, [(Path(name).stem, pixels) for name, pixels in shown], path, principal=False
+        )
+    record = {
+        **provenance(model, data, size),
+        "count": statistics.count,
+        "groups": groups,
+        "latent": "sample",
+        "mean": statistics.mean,
+        "std": statistics.std,
+        "scaling_factor": statistics.scaling_factor,
+        "squared_mmd": [{"sigma": d.sigma, "mean": d.mean, "std": d.std} for d in discrepancies],
+    }
+    with replacing(files[0]) as path:
+        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+    print(f"{statistics.count} images, middle square, {size} x {size}; samples of the posterior")
+    for channel, (mean, std) in enumerate(zip(statistics.mean, statistics.std, strict=True)):
+        print(f"channel {channel}: mean {mean:.4f}, standard deviation {std:.4f}")
+    print(f"{'sigma':>5}{'1000 MMD²':>16}, {groups} groups")
+    for d in discrepancies:
+        print(f"{d.sigma:5g}{1000 * d.mean:9.2f} ± {1000 * d.std:.2f}")
+    print(f"see {files[0]} and {files[1]}")

@@ -1,0 +1,162 @@
+"""What a model's latents look like, and how far they are from Gaussian noise (Table 6)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from litevae.errors import UserError
+from litevae.evaluation.evaluate import Share, check_size, collate_numbered, sample_posterior
+from litevae.images import to_model_range
+from litevae.models.baseline import Autoencoder
+from litevae.training.scale import LatentStatistics, Squares
+from litevae.training.sources import ImageSource
+
+SIGMAS = (25.0, 50.0, 100.0, 250.0, 500.0)  # of Table 6
+
+
+@dataclass(frozen=True)
+class Discrepancy:
+    """Squared maximum mean discrepancy for one kernel: mean and standard deviation over groups of images."""
+
+    sigma: float
+    mean: float
+    std: float
+
+
+@torch.inference_mode()
+def collect_latents(
+    model: Autoencoder,
+    images: ImageSource,
+    size: int = 256,
+    count: int = 2000,
+    batch_size: int = 16,
+    workers: int = 4,
+) -> Tensor:
+    """Samples of the posteriors of images' middle squares, resized to `size` pixels.
+
+    Each image's sample is drawn from its number: the same images give the same latents. Shows a progress bar on
+    stderr.
+
+    Args:
+        model: of 3 channels; it runs on its own device and in its own dtype.
+        images: of which `count` are taken at equal distances, or all if there are fewer; those that cannot
+            be read are left out.
+
+    Returns:
+        (N, n_z, h, w) float32, on the CPU.
+
+    Raises:
+        UserError: a size or a number of channels that do not fit the model, no image that can be read, or
+            latents that are not finite.
+    """
+    check_size(model, size)
+    squares = Squares(images, size, count)
+    loader = DataLoader(
+        Share(squares, range(len(squares))), batch_size, num_workers=workers, collate_fn=collate_numbered
+    )
+    latents = []
+    for numbers, pixels, _ in tqdm(loader, unit="batch", mininterval=0.5):
+        if numbers:
+            posterior = model.encode(to_model_range(pixels).to(model.device, model.dtype)).latent_dist
+            latents.append(sample_posterior(posterior, numbers).float().cpu())
+    if not latents:
+        raise UserError("none of the images can be read")
+    result = torch.cat(latents)
+    if not result.isfinite().all():
+        raise UserError("the model's latents are not finite")
+    return result
+
+
+def latent_statistics(latents: Tensor) -> LatentStatistics:
+    """Of (N, n_z, h, w) latents, as `litevae.training.scale.measure_latents`; UserError if all are equal."""
+    channels = latents.double().transpose(0, 1).flatten(1)
+    total = channels.std(correction=0).item()
+    if not total > 0:
+        raise UserError("the latents are all equal: this model cannot be scaled")
+    return LatentStatistics(
+        tuple(channels.mean(1).tolist()),
+        tuple(channels.std(1, correction=0).tolist()),
+        1 / total,
+        len(latents),
+    )
+
+
+def squared_mmd(x: Tensor, y: Tensor, sigmas: Sequence[float]) -> Tensor:
+    """The unbiased estimate of the squared maximum mean discrepancy (Gretton et al., 2012, Equation 3).
+
+    The kernels are k(a, b) = exp(-|a - b|² / (2 sigma²)). The estimate may be below 0.
+
+    Args:
+        x, y: samples of the two distributions, (M, d) and (N, d), at least two each.
+        sigmas: one for each kernel.
+
+    Returns:
+        (len(sigmas),) float64.
+
+    Raises:
+        ValueError: fewer samples, or of different lengths.
+    """
+    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < 2:
+        raise ValueError(
+            f"x and y must be (M, d) and (N, d), M and N at least 2, got {tuple(x.shape)} and {tuple(y.shape)}"
+        )
+    x, y = x.double(), y.double()
+    within_x, within_y, between = squared_distances(x, x), squared_distances(y, y), squared_distances(x, y)
+
+    def mean_of_pairs(kernel: Tensor) -> Tensor:
+        count = len(kernel)  # a sample and itself are no pair
+        return (kernel.sum() - kernel.diagonal().sum()) / (count * (count - 1))
+
+    estimates = []
+    for sigma in sigmas:
+        kernels = [torch.exp(d / (-2 * sigma**2)) for d in (within_x, within_y, between)]
+        estimates.append(mean_of_pairs(kernels[0]) + mean_of_pairs(kernels[1]) - 2 * kernels[2].mean())
+    return torch.stack(estimates)
+
+
+def squared_distances(x: Tensor, y: Tensor) -> Tensor:
+    """(M, d) and (N, d) to (M, N)."""
+    squares = x.square().sum(1)[:, None] + y.square().sum(1)
+    return (squares - 2 * x @ y.T).clamp_(min=0)  # rounding may leave it below
+
+
+def distance_from_gaussian(
+    latents: Tensor, sigmas: Sequence[float] = SIGMAS, groups: int = 10
+) -> list[Discrepancy]:
+    """The squared MMD between latents and samples of a standard Gaussian, for each kernel, with error bars.
+
+    A latent is one vector of n_z·h·w elements, divided by the standard deviation of all elements together, as
+    diffusion models see it. The latents are shared out among disjoint groups, each of which is compared with
+    as many Gaussian samples of its own, the same each time.
+
+    The paper states neither its unit nor how it scales latents.
+
+    Args:
+        latents: (N, n_z, h, w).
+        groups: at least 2.
+
+    Raises:
+        UserError: fewer than two latents for a group, or latents that are all equal.
+    """
+    if groups < 2 or len(latents) < 2 * groups:
+        raise UserError(
+            f"{len(latents)} images cannot be shared among {groups} groups: there must be two groups at least, "
+            "of two images each"
+        )
+    vectors = latents.double().flatten(1) * latent_statistics(latents).scaling_factor
+    generator = torch.Generator().manual_seed(-1)  # images' samples are drawn from 0, 1, 2, ...
+    noise = torch.randn(vectors.shape, generator=generator).to(vectors)
+    # every groups-th one: neighbours in a data set are often alike
+    estimates = torch.stack(
+        [squared_mmd(vectors[i::groups], noise[i::groups], sigmas) for i in range(groups)]
+    )
+    return [
+        Discrepancy(sigma, mean, std)
+        for sigma, mean, std in zip(
+            sigmas, estimates.mean(0).tolist(), estimates.std(0).tolist(), strict=True
+        )
+    ]

@@ -1,0 +1,421 @@
+import json
+import os
+import socket
+import subprocess
+import sys
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from scipy.linalg import sqrtm
+from skimage import data
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+import litevae.evaluation.evaluate as evaluate_module
+from litevae import LiteVAE
+from litevae.cli import main
+from litevae.errors import UserError
+from litevae.evaluation.evaluate import evaluate
+from litevae.evaluation.metrics import batch_psnr, batch_ssim
+from litevae.losses.perceptual import LPIPS
+from litevae.training.checkpoint import sha256
+from litevae.training.sources import open_images
+
+SIZE = 32
+COUNT = 7
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Squares that are not resized, and a file that is no image."""
+    folder = tmp_path_factory.mktemp("images")
+    for i in range(COUNT):
+        Image.fromarray(data.chelsea()[20 * i : 20 * i + SIZE, 30 * i : 30 * i + SIZE]).save(
+            folder / f"{i}.png"
+        )
+    (folder / "bad.png").write_text("no image")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    torch.manual_seed(0)
+    model = LiteVAE.from_preset(
+        "litevae-s", block_out_channels=(16, 16, 16), layers_per_block=1, num_groups=4
+    )
+    model.save_pretrained(tmp_path_factory.mktemp("model"))
+    return model
+
+
+@pytest.fixture(scope="module")
+def pairs(model, folder):
+    """The images and their reconstructions, (7, 32, 32, 3) uint8 each, by the model alone."""
+    pixels = np.stack([np.asarray(Image.open(folder / f"{i}.png")) for i in range(COUNT)])
+    with torch.no_grad():
+        decoded = model(torch.from_numpy(pixels.transpose(0, 3, 1, 2)).float() / 127.5 - 1).sample
+    result = ((decoded + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return pixels, result.permute(0, 2, 3, 1).numpy()
+
+
+class Colours(torch.nn.Module):
+    """The mean of each colour: features that anyone can compute. Keeps them."""
+
+    num_features = 3
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, images):
+        self.seen.append(images.double().mean((2, 3)))
+        return self.seen[-1]
+
+
+def test_psnr_and_ssim_are_scikit_images():
+    rng = np.random.default_rng(0)
+    x = np.stack(
+        [data.chelsea()[:70, :80], np.full((70, 80, 3), 250, np.uint8), data.chelsea()[100:170, :80]]
+    )
+    # noise, noise on a bright flat image, and a shift
+    y = np.clip(x + rng.normal(0, (8, 1, 0), (70, 80, 3, 3)).transpose(3, 0, 1, 2), 0, 255).astype(np.uint8)
+    y[2] = np.roll(y[2], 1, axis=0)
+    tensors = [torch.from_numpy(z).permute(0, 3, 1, 2) for z in (x, y)]
+    expected = [
+        structural_similarity(
+            a,
+            b,
+            channel_axis=2,
+            data_range=255,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+        )
+        for a, b in zip(x, y, strict=True)
+    ]
+    assert batch_ssim(*tensors).tolist() == pytest.approx(expected, rel=1e-9)
+    expected = [peak_signal_noise_ratio(a, b) for a, b in zip(x, y, strict=True)]
+    assert batch_psnr(*tensors).tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_all_metrics_of_a_folder(model, folder, pairs, monkeypatch):
+    """Float64 formulas and scikit-image on what the model alone makes of the images."""
+    lpips = LPIPS(pretrained=False)
+    monkeypatch.setattr(evaluate_module, "LPIPS", lambda: lpips)
+    features = Colours()
+    found = evaluate(model, open_images(str(folder)), size=SIZE, batch_size=3, workers=0, features=features)
+    assert (found.count, found.unreadable, found.exact) == (COUNT, 1, 0)
+    assert list(found.values) == ["rfid", "lpips", "psnr", "ssim"]
+
+    assert found.values["psnr"] == pytest.approx(
+        np.mean([peak_signal_noise_ratio(a, b) for a, b in zip(*pairs, strict=True)]), abs=1e-4
+    )
+    ssim = [
+        structural_similarity(
+            a,
+            b,
+            channel_axis=2,
+            data_range=255,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+        )
+        for a, b in zip(*pairs, strict=True)
+    ]
+    assert found.values["ssim"] == pytest.approx(np.mean(ssim), abs=1e-4)
+    with torch.no_grad():
+        distances = [
+            lpips(*(torch.from_numpy(z[i : i + 1]).permute(0, 3, 1, 2).float() / 127.5 - 1 for z in pairs))
+            for i in range(COUNT)
+        ]
+    # float32 features of VGG, in batches of another size
+    assert found.values["lpips"] == pytest.approx(np.mean(distances), rel=1e-4)
+
+    a, b = (torch.cat(features.seen[side::2]).numpy() for side in (0, 1))
+    for z, pixels in zip((a, b), pairs, strict=True):  # batches of another size may round a pixel differently
+        assert z == pytest.approx(pixels.mean((1, 2), dtype=np.float64), abs=5 / SIZE**2)
+    covariances = [np.cov(z, rowvar=False) for z in (a, b)]
+    distance = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(
+        sum(covariances) - 2 * sqrtm(covariances[0] @ covariances[1]).real
+    )
+    assert found.values["rfid"] == pytest.approx(distance, rel=1e-9)
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_an_interrupted_evaluation_goes_on(model, folder, tmp_path, sample, monkeypatch):
+    def run(batch_size=3, identity="weights", model=model):
+        return evaluate(
+            model,
+            open_images(str(folder)),
+            ["rfid", "psnr", "ssim"],
+            SIZE,
+            batch_size=batch_size,
+            workers=0,
+            sample=sample,
+            partial=tmp_path / "partial",
+            identity={"weights": identity},
+            features=Colours(),
+        )
+
+    whole = run()
+    assert not list(tmp_path.iterdir())
+    # the order of the sums is another
+    assert run(batch_size=2).values == pytest.approx(whole.values, rel=1e-9)
+
+    monkeypatch.setattr(evaluate_module, "SAVE_EVERY", 0.0)
+    once, calls = evaluate_module.reconstruct_batch, []
+
+    def stop_at_third(*arguments):
+        calls.append(len(arguments[1]))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return once(*arguments)
+
+    monkeypatch.setattr(evaluate_module, "reconstruct_batch", stop_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    with pytest.raises(UserError, match="was left by an interrupted evaluation with other settings"):
+        run(identity="others")
+    assert run() == whole
+    assert sum(calls) == COUNT + calls[2]  # nothing was done twice but the interrupted batch
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "partial").write_text("cut off")
+    with pytest.raises(UserError, match="partial: cannot be read"):
+        run()
+
+
+def test_a_sample_is_the_images_own(model, folder):
+    def run(sample, batch_size):
+        return evaluate(
+            model, open_images(str(folder)), ["psnr"], SIZE, batch_size=batch_size, workers=0, sample=sample
+        )
+
+    assert run(True, 2).values["psnr"] == pytest.approx(run(True, 5).values["psnr"], abs=1e-3)
+    assert run(True, 2).values["psnr"] != run(False, 2).values["psnr"]
+
+
+def test_images_without_an_error_are_left_out_of_the_psnr():
+    sums = evaluate_module.Sums(("psnr", "ssim"), None)
+    image = torch.from_numpy(data.chelsea()[None, :SIZE, :SIZE].copy()).permute(0, 3, 1, 2)
+    sums.add(image, image)
+    assert sums.result().values == {"psnr": np.inf, "ssim": 1}
+    sums.add(image, image ^ 1)  # off by one everywhere
+    found = sums.result()
+    assert (found.count, found.exact) == (2, 1)
+    assert found.values["psnr"] == pytest.approx(20 * np.log10(255))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"metrics": ["psnr", "fid"]}, "no metric 'fid', only rfid, lpips, psnr, ssim"),
+        ({"metrics": []}, "no metrics given"),
+        ({"size": 30}, "size must be a multiple of 4, at least 16, got 30"),
+        ({"size": 12}, "size must be a multiple of 4, at least 16, got 12"),
+        ({"metrics": ["rfid"], "count": 1}, "rfid needs two images"),
+    ],
+)
+def test_what_cannot_be_measured(model, folder, settings, message):
+    (settings := {"metrics": ["psnr"], "size": SIZE, "workers": 0} | settings)
+    with pytest.raises(UserError, match=message):
+        evaluate(model, open_images(str(folder)), features=Colours(), **settings)
+
+
+def test_a_model_that_diverged(folder):
+    model = LiteVAE.from_preset(
+        "litevae-s", block_out_channels=(16, 16, 16), layers_per_block=1, num_groups=4
+    )
+    torch.nn.init.constant_(model.decoder.conv_out.bias, torch.nan)
+    with pytest.raises(UserError, match="not finite"):
+        evaluate(model, open_images(str(folder)), ["psnr"], SIZE, workers=0)
+
+
+class TestInceptionWeights:
+    NAME = "weights-inception-2015-12-05-6726825d.pth"
+
+    @pytest.fixture(autouse=True)
+    def hub(self, tmp_path, monkeypatch):
+        def no_connection(*_, **__):
+            raise URLError("no route to host")
+
+        monkeypatch.setattr(torch.hub, "urlopen", no_connection)
+        monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+        return tmp_path / "checkpoints"
+
+    def test_missing(self, model, folder, hub):
+        with pytest.raises(
+            UserError, match=r"cannot be downloaded .*: put https://.*6726825d\.pth there"
+        ) as e:
+            evaluate(model, open_images(str(folder)), ["rfid"], SIZE)
+        assert str(hub) in str(e.value)
+        assert "\n" not in str(e.value)
+
+    def test_another_file(self, hub):
+        hub.mkdir()
+        (hub / self.NAME).write_bytes(b"something")
+        with pytest.raises(UserError, match="is not torch-fidelity's Inception, or damaged"):
+            evaluate_module.make_fid(None)
+
+    def test_file_that_is_there_is_used(self, hub, monkeypatch):
+        """Which is checked before it is unpickled."""
+        from torchmetrics.image.fid import NoTrainInceptionV3
+
+        hub.mkdir()
+        torch.manual_seed(0)
+        monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("unpickled before it was checked"))
+        (hub / self.NAME).write_bytes(b"0")
+        with pytest.raises(UserError):
+            evaluate_module.make_fid(None)
+        monkeypatch.undo()
+        monkeypatch.setattr(torch.hub, "_hub_dir", str(hub.parent))
+        monkeypatch.setattr(NoTrainInceptionV3, "load_state_dict", lambda *_, **__: None)
+        torch.save({}, hub / self.NAME)
+        monkeypatch.setattr(
+            evaluate_module, "INCEPTION", self.rename(hub / self.NAME, sha256(hub / self.NAME)[:8])
+        )
+        fid = evaluate_module.make_fid(None)
+        assert fid.inception(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape == (1, 2048)
+        assert not fid.inception.use_antialias
+
+    @staticmethod
+    def rename(path, digest):
+        return f"https://example.org/{path.rename(path.with_name(f'inception-{digest}.pth')).name}"
+
+
+class TestCommand:
+    @pytest.fixture
+    def run(self, folder, tmp_path, capsys):
+        def run(model, *arguments, status=0):
+            command = ["eval", model, folder, "--size", SIZE, "--workers", 0, "-o", tmp_path / "eval.json"]
+            assert main([str(argument) for argument in (*command, *arguments)]) == status
+            return capsys.readouterr()
+
+        return run
+
+    @pytest.fixture
+    def saved(self, model, tmp_path):
+        model.save_pretrained(tmp_path / "model")
+        return tmp_path / "model"
+
+    def test_result(self, run, saved, pairs, tmp_path):
+        output = run(saved, "--metrics", "ssim,psnr").out
+        record = json.loads((tmp_path / "eval.json").read_text())
+        weights = saved / "diffusion_pytorch_model.safetensors"
+        assert record["weights"] == {weights.name: sha256(weights)}
+        psnr = np.mean([peak_signal_noise_ratio(a, b) for a, b in zip(*pairs, strict=True)])
+        assert record["metrics"]["psnr"] == pytest.approx(psnr, abs=1e-4)
+        assert list(record["metrics"]) == ["psnr", "ssim"]
+        assert (record["count"], record["unreadable"], record["latent"]) == (COUNT, 1, "mode")
+        assert "32 x 32" in record["crop"]
+        assert f"torch {torch.__version__}" in record["versions"]["litevae"]
+        assert record["networks"] == {}
+        assert f"{psnr:10.2f}" in output
+        assert "7 images, middle square, 32 x 32, 8 bits; mode of the posterior" in output
+        assert "cannot be read, left out: 1" in output
+
+        error = run(saved, "--metrics", "psnr", status=2).err
+        assert "eval.json is there already" in error
+        assert "sample of the posterior" in run(saved, "--metrics", "psnr", "--sample", "--overwrite").out
+
+    def test_any_autoencoder_of_diffusers(self, run, tmp_path, saved):
+        torch.manual_seed(0)
+        settings = {"block_out_channels": (16, 16), "norm_num_groups": 4, "layers_per_block": 1}
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, **settings
+        )
+        vae.save_pretrained(tmp_path / "pipeline" / "vae")
+        outputs = [
+            run(f"diffusers:{folder}", "--metrics", "psnr", "--overwrite").out
+            for folder in (tmp_path / "pipeline", tmp_path / "pipeline" / "vae")
+        ]
+        assert outputs[0] == outputs[1]
+        assert "PSNR" in outputs[0]
+        assert main(["info", f"diffusers:{tmp_path / 'pipeline'}", "--size", "32"]) == 0
+        assert "not an AutoencoderKL but LiteVAE" in run(f"diffusers:{saved}", "--overwrite", status=2).err
+
+    def test_missing_weights_are_one_line(self, run, saved, tmp_path, monkeypatch):
+        def no_connection(*_, **__):
+            raise URLError("no route to host")
+
+        monkeypatch.setattr(torch.hub, "urlopen", no_connection)
+        monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+        for metric, name in (
+            ("rfid", "weights-inception-2015-12-05-6726825d.pth"),
+            ("lpips", "vgg16-397923af.pth"),
+        ):
+            error = run(saved, "--metrics", metric, status=2).err
+            assert error.count("\n") == 1
+            assert f"{tmp_path}/checkpoints/{name} is not there" in error
+        assert not (tmp_path / "eval.json").exists()
+
+
+SHARED = """
+import os, sys, torch
+from litevae import LiteVAE
+from litevae.evaluation.evaluate import evaluate
+from litevae.training.sources import open_images
+torch.set_num_threads(1)
+class Colours(torch.nn.Module):
+    num_features = 3
+    def forward(self, images):
+        return images.double().mean((2, 3))
+rank = os.fork() and 1
+os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+found = evaluate(
+    LiteVAE.from_pretrained(sys.argv[1]), open_images(sys.argv[2]), ["rfid", "psnr", "ssim"], 32,
+    batch_size=2, workers=0, sample=True, features=Colours(),
+)
+sys.stdout.write(repr(found) + "\\n")
+sys.stdout.flush()
+torch.distributed.destroy_process_group()
+if rank:
+    assert os.wait()[1] == 0
+"""
+
+
+def test_processes_share_the_images(model, folder, tmp_path):
+    model.save_pretrained(tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    result = subprocess.run(
+        [sys.executable, "-c", SHARED, tmp_path, folder],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+        },
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert result.returncode == 0, result.stderr
+    first, second = result.stdout.splitlines()
+    assert first == second
+    alone = evaluate(
+        model,
+        open_images(str(folder)),
+        ["rfid", "psnr", "ssim"],
+        SIZE,
+        batch_size=2,
+        workers=0,
+        sample=True,
+        features=Colours(),
+    )
+    shared = eval(first, {"Evaluation": evaluate_module.Evaluation})
+    assert (shared.count, shared.unreadable, shared.exact) == (COUNT, 1, 0)
+    # the order of the sums is another, and float32 convolutions of another batch may round a pixel differently
+    assert shared.values == pytest.approx(alone.values, rel=1e-3)
