@@ -15,7 +15,8 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 for _ in range(10):
     faults()
-print(faults())
+# aligned blocks do not always fit where the last one was; in the end they do
+print(min(faults() for _ in range(10)))
 """
 
 
