@@ -16,9 +16,9 @@ namespace conv3x3 {
 struct Forward {
   TensorView x;  // (N, I, H, W)
   bool silu;
-  TensorView weight;  // (O, I, 3, 3), any dtype and strides
-  bool
-      transposed;  // it is (I, O, 3, 3) and turned by 180 degrees: y is the gradient of a convolution's input
+  TensorView weight;  // (O, I, 3, 3), any dtype and strides; rounded to bf16
+  // the weight is (I, O, 3, 3) and turned by 180 degrees: y is the gradient of a convolution's input
+  bool transposed;
   TensorView bias;      // (1, O, 1, 1), any dtype
   TensorView residual;  // (N, O, H, W)
   TensorView y;         // (N, O, H, W); written

@@ -2,7 +2,9 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from litevae.errors import UserError
 
@@ -11,6 +13,16 @@ if TYPE_CHECKING:
 
 MODELS: tuple[str, ...] = ("LiteVAE", "AutoencoderKL", "SmallEncoderVAE")  # their class names
 DIFFUSERS = "diffusers:"
+
+ModelArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="MODEL", help="Folder of a model or of a training run, or diffusers:FOLDER of a VAE."
+    ),
+]
+DataArgument = Annotated[
+    str, typer.Argument(metavar="DATA", help="Folder of images, or what else data.train may be.")
+]
 
 
 def model_folder(path: Path) -> Path:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from litevae.cli.common import load_model, provenance
+from litevae.cli.common import DataArgument, ModelArgument, load_model, provenance
 from litevae.errors import UserError
 
 # heading, digits after the point
@@ -15,15 +15,8 @@ COLUMNS = {"rfid": ("rFID", 3), "lpips": ("LPIPS", 4), "psnr": ("PSNR", 2), "ssi
 
 
 def evaluate(
-    model: Annotated[
-        Path,
-        typer.Argument(
-            metavar="MODEL", help="Folder of a model or of a training run, or diffusers:FOLDER of a VAE."
-        ),
-    ],
-    data: Annotated[
-        str, typer.Argument(metavar="DATA", help="Folder of images, or what else data.train may be.")
-    ],
+    model: ModelArgument,
+    data: DataArgument,
     metrics: Annotated[
         str, typer.Option(metavar="NAMES", help="Some of rfid, lpips, psnr and ssim.")
     ] = "rfid,lpips,psnr,ssim",

@@ -6,22 +6,15 @@ from typing import Annotated
 
 import typer
 
-from litevae.cli.common import load_model, provenance
+from litevae.cli.common import DataArgument, ModelArgument, load_model, provenance
 from litevae.errors import UserError
 
 PICTURES = 4  # rows of latents.png
 
 
 def latents(
-    model: Annotated[
-        Path,
-        typer.Argument(
-            metavar="MODEL", help="Folder of a model or of a training run, or diffusers:FOLDER of a VAE."
-        ),
-    ],
-    data: Annotated[
-        str, typer.Argument(metavar="DATA", help="Folder of images, or what else data.train may be.")
-    ],
+    model: ModelArgument,
+    data: DataArgument,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the picture and the figures.")
     ],

@@ -12,12 +12,8 @@ SIZE = 32
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads that wait for each other on a busy machine make tiny runs a hundred times slower."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def tiny_runs(one_thread):
+    """All here are."""
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 import json
 
 import pytest
-import torch
 from PIL import Image
 from skimage import data
 
@@ -29,12 +28,8 @@ SPEED = {"images_per_second", "data_wait"}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads that wait for each other on a busy machine make tiny runs a hundred times slower."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def tiny_runs(one_thread):
+    """All here are."""
 
 
 @pytest.fixture(scope="session")
