@@ -1,16 +1,11 @@
 """The typed configuration of a training run, read from YAML and `key=value` overrides."""
 
-import difflib
-import typing
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import ClassVar, Literal
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError  # type: ignore[import-untyped]
-
+from litevae import settings
 from litevae.discriminators import DiscriminatorConfig
 from litevae.errors import UserError
 from litevae.losses import RECONSTRUCTION_TERMS, TERMS, LossConfig
@@ -68,6 +63,7 @@ class DataConfig:
 class StageConfig:
     """From step `start` on (the first is 1), crops of this size, and as many a step."""
 
+    example: ClassVar[str] = "{start: 100001, size: 256}"
     start: int = 1
     size: int | None = None  # as before
     batch_size: int | None = None  # as before
@@ -142,12 +138,12 @@ class Stage:
 
 def list_stages(config: Config) -> list[Stage]:
     """The run's stages in order; each ends where the next begins, the last with `max_steps`."""
-    settings = [StageConfig(1, config.data.size, config.data.batch_size), *config.stages]
+    all_stages = [StageConfig(1, config.data.size, config.data.batch_size), *config.stages]
     result: list[Stage] = []
     size, batch_size, sample = config.data.size, config.data.batch_size, 0
-    for index, stage in enumerate(settings):
+    for index, stage in enumerate(all_stages):
         size, batch_size = stage.size or size, stage.batch_size or batch_size
-        following = settings[index + 1].start if index + 1 < len(settings) else config.max_steps + 1
+        following = all_stages[index + 1].start if index + 1 < len(all_stages) else config.max_steps + 1
         last = min(following - 1, config.max_steps)
         if stage.start <= last:
             result.append(Stage(stage.start, last, size, batch_size, sample))
@@ -157,13 +153,11 @@ def list_stages(config: Config) -> list[Stage]:
 
 def shipped_configs() -> list[str]:
     """Names of the configurations that come with the package."""
-    return sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml"))
+    return settings.shipped(CONFIGS)
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
-    """The defaults, then the file, then the overrides.
-
-    A file with `extends: NAME` replaces settings of the configuration NAME.
+    """The defaults, then the file, then the overrides: see `litevae.settings.load`.
 
     Args:
         name: of a shipped configuration, or a path that ends in .yaml.
@@ -173,135 +167,9 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
         UserError: no such configuration, broken YAML, an unknown key (the message names the nearest), or a
             value of the wrong type or out of range.
     """
-    path = find_config(name)
-    config = OmegaConf.structured(Config)
-    for file, settings in reversed(read_files(path)):
-        apply(config, settings, f"{file}: ")
-
-    for override in overrides:
-        key, sign, _ = override.partition("=")
-        if not sign or not key:
-            raise UserError(f"{override!r} is not a setting: write key=value, such as max_steps=20")
-        if key not in KEYS:
-            raise UserError(unknown_key(key))
-        try:
-            apply(config, OmegaConf.from_dotlist([override]), f"{override}: ")
-        except (YAMLError, OmegaConfBaseException):
-            raise UserError(f"{override}: {key} must be {expected(key)}") from None
-
-    try:
-        result = cast(Config, OmegaConf.to_object(config))
-    except OmegaConfBaseException as error:  # an interpolation to nowhere
-        raise UserError(f"{path}: {one_line(error)}") from None
-    check(result)
-    return result
-
-
-def read_files(path: Path) -> list[tuple[Path, Any]]:
-    """The file's settings, then those of the file that it `extends`, and so on."""
-    files: list[tuple[Path, Any]] = []
-    following: str | None = str(path)
-    while following is not None:
-        path = find_config(following)
-        if path in [file for file, _ in files]:
-            raise UserError(f"{path}: extends itself")
-        try:
-            settings = OmegaConf.load(path)
-        except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
-            raise UserError(f"{path}: cannot be read: {one_line(error)}") from None
-        following = settings.pop("extends", None) if isinstance(settings, DictConfig) else None
-        files.append((path, settings))
-    return files
-
-
-def find_config(name: str) -> Path:
-    if name.endswith((".yaml", ".yml")):
-        path = Path(name)
-        if not path.is_file():
-            raise UserError(f"{name}: no such file")
-        return path
-    if name not in shipped_configs():
-        nearest = difflib.get_close_matches(name, shipped_configs(), n=1, cutoff=0.0)[0]
-        raise UserError(
-            f"no configuration named {name!r}: did you mean {nearest!r}? "
-            f"(there are: {', '.join(shipped_configs())}; or give the path of a .yaml file)"
-        )
-    return CONFIGS / f"{name}.yaml"
-
-
-def apply(config: DictConfig, settings: Any, where: str) -> None:
-    """Sets each of `settings` in `config`; UserError, beginning with `where`, for one that does not fit."""
-    if not isinstance(settings, DictConfig):
-        raise UserError(f"{where}must be a mapping of settings")
-    # one at a time: OmegaConf's own errors do not always say which key they are about
-    for key, value in leaves(OmegaConf.to_container(settings, resolve=False)):
-        if key not in KEYS:
-            raise UserError(where + unknown_key(key))
-        try:
-            # YAML takes nothing after the sign for null
-            OmegaConf.update(config, key, "" if value is None and KEYS[key] is str else value)
-        except OmegaConfBaseException:
-            raise UserError(f"{where}{key} must be {expected(key)}") from None
-
-
-def leaves(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values, down to where the sections of `Config` end."""
-    for name, value in settings.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, dict) and is_dataclass(KEYS.get(key)):
-            yield from leaves(value, f"{key}.")
-        else:
-            yield key, value
-
-
-def all_keys(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every dotted key under a dataclass with its type, sections included."""
-    hints = typing.get_type_hints(cls)
-    for entry in fields(cls):
-        yield prefix + entry.name, hints[entry.name]
-        if is_dataclass(hints[entry.name]):
-            yield from all_keys(cast(type, hints[entry.name]), f"{prefix}{entry.name}.")
-
-
-KEYS: dict[str, Any] = dict(all_keys(Config))
-
-
-def unknown_key(key: str) -> str:
-    """The message for a key that does not exist, with the most similar one that does."""
-
-    def similarity(candidate: str) -> float:
-        whole = difflib.SequenceMatcher(None, key, candidate).ratio()
-        # a right name without its section, or in the wrong one
-        leaf = difflib.SequenceMatcher(None, key.split(".")[-1], candidate.split(".")[-1]).ratio()
-        return max(whole, 0.95 * leaf)
-
-    return f"unknown setting {key!r}: did you mean {max(KEYS, key=similarity)!r}?"
-
-
-def expected(key: str) -> str:
-    """What may stand behind `key=`, in words."""
-    kind = KEYS[key]
-    if is_dataclass(kind):
-        return f"set key by key, such as {key}.{fields(kind)[0].name}=..."
-    return in_words(kind)
-
-
-def in_words(kind: Any) -> str:
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if type(None) in args:
-        return in_words(args[0])
-    if kind is StageConfig:
-        return "with the settings " + ", ".join(entry.name for entry in fields(StageConfig))
-    if origin is list and args[0] is StageConfig:
-        return f"a list such as [{{start: 100001, size: 256}}], each {in_words(StageConfig)}"
-    if origin is Literal:
-        return " or ".join(args)
-    if origin is list:
-        return f"a list such as [1,2], each {in_words(args[0])}"
-    if origin is tuple:
-        return f"{len(args)} values such as [{','.join('0.5' for _ in args)}], each {in_words(args[0])}"
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    return words[kind]
+    config = settings.load(Config, name, overrides, CONFIGS)
+    check(config)
+    return config
 
 
 def check(config: Config) -> None:
@@ -331,10 +199,6 @@ def check(config: Config) -> None:
         **{f"loss.{name}": 0 for name in TERMS},
         "loss.adversarial_start": 0,
     }
-    for key, minimum in least.items():
-        value = setting(config, key)
-        if not minimum <= value < float("inf"):
-            raise UserError(f"{key} must be {minimum} or more, got {value}")
     most = {
         "model.latent_channels": 4096,
         "seed": 2**32 - 1,
@@ -342,9 +206,7 @@ def check(config: Config) -> None:
         "data.batch_size": 10**5,
         "optimizer.learning_rate": 1e6,
     }
-    for key, maximum in most.items():
-        if setting(config, key) > maximum:
-            raise UserError(f"{key} must be {maximum} or less, got {setting(config, key)}")
+    settings.check_range(config, least, most)
     if config.ema_decay >= 1:
         raise UserError(f"ema_decay must be below 1, got {config.ema_decay}")
     if config.loss.ldl and not config.ema_decay:
@@ -390,15 +252,3 @@ def check_stages(config: Config) -> None:
     for batch_size in (stage.batch_size for stage in list_stages(config)):
         if batch_size % parts:
             raise UserError(f"optimizer.accumulation must divide the batch of {batch_size}, got {parts}")
-
-
-def setting(config: Config, key: str) -> Any:
-    """The value of a dotted key."""
-    value: Any = config
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -135,39 +135,6 @@ def test_stages_follow_each_other():
     assert [(stage.last - stage.first + 1, stage.size) for stage in tuned] == [(100_000, 128), (50_000, 256)]
 
 
-def test_a_file_extends_another(tmp_path):
-    path = tmp_path / "mine.yaml"
-    path.write_text("extends: demo\nmax_steps: 9")
-    assert load_config(str(path)) == load_config("demo", ["max_steps=9"])
-    path.write_text(f"extends: {path}")
-    assert "extends itself" in fails(name=str(path))
-    path.write_text("extends: dmeo")
-    assert "did you mean 'demo'?" in fails(name=str(path))
-
-
-def test_missing_file_is_named():
-    assert "nowhere.yaml: no such file" in fails(name="nowhere.yaml")
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("max_step: 3", "did you mean 'max_steps'?"),
-        ("loss:\n  kl: much", "loss.kl must be a number"),
-        ("loss:", "loss must be set key by key"),
-        ("- 1\n- 2", "must be a mapping"),
-        ("a: [1", "cannot be read"),
-        ("3", "cannot be read"),
-    ],
-)
-def test_mistake_in_a_file_names_the_file(tmp_path, text, expected):
-    path = tmp_path / "mine.yaml"
-    path.write_text(text)
-    message = fails(name=str(path))
-    assert str(path) in message
-    assert expected in message
-
-
 def test_a_stage_keeps_what_it_does_not_set():
     config = load_config(
         "demo", ["max_steps=9", "data.size=32", "stages=[{start: 3, batch_size: 8}, {start: 6, size: 48}]"]
