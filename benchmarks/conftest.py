@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from benchmarks.harness import Session, device_name
+from benchmarks.harness import Session
+from litevae.training.report import device_name
 from litevae_kernels.allocator import keep_freed_memory
 
 

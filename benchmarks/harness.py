@@ -12,7 +12,6 @@ import gc
 import itertools
 import json
 import math
-import platform
 import re
 import statistics
 import time
@@ -26,6 +25,7 @@ from typing import Any
 
 import torch
 
+from litevae.training.report import device_name
 from litevae_kernels import use_backend
 from litevae_kernels.allocator import peak_resident_memory
 from litevae_kernels.backend import why_not
@@ -118,17 +118,6 @@ class Session:
         rows += [{**asdict(result), **stamp} for result in self.results]
         self.path.parent.mkdir(exist_ok=True)
         self.path.write_text(json.dumps({"device": self.device, "results": rows}, indent=1) + "\n")
-
-
-def device_name() -> str:
-    """The GPU, or the CPU's model and thread count."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists() and (found := re.search(r"model name\s*: (.*)", cpuinfo.read_text())):
-        model = found[1]
-    return f"{model}, {torch.get_num_threads()} threads"
 
 
 def slug(name: str) -> str:

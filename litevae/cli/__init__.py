@@ -10,6 +10,7 @@ import typer
 from litevae.cli.complexity import complexity
 from litevae.cli.encode import encode
 from litevae.cli.eval import evaluate
+from litevae.cli.experiment import experiment
 from litevae.cli.info import info
 from litevae.cli.latents import latents
 from litevae.cli.reconstruct import reconstruct
@@ -28,6 +29,7 @@ app.command()(encode)
 app.command("eval")(evaluate)
 app.command()(complexity)
 app.command()(latents)
+app.command()(experiment)
 
 
 def print_version(wanted: bool) -> None:
@@ -57,6 +59,7 @@ def callback(
              litevae eval runs/demo path/to/images
              litevae complexity
              litevae latents runs/demo path/to/images -o latents
+             litevae experiment table09
     """
     if context.invoked_subcommand is None:
         print(context.get_help())

@@ -1,6 +1,8 @@
 """The pictures of a training run, and what versions it ran on."""
 
 import functools
+import platform
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -192,6 +194,17 @@ def versions() -> str:
         except (OSError, subprocess.TimeoutExpired):
             commit = "unknown"
     return f"litevae {own}" + (f" (commit {commit})" if commit else "") + f", torch {torch.__version__}"
+
+
+def device_name() -> str:
+    """The GPU, or the CPU's model and thread count."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists() and (found := re.search(r"model name\s*: (.*)", cpuinfo.read_text())):
+        model = found[1]
+    return f"{model}, {torch.get_num_threads()} threads"
 
 
 def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:

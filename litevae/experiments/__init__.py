@@ -1,0 +1,1 @@
+"""The paper's tables and figures by name: each is a few training runs, and what is measured of them."""

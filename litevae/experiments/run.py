@@ -1,0 +1,36 @@
+"""One experiment from its name to its report."""
+
+import time
+from pathlib import Path
+
+from accelerate import PartialState
+
+from litevae.experiments.measure import measure
+from litevae.experiments.report import write_report
+from litevae.experiments.runner import Row, Setup, prepare, train_once
+
+
+def run_experiment(name: str, setup: Setup) -> Path | None:
+    """Trains, measures and writes the result; returns the Markdown file's path, in the first process only.
+
+    Args:
+        name: as `load_experiment` takes it.
+
+    Raises:
+        Stopped: by a signal; what is trained is kept.
+        UserError: before any training, what `prepare` raises; later what training and measuring do.
+        NonFiniteError, OSError: as `litevae.training.train`.
+    """
+    start = time.perf_counter()
+    experiment, configs = prepare(name, setup)
+    setup.output.mkdir(parents=True, exist_ok=True)
+    configs = configs or [[] for _ in experiment.runs]
+    rows = [
+        Row(run, [train_once(config) for config in seeds])
+        for run, seeds in zip(experiment.runs, configs, strict=True)
+    ]
+    stem = Path(name).stem
+    pictures = measure(experiment, setup, rows, setup.output / stem)
+    if not PartialState().is_main_process:
+        return None
+    return write_report(stem, experiment, setup, rows, pictures, time.perf_counter() - start)
