@@ -125,12 +125,17 @@ def evaluate(
 
 
 def check(model: Autoencoder, metrics: Sequence[str], size: int) -> None:
+    check_metrics(metrics)
+    check_size(model, size)
+
+
+def check_metrics(metrics: Sequence[str]) -> None:
+    """UserError for one that there is not, or for none."""
     for metric in metrics:
         if metric not in METRICS:
             raise UserError(f"there is no metric {metric!r}, only {', '.join(METRICS)}")
     if not metrics:
         raise UserError(f"no metrics given: name some of {', '.join(METRICS)}")
-    check_size(model, size)
 
 
 def check_size(model: Autoencoder, size: int) -> None:

@@ -14,7 +14,7 @@ from litevae.experiments.spec import Claim, Experiment, measured_size
 from litevae.training.checkpoint import replacing
 from litevae.training.report import device_name, versions
 
-LOWER_IS_BETTER = ("rfid", "lpips", "fid")
+LOWER_IS_BETTER = ("rfid", "lpips", "fid", "imbalance", "sigma")  # metrics begin with one of these
 # of a metric: its heading and the digits after the point
 HEADINGS = {
     "rfid": ("rFID ↓", 2),
@@ -190,14 +190,13 @@ def verdict(claim: Claim, metric: str, better: Row, than: Row) -> str:
         ]
     else:
         others = [values[metric] for values in than.values]
-    sign = -1 if metric in LOWER_IS_BETTER else 1
+    sign = -1 if metric.startswith(LOWER_IS_BETTER) else 1
     gains = [sign * (values[metric] - other) for values, other in zip(better.values, others, strict=True)]
     gain = fmean(gains)
-    digits = HEADINGS[metric][1] + 1
-    text = f"{title(metric)[:-2]}: {sign * gain:+.{digits}f}"
+    text = f"{title(metric).rstrip(' ↓↑')} {sign * gain:+.3g}"
     if len(gains) > 1:
         error = stdev(gains) / math.sqrt(len(gains))
-        text += f" ± {error:.{digits}f}"
+        text += f" ± {error:.2g}"
         if abs(gain) < 2 * error:
             return f"{text}, no difference that shows"
     return f"{text}, {'shows' if gain > 0 else 'does not show'}" + (" (one seed)" if len(gains) == 1 else "")

@@ -11,7 +11,7 @@ from accelerate import PartialState
 from PIL import Image
 
 from litevae.errors import UserError
-from litevae.evaluation.evaluate import Sums
+from litevae.evaluation.evaluate import Sums, check_metrics
 from litevae.experiments.spec import (
     Experiment,
     RunSpec,
@@ -100,6 +100,7 @@ def prepare(name: str, setup: Setup) -> tuple[Experiment, list[list[Config]]]:
         return experiment, []
     metrics = wanted_metrics(experiment, setup)
     if experiment.kind in ("reconstruction", "resolution"):
+        check_metrics(metrics)
         Sums(metrics, None)  # raises now, not after the training, for weights that are missing
     seeds = setup.seeds or (experiment.seeds if setup.scale == "tiny" else 1)
     return experiment, [

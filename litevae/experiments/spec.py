@@ -18,6 +18,7 @@ FOLDER = CONFIGS / "experiments"
 # weights are downloaded, so there is no LPIPS; a discriminator comes only where the experiment is about it.
 TINY_SIZE = 4  # times smaller
 TINY_STEPS = 1000, 3  # 300 for 100,000
+TINY_KL = 1e-4  # 0.01 would leave little to reconstruct from after so few steps
 TINY_SETTINGS = (
     "data.train=demo",
     "data.crop=native",
@@ -29,7 +30,6 @@ TINY_SETTINGS = (
     "model.num_groups=16",
     "loss.lpips=0",
     "loss.adversarial=0",
-    "loss.kl=1e-4",  # the paper's would leave nothing to reconstruct from after so few steps
     "optimizer.learning_rate=1e-3",
     "optimizer.warmup_steps=20",
     "ema_decay=0",
@@ -141,6 +141,7 @@ def tiny_settings(paper: Config) -> list[str]:
         *TINY_SD_VAE * (paper.model.kind == "sd-vae"),
         f"data.size={paper.data.size // TINY_SIZE}",
         f"max_steps={tiny_step(paper.max_steps)}",
+        f"loss.kl={min(paper.loss.kl, TINY_KL)}",
         f"stages=[{stages}]",
         f"loss.adversarial_start={tiny_step(paper.loss.adversarial_start - 1) + 1}",
     ]
