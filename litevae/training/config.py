@@ -22,8 +22,8 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 class ModelConfig:
     """LiteVAE, or one of the paper's baselines with the same decoder.
 
-    `preset`, `decoder_norm` and `output_type` are LiteVAE's alone; `use_1x1_conv` is quant_conv and
-    post_quant_conv in Stable Diffusion's VAE.
+    All but `kind`, `latent_channels`, `block_out_channels`, `layers_per_block`, `num_groups` and `use_1x1_conv`,
+    which is quant_conv and post_quant_conv in Stable Diffusion's VAE, are LiteVAE's alone.
     """
 
     kind: Literal["litevae", "sd-vae", "vae-small"] = "litevae"
@@ -35,6 +35,12 @@ class ModelConfig:
     decoder_norm: Literal["group", "smc"] = "group"
     output_type: Literal["image", "wavelet"] = "image"
     use_1x1_conv: bool = False
+    encoder_type: Literal["learned", "dwt", "dwt-2"] = "learned"
+    extractor: Literal["unet", "nafnet"] = "unet"
+    shared_extractor: bool = False
+    aggregator: Literal["unet", "vit"] = "unet"  # vit: for images of data.size alone
+    finest_level: int = 1
+    encoder_norm: Literal["group", "smc"] = "group"
 
 
 @dataclass
@@ -160,8 +166,8 @@ def shipped_configs() -> list[str]:
     return sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml"))
 
 
-def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
-    """The defaults, then the file, then the overrides.
+def load_config(name: str | None, overrides: Sequence[str] = ()) -> Config:
+    """The defaults, then the file, if any, then the overrides.
 
     A file with `extends: NAME` replaces settings of the configuration NAME.
 
@@ -173,9 +179,8 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
         UserError: no such configuration, broken YAML, an unknown key (the message names the nearest), or a
             value of the wrong type or out of range.
     """
-    path = find_config(name)
     config = OmegaConf.structured(Config)
-    for file, settings in reversed(read_files(path)):
+    for file, settings in reversed([] if name is None else read_files(find_config(name))):
         apply(config, settings, f"{file}: ")
 
     for override in overrides:
@@ -192,7 +197,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     try:
         result = cast(Config, OmegaConf.to_object(config))
     except OmegaConfBaseException as error:  # an interpolation to nowhere
-        raise UserError(f"{path}: {one_line(error)}") from None
+        raise UserError(f"{name or 'settings'}: {one_line(error)}") from None
     check(result)
     return result
 
@@ -264,6 +269,20 @@ def all_keys(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 KEYS: dict[str, Any] = dict(all_keys(Config))
+# what the other kinds of models have, and cannot change
+LITEVAE_ONLY = {
+    name: getattr(ModelConfig, name)
+    for name in (
+        "decoder_norm",
+        "output_type",
+        "encoder_type",
+        "extractor",
+        "shared_extractor",
+        "aggregator",
+        "finest_level",
+        "encoder_norm",
+    )
+}
 
 
 def unknown_key(key: str) -> str:
@@ -319,6 +338,7 @@ def check(config: Config) -> None:
         "model.latent_channels": 1,
         "model.layers_per_block": 1,
         "model.num_groups": 1,
+        "model.finest_level": 1,
         "optimizer.learning_rate": 0,
         "optimizer.weight_decay": 0,
         "optimizer.warmup_steps": 0,
@@ -354,9 +374,16 @@ def check(config: Config) -> None:
         raise UserError(f"discriminator.learning_rate must be between 0 and 1e6, got {rate}")
     check_stages(config)
     if config.model.kind != "litevae":
-        for name, allowed in (("decoder_norm", "group"), ("output_type", "image")):
+        for name, allowed in LITEVAE_ONLY.items():
             if getattr(config.model, name) != allowed:
-                raise UserError(f"model.{name} must be {allowed} for model.kind={config.model.kind}")
+                raise UserError(
+                    f"model.{name} must be {str(allowed).lower()} for model.kind={config.model.kind}"
+                )
+    if config.model.encoder_type != "learned" and config.loss.kl:
+        raise UserError(
+            f"loss.kl must be 0 for model.encoder_type={config.model.encoder_type}, whose latent is a point and no "
+            f"distribution, got {config.loss.kl}"
+        )
     if config.data.max_bad_fraction >= 1:
         raise UserError(f"data.max_bad_fraction must be below 1, got {config.data.max_bad_fraction}")
     if min(config.model.block_out_channels, default=0) < 1:
@@ -385,6 +412,11 @@ def check_stages(config: Config) -> None:
             raise UserError(f"stages[{index}].size must be 16 or more, got {stage.size}")
         if stage.batch_size is not None and not 1 <= stage.batch_size <= 10**5:
             raise UserError(f"stages[{index}].batch_size must be 1 to 100000, got {stage.batch_size}")
+        if config.model.aggregator == "vit" and stage.size not in (None, config.data.size):
+            raise UserError(
+                f"stages[{index}].size must be data.size, {config.data.size}, the only one that model.aggregator=vit "
+                f"is made for, got {stage.size}"
+            )
         before = stage.start
     parts = config.optimizer.accumulation
     for batch_size in (stage.batch_size for stage in list_stages(config)):
