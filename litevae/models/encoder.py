@@ -147,4 +147,5 @@ class WaveletEncoder(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         bands = haar_pyramid(image, self.levels, dtype=compute_dtype(self, image.device))[-1]
         mean = F.pixel_unshuffle(bands, self.space_to_depth)
-        return torch.cat([mean, self.logvar.to(mean.dtype).expand_as(mean)], dim=1)
+        logvar = torch.empty_like(mean).copy_(self.logvar)  # an expanded one would cost the memory format
+        return torch.cat([mean, logvar], dim=1)

@@ -46,7 +46,8 @@ class ViT(CheckpointedModule):
         super().__init__()
         width = HEADS * channels
         self.conv_in = nn.Conv2d(in_channels, width, kernel_size=3, padding=1)
-        self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(width, size, size), std=0.02))
+        self.pos_embed = nn.Parameter(torch.empty(width, size, size))
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.blocks = nn.ModuleList(TransformerBlock(width) for _ in range(BLOCKS))
         self.conv_out = nn.Conv2d(width, out_channels, 1)
 
