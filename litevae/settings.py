@@ -17,7 +17,7 @@ Schema = TypeVar("Schema")
 Keys = Mapping[str, Any]  # dotted key to type
 
 
-def load(schema: type[Schema], name: str, overrides: Sequence[str], folder: Path) -> Schema:
+def load(schema: type[Schema], name: str | None, overrides: Sequence[str], folder: Path) -> Schema:
     """The defaults of `schema`, then the file, then the overrides.
 
     A file with `extends: NAME` replaces settings of the configuration NAME.
@@ -26,7 +26,7 @@ def load(schema: type[Schema], name: str, overrides: Sequence[str], folder: Path
         schema: a dataclass with a default for each field. Its sections are dataclasses; its values int,
             float, bool, str, Literals of str, lists, tuples, or lists of dataclasses, each of which shows in
             `example: ClassVar[str]` how one is written.
-        name: of a configuration shipped in `folder`, or a path that ends in .yaml.
+        name: of a configuration shipped in `folder`, or a path that ends in .yaml; None for the defaults.
         overrides: such as "max_steps=20" or "data.size=64", in YAML's notation after the sign.
         folder: holds the shipped configurations of this schema as NAME.yaml.
 
@@ -35,9 +35,8 @@ def load(schema: type[Schema], name: str, overrides: Sequence[str], folder: Path
             value of the wrong type.
     """
     keys = dict(all_keys(schema))
-    path = find_config(name, folder)
     config = OmegaConf.structured(schema)
-    for file, settings in reversed(read_files(path, folder)):
+    for file, settings in reversed([] if name is None else read_files(find_config(name, folder), folder)):
         apply(config, settings, keys, f"{file}: ")
 
     for override in overrides:
@@ -54,7 +53,7 @@ def load(schema: type[Schema], name: str, overrides: Sequence[str], folder: Path
     try:
         return cast(Schema, OmegaConf.to_object(config))
     except OmegaConfBaseException as error:  # an interpolation to nowhere
-        raise UserError(f"{path}: {one_line(error)}") from None
+        raise UserError(f"{name or 'settings'}: {one_line(error)}") from None
 
 
 def shipped(folder: Path) -> list[str]:

@@ -1,6 +1,7 @@
 """What several commands need."""
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -77,27 +78,38 @@ def load_model(path: Path) -> "Autoencoder":
     return model
 
 
-def find_model(name: str) -> "Autoencoder":
-    """The model in a folder, as `load_model`, or by a preset's name, or sd-vae; the latter untrained.
+def find_model(name: str, size: int) -> "Autoencoder":
+    """The model in a folder, as `load_model`, or an untrained one by its name.
+
+    Args:
+        name: of a folder; or of a preset, or sd-vae, and settings of `ModelConfig` after it, as in
+            "litevae-b,latent_channels=12,aggregator=vit".
+        size: of the images that an untrained one is for.
 
     Raises:
-        UserError: as `load_model`, or neither a folder nor such a name.
+        UserError: as `load_model`; neither a folder nor such a name; or settings that the model does not take.
     """
     if Path(name).exists() or name.startswith(DIFFUSERS):
         return load_model(Path(name))
 
-    from litevae.models import LiteVAE
     from litevae.models.presets import get_preset
     from litevae.training.build import with_fresh_weights
-    from litevae.training.config import ModelConfig
+    from litevae.training.config import load_config
 
-    if name == "sd-vae":
-        return with_fresh_weights(ModelConfig(kind="sd-vae", use_1x1_conv=True), 256)
+    kind, *settings = re.split(r",(?=\w+=)", name)  # a list's commas have no key behind them
+    if kind == "sd-vae":
+        chosen = ["model.kind=sd-vae", "model.use_1x1_conv=true"]
+    else:
+        chosen = [f"model.preset={kind}"]
+        try:
+            get_preset(kind)
+        except ValueError as error:
+            raise UserError(f"{name}: no such folder, and {error}") from None
+    chosen += [f"model.{setting}" for setting in settings]
     try:
-        get_preset(name)
-    except ValueError as error:
-        raise UserError(f"{name}: no such folder, and {error}") from None
-    return LiteVAE.from_preset(name)
+        return with_fresh_weights(load_config(None, [*chosen, "loss.kl=0"]).model, size)
+    except (UserError, ValueError) as error:
+        raise UserError(f"{name}: {error}") from None
 
 
 def provenance(model: Path, data: str, size: int) -> dict[str, Any]:

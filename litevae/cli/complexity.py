@@ -34,11 +34,13 @@ def complexity(
     Example: litevae complexity
              litevae complexity --size 512 --batch-size 1 --precision bf16
              litevae complexity sd-vae runs/demo --decoder
+             litevae complexity litevae-b litevae-b,aggregator=vit litevae-b,extractor=nafnet
 
     The models take turns, uncompiled, in the channels_last layout, on the GPU if there is one; images/s is
-    the median over the rounds. A MAC is one multiplication and one addition; GMACs are of one image. The
-    peak of the memory is beyond weights and images, which the paper's includes; it had batches of 32 and a
-    Quadro RTX 6000. `pytest benchmarks` compares more ways to run them.
+    the median over the rounds. Settings after a preset's name are those of `model` in litevae train. A MAC is
+    one multiplication and one addition; GMACs are of one image. The peak of the memory is beyond weights and
+    images, which the paper's includes; it had batches of 32 and a Quadro RTX 6000. `pytest benchmarks` compares
+    more ways to run them.
     """
     import torch
 
@@ -52,7 +54,7 @@ def complexity(
     device = device or torch.device("cpu")
     autoencoders, costs = [], []
     for name in names:
-        model = find_model(name)
+        model = find_model(name, size)
         try:
             costs.append(measure_complexity(model, size))
         except ValueError as error:

@@ -11,7 +11,10 @@ from litevae.errors import UserError
 def info(
     model: Annotated[
         str,
-        typer.Argument(metavar="MODEL", help="Folder of a model or of a training run, or a preset's name."),
+        typer.Argument(
+            metavar="MODEL",
+            help="Folder of a model or of a training run, or a preset's name and settings after it.",
+        ),
     ],
     size: Annotated[
         int, typer.Option(min=16, max=65536, metavar="PIXELS", help="Side of the square image.")
@@ -22,13 +25,15 @@ def info(
     \b
     Example: litevae info litevae-b
              litevae info runs/demo --size 512
+             litevae info litevae-b,latent_channels=12,aggregator=vit
 
     Presets (litevae-s, litevae-b, litevae-m, litevae-l) have 4 latent channels and Stable Diffusion's
-    decoder; sd-vae is Stable Diffusion's whole VAE. A MAC is one multiplication and one addition.
+    decoder; sd-vae is Stable Diffusion's whole VAE. Settings are those of `model` in litevae train. A MAC is one
+    multiplication and one addition.
     """
     from litevae.evaluation.complexity import measure_complexity
 
-    autoencoder = find_model(model)
+    autoencoder = find_model(model, size)
     try:
         cost = measure_complexity(autoencoder, size)
     except ValueError as error:

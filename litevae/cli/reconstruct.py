@@ -42,7 +42,7 @@ def reconstruct(
     from litevae.evaluation.metrics import psnr
     from litevae.evaluation.reconstruction import reconstruct as run
     from litevae.images import read_image
-    from litevae.models.baseline import spatial_compression
+    from litevae.models.baseline import only_size, spatial_compression
     from litevae.training.checkpoint import replacing
 
     try:
@@ -50,13 +50,17 @@ def reconstruct(
     except OSError as error:
         raise UserError(f"{output}: cannot be made: {error.strerror}") from None
     autoencoder.enable_tiling()
-    autoencoder.tile_sample_min_size = TILE
-    autoencoder.tile_latent_min_size = TILE // spatial_compression(autoencoder)
+    tile = only_size(autoencoder) or TILE
+    autoencoder.tile_sample_min_size = tile
+    autoencoder.tile_latent_min_size = tile // spatial_compression(autoencoder)
 
     values = []
     for path, target in zip(images, targets, strict=True):
         pixels = read_image(path)
-        result = run(autoencoder, pixels)
+        try:
+            result = run(autoencoder, pixels)
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from None
         values.append(psnr(pixels, result))
         with replacing(target) as temporary:
             Image.fromarray(result).save(temporary)

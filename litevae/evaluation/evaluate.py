@@ -20,7 +20,7 @@ from litevae.errors import UserError
 from litevae.evaluation.metrics import batch_psnr, batch_ssim
 from litevae.images import to_model_range, to_pixels
 from litevae.losses.perceptual import LPIPS, explaining_weights, weights_path
-from litevae.models.baseline import Autoencoder, spatial_compression
+from litevae.models.baseline import Autoencoder, check_only_size, spatial_compression
 from litevae.training.checkpoint import replacing
 from litevae.training.scale import Squares, stack_good
 from litevae.training.sources import ImageSource
@@ -142,6 +142,7 @@ def check_size(model: Autoencoder, size: int) -> None:
     """UserError unless the model takes RGB images of `size` pixels."""
     if model.config.in_channels != 3:
         raise UserError(f"the model takes {model.config.in_channels} channels; images here have 3")
+    check_only_size(model, size)
     factor = spatial_compression(model)
     if size % factor or size < max(SMALLEST, 2 * factor):
         raise UserError(

@@ -32,7 +32,7 @@ from litevae.latents.shards import (
     write_shard,
 )
 from litevae.models import LiteVAE
-from litevae.models.baseline import Autoencoder, spatial_compression
+from litevae.models.baseline import Autoencoder, check_only_size, spatial_compression
 from litevae.training.build import NOT_ARCHITECTURE
 from litevae.training.data import BadImages, load_square
 from litevae.training.feed import obey_parent_only
@@ -232,6 +232,7 @@ class Run:
             raise UserError(
                 f"size must be a multiple of {factor} of at least {2 * factor}, got {settings.size}"
             )
+        check_only_size(model, settings.size)
         if model.config.in_channels != 3:
             raise UserError(f"the model takes {model.config.in_channels} channels; images here have 3")
         self.model, self.images, self.folder, self.settings = model, images, folder, settings

@@ -14,12 +14,13 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from litevae.models.decoder import Decoder
-from litevae.models.encoder import Encoder
+from litevae.models.encoder import Aggregator, Encoder, Extractor, WaveletEncoder
 from litevae.models.layers import Norm, ResBlock, autocast_enabled, compute_dtype
 from litevae.models.presets import get_preset
 from litevae_kernels import haar_idwt2d
 
 OutputType = Literal["image", "wavelet"]
+EncoderType = Literal["learned", "dwt", "dwt-2"]
 
 
 class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
@@ -45,6 +46,15 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         output_type: "image"; "wavelet": the decoder ends at half resolution with the image's sub-bands,
             scaled like the encoder's first level, and the inverse transform makes the image (Appendix G).
         use_1x1_conv: a 1x1 convolution after the encoder and one before the decoder (Section D.2).
+        encoder_type: "learned"; or without parameters (Appendix B), for a deterministic posterior: "dwt", the
+            coarsest sub-bands alone, for latent_channels = 4 in_channels, "dwt-2", those of the level before it
+            and space-to-depth, for 16 in_channels.
+        extractor: of the features of each level, "unet" or "nafnet" (Section D.3, `NAFNet`).
+        shared_extractor: one extractor for all levels (Section D.4).
+        aggregator: of the levels' features, "unet" or "vit" (Section D.5, `ViT`), which takes images of
+            sample_size x sample_size alone.
+        finest_level: the first level whose features are used (Section D.6): with 2, not the largest sub-bands.
+        encoder_norm: of the encoder's U-Nets, as `decoder_norm`.
         sample_size: side of the images it is trained on; the default size of tiles.
         scaling_factor, shift_factor: what diffusion pipelines normalise latents with,
             (latent - shift_factor) * scaling_factor. Not applied here.
@@ -52,8 +62,9 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         force_upcast: read by the SDXL pipelines: run the model in float32 where the rest is float16.
 
     Raises:
-        ValueError: an unknown `decoder_norm` or `output_type`, fewer than two `block_out_channels`, or a
-            width that its number of groups does not divide.
+        ValueError: an unknown value of an argument that has names for values, fewer than two
+            `block_out_channels`, a width that its number of groups does not divide, a `finest_level` that does not
+            exist, or arguments that do not go together.
     """
 
     _supports_gradient_checkpointing = True
@@ -76,6 +87,12 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         decoder_norm: Norm = "group",
         output_type: OutputType = "image",
         use_1x1_conv: bool = False,
+        encoder_type: EncoderType = "learned",
+        extractor: Extractor = "unet",
+        shared_extractor: bool = False,
+        aggregator: Aggregator = "unet",
+        finest_level: int = 1,
+        encoder_norm: Norm = "group",
         sample_size: int = 256,
         scaling_factor: float = 1.0,
         shift_factor: float | None = None,
@@ -87,25 +104,67 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         for name, value, allowed in (
             ("decoder_norm", decoder_norm, get_args(Norm)),
             ("output_type", output_type, get_args(OutputType)),
+            ("encoder_type", encoder_type, get_args(EncoderType)),
+            ("extractor", extractor, get_args(Extractor)),
+            ("aggregator", aggregator, get_args(Aggregator)),
+            ("encoder_norm", encoder_norm, get_args(Norm)),
         ):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
         levels = len(block_out_channels) - 1
         if levels < 1:
             raise ValueError(f"block_out_channels must have at least two entries, got {block_out_channels}")
+        if not 1 <= finest_level <= levels:
+            raise ValueError(f"finest_level must be from 1 to {levels}, got {finest_level}")
 
         moments = 2 * latent_channels  # mean and log-variance
         wavelet = output_type == "wavelet"
-        self.encoder = Encoder(
-            in_channels,
-            moments,
-            levels,
-            extractor_channels,
-            extractor_multipliers,
-            aggregator_channels,
-            aggregator_multipliers,
-            encoder_num_groups,
-        )
+        self.encoder: Encoder | WaveletEncoder
+        if encoder_type == "learned":
+            if encoder_norm != "group" and (extractor, aggregator) == ("nafnet", "vit"):
+                raise ValueError(
+                    f"encoder_norm={encoder_norm!r} needs a U-Net: extractor='nafnet' and aggregator='vit' leave none"
+                )
+            if aggregator == "vit" and (sample_size < 1 or sample_size % 2**levels):
+                raise ValueError(
+                    f"sample_size must be a multiple of {2**levels} for aggregator='vit', got {sample_size}"
+                )
+            self.encoder = Encoder(
+                in_channels,
+                moments,
+                levels,
+                extractor_channels,
+                extractor_multipliers,
+                aggregator_channels,
+                aggregator_multipliers,
+                encoder_num_groups,
+                extractor=extractor,
+                shared_extractor=shared_extractor,
+                aggregator=aggregator,
+                finest_level=finest_level,
+                norm=encoder_norm,
+                image_size=sample_size,
+            )
+        else:
+            side = 1 if encoder_type == "dwt" else 2  # of the squares that become channels
+            if side == 2 and levels < 2:
+                raise ValueError(
+                    "block_out_channels must have at least three entries for encoder_type='dwt-2'"
+                )
+            for name, given, only in (
+                ("latent_channels", latent_channels, 4 * in_channels * side**2),
+                ("use_1x1_conv", use_1x1_conv, False),  # would mix the mean with the log-variance
+                ("extractor", extractor, "unet"),
+                ("shared_extractor", shared_extractor, False),
+                ("aggregator", aggregator, "unet"),
+                ("finest_level", finest_level, 1),
+                ("encoder_norm", encoder_norm, "group"),
+            ):
+                if given != only:
+                    raise ValueError(
+                        f"{name} must be {only!r} for encoder_type={encoder_type!r}, got {given!r}"
+                    )
+            self.encoder = WaveletEncoder(levels + 1 - side, side)
         self.decoder = Decoder(
             latent_channels,
             4 * in_channels if wavelet else in_channels,
@@ -139,7 +198,7 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
 
         Their scales and gains are part of the model and not of the image, so the weights need no normalising
         at each call: they are computed here once, in float32, and stored in their dtype. The copy's
-        configuration has ``decoder_norm="none"``: it is saved, loaded, compiled and exported like any other.
+        configuration has "none" for a norm of "smc": it is saved, loaded, compiled and exported like any other.
         It shares no memory with this model, which stays as it is, and is not for training, which needs the
         normalisation. A model without self-modulated convolutions, a folded one too, gives a plain copy.
 
@@ -153,8 +212,8 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         for module in folded.modules():
             if isinstance(module, ResBlock):
                 module.fold()
-        if self.config.decoder_norm == "smc":
-            folded.register_to_config(decoder_norm="none")
+        modulated = [name for name in ("encoder_norm", "decoder_norm") if self.config[name] == "smc"]
+        folded.register_to_config(**dict.fromkeys(modulated, "none"))
         return folded
 
     @apply_forward_hook
@@ -173,7 +232,8 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             convolutions run in: the parameters', or autocast's.
 
         Raises:
-            ValueError: not 4-D, wrong number of channels, a size that is no multiple of f, or another device.
+            ValueError: not 4-D, wrong number of channels, a size that is no multiple of f, or with
+                ``aggregator="vit"`` an image or a tile of another size than `sample_size`, or another device.
             TypeError: images that are not floating point.
         """
         self._check_image(x)
@@ -283,12 +343,12 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
                 f"image height and width must be multiples of {factor}, got {height}x{width}; nearest "
                 f"heights: {nearest_multiples(height, factor)}, widths: {nearest_multiples(width, factor)}"
             )
-        check_device("image", x, self, self.encoder.feature_aggregator.conv_in)
+        check_device("image", x, self, self.encoder.device)
 
     def _check_latent(self, z: Tensor) -> None:
         check_channels("latent", z, self.config.latent_channels)
         conv = self.decoder.conv_in
-        check_device("latent", z, self, conv)
+        check_device("latent", z, self, conv.weight.device)
         dtype = compute_dtype(conv, z.device)
         # autocast casts any floating dtype by itself
         if z.dtype != dtype and not (autocast_enabled(z.device) and z.is_floating_point()):
@@ -303,9 +363,8 @@ def check_channels(what: str, x: Tensor, channels: int) -> None:
         raise ValueError(f"{what} must have {channels} channels, got {x.shape[1]} in {tuple(x.shape)}")
 
 
-def check_device(what: str, x: Tensor, model: nn.Module, layer: nn.Conv2d) -> None:
-    """ValueError unless `x` is where `layer` of `model` runs."""
-    device = layer.weight.device
+def check_device(what: str, x: Tensor, model: nn.Module, device: torch.device) -> None:
+    """ValueError unless `x` is on `device`, where a weight of `model` is, or where that will be to run."""
     if device == x.device or device.type == "meta":  # meta: accelerate's offloading brings the weights later
         return
     device = get_parameter_device(model)  # sees through diffusers' group offloading

@@ -1,13 +1,20 @@
-"""LiteVAE's encoder (Section 4.1, Figure 2, Appendix G with its errors corrected)."""
+"""LiteVAE's encoder (Section 4.1, Figure 2, Appendix G with its errors corrected), and encoders of Appendix B."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litevae.models.feature_unet import FeatureUNet
-from litevae.models.layers import compute_dtype
+from litevae.models.layers import Norm, compute_dtype
+from litevae.models.nafnet import NAFNet
+from litevae.models.vit import ViT
 from litevae_kernels import haar_pyramid
+
+Extractor = Literal["unet", "nafnet"]
+Aggregator = Literal["unet", "vit"]
 
 # Pixels of a level at once, without gradients: the finest level's features would otherwise be the peak of the
 # memory. On a CPU that is one image of 256 pixels a side, which costs 2 to 7% of the time; a GPU's 16 are a guess.
@@ -27,11 +34,18 @@ class Downsample(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Image to features: one U-Net for each level of the Haar pyramid, and one that joins them.
+    """Image to features: one network for each level of the Haar pyramid, and one that joins them.
 
     Takes (N, in_channels, H, W) in [-1, 1], of any floating dtype, with H and W multiples of 2^levels;
     returns (N, out_channels, H / 2^levels, W / 2^levels) in the dtype the convolutions run in and in the
     image's memory format. `out_channels` counts mean and log-variance.
+
+    Args:
+        levels: of the pyramid.
+        extractor_channels, extractor_multipliers, aggregator_channels, aggregator_multipliers, num_groups: of
+            the U-Nets. The other networks take from them what they need.
+        extractor, shared_extractor, aggregator, finest_level, norm: as in `LiteVAE`, which checks them.
+        image_size: H and W, for the "vit" aggregator: a multiple of 2^levels.
     """
 
     def __init__(
@@ -44,25 +58,53 @@ class Encoder(nn.Module):
         aggregator_channels: int,
         aggregator_multipliers: Sequence[int],
         num_groups: int,
+        *,
+        extractor: Extractor = "unet",
+        shared_extractor: bool = False,
+        aggregator: Aggregator = "unet",
+        finest_level: int = 1,
+        norm: Norm = "group",
+        image_size: int = 256,
     ) -> None:
         super().__init__()
         self.levels = levels
+        self.finest_level = finest_level
+        self.image_size = image_size if aggregator == "vit" else None
         bands = 4 * in_channels  # a sub-band each for the mean and the three directions of detail
+        used = levels + 1 - finest_level
         self.feature_extractors = nn.ModuleList(
-            FeatureUNet(bands, bands, extractor_channels, extractor_multipliers, num_groups)
-            for _ in range(levels)
+            NAFNet(bands, bands, extractor_channels, extractor_multipliers)
+            if extractor == "nafnet"
+            else FeatureUNet(bands, bands, extractor_channels, extractor_multipliers, num_groups, norm)
+            # what is shared is held once: safetensors stores no weight under two names
+            for _ in range(1 if shared_extractor else used)
         )
         # from the finest level, by 4 and by 2; the coarsest has the latent's size already
         self.downsamplers = nn.ModuleList(
-            Downsample(bands, 2 ** (levels - level)) for level in range(1, levels)
+            Downsample(bands, 2 ** (levels - level)) for level in range(finest_level, levels)
         )
-        self.feature_aggregator = FeatureUNet(
-            levels * bands, out_channels, aggregator_channels, aggregator_multipliers, num_groups
+        self.feature_aggregator = (
+            ViT(used * bands, out_channels, aggregator_channels, image_size // 2**levels)
+            if aggregator == "vit"
+            else FeatureUNet(
+                used * bands, out_channels, aggregator_channels, aggregator_multipliers, num_groups, norm
+            )
         )
 
+    @property
+    def device(self) -> torch.device:
+        return self.feature_aggregator.conv_in.weight.device
+
     def forward(self, image: Tensor) -> Tensor:
+        """Raises ValueError for another size than `image_size`, with the "vit" aggregator."""
+        size = self.image_size
+        if size is not None and image.shape[2:] != (size, size):
+            raise ValueError(
+                f"image must be {size}x{size}, the sample_size that aggregator='vit' was made for, "
+                f"got {image.shape[2]}x{image.shape[3]}"
+            )
         dtype = compute_dtype(self.feature_aggregator.conv_in, image.device)
-        pyramid = haar_pyramid(image, self.levels, dtype=dtype)
+        pyramid = haar_pyramid(image, self.levels, dtype=dtype)[self.finest_level - 1 :]
         features = [self.extract(i, level) for i, level in enumerate(pyramid)]
         return self.feature_aggregator(torch.cat(features, dim=1))
 
@@ -74,5 +116,36 @@ class Encoder(nn.Module):
             images = max(1, SLICE_PIXELS.get(level.device.type, images * pixels) // pixels)
         if images < len(level):
             return torch.cat([self.extract(index, part) for part in level.split(images)])
-        features: Tensor = self.feature_extractors[index](level)
+        extractor = self.feature_extractors[index % len(self.feature_extractors)]  # the only one, if shared
+        features: Tensor = extractor(level)
         return self.downsamplers[index](features) if index < len(self.downsamplers) else features
+
+
+class WaveletEncoder(nn.Module):
+    """Image to moments without parameters (Appendix B): the coarsest sub-bands of a Haar pyramid.
+
+    Takes (N, C, H, W) in [-1, 1], of any floating dtype; returns (N, 8 C s^2, H / f, W / f) with
+    f = 2^levels s, in the model's dtype, or autocast's, and in the image's memory format. The first half is the
+    mean: sub-bands scaled by 2^-levels, by space-to-depth of factor s at the latent's size. The second
+    half is the log-variance, the least that `DiagonalGaussianDistribution` knows: a sample is the mean to within
+    a few float32 roundings.
+    """
+
+    logvar: Tensor
+
+    def __init__(self, levels: int, space_to_depth: int) -> None:
+        super().__init__()
+        self.levels = levels
+        self.space_to_depth = space_to_depth
+        # a buffer also has the model's dtype and device, which nothing else here has
+        self.register_buffer("logvar", torch.tensor(-30.0), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.logvar.device
+
+    def forward(self, image: Tensor) -> Tensor:
+        bands = haar_pyramid(image, self.levels, dtype=compute_dtype(self, image.device))[-1]
+        mean = F.pixel_unshuffle(bands, self.space_to_depth)
+        logvar = torch.empty_like(mean).copy_(self.logvar)  # an expanded one would cost the memory format
+        return torch.cat([mean, logvar], dim=1)

@@ -17,8 +17,8 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 class ModelConfig:
     """LiteVAE, or one of the paper's baselines with the same decoder.
 
-    `preset`, `decoder_norm` and `output_type` are LiteVAE's alone; `use_1x1_conv` is quant_conv and
-    post_quant_conv in Stable Diffusion's VAE.
+    All but `kind`, `latent_channels`, `block_out_channels`, `layers_per_block`, `num_groups` and `use_1x1_conv`,
+    which is quant_conv and post_quant_conv in Stable Diffusion's VAE, are LiteVAE's alone.
     """
 
     kind: Literal["litevae", "sd-vae", "vae-small"] = "litevae"
@@ -30,6 +30,12 @@ class ModelConfig:
     decoder_norm: Literal["group", "smc"] = "group"
     output_type: Literal["image", "wavelet"] = "image"
     use_1x1_conv: bool = False
+    encoder_type: Literal["learned", "dwt", "dwt-2"] = "learned"
+    extractor: Literal["unet", "nafnet"] = "unet"
+    shared_extractor: bool = False
+    aggregator: Literal["unet", "vit"] = "unet"  # vit: for images of data.size alone
+    finest_level: int = 1
+    encoder_norm: Literal["group", "smc"] = "group"
 
 
 @dataclass
@@ -156,11 +162,11 @@ def shipped_configs() -> list[str]:
     return settings.shipped(CONFIGS)
 
 
-def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
+def load_config(name: str | None, overrides: Sequence[str] = ()) -> Config:
     """The defaults, then the file, then the overrides: see `litevae.settings.load`.
 
     Args:
-        name: of a shipped configuration, or a path that ends in .yaml.
+        name: of a shipped configuration, or a path that ends in .yaml; None for the defaults.
         overrides: such as "max_steps=20" or "data.size=64", in YAML's notation after the sign.
 
     Raises:
@@ -170,6 +176,22 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     config = settings.load(Config, name, overrides, CONFIGS)
     check(config)
     return config
+
+
+# what the other kinds of models have, and cannot change
+LITEVAE_ONLY = {
+    name: getattr(ModelConfig, name)
+    for name in (
+        "decoder_norm",
+        "output_type",
+        "encoder_type",
+        "extractor",
+        "shared_extractor",
+        "aggregator",
+        "finest_level",
+        "encoder_norm",
+    )
+}
 
 
 def check(config: Config) -> None:
@@ -187,6 +209,7 @@ def check(config: Config) -> None:
         "model.latent_channels": 1,
         "model.layers_per_block": 1,
         "model.num_groups": 1,
+        "model.finest_level": 1,
         "optimizer.learning_rate": 0,
         "optimizer.weight_decay": 0,
         "optimizer.warmup_steps": 0,
@@ -216,9 +239,16 @@ def check(config: Config) -> None:
         raise UserError(f"discriminator.learning_rate must be between 0 and 1e6, got {rate}")
     check_stages(config)
     if config.model.kind != "litevae":
-        for name, allowed in (("decoder_norm", "group"), ("output_type", "image")):
+        for name, allowed in LITEVAE_ONLY.items():
             if getattr(config.model, name) != allowed:
-                raise UserError(f"model.{name} must be {allowed} for model.kind={config.model.kind}")
+                raise UserError(
+                    f"model.{name} must be {str(allowed).lower()} for model.kind={config.model.kind}"
+                )
+    if config.model.encoder_type != "learned" and config.loss.kl:
+        raise UserError(
+            f"loss.kl must be 0 for model.encoder_type={config.model.encoder_type}, whose latent is a point and no "
+            f"distribution, got {config.loss.kl}"
+        )
     if config.data.max_bad_fraction >= 1:
         raise UserError(f"data.max_bad_fraction must be below 1, got {config.data.max_bad_fraction}")
     if min(config.model.block_out_channels, default=0) < 1:
@@ -247,6 +277,11 @@ def check_stages(config: Config) -> None:
             raise UserError(f"stages[{index}].size must be 16 or more, got {stage.size}")
         if stage.batch_size is not None and not 1 <= stage.batch_size <= 10**5:
             raise UserError(f"stages[{index}].batch_size must be 1 to 100000, got {stage.batch_size}")
+        if config.model.aggregator == "vit" and stage.size not in (None, config.data.size):
+            raise UserError(
+                f"stages[{index}].size must be data.size, {config.data.size}, the only one that model.aggregator=vit "
+                f"is made for, got {stage.size}"
+            )
         before = stage.start
     parts = config.optimizer.accumulation
     for batch_size in (stage.batch_size for stage in list_stages(config)):

@@ -37,7 +37,8 @@ class Feed:
 
     Args:
         config: of the run.
-        stages: of the run; validation images have the last one's size, but for the demo's, which stay whole.
+        stages: of the run; validation images have the last one's size, but for the demo's, which stay whole
+            unless the model takes one size alone.
         accelerator: says which process this is.
         folder: the run's, for bad_images.txt.
         resuming: whether that list is continued.
@@ -52,6 +53,7 @@ class Feed:
         self, config: Config, stages: Sequence[Stage], accelerator: Accelerator, folder: Path, resuming: bool
     ) -> None:
         self.seed, self.config, self.accelerator = config.seed, config.data, accelerator
+        self.one_size = config.model.aggregator == "vit"
         # PyTorch's loader draws from a generator when it starts, and a resumed run starts it once more
         self.random = torch.Generator().manual_seed(int(torch.empty((), dtype=torch.int64).random_()))
         self.open(stages[-1].size, folder / "bad_images.txt", resuming)
@@ -68,13 +70,13 @@ class Feed:
             bad.unlink(missing_ok=True)  # an earlier run's
         self.accelerator.wait_for_everyone()
         self.bad_images = BadImages(bad, len(self.images), config.max_bad_fraction)
-        if isinstance(source, Photographs):  # whole
+        if isinstance(source, Photographs) and not self.one_size:  # whole
             self.validation = list(zip(source.names, source.pixels, strict=True))
         else:
             self.validation = self.load(source, size, config.validation_count) if source else []
         # of the demo three photographs that it trains on too, no larger than the one that is held out
         self.shown = self.validation[:SHOWN]
-        if isinstance(self.images, Photographs):
+        if isinstance(self.images, Photographs) and not self.one_size:
             height, width = self.shown[0][1].shape[:2] if self.shown else (size, size)
             photographs = zip(self.images.names, self.images.pixels, strict=True)
             training = [(name, centre_crop(pixels, height, width)) for name, pixels in photographs]

@@ -3,10 +3,13 @@
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from litevae.models import LiteVAE
+from litevae.models.encoder import WaveletEncoder
 from litevae.models.layers import Attention, ResBlock
+from litevae.models.nafnet import NAFBlock
+from litevae.models.vit import TransformerBlock, ViT
 from litevae_kernels.nn import SelfModulatedConv2d
 
 INITIAL_LOGVAR = -4.0
@@ -33,6 +36,18 @@ def initialise(model: LiteVAE) -> None:
             nn.init.zeros_(last.gain if isinstance(last, SelfModulatedConv2d) else last.weight)
         elif isinstance(module, Attention):
             nn.init.zeros_(cast(nn.Linear, module.to_out[0]).weight)
+        elif isinstance(module, NAFBlock):
+            nn.init.zeros_(module.beta)
+            nn.init.zeros_(module.gamma)
+            nn.init.ones_(cast(Tensor, module.attention.bias))  # at zero it would shut its branch
+        elif isinstance(module, TransformerBlock):
+            for linear in (module.to_out, module.linear2):
+                nn.init.zeros_(linear.weight)
+                nn.init.zeros_(linear.bias)
+        elif isinstance(module, ViT):
+            nn.init.zeros_(module.pos_embed)
+    if isinstance(model.encoder, WaveletEncoder):
+        return
     moments = model.quant_conv or model.encoder.feature_aggregator.conv_out
     logvar = slice(moments.out_channels // 2, None)
     moments.weight[logvar] *= 0.1

@@ -10,7 +10,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from litevae.errors import UserError
 from litevae.images import BadImage, to_model_range
-from litevae.models.baseline import Autoencoder, spatial_compression
+from litevae.models.baseline import Autoencoder, check_only_size, spatial_compression
 from litevae.training.data import load_square
 from litevae.training.sources import ImageSource
 
@@ -71,6 +71,7 @@ def measure_latents(
     """
     if size % spatial_compression(model):
         raise UserError(f"size must be a multiple of {spatial_compression(model)}, got {size}")
+    check_only_size(model, size)
     channels = model.config.latent_channels
     first, second = (torch.zeros(channels, dtype=torch.float64, device=model.device) for _ in range(2))
     used = 0

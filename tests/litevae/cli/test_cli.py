@@ -82,6 +82,11 @@ def test_version(litevae):
         (["train", "demo", "output_dir=/proc/nowhere"], "cannot write to /proc/nowhere"),
         (["info", "litevae-x"], "did you mean 'litevae-"),
         (["info", "litevae-s", "--size", "250"], "multiples of 8"),
+        (["info", "litevae-s,agregator=vit"], "did you mean 'model.aggregator'"),
+        (["info", "litevae-s,aggregator=mlp"], "model.aggregator must be unet or vit"),
+        (["info", "litevae-s,encoder_type=dwt"], "latent_channels must be 12 for encoder_type='dwt', got 4"),
+        (["info", "sd-vae,extractor=nafnet"], "model.extractor must be unet for model.kind=sd-vae"),
+        (["complexity", "litevae-s,finest_level=9"], "finest_level must be from 1 to 3, got 9"),
         (["info", "litevae-s", "--size", "0"], "greater than or equal to 16"),
         (["info", "litevae-s", "--size", "big"], "Invalid value for '--size'"),
         (["reconstruct", "nowhere", "missing.png", "-o", "out"], "missing.png: no such file"),
@@ -112,6 +117,19 @@ class TestInfo:
         assert re.search(r"encoder +6,753,252 +37\.84\n", output)
         assert re.search(r"decoder +49,490,179 ", output)
         assert "latent: 4 x 32 x 32, for an image of 3 x 256 x 256" in output
+
+    @pytest.mark.parametrize(
+        ("settings", "parameters", "latent"),
+        [
+            ("aggregator=vit", 1_002_580, "4 x 8 x 8"),
+            ("encoder_type=dwt,latent_channels=12", 0, "12 x 8 x 8"),
+            ("block_out_channels=[16,32],num_groups=8", 515_828, "4 x 32 x 32"),
+        ],
+    )
+    def test_settings_after_a_preset(self, litevae, settings, parameters, latent):
+        output = litevae("info", f"litevae-s,{settings}", "--size", 64)
+        assert re.search(rf"encoder +{parameters:,} ", output)
+        assert f"latent: {latent}, for an image of 3 x 64 x 64" in output
 
     def test_folder(self, litevae, model):
         assert "latent: 12 x 8 x 8, for an image of 3 x 64 x 64" in litevae("info", model, "--size", 64)
@@ -256,3 +274,24 @@ def test_baselines_are_models_too(litevae, tmp_path, kind):
     assert Image.open(tmp_path / "out" / "cat.png").size == (30, 40)
     litevae("scale", tmp_path, tmp_path, "--size", 32, "--workers", 0)
     assert kind.from_pretrained(tmp_path / "model").config.scaling_factor != 1.0
+
+
+def test_model_of_one_size(litevae, fails, tmp_path):
+    """By tiles of its size it reconstructs larger images; other sizes are one line."""
+    torch.manual_seed(0)
+    small = {"block_out_channels": (16, 16, 16), "layers_per_block": 1, "num_groups": 4}
+    folder = tmp_path / "model"
+    LiteVAE.from_preset("litevae-s", aggregator="vit", sample_size=32, **small).save_pretrained(folder)
+    for name, height in (("large", 50), ("flat", 20)):
+        Image.fromarray(data.chelsea()[:height, :70]).save(tmp_path / f"{name}.png")
+    litevae("reconstruct", folder, tmp_path / "large.png", "-o", tmp_path / "out")
+    assert read_image(tmp_path / "out" / "large.png").shape == (50, 70, 3)
+    line = fails("reconstruct", folder, tmp_path / "flat.png", "-o", tmp_path / "out")
+    assert "flat.png: image must be 32x32, the sample_size that aggregator='vit' was made for" in line
+    for command in (
+        ["info", folder],
+        ["scale", folder, tmp_path],
+        ["encode", folder, tmp_path, tmp_path / "latents"],
+        ["eval", folder, tmp_path, "--metrics", "psnr"],
+    ):
+        assert "32" in fails(*command, "--size", 64)

@@ -106,6 +106,13 @@ def test_wrong_type_names_key_and_type(override, expected):
         ("loss.ldl=1", "ema_decay must be above 0"),
         ("ema_decay=1", "ema_decay must be below 1"),
         ("model.kind=sd-vae", "model.decoder_norm must be group for model.kind=sd-vae"),
+        ("model.encoder_type=fft", "model.encoder_type must be learned or dwt or dwt-2"),
+        ("model.extractor=resnet", "model.extractor must be unet or nafnet"),
+        ("model.aggregator=mlp", "model.aggregator must be unet or vit"),
+        ("model.encoder_norm=none", "model.encoder_norm must be group or smc"),
+        ("model.finest_level=0", "model.finest_level must be 1 or more, got 0"),
+        ("model.shared_extractor=maybe", "model.shared_extractor must be true or false"),
+        ("model.encoder_type=dwt", "loss.kl must be 0 for model.encoder_type=dwt"),
         ("max_bad_steps=0", "max_bad_steps must be 1 or more"),
         ("checkpoint.keep=0", "checkpoint.keep must be 1 or more"),
         ("max_steps", "'max_steps' is not a setting"),
@@ -140,3 +147,34 @@ def test_a_stage_keeps_what_it_does_not_set():
         "demo", ["max_steps=9", "data.size=32", "stages=[{start: 3, batch_size: 8}, {start: 6, size: 48}]"]
     )
     assert [(stage.size, stage.batch_size) for stage in list_stages(config)] == [(32, 4), (32, 8), (48, 8)]
+
+
+@pytest.mark.parametrize(
+    ("setting", "only"),
+    [
+        ("encoder_type=dwt", "learned"),
+        ("extractor=nafnet", "unet"),
+        ("shared_extractor=true", "false"),
+        ("aggregator=vit", "unet"),
+        ("finest_level=2", "1"),
+        ("encoder_norm=smc", "group"),
+    ],
+)
+def test_variants_are_litevaes_alone(setting, only):
+    baseline = ["model.kind=sd-vae", "model.decoder_norm=group", "model.output_type=image"]
+    load_config("demo", baseline)
+    message = f"model.{setting.split('=')[0]} must be {only} for model.kind=sd-vae"
+    with pytest.raises(UserError, match=message):
+        load_config("demo", [*baseline, f"model.{setting}"])
+
+
+def test_vit_is_trained_at_one_size():
+    vit = ["model.aggregator=vit", "data.size=64"]
+    load_config("demo", [*vit, "stages=[{start: 9, batch_size: 8}, {start: 20, size: 64}]"])
+    with pytest.raises(UserError, match=r"stages\[0\]\.size must be data\.size, 64, .* got 128"):
+        load_config("demo", [*vit, "stages=[{start: 9, size: 128}]"])
+
+
+def test_without_a_file_there_are_the_defaults():
+    assert load_config(None) == Config()
+    assert load_config(None, ["model.finest_level=2"]).model.finest_level == 2

@@ -19,6 +19,9 @@ SMALL = {
         {"output_type": "wavelet"},
         {"decoder_norm": "smc"},
         {"use_1x1_conv": True},
+        {"extractor": "nafnet"},
+        {"aggregator": "vit", "sample_size": 64},
+        {"shared_extractor": True, "finest_level": 2, "encoder_norm": "smc"},
     ],
     ids=str,
 )
@@ -38,9 +41,14 @@ def test_encoder_starts_linear_at_the_scale_of_its_input(options):
     assert 0.01 < reconstruction.std() < 10
 
 
-def test_every_parameter_learns_within_two_steps():
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"extractor": "nafnet", "aggregator": "vit", "sample_size": 32}, {"encoder_norm": "smc"}],
+    ids=str,
+)
+def test_every_parameter_learns_within_two_steps(options):
     torch.manual_seed(0)
-    model = LiteVAE.from_preset("litevae-s", **SMALL)
+    model = LiteVAE.from_preset("litevae-s", **SMALL, **options)
     initialise(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     for _ in range(3):
@@ -51,3 +59,11 @@ def test_every_parameter_learns_within_two_steps():
     for name, parameter in model.named_parameters():
         assert parameter.grad.isfinite().all(), name
         assert parameter.grad.any(), name
+
+
+def test_encoder_without_parameters():
+    torch.manual_seed(0)
+    model = LiteVAE.from_preset("litevae-s", **SMALL, encoder_type="dwt")
+    initialise(model)
+    image = torch.rand(2, 3, 32, 32) * 2 - 1
+    assert 0.01 < model(image).sample.std() < 10
