@@ -64,6 +64,8 @@ def mmd(experiment: Experiment, setup: Setup, rows: Sequence[Row], _: Path) -> l
 
 def complexity(experiment: Experiment, setup: Setup, rows: Sequence[Row], _: Path) -> list[Path]:
     batch = COMPLEXITY_BATCH[setup.scale]
+    from litevae.cli.common import find_model
+
     models = [find_model(row.spec.model, COMPLEXITY_SIZE) for row in rows]
     if torch.accelerator.is_available():
         models = [model.to(torch.accelerator.current_accelerator()) for model in models]

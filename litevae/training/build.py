@@ -46,13 +46,18 @@ def build_model(config: Config) -> Autoencoder:
 
 def with_fresh_weights(config: ModelConfig, size: int) -> Autoencoder:
     """A model to train from nothing; ValueError for settings it does not take."""
-    settings = asdict(config)
-    kind, preset = settings.pop("kind"), settings.pop("preset")
-    if kind == "litevae":
-        model = LiteVAE.from_preset(preset, sample_size=size, **settings)
-        initialise(model)
-        return model
-    blocks = len(config.block_out_channels)
+    if config.kind == "litevae":
+        settings = asdict(config)
+        for name in ("kind", "preset", "encoder_block_out_channels"):
+            del settings[name]
+        model: Autoencoder = LiteVAE.from_preset(config.preset, sample_size=size, **settings)
+    else:
+        model = baseline(config, size)
+    initialise(model)
+    return model
+
+
+def baseline(config: ModelConfig, size: int) -> AutoencoderKL:
     settings = {
         "latent_channels": config.latent_channels,
         "block_out_channels": tuple(config.block_out_channels),
@@ -63,8 +68,11 @@ def with_fresh_weights(config: ModelConfig, size: int) -> Autoencoder:
         "sample_size": size,
         "scaling_factor": 1.0,
     }
-    if kind == "vae-small":
+    if config.encoder_block_out_channels:
+        return SmallEncoderVAE(tuple(config.encoder_block_out_channels), **settings)
+    if config.kind == "vae-small":
         return SmallEncoderVAE(**settings)
+    blocks = len(config.block_out_channels)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * blocks,
         up_block_types=("UpDecoderBlock2D",) * blocks,

@@ -18,7 +18,8 @@ class ModelConfig:
     """LiteVAE, or one of the paper's baselines with the same decoder.
 
     All but `kind`, `latent_channels`, `block_out_channels`, `layers_per_block`, `num_groups` and `use_1x1_conv`,
-    which is quant_conv and post_quant_conv in Stable Diffusion's VAE, are LiteVAE's alone.
+    which is quant_conv and post_quant_conv in Stable Diffusion's VAE, are LiteVAE's alone;
+    `encoder_block_out_channels` is the baselines', for an encoder with other widths than the decoder's.
     """
 
     kind: Literal["litevae", "sd-vae", "vae-small"] = "litevae"
@@ -36,6 +37,7 @@ class ModelConfig:
     aggregator: Literal["unet", "vit"] = "unet"  # vit: for images of data.size alone
     finest_level: int = 1
     encoder_norm: Literal["group", "smc"] = "group"
+    encoder_block_out_channels: list[int] = field(default_factory=list)  # as many as the decoder's
 
 
 @dataclass
@@ -238,7 +240,10 @@ def check(config: Config) -> None:
     if rate is not None and not 0 <= rate <= 1e6:
         raise UserError(f"discriminator.learning_rate must be between 0 and 1e6, got {rate}")
     check_stages(config)
-    if config.model.kind != "litevae":
+    if config.model.kind == "litevae":
+        if config.model.encoder_block_out_channels:
+            raise UserError("model.encoder_block_out_channels is for model.kind=sd-vae and vae-small")
+    else:
         for name, allowed in LITEVAE_ONLY.items():
             if getattr(config.model, name) != allowed:
                 raise UserError(

@@ -3,10 +3,12 @@
 from typing import cast
 
 import torch
+from diffusers.models.attention_processor import Attention as DiffusersAttention
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from litevae.models import LiteVAE
-from litevae.models.encoder import WaveletEncoder
+from litevae.models.baseline import Autoencoder
+from litevae.models.encoder import Encoder, WaveletEncoder
 from litevae.models.layers import Attention, ResBlock
 from litevae.models.nafnet import NAFBlock
 from litevae.models.vit import TransformerBlock, ViT
@@ -16,14 +18,14 @@ INITIAL_LOGVAR = -4.0
 
 
 @torch.no_grad()
-def initialise(model: LiteVAE) -> None:
+def initialise(model: Autoencoder) -> None:
     """Makes `model`, in place, a linear map that keeps the size of what goes through.
 
     PyTorch's own start shrinks the signal in each convolution that no residual goes around, and adds
     normalised branches, which know nothing of brightness and colour, at full strength: for hundreds of
     steps the latent is noise and the reconstruction brown. Here the branches start at zero, as in ADM
     (Dhariwal & Nichol, 2021), whose U-Nets the encoder follows, the other convolutions keep the variance,
-    and the posterior's standard deviation starts at exp(-2) instead of 1.
+    and the posterior's standard deviation starts at exp(-2) instead of 1. The baselines start alike.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
@@ -31,10 +33,10 @@ def initialise(model: LiteVAE) -> None:
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     for module in model.modules():
-        if isinstance(module, ResBlock):
-            last = cast(nn.Conv2d, module.conv2)
-            nn.init.zeros_(last.gain if isinstance(last, SelfModulatedConv2d) else last.weight)
-        elif isinstance(module, Attention):
+        if isinstance(module, ResBlock | ResnetBlock2D):
+            conv = cast(nn.Conv2d, module.conv2)
+            nn.init.zeros_(conv.gain if isinstance(conv, SelfModulatedConv2d) else conv.weight)
+        elif isinstance(module, Attention | DiffusersAttention):
             nn.init.zeros_(cast(nn.Linear, module.to_out[0]).weight)
         elif isinstance(module, NAFBlock):
             nn.init.zeros_(module.beta)
@@ -48,7 +50,8 @@ def initialise(model: LiteVAE) -> None:
             nn.init.zeros_(module.pos_embed)
     if isinstance(model.encoder, WaveletEncoder):
         return
-    moments = model.quant_conv or model.encoder.feature_aggregator.conv_out
+    last = model.encoder.feature_aggregator if isinstance(model.encoder, Encoder) else model.encoder
+    moments = model.quant_conv or last.conv_out
     logvar = slice(moments.out_channels // 2, None)
     moments.weight[logvar] *= 0.1
     if moments.bias is not None:

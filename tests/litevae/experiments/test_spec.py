@@ -63,9 +63,9 @@ def test_overrides_come_last():
 
 def test_mistakes_are_named(tmp_path):
     with pytest.raises(
-        UserError, match=re.escape("no configuration named 'table9': did you mean 'table09'?")
+        UserError, match=re.escape("no configuration named 'tabel09': did you mean 'table09'?")
     ):
-        load_experiment("table9")
+        load_experiment("tabel09")
     path = tmp_path / "own.yaml"
     path.write_text("title: mine\n")
     with pytest.raises(UserError, match="an experiment needs runs"):

@@ -2,6 +2,8 @@ import pytest
 import torch
 
 from litevae import LiteVAE
+from litevae.training.build import with_fresh_weights
+from litevae.training.config import ModelConfig
 from litevae.training.initialise import initialise
 
 SMALL = {
@@ -59,6 +61,27 @@ def test_every_parameter_learns_within_two_steps(options):
     for name, parameter in model.named_parameters():
         assert parameter.grad.isfinite().all(), name
         assert parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("use_1x1_conv", [True, False])
+def test_the_baselines_start_alike(use_1x1_conv):
+    torch.manual_seed(0)
+    config = ModelConfig(
+        kind="sd-vae",
+        block_out_channels=[32, 32, 32],
+        encoder_block_out_channels=[32, 64, 64],
+        layers_per_block=1,
+        num_groups=16,
+        use_1x1_conv=use_1x1_conv,
+    )
+    model = with_fresh_weights(config, 32)
+    image = torch.rand(2, 3, 32, 32) * 2 - 1
+    before = model.encoder.conv_in(image)
+    torch.testing.assert_close(model.encoder.down_blocks[0].resnets[0](before, None), before)  # no branch yet
+    with torch.no_grad():
+        posterior = model.encode(image).latent_dist
+        assert (posterior.logvar + 4).abs().max() < 2
+        assert 0.01 < model.decode(posterior.mean).sample.std() < 10
 
 
 def test_encoder_without_parameters():
