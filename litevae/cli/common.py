@@ -78,7 +78,7 @@ def load_model(path: Path) -> "Autoencoder":
     return model
 
 
-def find_model(name: str, size: int) -> "Autoencoder":
+def find_model(name: str, size: int = 256) -> "Autoencoder":
     """The model in a folder, as `load_model`, or an untrained one by its name.
 
     Args:
