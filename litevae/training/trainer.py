@@ -45,7 +45,7 @@ from litevae.training.config import Config, OptimizerConfig, list_stages
 from litevae.training.feed import Feed
 from litevae.training.log import Log, in_short, read_log
 from litevae.training.report import draw_curves, draw_grid, draw_reconstructions, versions
-from litevae.training.step import EMA, Outcome, TrainingStep
+from litevae.training.step import EMA, GRADIENT_RATIO, Outcome, TrainingStep
 from litevae.training.stop import StopRequest
 
 
@@ -232,7 +232,8 @@ class Trainer:
                 log.count(len(batch) * self.accelerator.num_processes, waited)
                 if outcome.bad is None:
                     self.step, self.random, self.bad = step, random_state(), []
-                    if step == 1 or step % config.log_every == 0 or step == config.max_steps or stopped:
+                    due = step == 1 or step % config.log_every == 0 or step == config.max_steps
+                    if due or stopped or GRADIENT_RATIO in outcome.values:
                         line = log.write(step, outcome.values, self.skipped)
                         bar.set_postfix_str(in_short(line))
                 else:

@@ -41,6 +41,8 @@ def statuses(folder, tiny_settings):
         [2, "bad", ["max_steps=9", "checkpoint.every=100", f"output_dir={folder / 'bad'}"]],
         [2, "", [*SHARED, f"resume={second}", f"output_dir={folder / 'resumed'}"]],
         [2, "", ["resume=nowhere", f"output_dir={folder / 'nowhere'}"]],
+        [1, "", [*SHARED, "gradient_ratio_every=1", f"output_dir={folder / 'one-measured'}"]],
+        [2, "", [*SHARED, "gradient_ratio_every=1", f"output_dir={folder / 'two-measured'}"]],
     ]
     jobs = [[count, event, [*tiny_settings, *settings]] for count, event, settings in jobs]
     result = subprocess.run(
@@ -78,6 +80,21 @@ def test_two_processes_do_what_one_does_with_the_double_batch(statuses, folder, 
     for index, moments in first[0].items():
         gradient, other = moments["exp_avg"], first[1][index]["exp_avg"]
         assert (gradient - other).norm() <= 1e-4 * gradient.norm() + 1e-12
+
+
+def test_gradients_ratio_is_that_of_one_process_and_measuring_it_changes_nothing(statuses, folder, logged):
+    codes, errors = statuses
+    assert [codes[9, 0], codes[10, 0], codes[10, 1]] == [0, 0, 0], errors
+    for rank in (0, 1):
+        plain, measured = (torch.load(folder / name / f"rank{rank}.pt") for name in ("two", "two-measured"))
+        assert all(torch.equal(tensor, measured[name]) for name, tensor in plain.items())
+    one, two = (
+        [line.get("gradient_ratio") for line in logged(folder / f"{count}-measured")]
+        for count in ("one", "two")
+    )
+    assert (one[0], two[0]) == (None, None)
+    # as the losses above
+    assert two[1:] == pytest.approx(one[1:], rel=1e-3)
 
 
 def test_a_process_that_dies_ends_the_other_with_an_error(statuses):
