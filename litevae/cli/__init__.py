@@ -10,9 +10,12 @@ import typer
 from litevae.cli.complexity import complexity
 from litevae.cli.encode import encode
 from litevae.cli.eval import evaluate
+from litevae.cli.features import features
+from litevae.cli.gradients import gradients
 from litevae.cli.info import info
 from litevae.cli.latents import latents
 from litevae.cli.reconstruct import reconstruct
+from litevae.cli.resolution import resolution
 from litevae.cli.scale import scale
 from litevae.cli.train import train
 from litevae.errors import NonFiniteError, UserError
@@ -28,6 +31,9 @@ app.command()(encode)
 app.command("eval")(evaluate)
 app.command()(complexity)
 app.command()(latents)
+app.command()(resolution)
+app.command()(features)
+app.command()(gradients)
 
 
 def print_version(wanted: bool) -> None:
@@ -57,6 +63,9 @@ def callback(
              litevae eval runs/demo path/to/images
              litevae complexity
              litevae latents runs/demo path/to/images -o latents
+             litevae resolution runs/demo runs/sd-vae path/to/images -o resolution
+             litevae features runs/group runs/smc path/to/images -o features
+             litevae gradients runs/constant runs/adaptive -o gradients.png
     """
     if context.invoked_subcommand is None:
         print(context.get_help())
