@@ -1,5 +1,6 @@
 """The decoder's last feature maps, and how unevenly strong they are (Section 4.2, Figure 3)."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -113,12 +114,12 @@ def draw_feature_maps(
             shown = axes[row, column].imshow(
                 values, vmin=0, vmax=top, cmap="magma", interpolation="antialiased"
             )
-        axes[0, column].set_title(f"{name}\nimbalance {imbalances[name]:.2f}", fontsize=10)
+        title = f"{textwrap.fill(name, 32)}\nimbalance {imbalances[name]:.2f}"
+        axes[0, column].set_title(title, fontsize=10)
         bar = figure.colorbar(shown, ax=axes[:, column], location="bottom", aspect=25, extend="max", **room)
-        bar.set_label("magnitude / its median", fontsize=9)
+        bar.set_label("RMS over channels / its median", fontsize=9)
     for each in axes.flat:
         each.set_xticks([])
         each.set_yticks([])
         each.spines[:].set_visible(False)
-    figure.suptitle("RMS over the channels of the decoder's last block", fontsize=10, color="0.35")
     figure.savefig(path)

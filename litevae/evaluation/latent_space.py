@@ -12,8 +12,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from litevae.errors import UserError
-from litevae.evaluation.evaluate import Share, check_size, collate_numbered, sample_posterior
-from litevae.images import to_model_range
+from litevae.evaluation.evaluate import Share, check_size, collate_numbered, encode_batch, sample_posterior
 from litevae.models.baseline import Autoencoder
 from litevae.training.report import DPI
 from litevae.training.scale import LatentStatistics, Squares
@@ -65,7 +64,7 @@ def collect_latents(
     latents = []
     for numbers, pixels, _ in tqdm(loader, unit="batch", mininterval=0.5):
         if numbers:
-            posterior = model.encode(to_model_range(pixels).to(model.device, model.dtype)).latent_dist
+            posterior = encode_batch(model, pixels)
             latents.append(sample_posterior(posterior, numbers).float().cpu())
     if not latents:
         raise UserError("none of the images can be read")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
+import torch._functorch.config
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -167,6 +168,10 @@ class TrainingStep:
         settings = config.optimizer
         autoencode = Autoencode(model)
         if config.compile:
+            adaptive = config.loss.adversarial and config.loss.adversarial_weight == "adaptive"
+            if adaptive or self.ratio_every:
+                # these differentiate a graph more than once, which Inductor else saves memory by forbidding
+                torch._functorch.config.donated_buffer = False
             autoencode.compile()
         self.learners = {
             "autoencoder": Learner(

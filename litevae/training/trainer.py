@@ -70,9 +70,10 @@ def train(config: Config) -> Result:
     """Trains a model and leaves these files in `config.output_dir`.
 
     `model/` (for `LiteVAE.from_pretrained`; the averaged one where there is one), `metrics.jsonl` (a line for
-    each logged step: "l1" is that term, "weighted/l1" its part of "loss"), `metrics.json` (PSNR and SSIM of the
-    validation images), `validation/` (those images beside their reconstructions), `reconstructions.png`,
-    `curves.png`, `checkpoints/`, the tracker's files, and `config.yaml`, with which the run can be repeated.
+    each logged step: "l1" is that term, "weighted/l1" its part of "loss", "gradient_ratio" what
+    `TrainingStep.gradient_ratio` gives), `metrics.json` (PSNR and SSIM of the validation images),
+    `validation/` (those images beside their reconstructions), `reconstructions.png`, `curves.png`,
+    `checkpoints/`, the tracker's files, and `config.yaml`, with which the run can be repeated.
     Shows a progress bar on stderr.
 
     SIGINT or SIGTERM ends the run after the current step, with a checkpoint and all of these written. With

@@ -59,6 +59,8 @@ def test_a_model_of_one_size_is_refused_before_anything_is_measured(folder, caps
     with pytest.raises(UserError, match=r"^vit does not take images of 64 x 64 pixels: the Vision Trans"):
         sweep_resolutions(models, open_images(str(folder)), (32, 64), workers=0)
     assert capsys.readouterr().err == ""  # no progress bar
+    with pytest.raises(UserError, match="the Vision Transformer takes 32x32, got 64x64"):
+        evaluate(models["vit"], open_images(str(folder)), ("psnr",), 64, workers=0)
     check_takes("vit", models["vit"], ("psnr",), 32)
     with pytest.raises(UserError, match="first does not take images of 30 x 30 pixels: size must be a mult"):
         check_takes("first", models["first"], ("psnr",), 30)
