@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -106,7 +107,7 @@ def draw_feature_maps(
         axes[row, 0].set_ylabel(label)
     axes[0, 0].set_title("input", fontsize=10)
     # parts of a whole column, of which a bar takes as much however many rows there are
-    room = {"fraction": 0.1 / len(images), "pad": 0.04 / len(images), "shrink": 0.85}
+    room: dict[str, Any] = {"fraction": 0.1 / len(images), "pad": 0.04 / len(images), "shrink": 0.85}
     for column, (name, maps) in enumerate(magnitudes.items(), start=1):
         relative = [magnitude / np.median(magnitude) for magnitude in maps]
         top = np.percentile(np.concatenate([values.ravel() for values in relative]), STRONGEST)
