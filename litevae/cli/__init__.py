@@ -11,9 +11,12 @@ from litevae.cli.complexity import complexity
 from litevae.cli.encode import encode
 from litevae.cli.eval import evaluate
 from litevae.cli.experiment import experiment
+from litevae.cli.features import features
+from litevae.cli.gradients import gradients
 from litevae.cli.info import info
 from litevae.cli.latents import latents
 from litevae.cli.reconstruct import reconstruct
+from litevae.cli.resolution import resolution
 from litevae.cli.scale import scale
 from litevae.cli.train import train
 from litevae.errors import NonFiniteError, UserError
@@ -30,6 +33,9 @@ app.command("eval")(evaluate)
 app.command()(complexity)
 app.command()(latents)
 app.command()(experiment)
+app.command()(resolution)
+app.command()(features)
+app.command()(gradients)
 
 
 def print_version(wanted: bool) -> None:
@@ -60,6 +66,9 @@ def callback(
              litevae complexity
              litevae latents runs/demo path/to/images -o latents
              litevae experiment table09
+             litevae resolution runs/demo runs/sd-vae path/to/images -o resolution
+             litevae features runs/group runs/smc path/to/images -o features
+             litevae gradients runs/constant runs/adaptive -o gradients.png
     """
     if context.invoked_subcommand is None:
         print(context.get_help())

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +21,16 @@ ModelArgument = Annotated[
     typer.Argument(
         metavar="MODEL", help="Folder of a model or of a training run, or diffusers:FOLDER of a VAE."
     ),
+]
+ModelsArgument = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="MODEL...", help="Folders of models or of training runs, or diffusers:FOLDER of a VAE."
+    ),
+]
+NamesOption = Annotated[
+    str | None,
+    typer.Option(metavar="A,B", help="What to call them in the picture; their folders' names by default."),
 ]
 DataArgument = Annotated[
     str, typer.Argument(metavar="DATA", help="Folder of images, or what else data.train may be.")
@@ -112,13 +123,45 @@ def find_model(name: str, size: int = 256) -> "Autoencoder":
         raise UserError(f"{name}: {error}") from None
 
 
-def provenance(model: Path, data: str, size: int) -> dict[str, Any]:
+def name_each(paths: Sequence[Path], names: str | None) -> dict[str, Path]:
+    """The paths by the names that the user gave, with commas between, or by their last parts where they differ.
+
+    Raises:
+        UserError: another number of names than of paths, or the same twice.
+    """
+    chosen = [path.name for path in paths]
+    if names is not None:
+        chosen = [name.strip() for name in names.split(",")]
+    elif len(set(chosen)) < len(chosen):
+        chosen = [str(path) for path in paths]
+    if len(chosen) != len(paths) or len(set(chosen)) < len(chosen) or "" in chosen:
+        raise UserError(f"there must be {len(paths)} different names, one for each, got {', '.join(chosen)}")
+    return dict(zip(chosen, paths, strict=True))
+
+
+def results(folder: Path, *names: str, overwrite: bool) -> list[Path]:
+    """The files to write to `folder`; UserError if one is there and may not be replaced."""
+    files = [folder / name for name in names]
+    for file in files:
+        if file.exists() and not overwrite:
+            raise UserError(f"{file} is there already: give another folder with -o, or --overwrite")
+    return files
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made: {error.strerror}") from None
+
+
+def provenance(model: Path, data: str, *sizes: int) -> dict[str, Any]:
     """What was measured, and with what, for the JSON file of a result.
 
     Args:
         model: as `load_model` takes it.
         data: as `open_images` takes it.
-        size: of the squares, in pixels.
+        sizes: of the squares, in pixels.
     """
     from importlib.metadata import version
 
@@ -133,6 +176,7 @@ def provenance(model: Path, data: str, size: int) -> dict[str, Any]:
         "model": str(model),
         "weights": {file.name: sha256(file) for file in files},
         "data": data,
-        "crop": f"middle square, resized to {size} x {size} (Pillow's bicubic, antialiased), 8 bits",
+        "crop": f"middle square, resized to {' and '.join(f'{size} x {size}' for size in sizes)} (Pillow's "
+        "bicubic, antialiased), 8 bits",
         "versions": {"litevae": versions()} | {package: version(package) for package in packages},
     }

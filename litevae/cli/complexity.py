@@ -1,10 +1,13 @@
 """`litevae complexity`."""
 
+import json
+from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from litevae.cli.common import find_model
+from litevae.cli.common import find_model, make_folder, results
 from litevae.errors import UserError
 
 NAMES = ("sd-vae", "litevae-s", "litevae-b", "litevae-m", "litevae-l")
@@ -27,29 +30,37 @@ def complexity(
     rounds: Annotated[
         int, typer.Option(min=1, metavar="N", help="Times that each is run, after two for memory.")
     ] = 5,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="DIR", help="Folder for a picture and the figures."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
 ) -> None:
     """Measure models' parameters, cost, memory and speed on this machine, as the paper's Table 3.
 
     \b
     Example: litevae complexity
              litevae complexity --size 512 --batch-size 1 --precision bf16
-             litevae complexity sd-vae runs/demo --decoder
+             litevae complexity sd-vae runs/demo --decoder -o complexity
              litevae complexity litevae-b litevae-b,aggregator=vit litevae-b,extractor=nafnet
 
     The models take turns, uncompiled, in the channels_last layout, on the GPU if there is one; images/s is
     the median over the rounds. Settings after a preset's name are those of `model` in litevae train. A MAC is
     one multiplication and one addition; GMACs are of one image. The peak of the memory is beyond weights and
     images, which the paper's includes; it had batches of 32 and a Quadro RTX 6000. `pytest benchmarks` compares
-    more ways to run them.
+    more ways to run them. With -o the same goes to complexity.json and complexity.png.
     """
+    files = results(output, "complexity.json", "complexity.png", overwrite=overwrite) if output else []
     import torch
 
-    from litevae.evaluation.complexity import Side, measure_complexity, measure_speed
+    from litevae.evaluation.complexity import Side, draw_complexity, measure_complexity, measure_speed
+    from litevae.training.checkpoint import replacing
+    from litevae.training.report import versions
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if precision not in dtypes:
         raise UserError(f"--precision {precision}: must be one of {', '.join(dtypes)}")
-    names = models or list(NAMES)
+    names = list(dict.fromkeys(models or NAMES))  # each once
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = device or torch.device("cpu")
     autoencoders, costs = [], []
@@ -70,7 +81,8 @@ def complexity(
         else f"{device}, {torch.get_num_threads()} threads"
     )
     channels = autoencoders[0].config.in_channels
-    print(f"{batch_size} x {channels} x {size} x {size}, {precision}; {where}; torch {torch.__version__}")
+    heading = f"{batch_size} x {channels} x {size} x {size}, {precision}; {where}; torch {torch.__version__}"
+    print(heading)
     width = max(len(name) for name in (*names, side))
     print(f"{side:{width}}{'parameters':>14}{'GMACs':>10}{'peak MB':>10}{'images/s':>10}")
     for name, cost, speed in zip(names, costs, speeds, strict=True):
@@ -81,3 +93,26 @@ def complexity(
         )
         peak = "unknown" if speed.peak_memory is None else f"{speed.peak_memory / 1e6:,.0f}"
         print(f"{name:{width}}{parameters:14,}{macs / 1e9:10,.2f}{peak:>10}{speed.images_per_second:10.4g}")
+    if output is None:
+        return
+    make_folder(output)
+    record = {
+        "side": side,
+        "batch_size": batch_size,
+        "size": size,
+        "precision": precision,
+        "rounds": rounds,
+        "device": where,
+        "versions": {"litevae": versions()},
+        "models": [
+            {"name": name, **asdict(cost), **asdict(speed)}
+            for name, cost, speed in zip(names, costs, speeds, strict=True)
+        ],
+    }
+    with replacing(files[0]) as path:
+        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    with replacing(files[1]) as path:
+        draw_complexity(
+            dict(zip(names, costs, strict=True)), dict(zip(names, speeds, strict=True)), side, heading, path
+        )
+    print(f"see {files[0]} and {files[1]}")

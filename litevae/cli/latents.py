@@ -6,8 +6,7 @@ from typing import Annotated
 
 import typer
 
-from litevae.cli.common import DataArgument, ModelArgument, load_model, provenance
-from litevae.errors import UserError
+from litevae.cli.common import DataArgument, ModelArgument, load_model, make_folder, provenance, results
 
 PICTURES = 4  # rows of latents.png
 
@@ -36,32 +35,33 @@ def latents(
              litevae latents diffusers:path/to/sd-vae path/to/images -o latents-sd
              litevae latents runs/demo demo -o latents --size 64 --groups 4
 
-    Writes latents.json, and latents.png with some images, their reconstructions and the first three channels
-    of their latents as RGB (Figures 2 and 4).
+    Writes latents.json; latents.png with some images, their reconstructions and the first three channels of
+    their latents as RGB (Figures 2 and 4); and distances.png with the figures.
 
     The figures are the squared maximum mean discrepancy between samples of the latents, divided by the
     standard deviation of all of them together, and a standard Gaussian, times 1000, for RBF kernels of
     several sigma: mean and standard deviation over groups of images. The paper does not state its unit;
     compare models with one another, at equal size, count and groups.
     """
-    files = output / "latents.json", output / "latents.png"
-    for file in files:
-        if file.exists() and not overwrite:
-            raise UserError(f"{file} is there already: give another folder with -o, or --overwrite")
+    record_file, picture, plot = results(
+        output, "latents.json", "latents.png", "distances.png", overwrite=overwrite
+    )
     autoencoder = load_model(model)
 
     import torch
 
-    from litevae.evaluation.latent_space import collect_latents, distance_from_gaussian, latent_statistics
+    from litevae.evaluation.latent_space import (
+        collect_latents,
+        distance_from_gaussian,
+        draw_distances,
+        latent_statistics,
+    )
     from litevae.training.checkpoint import replacing
     from litevae.training.data import load_validation
     from litevae.training.report import draw_reconstructions
     from litevae.training.sources import open_images
 
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{output}: cannot be made: {error.strerror}") from None
+    make_folder(output)
     if torch.accelerator.is_available():
         autoencoder.to(torch.accelerator.current_accelerator())
     images = open_images(data)
@@ -69,10 +69,12 @@ def latents(
     statistics = latent_statistics(samples)
     discrepancies = distance_from_gaussian(samples, groups=groups)
     shown = load_validation(images, size, PICTURES).images
-    with replacing(files[1]) as path:
+    with replacing(picture) as path:
         draw_reconstructions(
             autoencoder, [(Path(name).stem, pixels) for name, pixels in shown], path, principal=False
         )
+    with replacing(plot) as path:
+        draw_distances(statistics, discrepancies, path)
     record = {
         **provenance(model, data, size),
         "count": statistics.count,
@@ -83,7 +85,7 @@ def latents(
         "scaling_factor": statistics.scaling_factor,
         "squared_mmd": [{"sigma": d.sigma, "mean": d.mean, "std": d.std} for d in discrepancies],
     }
-    with replacing(files[0]) as path:
+    with replacing(record_file) as path:
         path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
     print(f"{statistics.count} images, middle square, {size} x {size}; samples of the posterior")
@@ -92,4 +94,4 @@ def latents(
     print(f"{'sigma':>5}{'1000 MMD²':>16}, {groups} groups")
     for d in discrepancies:
         print(f"{d.sigma:5g}{1000 * d.mean:9.2f} ± {1000 * d.std:.2f}")
-    print(f"see {files[0]} and {files[1]}")
+    print(f"see {record_file}, {picture} and {plot}")

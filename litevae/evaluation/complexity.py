@@ -2,16 +2,19 @@
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from litevae.models.baseline import Autoencoder
+from litevae.training.report import DPI
 from litevae_kernels.allocator import peak_resident_memory
 
 Side = Literal["encoder", "decoder"]
@@ -135,3 +138,44 @@ def peak_memory(call: Callable[[], Tensor], device: torch.device) -> int | None:
 def synchronize(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+def draw_complexity(
+    costs: Mapping[str, Complexity], speeds: Mapping[str, Speed], side: Side, heading: str, path: Path
+) -> None:
+    """Parameters, cost, memory and speed of one side of the models, as bars.
+
+    Args:
+        costs, speeds: by model, the same models.
+        heading: what they were measured on, written above.
+        path: the PNG to write.
+    """
+    encoder = side == "encoder"
+    panels: dict[str, list[float | None]] = {
+        "parameters (millions)": [
+            (cost.encoder_parameters if encoder else cost.decoder_parameters) / 1e6 for cost in costs.values()
+        ],
+        "GMACs an image": [
+            (cost.encoder_macs if encoder else cost.decoder_macs) / 1e9 for cost in costs.values()
+        ],
+        "peak memory (MB)": [
+            None if speed.peak_memory is None else speed.peak_memory / 1e6 for speed in speeds.values()
+        ],
+        "images a second": [speed.images_per_second for speed in speeds.values()],
+    }
+    figure = Figure(figsize=(13, 1.5 + 0.45 * len(costs)), dpi=DPI, layout="constrained")
+    for axes, (title, values) in zip(
+        figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True
+    ):
+        bars = axes.barh(list(costs), [value or 0 for value in values])
+        labels = [
+            "unknown" if value is None else f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"
+            for value in values
+        ]
+        axes.bar_label(bars, labels, padding=3, fontsize=9)
+        axes.margins(x=0.25)
+        axes.set_title(title, fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    axes.invert_yaxis()  # the first one on top; all panels share it
+    figure.suptitle(f"{side}: {heading}", fontsize=10, color="0.35")
+    figure.savefig(path)

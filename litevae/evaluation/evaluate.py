@@ -169,6 +169,15 @@ def collate_numbered(items: Sequence[tuple[int, Tensor | None]]) -> tuple[list[i
     return numbers, stack_good([square for _, square in items]), len(items)
 
 
+def encode_batch(model: Autoencoder, pixels: Tensor) -> DiagonalGaussianDistribution:
+    """The posterior of (N, 3, H, W) uint8 pixels; UserError where the model does not take their size, such as
+    one with a Vision Transformer."""
+    try:
+        return model.encode(to_model_range(pixels).to(model.device, model.dtype)).latent_dist
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
 def reconstruct_batch(model: Autoencoder, pixels: Tensor, seeds: list[int] | None) -> tuple[Tensor, Tensor]:
     """(N, 3, H, W) uint8 on the model's device, and as much of it as its latents keep.
 
@@ -176,7 +185,7 @@ def reconstruct_batch(model: Autoencoder, pixels: Tensor, seeds: list[int] | Non
         seeds: of each image's sample; None decodes the mode.
     """
     pixels = pixels.to(model.device)
-    posterior = model.encode(to_model_range(pixels).to(model.dtype)).latent_dist
+    posterior = encode_batch(model, pixels)
     latent = posterior.mode() if seeds is None else sample_posterior(posterior, seeds)
     decoded: Tensor = model.decode(latent).sample
     if not decoded.isfinite().all():

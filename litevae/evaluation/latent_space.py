@@ -2,16 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullLocator
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from litevae.errors import UserError
-from litevae.evaluation.evaluate import Share, check_size, collate_numbered, sample_posterior
-from litevae.images import to_model_range
+from litevae.evaluation.evaluate import Share, check_size, collate_numbered, encode_batch, sample_posterior
 from litevae.models.baseline import Autoencoder
+from litevae.training.report import DPI
 from litevae.training.scale import LatentStatistics, Squares
 from litevae.training.sources import ImageSource
 
@@ -61,7 +64,7 @@ def collect_latents(
     latents = []
     for numbers, pixels, _ in tqdm(loader, unit="batch", mininterval=0.5):
         if numbers:
-            posterior = model.encode(to_model_range(pixels).to(model.device, model.dtype)).latent_dist
+            posterior = encode_batch(model, pixels)
             latents.append(sample_posterior(posterior, numbers).float().cpu())
     if not latents:
         raise UserError("none of the images can be read")
@@ -160,3 +163,44 @@ def distance_from_gaussian(
             sigmas, estimates.mean(0).tolist(), estimates.std(0).tolist(), strict=True
         )
     ]
+
+
+def draw_distances(statistics: LatentStatistics, discrepancies: Sequence[Discrepancy], path: Path) -> None:
+    """The squared MMD over sigma with error bars, beside the channels' means and standard deviations.
+
+    Args:
+        statistics, discrepancies: of one model, as `latent_statistics` and `distance_from_gaussian` give them.
+        path: the PNG to write.
+    """
+    figure = Figure(figsize=(10, 4), dpi=DPI, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.errorbar(
+        [d.sigma for d in discrepancies],
+        [1000 * d.mean for d in discrepancies],
+        [1000 * d.std for d in discrepancies],
+        fmt="o-",
+        capsize=4,
+        linewidth=1.4,
+    )
+    left.axhline(0, color="0.5", linewidth=0.8)
+    left.set(
+        xscale="log",
+        xlabel="sigma of the RBF kernel",
+        ylabel="1000 MMD² (mean ± standard deviation)",
+        title="distance from a standard Gaussian, over groups of images",
+    )
+    left.set_xticks([d.sigma for d in discrepancies], [f"{d.sigma:g}" for d in discrepancies])
+    left.xaxis.set_minor_locator(NullLocator())
+    right.errorbar(range(len(statistics.mean)), statistics.mean, statistics.std, fmt="o", capsize=4)
+    right.axhline(0, color="0.5", linewidth=0.8)
+    right.set(
+        xlabel="latent channel",
+        ylabel="mean ± standard deviation",
+        title=f"latents of {statistics.count} images, unscaled",
+    )
+    right.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in (left, right):
+        axes.title.set_fontsize(10)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)

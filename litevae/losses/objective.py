@@ -56,11 +56,12 @@ class LossConfig:
 @dataclass(frozen=True)
 class Loss:
     """`total`: the weighted sum, a float32 scalar to differentiate. `terms`, `weighted`: each term by name,
-    without and with its weight, detached."""
+    without and with its weight, detached. `parts`: the weighted terms again, to differentiate one by one."""
 
     total: Tensor
     terms: dict[str, Tensor]
     weighted: dict[str, Tensor]
+    parts: dict[str, Tensor]
 
 
 class Objective(nn.Module):
@@ -200,4 +201,5 @@ def summed(terms: dict[str, Tensor], weighted: dict[str, Tensor]) -> Loss:
         torch.stack(list(weighted.values())).sum(),
         {name: term.detach() for name, term in terms.items()},
         {name: term.detach() for name, term in weighted.items()},
+        weighted,
     )

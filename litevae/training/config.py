@@ -114,6 +114,9 @@ class Config:
     max_steps: int = 100_000
     log_every: int = 100  # steps between the lines of metrics.jsonl
     validate_every: int = 1000  # steps between measurements on the validation images
+    # steps between measurements of the adversarial gradient against the reconstruction's (Figure 7), which
+    # cost two more backward passes each; 0 for none
+    gradient_ratio_every: int = 0
     max_bad_steps: int = 10  # so many steps in a row with a loss or gradient that is not finite end the run
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # autocast; weights stay in float32
     channels_last: bool = True
@@ -203,6 +206,7 @@ def check(config: Config) -> None:
         "seed": 0,
         "log_every": 1,
         "validate_every": 1,
+        "gradient_ratio_every": 0,
         "data.size": 16,
         "data.batch_size": 1,
         "data.validation_count": 1,
@@ -234,6 +238,10 @@ def check(config: Config) -> None:
     settings.check_range(config, least, most)
     if config.ema_decay >= 1:
         raise UserError(f"ema_decay must be below 1, got {config.ema_decay}")
+    if config.gradient_ratio_every and not config.loss.adversarial:
+        raise UserError(
+            "gradient_ratio_every measures the adversarial loss's gradient: loss.adversarial must be above 0"
+        )
     if config.loss.ldl and not config.ema_decay:
         raise UserError("loss.ldl compares with the averaged model: ema_decay must be above 0")
     rate = config.discriminator.learning_rate

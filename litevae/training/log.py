@@ -8,7 +8,7 @@ from typing import Any, Self
 from accelerate import Accelerator
 
 from litevae.training.checkpoint import replacing
-from litevae.training.step import WEIGHTED
+from litevae.training.step import GRADIENT_RATIO, WEIGHTED
 
 
 class Log:
@@ -82,7 +82,8 @@ def read_log(path: Path, step: int) -> list[dict[str, Any]]:
 
 def in_short(line: dict[str, Any]) -> str:
     """A log line for the progress bar."""
-    about = ("step", "gradient_norm", "discriminator_gradient_norm", "learning_rate", "skipped_steps")
+    norms = ("gradient_norm", "discriminator_gradient_norm", GRADIENT_RATIO)
+    about = ("step", *norms, "learning_rate", "skipped_steps")
     speed = f"{line['images_per_second']:.0f} images/s, {line['data_wait']:.0%} waiting for data"
     losses = [
         f"{name} {value:.3g}"

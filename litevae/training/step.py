@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
+import torch._functorch.config
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from litevae.losses import Loss, Objective
+from litevae.losses import RECONSTRUCTION_TERMS, Loss, Objective
 from litevae.models.baseline import Autoencoder
 from litevae.training.config import Config
 
 WEIGHTED = "weighted/"  # before a term's name in the log: with its weight
+GRADIENT_RATIO = "gradient_ratio"  # in the log
 
 
 class Autoencode(nn.Module):
@@ -160,11 +162,16 @@ class TrainingStep:
         self.ema = ema
         self.accumulation = config.optimizer.accumulation
         self.max_norm = config.optimizer.max_gradient_norm or math.inf
+        self.ratio_every = config.gradient_ratio_every
         self.scaler: torch.amp.GradScaler | None = accelerator.scaler
 
         settings = config.optimizer
         autoencode = Autoencode(model)
         if config.compile:
+            adaptive = config.loss.adversarial and config.loss.adversarial_weight == "adaptive"
+            if adaptive or self.ratio_every:
+                # these differentiate a graph more than once, which Inductor else saves memory by forbidding
+                torch._functorch.config.donated_buffer = False
             autoencode.compile()
         self.learners = {
             "autoencoder": Learner(
@@ -204,6 +211,10 @@ class TrainingStep:
         """
         adversarial = self.objective.uses_discriminator(step)
         active = [self.learners[name] for name in ("autoencoder", "discriminator")[: 1 + adversarial]]
+        gradients = None  # of the adversarial and of the reconstruction terms
+        if adversarial and self.ratio_every and step % self.ratio_every == 0:
+            count = sum(parameter.numel() for parameter in active[0].parameters)
+            gradients = torch.zeros(2, count, device=image.device)
         # their forward passes change statistics, which a step that is skipped must not
         buffers = list(cast(nn.Module, self.discriminator).buffers()) if adversarial else []
         before = [buffer.clone() for buffer in buffers]
@@ -212,7 +223,7 @@ class TrainingStep:
         parts = zip(image.chunk(self.accumulation), noise.chunk(self.accumulation), strict=True)
         for index, (images, noises) in enumerate(parts):
             with self.synchronised(active, index == self.accumulation - 1):
-                losses.append(self.backward(images, noises, step, adversarial))
+                losses.append(self.backward(images, noises, step, adversarial, gradients))
 
         own = losses[0][0]
         names = [*own.terms, *(WEIGHTED + name for name in own.weighted), "loss"]
@@ -221,10 +232,12 @@ class TrainingStep:
         flags = torch.tensor([float(stop), float(unusable)], device=image.device)
         means = self.accelerator.reduce(torch.cat([mean_losses(losses), flags]), "mean")
         norms = [learner.gradient_norm(self.max_norm, self.scaler) for learner in active]
-        *numbers, stopped, not_usable = torch.cat(
-            [torch.stack(norms), means]
-        ).tolist()  # the step's one wait for a GPU
-        norm_values, loss_values = numbers[: len(norms)], dict(zip(names, numbers[len(norms) :], strict=True))
+        ratios = means.new_empty(0) if gradients is None else self.gradient_ratio(gradients)
+        # the step's one wait for a GPU
+        numbers = torch.cat([torch.stack(norms), means, ratios]).tolist()
+        norm_values, rest = numbers[: len(norms)], numbers[len(norms) :]
+        loss_values = dict(zip(names, rest, strict=False))
+        stopped, not_usable, *ratio = rest[len(names) :]
         bad = first_bad(loss_values, norm_values)
         good = bad is None and not not_usable
 
@@ -241,12 +254,20 @@ class TrainingStep:
         values = {"loss": loss_values.pop("loss"), **loss_values, "gradient_norm": norm_values[0]}
         if adversarial:
             values["discriminator_gradient_norm"] = norm_values[1]
+        if ratio and math.isfinite(ratio[0]):
+            values[GRADIENT_RATIO] = ratio[0]
         if rates:
             values["learning_rate"] = rates[0]
         return Outcome(values, bad, stopped > 0, not_usable > 0)
 
-    def backward(self, image: Tensor, noise: Tensor, step: int, adversarial: bool) -> list[Loss]:
-        """Adds one part's gradients; returns the autoencoder's loss and the discriminator's, if any."""
+    def backward(
+        self, image: Tensor, noise: Tensor, step: int, adversarial: bool, gradients: Tensor | None
+    ) -> list[Loss]:
+        """Adds one part's gradients; returns the autoencoder's loss and the discriminator's, if any.
+
+        Args:
+            gradients: gets those of single terms added, see `add_gradients`.
+        """
         ema_reconstruction = None
         with self.accelerator.autocast():
             if self.objective.needs_ema and self.ema is not None:
@@ -263,6 +284,8 @@ class TrainingStep:
                 last_weight=self.model.decoder.conv_out.weight,
                 ema_reconstruction=ema_reconstruction,
             )
+        if gradients is not None:
+            self.add_gradients(loss, gradients)
         self.accelerator.backward(loss.total / self.accumulation)
         if not adversarial:
             return [loss]
@@ -271,6 +294,37 @@ class TrainingStep:
             of_discriminator = self.objective.discriminator(*logits)
         self.accelerator.backward(of_discriminator.total / self.accumulation)
         return [loss, of_discriminator]
+
+    def add_gradients(self, loss: Loss, gradients: Tensor) -> None:
+        """Adds the gradients of the weighted adversarial term, and of the weighted reconstruction terms' sum.
+
+        They are scaled as `backward` scales the loss: float16 would lose the small ones. The parameters' own
+        gradients and DDP's hooks are left alone.
+
+        Args:
+            gradients: (2, all parameters of the autoencoder that train).
+        """
+        reconstruction = [loss.parts[name] for name in RECONSTRUCTION_TERMS if name in loss.parts]
+        parameters = self.learners["autoencoder"].parameters
+        for row, term in zip(
+            gradients, (loss.parts["adversarial"], torch.stack(reconstruction).sum()), strict=True
+        ):
+            scaled = term if self.scaler is None else self.scaler.scale(term)
+            own = torch.autograd.grad(scaled, parameters, retain_graph=True, materialize_grads=True)
+            row += torch.cat([gradient.flatten() for gradient in own])
+
+    def gradient_ratio(self, gradients: Tensor) -> Tensor:
+        """|∇ adversarial| / |∇ reconstruction|, as in Figure 7: (1,), the same on all processes.
+
+        Both are gradients of the whole batch's loss, weights included, with respect to everything in the
+        autoencoder that trains. The paper does not say of what. The last layer's alone, which Equation 2
+        balances, would be all but constant under the adaptive weight, and Figure 7 shows the opposite.
+        """
+        # factors that both have cancel: the number of parts and of processes, and the loss's scale
+        adversarial, reconstruction = torch.linalg.vector_norm(
+            self.accelerator.reduce(gradients, "mean"), dim=1
+        ).split(1)
+        return adversarial / reconstruction
 
     @contextmanager
     def synchronised(self, active: Sequence[Learner], last: bool) -> Iterator[None]:

@@ -45,7 +45,7 @@ from litevae.training.config import Config, OptimizerConfig, list_stages
 from litevae.training.feed import Feed
 from litevae.training.log import Log, in_short, read_log
 from litevae.training.report import draw_curves, draw_grid, draw_reconstructions, versions
-from litevae.training.step import EMA, Outcome, TrainingStep
+from litevae.training.step import EMA, GRADIENT_RATIO, Outcome, TrainingStep
 from litevae.training.stop import StopRequest
 
 
@@ -70,9 +70,10 @@ def train(config: Config) -> Result:
     """Trains a model and leaves these files in `config.output_dir`.
 
     `model/` (for `LiteVAE.from_pretrained`; the averaged one where there is one), `metrics.jsonl` (a line for
-    each logged step: "l1" is that term, "weighted/l1" its part of "loss"), `metrics.json` (PSNR and SSIM of the
-    validation images), `validation/` (those images beside their reconstructions), `reconstructions.png`,
-    `curves.png`, `checkpoints/`, the tracker's files, and `config.yaml`, with which the run can be repeated.
+    each logged step: "l1" is that term, "weighted/l1" its part of "loss", "gradient_ratio" what
+    `TrainingStep.gradient_ratio` gives), `metrics.json` (PSNR and SSIM of the validation images),
+    `validation/` (those images beside their reconstructions), `reconstructions.png`, `curves.png`,
+    `checkpoints/`, the tracker's files, and `config.yaml`, with which the run can be repeated.
     Shows a progress bar on stderr.
 
     SIGINT or SIGTERM ends the run after the current step, with a checkpoint and all of these written. With
@@ -232,7 +233,8 @@ class Trainer:
                 log.count(len(batch) * self.accelerator.num_processes, waited)
                 if outcome.bad is None:
                     self.step, self.random, self.bad = step, random_state(), []
-                    if step == 1 or step % config.log_every == 0 or step == config.max_steps or stopped:
+                    due = step == 1 or step % config.log_every == 0 or step == config.max_steps
+                    if due or stopped or GRADIENT_RATIO in outcome.values:
                         line = log.write(step, outcome.values, self.skipped)
                         bar.set_postfix_str(in_short(line))
                 else:

@@ -54,15 +54,18 @@ def fails(capsys):
     return run
 
 
-@pytest.mark.parametrize(
-    "command", ["train", "reconstruct", "info", "scale", "encode", "eval", "complexity", "latents"]
-)
+COMMANDS = ["train", "reconstruct", "info", "scale", "encode", "eval", "complexity", "latents"]
+COMMANDS += ["resolution", "features", "gradients"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_shows_an_example(litevae, command):
     assert f"Example: litevae {command}" in litevae(command, "--help")
 
 
 def test_no_command_is_help(litevae):
     assert litevae() == litevae("--help")
+    assert all(f" litevae {command}" in litevae() for command in COMMANDS)
     assert "Example: litevae train demo" in litevae()
 
 

@@ -1,9 +1,12 @@
+import json
 import re
 import time
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from litevae import LiteVAE
 from litevae.cli import main
@@ -102,6 +105,29 @@ class TestCommand:
         cost = measure_complexity(model, 64)
         output = capsys.readouterr().out
         assert f"{cost.decoder_parameters:14,}{cost.decoder_macs / 1e9:10,.2f}" in output
+
+    def test_figures_and_picture(self, tmp_path, capsys):
+        names = ["litevae-s", "litevae-b"]
+        command = [
+            "complexity",
+            *names,
+            *["--size", "64", "--batch-size", "1", "--rounds", "1"],
+            "-o",
+            str(tmp_path / "out"),
+        ]
+        assert main(command) == 0
+        output = capsys.readouterr().out
+        record = json.loads((tmp_path / "out" / "complexity.json").read_text())
+        assert (record["side"], record["size"], record["batch_size"]) == ("encoder", 64, 1)
+        for name, model in zip(names, record["models"], strict=True):
+            assert model["name"] == name
+            cost = measure_complexity(LiteVAE.from_preset(name), 64)
+            assert {key: model[key] for key in asdict(cost)} == {**asdict(cost), "latent_shape": [4, 8, 8]}
+            assert f" {model['images_per_second']:.4g}\n" in output
+        with Image.open(tmp_path / "out" / "complexity.png") as picture:
+            assert picture.width == 1560
+        assert main(command) == 2
+        assert "complexity.json is there already" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

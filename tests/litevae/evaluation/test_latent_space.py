@@ -178,6 +178,8 @@ class TestCommand:
         assert f"   50{1000 * expected[1].mean:9.2f} ± {1000 * expected[1].std:.2f}\n" in output
         with Image.open(tmp_path / "out" / "latents.png") as picture:
             assert picture.width > 1000  # three columns
+        with Image.open(tmp_path / "out" / "distances.png") as picture:
+            assert picture.size == (1200, 480)
 
         assert "latents.json is there already" in run(status=2).err
         assert run("--groups", 4, "--overwrite").out == output

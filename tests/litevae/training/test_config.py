@@ -104,6 +104,8 @@ def test_wrong_type_names_key_and_type(override, expected):
         ("discriminator.betas=[0,1]", "discriminator.betas must be at least 0 and below 1"),
         ("discriminator.learning_rate=-1", "discriminator.learning_rate must be between 0 and 1e6, got -1"),
         ("loss.ldl=1", "ema_decay must be above 0"),
+        ("gradient_ratio_every=-1", "gradient_ratio_every must be 0 or more"),
+        ("gradient_ratio_every=5", "loss.adversarial must be above 0"),
         ("ema_decay=1", "ema_decay must be below 1"),
         ("model.kind=sd-vae", "model.decoder_norm must be group for model.kind=sd-vae"),
         ("model.encoder_type=fft", "model.encoder_type must be learned or dwt or dwt-2"),

@@ -20,6 +20,7 @@ SHARED = [
     "loss.adversarial_start=2",
     "discriminator.width=S",
 ]
+MEASURED = ["gradient_ratio_every=1"]  # what it measures changes nothing
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +33,14 @@ def statuses(folder, tiny_settings):
     """Runs processes.py; the exit status by job and rank, and what they wrote to stderr."""
     second = folder / "two" / "checkpoints" / "step-00000002"
     jobs = [
-        [1, "", [*SHARED, f"output_dir={folder / 'one'}"]],
+        [1, "", [*SHARED, *MEASURED, f"output_dir={folder / 'one'}"]],
         [2, "", [*SHARED, f"output_dir={folder / 'two'}"]],
         [2, "dies", ["max_steps=5", f"output_dir={folder / 'dies'}"]],
         [2, "", ["data.batch_size=3", f"output_dir={folder / 'odd'}"]],
         [2, "nan", ["max_steps=3", f"output_dir={folder / 'nan'}"]],
         [2, "term", ["max_steps=9", "checkpoint.every=100", f"output_dir={folder / 'term'}"]],
         [2, "bad", ["max_steps=9", "checkpoint.every=100", f"output_dir={folder / 'bad'}"]],
-        [2, "", [*SHARED, f"resume={second}", f"output_dir={folder / 'resumed'}"]],
+        [2, "", [*SHARED, *MEASURED, f"resume={second}", f"output_dir={folder / 'resumed'}"]],
         [2, "", ["resume=nowhere", f"output_dir={folder / 'nowhere'}"]],
     ]
     jobs = [[count, event, [*tiny_settings, *settings]] for count, event, settings in jobs]
@@ -60,9 +61,12 @@ def test_two_processes_do_what_one_does_with_the_double_batch(statuses, folder, 
     assert [codes[0, 0], codes[1, 0], codes[1, 1]] == [0, 0, 0], errors
     assert same_weights(folder / "two")
 
-    one, two = logged(folder / "one"), logged(folder / "two")
+    one, two, resumed = (logged(folder / name) for name in ("one", "two", "resumed"))
     assert [line["step"] for line in two] == [1, 2, 3]
     assert "discriminator" in two[-1]
+    ratios = [line.pop("gradient_ratio", None) for line in one]
+    assert (ratios[0], len(resumed)) == (None, 1)
+    assert resumed[0]["gradient_ratio"] == pytest.approx(ratios[2], rel=1e-3)  # as the losses below
     # a few hundred operations in a row, each rounding by 2^-24; then Adam's first steps, which turn the
     # rounding of a gradient near 0 into a difference of the size of the learning rate
     for line, other, tolerance in zip(one, two, (1e-5, 1e-3, 1e-3), strict=True):

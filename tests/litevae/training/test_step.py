@@ -194,8 +194,75 @@ def test_weighted_terms_are_those_of_the_objective(make):
     assert values["loss"] == pytest.approx(sum(found.values()), rel=1e-5)
 
 
+class TestGradientRatio:
+    @pytest.mark.parametrize(("kind", "frozen"), [("constant", "false"), ("adaptive", "true")])
+    def test_is_that_of_two_backward_passes_in_float64(self, make, kind, frozen):
+        """Of the whole batch, which is worked through in two parts."""
+        settings = ["loss.l2=0.3", "loss.wavelet=0", "loss.gaussian=0", "loss.kl=0.01"]
+        settings += [f"loss.adversarial_weight={kind}", f"freeze_encoder={frozen}", "gradient_ratio_every=1"]
+        step = make(*settings, "optimizer.accumulation=2")
+        model, discriminator = copy.deepcopy(step.model).double(), copy.deepcopy(step.discriminator).double()
+        image, noise = inputs()
+        found = step(image, noise, 1, False).values["gradient_ratio"]
+
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        assert all(name.startswith("decoder") for name in trained) == (frozen == "true")
+        sums = {"adversarial": 0, "reconstruction": 0}
+        for x, e in zip(image.double().chunk(2), noise.double().chunk(2), strict=True):
+            gradients = {}
+            for term in ("reconstruction", "adversarial"):
+                posterior = model.encode(x).latent_dist
+                y = model.decode(posterior.mean + posterior.std * e).sample
+                if term == "reconstruction":
+                    loss = (x - y).abs().mean() + 0.3 * (x - y).square().mean()
+                else:
+                    loss = -0.1 * torch.stack([logits.mean() for logits in discriminator(y)]).sum()
+                model.zero_grad()
+                loss.backward()
+                gradients[term] = {name: p.grad.clone() for name, p in trained.items()}
+            if kind == "adaptive":
+                last = {term: values["decoder.conv_out.weight"] for term, values in gradients.items()}
+                # the adversarial loss without its weight, as in Equation 2
+                weight = last["reconstruction"].norm() / (last["adversarial"].norm() / 0.1 + 1e-4)
+                gradients["adversarial"] = {
+                    name: weight * value for name, value in gradients["adversarial"].items()
+                }
+            for term, values in gradients.items():
+                sums[term] = sums[term] + torch.cat([value.flatten() for value in values.values()])
+        expected = (sums["adversarial"].norm() / sums["reconstruction"].norm()).item()
+        # a few hundred operations in a row, each rounding by 2^-24
+        assert found == pytest.approx(expected, rel=1e-4)
+
+    def test_changes_nothing(self, make):
+        measured, plain = (
+            make("gradient_ratio_every=2", "optimizer.accumulation=2"),
+            make("optimizer.accumulation=2"),
+        )
+        for index in (1, 2, 3):
+            values, others = (step(*inputs(index), index, False).values for step in (measured, plain))
+            assert ("gradient_ratio" in values) == (index == 2)
+            values.pop("gradient_ratio", None)
+            assert values == others
+        assert changed(snapshot(measured), snapshot(plain)) == set()
+
+    def test_there_is_none_without_a_discriminator(self, make):
+        step = make("gradient_ratio_every=1", "loss.adversarial_start=2")
+        assert "gradient_ratio" not in step(*inputs(), 1, False).values
+        assert step(*inputs(), 2, False).values["gradient_ratio"] > 0
+
+    def test_is_not_in_the_log_where_it_is_infinite(self, make):
+        step = make("gradient_ratio_every=1")
+        with torch.no_grad():  # nothing changes the reconstruction of a decoder that gives grey
+            step.model.decoder.conv_out.weight.zero_()
+            step.model.decoder.conv_out.bias.zero_()
+        image, noise = inputs()
+        outcome = step(torch.zeros_like(image), noise, 1, False)
+        assert outcome.bad is None
+        assert "gradient_ratio" not in outcome.values
+
+
 def test_progress_bar_shows_no_weighted_terms(make):
-    values = make()(*inputs(), 1, False).values
+    values = make("gradient_ratio_every=1")(*inputs(), 1, False).values
     line = {"step": 1, **values, "skipped_steps": 0, "images_per_second": 1.0, "data_wait": 0.0}
     shown = [part.split()[0] for part in in_short(line).split(", ")][:-2]
     assert shown == ["loss", "l1", "wavelet", "gaussian", "kl", "adversarial", "discriminator"]
@@ -207,6 +274,12 @@ class TestLossScaling:
         assert scaled(*inputs(), 1, False) == plain(*inputs(), 1, False)
         first, second = snapshot(scaled), snapshot(plain)
         assert changed(first, second) == set()
+
+    def test_the_scale_cancels_in_the_ratio_of_gradients(self, make):
+        every = "gradient_ratio_every=1"
+        scaled, plain = make(every, scaler=torch.amp.GradScaler("cpu", init_scale=2.0**16)), make(every)
+        values = [step(*inputs(), 1, False).values for step in (scaled, plain)]
+        assert values[0]["gradient_ratio"] == values[1]["gradient_ratio"]
 
     def test_overflow_skips_the_step_and_lowers_the_scale(self, make):
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
@@ -266,7 +339,9 @@ def test_compiled_step_is_the_eager_one(make, monkeypatch):
     # the inductor backend takes minutes; the model's own tests compile with it
     monkeypatch.setattr(nn.Module, "compile", lambda module: original(module, backend="aot_eager"))
     adaptive = "loss.adversarial_weight=adaptive"  # differentiates the graph three times
-    eager, compiled = make(adaptive), make(adaptive, "compile=true")
+    # from the second step on: the backward pass of the first is compiled for being run once
+    settings = [adaptive, "loss.adversarial_start=2", "gradient_ratio_every=2"]
+    eager, compiled = make(*settings), make(*settings, "compile=true")
     for index in (1, 2):
         values = compiled(*inputs(index), index, False).values
         assert values == pytest.approx(eager(*inputs(index), index, False).values, rel=1e-4)

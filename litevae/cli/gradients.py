@@ -1,0 +1,51 @@
+"""`litevae gradients`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from litevae.cli.common import NamesOption, name_each
+from litevae.errors import UserError
+
+
+def gradients(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of training runs.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="PNG for the picture.")],
+    names: NamesOption = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
+) -> None:
+    """Show how the adversarial gradient compares with the reconstruction's in training, as Figure 7.
+
+    \b
+    Example: litevae gradients runs/constant runs/adaptive -o gradients.png
+    after:   litevae train imagenet-b gradient_ratio_every=100 output_dir=runs/constant
+             litevae train imagenet-b gradient_ratio_every=100 output_dir=runs/adaptive \\
+                 loss.adversarial=0.5 loss.adversarial_weight=adaptive
+
+    Reads what runs with gradient_ratio_every have logged as gradient_ratio: the norm of the gradient of the
+    weighted adversarial loss, divided by that of the weighted reconstruction losses together, with respect to
+    all parameters of the autoencoder that train. The picture has it over the steps; the table, its median and
+    how far the middle 90 % of the steps spread.
+    """
+    if output.suffix.lower() != ".png":
+        raise UserError(f"{output}: the picture's name must end in .png")
+    if output.exists() and not overwrite:
+        raise UserError(f"{output} is there already: give another file with -o, or --overwrite")
+    if not output.parent.is_dir():
+        raise UserError(f"{output.parent}: no such folder")
+    paths = name_each(runs, names)
+
+    from litevae.evaluation.gradients import draw_gradient_ratios, read_gradient_ratios
+    from litevae.training.checkpoint import replacing
+
+    found = {name: read_gradient_ratios(path) for name, path in paths.items()}
+    with replacing(output) as path:
+        draw_gradient_ratios(found, path)
+
+    width = max(len("run"), *(len(name) for name in found))
+    print(f"{'run':{width}}{'steps':>8}{'median':>10}{'5 %':>10}{'95 %':>10}{'95 % / 5 %':>12}")
+    for name, run in found.items():
+        figures = "".join(f"{value:10.3g}" for value in (run.median, run.low, run.high))
+        print(f"{name:{width}}{len(run.steps):8}{figures}{run.spread:12.3g}")
+    print(f"see {output}")

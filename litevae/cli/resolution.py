@@ -1,0 +1,139 @@
+"""`litevae resolution`."""
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from litevae.cli.common import (
+    DataArgument,
+    ModelsArgument,
+    NamesOption,
+    load_model,
+    make_folder,
+    name_each,
+    provenance,
+    results,
+)
+from litevae.cli.eval import COLUMNS
+from litevae.errors import UserError
+
+
+def resolution(
+    models: ModelsArgument,
+    data: DataArgument,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the picture and the figures.")
+    ],
+    sizes: Annotated[
+        str, typer.Option(metavar="PIXELS", help="Sides that images are resized to.")
+    ] = "64,128,256,512",
+    metrics: Annotated[
+        str, typer.Option(metavar="NAMES", help="Some of rfid, lpips, psnr and ssim.")
+    ] = "psnr,ssim",
+    names: NamesOption = None,
+    count: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Images to measure, at most; all by default.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Images at a time.")] = 16,
+    workers: Annotated[int, typer.Option(min=0, metavar="N", help="Processes that read images.")] = 4,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
+) -> None:
+    """Measure models at several resolutions, as the paper's Figures 5 and 8.
+
+    \b
+    Example: litevae resolution runs/imagenet-b runs/imagenet-sd-vae path/to/images -o resolution
+             litevae resolution runs/smc runs/group path/to/images -o resolution --names SMC,GroupNorm
+             litevae resolution runs/demo demo -o resolution --sizes 32,64,128
+
+    Writes resolution.json, and resolution.png with each metric against the resolution and how much worse it
+    is than at the size that the model was trained at, in percent (than the best, where that size is not
+    measured). Each is measured as by litevae eval, from the mode of the posterior. Images that are smaller
+    than a size are enlarged: take large ones.
+    """
+    record_file, picture = results(output, "resolution.json", "resolution.png", overwrite=overwrite)
+    pixels = parse_sizes(sizes)
+    wanted = [name.strip().lower() for name in metrics.split(",") if name.strip()]
+    paths = name_each(models, names)
+    autoencoders = {name: load_model(path) for name, path in paths.items()}
+
+    import torch
+    from accelerate import PartialState
+
+    from litevae.evaluation.resolution import draw_resolutions, relative_degradation, sweep_resolutions
+    from litevae.training.checkpoint import replacing
+    from litevae.training.sources import open_images
+
+    images = open_images(data)
+    has_device = torch.accelerator.is_available()
+    state = PartialState(cpu=not has_device)
+    if has_device:
+        for autoencoder in autoencoders.values():
+            autoencoder.to(state.device)
+    found = sweep_resolutions(autoencoders, images, pixels, wanted, count, batch_size, workers)
+    if not state.is_main_process:  # the first process speaks for all
+        return
+    make_folder(output)
+    trained = {name: int(model.config.sample_size) for name, model in autoencoders.items()}
+    values = {
+        name: {size: result.values for size, result in by_size.items()} for name, by_size in found.items()
+    }
+    with replacing(picture) as path:
+        draw_resolutions(values, trained, path)
+
+    records, rows = [], []
+    for name, by_size in found.items():
+        worse = {
+            metric: relative_degradation(
+                {size: result.values[metric] for size, result in by_size.items()}, metric, trained[name]
+            )
+            for metric in wanted
+        }
+        measured: list[dict[str, Any]] = []
+        for size, result in by_size.items():
+            measured.append(
+                {
+                    "size": size,
+                    "count": result.count,
+                    "unreadable": result.unreadable,
+                    "without_error": result.exact,
+                    "metrics": {metric: finite(value) for metric, value in result.values.items()},
+                    "degradation_percent": {metric: finite(worse[metric][size]) for metric in wanted},
+                }
+            )
+            figures = [
+                f"{result.values[metric]:10.{COLUMNS[metric][1]}f}{worse[metric][size]:+9.1f} %"
+                for metric in wanted
+            ]
+            rows.append((name, f"{size:6}" + "".join(figures)))
+        record = provenance(paths[name], data, *pixels)
+        records.append({"name": name, "trained_at": trained[name], **record, "results": measured})
+    with replacing(record_file) as path:
+        text = json.dumps({"latent": "mode", "models": records}, indent=2)
+        path.write_text(text + "\n", encoding="utf-8")
+
+    counts = sorted({result.count for by_size in found.values() for result in by_size.values()})
+    print(f"{' or '.join(map(str, counts))} images, middle square, 8 bits; mode of the posterior")
+    width = max(len(name) for name in found)
+    print(" " * width + "  size" + "".join(f"{COLUMNS[metric][0]:>10}{'worse by':>11}" for metric in wanted))
+    for name, row in rows:
+        print(f"{name:{width}}{row}")
+    print(f"see {record_file} and {picture}")
+
+
+def parse_sizes(text: str) -> list[int]:
+    """Sides in pixels, ascending; UserError for anything but different whole numbers with commas between."""
+    try:
+        sizes = sorted(int(part) for part in text.split(","))
+    except ValueError:
+        sizes = []
+    if not sizes or len(set(sizes)) < len(sizes):
+        raise UserError(f"--sizes must be different whole numbers such as 64,128,256, got {text!r}")
+    return sizes
+
+
+def finite(value: float) -> float | None:
+    """JSON knows no infinity."""
+    return value if math.isfinite(value) else None

@@ -1,0 +1,126 @@
+"""How reconstruction depends on the images' resolution (Figures 5 and 8)."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+from litevae.errors import UserError
+from litevae.evaluation.complexity import measure_complexity
+from litevae.evaluation.evaluate import Evaluation, check, evaluate
+from litevae.models.baseline import Autoencoder
+from litevae.training.report import DPI
+from litevae.training.sources import ImageSource
+
+SIZES = (64, 128, 256, 512)
+LABELS = {
+    "rfid": "rFID (lower is better)",
+    "lpips": "LPIPS (lower is better)",
+    "psnr": "PSNR in dB (higher is better)",
+    "ssim": "SSIM (higher is better)",
+}
+
+
+def sweep_resolutions(
+    models: Mapping[str, Autoencoder],
+    images: ImageSource,
+    sizes: Sequence[int] = SIZES,
+    metrics: Sequence[str] = ("psnr", "ssim"),
+    count: int | None = None,
+    batch_size: int = 16,
+    workers: int = 4,
+) -> dict[str, dict[int, Evaluation]]:
+    """`evaluate` of each model at each size: the same images, resized.
+
+    Every model is first asked whether it takes every size, so that none fails after others were measured.
+
+    Args:
+        models: by name, each on the device and in the dtype that it is to run in.
+        sizes: in pixels. Images that are smaller are enlarged.
+        metrics, count, batch_size, workers: as in `evaluate`.
+
+    Returns:
+        By name and size, in the order given.
+
+    Raises:
+        UserError: a size that a model does not take, such as one with a Vision Transformer, which has one
+            size only; or as `evaluate`.
+    """
+    for name, model in models.items():
+        for size in sizes:
+            check_takes(name, model, metrics, size)
+    return {
+        name: {size: evaluate(model, images, metrics, size, count, batch_size, workers) for size in sizes}
+        for name, model in models.items()
+    }
+
+
+def check_takes(name: str, model: Autoencoder, metrics: Sequence[str], size: int) -> None:
+    """UserError unless the model, called `name` in it, reconstructs images of `size` pixels. Computes nothing."""
+    try:
+        check(model, metrics, size)
+        measure_complexity(model, size)
+    except ValueError as error:
+        raise UserError(f"{name} does not take images of {size} x {size} pixels: {error}") from None
+
+
+def relative_degradation(values: Mapping[int, float], metric: str, trained_size: int) -> dict[int, float]:
+    """How much worse a model is at each size than at the one it was trained for, in percent of the latter.
+
+    Above 0 is worse, whichever direction of the metric is better. PSNR's are percent of its dB. Where the
+    training size is not among the sizes, the best value takes its place. That is our reading of "performance
+    degradation when evaluating the model at different resolutions" (Section 5): the paper gives no formula.
+
+    Args:
+        values: of the metric, by size.
+        metric: one of `evaluate`'s.
+        trained_size: the model's `config.sample_size`, in pixels.
+
+    Returns:
+        By size; NaN where it is undefined (the reference is 0 or infinite).
+    """
+    sign = 1 if metric in ("psnr", "ssim") else -1
+    best = max(values.values(), key=lambda value: sign * value)
+    reference = values.get(trained_size, best)
+    if reference == 0 or not math.isfinite(reference):
+        return dict.fromkeys(values, math.nan)
+    return {size: 100 * sign * (reference - value) / abs(reference) for size, value in values.items()}
+
+
+def draw_resolutions(
+    values: Mapping[str, Mapping[int, Mapping[str, float]]], trained_sizes: Mapping[str, int], path: Path
+) -> None:
+    """Each metric against the resolution, and below it the relative degradation; a line for each model.
+
+    Args:
+        values: of the metrics, by model, size and metric; all models with the same sizes and metrics.
+        trained_sizes: as in `relative_degradation`, by model.
+        path: the PNG to write.
+    """
+    sizes = sorted(next(iter(values.values())))
+    metrics = list(next(iter(values.values()))[sizes[0]])
+    figure = Figure(figsize=(max(5.5, 4.2 * len(metrics)), 7), dpi=DPI, layout="constrained")
+    axes = figure.subplots(2, len(metrics), squeeze=False, sharex=True)
+    for column, metric in enumerate(metrics):
+        upper, lower = axes[:, column]
+        for index, (name, by_size) in enumerate(values.items()):
+            series = {size: by_size[size][metric] for size in sizes}
+            change = relative_degradation(series, metric, trained_sizes[name])
+            style = {"marker": "osD^v<>P"[index % 8], "markersize": 5, "linewidth": 1.6}
+            label = f"{name} (trained at {trained_sizes[name]})"
+            upper.plot(sizes, list(series.values()), label=label, **style)
+            lower.plot(sizes, list(change.values()), **style)
+        upper.set(title=LABELS[metric], ylabel=LABELS[metric].partition(" (")[0])
+        lower.axhline(0, color="0.5", linewidth=0.8)
+        lower.set(
+            xscale="log", xlabel="resolution (pixels a side)", ylabel="degradation (%; above 0 is worse)"
+        )
+        lower.set_xticks(sizes, [str(size) for size in sizes])
+        lower.xaxis.set_minor_locator(NullLocator())
+        for part in (upper, lower):
+            part.grid(alpha=0.25)
+            part.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", frameon=False)
+    figure.savefig(path)

@@ -1,0 +1,67 @@
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from litevae.cli import main
+from litevae.errors import UserError
+from litevae.evaluation.gradients import read_gradient_ratios
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Logs as the trainer writes them, the ratio on some of their lines."""
+    ratios = {"constant": [0.5, 0.4, 0.2, 0.1], "adaptive": [100.0, 0.01, 3.0]}
+    for name, values in ratios.items():
+        (tmp_path / name).mkdir()
+        lines = [{"step": 1, "loss": 1.0}, {"step": 2, "skipped": "the loss is nan", "skipped_steps": 1}]
+        lines += [{"step": 10 * i, "gradient_ratio": value} for i, value in enumerate(values, start=1)]
+        lines += [{"step": 99, "gradient_ratio": 0.0}]  # which has no place on the picture's scale
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / name / "metrics.jsonl").write_text(text + '{"step": 100, "gradi')  # killed
+    return tmp_path, ratios
+
+
+def test_ratios_are_the_log_s(runs):
+    folder, ratios = runs
+    found = read_gradient_ratios(folder / "constant")
+    assert found.steps == (10, 20, 30, 40)
+    assert found.ratios == tuple(ratios["constant"])
+    low, median, high = np.percentile(ratios["constant"], [5, 50, 95])
+    assert (found.low, found.median, found.high) == (low, median, high)
+    assert found.spread == high / low
+
+
+def test_runs_without_a_ratio(tmp_path):
+    with pytest.raises(UserError, match="nowhere: no such folder"):
+        read_gradient_ratios(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"there is no metrics\.jsonl"):
+        read_gradient_ratios(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    with pytest.raises(UserError, match="no gradient_ratio above 0: train with"):
+        read_gradient_ratios(tmp_path)
+
+
+def test_command(runs, capsys):
+    folder, ratios = runs
+    command = ["gradients", str(folder / "constant"), str(folder / "adaptive"), "-o", str(folder / "r.png")]
+    assert main(command) == 0
+    output = capsys.readouterr().out
+    for name, values in ratios.items():
+        (line,) = re.findall(rf"^{name} .*$", output, re.MULTILINE)
+        low, median, high = np.percentile(values, [5, 50, 95])
+        expected = [len(values), median, low, high, high / low]
+        assert [float(part) for part in line.split()[1:]] == pytest.approx(expected, rel=5e-3)
+    with Image.open(folder / "r.png") as picture:
+        assert picture.size == (960, 540)
+    for arguments, message in (
+        (command, "r.png is there already"),
+        ([*command[:-1], "r.jpg"], "must end in .png"),
+        ([*command[:-1], str(folder / "x" / "r.png")], "x: no such folder"),
+    ):
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1

@@ -1,0 +1,127 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from skimage import data
+
+from litevae import LiteVAE
+from litevae.cli import main
+from litevae.errors import UserError
+from litevae.evaluation.evaluate import evaluate
+from litevae.evaluation.resolution import check_takes, relative_degradation, sweep_resolutions
+from litevae.training.sources import open_images
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    for i in range(3):
+        Image.fromarray(data.chelsea()[20 * i : 20 * i + 64, 30 * i : 30 * i + 64]).save(folder / f"{i}.png")
+    return folder
+
+
+def make(seed, kind=LiteVAE):
+    torch.manual_seed(seed)
+    return kind.from_preset(
+        "litevae-s", block_out_channels=(16, 16, 16), layers_per_block=1, num_groups=4, sample_size=32
+    ).eval()
+
+
+class OneSize(LiteVAE):
+    """As a model with a Vision Transformer."""
+
+    def encode(self, x, return_dict=True):
+        if x.shape[-1] != 32:
+            raise ValueError(f"the Vision Transformer takes 32x32, got {x.shape[-1]}x{x.shape[-1]}")
+        return super().encode(x, return_dict)
+
+
+def test_a_sweep_is_evaluate_at_each_size(folder):
+    models, images = {"a": make(0), "b": make(1)}, open_images(str(folder))
+    found = sweep_resolutions(models, images, (32, 64), ("ssim", "psnr"), batch_size=2, workers=0)
+    assert found == {
+        name: {
+            size: evaluate(model, images, ("ssim", "psnr"), size, batch_size=2, workers=0)
+            for size in (32, 64)
+        }
+        for name, model in models.items()
+    }
+    assert len({result.values["psnr"] for by_size in found.values() for result in by_size.values()}) == 4
+
+
+def test_a_model_of_one_size_is_refused_before_anything_is_measured(folder, capsys):
+    models = {"first": make(0), "vit": make(0, OneSize)}
+    with pytest.raises(UserError, match=r"^vit does not take images of 64 x 64 pixels: the Vision Trans"):
+        sweep_resolutions(models, open_images(str(folder)), (32, 64), workers=0)
+    assert capsys.readouterr().err == ""  # no progress bar
+    with pytest.raises(UserError, match="the Vision Transformer takes 32x32, got 64x64"):
+        evaluate(models["vit"], open_images(str(folder)), ("psnr",), 64, workers=0)
+    check_takes("vit", models["vit"], ("psnr",), 32)
+    with pytest.raises(UserError, match="first does not take images of 30 x 30 pixels: size must be a mult"):
+        check_takes("first", models["first"], ("psnr",), 30)
+
+
+def test_degradation():
+    psnr = {64: 20.0, 128: 25.0, 256: 30.0}
+    assert relative_degradation(psnr, "psnr", 128) == {64: 20.0, 128: 0.0, 256: -20.0}
+    assert relative_degradation(psnr, "psnr", 96) == pytest.approx({64: 100 / 3, 128: 100 / 6, 256: 0})
+    lpips = {64: 0.5, 128: 0.25}
+    assert relative_degradation(lpips, "lpips", 128) == {64: 100.0, 128: 0.0}
+    assert relative_degradation(lpips, "rfid", 32) == {64: 100.0, 128: 0.0}  # the best is the lowest
+    for undefined in (0.0, math.inf):
+        assert all(map(math.isnan, relative_degradation({32: undefined, 64: 1.0}, "psnr", 32).values()))
+
+
+class TestCommand:
+    @pytest.fixture
+    def run(self, folder, tmp_path, capsys):
+        for seed, name in enumerate(("smc", "group")):
+            make(seed).save_pretrained(tmp_path / name)
+        command = ["resolution", tmp_path / "smc", tmp_path / "group", folder, "-o", tmp_path / "out"]
+
+        def run(*arguments, status=0):
+            assert main([str(a) for a in (*command, "--workers", 0, *arguments)]) == status
+            return capsys.readouterr()
+
+        return run
+
+    def test_result(self, run, tmp_path, folder):
+        output = run("--sizes", "64,32").out
+        record = json.loads((tmp_path / "out" / "resolution.json").read_text())
+        assert [model["name"] for model in record["models"]] == ["smc", "group"]
+        expected = evaluate(make(1), open_images(str(folder)), ("psnr", "ssim"), 64, workers=0).values
+        model = record["models"][1]
+        assert model["trained_at"] == 32
+        assert "32 x 32 and 64 x 64" in model["crop"]
+        assert [result["size"] for result in model["results"]] == [32, 64]
+        assert model["results"][1]["metrics"] == expected
+        assert model["results"][0]["degradation_percent"] == {"psnr": 0, "ssim": 0}
+        before = model["results"][0]["metrics"]["psnr"]
+        worse = 100 * (before - expected["psnr"]) / before
+        assert model["results"][1]["degradation_percent"]["psnr"] == pytest.approx(worse)
+        assert f"group    64{expected['psnr']:10.2f}{worse:+9.1f} %" in output
+        with Image.open(tmp_path / "out" / "resolution.png") as picture:
+            assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 50
+        assert "resolution.json is there already" in run(status=2).err
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--sizes", "64,x"], "--sizes must be different whole numbers such as 64,128,256, got '64,x'"),
+            (["--sizes", "64,64"], "--sizes must be different"),
+            (["--sizes", "30"], "smc does not take images of 30 x 30 pixels: size must be a multiple of 4"),
+            (["--names", "A"], "there must be 2 different names, one for each, got A"),
+            (["--names", "A,A"], "there must be 2 different names"),
+            (["--metrics", "mse"], "there is no metric 'mse'"),
+        ],
+    )
+    def test_mistake_is_one_line(self, run, tmp_path, arguments, message):
+        error = run(*arguments, status=2).err
+        assert message in error
+        assert error.count("\n") == 1
+        assert not (tmp_path / "out").exists()
