@@ -15,12 +15,14 @@ from litevae.cli.latents import latents
 from litevae.cli.reconstruct import reconstruct
 from litevae.cli.scale import scale
 from litevae.cli.train import train
+from litevae.cli.train_diffusion import train_diffusion
 from litevae.errors import NonFiniteError, UserError
 
 # no Rich: its boxes break long lines, and errors are to be one line
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
 # so that a setting written as an option gets the message about settings
 app.command(context_settings={"ignore_unknown_options": True})(train)
+app.command("train-diffusion", context_settings={"ignore_unknown_options": True})(train_diffusion)
 app.command()(reconstruct)
 app.command()(info)
 app.command()(scale)
@@ -57,6 +59,7 @@ def callback(
              litevae eval runs/demo path/to/images
              litevae complexity
              litevae latents runs/demo path/to/images -o latents
+             litevae train-diffusion small model=runs/demo data.latents=latents
     """
     if context.invoked_subcommand is None:
         print(context.get_help())
