@@ -129,6 +129,8 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> DiffusionConfig:
 
 def check(config: DiffusionConfig) -> None:
     """UserError for a value that has the right type but makes no sense."""
+    if not config.unet.block_out_channels:
+        raise UserError("unet.block_out_channels is empty: give the width of each block")
     least: dict[str, float] = {
         "seed": 0,
         "max_steps": 1,
@@ -189,7 +191,7 @@ def check(config: DiffusionConfig) -> None:
     for name, divisor in (("num_groups", unet.num_groups), ("head_channels", unet.head_channels)):
         # without attention in its block, a width is divided into groups only
         divided = channels if name == "num_groups" else [*channels[unet.attention_from :], *channels[-1:]]
-        if not channels or any(width < 1 or width % divisor for width in divided):
+        if any(width < 1 or width % divisor for width in divided):
             raise UserError(
                 f"unet.block_out_channels must be multiples of unet.{name}={divisor}, got {channels}"
             )

@@ -55,7 +55,8 @@ def fails(capsys):
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "reconstruct", "info", "scale", "encode", "eval", "complexity", "latents"]
+    "command",
+    ["train", "train-diffusion", "reconstruct", "info", "scale", "encode", "eval", "complexity", "latents"],
 )
 def test_help_shows_an_example(litevae, command):
     assert f"Example: litevae {command}" in litevae(command, "--help")

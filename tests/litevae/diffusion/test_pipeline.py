@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, EDMEulerScheduler, HeunDiscreteScheduler
+from diffusers import AutoencoderKL, DDIMScheduler, DPMSolverMultistepScheduler, EDMEulerScheduler
 from PIL import Image
 
 from litevae.diffusion import LatentDiffusionPipeline
@@ -9,6 +9,7 @@ from litevae.diffusion.config import UNetConfig
 from litevae.diffusion.pipeline import generate, save_pipeline
 from litevae.diffusion.report import draw_samples
 from litevae.diffusion.unet import build_unet
+from litevae.errors import UserError
 from litevae.latents import sample_latents
 
 
@@ -89,7 +90,7 @@ def test_an_image_depends_on_its_seed_alone(pipeline):
 
 
 def test_another_scheduler_can_be_put_in(pipeline):
-    pipeline.scheduler = HeunDiscreteScheduler(beta_schedule="scaled_linear")
+    pipeline.scheduler = DPMSolverMultistepScheduler(beta_schedule="scaled_linear")
     assert pipeline(1, torch.Generator().manual_seed(0), 3, output_type="latent").images.isfinite().all()
 
 
@@ -118,7 +119,5 @@ class TestUNet:
         assert not unet(torch.randn(1, 3, 8, 8), 5).sample.any()
 
     def test_latents_that_cannot_be_halved_are_refused(self):
-        from litevae.errors import UserError
-
         with pytest.raises(UserError, match="latents of 6 x 6 cannot be halved 2 times"):
             build_unet(UNetConfig(), 4, 6)
