@@ -44,7 +44,8 @@ def train_diffusion(
       checkpoints/   one every checkpoint.every steps, of which the last checkpoint.keep stay
 
     FID compares fid.count samples with all of fid.images (data.train by default), if the weights of Inception
-    are there; with fid.measure=always they are downloaded, and the run does not begin without them.
+    are there; with fid.measure=always they are downloaded, and the run does not begin without them. A run that
+    has ended can be measured later: the same command with fid.measure=always resume=auto.
 
     resume=auto goes on from the newest checkpoint, if there is one, with the same losses as if the run had not
     been interrupted. Ctrl-C (or SIGTERM) ends the run after the current step, saves all of this but FID and

@@ -1,8 +1,8 @@
 """What a diffusion model is trained on: posteriors of shards, or of images that are encoded at each step."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -16,16 +16,11 @@ from litevae.latents import LatentDataset, sample_latents
 from litevae.latents.encode import hash_encoder
 from litevae.models.baseline import Autoencoder, spatial_compression
 from litevae.training.config import DataConfig, Stage
-from litevae.training.data import Bad, BadImages, Batch, Order, TrainingCrops, collate
+from litevae.training.data import BadImages, Batch, Order, TrainingCrops, collate
 from litevae.training.feed import ShareSampler, obey_parent_only
 from litevae.training.sources import ImageSource, open_images
 
 MEASURED = 64  # latents whose spread is checked
-
-
-class Moments(NamedTuple):
-    moments: Tensor  # (N, 2 n_z, h, w) float32, of a process's share
-    bad: list[Bad]  # images that could not be used on the way
 
 
 class ShuffledLatents(Dataset[Tensor]):
@@ -70,7 +65,8 @@ class MomentsFeed:
         self.shift_factor: float | None = autoencoder.config.get("shift_factor")
         self.bad_images: BadImages | None = None
         self.images: ImageSource | None = None
-        self.dataset: Dataset[Any]  # of Tensor, or TrainingCrops
+        self.dataset: Dataset[Any]
+        self.collate: Callable[[list[Any]], Batch | Tensor]
         if config.data.latents:
             self.open_latents(Path(config.data.latents))
         else:
@@ -93,7 +89,7 @@ class MomentsFeed:
         channels, height, width = noted["shape"]
         self.shape = (channels // 2, height, width)
         self.pixels = height * spatial_compression(self.autoencoder)
-        self.dataset = ShuffledLatents(latents, self.config.seed)
+        self.dataset, self.collate = ShuffledLatents(latents, self.config.seed), torch.stack
 
     def open_images(self, bad: Path, resuming: bool) -> None:
         config, factor = self.config.data, spatial_compression(self.autoencoder)
@@ -112,39 +108,44 @@ class MomentsFeed:
         )
         length = self.config.max_steps * config.batch_size
         self.dataset = TrainingCrops(self.images, crops, self.config.seed, length)
+        self.collate = collate
         if self.accelerator.is_main_process and not resuming:
             bad.unlink(missing_ok=True)  # an earlier run's
         self.accelerator.wait_for_everyone()
         self.bad_images = BadImages(bad, len(self.images), config.max_bad_fraction)
 
-    def batches(self, done: int) -> Iterator[Moments]:
-        """This process's share of each batch after step `done`."""
-        config, device = self.config, self.accelerator.device
+    def batches(self, done: int) -> Iterator[Batch | Tensor]:
+        """This process's share of each batch after step `done`, for `note_bad` and `moments`."""
+        config = self.config
         steps = Stage(
             1, config.max_steps, size=self.pixels, batch_size=config.data.batch_size, first_sample=0
         )
         processes = self.accelerator.num_processes
-        loader: DataLoader[Any] = DataLoader(
+        loader: DataLoader[Batch | Tensor] = DataLoader(
             self.dataset,
             batch_sampler=ShareSampler(steps, done, self.accelerator.process_index, processes),
-            collate_fn=collate if self.images is not None else torch.stack,
+            collate_fn=self.collate,
             num_workers=config.data.workers,
-            pin_memory=device.type == "cuda",
+            pin_memory=self.accelerator.device.type == "cuda",
             generator=torch.Generator(),  # else it draws from the global one, and a resumed run once more
             worker_init_fn=obey_parent_only,
         )
-        for batch in loader:
-            if isinstance(batch, Batch):
-                yield Moments(self.encode(batch.images), batch.bad)
-            else:
-                yield Moments(batch.to(device, non_blocking=True), [])
+        return iter(loader)
+
+    def note_bad(self, batch: Batch | Tensor) -> None:
+        """Lists the images that could not be used; UserError if they are too many."""
+        if isinstance(batch, Batch) and self.bad_images is not None:
+            self.bad_images.add(batch.bad)
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) uint8 to the moments of their latents, (N, 2 n_z, h, w) float32."""
+    def moments(self, batch: Batch | Tensor) -> Tensor:
+        """The moments of a batch's latents, (N, 2 n_z, h, w) float32, on the run's device."""
         device = self.accelerator.device
+        if not isinstance(batch, Batch):
+            return batch.to(device, non_blocking=True)
+        images = to_model_range(batch.images.to(device, non_blocking=True))
         with self.accelerator.autocast():
-            posterior = self.autoencoder.encode(to_model_range(images.to(device))).latent_dist
+            posterior = self.autoencoder.encode(images).latent_dist
         return torch.cat([posterior.mean, posterior.logvar], dim=1).float()
 
     def sample(self, moments: Tensor, noise: Tensor) -> Tensor:
@@ -154,11 +155,7 @@ class MomentsFeed:
     def check_spread(self, expected: float) -> None:
         """UserError if the standard deviation of the first latents is not `expected`, by a factor of 2."""
         count = min(MEASURED, self.config.data.batch_size)
-        if self.images is not None:
-            crops = [self.dataset[i].crop for i in range(count)]
-            moments = self.encode(torch.stack(crops))
-        else:
-            moments = torch.stack([self.dataset[i] for i in range(count)])
+        moments = self.moments(self.collate([self.dataset[i] for i in range(count)]))
         generator = torch.Generator(moments.device).manual_seed(0)
         std = sample_latents(moments, self.scaling_factor, self.shift_factor, generator).std().item()
         if not expected / 2 <= std <= expected * 2:

@@ -20,7 +20,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     """Unconditional images from a diffusion model on latents, for `save_pretrained` and `from_pretrained`.
 
     Args:
-        vae: the autoencoder; latents are (latent - shift_factor) * scaling_factor of its configuration.
+        vae: the autoencoder; latents are (latent - shift_factor) * scaling_factor of its configuration, one
+            factor for all channels as in LDM. Its latents_mean and latents_std are not used.
         unet: the denoiser.
         scheduler: any of diffusers' that fits how the denoiser was trained.
     """

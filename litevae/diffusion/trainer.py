@@ -253,12 +253,12 @@ class Trainer:
             for step in range(self.step + 1, self.config.max_steps + 1):
                 start = time.perf_counter()
                 batch = next(batches)
-                if self.feed.bad_images is not None:
-                    try:
-                        self.feed.bad_images.add(batch.bad)
-                    except UserError as error:
-                        self.unusable = error
-                yield step, batch.moments, time.perf_counter() - start
+                waited = time.perf_counter() - start
+                try:
+                    self.feed.note_bad(batch)
+                except UserError as error:
+                    self.unusable = error
+                yield step, self.feed.moments(batch), waited
         finally:
             del batches  # its workers end here; an error's traceback would keep them
 

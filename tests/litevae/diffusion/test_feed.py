@@ -24,7 +24,7 @@ def test_shards_and_images_give_the_same_latents(tiny, feed, photographs, latent
     def epoch(count, *settings):
         made = feed(tiny("data.batch_size=2", "data.workers=0", *settings))
         batches = made.batches(done=0)
-        moments = torch.cat([next(batches).moments for _ in range(count // 2)])
+        moments = torch.cat([made.moments(next(batches)) for _ in range(count // 2)])
         assert moments.shape == (count, 8, 8, 8)
         assert moments.dtype == torch.float32
         found = made.sample(moments, noise.expand(count, -1, -1, -1))
@@ -45,8 +45,8 @@ def test_shards_and_images_give_the_same_latents(tiny, feed, photographs, latent
 
 
 def test_a_resumed_run_goes_on_with_the_next_batch(tiny, feed):
-    whole = [batch.moments for batch in feed(tiny("max_steps=5")).batches(done=0)]
-    rest = [batch.moments for batch in feed(tiny("max_steps=5")).batches(done=3)]
+    whole = list(feed(tiny("max_steps=5")).batches(done=0))
+    rest = list(feed(tiny("max_steps=5")).batches(done=3))
     assert len(whole) == 5
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(rest, whole[3:], strict=True))
 
@@ -93,6 +93,11 @@ def test_images_that_cannot_be_read_are_reported(tiny, feed, tmp_path):
         Image.fromarray(np.full((32, 32, 3), 60 * i, np.uint8)).save(folder / f"{i}.png")
     (folder / "bad.png").write_text("no image")
     config = tiny("data.latents=", f"data.train={folder}", "data.max_bad_fraction=0.3")
-    batch = next(feed(config).batches(done=0))
-    assert [name for name, _ in batch.bad] == [str(folder / "bad.png")]
-    assert batch.moments.isfinite().all()
+    made = feed(config)
+    batch = next(made.batches(done=0))
+    assert made.moments(batch).isfinite().all()
+    made.note_bad(batch)
+    assert (tmp_path / "bad_images.txt").read_text().startswith(str(folder / "bad.png") + "\t")
+    made = feed(tiny("data.latents=", f"data.train={folder}"))
+    with pytest.raises(UserError, match=r"1 of 4 images cannot be used, more than data\.max_bad_fraction=0\.01"):
+        made.note_bad(next(made.batches(done=0)))

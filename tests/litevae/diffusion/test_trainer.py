@@ -44,7 +44,7 @@ def test_one_latent_is_learned_by_heart(tiny, autoencoder, photographs, tmp_path
         f"noise.kind={kind}",
         f"max_steps={steps}",
         "optimizer.learning_rate=5e-3",
-        "data.batch_size=16",
+        "data.batch_size=8",
         "ema_decay=0.95",
     )
     train(config, autoencoder)
@@ -54,7 +54,7 @@ def test_one_latent_is_learned_by_heart(tiny, autoencoder, photographs, tmp_path
     # a network that is zero has the loss of its target's variance, 1 but for the first few draws
     assert losses[0] == pytest.approx(1, abs=0.2)
     if kind == "ddpm":  # whose sampler takes errors at the last noise level 80 times: the loss must do
-        assert np.mean(losses[-20:]) < 0.2
+        assert np.mean(losses[-20:]) < 0.3
         return
     # samples are the latent, but for the posterior's own noise
     pipeline = LatentDiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline")
@@ -67,7 +67,8 @@ def test_one_latent_is_learned_by_heart(tiny, autoencoder, photographs, tmp_path
     latent = (posterior.mean - autoencoder.config.shift_factor) * scale
     error = (samples - latent).square().mean()
     noise = (posterior.std * scale).square().mean()
-    assert error < noise + 0.25 * latent.var()
+    # a flat latent of its mean would have an error of its variance
+    assert error < noise + 0.5 * latent.var()
     # the way from the samples back to the image goes through the same scale
     with torch.no_grad():
         torch.testing.assert_close(
@@ -99,25 +100,26 @@ def weights(folder):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, tiny_settings):
-    """One run, the same killed at three instants, and the same in two processes."""
+def runs(tmp_path_factory, tiny_settings, photographs):
+    """One run, the same killed at two instants, and the same in two processes."""
     folder = tmp_path_factory.mktemp("runs")
     settings = [*tiny_settings, "max_steps=5", "checkpoint.every=1", "checkpoint.keep=9", "ema_decay=0.9"]
     settings += ["optimizer.accumulation=2", "resume=auto", "sample.steps=1"]
+    fid = ["fid.measure=always", f"fid.images={photographs}", "fid.count=7"]
     # a checkpoint is about 10 writes
-    kills = [4, 13, 17]
+    kills = [4, 16]
     jobs = [
-        [1, None, [*settings, f"output_dir={folder / 'whole'}"]],
+        [1, None, [*settings, *fid, f"output_dir={folder / 'whole'}"]],
         *([1, writes, [*settings, f"output_dir={folder / 'killed'}"]] for writes in kills),
         [1, None, [*settings, f"output_dir={folder / 'killed'}"]],
-        [2, None, [*settings, f"output_dir={folder / 'two'}"]],
+        [2, None, [*settings, *fid, f"output_dir={folder / 'two'}"]],
     ]
     return folder, *forked(jobs)
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(runs, logged):
     folder, statuses, errors = runs
-    assert [statuses[job, 0] for job in range(5)] == [0, *[-signal.SIGKILL] * 3, 0], errors
+    assert [statuses[job, 0] for job in range(4)] == [0, *[-signal.SIGKILL] * 2, 0], errors
     whole, killed = folder / "whole", folder / "killed"
     assert len(logged(whole)) == 5
     assert logged(whole) == logged(killed)
@@ -131,11 +133,15 @@ def test_a_killed_run_goes_on_to_the_same_bits(runs, logged):
 
 def test_two_processes_do_what_one_does_with_the_double_batch(runs, logged):
     folder, statuses, errors = runs
-    assert [statuses[5, 0], statuses[5, 1]] == [0, 0], errors
+    assert [statuses[4, 0], statuses[4, 1]] == [0, 0], errors
     one, two = logged(folder / "whole"), logged(folder / "two")
     # roundings; then Adam's first steps, which turn that of a gradient near 0 into the learning rate's size
     for line, other, tolerance in zip(one, two, (1e-5, *[1e-3] * 4), strict=True):
         assert other == pytest.approx(line, rel=tolerance)
+    # of features that are means of all pixels, some of which are rounded to the next number
+    found = [json.loads((folder / name / "metrics.json").read_text())["fid"] for name in ("whole", "two")]
+    assert found[0]["fid"] > 0
+    assert found[1]["fid"] == pytest.approx(found[0]["fid"], rel=1e-2)
 
 
 def test_a_preempted_run_ends_after_its_step_and_goes_on(tiny, autoencoder, logged, monkeypatch, no_pictures):
@@ -188,6 +194,16 @@ def test_a_loss_that_is_not_finite_is_skipped_or_ends_the_run(tiny, autoencoder,
         result.output_dir.with_name("other") / "pipeline/unet/diffusion_pytorch_model.safetensors"
     )
     assert all(tensor.isfinite().all() for tensor in unet.values())
+
+
+def test_too_many_bad_images_end_the_run(tiny, autoencoder, photographs, tmp_path, no_pictures):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for path in photographs.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "6.png").write_text("no image")
+    with pytest.raises(UserError, match="1 of 7 images cannot be used"):
+        train(tiny("data.latents=", f"data.train={folder}", "max_steps=9"), autoencoder)
 
 
 class TestFID:
