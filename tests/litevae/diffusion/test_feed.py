@@ -99,5 +99,7 @@ def test_images_that_cannot_be_read_are_reported(tiny, feed, tmp_path):
     made.note_bad(batch)
     assert (tmp_path / "bad_images.txt").read_text().startswith(str(folder / "bad.png") + "\t")
     made = feed(tiny("data.latents=", f"data.train={folder}"))
-    with pytest.raises(UserError, match=r"1 of 4 images cannot be used, more than data\.max_bad_fraction=0\.01"):
+    with pytest.raises(
+        UserError, match=r"1 of 4 images cannot be used, more than data\.max_bad_fraction=0\.01"
+    ):
         made.note_bad(next(made.batches(done=0)))
