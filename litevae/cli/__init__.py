@@ -19,12 +19,14 @@ from litevae.cli.reconstruct import reconstruct
 from litevae.cli.resolution import resolution
 from litevae.cli.scale import scale
 from litevae.cli.train import train
+from litevae.cli.train_diffusion import train_diffusion
 from litevae.errors import NonFiniteError, UserError
 
 # no Rich: its boxes break long lines, and errors are to be one line
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
 # so that a setting written as an option gets the message about settings
 app.command(context_settings={"ignore_unknown_options": True})(train)
+app.command("train-diffusion", context_settings={"ignore_unknown_options": True})(train_diffusion)
 app.command()(reconstruct)
 app.command()(info)
 app.command()(scale)
@@ -65,10 +67,11 @@ def callback(
              litevae eval runs/demo path/to/images
              litevae complexity
              litevae latents runs/demo path/to/images -o latents
-             litevae experiment table09
+             litevae train-diffusion small model=runs/demo data.latents=latents
              litevae resolution runs/demo runs/sd-vae path/to/images -o resolution
              litevae features runs/group runs/smc path/to/images -o features
              litevae gradients runs/constant runs/adaptive -o gradients.png
+             litevae experiment table09
     """
     if context.invoked_subcommand is None:
         print(context.get_help())

@@ -281,6 +281,7 @@ def sample_latents(
     scaling_factor: float = 1.0,
     shift_factor: float | None = None,
     generator: torch.Generator | None = None,
+    noise: Tensor | None = None,
 ) -> Tensor:
     """A draw from each posterior, as diffusion models take it: (sample - shift_factor) * scaling_factor.
 
@@ -288,9 +289,11 @@ def sample_latents(
         moments: (N, 2 n_z, h, w), float32.
         scaling_factor, shift_factor: of the model's configuration.
         generator: of the noise, on the moments' device.
+        noise: standard normal of the result's shape, instead of what the generator draws.
 
     Returns:
         (N, n_z, h, w), float32.
     """
-    sample = DiagonalGaussianDistribution(moments).sample(generator)
+    posterior = DiagonalGaussianDistribution(moments)
+    sample = posterior.sample(generator) if noise is None else posterior.mean + posterior.std * noise
     return (sample - (shift_factor or 0.0)) * scaling_factor

@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, ModelMixin
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -91,7 +91,7 @@ def find_model(path: Path) -> Path:
     raise UserError(f"{path}: not a model: there is no config.json in it")
 
 
-def load_weights(model: Autoencoder, folder: Path, what: str) -> None:
+def load_weights(model: ModelMixin, folder: Path, what: str) -> None:
     """Gives `model` the weights in `folder`; UserError, naming the difference, for another architecture."""
     try:
         saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))

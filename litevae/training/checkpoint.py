@@ -71,12 +71,19 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def save_model(model: ModelMixin, folder: Path) -> None:
     """Writes `model` (config.json and safetensors) to `folder`, replacing a model that is there."""
+    with replacing_folder(folder) as new:
+        write_model(model, new)
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """A path beside `folder` to make a folder at; it takes `folder`'s place if nothing is raised."""
     new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
     if old.exists() and not folder.exists():  # the last save was killed between its two renames
         os.rename(old, folder)
     shutil.rmtree(new, ignore_errors=True)
     try:
-        write_model(model, new)
+        yield new
         if folder.exists():  # a folder that is not empty cannot be replaced in one step
             shutil.rmtree(old, ignore_errors=True)
             os.rename(folder, old)

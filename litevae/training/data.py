@@ -38,6 +38,23 @@ def collate(items: Sequence[Item]) -> Batch:
     return Batch(torch.stack([item.crop for item in items]), [bad for item in items for bad in item.bad])
 
 
+class Order:
+    """Shuffled epochs of `count` items as one endless sequence: called with a place in it, gives the number of the
+    item there."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.seed = count, seed
+        self.epoch = -1
+        self.order = np.empty(0, np.int64)
+
+    def __call__(self, index: int) -> int:
+        epoch, place = divmod(index, self.count)
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self.order = np.random.default_rng((self.seed, epoch, 1)).permutation(self.count)
+        return int(self.order[place])
+
+
 class TrainingCrops(Dataset[Item]):
     """Square crops of images, half of them mirrored, as one sequence over a whole run.
 
@@ -62,8 +79,7 @@ class TrainingCrops(Dataset[Item]):
         self.seed = seed
         self.length = length
         self.redraw = isinstance(images, Photographs)
-        self.epoch = -1
-        self.order = np.empty(0, np.int64)
+        self.ordered = Order(len(images), seed)
         if isinstance(images, Photographs) and config.crop == "native":
             smallest = min(min(pixels.shape[:2]) for pixels in images.pixels)
             if config.size > smallest:
@@ -95,14 +111,6 @@ class TrainingCrops(Dataset[Item]):
                 crop = crop[:, ::-1]
             return Item(torch.from_numpy(crop.transpose(2, 0, 1).copy()), list(bad.items()))
         return Item(torch.zeros(3, self.config.size, self.config.size, dtype=torch.uint8), list(bad.items()))
-
-    def ordered(self, index: int) -> int:
-        """The number of the image at `index` of a sequence of shuffled epochs."""
-        epoch, place = divmod(index, len(self.images))
-        if epoch != self.epoch:
-            self.epoch = epoch
-            self.order = np.random.default_rng((self.seed, epoch, 1)).permutation(len(self.images))
-        return int(self.order[place])
 
     def window(self, pixels: Pixels, random: np.random.Generator) -> tuple[int, int, int, int]:
         """Top, left, height and width of the part of an image that becomes the crop."""

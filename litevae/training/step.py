@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import Generic, TypeVar, cast
 
 import torch
 import torch._functorch.config
@@ -18,6 +18,8 @@ from litevae.training.config import Config
 
 WEIGHTED = "weighted/"  # before a term's name in the log: with its weight
 GRADIENT_RATIO = "gradient_ratio"  # in the log
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class Autoencode(nn.Module):
@@ -47,23 +49,23 @@ class Discriminate(nn.Module):
         return self.discriminator(real), self.discriminator(fake)
 
 
-class EMA:
+class EMA(Generic[Model]):
     """An exponential moving average of a model's weights.
 
     After the n-th update (from 0) the decay is min(decay, (1 + n) / (10 + n)), as in TensorFlow's and
     diffusers' EMA: the first weights are soon forgotten.
     """
 
-    def __init__(self, model: Autoencoder, decay: float) -> None:
+    def __init__(self, model: Model, decay: float) -> None:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
         self.updates = 0
 
     @torch.no_grad()
-    def update(self, model: Autoencoder) -> None:
+    def update(self, model: Model) -> None:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        averages, values = list(self.model.parameters()), list(model.parameters())
-        torch._foreach_lerp_(averages, values, 1 - decay)
+        averages: list[Tensor] = list(self.model.parameters())
+        torch._foreach_lerp_(averages, list[Tensor](model.parameters()), 1 - decay)
         self.updates += 1
 
 
@@ -152,7 +154,7 @@ class TrainingStep:
         model: Autoencoder,
         discriminator: nn.Module | None,
         objective: Objective,
-        ema: EMA | None,
+        ema: EMA[Autoencoder] | None,
         factor: Callable[[int], float],
     ) -> None:
         self.accelerator = accelerator

@@ -107,7 +107,7 @@ class Trainer:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.output_dir = make_output_dir(Path(config.output_dir))
-        self.accelerator = make_accelerator(config, self.output_dir)
+        self.accelerator = make_accelerator(config.precision, config.tracker, asdict(config), self.output_dir)
         self.is_main = self.accelerator.is_main_process
         self.stages = list_stages(config)
         checkpoint = self.choose_checkpoint()
@@ -450,25 +450,25 @@ class Trainer:
             draw_curves(self.lines, terms, self.history, path)
 
 
-def make_accelerator(config: Config, folder: Path) -> Accelerator:
+def make_accelerator(precision: str, tracker: str, settings: dict[str, Any], folder: Path) -> Accelerator:
     """UserError for a precision or a tracker that this machine does not have."""
     has_device = torch.accelerator.is_available()
-    if config.precision == "fp16" and not has_device:
+    if precision == "fp16" and not has_device:
         raise UserError("precision=fp16 needs a GPU: on a CPU there are bf16 and fp32")
-    if config.tracker != "none" and importlib.util.find_spec(config.tracker) is None:
-        raise UserError(f"tracker={config.tracker} is not installed: pip install {config.tracker}")
+    if tracker != "none" and importlib.util.find_spec(tracker) is None:
+        raise UserError(f"tracker={tracker} is not installed: pip install {tracker}")
     AcceleratorState._reset_state()  # keeps the precision of an earlier run in this process
     accelerator = Accelerator(
         cpu=not has_device,  # several processes on CPUs are asked for in this way
-        mixed_precision="no" if config.precision == "fp32" else config.precision,
-        log_with=None if config.tracker == "none" else config.tracker,
+        mixed_precision="no" if precision == "fp32" else precision,
+        log_with=None if tracker == "none" else tracker,
         project_dir=folder,
     )
-    if config.tracker == "tensorboard":
+    if tracker == "tensorboard":
         accelerator.init_trackers("tensorboard")  # the name of its folder
-    elif config.tracker == "wandb":
+    elif tracker == "wandb":
         accelerator.init_trackers(
-            "litevae", config=asdict(config), init_kwargs={"wandb": {"dir": str(folder), "name": folder.name}}
+            "litevae", config=settings, init_kwargs={"wandb": {"dir": str(folder), "name": folder.name}}
         )
     return accelerator
 
@@ -483,15 +483,16 @@ def learning_rate_factor(config: OptimizerConfig, done: int, total: int) -> floa
     return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
 
 
-def make_output_dir(folder: Path) -> Path:
-    """Makes sure that files can be written to `folder`; UserError if not."""
+def make_output_dir(folder: Path, result: str = "model", mark: str = "config.json") -> Path:
+    """Makes sure that files can be written to `folder`, and that its folder `result`, if it is there, is one that
+    a run has written, with `mark` in it; UserError if not."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise UserError(f"output_dir: cannot write to {folder}: {error.strerror}") from None
-    model = folder / "model"  # will be replaced as a whole
-    if model.exists() and any(model.iterdir()) and not (model / "config.json").is_file():
-        raise UserError(f"output_dir: {model} is there and is not a model; give another folder")
+    there = folder / result  # will be replaced as a whole
+    if there.exists() and any(there.iterdir()) and not (there / mark).is_file():
+        raise UserError(f"output_dir: {there} is there and is not a {result}; give another folder")
     return folder

@@ -55,7 +55,7 @@ def fails(capsys):
 
 
 COMMANDS = ["train", "reconstruct", "info", "scale", "encode", "eval", "complexity", "latents"]
-COMMANDS += ["resolution", "features", "gradients"]
+COMMANDS += ["resolution", "features", "gradients", "train-diffusion", "experiment"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

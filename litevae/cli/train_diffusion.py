@@ -1,0 +1,72 @@
+"""`litevae train-diffusion`."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from litevae.cli.common import load_model
+
+
+def train_diffusion(
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG", help="small, ldm-ffhq, or the path of a .yaml file.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Settings that replace the configuration's."),
+    ] = None,
+) -> None:
+    """Train a diffusion model on an autoencoder's latents.
+
+    \b
+    Example: litevae train-diffusion small model=runs/demo data.latents=latents
+             litevae train-diffusion small model=runs/demo data.train=FOLDER noise.kind=ddpm
+             litevae train-diffusion ldm-ffhq model=runs/ffhq-b data.latents=latents fid.images=FOLDER
+             litevae train-diffusion ldm-ffhq model=runs/ffhq-b data.latents=latents resume=auto
+             torchrun --nproc-per-node 2 --no-python litevae train-diffusion ldm-ffhq ...
+
+    model is the folder of an autoencoder, whose latents litevae scale has measured. data.latents is a folder
+    that litevae encode has written with it; data.train are images, as in litevae train, which are encoded at
+    each step instead. ldm-ffhq is the U-Net of LDM (Rombach et al., 2022) for FFHQ, of 274 M parameters, with
+    its noise (ddpm) and optimizer; small has 7 M and EDM's noise (Karras et al., 2022; noise.kind=edm).
+
+    A run's folder holds:
+
+    \b
+      pipeline/      for litevae.diffusion.LatentDiffusionPipeline.from_pretrained, a diffusers pipeline
+      samples.png    sample.count images, by sample.steps steps of Euler's method (edm) or DDIM (ddpm)
+      loss.png       the loss over the steps
+      metrics.json   FID, or why it was not measured, and what was trained
+      metrics.jsonl  a line for each logged step
+      config.yaml    every setting: litevae train-diffusion runs/NAME/config.yaml repeats the run
+      checkpoints/   one every checkpoint.every steps, of which the last checkpoint.keep stay
+
+    FID compares fid.count samples with all of fid.images (data.train by default), if the weights of Inception
+    are there; with fid.measure=always they are downloaded, and the run does not begin without them. A run that
+    has ended can be measured later: the same command with fid.measure=always resume=auto.
+
+    resume=auto goes on from the newest checkpoint, if there is one, with the same losses as if the run had not
+    been interrupted. Ctrl-C (or SIGTERM) ends the run after the current step, saves all of this but FID and
+    exits with status 0; a second one quits at once. A step whose loss or gradient is not finite is skipped; after
+    max_bad_steps in a row the run saves what was before the first of them and exits with status 1.
+    """
+    from litevae.diffusion import load_config
+    from litevae.diffusion import train as run
+
+    settings = load_config(config, overrides or ())
+    result = run(settings, load_model(Path(settings.model)))
+    if int(os.environ.get("RANK", "0")):  # the first process speaks for all
+        return
+    if result.stopped_by:
+        print(f"stopped by {result.stopped_by} after {result.steps} steps; everything is saved")
+    loss = "" if result.loss is None else f"; loss {result.loss:.4f}"
+    print(
+        f"{result.steps} steps of a U-Net of {result.parameters:,} parameters in {result.seconds:.0f} s{loss}"
+    )
+    if result.fid is None:
+        print(f"FID was not measured: {result.no_fid}")
+    else:
+        print(f"FID of {settings.fid.count} samples: {result.fid:.2f}")
+    print(f"see {result.output_dir / 'samples.png'} and {result.output_dir / 'loss.png'}")

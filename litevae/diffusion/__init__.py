@@ -1,0 +1,7 @@
+"""The second stage (Tables 7 and 13): diffusion models on latents."""
+
+from litevae.diffusion.config import DiffusionConfig, load_config
+from litevae.diffusion.pipeline import LatentDiffusionPipeline
+from litevae.diffusion.trainer import Result, train
+
+__all__ = ["DiffusionConfig", "LatentDiffusionPipeline", "Result", "load_config", "train"]

@@ -1,0 +1,167 @@
+"""What a diffusion model is trained on: posteriors of shards, or of images that are encoded at each step."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from litevae.diffusion.config import DiffusionConfig
+from litevae.errors import UserError
+from litevae.images import to_model_range
+from litevae.latents import LatentDataset, sample_latents
+from litevae.latents.encode import hash_encoder
+from litevae.models.baseline import Autoencoder, spatial_compression
+from litevae.training.config import DataConfig, Stage
+from litevae.training.data import BadImages, Batch, Order, TrainingCrops, collate
+from litevae.training.feed import ShareSampler, obey_parent_only
+from litevae.training.sources import ImageSource, open_images
+
+MEASURED = 64  # latents whose spread is checked
+
+
+class ShuffledLatents(Dataset[Tensor]):
+    """The moments of a folder's latents, in a new order each time all have been used."""
+
+    def __init__(self, latents: LatentDataset, seed: int) -> None:
+        self.latents = latents
+        self.ordered = Order(len(latents), seed)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.latents[self.ordered(index)].moments
+
+
+class MomentsFeed:
+    """Batches of posteriors' moments, the same from both sources but for float16's rounding.
+
+    `shape` is that of a latent, (n_z, h, w); `images` are those at `config.data.train`, None where there are
+    none; `bad_images` lists those of them that cannot be used.
+
+    Args:
+        config: of the run.
+        autoencoder: for `config.data.train` it encodes, on its device, in float32 or under autocast.
+        accelerator: says which process this is.
+        folder: the run's, for bad_images.txt.
+        resuming: whether that list is continued.
+
+    Raises:
+        UserError: no such data, latents of another model or another scale, a size the model does not take, or
+            latents that are empty.
+    """
+
+    def __init__(
+        self,
+        config: DiffusionConfig,
+        autoencoder: Autoencoder,
+        accelerator: Accelerator,
+        folder: Path,
+        resuming: bool,
+    ) -> None:
+        self.config, self.autoencoder, self.accelerator = config, autoencoder, accelerator
+        self.scaling_factor: float = autoencoder.config.scaling_factor
+        self.shift_factor: float | None = autoencoder.config.get("shift_factor")
+        self.bad_images: BadImages | None = None
+        self.images: ImageSource | None = None
+        self.dataset: Dataset[Any]
+        self.collate: Callable[[list[Any]], Batch | Tensor]
+        if config.data.latents:
+            self.open_latents(Path(config.data.latents))
+        else:
+            self.open_images(folder / "bad_images.txt", resuming)
+
+    def open_latents(self, folder: Path) -> None:
+        # one process reads all of it to check it
+        latents = LatentDataset(folder, self.config.data.flip, check=self.accelerator.is_main_process)
+        if not len(latents):
+            raise UserError(f"{folder}: holds no latents")
+        if latents.index["model"]["sha256"] != hash_encoder(self.autoencoder):
+            raise UserError(f"{folder}: was encoded with another model than model={self.config.model}")
+        noted = latents.index["latents"]
+        for name, mine in (("scaling_factor", self.scaling_factor), ("shift_factor", self.shift_factor)):
+            if noted[name] != mine:
+                raise UserError(
+                    f"{folder}: was encoded when the model's {name} was {noted[name]}, and it is {mine} now: "
+                    "the same litevae encode command once more notes it"
+                )
+        channels, height, width = noted["shape"]
+        self.shape = (channels // 2, height, width)
+        self.pixels = height * spatial_compression(self.autoencoder)
+        self.dataset, self.collate = ShuffledLatents(latents, self.config.seed), torch.stack
+
+    def open_images(self, bad: Path, resuming: bool) -> None:
+        config, factor = self.config.data, spatial_compression(self.autoencoder)
+        size = config.size or self.autoencoder.config.sample_size
+        if size % factor or size < 2 * factor:
+            raise UserError(f"data.size must be a multiple of {factor} of at least {2 * factor}, got {size}")
+        if self.autoencoder.config.in_channels != 3:
+            raise UserError(
+                f"the model takes {self.autoencoder.config.in_channels} channels; images here have 3"
+            )
+        self.shape = (self.autoencoder.config.latent_channels, size // factor, size // factor)
+        self.pixels = size
+        self.images = open_images(config.train)
+        crops = DataConfig(
+            size=size, crop=config.crop, flip=config.flip, max_bad_fraction=config.max_bad_fraction
+        )
+        length = self.config.max_steps * config.batch_size
+        self.dataset = TrainingCrops(self.images, crops, self.config.seed, length)
+        self.collate = collate
+        if self.accelerator.is_main_process and not resuming:
+            bad.unlink(missing_ok=True)  # an earlier run's
+        self.accelerator.wait_for_everyone()
+        self.bad_images = BadImages(bad, len(self.images), config.max_bad_fraction)
+
+    def batches(self, done: int) -> Iterator[Batch | Tensor]:
+        """This process's share of each batch after step `done`, for `note_bad` and `moments`."""
+        config = self.config
+        steps = Stage(
+            1, config.max_steps, size=self.pixels, batch_size=config.data.batch_size, first_sample=0
+        )
+        processes = self.accelerator.num_processes
+        loader: DataLoader[Batch | Tensor] = DataLoader(
+            self.dataset,
+            batch_sampler=ShareSampler(steps, done, self.accelerator.process_index, processes),
+            collate_fn=self.collate,
+            num_workers=config.data.workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+            generator=torch.Generator(),  # else it draws from the global one, and a resumed run once more
+            worker_init_fn=obey_parent_only,
+        )
+        return iter(loader)
+
+    def note_bad(self, batch: Batch | Tensor) -> None:
+        """Lists the images that could not be used; UserError if they are too many."""
+        if isinstance(batch, Batch) and self.bad_images is not None:
+            self.bad_images.add(batch.bad)
+
+    @torch.no_grad()
+    def moments(self, batch: Batch | Tensor) -> Tensor:
+        """The moments of a batch's latents, (N, 2 n_z, h, w) float32, on the run's device."""
+        device = self.accelerator.device
+        if not isinstance(batch, Batch):
+            return batch.to(device, non_blocking=True)
+        images = to_model_range(batch.images.to(device, non_blocking=True))
+        with self.accelerator.autocast():
+            posterior = self.autoencoder.encode(images).latent_dist
+        return torch.cat([posterior.mean, posterior.logvar], dim=1).float()
+
+    def sample(self, moments: Tensor, noise: Tensor) -> Tensor:
+        """The latents (N, n_z, h, w) that are learned, of the model's scale and shift."""
+        return sample_latents(moments, self.scaling_factor, self.shift_factor, noise=noise)
+
+    def check_spread(self, expected: float) -> None:
+        """UserError if the standard deviation of the first latents is not `expected`, by a factor of 2."""
+        count = min(MEASURED, self.config.data.batch_size)
+        moments = self.moments(self.collate([self.dataset[i] for i in range(count)]))
+        generator = torch.Generator(moments.device).manual_seed(0)
+        std = sample_latents(moments, self.scaling_factor, self.shift_factor, generator).std().item()
+        if not expected / 2 <= std <= expected * 2:
+            raise UserError(
+                f"the latents' standard deviation is {std:.3g} with the model's scaling_factor="
+                f"{self.scaling_factor:.5g}, and not about {expected:g}: litevae scale {self.config.model} IMAGES "
+                "measures the factor"
+                + (", and the same litevae encode command then notes it" if self.images is None else "")
+            )

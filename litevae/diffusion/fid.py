@@ -1,0 +1,93 @@
+"""FID of a diffusion model's samples."""
+
+import torch
+from accelerate import PartialState
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from litevae.diffusion.config import DiffusionConfig
+from litevae.diffusion.pipeline import LatentDiffusionPipeline, generate
+from litevae.errors import UserError
+from litevae.evaluation.evaluate import INCEPTION, Share, collate_numbered, make_fid
+from litevae.losses.perceptual import weights_path
+from litevae.training.scale import Squares
+from litevae.training.sources import ImageSource, open_images
+
+
+def prepare_fid(config: DiffusionConfig) -> ImageSource | str:
+    """The images to compare samples with, or why FID is not measured.
+
+    Raises:
+        UserError: FID is to be measured always, and there are no images, or no weights and no download; or
+            images that cannot be opened.
+    """
+    settings = config.fid
+    if settings.measure == "never":
+        return "fid.measure is never"
+    path = settings.images or config.data.train
+    if not path:
+        reason = "there are no images to compare with: give them as fid.images"
+        if settings.measure == "always":
+            raise UserError(f"fid.measure=always: {reason}")
+        return reason
+    weights = weights_path(INCEPTION)
+    if settings.measure == "auto" and not weights.exists():
+        return (
+            f"{weights} is not there: put {INCEPTION} there, or give fid.measure=always, which downloads it"
+        )
+    images = open_images(path)
+    if len(images) < 2:
+        raise UserError(f"fid.images: {path} has {len(images)} image, and FID needs two at least")
+    make_fid(None)  # fails now rather than after the training
+    return images
+
+
+@torch.inference_mode()
+def measure_fid(
+    pipeline: LatentDiffusionPipeline,
+    images: ImageSource,
+    size: int,
+    config: DiffusionConfig,
+    features: nn.Module | None = None,
+) -> float:
+    """The Fréchet distance (Heusel et al., 2017) between Inception's features of `config.fid.count` samples, with
+    the seeds from `config.seed` on, and of the middle squares of all images, resized to `size` pixels; both of 8
+    bits.
+
+    Under `torchrun` each process takes its share, and all return the same. Shows progress bars on stderr.
+
+    Args:
+        images: those that cannot be read are left out.
+        features: instead of Inception: (N, 3, size, size) uint8 to (N, C).
+
+    Raises:
+        UserError: weights of Inception that are neither there nor to be downloaded, or fewer than two images
+            that can be read.
+    """
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    fid = make_fid(features).to(pipeline.device)
+    squares = Squares(images, size, len(images))
+    share = range(state.process_index, len(squares), state.num_processes)
+    numbers = range(state.process_index, config.fid.count, state.num_processes)
+    loader = DataLoader(
+        Share(squares, share),
+        config.sample.batch_size,
+        num_workers=config.data.workers,
+        collate_fn=collate_numbered,
+    )
+    quiet = not state.is_main_process
+    with tqdm(total=len(share), unit="image", desc="FID: images", mininterval=0.5, disable=quiet) as bar:
+        for found, pixels, taken in loader:
+            if found:
+                fid.update(pixels.to(pipeline.device), real=True)
+            bar.update(taken)
+    with tqdm(total=len(numbers), unit="image", desc="FID: samples", mininterval=0.5, disable=quiet) as bar:
+        for pixels in generate(pipeline, numbers, config.seed, config.sample.steps, config.sample.batch_size):
+            fid.update(pixels, real=False)
+            bar.update(len(pixels))
+    fid.orig_dtype = torch.float64  # in which it gives its result
+    try:
+        return float(fid.compute())
+    except RuntimeError as error:  # torchmetrics': too few
+        raise UserError(f"FID: {' '.join(str(error).split())}") from None

@@ -1,0 +1,105 @@
+"""Noise: which levels to train at, what the network predicts there, and the sampler that fits."""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler, EDMEulerScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import Tensor, nn
+
+from litevae.diffusion.config import NoiseConfig
+
+EDM_SIGMA_DATA = 0.5  # for which Karras et al. give their noise levels
+
+
+class Noise(Protocol):
+    """How latents are noised. `data_std`: the standard deviation of the latents that it is made for."""
+
+    data_std: float
+
+    def draw(self, count: int, device: torch.device) -> Tensor:
+        """Noise levels to train at, (count,), from the global generator."""
+        ...
+
+    def loss(self, network: nn.Module, latents: Tensor, noise: Tensor, level: Tensor) -> Tensor:
+        """A scalar, the mean per element.
+
+        Args:
+            network: called with the scaled noisy latents, the time and return_dict=False, as UNet2DModel.
+            latents: (N, n_z, h, w), float32.
+            noise: of the same shape, standard normal.
+            level: (N,), of `draw`.
+        """
+        ...
+
+    def scheduler(self) -> SchedulerMixin:
+        """diffusers' sampler for a network that is trained with `loss`."""
+        ...
+
+
+class EDM:
+    """Karras et al. (2022): with latents y and noise n = sigma · noise, the loss is lambda(sigma) |D(y + n) - y|²,
+
+        D(x) = c_skip x + c_out F(c_in x, c_noise)
+
+    for the network F, and ln sigma is normal. lambda = 1 / c_out², so it is |F - target|² with
+    target = (y - c_skip x) / c_out, which is written without the difference of near numbers that is in it.
+    """
+
+    def __init__(self, config: NoiseConfig) -> None:
+        self.config = config
+        self.data_std = config.sigma_data
+        self.unit = config.sigma_data / EDM_SIGMA_DATA
+
+    def draw(self, count: int, device: torch.device) -> Tensor:
+        normal = torch.randn(count, device=device)
+        return self.unit * torch.exp(self.config.p_mean + self.config.p_std * normal)
+
+    def loss(self, network: nn.Module, latents: Tensor, noise: Tensor, level: Tensor) -> Tensor:
+        sigma, sigma_data = level.view(-1, 1, 1, 1), self.data_std
+        total = (sigma.square() + sigma_data**2).sqrt()
+        noisy = latents + sigma * noise
+        predicted = network(noisy / total, level.log() / 4, return_dict=False)[0]
+        target = (sigma / sigma_data * latents - sigma_data * noise) / total
+        return F.mse_loss(predicted.float(), target)
+
+    def scheduler(self) -> EDMEulerScheduler:
+        return EDMEulerScheduler(
+            sigma_min=self.unit * self.config.sigma_min,
+            sigma_max=self.unit * self.config.sigma_max,
+            sigma_data=self.data_std,
+        )
+
+
+class DDPM:
+    """Ho et al. (2020): the network predicts the noise in sqrt(a_t) y + sqrt(1 - a_t) noise, a_t falling with the
+    steps t, and the loss is the mean square of the error. Samples by DDIM (Song et al., 2021)."""
+
+    data_std = 1.0
+
+    def __init__(self, config: NoiseConfig) -> None:
+        self.config = config
+        self.forward_process = self.scheduler()
+
+    def draw(self, count: int, device: torch.device) -> Tensor:
+        return torch.randint(self.config.steps, (count,), device=device)
+
+    def loss(self, network: nn.Module, latents: Tensor, noise: Tensor, level: Tensor) -> Tensor:
+        noisy = self.forward_process.add_noise(latents, noise, level)
+        predicted = network(noisy, level, return_dict=False)[0]
+        return F.mse_loss(predicted.float(), noise)
+
+    def scheduler(self) -> DDIMScheduler:
+        return DDIMScheduler(
+            num_train_timesteps=self.config.steps,
+            beta_schedule=self.config.beta_schedule,
+            beta_start=self.config.beta_start,
+            beta_end=self.config.beta_end,
+            clip_sample=False,  # latents have no bounds
+            timestep_spacing="trailing",  # begins at the noisiest step, ends without noise
+        )
+
+
+def make_noise(config: NoiseConfig) -> Noise:
+    return EDM(config) if config.kind == "edm" else DDPM(config)

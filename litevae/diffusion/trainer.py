@@ -1,0 +1,420 @@
+"""The training loop of a diffusion model, on Hugging Face Accelerate."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from diffusers import UNet2DModel
+from omegaconf import OmegaConf
+from torch import Tensor
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from litevae.diffusion.config import DiffusionConfig
+from litevae.diffusion.feed import MomentsFeed
+from litevae.diffusion.fid import measure_fid, prepare_fid
+from litevae.diffusion.noise import make_noise
+from litevae.diffusion.pipeline import LatentDiffusionPipeline, generate, save_pipeline
+from litevae.diffusion.report import draw_loss, draw_samples
+from litevae.diffusion.unet import build_unet
+from litevae.errors import NonFiniteError, UserError
+from litevae.models.baseline import Autoencoder
+from litevae.training.build import load_weights
+from litevae.training.checkpoint import (
+    Checkpoint,
+    choose_checkpoint,
+    load_state,
+    random_state,
+    read_note,
+    remove_old,
+    remove_remains,
+    replacing,
+    restore_random_state,
+    save_checkpoint,
+)
+from litevae.training.log import Log, in_short, read_log
+from litevae.training.report import versions
+from litevae.training.step import EMA, Learner, Outcome, first_bad
+from litevae.training.stop import StopRequest
+from litevae.training.trainer import learning_rate_factor, make_accelerator, make_output_dir
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to.
+
+    `loss` is the last one that was logged; `fid` is None where it was not measured, and `no_fid` says why;
+    `seconds` is wall-clock time without the start; `stopped_by` is the signal that ended the run early, such as
+    "SIGINT", else None.
+    """
+
+    output_dir: Path
+    steps: int
+    seconds: float
+    parameters: int
+    loss: float | None
+    fid: float | None
+    no_fid: str | None
+    stopped_by: str | None
+
+
+def train(config: DiffusionConfig, autoencoder: Autoencoder) -> Result:
+    """Trains a diffusion model on an autoencoder's latents and leaves these files in `config.output_dir`.
+
+    `pipeline/` (for `LatentDiffusionPipeline.from_pretrained`; with the averaged U-Net where there is one),
+    `samples.png`, `loss.png`, `metrics.jsonl` (a line for each logged step), `metrics.json` (FID), `config.yaml`,
+    `checkpoints/` and the tracker's files. Shows a progress bar on stderr.
+
+    SIGINT or SIGTERM ends the run after the current step, with a checkpoint and all of these but FID. With
+    `config.resume` it goes on from a checkpoint, wherever it was killed: on one machine's CPU with the same
+    losses to the bit. Under `torchrun` or `accelerate launch` the processes share each batch; the latents and
+    their noise do not depend on how many they are.
+
+    Args:
+        config: of the run.
+        autoencoder: the model that `config.model` names. It is not trained; it moves to the run's device.
+
+    Raises:
+        UserError: settings that do not fit together or the model; latents of another model or that are not
+            scaled; a checkpoint that does not fit; FID that is wanted and cannot be had; more images than
+            `config.data.max_bad_fraction` that cannot be used: then all files are written as of the step before.
+        NonFiniteError: `config.max_bad_steps` steps in a row had a loss or a gradient that is not finite. All
+            files are written as of the step before the first of them.
+        OSError: the disk is full, for example; earlier checkpoints are intact.
+    """
+    with StopRequest() as stop:
+        trainer = Trainer(config, autoencoder)
+        try:
+            return trainer.run(stop)
+        finally:
+            trainer.accelerator.end_training()
+
+
+class Trainer:
+    """One run: `__init__` builds or restores everything, `run` goes through the steps.
+
+    `step` is the last step that updated the weights, `random` the state of the random generators after it:
+    what a checkpoint holds is always the run as of that step.
+    """
+
+    def __init__(self, config: DiffusionConfig, autoencoder: Autoencoder) -> None:
+        self.config = config
+        self.output_dir = make_output_dir(Path(config.output_dir), "pipeline", "model_index.json")
+        self.accelerator = make_accelerator(config.precision, config.tracker, asdict(config), self.output_dir)
+        self.is_main = self.accelerator.is_main_process
+        self.check_shares()
+        self.fid_images = prepare_fid(config)
+        checkpoint = self.choose_checkpoint()
+        set_seed(config.seed)
+        device = self.accelerator.device
+        self.autoencoder = autoencoder.to(device).eval().requires_grad_(False)
+        self.feed = MomentsFeed(
+            config, self.autoencoder, self.accelerator, self.output_dir, checkpoint is not None
+        )
+        self.noise = make_noise(config.noise)
+        self.feed.check_spread(self.noise.data_std)
+        channels, side, _ = self.feed.shape
+        self.unet = build_unet(config.unet, channels, side).to(device)
+        self.ema = EMA(self.unet, config.ema_decay) if config.ema_decay else None
+        optimizer = config.optimizer
+        self.learner = Learner(
+            self.accelerator.prepare_model(self.unet),
+            optimizer.learning_rate,
+            optimizer.betas,
+            optimizer.weight_decay,
+            lambda done: learning_rate_factor(optimizer, done, config.max_steps),
+        )
+        self.lines: list[dict[str, Any]] = []
+        self.bad: list[str] = []  # steps in a row without an update, and why
+        self.unusable: UserError | None = None  # too many bad images, in this process's share
+        self.step = self.skipped = 0
+        self.seconds_before, self.start = 0.0, time.perf_counter()
+        self.saved_step: int | None = None
+        if checkpoint is not None:
+            self.restore(checkpoint)
+        self.random = random_state()
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        return self.output_dir / "checkpoints"
+
+    @property
+    def seconds(self) -> float:
+        """Since the run began, without the times it was not running and the starts."""
+        return self.seconds_before + time.perf_counter() - self.start
+
+    @property
+    def best_unet(self) -> UNet2DModel:
+        """What samples are drawn with."""
+        return self.unet if self.ema is None else self.ema.model
+
+    def check_shares(self) -> None:
+        """UserError for a batch that cannot be shared evenly."""
+        processes, accumulation = self.accelerator.num_processes, self.config.optimizer.accumulation
+        if self.config.data.batch_size % (processes * accumulation):
+            raise UserError(
+                f"data.batch_size counts the latents of all processes: {self.config.data.batch_size} cannot be "
+                f"shared by {processes} processes with optimizer.accumulation={accumulation}"
+            )
+
+    def choose_checkpoint(self) -> Checkpoint | None:
+        """What the first process chooses, which reads all of it: the others go by its word."""
+        chosen: list[Checkpoint | UserError | None] = [None]
+        if self.is_main:
+            try:
+                chosen[0] = choose_checkpoint(self.config.resume, self.checkpoint_folder)
+            except UserError as error:
+                chosen[0] = error
+        broadcast_object_list(chosen)
+        if isinstance(chosen[0], UserError):
+            raise chosen[0]
+        return chosen[0]
+
+    def run(self, stop: StopRequest) -> Result:
+        """Goes through the steps until the last one or until `stop`, then writes everything."""
+        config = self.config
+        if self.is_main:
+            with replacing(self.output_dir / "config.yaml") as path:
+                text = OmegaConf.to_yaml(OmegaConf.structured(config))
+                path.write_text(f"# {versions()}\n{text}", encoding="utf-8")
+            remove_remains(self.checkpoint_folder)
+        self.unet.train()
+        self.start = time.perf_counter()
+        stopped = False
+        failure: NonFiniteError | UserError | None = None
+        with (
+            Log(self.output_dir / "metrics.jsonl", self.lines, self.accelerator) as log,
+            # into a file or a pipe a line now and then is enough
+            tqdm(
+                total=config.max_steps,
+                initial=self.step,
+                unit="step",
+                mininterval=0.5 if sys.stderr.isatty() else 10,
+                disable=not self.is_main,
+            ) as bar,
+        ):
+            for step, moments, waited in self.steps():
+                outcome = self.update(moments, stop.signal is not None, step)
+                if outcome.unusable:
+                    failure = self.unusable or UserError(
+                        f"another process found too many images that cannot be used: "
+                        f"{self.output_dir / 'bad_images.txt'} lists them"
+                    )
+                    if self.step == 0:  # there is nothing to save
+                        raise failure
+                    break
+                stopped = outcome.stop and step < config.max_steps
+                bar.update()
+                log.count(len(moments) * self.accelerator.num_processes, waited)
+                if outcome.bad is None:
+                    self.step, self.random, self.bad = step, random_state(), []
+                    if step == 1 or step % config.log_every == 0 or step == config.max_steps or stopped:
+                        bar.set_postfix_str(in_short(log.write(step, outcome.values, self.skipped)))
+                else:
+                    self.skipped += 1
+                    self.bad.append(f"step {step}: {outcome.bad}")
+                    log.write_skipped(step, outcome.bad, self.skipped)
+                    bar.write(f"{self.bad[-1]}: the step is skipped", file=sys.stderr)
+                    if len(self.bad) == config.max_bad_steps:
+                        failure = NonFiniteError(
+                            f"{self.bad[0]}, the first to go"
+                            + f"; {len(self.bad)} steps in a row were skipped" * (len(self.bad) > 1)
+                        )
+                if stopped or failure:
+                    break
+                if config.checkpoint.every and step % config.checkpoint.every == 0:
+                    self.save()
+                log.restart()
+        try:
+            result = self.finish(stop.signal, stopped, failure)
+        except OSError as error:
+            if failure:
+                tqdm.write(str(error), file=sys.stderr)
+                raise failure from error
+            raise
+        if failure:
+            raise failure
+        return result
+
+    def steps(self) -> Iterator[tuple[int, Tensor, float]]:
+        """Each step to come with this process's share of its moments and the seconds that it took to get.
+
+        What forbids to train on it goes to `unusable`: the others learn of it within the step.
+        """
+        batches = self.feed.batches(self.step)
+        try:
+            for step in range(self.step + 1, self.config.max_steps + 1):
+                start = time.perf_counter()
+                batch = next(batches)
+                waited = time.perf_counter() - start
+                try:
+                    self.feed.note_bad(batch)
+                except UserError as error:
+                    self.unusable = error
+                yield step, self.feed.moments(batch), waited
+        finally:
+            del batches  # its workers end here; an error's traceback would keep them
+
+    def update(self, moments: Tensor, stop: bool, step: int) -> Outcome:
+        """One step on this process's share of the batch, (N, 2 n_z, h, w)."""
+        accelerator, parts = self.accelerator, self.config.optimizer.accumulation
+        count, index = accelerator.num_processes, accelerator.process_index
+        # the whole batch's, on every process alike, so that a run is the same on one process as on many
+        whole = (count * len(moments), *self.feed.shape)
+        of_posterior, noise = (
+            torch.randn(whole, device=moments.device).chunk(count)[index] for _ in range(2)
+        )
+        level = self.noise.draw(whole[0], moments.device).chunk(count)[index]
+        latents = self.feed.sample(moments, of_posterior)
+
+        losses = []
+        for part, inputs in enumerate(zip(*(x.chunk(parts) for x in (latents, noise, level)), strict=True)):
+            with accelerator.no_sync(self.learner.network) if part < parts - 1 else nullcontext():
+                with accelerator.autocast():
+                    loss = self.noise.loss(self.learner.network, *inputs)
+                accelerator.backward(loss / parts)
+            losses.append(loss.detach())
+
+        flags = torch.tensor([float(stop), float(self.unusable is not None)], device=moments.device)
+        # an infinite or NaN loss on one process makes the mean so, and all decide alike
+        means = accelerator.reduce(torch.cat([torch.stack(losses).mean()[None], flags]), "mean")
+        norm = self.learner.gradient_norm(
+            self.config.optimizer.max_gradient_norm or math.inf, accelerator.scaler
+        )
+        # the step's one wait for a GPU
+        norm_value, loss_value, stopped, unusable = torch.cat([norm[None], means]).tolist()
+        bad = first_bad({"loss": loss_value}, [norm_value])
+        values = {"loss": loss_value, "gradient_norm": norm_value}
+        if bad is None and not unusable:
+            values["learning_rate"] = self.learner.update(step, accelerator.scaler)
+            if self.ema is not None:
+                self.ema.update(self.unet)
+        if accelerator.scaler is not None:
+            accelerator.scaler.update()
+        self.learner.optimizer.zero_grad()
+        return Outcome(values, bad, stopped > 0, unusable > 0)
+
+    def save(self) -> None:
+        """Writes a checkpoint of the last step that updated the weights; all processes take part."""
+        if not self.config.checkpoint.every or self.saved_step == self.step:
+            return
+        random = gather_object([self.random])
+        if self.is_main:
+            scaler = self.accelerator.scaler
+            state = {
+                "random": random,
+                "optimizer": self.learner.optimizer.state_dict()["state"],
+                "scaler": scaler.state_dict() if scaler else None,
+                "ema_updates": self.ema.updates if self.ema else 0,
+                "skipped": self.skipped - len(self.bad),
+                "seconds": self.seconds,
+            }
+            save_checkpoint(
+                self.checkpoint_folder,
+                self.step,
+                {"unet": self.unet} | ({"ema": self.ema.model} if self.ema else {}),
+                None,
+                state,
+                {"versions": versions(), "config": asdict(self.config)},
+            )
+            remove_old(self.checkpoint_folder, self.config.checkpoint.keep)
+        self.saved_step = self.step
+        self.accelerator.wait_for_everyone()
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Goes back to a checkpoint; UserError if it is another architecture's."""
+        path = checkpoint.path
+        load_weights(self.unet, path / "unet", "resume")
+        if (path / "ema").is_dir() != (self.ema is not None):
+            raise UserError(f"resume: {path} has {'no' if self.ema else 'an'} averaged model: see ema_decay")
+        state = load_state(checkpoint)
+        if self.ema is not None:
+            load_weights(self.ema.model, path / "ema", "resume")
+            self.ema.updates = state["ema_updates"]
+        self.learner.load_state(state["optimizer"])
+        if self.accelerator.scaler and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.step = self.saved_step = checkpoint.step
+        self.skipped, self.seconds_before = state["skipped"], state["seconds"]
+        self.lines = read_log(self.output_dir / "metrics.jsonl", self.step)
+        restore_random_state(state["random"][self.accelerator.process_index % len(state["random"])])
+        before, now = read_note(checkpoint)["config"], asdict(self.config)
+        changed = [key for key in ("seed", "model", "data", "noise") if before.get(key) != now[key]]
+        if changed and self.is_main:
+            tqdm.write(
+                f"resume: {path} was trained with other settings of {', '.join(changed)}", file=sys.stderr
+            )
+
+    def finish(
+        self, signal_name: str | None, stopped: bool, failure: NonFiniteError | UserError | None
+    ) -> Result:
+        """Writes the checkpoint, the pipeline, samples and pictures, and measures FID."""
+        self.save()
+        training_seconds = self.seconds
+        scheduler = self.noise.scheduler()
+        pipeline = LatentDiffusionPipeline(self.autoencoder, self.best_unet.eval(), scheduler)
+        pipeline.set_progress_bar_config(disable=True)
+        if self.is_main:
+            self.write_results(pipeline)
+        fid, no_fid = None, self.fid_images if isinstance(self.fid_images, str) else None
+        if stopped or failure:
+            no_fid = "the run did not come to its end"
+        elif not isinstance(self.fid_images, str):
+            fid = measure_fid(pipeline, self.fid_images, self.feed.pixels, self.config)
+        losses = [line["loss"] for line in self.lines if "loss" in line]
+        result = Result(
+            self.output_dir,
+            self.step,
+            training_seconds,
+            sum(p.numel() for p in self.unet.parameters()),
+            losses[-1] if losses else None,
+            fid,
+            no_fid,
+            (signal_name or "another process") if stopped else None,
+        )
+        if self.is_main:
+            self.write_metrics(result)
+        self.accelerator.wait_for_everyone()
+        return result
+
+    def write_results(self, pipeline: LatentDiffusionPipeline) -> None:
+        save_pipeline(pipeline, self.output_dir / "pipeline")
+        settings = self.config.sample
+        parts = generate(
+            pipeline, range(settings.count), self.config.seed, settings.steps, settings.batch_size
+        )
+        with replacing(self.output_dir / "samples.png") as path:
+            draw_samples(torch.cat(list(parts)), path)
+        with replacing(self.output_dir / "loss.png") as path:
+            draw_loss(self.lines, path)
+
+    def write_metrics(self, result: Result) -> None:
+        measured: dict[str, Any] = {"fid": result.fid, "not_measured": result.no_fid}
+        if result.fid is not None:
+            measured |= {
+                "samples": self.config.fid.count,
+                "sampler_steps": self.config.sample.steps,
+                "compared_with": self.config.fid.images or self.config.data.train,
+                "crop": f"middle square, resized to {self.feed.pixels} x {self.feed.pixels}, 8 bits",
+                "network": "Inception of torch-fidelity, weights-inception-2015-12-05-6726825d",
+            }
+        metrics = {
+            "fid": measured,
+            "loss": result.loss,
+            "steps": result.steps,
+            "skipped_steps": self.skipped,
+            "parameters": result.parameters,
+            "latent": list(self.feed.shape),
+            "seconds": round(result.seconds, 1),
+            "stopped_by": result.stopped_by,
+            "versions": versions(),
+        }
+        with replacing(self.output_dir / "metrics.json") as path:
+            path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,144 @@
+"""The losses and samplers, against formulas in float64 and a distribution whose best denoiser is known."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import nn
+
+from litevae.diffusion import LatentDiffusionPipeline
+from litevae.diffusion.config import NoiseConfig
+from litevae.diffusion.noise import make_noise
+
+SHAPE = (5, 2, 4, 4)
+
+
+class Network(nn.Module):
+    """Any function of its inputs; in the dtype that it is given."""
+
+    def forward(self, sample, time, return_dict):
+        assert not return_dict
+        assert sample.shape[0] == len(time)
+        return (torch.sin(3 * sample) + torch.cos(time).view(-1, 1, 1, 1),)
+
+
+def inputs():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(SHAPE, generator=generator), torch.randn(SHAPE, generator=generator)
+
+
+@pytest.mark.parametrize("sigma_data", [0.5, 1.0])
+def test_edm_loss_is_that_of_the_paper(sigma_data):
+    """Equations 7 and 8 and Table 1 of Karras et al., in float64."""
+    latents, noise = inputs()
+    sigma = torch.tensor([0.004, 0.1, 1.0, 5.0, 160.0])
+    loss = make_noise(NoiseConfig(sigma_data=sigma_data)).loss(Network(), latents, noise, sigma)
+
+    y, s = latents.double(), sigma.double().view(-1, 1, 1, 1)
+    x = y + s * noise.double()
+    c_skip = sigma_data**2 / (s**2 + sigma_data**2)
+    c_out = s * sigma_data / (s**2 + sigma_data**2).sqrt()
+    c_in = 1 / (sigma_data**2 + s**2).sqrt()
+    c_noise = s.flatten().log() / 4
+    denoised = c_skip * x + c_out * Network()(c_in * x, c_noise, return_dict=False)[0]
+    weight = (s**2 + sigma_data**2) / (s * sigma_data) ** 2
+    expected = (weight * (denoised - y) ** 2).mean()
+    # the argument of sin is rounded at a size of about 10, the rest at about 1, each to 2^-24
+    assert loss.item() == pytest.approx(expected.item(), rel=10 * 2**-24 * 10)
+
+
+def test_edm_levels_are_log_normal():
+    count = 100_000
+    torch.manual_seed(0)
+    for sigma_data in (0.5, 1.0):
+        logs = make_noise(NoiseConfig(sigma_data=sigma_data)).draw(count, torch.device("cpu")).double().log()
+        # -1.2 for data of standard deviation 0.5; 5 standard errors
+        assert logs.mean().item() == pytest.approx(-1.2 + math.log(2 * sigma_data), abs=5 * 1.2 / count**0.5)
+        assert logs.std().item() == pytest.approx(1.2, abs=5 * 1.2 / (2 * count) ** 0.5)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear"])
+def test_ddpm_loss_is_that_of_the_paper(schedule):
+    """Equations 4 and 14 of Ho et al., in float64, with the schedule by NumPy."""
+    latents, noise = inputs()
+    steps = torch.tensor([0, 1, 500, 998, 999])
+    ddpm = make_noise(NoiseConfig(kind="ddpm", beta_schedule=schedule))
+    loss = ddpm.loss(Network(), latents, noise, steps)
+
+    if schedule == "linear":
+        betas = np.linspace(0.0015, 0.0195, 1000)
+    else:
+        betas = np.linspace(0.0015**0.5, 0.0195**0.5, 1000) ** 2
+    kept = torch.from_numpy(np.cumprod(1 - betas))[steps].view(-1, 1, 1, 1)
+    noisy = kept.sqrt() * latents.double() + (1 - kept).sqrt() * noise.double()
+    predicted = Network()(noisy, steps.double(), return_dict=False)[0]
+    # the product of a thousand factors, each rounded to 2^-24
+    assert loss.item() == pytest.approx((predicted - noise).square().mean().item(), rel=1000 * 2**-24)
+    drawn = ddpm.draw(20_000, torch.device("cpu"))
+    assert (drawn.min().item(), drawn.max().item()) == (0, 999)
+
+
+class BestDenoiser(ModelMixin, ConfigMixin):
+    """What a network would have learned for latents that are all normal, with this mean and standard deviation:
+    E[y | x] = (std² x + sigma² mean) / (std² + sigma²)."""
+
+    @register_to_config
+    def __init__(self, kind, mean, std, in_channels=4, sample_size=64):
+        super().__init__()
+        self.place = nn.Parameter(torch.zeros(()))  # has a dtype and a device
+        betas = np.linspace(0.0015**0.5, 0.0195**0.5, 1000) ** 2
+        self.kept = torch.from_numpy(np.cumprod(1 - betas))
+
+    def forward(self, sample, time, return_dict):
+        config, sample = self.config, sample.double()
+        if config.kind == "edm":
+            sigma = (4 * time.double()).exp()
+            total = (1 + sigma**2).sqrt()
+            x = sample * total
+        else:
+            kept = self.kept[time]
+            sigma = ((1 - kept) / kept).sqrt()
+            x = sample / kept.sqrt()
+        denoised = (config.std**2 * x + sigma**2 * config.mean) / (config.std**2 + sigma**2)
+        if config.kind == "edm":
+            return (((denoised - x / (1 + sigma**2)) / (sigma / total)).float(),)
+        return (((x - denoised) / sigma).float(),)
+
+
+def euler(kind, mean, std):
+    """Mean and standard deviation of the samples that 1000 of Euler's steps give, by the recursion in float64.
+
+    Both samplers go from one noise level to the next by x += (next - sigma) (x - E[y | x]) / sigma, DDIM with
+    x / sqrt(kept); for a normal distribution each step multiplies x - mean with a number.
+    """
+    if kind == "edm":  # equation 5 of Karras et al., for latents of twice their standard deviation
+        sigma = (160 ** (1 / 7) + np.linspace(0, 1, 1000) * (0.004 ** (1 / 7) - 160 ** (1 / 7))) ** 7
+        first = (160**2 + 1) ** 0.5
+    else:
+        kept = np.cumprod(1 - np.linspace(0.0015**0.5, 0.0195**0.5, 1000) ** 2)[::-1]
+        sigma, first = ((1 - kept) / kept) ** 0.5, kept[0] ** -0.5
+    following = np.append(sigma[1:], 0)
+    factor = np.prod(1 + (following - sigma) * sigma / (sigma**2 + std**2))
+    return mean - factor * mean, factor * first
+
+
+@pytest.mark.parametrize("kind", ["edm", "ddpm"])
+@pytest.mark.parametrize(("mean", "std"), [(0.8, 0.5), (-0.3, 1.2)])
+def test_sampling_with_the_best_denoiser_gives_the_distribution_back(kind, mean, std, autoencoder):
+    pipeline = LatentDiffusionPipeline(
+        autoencoder, BestDenoiser(kind, mean, std), make_noise(NoiseConfig(kind=kind)).scheduler()
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    samples = pipeline(4, generator=generator, num_inference_steps=1000, output_type="latent").images.double()
+    assert samples.shape == (4, 4, 64, 64)
+    count = samples.numel()
+    by_recursion = euler(kind, mean, std)
+    # a thousand steps are that near to the distribution itself
+    assert by_recursion == pytest.approx((mean, std), abs=0.01)
+    # 4 standard errors of so many samples
+    assert samples.mean().item() == pytest.approx(by_recursion[0], abs=4 * std / count**0.5)
+    assert samples.std().item() == pytest.approx(by_recursion[1], rel=4 / (2 * count) ** 0.5)

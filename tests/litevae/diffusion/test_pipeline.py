@@ -1,0 +1,123 @@
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DPMSolverMultistepScheduler, EDMEulerScheduler
+from PIL import Image
+
+from litevae.diffusion import LatentDiffusionPipeline
+from litevae.diffusion.config import UNetConfig
+from litevae.diffusion.pipeline import generate, save_pipeline
+from litevae.diffusion.report import draw_samples
+from litevae.diffusion.unet import build_unet
+from litevae.errors import UserError
+from litevae.latents import sample_latents
+
+
+def tiny_unet(channels=4):
+    torch.manual_seed(0)
+    unet = build_unet(UNetConfig([16, 16], head_channels=8, num_groups=4), channels, 8)
+    torch.nn.init.normal_(unet.conv_out.weight, std=0.1)
+    return unet
+
+
+@pytest.fixture
+def pipeline(autoencoder):
+    pipeline = LatentDiffusionPipeline(autoencoder, tiny_unet(), EDMEulerScheduler(sigma_data=1.0))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+@pytest.mark.parametrize("shift", [None, 0.75])
+def test_decode_undoes_what_the_latents_were_scaled_with(autoencoder, scale, shift):
+    autoencoder.register_to_config(scaling_factor=scale, shift_factor=shift)
+    pipeline = LatentDiffusionPipeline(autoencoder, tiny_unet(), DDIMScheduler())
+    image = torch.rand(2, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        posterior = autoencoder.encode(image).latent_dist
+        moments = torch.cat([posterior.mean, posterior.logvar], 1)
+        latents = sample_latents(moments, scale, shift, noise=torch.zeros_like(posterior.mean))
+        expected = autoencoder.decode(posterior.mean).sample
+        # a few roundings of the latent, of a size of about 1; a pixel is hundreds of products of it
+        torch.testing.assert_close(pipeline.decode(latents), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_images_are_decoded_latents(pipeline):
+    def draw(output_type):
+        return pipeline(2, torch.Generator().manual_seed(1), 3, output_type=output_type).images
+
+    latents, pixels = draw("latent"), draw("pt")
+    assert latents.shape == (2, 4, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(pixels, (pipeline.decode(latents) / 2 + 0.5).clamp(0, 1))
+    (image, _), arrays = draw("pil"), draw("np")
+    assert np.array_equal(np.asarray(image), (arrays[0] * 255).round().astype(np.uint8))
+
+
+@pytest.mark.parametrize("kind", ["litevae", "sd-vae"])
+def test_saved_pipeline_draws_the_same(autoencoder, tmp_path, kind):
+    if kind == "sd-vae":
+        autoencoder = AutoencoderKL(
+            block_out_channels=(8, 8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            latent_channels=4,
+            norm_num_groups=4,
+            shift_factor=0.2,
+        )
+    pipeline = LatentDiffusionPipeline(autoencoder, tiny_unet(), EDMEulerScheduler(sigma_max=10.0))
+    save_pipeline(pipeline, tmp_path / "ours")
+    pipeline.save_pretrained(tmp_path / "diffusers")
+
+    def draw(pipeline):
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline(1, torch.Generator().manual_seed(0), 3, output_type="pt").images
+
+    for name in ("ours", "diffusers"):
+        loaded = LatentDiffusionPipeline.from_pretrained(tmp_path / name)
+        assert loaded.scheduler.config.sigma_max == 10
+        assert torch.equal(draw(loaded), draw(pipeline))
+
+
+def test_an_image_depends_on_its_seed_alone(pipeline):
+    together = torch.cat(list(generate(pipeline, range(5), 10, 3, batch_size=5))).int()
+    apart = torch.cat(list(generate(pipeline, [1, 2], 11, 3, batch_size=1))).int()
+    # the number of images in a batch changes roundings, which may change what a pixel is rounded to
+    assert (together[2:4] - apart).abs().max() <= 1
+    again = torch.cat(list(generate(pipeline, range(5), 10, 3, batch_size=5))).int()
+    assert torch.equal(together, again)
+    assert not torch.equal(together[0], together[1])
+
+
+def test_another_scheduler_can_be_put_in(pipeline):
+    pipeline.scheduler = DPMSolverMultistepScheduler(beta_schedule="scaled_linear")
+    assert pipeline(1, torch.Generator().manual_seed(0), 3, output_type="latent").images.isfinite().all()
+
+
+def test_grid_has_the_images_in_their_order(tmp_path):
+    samples = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 3, 2, 4) * 50
+    draw_samples(samples, tmp_path / "grid.png")
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert grid.shape == (4, 12, 3)
+    assert grid[0, ::4, 0].tolist() == [0, 50, 100]
+    assert grid[2, ::4, 0].tolist() == [150, 200, 255]
+
+
+class TestUNet:
+    def test_ldm_ffhq_has_the_published_number_of_parameters(self):
+        """274 M (Rombach et al., 2022, Table 12), with LDM's 3 latent channels."""
+        config = UNetConfig([224, 448, 672, 896], layers_per_block=2)
+        with torch.device("meta"):
+            unet = build_unet(config, 3, 64)
+        assert sum(p.numel() for p in unet.parameters()) == 274_056_163
+        has_attention = [hasattr(block, "attentions") for block in unet.down_blocks]
+        assert has_attention == [False, True, True, True]  # at 64, 32, 16 and 8
+        assert unet.down_blocks[1].attentions[0].heads == 448 // 32
+
+    def test_begins_at_zero(self):
+        unet = build_unet(UNetConfig([16, 16], head_channels=8, num_groups=4), 3, 8)
+        assert not unet(torch.randn(1, 3, 8, 8), 5).sample.any()
+
+    def test_latents_that_cannot_be_halved_are_refused(self):
+        with pytest.raises(UserError, match="latents of 6 x 6 cannot be halved 2 times"):
+            build_unet(UNetConfig(), 4, 6)

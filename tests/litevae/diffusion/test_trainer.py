@@ -1,0 +1,298 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from scipy.linalg import sqrtm
+from torch import nn
+
+import litevae.diffusion.trainer as trainer_module
+from litevae.cli import main
+from litevae.diffusion import LatentDiffusionPipeline, train
+from litevae.diffusion.fid import measure_fid
+from litevae.diffusion.noise import make_noise
+from litevae.diffusion.pipeline import generate
+from litevae.errors import NonFiniteError, UserError
+from litevae.evaluation.evaluate import INCEPTION
+from litevae.latents import Settings, encode_images
+from litevae.training.checkpoint import find_checkpoints
+from litevae.training.sources import open_images
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Spares a run the time that they take."""
+    monkeypatch.setattr(trainer_module, "draw_loss", lambda _, path: path.touch())
+
+
+@pytest.mark.parametrize(("kind", "steps"), [("edm", 200), ("ddpm", 100)])
+def test_one_latent_is_learned_by_heart(tiny, autoencoder, photographs, tmp_path, no_pictures, kind, steps):
+    one = tmp_path / "one"
+    one.mkdir()
+    (one / "0.png").write_bytes((photographs / "0.png").read_bytes())
+    encode_images(autoencoder, open_images(str(one)), tmp_path / "one-latent", Settings(32), workers=0)
+    config = tiny(
+        f"data.latents={tmp_path / 'one-latent'}",
+        f"noise.kind={kind}",
+        f"max_steps={steps}",
+        "optimizer.learning_rate=5e-3",
+        "data.batch_size=8",
+        "ema_decay=0.95",
+    )
+    train(config, autoencoder)
+    losses = [
+        json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    # a network that is zero has the loss of its target's variance, 1 but for the first few draws
+    assert losses[0] == pytest.approx(1, abs=0.2)
+    if kind == "ddpm":  # whose sampler takes errors at the last noise level 80 times: the loss must do
+        assert np.mean(losses[-20:]) < 0.3
+        return
+    # samples are the latent, but for the posterior's own noise
+    pipeline = LatentDiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    samples = pipeline(8, torch.Generator().manual_seed(1), 20, output_type="latent").images
+    pixels = torch.from_numpy(np.array(Image.open(one / "0.png"))).permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.no_grad():
+        posterior = autoencoder.encode(pixels).latent_dist
+    scale = autoencoder.config.scaling_factor
+    latent = (posterior.mean - autoencoder.config.shift_factor) * scale
+    error = (samples - latent).square().mean()
+    noise = (posterior.std * scale).square().mean()
+    # a flat latent of its mean would have an error of its variance
+    assert error < noise + 0.5 * latent.var()
+    # the way from the samples back to the image goes through the same scale
+    with torch.no_grad():
+        torch.testing.assert_close(
+            pipeline.decode(latent), autoencoder.decode(posterior.mean).sample, rtol=1e-4, atol=1e-4
+        )
+
+
+def forked(jobs):
+    """Runs forked.py; the exit status by job and rank, and what they wrote to stderr."""
+    result = subprocess.run(
+        [sys.executable, Path(__file__).with_name("forked.py"), json.dumps(jobs)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=100,  # a hang fails here
+    )
+    assert result.returncode == 0, result.stderr
+    lines = [list(map(int, line.split())) for line in result.stdout.splitlines()]
+    return {(job, rank): status for job, rank, status in lines}, result.stderr
+
+
+def weights(folder):
+    (*_, newest) = find_checkpoints(folder / "checkpoints")
+    return {
+        (path.relative_to(newest.path), name): tensor
+        for path in newest.path.rglob("*.safetensors")
+        for name, tensor in load_file(path).items()
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tiny_settings, photographs):
+    """One run, the same killed at two instants, and the same in two processes."""
+    folder = tmp_path_factory.mktemp("runs")
+    settings = [*tiny_settings, "max_steps=5", "checkpoint.every=1", "checkpoint.keep=9", "ema_decay=0.9"]
+    settings += ["optimizer.accumulation=2", "resume=auto", "sample.steps=1"]
+    fid = ["fid.measure=always", f"fid.images={photographs}", "fid.count=7"]
+    # a checkpoint is about 10 writes
+    kills = [4, 16]
+    jobs = [
+        [1, None, [*settings, *fid, f"output_dir={folder / 'whole'}"]],
+        *([1, writes, [*settings, f"output_dir={folder / 'killed'}"]] for writes in kills),
+        [1, None, [*settings, f"output_dir={folder / 'killed'}"]],
+        [2, None, [*settings, *fid, f"output_dir={folder / 'two'}"]],
+    ]
+    return folder, *forked(jobs)
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(runs, logged):
+    folder, statuses, errors = runs
+    assert [statuses[job, 0] for job in range(4)] == [0, *[-signal.SIGKILL] * 2, 0], errors
+    whole, killed = folder / "whole", folder / "killed"
+    assert len(logged(whole)) == 5
+    assert logged(whole) == logged(killed)
+    ours, theirs = weights(whole), weights(killed)
+    assert len(ours) > 2
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert (whole / "samples.png").read_bytes() == (killed / "samples.png").read_bytes()
+    assert not [path.name for path in killed.rglob(".*")]
+
+
+def test_two_processes_do_what_one_does_with_the_double_batch(runs, logged):
+    folder, statuses, errors = runs
+    assert [statuses[4, 0], statuses[4, 1]] == [0, 0], errors
+    one, two = logged(folder / "whole"), logged(folder / "two")
+    # roundings; then Adam's first steps, which turn that of a gradient near 0 into the learning rate's size
+    for line, other, tolerance in zip(one, two, (1e-5, *[1e-3] * 4), strict=True):
+        assert other == pytest.approx(line, rel=tolerance)
+    # of features that are means of all pixels, some of which are rounded to the next number
+    found = [json.loads((folder / name / "metrics.json").read_text())["fid"] for name in ("whole", "two")]
+    assert found[0]["fid"] > 0
+    assert found[1]["fid"] == pytest.approx(found[0]["fid"], rel=1e-2)
+
+
+def test_a_preempted_run_ends_after_its_step_and_goes_on(tiny, autoencoder, logged, monkeypatch, no_pictures):
+    settings = ("max_steps=5", "checkpoint.every=100", "noise.kind=ddpm")
+    train(tiny(*settings, name="whole"), autoencoder)
+    original, signals = trainer_module.Trainer.update, [signal.SIGTERM]
+
+    def update(self, moments, stop, step):
+        if step == 2 and signals:
+            signal.raise_signal(signals.pop())
+        return original(self, moments, stop, step)
+
+    monkeypatch.setattr(trainer_module.Trainer, "update", update)
+    result = train(tiny(*settings), autoencoder)
+    assert (result.steps, result.stopped_by, result.no_fid) == (
+        3,
+        "SIGTERM",
+        "the run did not come to its end",
+    )
+    for name in ("samples.png", "pipeline/unet/config.json", "metrics.json", "checkpoints/step-00000003"):
+        assert (result.output_dir / name).exists()
+    with pytest.raises(UserError, match="continue with resume=auto"):
+        train(tiny(*settings), autoencoder)
+    with pytest.raises(UserError, match="has an averaged model"):
+        train(tiny(*settings, "resume=auto", "ema_decay=0"), autoencoder)
+    with pytest.raises(UserError, match="another architecture: block_out_channels is"):
+        train(tiny(*settings, "resume=auto", "unet.block_out_channels=[16,32]"), autoencoder)
+    assert train(tiny(*settings, "resume=auto"), autoencoder).steps == 5
+    assert logged(result.output_dir)[-1] == logged(result.output_dir.with_name("whole"))[-1]
+
+
+def test_a_loss_that_is_not_finite_is_skipped_or_ends_the_run(tiny, autoencoder, monkeypatch, no_pictures):
+    make, bad = make_noise, [2]
+
+    def broken(config):
+        noise, calls = make(config), iter(range(1, 100))
+        loss = noise.loss
+        monkeypatch.setattr(
+            noise, "loss", lambda *given: loss(*given) * (torch.nan if next(calls) in bad else 1)
+        )
+        return noise
+
+    monkeypatch.setattr(trainer_module, "make_noise", broken)
+    result = train(tiny("max_steps=4"), autoencoder)
+    assert json.loads((result.output_dir / "metrics.json").read_text())["skipped_steps"] == 1
+    bad[:] = [3, 4]
+    with pytest.raises(NonFiniteError, match=r"step 3: the loss is nan, the first to go; 2 steps in a row"):
+        train(tiny("max_steps=9", "max_bad_steps=2", name="other"), autoencoder)
+    unet = load_file(
+        result.output_dir.with_name("other") / "pipeline/unet/diffusion_pytorch_model.safetensors"
+    )
+    assert all(tensor.isfinite().all() for tensor in unet.values())
+
+
+def test_too_many_bad_images_end_the_run(tiny, autoencoder, photographs, tmp_path, no_pictures):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for path in photographs.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "6.png").write_text("no image")
+    with pytest.raises(UserError, match="1 of 7 images cannot be used"):
+        train(tiny("data.latents=", f"data.train={folder}", "max_steps=9"), autoencoder)
+
+
+class TestFID:
+    class Features(nn.Module):
+        """Means of quarters of an image: 12 numbers."""
+
+        num_features = 12
+
+        def forward(self, images):
+            return nn.functional.adaptive_avg_pool2d(images.float(), 2).flatten(1)
+
+    def test_is_the_frechet_distance_of_the_features(self, tiny, autoencoder, photographs, no_pictures):
+        config = tiny("max_steps=1", "fid.count=7", "sample.batch_size=4")
+        result = train(config, autoencoder)
+        pipeline = LatentDiffusionPipeline.from_pretrained(result.output_dir / "pipeline")
+        images = open_images(str(photographs))
+        found = measure_fid(pipeline, images, 32, config, self.Features())
+
+        samples = torch.cat(list(generate(pipeline, range(7), 0, 3, 4))).numpy()
+        real = np.stack([np.asarray(Image.open(path)) for path in photographs.iterdir()]).transpose(
+            0, 3, 1, 2
+        )
+
+        def moments(pixels):
+            parts = pixels.astype(np.float64).reshape(len(pixels), 3, 2, 16, 2, 16)
+            features = parts.mean((3, 5)).reshape(len(pixels), 12)
+            return features.mean(0), np.cov(features, rowvar=False)
+
+        (mean, cov), (other, other_cov) = moments(samples), moments(real)
+        root = sqrtm(cov @ other_cov + 1e-12 * np.eye(12)).real
+        expected = ((mean - other) ** 2).sum() + np.trace(cov + other_cov - 2 * root)
+        # both covariances are singular, where a square root of a rounding of 2^-53 is 1e-8; features in float32
+        assert found == pytest.approx(expected, rel=1e-4)
+
+    def test_missing_weights_are_named_before_the_training(
+        self, tiny, autoencoder, tmp_path, photographs, monkeypatch, no_pictures
+    ):
+        monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+        monkeypatch.setattr(torch.hub, "_hub_dir", None)
+
+        def offline(*_):
+            raise URLError("no network")
+
+        monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+        wanted = f"fid.images={photographs}"
+        result = train(tiny("max_steps=1", wanted), autoencoder)
+        missing = str(tmp_path / "torch" / "hub" / "checkpoints" / INCEPTION.rpartition("/")[2])
+        assert result.fid is None
+        assert f"{missing} is not there" in result.no_fid
+        with pytest.raises(UserError, match="is not there and cannot be downloaded"):
+            train(tiny("max_steps=1", wanted, "fid.measure=always", name="other"), autoencoder)
+        assert not (tmp_path / "other" / "metrics.jsonl").exists()
+        with pytest.raises(UserError, match="no images to compare with"):
+            train(tiny("fid.measure=always"), autoencoder)
+
+
+class TestCommand:
+    def run(self, capsys, *arguments):
+        status = main(["train-diffusion", *map(str, arguments)])
+        output, errors = capsys.readouterr()
+        return status, output, errors
+
+    def test_trains_from_images(self, tiny_settings, tmp_path, photographs, capsys):
+        settings = [*tiny_settings, "data.latents=", f"data.train={photographs}", "max_steps=3"]
+        status, output, errors = self.run(
+            capsys, "small", *settings, f"output_dir={tmp_path}", "fid.measure=never"
+        )
+        assert status == 0, errors
+        assert "3 steps of a U-Net of" in output
+        assert "FID was not measured: fid.measure is never" in output
+        assert Image.open(tmp_path / "samples.png").size == (64, 64)  # 3 of 32 x 32
+        metrics = json.loads((tmp_path / "metrics.json").read_text())
+        assert (metrics["steps"], metrics["latent"], metrics["fid"]["fid"]) == (3, [4, 8, 8], None)
+        # the settings that were saved repeat the run
+        before = (tmp_path / "samples.png").read_bytes()
+        status, _, errors = self.run(capsys, tmp_path / "config.yaml", f"output_dir={tmp_path / 'again'}")
+        assert status == 0, errors
+        assert (tmp_path / "again" / "samples.png").read_bytes() == before
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["small"], "give one of data.latents"),
+            (["demo"], "no configuration named 'demo'"),
+            (["small", "data.latent=x"], "did you mean 'data.latents'?"),
+            (["small", "model=nowhere", "data.latents=x"], "nowhere: no such folder"),
+        ],
+    )
+    def test_mistake_is_one_line(self, capsys, arguments, message):
+        status, output, errors = self.run(capsys, *arguments)
+        assert (status, output, errors.count("\n")) == (2, "", 1)
+        assert message in errors
