@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 
-from litevae.training.report import device_name
 from litevae_kernels import use_backend
 from litevae_kernels.allocator import peak_resident_memory
 from litevae_kernels.backend import why_not

@@ -1,20 +1,13 @@
 """What several commands need."""
 
-import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from litevae.errors import UserError
-
-if TYPE_CHECKING:
-    from litevae.models.baseline import Autoencoder
-
-MODELS: tuple[str, ...] = ("LiteVAE", "AutoencoderKL", "SmallEncoderVAE")  # their class names
-DIFFUSERS = "diffusers:"
+from litevae.loading import model_folder
 
 ModelArgument = Annotated[
     Path,
@@ -35,92 +28,6 @@ NamesOption = Annotated[
 DataArgument = Annotated[
     str, typer.Argument(metavar="DATA", help="Folder of images, or what else data.train may be.")
 ]
-
-
-def model_folder(path: Path) -> Path:
-    """Where `load_model` finds config.json and the weights."""
-    inside = "vae" if str(path).startswith(DIFFUSERS) else "model"
-    path = Path(str(path).removeprefix(DIFFUSERS))
-    return path if (path / "config.json").exists() else path / inside
-
-
-def load_model(path: Path) -> "Autoencoder":
-    """The autoencoder in a folder that `save_pretrained` wrote, or in `model/` of a training run's folder.
-
-    Args:
-        path: with diffusers: in front, only an AutoencoderKL is taken, in its own folder or in `vae/` of a
-            pipeline's.
-
-    Raises:
-        UserError: no such folder, neither a LiteVAE nor a baseline, or files that are missing or broken.
-    """
-    folder = model_folder(path)
-    config = folder / "config.json"
-    wanted, name = MODELS, "a LiteVAE"
-    if str(path).startswith(DIFFUSERS):
-        wanted, name = ("AutoencoderKL",), "an AutoencoderKL"
-    path = Path(str(path).removeprefix(DIFFUSERS))
-    if not path.is_dir():
-        raise UserError(f"{path}: {'is a file, not a model folder' if path.exists() else 'no such folder'}")
-    if not config.is_file():
-        raise UserError(f"{path}: not a model: there is no config.json in it")
-    try:
-        kind = json.loads(config.read_text(encoding="utf-8")).get("_class_name")
-    except (ValueError, AttributeError):
-        raise UserError(f"{config}: not a model's configuration") from None
-    if kind not in wanted:
-        raise UserError(f"{path}: not {name} but {kind or 'something else'}")
-
-    from diffusers import AutoencoderKL
-    from safetensors import SafetensorError
-
-    from litevae.models import LiteVAE
-    from litevae.models.baseline import SmallEncoderVAE
-
-    classes = {each.__name__: each for each in (LiteVAE, AutoencoderKL, SmallEncoderVAE)}
-    try:
-        model, loading = classes[kind].from_pretrained(
-            folder, output_loading_info=True, local_files_only=True
-        )
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder}: cannot be loaded: {error}") from None
-    if loading["missing_keys"]:
-        raise UserError(f"{folder}: its weights lack {loading['missing_keys'][0]} and perhaps others")
-    return model
-
-
-def find_model(name: str, size: int = 256) -> "Autoencoder":
-    """The model in a folder, as `load_model`, or an untrained one by its name.
-
-    Args:
-        name: of a folder; or of a preset, or sd-vae, and settings of `ModelConfig` after it, as in
-            "litevae-b,latent_channels=12,aggregator=vit".
-        size: of the images that an untrained one is for.
-
-    Raises:
-        UserError: as `load_model`; neither a folder nor such a name; or settings that the model does not take.
-    """
-    if Path(name).exists() or name.startswith(DIFFUSERS):
-        return load_model(Path(name))
-
-    from litevae.models.presets import get_preset
-    from litevae.training.build import with_fresh_weights
-    from litevae.training.config import load_config
-
-    kind, *settings = re.split(r",(?=\w+=)", name)  # a list's commas have no key behind them
-    if kind == "sd-vae":
-        chosen = ["model.kind=sd-vae", "model.use_1x1_conv=true"]
-    else:
-        chosen = [f"model.preset={kind}"]
-        try:
-            get_preset(kind)
-        except ValueError as error:
-            raise UserError(f"{name}: no such folder, and {error}") from None
-    chosen += [f"model.{setting}" for setting in settings]
-    try:
-        return with_fresh_weights(load_config(None, [*chosen, "loss.kl=0"]).model, size)
-    except (UserError, ValueError) as error:
-        raise UserError(f"{name}: {error}") from None
 
 
 def name_each(paths: Sequence[Path], names: str | None) -> dict[str, Path]:

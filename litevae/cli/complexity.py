@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from litevae.cli.common import find_model, make_folder, results
+from litevae.cli.common import make_folder, results
 from litevae.errors import UserError
+from litevae.loading import find_model
 
 NAMES = ("sd-vae", "litevae-s", "litevae-b", "litevae-m", "litevae-l")
 

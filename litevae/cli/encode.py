@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from litevae.cli.common import load_model
 from litevae.errors import UserError
+from litevae.loading import load_model
 
 if TYPE_CHECKING:
     import torch

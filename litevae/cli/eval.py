@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from litevae.cli.common import DataArgument, ModelArgument, load_model, provenance
+from litevae.cli.common import DataArgument, ModelArgument, provenance
 from litevae.errors import UserError
+from litevae.loading import load_model
 
 # heading, digits after the point
 COLUMNS = {"rfid": ("rFID", 3), "lpips": ("LPIPS", 4), "psnr": ("PSNR", 2), "ssim": ("SSIM", 4)}

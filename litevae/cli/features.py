@@ -10,13 +10,13 @@ from litevae.cli.common import (
     DataArgument,
     ModelsArgument,
     NamesOption,
-    load_model,
     make_folder,
     name_each,
     provenance,
     results,
 )
 from litevae.errors import UserError
+from litevae.loading import load_model
 
 PICTURES = 4  # rows of features.png
 

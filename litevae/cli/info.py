@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
-from litevae.cli.common import find_model
 from litevae.errors import UserError
+from litevae.loading import find_model
 
 
 def info(

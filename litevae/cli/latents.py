@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from litevae.cli.common import DataArgument, ModelArgument, load_model, make_folder, provenance, results
+from litevae.cli.common import DataArgument, ModelArgument, make_folder, provenance, results
+from litevae.loading import load_model
 
 PICTURES = 4  # rows of latents.png
 

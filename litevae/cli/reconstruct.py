@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from litevae.cli.common import load_model
 from litevae.errors import UserError
+from litevae.loading import load_model
 
 TILE = 1024  # pixels; a multiple of every model's factor
 

@@ -11,7 +11,6 @@ from litevae.cli.common import (
     DataArgument,
     ModelsArgument,
     NamesOption,
-    load_model,
     make_folder,
     name_each,
     provenance,
@@ -19,6 +18,7 @@ from litevae.cli.common import (
 )
 from litevae.cli.eval import COLUMNS
 from litevae.errors import UserError
+from litevae.loading import load_model
 
 
 def resolution(

@@ -1,12 +1,11 @@
 """`litevae scale`."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from litevae.cli.common import load_model, model_folder
+from litevae.loading import load_model, model_folder
 
 
 def scale(
@@ -36,8 +35,8 @@ def scale(
     import torch
 
     from litevae.errors import UserError
-    from litevae.training.checkpoint import MANIFEST, replacing
-    from litevae.training.scale import measure_latents
+    from litevae.training.checkpoint import MANIFEST
+    from litevae.training.scale import measure_latents, store_scale
     from litevae.training.sources import open_images
 
     if (config.parent.parent / MANIFEST).is_file():
@@ -45,14 +44,7 @@ def scale(
     if torch.accelerator.is_available():
         autoencoder.to(torch.accelerator.current_accelerator())
     found = measure_latents(autoencoder, open_images(data), size, count, batch_size, workers)
-    settings = json.loads(config.read_text(encoding="utf-8")) | {
-        "scaling_factor": found.scaling_factor,
-        "latents_mean": found.mean,
-        "latents_std": found.std,
-    }
-    settings.pop("_name_or_path", None)  # diffusers' note of the folder that it was loaded from
-    with replacing(config) as path:
-        path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    store_scale(config, found)
 
     print(f"{found.count} images of {size} x {size} pixels")
     for channel, (mean, std) in enumerate(zip(found.mean, found.std, strict=True)):

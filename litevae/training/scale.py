@@ -1,7 +1,9 @@
 """The mean and the spread of a model's latents, which diffusion models normalise them with."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from litevae.errors import UserError
 from litevae.images import BadImage, to_model_range
 from litevae.models.baseline import Autoencoder, check_only_size, spatial_compression
+from litevae.training.checkpoint import replacing
 from litevae.training.data import load_square
 from litevae.training.sources import ImageSource
 
@@ -92,3 +95,15 @@ def measure_latents(
     if not 0 < total < float("inf"):
         raise UserError(f"the latents' standard deviation is {total}: this model cannot be scaled")
     return LatentStatistics(tuple(means.tolist()), tuple(spread.tolist()), 1 / total, used)
+
+
+def store_scale(config: Path, found: LatentStatistics) -> None:
+    """Writes the statistics into a model's config.json, where diffusers' pipelines look for them."""
+    settings = json.loads(config.read_text(encoding="utf-8")) | {
+        "scaling_factor": found.scaling_factor,
+        "latents_mean": found.mean,
+        "latents_std": found.std,
+    }
+    settings.pop("_name_or_path", None)  # diffusers' note of the folder that it was loaded from
+    with replacing(config) as path:
+        path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
