@@ -107,7 +107,12 @@ class TestCommand:
         assert f"{cost.decoder_parameters:14,}{cost.decoder_macs / 1e9:10,.2f}" in output
 
     def test_figures_and_picture(self, tmp_path, capsys):
-        names = ["litevae-s", "litevae-b"]
+        tiny = [
+            LiteVAE.from_preset("litevae-s", block_out_channels=(16, 16, c), num_groups=4) for c in (16, 32)
+        ]
+        names = [str(tmp_path / name) for name in ("a", "b")]
+        for name, model in zip(names, tiny, strict=True):
+            model.save_pretrained(name)
         command = [
             "complexity",
             *names,
@@ -119,10 +124,10 @@ class TestCommand:
         output = capsys.readouterr().out
         record = json.loads((tmp_path / "out" / "complexity.json").read_text())
         assert (record["side"], record["size"], record["batch_size"]) == ("encoder", 64, 1)
-        for name, model in zip(names, record["models"], strict=True):
+        for name, model, own in zip(names, record["models"], tiny, strict=True):
             assert model["name"] == name
-            cost = measure_complexity(LiteVAE.from_preset(name), 64)
-            assert {key: model[key] for key in asdict(cost)} == {**asdict(cost), "latent_shape": [4, 8, 8]}
+            cost = asdict(measure_complexity(own, 64))
+            assert {key: model[key] for key in cost} == {**cost, "latent_shape": [4, 16, 16]}
             assert f" {model['images_per_second']:.4g}\n" in output
         with Image.open(tmp_path / "out" / "complexity.png") as picture:
             assert picture.width == 1560
