@@ -14,8 +14,16 @@ from litevae.evaluation.evaluate import evaluate
 from litevae.evaluation.feature_maps import draw_feature_maps, feature_magnitude, imbalance
 from litevae.evaluation.gradients import draw_gradient_ratios, read_gradient_ratios
 from litevae.evaluation.latent_space import collect_latents, distance_from_gaussian
-from litevae.evaluation.resolution import draw_resolutions, sweep_resolutions
-from litevae.experiments.runner import Row, Setup, Stopped, Trained, squares_folder, wanted_metrics
+from litevae.evaluation.resolution import draw_resolutions, relative_degradation, sweep_resolutions
+from litevae.experiments.runner import (
+    Row,
+    Setup,
+    Stopped,
+    Trained,
+    held_out_images,
+    squares_folder,
+    wanted_metrics,
+)
 from litevae.experiments.spec import TINY_SIZE, Experiment, measured_size
 from litevae.images import Pixels
 from litevae.latents import Settings, encode_images
@@ -32,7 +40,7 @@ SHOWN = 3  # rows of a picture
 IMBALANCE_IMAGES = 32
 # the shipped configuration of the second stage, and settings that replace its own
 DIFFUSION = {
-    "tiny": ("small", "max_steps=400", "data.batch_size=16", "fid.measure=never"),
+    "tiny": ("small", "max_steps=600", "data.batch_size=16", "fid.measure=never"),
     "paper": ("ldm-ffhq", "fid.measure=always"),
 }
 MMD_IMAGES, MMD_GROUPS = 2000, {"tiny": 4, "paper": 10}
@@ -55,7 +63,7 @@ def reconstruction(experiment: Experiment, setup: Setup, rows: Sequence[Row], _:
     for row in rows:
         for trained in row.trained:
             size = measured_size(trained.config, row.spec, setup.scale)
-            images = open_images(trained.config.data.validation)
+            images = open_images(held_out_images(setup, row.spec, size))
             workers = trained.config.data.workers
             values = evaluate(load(trained), images, metrics, size, workers=workers).values
             row.values.append({**values, "seconds": trained.seconds})
@@ -67,7 +75,7 @@ def mmd(experiment: Experiment, setup: Setup, rows: Sequence[Row], _: Path) -> l
     for row in rows:
         for trained in row.trained:
             size = measured_size(trained.config, row.spec, setup.scale)
-            folder = trained.config.data.validation
+            folder = held_out_images(setup, row.spec, size)
             if setup.scale == "tiny":  # the held-out photograph gives too few
                 folder = str(squares_folder(setup.output, held_out=False, size=size))
             latents = collect_latents(
@@ -97,7 +105,7 @@ def latents(experiment: Experiment, setup: Setup, rows: Sequence[Row], pictures:
     for row in rows:
         trained = row.trained[0]
         size = measured_size(trained.config, row.spec, setup.scale)
-        images = load_validation(open_images(trained.config.data.validation), size, SHOWN).images
+        images = named_images(held_out_images(setup, row.spec, size), size, SHOWN)
         path = pictures.with_name(f"{pictures.name}-{slug(row.spec.name)}.png")
         with replacing(path) as temporary:
             draw_reconstructions(load(trained), images, temporary, principal=False)
@@ -112,7 +120,7 @@ def features(experiment: Experiment, setup: Setup, rows: Sequence[Row], pictures
     for row in rows:
         trained = row.trained[0]
         size = measured_size(trained.config, row.spec, setup.scale)
-        images = load_validation(open_images(trained.config.data.validation), size, IMBALANCE_IMAGES).images
+        images = named_images(held_out_images(setup, row.spec, size), size, IMBALANCE_IMAGES)
         shown = images[:: max(1, len(images) // SHOWN)][:SHOWN]
         found = {name: feature_magnitude(load(trained), pixels) for name, pixels in images}
         maps[row.spec.name] = [found[name] for name, _ in shown]
@@ -127,9 +135,7 @@ def features(experiment: Experiment, setup: Setup, rows: Sequence[Row], pictures
 def resolution(experiment: Experiment, setup: Setup, rows: Sequence[Row], pictures: Path) -> list[Path]:
     shrink = TINY_SIZE if setup.scale == "tiny" else 1
     sizes, metrics = [size // shrink for size in experiment.sizes], wanted_metrics(experiment, setup)
-    folder = rows[0].trained[0].config.data.validation
-    if setup.scale == "tiny":  # large enough to be shrunk, not enlarged
-        folder = str(squares_folder(setup.output, held_out=True, size=max(sizes)))
+    folder = held_out_images(setup, rows[0].spec, max(sizes))  # shrunk, not enlarged
     workers = rows[0].trained[0].config.data.workers
     models = {row.spec.name: load(row.trained[0]) for row in rows}
     found = sweep_resolutions(models, open_images(folder), sizes, metrics, workers=workers)
@@ -138,13 +144,17 @@ def resolution(experiment: Experiment, setup: Setup, rows: Sequence[Row], pictur
         for name, by_size in found.items()
     }
     for row in rows:
-        row.values.append(
-            {
-                f"{metric} at {size}": values[row.spec.name][size][metric]
-                for metric in metrics
-                for size in sizes
-            }
-        )
+        own, trained_size = values[row.spec.name], models[row.spec.name].config.sample_size
+        found_at = {f"{metric} at {size}": own[size][metric] for metric in metrics for size in sizes}
+        worst = {
+            f"worst {metric} degradation (%)": max(
+                relative_degradation(
+                    {size: own[size][metric] for size in sizes}, metric, trained_size
+                ).values()
+            )
+            for metric in metrics
+        }
+        row.values.append({**found_at, **worst})
     path = pictures.with_suffix(".png")
     with replacing(path) as temporary:
         draw_resolutions(values, {name: m.config.sample_size for name, m in models.items()}, temporary)
@@ -209,6 +219,12 @@ def generation(experiment: Experiment, setup: Setup, rows: Sequence[Row], pictur
             shutil.copyfile(result.output_dir / "samples.png", temporary)
         drawn.append(path)
     return drawn
+
+
+def named_images(folder: str, size: int, count: int) -> list[tuple[str, Pixels]]:
+    """Squares of `size` pixels, with names for a picture."""
+    images = load_validation(open_images(folder), size, count).images
+    return [(Path(name).stem, pixels) for name, pixels in images]
 
 
 def slug(name: str) -> str:

@@ -14,7 +14,8 @@ from litevae.experiments.spec import Claim, Experiment, measured_size
 from litevae.training.checkpoint import replacing
 from litevae.training.report import device_name, versions
 
-LOWER_IS_BETTER = ("rfid", "lpips", "fid", "imbalance", "sigma")  # metrics begin with one of these
+# metrics begin with one of these
+LOWER_IS_BETTER = ("rfid", "lpips", "fid", "imbalance", "sigma", "spread", "worst")
 # of a metric: its heading and the digits after the point
 HEADINGS = {
     "rfid": ("rFID ↓", 2),
@@ -102,15 +103,16 @@ def description(experiment: Experiment, setup: Setup, rows: Sequence[Row]) -> st
     )
     sizes = in_words({measured_size(row.trained[0].config, row.spec, setup.scale) for row in rows})
     seeds = max(len(row.trained) for row in rows)
+    if setup.scale == "paper":
+        measured_on = "held-out images"
+    elif experiment.kind in ("mmd", "generation"):
+        measured_on = "squares of the same photographs, of which the held-out one has too few"
+    else:
+        measured_on = "squares of a photograph that no model was trained on"
     text = (
         f"Trained for {steps} steps of {batch} crops of {images}, {sides} pixels a side"
         + (f", with {seeds} seeds (mean ± standard deviation)" if seeds > 1 else ", one seed")
-        + f". Measured at {sizes} pixels on "
-        + (
-            "squares of a photograph that no model was trained on."
-            if setup.scale == "tiny"
-            else "held-out images."
-        )
+        + f". Measured at {sizes} pixels on {measured_on}."
     )
     if setup.scale == "tiny":
         text += (
@@ -199,4 +201,6 @@ def verdict(claim: Claim, metric: str, better: Row, than: Row) -> str:
         text += f" ± {error:.2g}"
         if abs(gain) < 2 * error:
             return f"{text}, no difference that shows"
-    return f"{text}, {'shows' if gain > 0 else 'does not show'}" + (" (one seed)" if len(gains) == 1 else "")
+    return f"{text}, {'shows' if gain > 0 else 'does not show'}" + (
+        " (one seed)" if len(better.trained) == 1 else ""
+    )

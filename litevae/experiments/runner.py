@@ -17,12 +17,11 @@ from litevae.experiments.spec import (
     RunSpec,
     Scale,
     load_experiment,
-    measured_size,
     training_config,
 )
 from litevae.images import Pixels
 from litevae.training import train
-from litevae.training.config import Config
+from litevae.training.config import Config, list_stages
 from litevae.training.sources import HELD_OUT_PHOTOGRAPH, TRAINING_PHOTOGRAPHS, load_photograph
 
 WITHOUT_WEIGHTS = ("psnr", "ssim")
@@ -118,19 +117,26 @@ def wanted_metrics(experiment: Experiment, setup: Setup) -> list[str]:
 
 def row_config(experiment: Experiment, run: RunSpec, setup: Setup, seed: int) -> Config:
     config = training_config(experiment, run, setup.scale, setup.overrides, seed)
-    size = measured_size(config, run, setup.scale)
-    if setup.scale == "tiny":
-        validation = str(squares_folder(setup.output, held_out=True, size=size))
-    else:
+    if setup.scale == "paper":
         for option, given in (("--data", setup.data), ("--validation", setup.validation)):
             if run.dataset not in given:
                 raise UserError(
                     f"row {run.name!r} needs images of {run.dataset}: give {option} {run.dataset}=PATH"
                 )
         config.data.train = setup.data[run.dataset]
-        validation = setup.validation[run.dataset]
-    config.data.validation = validation
+    config.data.validation = held_out_images(setup, run, list_stages(config)[-1].size)
     return with_folder(config, setup.output)
+
+
+def held_out_images(setup: Setup, run: RunSpec, size: int) -> str:
+    """Where images are that a row's model is not trained on.
+
+    Args:
+        size: in pixels, that they are wanted at.
+    """
+    if setup.scale == "paper":
+        return setup.validation[run.dataset]
+    return str(squares_folder(setup.output, held_out=True, size=size))
 
 
 def with_folder(config: Config, output: Path) -> Config:

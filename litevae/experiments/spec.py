@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from litevae.errors import UserError
 from litevae.settings import load, shipped
-from litevae.training.config import CONFIGS, Config, load_config
+from litevae.training.config import CONFIGS, Config, list_stages, load_config
 
 Kind = Literal[
     "reconstruction", "complexity", "mmd", "generation", "latents", "features", "resolution", "gradients"
@@ -156,4 +156,4 @@ def measured_size(config: Config, run: RunSpec, scale: Scale) -> int:
     """The side in pixels of the squares that a row is measured on."""
     if run.size is not None:
         return run.size // (TINY_SIZE if scale == "tiny" else 1)
-    return next((stage.size for stage in reversed(config.stages) if stage.size), config.data.size)
+    return list_stages(config)[-1].size
