@@ -36,7 +36,7 @@ def train_diffusion(
 
     \b
       pipeline/      for litevae.diffusion.LatentDiffusionPipeline.from_pretrained, a diffusers pipeline
-      samples.png    sample.count images, by sample.steps steps of Euler's method (edm) or DDIM (ddpm)
+      samples.png    sample.count images, by sample.steps steps of Euler's method (edm), or ancestral ones (ddpm)
       loss.png       the loss over the steps
       metrics.json   FID, or why it was not measured, and what was trained
       metrics.jsonl  a line for each logged step

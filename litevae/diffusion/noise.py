@@ -4,7 +4,7 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, EDMEulerScheduler
+from diffusers import DDPMScheduler, EDMEulerScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 
@@ -74,7 +74,11 @@ class EDM:
 
 class DDPM:
     """Ho et al. (2020): the network predicts the noise in sqrt(a_t) y + sqrt(1 - a_t) noise, a_t falling with the
-    steps t, and the loss is the mean square of the error. Samples by DDIM (Song et al., 2021)."""
+    steps t, and the loss is the mean square of the error.
+
+    Samples step by step with fresh noise, which is DDIM (Song et al., 2021) with eta = 1, as LDM samples faces:
+    with eta = 0 the errors at the noisiest steps, where little of the latent is left, stay in the image.
+    """
 
     data_std = 1.0
 
@@ -90,8 +94,8 @@ class DDPM:
         predicted = network(noisy, level, return_dict=False)[0]
         return F.mse_loss(predicted.float(), noise)
 
-    def scheduler(self) -> DDIMScheduler:
-        return DDIMScheduler(
+    def scheduler(self) -> DDPMScheduler:
+        return DDPMScheduler(
             num_train_timesteps=self.config.steps,
             beta_schedule=self.config.beta_schedule,
             beta_start=self.config.beta_start,

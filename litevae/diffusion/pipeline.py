@@ -1,5 +1,6 @@
 """Sampling: a diffusers pipeline that knows an autoencoder's scale and shift, which `LDMPipeline` does not."""
 
+import inspect
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
 
         Args:
             batch_size: how many.
-            generator: of the first noise, one for all or a list of one each; on the CPU, they give the same
+            generator: of all noise, one for all images or a list of one each; on the CPU, they give the same
                 noise on every device.
             num_inference_steps: calls of the denoiser.
             output_type: "pil"; "pt", (N, 3, H, W) in [0, 1]; "np", (N, H, W, 3) in [0, 1]; or "latent",
@@ -60,10 +61,12 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         latents = latents * self.scheduler.init_noise_sigma
         self.scheduler.set_timesteps(num_inference_steps, device=device)
+        accepted = inspect.signature(self.scheduler.step).parameters
+        options = {"generator": generator} if "generator" in accepted else {}
         for time in self.progress_bar(self.scheduler.timesteps):
             scaled = self.scheduler.scale_model_input(latents, time).to(self.unet.dtype)
             predicted = self.unet(scaled, time, return_dict=False)[0].float()
-            latents = self.scheduler.step(predicted, time, latents, return_dict=False)[0]
+            latents = self.scheduler.step(predicted, time, latents, return_dict=False, **options)[0]
         images = latents if output_type == "latent" else self.decode(latents)
         if output_type != "latent":
             images = self.image_processor.postprocess(images, output_type)
@@ -97,8 +100,8 @@ def generate(
 ) -> Iterator[Tensor]:
     """The images of these numbers, so many at a time, (n, 3, H, W) uint8 on the pipeline's device.
 
-    The first noise of image i is drawn on the CPU with the seed `seed` + i, so that it depends neither on the
-    others nor on the device.
+    The noise of image i is drawn on the CPU with the seed `seed` + i, so that it depends neither on the others nor
+    on the device.
     """
     for start in range(0, len(numbers), batch_size):
         generators = [torch.Generator().manual_seed(seed + i) for i in numbers[start : start + batch_size]]

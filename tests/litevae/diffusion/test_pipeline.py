@@ -1,7 +1,13 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DPMSolverMultistepScheduler, EDMEulerScheduler
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+)
 from PIL import Image
 
 from litevae.diffusion import LatentDiffusionPipeline
@@ -79,7 +85,9 @@ def test_saved_pipeline_draws_the_same(autoencoder, tmp_path, kind):
         assert torch.equal(draw(loaded), draw(pipeline))
 
 
-def test_an_image_depends_on_its_seed_alone(pipeline):
+@pytest.mark.parametrize("scheduler", [EDMEulerScheduler(sigma_data=1.0), DDPMScheduler(clip_sample=False)])
+def test_an_image_depends_on_its_seed_alone(pipeline, scheduler):
+    pipeline.scheduler = scheduler
     together = torch.cat(list(generate(pipeline, range(5), 10, 3, batch_size=5))).int()
     apart = torch.cat(list(generate(pipeline, [1, 2], 11, 3, batch_size=1))).int()
     # the number of images in a batch changes roundings, which may change what a pixel is rounded to

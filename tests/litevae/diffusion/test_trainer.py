@@ -53,7 +53,7 @@ def test_one_latent_is_learned_by_heart(tiny, autoencoder, photographs, tmp_path
     ]
     # a network that is zero has the loss of its target's variance, 1 but for the first few draws
     assert losses[0] == pytest.approx(1, abs=0.2)
-    if kind == "ddpm":  # whose sampler takes errors at the last noise level 80 times: the loss must do
+    if kind == "ddpm":  # of which an error at the last noise level counts 80 times: it needs far longer
         assert np.mean(losses[-20:]) < 0.3
         return
     # samples are the latent, but for the posterior's own noise
