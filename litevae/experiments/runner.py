@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -192,11 +194,17 @@ def squares_folder(output: Path, held_out: bool, size: int) -> Path:
         ]
         if not held_out:
             squares = squares[:: max(1, -(-len(squares) // TINY_SQUARES))]
-        unfinished = folder.with_name(f".{folder.name}.tmp")
-        unfinished.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(dir=folder.parent))
         for name, square in squares:
             Image.fromarray(square).save(unfinished / name)
-        unfinished.rename(folder)
+        unfinished.chmod(0o755)
+        try:
+            unfinished.rename(folder)
+        except OSError:  # there by now, from another experiment, or a failure of the disk's
+            shutil.rmtree(unfinished)
+            if not folder.is_dir():
+                raise
     state.wait_for_everyone()
     return folder
 
