@@ -14,7 +14,7 @@ def experiment(
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings of training to change.")
     ] = None,
     scale: Annotated[
-        str, typer.Option(metavar="SCALE", help="tiny, or paper for the published setting.")
+        str, typer.Option(metavar="SCALE", help="tiny, medium, or paper for the published setting.")
     ] = "tiny",
     data: Annotated[
         list[str] | None, typer.Option(metavar="SET=PATH", help="A data set's images, for paper.")
@@ -42,12 +42,15 @@ def experiment(
              torchrun --nproc-per-node 2 --no-python litevae experiment table01 --scale paper ...
 
     Trains every model of the experiment and writes NAME.md: our figures with the paper's beside them, and
-    whether what the paper says of them shows; NAME.json has every setting; figures come as PNG. tiny is the same code
-    with the whole encoders on scikit-image's photographs, a quarter of the image size, 0.3% of the steps and
-    a small decoder: a minute or so a model on two CPU cores. Its figures are no measure of the paper's.
+    whether what the paper says of them shows; NAME.json has every setting; figures come as PNG. tiny is the
+    same code with the whole encoders on scikit-image's photographs, a quarter of the image size, 0.2% of the
+    steps and a small decoder: a minute or so a model on two CPU cores. medium, for a GPU, has half the size, 1%
+    of the steps and the whole decoder. Their figures are no measure of the paper's.
 
     Models lie in DIR/runs under a digest of their settings: experiments share those that they have in common,
-    and a command that was interrupted goes on. Data sets are imagenet, ffhq, celeba-hq and deepfashion.
+    and a command that was interrupted goes on with those that are left (at paper's scale, from its checkpoint).
+    Data sets are imagenet, ffhq, celeba-hq and deepfashion. Settings of the second stage begin with diffusion.,
+    as in diffusion.max_steps=100.
     """
     from litevae.experiments.spec import load_experiment, shipped_experiments
 
@@ -55,14 +58,16 @@ def experiment(
         for each in shipped_experiments():
             print(f"{each}  {load_experiment(each).title}")
         return
-    if scale not in ("tiny", "paper"):
-        raise UserError(f"--scale {scale}: must be tiny or paper")
+    from accelerate import PartialState
 
     from litevae.experiments.run import run_experiment
     from litevae.experiments.runner import Setup, Stopped
+    from litevae.experiments.spec import SCALES
 
+    if scale not in SCALES:
+        raise UserError(f"--scale {scale}: must be one of {', '.join(SCALES)}")
     setup = Setup(
-        "paper" if scale == "paper" else "tiny",
+        scale,
         output or Path("runs/experiments") / scale,
         pairs("--data", data),
         pairs("--validation", validation),
@@ -73,7 +78,8 @@ def experiment(
     try:
         report = run_experiment(name, setup)
     except Stopped as stopped:
-        print(stopped)
+        if PartialState().is_main_process:
+            print(stopped)
         return
     if report is not None:
         print(report.read_text(encoding="utf-8"))

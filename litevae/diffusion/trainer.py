@@ -380,7 +380,7 @@ class Trainer:
             (signal_name or "another process") if stopped else None,
         )
         if self.is_main:
-            self.write_metrics(result)
+            self.write_metrics(result, complete=not (stopped or failure))
         self.accelerator.wait_for_everyone()
         return result
 
@@ -395,7 +395,7 @@ class Trainer:
         with replacing(self.output_dir / "loss.png") as path:
             draw_loss(self.lines, path)
 
-    def write_metrics(self, result: Result) -> None:
+    def write_metrics(self, result: Result, complete: bool) -> None:
         measured: dict[str, Any] = {"fid": result.fid, "not_measured": result.no_fid}
         if result.fid is not None:
             measured |= {
@@ -410,6 +410,7 @@ class Trainer:
             "loss": result.loss,
             "steps": result.steps,
             "skipped_steps": self.skipped,
+            "complete": complete,  # all steps were gone through
             "parameters": result.parameters,
             "latent": list(self.feed.shape),
             "seconds": round(result.seconds, 1),

@@ -5,10 +5,10 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
+from accelerate import PartialState
 
-from litevae.diffusion import load_config as load_diffusion_config
 from litevae.diffusion import train as train_diffusion
+from litevae.errors import UserError
 from litevae.evaluation.complexity import measure_complexity, measure_speed
 from litevae.evaluation.evaluate import evaluate
 from litevae.evaluation.feature_maps import draw_feature_maps, feature_magnitude, imbalance
@@ -20,148 +20,166 @@ from litevae.experiments.runner import (
     Setup,
     Stopped,
     Trained,
+    diffusion_config,
+    finished,
     held_out_images,
     squares_folder,
     wanted_metrics,
 )
-from litevae.experiments.spec import TINY_SIZE, Experiment, measured_size
+from litevae.experiments.spec import Experiment, measured_size
 from litevae.images import Pixels
 from litevae.latents import Settings, encode_images
 from litevae.loading import find_model, load_model
+from litevae.models import LiteVAE
 from litevae.models.baseline import Autoencoder
-from litevae.training.checkpoint import replacing
+from litevae.models.encoder import Encoder
 from litevae.training.data import load_validation
 from litevae.training.report import draw_reconstructions
 from litevae.training.scale import measure_latents, store_scale
 from litevae.training.sources import open_images
 
-COMPLEXITY_SIZE, COMPLEXITY_BATCH = 256, {"tiny": 1, "paper": 32}
+COMPLEXITY_SIZE = 256
 SHOWN = 3  # rows of a picture
 IMBALANCE_IMAGES = 32
-# the shipped configuration of the second stage, and settings that replace its own
-DIFFUSION = {
-    "tiny": ("small", "max_steps=600", "data.batch_size=16", "fid.measure=never"),
-    "paper": ("ldm-ffhq", "fid.measure=always"),
-}
-MMD_IMAGES, MMD_GROUPS = 2000, {"tiny": 4, "paper": 10}
+MMD_IMAGES = 2000
+
+Pictures = dict[str, Callable[[Path], None]]  # what to add to the experiment's name, and what draws it
 
 
-def measure(experiment: Experiment, setup: Setup, rows: Sequence[Row], pictures: Path) -> list[Path]:
-    """Fills the rows' values.
-
-    Args:
-        pictures: path without suffix for those that this kind of experiment draws.
+def measure(experiment: Experiment, setup: Setup, rows: Sequence[Row]) -> Pictures:
+    """Fills the rows' values, in all processes alike.
 
     Returns:
-        The pictures.
+        The pictures, which the first process is to draw.
     """
-    return KINDS[experiment.kind](experiment, setup, rows, pictures)
+    return KINDS[experiment.kind](experiment, setup, rows)
 
 
-def reconstruction(experiment: Experiment, setup: Setup, rows: Sequence[Row], _: Path) -> list[Path]:
+def reconstruction(experiment: Experiment, setup: Setup, rows: Sequence[Row]) -> Pictures:
     metrics = wanted_metrics(experiment, setup)
     for row in rows:
         for trained in row.trained:
-            size = measured_size(trained.config, row.spec, setup.scale)
-            images = open_images(held_out_images(setup, row.spec, size))
-            workers = trained.config.data.workers
-            values = evaluate(load(trained), images, metrics, size, workers=workers).values
-            row.values.append({**values, "seconds": trained.seconds})
-    return []
+            size = measured_size(trained.config, row.spec, setup.at)
+            images = held_out_images(setup, row.spec, size)
+            result = evaluate(
+                load(trained),
+                open_images(images),
+                metrics,
+                size,
+                workers=trained.config.data.workers,
+                partial=trained.folder / f"evaluation-{size}.partial",
+                identity={"images": images, "steps": trained.record["steps"]},
+            )
+            row.values.append({**parameters(row, trained), **result.values, "seconds": trained.seconds})
+            row.count = result.count
+    return {}
 
 
-def mmd(experiment: Experiment, setup: Setup, rows: Sequence[Row], _: Path) -> list[Path]:
-    groups = MMD_GROUPS[setup.scale]
+def parameters(row: Row, trained: Trained) -> dict[str, float]:
+    """Those that the paper prints, counted."""
+    model = load(trained)
+    found = {"parameters (M)": measure_complexity(model, model.config.sample_size).encoder_parameters / 1e6}
+    if isinstance(model, LiteVAE) and isinstance(model.encoder, Encoder):
+        aggregator = dict(model.encoder.feature_aggregator.named_parameters())
+        found["aggregator (M)"] = sum(p.numel() for n, p in aggregator.items() if n != "pos_embed") / 1e6
+    return {name: value for name, value in found.items() if name in row.spec.paper}
+
+
+def mmd(experiment: Experiment, setup: Setup, rows: Sequence[Row]) -> Pictures:
     for row in rows:
         for trained in row.trained:
-            size = measured_size(trained.config, row.spec, setup.scale)
-            folder = held_out_images(setup, row.spec, size)
-            if setup.scale == "tiny":  # the held-out photograph gives too few
-                folder = str(squares_folder(setup.output, held_out=False, size=size))
+            size = measured_size(trained.config, row.spec, setup.at)
             latents = collect_latents(
-                load(trained), open_images(folder), size, MMD_IMAGES, workers=trained.config.data.workers
+                load(trained),
+                open_images(many_images(setup, row, size)),
+                size,
+                MMD_IMAGES,
+                workers=trained.config.data.workers,
             )
-            found = distance_from_gaussian(latents, groups=groups)
-            row.values.append({f"sigma {d.sigma:g}": 1000 * d.mean for d in found})
-    return []
+            found = distance_from_gaussian(latents, groups=setup.at.mmd_groups)
+            row.count = len(latents)
+            row.values.append(
+                {f"sigma {d.sigma:g}": 1000 * d.mean for d in found}
+                | {f"± at {d.sigma:g}": 1000 * d.std for d in found}
+            )
+    return {}
 
 
-def complexity(experiment: Experiment, setup: Setup, rows: Sequence[Row], _: Path) -> list[Path]:
-    batch = COMPLEXITY_BATCH[setup.scale]
-    models = [find_model(row.spec.model, COMPLEXITY_SIZE) for row in rows]
-    if torch.accelerator.is_available():
-        models = [model.to(torch.accelerator.current_accelerator()) for model in models]
-    speeds = measure_speed(models, "encoder", COMPLEXITY_SIZE, batch)
+def complexity(experiment: Experiment, setup: Setup, rows: Sequence[Row]) -> Pictures:
+    if PartialState().num_processes > 1:
+        raise UserError("this experiment times models on one device: run it in one process")
+    models = [on_device(find_model(row.spec.model, COMPLEXITY_SIZE)) for row in rows]
+    speeds = measure_speed(models, "encoder", COMPLEXITY_SIZE, setup.at.complexity_batch)
     for row, model, speed in zip(rows, models, speeds, strict=True):
-        values = {"parameters (M)": measure_complexity(model, COMPLEXITY_SIZE).encoder_parameters / 1e6}
+        cost = measure_complexity(model, COMPLEXITY_SIZE)
+        values = {"parameters (M)": cost.encoder_parameters / 1e6, "GMACs": cost.encoder_macs / 1e9}
         if speed.peak_memory is not None:
             values["memory (MB)"] = speed.peak_memory / 1e6
         row.values.append({**values, "images/s": speed.images_per_second})
-    return []
+    return {}
 
 
-def latents(experiment: Experiment, setup: Setup, rows: Sequence[Row], pictures: Path) -> list[Path]:
-    drawn = []
+def latents(experiment: Experiment, setup: Setup, rows: Sequence[Row]) -> Pictures:
+    pictures: Pictures = {}
     for row in rows:
         trained = row.trained[0]
-        size = measured_size(trained.config, row.spec, setup.scale)
+        size = measured_size(trained.config, row.spec, setup.at)
         images = named_images(held_out_images(setup, row.spec, size), size, SHOWN)
-        path = pictures.with_name(f"{pictures.name}-{slug(row.spec.name)}.png")
-        with replacing(path) as temporary:
-            draw_reconstructions(load(trained), images, temporary, principal=False)
-        drawn.append(path)
+
+        def draw(path: Path, trained: Trained = trained, images: list[tuple[str, Pixels]] = images) -> None:
+            draw_reconstructions(load(trained), images, path, principal=False)
+
+        pictures[f"-{slug(row.spec.name)}"] = draw
         row.values.append({"seconds": trained.seconds})
-    return drawn
+        row.count = len(images)
+    return pictures
 
 
-def features(experiment: Experiment, setup: Setup, rows: Sequence[Row], pictures: Path) -> list[Path]:
+def features(experiment: Experiment, setup: Setup, rows: Sequence[Row]) -> Pictures:
     maps, numbers = {}, {}
     shown: list[tuple[str, Pixels]] = []
     for row in rows:
         trained = row.trained[0]
-        size = measured_size(trained.config, row.spec, setup.scale)
+        size = measured_size(trained.config, row.spec, setup.at)
         images = named_images(held_out_images(setup, row.spec, size), size, IMBALANCE_IMAGES)
         shown = images[:: max(1, len(images) // SHOWN)][:SHOWN]
-        found = {name: feature_magnitude(load(trained), pixels) for name, pixels in images}
+        model = load(trained)
+        found = {name: feature_magnitude(model, pixels) for name, pixels in images}
         maps[row.spec.name] = [found[name] for name, _ in shown]
         numbers[row.spec.name] = imbalance(list(found.values()))
         row.values.append({"imbalance": numbers[row.spec.name], "seconds": trained.seconds})
-    path = pictures.with_suffix(".png")
-    with replacing(path) as temporary:
-        draw_feature_maps(shown, maps, numbers, temporary)
-    return [path]
+        row.count = len(images)
+    return {"": lambda path: draw_feature_maps(shown, maps, numbers, path)}
 
 
-def resolution(experiment: Experiment, setup: Setup, rows: Sequence[Row], pictures: Path) -> list[Path]:
-    shrink = TINY_SIZE if setup.scale == "tiny" else 1
-    sizes, metrics = [size // shrink for size in experiment.sizes], wanted_metrics(experiment, setup)
+def resolution(experiment: Experiment, setup: Setup, rows: Sequence[Row]) -> Pictures:
+    sizes, metrics = [size // setup.at.size for size in experiment.sizes], wanted_metrics(experiment, setup)
     folder = held_out_images(setup, rows[0].spec, max(sizes))  # shrunk, not enlarged
     workers = rows[0].trained[0].config.data.workers
     models = {row.spec.name: load(row.trained[0]) for row in rows}
+    trained_sizes = {name: model.config.sample_size for name, model in models.items()}
     found = sweep_resolutions(models, open_images(folder), sizes, metrics, workers=workers)
     values = {
         name: {size: evaluation.values for size, evaluation in by_size.items()}
         for name, by_size in found.items()
     }
     for row in rows:
-        own, trained_size = values[row.spec.name], models[row.spec.name].config.sample_size
-        found_at = {f"{metric} at {size}": own[size][metric] for metric in metrics for size in sizes}
-        worst = {
-            f"worst {metric} degradation (%)": max(
-                relative_degradation(
-                    {size: own[size][metric] for size in sizes}, metric, trained_size
-                ).values()
-            )
-            for metric in metrics
-        }
-        row.values.append({**found_at, **worst})
-    path = pictures.with_suffix(".png")
-    with replacing(path) as temporary:
-        draw_resolutions(values, {name: m.config.sample_size for name, m in models.items()}, temporary)
-    return [path]
+        name = row.spec.name
+        by_metric = {metric: {size: values[name][size][metric] for size in sizes} for metric in metrics}
+        row.count = found[name][sizes[0]].count
+        row.values.append(
+            {f"{metric} at {size}": by_metric[metric][size] for metric in metrics for size in sizes}
+            | {
+                f"worst {metric} degradation (%)": max(
+                    relative_degradation(by_metric[metric], metric, trained_sizes[name]).values()
+                )
+                for metric in metrics
+            }
+        )
+    return {"": lambda path: draw_resolutions(values, trained_sizes, path)}
 
 
-def gradients(experiment: Experiment, setup: Setup, rows: Sequence[Row], pictures: Path) -> list[Path]:
+def gradients(experiment: Experiment, setup: Setup, rows: Sequence[Row]) -> Pictures:
     ratios = {row.spec.name: read_gradient_ratios(row.trained[0].folder) for row in rows}
     for row in rows:
         found = ratios[row.spec.name]
@@ -173,52 +191,55 @@ def gradients(experiment: Experiment, setup: Setup, rows: Sequence[Row], picture
                 "spread": found.spread,
             }
         )
-    path = pictures.with_suffix(".png")
-    with replacing(path) as temporary:
-        draw_gradient_ratios(ratios, temporary)
-    return [path]
+    return {"": lambda path: draw_gradient_ratios(ratios, path)}
 
 
-def generation(experiment: Experiment, setup: Setup, rows: Sequence[Row], pictures: Path) -> list[Path]:
+def generation(experiment: Experiment, setup: Setup, rows: Sequence[Row]) -> Pictures:
     """What `litevae scale`, `encode` and `train-diffusion` do one after the other."""
-    drawn = []
+    pictures: Pictures = {}
     for row in rows:
         trained = row.trained[0]
-        size = measured_size(trained.config, row.spec, setup.scale)
-        folder, workers = trained.config.data.train, trained.config.data.workers
-        if setup.scale == "tiny":
-            folder = str(squares_folder(setup.output, held_out=False, size=size))
-        images = open_images(folder)
+        size, workers = measured_size(trained.config, row.spec, setup.at), trained.config.data.workers
+        source = many_images(setup, row, size) if setup.at.demo else setup.data[row.spec.dataset]
+        images = open_images(source)
         if load(trained).config.latents_mean is None:
-            store_scale(
-                trained.folder / "model" / "config.json", measure_latents(load(trained), images, size)
-            )
-        latents = trained.folder / "latents"
-        encoded = encode_images(load(trained), images, latents, Settings(size, mirror=True), workers=workers)
+            found = measure_latents(load(trained), images, size, workers=workers)
+            PartialState().wait_for_everyone()  # all have read the configuration
+            if PartialState().is_main_process:
+                store_scale(trained.folder / "model" / "config.json", found)
+            PartialState().wait_for_everyone()
+        folder = trained.folder / "latents"
+        encoded = encode_images(load(trained), images, folder, Settings(size, mirror=True), workers=workers)
         if encoded.stopped_by:
-            raise Stopped(f"stopped by {encoded.stopped_by}; the same command goes on")
-        config = load_diffusion_config(
-            DIFFUSION[setup.scale][0],
-            [
-                *DIFFUSION[setup.scale][1:],
-                f"model={trained.folder}",
-                f"data.latents={latents}",
-                f"fid.images={folder}",
-                f"output_dir={trained.folder / 'diffusion'}",
-                "resume=auto",
-                *row.spec.diffusion,
-            ],
+            raise Stopped(f"stopped by {encoded.stopped_by}: the same command goes on")
+        config = diffusion_config(experiment, setup, trained.folder, str(folder), source)
+        record = finished(config.output_dir)
+        if record is None:
+            result = train_diffusion(config, load(trained))
+            if result.stopped_by:
+                raise Stopped(f"stopped by {result.stopped_by}: the same command goes on")
+            record = finished(config.output_dir)
+        if record is None:
+            raise UserError(f"{config.output_dir}: the run did not come to its end")
+        fid = record["fid"]["fid"]
+        values = {} if fid is None else {"fid": fid}
+        row.values.append(
+            {**values, "steps of the second stage": record["steps"], "its seconds": record["seconds"]}
         )
-        result = train_diffusion(config, load(trained))
-        if result.stopped_by:
-            raise Stopped(f"stopped by {result.stopped_by}; the same command goes on")
-        values = {} if result.fid is None else {"fid": result.fid}
-        row.values.append({**values, "seconds of the second stage": result.seconds})
-        path = pictures.with_name(f"{pictures.name}-{slug('-'.join(row.spec.row))}.png")
-        with replacing(path) as temporary:
-            shutil.copyfile(result.output_dir / "samples.png", temporary)
-        drawn.append(path)
-    return drawn
+        row.count = encoded.total
+
+        def copy(path: Path, samples: Path = Path(config.output_dir) / "samples.png") -> None:
+            shutil.copyfile(samples, path)
+
+        pictures[f"-{slug('-'.join(row.spec.row))}"] = copy
+    return pictures
+
+
+def many_images(setup: Setup, row: Row, size: int) -> str:
+    """Held-out images; below the paper's scale, where one photograph gives too few, those trained on."""
+    if not setup.at.demo:
+        return held_out_images(setup, row.spec, size)
+    return str(squares_folder(setup.output, held_out=False, size=size))
 
 
 def named_images(folder: str, size: int, count: int) -> list[tuple[str, Pixels]]:
@@ -233,12 +254,15 @@ def slug(name: str) -> str:
 
 
 def load(trained: Trained) -> Autoencoder:
-    """The run's model, on the GPU if there is one."""
-    model = load_model(trained.folder)
-    return model.to(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else model
+    """The run's model, on this process's device."""
+    return on_device(load_model(trained.folder))
 
 
-KINDS: dict[str, Callable[[Experiment, Setup, Sequence[Row], Path], list[Path]]] = {
+def on_device(model: Autoencoder) -> Autoencoder:
+    return model.to(PartialState().device)
+
+
+KINDS: dict[str, Callable[[Experiment, Setup, Sequence[Row]], Pictures]] = {
     "reconstruction": reconstruction,
     "complexity": complexity,
     "mmd": mmd,

@@ -2,20 +2,23 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from scipy.stats import t as student
+
 from litevae.experiments.runner import Row, Setup
-from litevae.experiments.spec import Claim, Experiment, measured_size
+from litevae.experiments.spec import Claim, Experiment, matches, measured_size
 from litevae.training.checkpoint import replacing
+from litevae.training.config import list_stages
 from litevae.training.report import device_name, versions
 
 # metrics begin with one of these
-LOWER_IS_BETTER = ("rfid", "lpips", "fid", "imbalance", "sigma", "spread", "worst")
+LOWER_IS_BETTER = ("rfid", "lpips", "fid", "imbalance", "sigma", "spread", "worst", "memory")
 # of a metric: its heading and the digits after the point
 HEADINGS = {
     "rfid": ("rFID ↓", 2),
@@ -43,18 +46,19 @@ def write_report(
         seconds: that the experiment took, without runs that it shares with earlier ones.
     """
     path = setup.output / f"{name}.md"
+    changed = ", changed by hand" if setup.overrides else ""
     text = [
-        f"# {heading(name)}, {scale_in_words(setup)}: {experiment.title}",
+        f"# {heading(name)}, {setup.at.description}{changed}: {experiment.title}",
         description(experiment, setup, rows),
         table(experiment, rows),
         *(f"![{picture.stem}]({picture.name})" for picture in pictures),
         *verdicts(experiment, rows),
-        *([experiment.note] if experiment.note else []),
-        f"{device_name()}; {versions()}; {date.today()}; {seconds:.0f} s"
-        " for this experiment, training that it shares with others not counted again.",
+        experiment.note,
+        f"{device_name()}; {versions()}; {date.today()}; {seconds:.0f} s for this experiment, without models that "
+        "others had trained before.",
     ]
     with replacing(path) as temporary:
-        temporary.write_text("\n\n".join(part.strip() for part in text) + "\n", encoding="utf-8")
+        temporary.write_text("\n\n".join(part.strip() for part in text if part) + "\n", encoding="utf-8")
     record = {
         "experiment": name,
         "scale": setup.scale,
@@ -65,6 +69,7 @@ def write_report(
                 "row": row.spec.row,
                 "paper": row.spec.paper,
                 "values": row.values,
+                "images": row.count,
                 "configurations": [asdict(trained.config) for trained in row.trained],
             }
             for row in rows
@@ -86,43 +91,54 @@ def heading(name: str) -> str:
     return f"{word.capitalize()} {int(number)}" if number else name
 
 
-def scale_in_words(setup: Setup) -> str:
-    return "tiny scale, not the paper's" if setup.scale == "tiny" else "the paper's setting"
-
-
 def description(experiment: Experiment, setup: Setup, rows: Sequence[Row]) -> str:
     """What the models were trained on and for how long, and what was measured."""
-    if not any(row.trained for row in rows):
-        return ""
+    if experiment.kind == "complexity":
+        return (
+            f"Encoders, batch {setup.at.complexity_batch}, 256 x 256 pixels, float32, eager, channels_last."
+        )
     configs = [trained.config for row in rows for trained in row.trained]
     steps = in_words({config.max_steps for config in configs})
     batch = in_words({config.data.batch_size for config in configs})
-    sides = in_words({config.data.size for config in configs})
-    images = (
-        "scikit-image's photographs" if setup.scale == "tiny" else in_words({r.spec.dataset for r in rows})
-    )
-    sizes = in_words({measured_size(row.trained[0].config, row.spec, setup.scale) for row in rows})
+    sides = in_words({stage.size for config in configs for stage in list_stages(config)})
+    images = "scikit-image's photographs" if setup.at.demo else in_words({row.spec.dataset for row in rows})
     seeds = max(len(row.trained) for row in rows)
-    if setup.scale == "paper":
-        measured_on = "held-out images"
-    elif experiment.kind in ("mmd", "generation"):
-        measured_on = "squares of the same photographs, of which the held-out one has too few"
-    else:
-        measured_on = "squares of a photograph that no model was trained on"
     text = (
         f"Trained for {steps} steps of {batch} crops of {images}, {sides} pixels a side"
         + (f", with {seeds} seeds (mean ± standard deviation)" if seeds > 1 else ", one seed")
-        + f". Measured at {sizes} pixels on {measured_on}."
+        + f". {measurement(experiment, setup, rows)}"
     )
-    if setup.scale == "tiny":
+    if setup.at.demo:
         text += (
-            " Encoders are whole, decoders, steps and images much smaller than the paper's: its figures stand"
-            " beside ours to show what the experiment is about, not to be compared with them. Rows that differ"
-            " only in the data set or in what this scale leaves out show the same run."
+            " The encoders are the paper's; images, steps, and at the tiny scale decoders, are much smaller: the"
+            " paper's figures stand beside ours to show what the experiment is about, not to be compared with"
+            " them. Rows that differ only in the data set, or in what this scale leaves out, show the same run."
         )
     if setup.overrides:
         text += f" Changed by hand: {', '.join(setup.overrides)}."
     return text
+
+
+def measurement(experiment: Experiment, setup: Setup, rows: Sequence[Row]) -> str:
+    if experiment.kind == "gradients":
+        return "Measured during training."
+    counts = in_words({row.count for row in rows})
+    if experiment.kind == "resolution":
+        sizes = in_words({size // setup.at.size for size in experiment.sizes})
+    else:
+        sizes = in_words({measured_size(row.trained[0].config, row.spec, setup.at) for row in rows})
+    if experiment.kind == "generation":
+        return f"The second stage learns {counts} latents of {sizes} pixels a side, and their mirror images'."
+    whose = "held-out images"
+    if setup.at.demo:
+        whose = (
+            "squares of the photographs that they were trained on"
+            if experiment.kind == "mmd"
+            else "squares of a photograph that no model was trained on"
+        )
+    return f"Measured on {counts} {whose}, {sizes} pixels a side, 8 bits, " + (
+        "samples of the posterior." if experiment.kind == "mmd" else "mode of the posterior."
+    )
 
 
 def in_words(values: set[Any]) -> str:
@@ -166,41 +182,68 @@ def mean_and_spread(values: Sequence[float], key: str) -> str:
 
 
 def verdicts(experiment: Experiment, rows: Sequence[Row]) -> list[str]:
-    """For each claim whether it shows here, as a list in Markdown."""
-    lines = []
-    for claim in experiment.claims:
-        better, than = (find(rows, name, claim.among) for name in (claim.better, claim.than))
-        found = [verdict(claim, metric, better, than) for metric in claim.metrics if measured(better, metric)]
-        lines.append(f"- {claim.text} {'; '.join(found) if found else 'Not measured at this scale'}.")
-    return ["What the paper says, and what shows here:\n\n" + "\n".join(lines)] if lines else []
+    """For each claim whether it shows here, as lists in Markdown."""
+    result = []
+    for ours, title in ((False, "What the paper says, and what shows here:"), (True, "Not in the paper:")):
+        lines = [
+            f"- {claim.text} {verdict(claim, *(find(rows, name, claim.among) for name in (claim.better, claim.than)))}"
+            for claim in experiment.claims
+            if claim.ours == ours
+        ]
+        if lines:
+            result.append(f"{title}\n\n" + "\n".join(lines))
+    return result
 
 
 def find(rows: Sequence[Row], name: str, among: str) -> Row:
-    return next(row for row in rows if row.spec.name == name and among in ("", row.spec.row[0]))
+    return next(row for row in rows if matches(row.spec, name, among))
 
 
-def measured(row: Row, metric: str) -> bool:
-    return all(metric in values for values in row.values)
-
-
-def verdict(claim: Claim, metric: str, better: Row, than: Row) -> str:
-    """Seeds are paired: both rows saw the same crops in the same order."""
+def verdict(claim: Claim, better: Row, than: Row) -> str:
     if claim.equal_seconds:
-        others = [
-            other.after(mine.seconds)[metric]
-            for mine, other in zip(better.trained, than.trained, strict=True)
-        ]
-    else:
-        others = [values[metric] for values in than.values]
+        return at_equal_seconds(claim, better, than)
+    found = [
+        judge(claim, metric, better.values, than.values)
+        for metric in claim.metrics
+        if all(metric in values for values in (*better.values, *than.values))
+    ]
+    return "; ".join(found) + "." if found else "Not measured at this scale."
+
+
+def at_equal_seconds(claim: Claim, better: Row, than: Row) -> str:
+    """Both as they were measured during training: `than` at its last validation within `better`'s seconds."""
+    ours, theirs = [], []
+    for mine, other in zip(better.trained, than.trained, strict=True):
+        point = other.validated(within=mine.seconds)
+        if point is None:
+            return f"{than.spec.name} was not validated that early."
+        ours.append(mine.record["validation"])
+        theirs.append(point)
+    steps = in_words({int(point["step"]) for point in theirs})
+    found = [judge(claim, metric, ours, theirs) for metric in claim.metrics]
+    return f"{'; '.join(found)}; {than.spec.name} after {steps} of its steps."
+
+
+def judge(
+    claim: Claim, metric: str, better: Sequence[Mapping[str, Any]], than: Sequence[Mapping[str, Any]]
+) -> str:
+    """Seeds are paired: both rows saw the same crops in the same order.
+
+    With several seeds a difference counts that has 95 % confidence by Student's t.
+    """
     sign = -1 if metric.startswith(LOWER_IS_BETTER) else 1
-    gains = [sign * (values[metric] - other) for values, other in zip(better.values, others, strict=True)]
-    gain = fmean(gains)
+    gains = [sign * (mine[metric] - other[metric]) for mine, other in zip(better, than, strict=True)]
+    gain, count = fmean(gains), len(gains)
     text = f"{title(metric).rstrip(' ↓↑')} {sign * gain:+.3g}"
-    if len(gains) > 1:
-        error = stdev(gains) / math.sqrt(len(gains))
-        text += f" ± {error:.2g}"
-        if abs(gain) < 2 * error:
-            return f"{text}, no difference that shows"
-    return f"{text}, {'shows' if gain > 0 else 'does not show'}" + (
-        " (one seed)" if len(better.trained) == 1 else ""
-    )
+    margin = 0.0
+    if count > 1:
+        error = stdev(gains) / math.sqrt(count)
+        margin = float(student.ppf(0.975, count - 1)) * error
+        text += f" ± {margin:.2g}"
+    if claim.at_least:
+        shows = gain >= -margin
+    elif abs(gain) <= margin:
+        return f"{text}, no difference that shows"
+    else:
+        shows = gain > 0
+    return f"{text}, {'shows' if shows else 'does not show'}" + (" (one seed)" if count == 1 else "")

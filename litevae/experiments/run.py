@@ -3,11 +3,13 @@
 import time
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 
 from litevae.experiments.measure import measure
 from litevae.experiments.report import write_report
 from litevae.experiments.runner import Row, Setup, prepare, train_once
+from litevae.training.checkpoint import replacing
 
 
 def run_experiment(name: str, setup: Setup) -> Path | None:
@@ -22,6 +24,7 @@ def run_experiment(name: str, setup: Setup) -> Path | None:
         NonFiniteError, OSError: as `litevae.training.train`.
     """
     start = time.perf_counter()
+    state = PartialState(cpu=not torch.accelerator.is_available())
     experiment, configs = prepare(name, setup)
     setup.output.mkdir(parents=True, exist_ok=True)
     configs = configs or [[] for _ in experiment.runs]
@@ -29,8 +32,14 @@ def run_experiment(name: str, setup: Setup) -> Path | None:
         Row(run, [train_once(config) for config in seeds])
         for run, seeds in zip(experiment.runs, configs, strict=True)
     ]
-    stem = Path(name).stem
-    pictures = measure(experiment, setup, rows, setup.output / stem)
-    if not PartialState().is_main_process:
+    pictures = measure(experiment, setup, rows)
+    if not state.is_main_process:
         return None
-    return write_report(stem, experiment, setup, rows, pictures, time.perf_counter() - start)
+    stem = Path(name).stem
+    drawn = []
+    for suffix, draw in pictures.items():
+        path = setup.output / f"{stem}{suffix}.png"
+        with replacing(path) as temporary:
+            draw(temporary)
+        drawn.append(path)
+    return write_report(stem, experiment, setup, rows, drawn, time.perf_counter() - start)

@@ -11,36 +11,80 @@ from litevae.training.config import CONFIGS, Config, list_stages, load_config
 Kind = Literal[
     "reconstruction", "complexity", "mmd", "generation", "latents", "features", "resolution", "gradients"
 ]
-Scale = Literal["tiny", "paper"]
 FOLDER = CONFIGS / "experiments"
 
-# What "tiny" makes of a published setting: sizes, steps and the decoder shrink, the encoders stay whole. No
-# weights are downloaded, so there is no LPIPS; a discriminator comes only where the experiment is about it.
-TINY_SIZE = 4  # times smaller
-TINY_STEPS = 1000, 3  # 300 for 100,000
-TINY_KL = 1e-4  # 0.01 would leave little to reconstruct from after so few steps
-TINY_SETTINGS = (
+
+@dataclass(frozen=True)
+class Scale:
+    """What becomes of a published setting.
+
+    `size`: the images are so many times smaller. `steps`: so many of a thousand steps. `settings` of training
+    and `diffusion` of the second stage replace the experiment's. `demo`: on scikit-image's photographs, instead
+    of data sets that the user names. `mmd_groups`, `complexity_batch`: of these measurements.
+    """
+
+    description: str
+    size: int = 1
+    steps: int = 1000
+    settings: tuple[str, ...] = ()
+    diffusion: tuple[str, ...] = ()
+    second_stage: str = "ldm-ffhq"
+    demo: bool = False
+    mmd_groups: int = 10
+    complexity_batch: int = 32
+
+
+# No weights are downloaded below the paper's scale, so there is no LPIPS; a discriminator comes only where the
+# experiment is about it. Encoders stay whole.
+DEMO_SETTINGS = (
     "data.train=demo",
     "data.crop=native",
-    "data.batch_size=4",
     "data.workers=0",
     "data.validation_count=28",
-    "model.block_out_channels=[32,32,64,64]",
-    "model.layers_per_block=1",
-    "model.num_groups=16",
     "loss.lpips=0",
     "loss.adversarial=0",
-    "optimizer.learning_rate=3e-4",
     "optimizer.warmup_steps=20",
-    "ema_decay=0",
-    "discriminator.width=S",
     "log_every=10",
     "validate_every=50",
-    "checkpoint.every=0",
     "tracker=none",
 )
-# diffusers' AutoencoderKL has one list of widths for both sides, and only the decoder is to shrink
-TINY_SD_VAE = ("model.encoder_block_out_channels=[128,256,512,512]",)
+DEMO_KL = 1e-4  # 0.01 would leave little to reconstruct from after so few steps
+SCALES = {
+    "paper": Scale("the paper's setting", diffusion=("fid.measure=always",)),
+    "medium": Scale(
+        "medium scale, not the paper's",
+        size=2,
+        steps=10,
+        settings=(*DEMO_SETTINGS, "ema_decay=0"),
+        diffusion=("fid.measure=never", "max_steps=2000"),
+        second_stage="small",
+        demo=True,
+        mmd_groups=4,
+    ),
+    "tiny": Scale(
+        "tiny scale, not the paper's",
+        size=4,
+        steps=2,
+        settings=(
+            *DEMO_SETTINGS,
+            "data.batch_size=4",
+            "model.block_out_channels=[32,32,64,64]",
+            "model.layers_per_block=1",
+            "model.num_groups=16",
+            "optimizer.learning_rate=3e-4",
+            "ema_decay=0",
+            "discriminator.width=S",
+            "checkpoint.every=0",
+        ),
+        diffusion=("fid.measure=never", "max_steps=600", "data.batch_size=16"),
+        second_stage="small",
+        demo=True,
+        mmd_groups=4,
+        complexity_batch=1,
+    ),
+}
+# diffusers' AutoencoderKL has one list of widths for both sides, and only the decoder may shrink
+SD_VAE_ENCODER = "model.encoder_block_out_channels=[128,256,512,512]"
 
 
 @dataclass
@@ -54,9 +98,8 @@ class RunSpec:
     config: str = ""  # training configuration, if not the experiment's
     model: str = ""  # where nothing is trained: a preset, or sd-vae
     settings: list[str] = field(default_factory=list)  # that replace the configuration's
-    tiny: list[str] = field(default_factory=list)  # more of them, at the tiny scale
+    demo: list[str] = field(default_factory=list)  # more of them, below the paper's scale
     size: int | None = None  # side in pixels measured at, if not the one it was trained at last
-    diffusion: list[str] = field(default_factory=list)  # settings of the second stage
     paper: dict[str, float] = field(default_factory=dict)  # the published figures, by metric
 
     @property
@@ -66,7 +109,7 @@ class RunSpec:
 
 @dataclass
 class Claim:
-    """What the paper says of two rows."""
+    """A statement about two rows."""
 
     example: ClassVar[str] = "{better: SMC, than: Group Norm}"
 
@@ -75,7 +118,9 @@ class Claim:
     text: str = ""
     metrics: list[str] = field(default_factory=lambda: ["psnr", "ssim"])
     among: str = ""  # where several rows have these names: what the first column says
+    at_least: bool = False  # it says that `better` is as good, not that it is better
     equal_seconds: bool = False  # `than` as it was after the seconds that `better` took
+    ours: bool = False  # not the paper's
 
 
 @dataclass
@@ -85,30 +130,44 @@ class Experiment:
     config: str = "imagenet-128-b"  # training configuration of the rows
     columns: list[str] = field(default_factory=lambda: ["Model"])
     metrics: list[str] = field(default_factory=lambda: ["rfid", "lpips", "psnr", "ssim"])
-    sizes: list[int] = field(default_factory=list)  # sides in pixels, for kind resolution and complexity
+    sizes: list[int] = field(default_factory=list)  # sides in pixels, for kind resolution
     settings: list[str] = field(default_factory=list)  # of all rows
-    tiny: list[str] = field(default_factory=list)  # more of them, at the tiny scale
-    seeds: int = 1  # runs of each row at the tiny scale; the paper does not say how many it averages
+    demo: list[str] = field(default_factory=list)  # more of them, below the paper's scale
+    seeds: int = 1  # runs of each row below the paper's scale; the paper does not say how many it averages
     note: str = ""  # where this differs from the paper, and what the paper leaves open
     runs: list[RunSpec] = field(default_factory=list)
     claims: list[Claim] = field(default_factory=list)
+
+
+def shipped_experiments() -> list[str]:
+    """Names of all tables and figures."""
+    return shipped(FOLDER)
 
 
 def load_experiment(name: str) -> Experiment:
     """The experiment `name`, such as table09, or the path of a YAML file.
 
     Raises:
-        UserError: no such experiment, broken YAML, an unknown key or a value of the wrong type.
+        UserError: no such experiment, broken YAML, an unknown key, a value of the wrong type, or rows and claims
+            that do not fit together.
     """
     experiment = load(Experiment, name, (), FOLDER)
-    if not experiment.runs or not all(run.row for run in experiment.runs):
-        raise UserError(f"{name}: an experiment needs runs, and each of them a row")
+    if not experiment.runs:
+        raise UserError(f"{name}: an experiment needs runs")
+    for run in experiment.runs:
+        if len(run.row) != len(experiment.columns):
+            raise UserError(
+                f"{name}: row {run.row} must have a cell for each of columns {experiment.columns}"
+            )
+    for claim in experiment.claims:
+        for row in (claim.better, claim.than):
+            if not any(matches(run, row, claim.among) for run in experiment.runs):
+                raise UserError(f"{name}: claim {claim.text!r} is about {row!r}, and no row has this name")
     return experiment
 
 
-def shipped_experiments() -> list[str]:
-    """Names of all tables and figures."""
-    return shipped(FOLDER)
+def matches(run: RunSpec, name: str, among: str) -> bool:
+    return run.name == name and among in ("", run.row[0])
 
 
 def training_config(
@@ -123,37 +182,34 @@ def training_config(
         UserError: settings that do not exist or do not fit.
     """
     name, chosen = run.config or experiment.config, [*experiment.settings, *run.settings]
-    if scale == "tiny":
-        chosen += [*tiny_settings(load_config(name, chosen)), *experiment.tiny, *run.tiny]
+    if scale.demo:
+        chosen += [*scaled_settings(load_config(name, chosen), scale), *experiment.demo, *run.demo]
     return load_config(name, [*chosen, f"seed={seed}", *overrides])
 
 
-def tiny_settings(paper: Config) -> list[str]:
-    """The settings that turn a published configuration into its tiny one."""
+def scaled_settings(paper: Config, scale: Scale) -> list[str]:
+    """The settings that turn a published configuration into one of a smaller scale."""
+
+    def step(published: int) -> int:
+        return published * scale.steps // 1000
+
     stages = ",".join(
-        f"{{start: {tiny_step(stage.start - 1) + 1}"
-        + (f", size: {stage.size // TINY_SIZE}" if stage.size else "")
+        f"{{start: {step(stage.start - 1) + 1}"
+        + (f", size: {stage.size // scale.size}" if stage.size else "")
         + "}"
         for stage in paper.stages
     )
     return [
-        *TINY_SETTINGS,
-        *TINY_SD_VAE * (paper.model.kind == "sd-vae"),
-        f"data.size={paper.data.size // TINY_SIZE}",
-        f"max_steps={tiny_step(paper.max_steps)}",
-        f"loss.kl={min(paper.loss.kl, TINY_KL)}",
+        *scale.settings,
+        *([SD_VAE_ENCODER] if paper.model.kind == "sd-vae" else []),
+        f"data.size={paper.data.size // scale.size}",
+        f"max_steps={step(paper.max_steps)}",
+        f"loss.kl={min(paper.loss.kl, DEMO_KL)}",
         f"stages=[{stages}]",
-        f"loss.adversarial_start={tiny_step(paper.loss.adversarial_start - 1) + 1}",
+        f"loss.adversarial_start={step(paper.loss.adversarial_start - 1) + 1}",
     ]
-
-
-def tiny_step(step: int) -> int:
-    published, tiny = TINY_STEPS
-    return step * tiny // published
 
 
 def measured_size(config: Config, run: RunSpec, scale: Scale) -> int:
     """The side in pixels of the squares that a row is measured on."""
-    if run.size is not None:
-        return run.size // (TINY_SIZE if scale == "tiny" else 1)
-    return list_stages(config)[-1].size
+    return list_stages(config)[-1].size if run.size is None else run.size // scale.size

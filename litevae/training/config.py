@@ -19,7 +19,8 @@ class ModelConfig:
 
     All but `kind`, `latent_channels`, `block_out_channels`, `layers_per_block`, `num_groups` and `use_1x1_conv`,
     which is quant_conv and post_quant_conv in Stable Diffusion's VAE, are LiteVAE's alone;
-    `encoder_block_out_channels` is the baselines', for an encoder with other widths than the decoder's.
+    `encoder_block_out_channels` is the baselines', for an encoder with other widths than the decoder's: then, as
+    with vae-small, `layers_per_block` and `num_groups` are the decoder's alone.
     """
 
     kind: Literal["litevae", "sd-vae", "vae-small"] = "litevae"

@@ -132,7 +132,7 @@ def draw_curves(
 
     Args:
         lines: one mapping a logged step, with "step", "loss" and those of the `terms` that were on.
-        history: one mapping a measurement, with "step", "psnr" and "ssim".
+        history: one mapping a measurement, with at least "step", "psnr" and "ssim".
         path: the PNG to write.
     """
     figure = Figure(figsize=(10, 4), dpi=DPI, layout="constrained")

@@ -319,7 +319,7 @@ class Trainer:
                 name: sum(metric(*pair) for pair in pairs) / len(pairs)
                 for name, metric in (("psnr", psnr), ("ssim", ssim))
             }
-            point = [{"step": step, **values}]
+            point = [{"step": step, **values, "seconds": round(self.seconds, 1)}]
             draw_grid(pairs, self.output_dir / "validation" / f"step-{step:08d}.png")
             self.accelerator.log({f"validation/{name}": value for name, value in values.items()}, step=step)
         broadcast_object_list(point)
@@ -416,10 +416,10 @@ class Trainer:
         stopped_by = (signal_name or "another process") if stopped else None
         result = Result(self.output_dir, self.step, self.seconds, final["psnr"], final["ssim"], stopped_by)
         if self.is_main:
-            self.write_results(result)
+            self.write_results(result, complete=not (stopped or failure))
         return result
 
-    def write_results(self, result: Result) -> None:
+    def write_results(self, result: Result, complete: bool) -> None:
         # a model that was trained no further may have been given its scale
         if self.step != self.restored_step or not (self.output_dir / "model").is_dir():
             save_model(self.best_model, self.output_dir / "model")
@@ -437,6 +437,7 @@ class Trainer:
             },
             "steps": result.steps,
             "skipped_steps": self.skipped,
+            "complete": complete,  # all steps were gone through
             "seconds": round(result.seconds, 1),
             "stopped_by": result.stopped_by,
             "versions": versions(),
