@@ -1,5 +1,4 @@
 import json
-from pathlib import Path
 
 import pytest
 
@@ -11,12 +10,15 @@ from litevae.training import load_config
 
 def trained(seconds=10.0, steps=100, history=()):
     config = load_config("demo", [f"max_steps={steps}"])
-    return Trained(config, {"seconds": seconds, "steps": steps, "validation": {"history": list(history)}})
+    last = history[-1] if history else {}
+    return Trained(
+        config, {"seconds": seconds, "steps": steps, "validation": {"history": list(history), **last}}
+    )
 
 
 def row(name, psnrs, paper=None, runs=None):
     runs = runs or [trained() for _ in psnrs]
-    return Row(RunSpec(row=["set", name], paper=paper or {}), runs, [{"psnr": value} for value in psnrs])
+    return Row(RunSpec(row=["set", name], paper=paper or {}), runs, [{"psnr": value} for value in psnrs], 28)
 
 
 def report(tmp_path, rows, claims=(), **settings):
@@ -35,8 +37,11 @@ def test_figures_stand_beside_the_papers_under_a_heading_with_the_scale(tmp_path
         "| set | A | 20.00 | 29.50 | 0.90 |",
         "| set | B | 21.00 |  |  |",
     ]
-    assert "100 steps" in text
-    assert "12 s" in text
+    assert (
+        "Trained for 100 steps of 4 crops of scikit-image's photographs, 64 pixels a side, one seed." in text
+    )
+    assert "Measured on 28 squares of a photograph that no model was trained on, 64 pixels a side" in text
+    assert "12 s for this experiment" in text
     record = json.loads((tmp_path / "table07.json").read_text())
     assert record["rows"][0]["values"] == [{"psnr": 20.0}]
     assert record["rows"][0]["configurations"][0]["max_steps"] == 100
@@ -47,11 +52,11 @@ def test_figures_stand_beside_the_papers_under_a_heading_with_the_scale(tmp_path
     [
         ([21.0], [20.0], "PSNR +1, shows (one seed)"),
         ([20.0], [21.0], "PSNR -1, does not show (one seed)"),
-        # paired differences 1, 2, 3: mean 2, standard error 1/sqrt(3)
-        ([21.0, 22.0, 23.0], [20.0, 20.0, 20.0], "PSNR +2 ± 0.58, shows"),
-        ([19.0, 18.0, 17.0], [20.0, 20.0, 20.0], "PSNR -2 ± 0.58, does not show"),
-        # 1, 2, -3: mean 0
-        ([21.0, 22.0, 17.0], [20.0, 20.0, 20.0], "PSNR +0 ± 1.5, no difference that shows"),
+        # paired differences 1, 2, 3: mean 2, standard error 1/sqrt(3), times Student's 4.303: 2.48
+        ([21.0, 22.0, 23.0], [20.0, 20.0, 20.0], "PSNR +2 ± 2.5, no difference that shows"),
+        # 3, 4, 5: mean 4
+        ([23.0, 24.0, 25.0], [20.0, 20.0, 20.0], "PSNR +4 ± 2.5, shows"),
+        ([17.0, 16.0, 15.0], [20.0, 20.0, 20.0], "PSNR -4 ± 2.5, does not show"),
     ],
 )
 def test_a_claim_shows_or_not(tmp_path, better, than, verdict):
@@ -60,10 +65,25 @@ def test_a_claim_shows_or_not(tmp_path, better, than, verdict):
     assert f"- A helps. {verdict}.\n" in text
 
 
+@pytest.mark.parametrize(
+    ("better", "verdict"),
+    [
+        ([20.0], "PSNR +0, shows (one seed)"),
+        ([19.0], "PSNR -1, does not show (one seed)"),
+        ([19.0, 18.0, 17.0], "PSNR -2 ± 2.5, shows"),  # not told apart
+        ([15.0, 16.0, 17.0], "PSNR -4 ± 2.5, does not show"),
+    ],
+)
+def test_a_claim_to_be_as_good_shows_unless_it_is_worse(tmp_path, better, verdict):
+    claim = Claim(better="A", than="B", text="As good.", metrics=["psnr"], at_least=True)
+    text = report(tmp_path, [row("A", better), row("B", [20.0] * len(better))], [claim])
+    assert f"- As good. {verdict}." in text
+
+
 def test_lower_is_better_for_distances(tmp_path):
     rows = [
-        Row(RunSpec(row=["A"]), [trained()], [{"sigma 25": 1.0}]),
-        Row(RunSpec(row=["B"]), [trained()], [{"sigma 25": 3.0}]),
+        Row(RunSpec(row=["A"]), [trained()], [{"sigma 25": 1.0}], 28),
+        Row(RunSpec(row=["B"]), [trained()], [{"sigma 25": 3.0}], 28),
     ]
     text = report(tmp_path, rows, [Claim(better="A", than="B", text="Closer.", metrics=["sigma 25"])])
     assert "- Closer. sigma 25 -2, shows (one seed).\n" in text
@@ -76,9 +96,17 @@ def test_a_metric_that_was_not_measured_decides_nothing(tmp_path):
 
 
 def test_at_equal_seconds_the_slower_run_counts_as_it_was_then(tmp_path):
-    history = [{"step": step, "psnr": 10.0 + step / 10, "ssim": 0.5} for step in (25, 50, 75, 100)]
-    slow, fast = trained(40.0, history=history), trained(24.0)  # 24 of its 40 s: 60 of its 100 steps
-    claim = Claim(better="A", than="B", text="Sooner.", metrics=["psnr"], equal_seconds=True)
-    text = report(tmp_path, [row("A", [18.0], runs=[fast]), row("B", [20.0], runs=[slow])], [claim])
-    assert "- Sooner. PSNR +3, shows (one seed).\n" in text  # 18 against 15, that of step 50
-    assert Path(tmp_path / "table07.md").exists()
+    history = [
+        {"step": step, "psnr": 10.0 + step / 10, "ssim": 0.5, "seconds": 0.4 * step}
+        for step in (25, 50, 75, 100)
+    ]
+    slow = trained(40.0, history=history)
+    fast = trained(24.0, history=[{"step": 100, "psnr": 18.0, "ssim": 0.5, "seconds": 24.0}])
+    claim = Claim(better="A", than="B", text="Sooner.", metrics=["psnr"], equal_seconds=True, ours=True)
+    rows = [row("A", [18.5], runs=[fast]), row("B", [20.0], runs=[slow])]
+    text = report(tmp_path, rows, [claim])
+    # 18 against 15, that of step 50, after 20 of its 40 s
+    assert "Not in the paper:\n\n- Sooner. PSNR +3, shows (one seed); B after 50 of its steps.\n" in text
+    assert "What the paper says" not in text
+    rows[0].trained[0] = trained(9.0, history=[{"step": 100, "psnr": 18.0, "seconds": 9.0}])
+    assert "- Sooner. B was not validated that early.\n" in report(tmp_path, rows, [claim])

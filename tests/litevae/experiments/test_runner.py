@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,8 @@ from skimage import data
 import litevae.experiments.runner as runner_module
 from litevae.cli import main
 from litevae.experiments.run import run_experiment
-from litevae.experiments.runner import Setup, Stopped, squares_folder
+from litevae.experiments.runner import Setup, Stopped, digest, finished, squares_folder
+from litevae.training import load_config
 from litevae.training.trainer import Result
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -77,27 +79,75 @@ def test_a_signal_stops_it_and_nothing_is_reported(tmp_path, own, monkeypatch, c
     with pytest.raises(Stopped):
         run_experiment(own, Setup("tiny", tmp_path / "out"))
     assert main(["experiment", own, "-o", str(tmp_path / "out")]) == 0
-    assert "stopped by SIGINT; the same command goes on" in capsys.readouterr().out
+    assert "stopped by SIGINT: the same command goes on" in capsys.readouterr().out
     assert not (tmp_path / "out" / "own.md").exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--scale", "huge"], "--scale huge: must be tiny or paper"),
+        (["--scale", "huge"], "--scale huge: must be one of paper, medium, tiny"),
         (
             ["--scale", "paper", "--metrics", "psnr"],
             "row 'both' needs images of imagenet: give --data imagenet=PATH",
         ),
         (["--scale", "paper", "--data", "imagenet"], "--data imagenet: write SET=PATH"),
+        (
+            ["--scale", "paper", "--data", "imagnet=/x"],
+            "--data imagnet=...: this experiment's data sets are imagenet",
+        ),
+        (["--data", "imagenet=/x"], "--data and --validation are for --scale paper"),
         (["--metrics", "fsim"], "there is no metric 'fsim', only rfid, lpips, psnr, ssim"),
         (["data.sise=32"], "unknown setting 'data.sise': did you mean 'data.size'?"),
+        (["data.size=36"], "row 'both': size must be a multiple of 8"),
+        (["seed=3"], "seed=3: the experiment sets this itself"),
+        (["diffusion.max_steps=3"], "diffusion.max_steps=3: this experiment has no second stage"),
+        (
+            ["loss.adversarial=0.1", "max_steps=5"],
+            "row 'both': max_steps=5 ends before step 101, at which the row changes",
+        ),
     ],
 )
 def test_mistakes_end_it_before_any_training(tmp_path, own, monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(runner_module, "train", lambda config: pytest.fail("trained"))
     assert main(["experiment", own, *arguments, "-o", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("table03", ["max_steps=5"], "max_steps=5: this experiment trains nothing"),
+        ("figure05", ["--seeds", "3"], "--seeds 3: this experiment shows one model a row"),
+        ("table06", ["--metrics", "psnr"], "--metrics: this experiment has its own"),
+        ("table05", ["max_steps=150"], "row '128-tuned': max_steps=150 ends before step 201"),
+        (
+            "table13",
+            ["diffusion.noise.kind=ddmp"],
+            "diffusion.noise.kind=ddmp: noise.kind must be edm or ddpm",
+        ),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(tmp_path, capsys, name, arguments, message):
+    assert main(["experiment", name, *arguments, "-o", str(tmp_path)]) == 2
+    assert message.removeprefix("diffusion.") in capsys.readouterr().err
+
+
+def test_a_run_that_stopped_is_not_taken_for_finished(tmp_path):
+    path = tmp_path / "metrics.json"
+    assert finished(str(tmp_path)) is None
+    path.write_text('{"complete": false, "steps": 2, "skipped_steps": 3}')
+    assert finished(str(tmp_path)) is None
+    path.write_text('{"complete": true, "steps": 2}')
+    assert finished(str(tmp_path))["steps"] == 2
+
+
+def test_runs_are_shared_by_what_decides_their_outcome(tmp_path):
+    config = load_config("demo")
+    same = replace(config, output_dir="elsewhere", tracker="wandb", data=replace(config.data, workers=7))
+    assert digest(config) == digest(same)
+    for other in ("seed=1", "loss.kl=0.1", "model.latent_channels=4", "validate_every=3"):
+        assert digest(load_config("demo", [other])) != digest(config)
 
 
 def test_squares_are_cut_from_the_photographs_and_not_resized(tmp_path):
