@@ -135,7 +135,7 @@ class Interrupting:
         return self.images.load(index)
 
 
-@pytest.mark.parametrize(("at", "kept"), [(0, 0), (5, 4), (7, 8), (9, 8)])
+@pytest.mark.parametrize(("at", "kept"), [(0, 2), (5, 6), (7, 8), (9, 10)])
 def test_a_signal_ends_the_run_and_the_next_one_goes_on(encode, photographs, tmp_path, contents, at, kept):
     images = open_images(str(photographs))
     stopped = encode(images=Interrupting(images, at))
@@ -143,7 +143,7 @@ def test_a_signal_ends_the_run_and_the_next_one_goes_on(encode, photographs, tmp
     with pytest.raises(UserError, match="not complete: the litevae encode command that began it goes on"):
         verify(tmp_path / "latents")
     resumed = encode()
-    assert (resumed.stopped_by, resumed.before, resumed.done) == (None, kept, 11 - kept)
+    assert (resumed.stopped_by, resumed.before, resumed.done, resumed.bad) == (None, kept, 11 - kept, 1)
     encode("whole")
     assert contents(tmp_path / "latents") == contents(tmp_path / "whole")
 
@@ -370,7 +370,7 @@ class TestCommand:
         images = open_images(str(photographs))
         monkeypatch.setattr("litevae.training.sources.open_images", lambda _: Interrupting(images, 5))
         output = command("--shard-size", 4, "--batch-size", 2).out
-        assert "stopped by SIGTERM; 4 of 11 images are encoded: the same command goes on" in output
+        assert "stopped by SIGTERM; 6 of 11 images are encoded: the same command goes on" in output
 
 
 def test_tar_shards_and_their_classes(encode, photographs, tmp_path):
