@@ -132,7 +132,7 @@ def encode_images(
     Images that cannot be read are left out and listed in bad_images.txt. Shows a progress bar on stderr.
 
     Under `torchrun` the processes share the shards, and all return the same. The files are those of one
-    process; how many there are may change from run to run. A signal to one of them ends all.
+    process; how many there are may change from run to run. A signal to one of them ends all, two batches later.
 
     Args:
         model: of 3 channels, on the device to run on. It is converted to the settings' precision, in place.
@@ -150,6 +150,8 @@ def encode_images(
     processes = Processes()
     try:
         with StopRequest() as stop, ExitStack() as until_end:
+            if model.device.type == "cuda":  # events are of the current device
+                until_end.enter_context(torch.cuda.device(model.device))
             run = Run(model, images, folder, settings, batch_size, max_bad_fraction, processes, until_end)
             return run(workers, compile, stop)
     finally:

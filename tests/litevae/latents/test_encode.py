@@ -322,7 +322,7 @@ class TestCommand:
             "11 images in ",
             " images/s; the encoder itself: ",
             "bottleneck: ",
-            f"1 images cannot be read: {tmp_path / 'out' / 'bad_images.txt'} lists them",
+            f"1 image cannot be read: {tmp_path / 'out' / 'bad_images.txt'} lists them",
             f"{tmp_path / 'out'}: all 10 images are encoded",
         ):
             assert pattern in first
@@ -334,9 +334,7 @@ class TestCommand:
         assert again.splitlines()[-1] == f"{tmp_path / 'out'}: complete already, and undamaged: 10 images"
         assert "images/s" not in again
         assert main(["encode", "--verify", str(tmp_path / "out")]) == 0
-        assert (
-            "10 images in 1 shards, 1 bad images left out; all as it was written" in capsys.readouterr().out
-        )
+        assert "10 images in 1 shard, 1 bad image left out; all as it was written" in capsys.readouterr().out
 
     def test_a_flipped_bit_is_found(self, command, tmp_path, capsys):
         command()
