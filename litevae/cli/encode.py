@@ -128,8 +128,7 @@ def encode(
         if device is not None:
             raise UserError(f"--device {device}: each of {state.num_processes} processes has its own, or cpu")
         place = state.device
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # for each process
+    cores = max(1, count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # for each process
     workers = min(cores, 16) if workers is None else workers
     chosen = choose_precision(place) if precision == "auto" else precision
     settings = Settings(autoencoder.config.sample_size if size is None else size, chosen, mirror, shard_size)
@@ -156,6 +155,11 @@ def encode(
         print(
             "this model's scaling_factor is 1: litevae scale measures it, and the same command then notes it"
         )
+
+
+def count_cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def choose_device(name: str | None) -> "torch.device":
