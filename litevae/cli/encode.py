@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from litevae.latents import Encoding
 
 
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def check_folder(folder: Path | None) -> None:
     if folder is None:
         return
@@ -24,7 +28,8 @@ def check_folder(folder: Path | None) -> None:
     shards = index["shards"]
     images, bad = sum(shard.count for shard in shards), sum(len(shard.bad) for shard in shards)
     print(
-        f"{folder}: {images} images in {len(shards)} shards, {bad} bad images left out; all as it was written"
+        f"{folder}: {plural(images, 'image')} in {plural(len(shards), 'shard')}, "
+        f"{plural(bad, 'bad image')} left out; all as it was written"
     )
     raise typer.Exit
 
@@ -58,12 +63,17 @@ def encode(
     workers: Annotated[
         int | None,
         typer.Option(
-            min=0, metavar="N", help="Processes that decode images.  [default: a core each, 16 at most]"
+            min=0,
+            metavar="N",
+            help="Processes that decode images, for each that encodes.  [default: all cores shared, 16 at most]",
         ),
     ] = None,
     device: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Such as cuda:1 or cpu.  [default: the GPU if there is one]"),
+        typer.Option(
+            metavar="NAME",
+            help="Such as cuda:1 or cpu.  [default: the GPU, or a GPU for each process, if there is one]",
+        ),
     ] = None,
     max_bad_fraction: Annotated[
         float, typer.Option(min=0, max=1, metavar="SHARE", help="Of the images that may be unreadable.")
@@ -86,6 +96,7 @@ def encode(
 
     \b
     Example: litevae encode runs/imagenet-b path/to/images latents --mirror
+             torchrun --nproc-per-node 2 --no-python litevae encode runs/imagenet-b path/to/images latents
              litevae encode --verify latents
 
     Writes the mean and log-variance of each image's latent, not a sample, as float16 to
@@ -93,18 +104,31 @@ def encode(
     which model, images and settings they are of. litevae.latents.LatentDataset reads them.
 
     The same command goes on where one was ended, by Ctrl-C or in any other way; it encodes damaged files again
-    and refuses other settings. Images that cannot be read are left out and listed in bad_images.txt.
+    and refuses other settings. Ctrl-C and SIGTERM keep every image that is encoded; after anything else, the
+    shard that was not complete is encoded again. Images that cannot be read are left out and listed in
+    bad_images.txt.
+
+    With torchrun, processes share the shards, each on its own device, and the files are those of one process;
+    the next run may have another number of them. On CPUs torchrun gives each one thread, unless
+    OMP_NUM_THREADS says otherwise. A second run on the same OUT is refused until the first has ended, unless
+    OUT's file system cannot lock files, of which a line tells.
     """
     autoencoder = load_model(model)
 
     import torch
+    from accelerate import PartialState
 
     from litevae.latents import Settings, encode_images
     from litevae.latents.encode import choose_precision
     from litevae.training.sources import open_images
 
+    state = PartialState(cpu=not torch.accelerator.is_available())
     place = choose_device(device)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if state.num_processes > 1 and place.type != "cpu":
+        if device is not None:
+            raise UserError(f"--device {device}: each of {state.num_processes} processes has its own, or cpu")
+        place = state.device
+    cores = max(1, count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # for each process
     workers = min(cores, 16) if workers is None else workers
     chosen = choose_precision(place) if precision == "auto" else precision
     settings = Settings(autoencoder.config.sample_size if size is None else size, chosen, mirror, shard_size)
@@ -124,11 +148,18 @@ def encode(
         raise UserError(
             f"{batch_size} images at a time do not fit {place}'s memory: lower --batch-size"
         ) from None
-    report(result, place, workers, cores)
+    if not state.is_main_process:  # the first process speaks for all
+        return
+    report(result, place, state.num_processes, workers, cores)
     if autoencoder.config.scaling_factor == 1:
         print(
             "this model's scaling_factor is 1: litevae scale measures it, and the same command then notes it"
         )
+
+
+def count_cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def choose_device(name: str | None) -> "torch.device":
@@ -148,16 +179,20 @@ def choose_device(name: str | None) -> "torch.device":
     return device
 
 
-def report(result: "Encoding", device: "torch.device", workers: int, cores: int) -> None:
+def report(result: "Encoding", device: "torch.device", processes: int, workers: int, cores: int) -> None:
     if result.done:
+        where = str(device) if processes == 1 else f"{processes} x {device.type}"
         print(
-            f"{result.done} images in {result.seconds:.1f} s: {result.done / result.seconds:.1f} images/s; "
-            f"the encoder itself: {result.done / result.encoder_seconds:.1f} images/s on {device}"
+            f"{plural(result.done, 'image')} in {result.seconds:.1f} s: "
+            f"{result.done / result.seconds:.1f} images/s; "
+            f"the encoder itself: {result.done / result.encoder_seconds:.1f} images/s on {where}"
         )
         share = f"{result.waited / result.seconds:.0%} of the time"
         if result.bottleneck == "decoding images":
             more = (
-                f"more --workers than {workers} may help" if workers < cores else f"all {cores} cores decode"
+                f"more --workers than {workers} may help"
+                if workers < cores
+                else f"all {cores * processes} cores decode"
             )
             hint = f"decoding images (waited for them {share}): {more}"
         elif result.bottleneck == "writing":
@@ -166,13 +201,17 @@ def report(result: "Encoding", device: "torch.device", workers: int, cores: int)
             hint = f"the encoder (waited for images {share})"
         print(f"bottleneck: {hint}")
     if result.bad:
-        print(f"{result.bad} images cannot be read: {result.folder / 'bad_images.txt'} lists them")
+        images = plural(result.bad, "image")
+        print(f"{images} cannot be read: {result.folder / 'bad_images.txt'} lists them")
     if result.stopped_by:
         encoded = result.before + result.done
         print(
             f"stopped by {result.stopped_by}; {encoded} of {result.total} images are encoded: the same command goes on"
         )
     elif result.done:
-        print(f"{result.folder}: all {result.total - result.bad} images are encoded")
+        count = result.total - result.bad
+        print(f"{result.folder}: {f'all {count} images are' if count > 1 else 'the image is'} encoded")
     else:
-        print(f"{result.folder}: complete already, and undamaged: {result.total - result.bad} images")
+        print(
+            f"{result.folder}: complete already, and undamaged: {plural(result.total - result.bad, 'image')}"
+        )

@@ -1,4 +1,8 @@
-"""Encoding a data set: images decoded by worker processes while the model encodes and a thread writes."""
+"""Encoding a data set: images decoded by worker processes while the model encodes and a thread writes.
+
+Several processes share the shards. They go in rounds of a batch each, in which they tell each other how far they
+are, and whether to stop.
+"""
 
 import hashlib
 import json
@@ -8,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,21 +24,28 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from litevae.errors import UserError
 from litevae.images import BadImage, to_model_range
+from litevae.latents.processes import LOCK, Lost, Processes, describe, locked, raise_first
 from litevae.latents.shards import (
     FORMAT,
+    INDEX,
     MIRRORED,
     MOMENTS,
     Shard,
+    Unfinished,
     find_damage,
     note_of,
     read_head,
     read_note,
+    read_unfinished,
+    unfinished_of,
     write_index,
     write_shard,
+    write_unfinished,
 )
 from litevae.models import LiteVAE
 from litevae.models.baseline import Autoencoder, check_only_size, spatial_compression
 from litevae.training.build import NOT_ARCHITECTURE
+from litevae.training.checkpoint import temporary_of
 from litevae.training.data import BadImages, load_square
 from litevae.training.feed import obey_parent_only
 from litevae.training.report import versions
@@ -71,7 +83,7 @@ class Encoding:
     `total`: images in the data; `before`: those that earlier runs had done; `done`: those of this run; `bad`:
     those of all runs that cannot be read. `seconds`: from the first batch on; `encoder_seconds` of them in the
     model, `waited` for images and `waited_to_write` for the disk. `stopped_by`: the signal that ended the run
-    early, else None.
+    early, else None. Of several processes, the images are those of all and the times are means.
     """
 
     folder: Path
@@ -115,8 +127,12 @@ def encode_images(
     Goes on where an earlier run on the same folder, with the same model, images and settings, ended in whatever
     way; its shards are checked, and encoded again where they are damaged. On one machine the files do not
     depend on how often it was ended, nor on `workers`. SIGINT or SIGTERM ends the run after the current batch;
-    the shard that is not complete then is encoded again by the next run.
+    what is encoded of a shard by then is kept, and the next run with the same batch size goes on behind it.
+    After anything worse, the shard is encoded again.
     Images that cannot be read are left out and listed in bad_images.txt. Shows a progress bar on stderr.
+
+    Under `torchrun` the processes share the shards, and all return the same. The files are those of one
+    process; how many there are may change from run to run. A signal to one of them ends all, two batches later.
 
     Args:
         model: of 3 channels, on the device to run on. It is converted to the settings' precision, in place.
@@ -126,13 +142,20 @@ def encode_images(
         compile: use `torch.compile` on the encoder.
 
     Raises:
-        UserError: a size that the model does not take, a folder of something else or with other settings, too
-            many images that cannot be read, or latents that are not finite.
-        OSError: the disk is full, for example.
+        UserError: a size that the model does not take, a folder of something else or with other settings, or
+            one that another run is writing to; too many images that cannot be read, or latents that are not
+            finite. In all processes, whichever of them found it.
+        OSError: the disk is full, for example, or another process has failed or died.
     """
-    with StopRequest() as stop:
-        run = Run(model, images, folder, settings, batch_size, max_bad_fraction)
-        return run(workers, compile, stop)
+    processes = Processes()
+    try:
+        with StopRequest() as stop, ExitStack() as until_end:
+            if model.device.type == "cuda":  # events are of the current device
+                until_end.enter_context(torch.cuda.device(model.device))
+            run = Run(model, images, folder, settings, batch_size, max_bad_fraction, processes, until_end)
+            return run(workers, compile, stop)
+    finally:
+        processes.close()
 
 
 class Batch(NamedTuple):
@@ -216,7 +239,11 @@ class BatchedEncoder:
 
 
 class Run:
-    """One run on a folder: `__init__` finds out what there is to do, the call does it."""
+    """One run on a folder: `__init__` finds out what there is to do, the call does it.
+
+    Args:
+        until_end: gets the folder's lock.
+    """
 
     def __init__(
         self,
@@ -226,30 +253,56 @@ class Run:
         settings: Settings,
         batch_size: int,
         max_bad_fraction: float,
+        processes: Processes,
+        until_end: ExitStack,
     ) -> None:
-        factor = spatial_compression(model)
-        if settings.size % factor or settings.size < 2 * factor:
-            raise UserError(
-                f"size must be a multiple of {factor} of at least {2 * factor}, got {settings.size}"
-            )
-        check_only_size(model, settings.size)
-        if model.config.in_channels != 3:
-            raise UserError(f"the model takes {model.config.in_channels} channels; images here have 3")
         self.model, self.images, self.folder, self.settings = model, images, folder, settings
-        self.batch_size = batch_size
-        self.head = self.describe(factor)
-        self.shards = self.begin()
-        bad_list = folder / "bad_images.txt"
-        bad_list.unlink(missing_ok=True)
-        self.bad = BadImages(bad_list, len(images), max_bad_fraction, setting="--max-bad-fraction")
-        self.bad.add(pair for shard in self.shards.values() for pair in shard.bad.items())
+        self.batch_size, self.max_bad_fraction, self.processes = batch_size, max_bad_fraction, processes
+        self.head: dict[str, Any] = {}
+
+        def begin() -> tuple[dict[str, Any], dict[int, Shard]]:
+            self.head = self.describe()
+            return self.head, self.begin(until_end)
+
+        # the first process alone, so that one message tells what is wrong, and it writes what there is to write
+        first_head, self.shards = processes.first_does(begin)
+        if processes.index:
+            self.head = self.describe()
+            until_end.enter_context(locked(folder, processes.index))
+        made_of = ("model", "images", "encoding", "latents")
+        if not all(
+            processes.gather([self.head[name] for name in made_of] == [first_head[name] for name in made_of])
+        ):
+            raise UserError(
+                "the processes have different models or images, or computers of different precision"
+            )
+        self.bad = self.list_bad()
         # diffusers' own `to` warns of modules to keep in float32, of which there are none
         torch.nn.Module.to(model, DTYPES[settings.precision])
         model.to(memory_format=torch.channels_last)
         model.eval()
 
-    def describe(self, factor: int) -> dict[str, Any]:
-        """index.json without the shards."""
+    def list_bad(self) -> BadImages:
+        """The list of the images that cannot be read, which all processes continue."""
+        path = self.folder / "bad_images.txt"
+        return BadImages(path, len(self.images), self.max_bad_fraction, setting="--max-bad-fraction")
+
+    def rewrite_bad(self) -> BadImages:
+        """The list as of the shards that are complete, in their order; UserError if there are too many."""
+        (self.folder / "bad_images.txt").unlink(missing_ok=True)
+        bad = self.list_bad()
+        bad.add(pair for _, shard in sorted(self.shards.items()) for pair in shard.bad.items())
+        return bad
+
+    def describe(self) -> dict[str, Any]:
+        """index.json without the shards; UserError for a size or a model that does not fit."""
+        factor = spatial_compression(self.model)
+        size, channels = self.settings.size, self.model.config.in_channels
+        if size % factor or size < 2 * factor:
+            raise UserError(f"size must be a multiple of {factor} of at least {2 * factor}, got {size}")
+        check_only_size(self.model, size)
+        if channels != 3:
+            raise UserError(f"the model takes {channels} channels; images here have 3")
         config = {name: value for name, value in self.model.config.items() if not name.startswith("_")}
         side = self.settings.size // factor
         return {
@@ -273,33 +326,37 @@ class Run:
             "versions": versions(),
         }
 
-    def begin(self) -> dict[int, Shard]:
-        """Makes the folder, or finds its whole shards; UserError if it is another one's."""
+    def begin(self, until_end: ExitStack) -> dict[int, Shard]:
+        """Makes the folder and locks it, or finds its whole shards; UserError if it is another one's."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            # of a run that has yet to write its index, or was killed before
+            own = {LOCK, temporary_of(self.folder / INDEX).name}
+            if read_head(self.folder) is None and any(path.name not in own for path in self.folder.iterdir()):
+                raise UserError(f"{self.folder}: has files, and no encoded images: give another folder")
+            until_end.enter_context(locked(self.folder))
             for path in self.folder.glob(".*.tmp.*"):  # of a run that was killed
                 path.unlink(missing_ok=True)
             there = read_head(self.folder)
             if there is None:
-                if any(self.folder.iterdir()):
-                    raise UserError(f"{self.folder}: has files, and no encoded images: give another folder")
                 write_index(self.folder, self.head, [])
                 return {}
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be written: {error.strerror}") from None
         self.compare(there)
         listed = dict(enumerate(there["shards"]))
-        shards = {}
+        self.shards = {}
         for number in range(self.count_shards()):
             shard = read_note(self.folder, number) or listed.get(number)
             if shard is None:
                 continue
             damage = find_damage(self.folder, shard)
             if damage is None:
-                shards[number] = shard
+                self.shards[number] = shard
             else:
-                print(f"{self.folder / shard.file}: {damage}; it is encoded again", file=sys.stderr)
-        return shards
+                warn(f"{self.folder / shard.file}: {damage}; it is encoded again")
+        self.rewrite_bad()
+        return self.shards
 
     def compare(self, there: dict[str, Any]) -> None:
         """UserError unless the folder was begun with the same model, images and settings."""
@@ -328,93 +385,222 @@ class Run:
         first = number * self.settings.shard_size
         return range(first, min(first + self.settings.shard_size, len(self.images)))
 
-    def batches(self, number: int) -> Iterator[range]:
+    def batches(self, number: int, start: int) -> Iterator[range]:
+        """The images of a shard after `start` of them, which must be whole batches."""
         stretch = self.stretch(number)
-        return (stretch[i : i + self.batch_size] for i in range(0, len(stretch), self.batch_size))
+        return (stretch[i : i + self.batch_size] for i in range(start, len(stretch), self.batch_size))
+
+    def identity(self, number: int) -> dict[str, Any]:
+        """What a shard's first images must have been encoded as, to go on behind them."""
+        names = ("format", "model", "images", "encoding")
+        return {**{name: self.head[name] for name in names}, "batch_size": self.batch_size, "shard": number}
+
+    def read_unfinished(self, number: int) -> Unfinished | None:
+        """What an earlier run has encoded of a shard; None, and a line on stderr, where it is of no use."""
+        try:
+            return read_unfinished(self.folder, number, self.identity(number))
+        except ValueError as reason:
+            path = unfinished_of(self.folder, number)
+            warn(f"{path}: {reason}; its images are encoded again")
+            path.unlink(missing_ok=True)
+            return None
 
     @torch.inference_mode()
     def __call__(self, workers: int, compile: bool, stop: StopRequest) -> Encoding:
+        processes = self.processes
         todo = [number for number in range(self.count_shards()) if number not in self.shards]
-        before = sum(shard.images for shard in self.shards.values())
-        encoder = BatchedEncoder(self.model, self.settings.mirror)
-        if compile and todo:
-            self.model.encoder.compile(dynamic=False)
-        squares = Squares(self.images, self.settings.size)
-        loader = DataLoader(
-            squares,
-            batch_sampler=[list(batch) for number in todo for batch in self.batches(number)],
-            collate_fn=squares.collate,
-            num_workers=workers,
-            pin_memory=self.model.device.type == "cuda",
-            worker_init_fn=obey_parent_only,
-        )
-        done, waited, waited_to_write, begun = 0, 0.0, 0.0, time.perf_counter()
+        share = Share(self, todo[processes.index :: processes.count], workers, compile)
+        kept = sum(processes.gather(sum(share.kept.values())))
+        before = sum(shard.images for shard in self.shards.values()) + kept
+        done = finished = 0
+        stopped = False
+        failure: Exception | None = None
         # into a file or a pipe a line now and then is enough
         interval = 0.5 if sys.stderr.isatty() else 10
-        with (
-            ThreadPoolExecutor(1) as writer,
-            tqdm(
-                total=len(self.images), initial=before, unit="image", mininterval=interval, disable=not todo
-            ) as bar,
-        ):
-            writing: deque[Future[None]] = deque()
-            batches = iter(loader)
-            try:
-                for number in todo:
-                    parts: list[Tensor] = []
-                    labels: list[str | None] = []
-                    bad: dict[int, str] = {}
-                    for numbers in self.batches(number):
-                        start = time.perf_counter()
-                        batch = next(batches)
-                        if done:
-                            waited += time.perf_counter() - start
-                        else:  # the workers' start is no measure of them
-                            begun = time.perf_counter()
-                        bad |= batch.bad
-                        self.bad.add((self.images.key(index), reason) for index, reason in batch.bad.items())
-                        parts.append(encoder(batch.images))
-                        labels += batch.labels
-                        done += len(numbers)
-                        bar.update(len(numbers))
-                        share = waited / (time.perf_counter() - begun)
-                        bar.set_postfix_str(f"{share:.0%} waiting for images", refresh=False)
-                        if stop.signal:
-                            break
-                    if stop.signal and len(labels) < len(self.stretch(number)):
-                        done -= len(labels)
-                        break
-                    writing.append(writer.submit(self.write, number, *to_host(parts), labels, bad))
-                    del parts
-                    start = time.perf_counter()
-                    while writing and (len(writing) > AHEAD or writing[0].done()):
-                        writing.popleft().result()
-                    waited_to_write += time.perf_counter() - start
-                    if stop.signal:
-                        break
-                encoder.finish()
-                start = time.perf_counter()
-                for each in writing:
-                    each.result()
-                waited_to_write += time.perf_counter() - start
-            finally:
-                del batches  # its workers end here; an error's traceback would keep them
-            seconds = time.perf_counter() - begun
+        with tqdm(
+            total=len(self.images),
+            initial=before,
+            unit="image",
+            mininterval=interval,
+            disable=not todo or processes.index > 0,
+        ) as bar:
+            while finished < processes.count and not stopped:
+                count = 0
+                if failure is None:
+                    try:
+                        count = share.step()
+                    except Exception as error:
+                        failure = error
+                try:
+                    ends = bool(stop.signal) or failure is not None
+                    images, finished, ending = processes.add([count, count == 0, ends])
+                    stopped = ending > 0
+                    if stopped or finished == processes.count:
+                        images += sum(each for each, *_ in processes.finish())
+                except Lost as error:
+                    stopped, images, failure = True, 0, failure or error
+                done += images
+                bar.update(images)
+                bar.set_postfix_str(f"{share.waiting:.0%} waiting for images", refresh=False)
+        try:
+            share.finish(keep=failure is None or isinstance(failure, Lost))
+        except Exception as error:
+            failure = failure or error
+        if isinstance(failure, Lost):
+            raise failure
+        reports = processes.gather((describe(failure), share.shards, share.times(), stop.signal))
+        raise_first([told for told, *_ in reports], failure)
+        for _, shards, *_ in reports:
+            self.shards |= shards
         complete = len(self.shards) == self.count_shards()
-        if complete:
-            self.complete()
+        bad = processes.first_does(lambda: self.complete() if complete else self.count_bad())
+        signals = [signal for *_, signal in reports if signal]
+        times = [times for _, _, times, _ in reports]
+        seconds, encoder, waited, to_write = (
+            sum(each) / processes.count for each in zip(*times, strict=True)
+        )
         return Encoding(
             self.folder,
             len(self.images),
             before,
             done,
-            len(self.bad),
+            bad,
             seconds,
-            encoder.seconds,
+            encoder,
             waited,
-            waited_to_write,
-            stop.signal if not complete else None,
+            to_write,
+            signals[0] if signals and not complete else None,
         )
+
+    def count_bad(self) -> int:
+        self.bad.read()  # what other processes have found
+        return len(self.bad)
+
+    def complete(self) -> int:
+        """Lists the shards in the index, and takes the notes of them away; the number of bad images."""
+        bad = self.rewrite_bad()
+        numbers = range(self.count_shards())
+        if not any(shard.count for shard in self.shards.values()):
+            raise UserError(f"none of the images can be read: {bad.path} lists them")
+        write_index(self.folder, {**self.head, "complete": True}, [self.shards[i] for i in numbers])
+        for number in numbers:
+            note_of(self.folder, number).unlink(missing_ok=True)
+            unfinished_of(self.folder, number).unlink(missing_ok=True)  # of a shard that was mended, say
+        return len(bad)
+
+
+class Share:
+    """A process's share of the shards of a run: `step` encodes a batch, `finish` writes what is left.
+
+    `kept`: how many images of a shard an earlier run has left. `shards`: those that are written by now.
+    """
+
+    def __init__(self, run: Run, todo: Sequence[int], workers: int, compile: bool) -> None:
+        self.run = run
+        self.shards: dict[int, Shard] = {}
+        unfinished = ((number, run.read_unfinished(number)) for number in todo)
+        self.kept = {number: len(each.labels) for number, each in unfinished if each is not None}
+        self.plan = deque(
+            (number, batch) for number in todo for batch in run.batches(number, self.kept.get(number, 0))
+        )
+        self.encoder = BatchedEncoder(run.model, run.settings.mirror)
+        if compile and self.plan:
+            run.model.encoder.compile(dynamic=False)
+        squares = Squares(run.images, run.settings.size)
+        loader = DataLoader(
+            squares,
+            batch_sampler=[list(batch) for _, batch in self.plan],
+            collate_fn=squares.collate,
+            num_workers=workers,
+            pin_memory=run.model.device.type == "cuda",
+            worker_init_fn=obey_parent_only,
+        )
+        self.images: Iterator[Batch] = iter(loader) if self.plan else iter(())
+        self.writer = ThreadPoolExecutor(1)
+        self.writing: deque[Future[None]] = deque()
+        self.begin_shard(None)
+        self.waited = self.waited_to_write = self.seconds = 0.0
+        self.begun: float | None = None
+
+    def begin_shard(self, number: int | None) -> None:
+        self.number = number
+        self.parts: list[Tensor] = []
+        self.labels: list[str | None] = []
+        self.bad: dict[int, str] = {}
+        if number in self.kept:
+            kept = self.run.read_unfinished(number)
+            if kept is None:
+                raise OSError(f"{unfinished_of(self.run.folder, number)}: has changed meanwhile")
+            self.parts.append(kept.moments.to(self.run.model.device))
+            self.labels += kept.labels
+            self.note_bad(kept.bad)
+
+    def note_bad(self, bad: dict[int, str]) -> None:
+        """UserError if there are too many now."""
+        self.bad |= bad
+        self.run.bad.add((self.run.images.key(index), reason) for index, reason in bad.items())
+
+    @property
+    def waiting(self) -> float:
+        """Share of the time so far in which images were waited for."""
+        return self.waited / (time.perf_counter() - self.begun) if self.begun else 0.0
+
+    def step(self) -> int:
+        """Encodes a batch; returns its number of images, 0 when all are done.
+
+        Raises:
+            UserError, OSError: as `encode_images`.
+        """
+        if not self.plan:
+            return 0
+        number, numbers = self.plan.popleft()
+        if number != self.number:
+            self.begin_shard(number)
+        start = time.perf_counter()
+        batch = next(self.images)
+        if self.begun is None:  # the workers' start is no measure of them
+            self.begun = time.perf_counter()
+        else:
+            self.waited += time.perf_counter() - start
+        self.note_bad(batch.bad)
+        self.parts.append(self.encoder(batch.images))
+        self.labels += batch.labels
+        if numbers.stop == self.run.stretch(number).stop:
+            self.writing.append(
+                self.writer.submit(self.write, number, *to_host(self.parts), self.labels, self.bad)
+            )
+            self.begin_shard(None)
+            start = time.perf_counter()
+            while self.writing and (len(self.writing) > AHEAD or self.writing[0].done()):
+                self.writing.popleft().result()
+            self.waited_to_write += time.perf_counter() - start
+        return len(numbers)
+
+    def finish(self, keep: bool) -> None:
+        """Waits for what is being encoded and written. The workers end here.
+
+        Args:
+            keep: what is encoded of an unfinished shard.
+        """
+        self.images = iter(())
+        with self.writer:
+            self.encoder.finish()
+            start = time.perf_counter()
+            for each in self.writing:
+                each.result()
+            self.waited_to_write += time.perf_counter() - start
+        if self.begun is not None:
+            self.seconds = time.perf_counter() - self.begun
+        if keep and self.number is not None:
+            moments, ready = to_host(self.parts)
+            if ready is not None:
+                ready.synchronize()
+            unfinished = Unfinished(moments, self.labels, self.bad)
+            write_unfinished(self.run.folder, self.number, self.run.identity(self.number), unfinished)
+
+    def times(self) -> tuple[float, float, float, float]:
+        """Seconds: of all, in the encoder, waited for images, and waited to write."""
+        return self.seconds, self.encoder.seconds, self.waited, self.waited_to_write
 
     def write(
         self,
@@ -427,32 +613,28 @@ class Run:
         """Writes a shard, in the writing thread."""
         if ready is not None:
             ready.synchronize()
-        stretch = self.stretch(number)
+        run, stretch = self.run, self.run.stretch(number)
         keep = [place for place, index in enumerate(stretch) if index not in bad]
         moments = moments[:, keep]
-        images = [(self.images.key(stretch[place]), labels[place]) for place in keep]
+        images = [(run.images.key(stretch[place]), labels[place]) for place in keep]
         finite = moments.isfinite().flatten(2).all(2).all(0)
         if not finite.all():
             name = images[int(finite.int().argmin())][0]
-            hint = ": try --precision fp32" if self.settings.precision != "fp32" else ""
+            hint = ": try --precision fp32" if run.settings.precision != "fp32" else ""
             raise UserError(f"{name}: its latent is not finite, or beyond float16's 65504{hint}")
         self.shards[number] = write_shard(
-            self.folder,
+            run.folder,
             number,
             stretch.start,
             images,
             dict(zip((MOMENTS, MIRRORED), moments.contiguous().unbind(), strict=False)),
-            {self.images.key(index): reason for index, reason in bad.items()},
+            {run.images.key(index): reason for index, reason in bad.items()},
         )
+        unfinished_of(run.folder, number).unlink(missing_ok=True)
 
-    def complete(self) -> None:
-        """Lists the shards in the index, and takes the notes of them away."""
-        numbers = range(self.count_shards())
-        if not any(shard.count for shard in self.shards.values()):
-            raise UserError(f"none of the images can be read: {self.bad.path} lists them")
-        write_index(self.folder, {**self.head, "complete": True}, [self.shards[i] for i in numbers])
-        for number in numbers:
-            note_of(self.folder, number).unlink(missing_ok=True)
+
+def warn(message: str) -> None:
+    print(message, file=sys.stderr)
 
 
 def to_host(parts: Sequence[Tensor]) -> tuple[Tensor, torch.cuda.Event | None]:

@@ -9,6 +9,7 @@ float16 holds every bfloat16 between 6e-5 and 65504 exactly, and a float32 to 11
 """
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterable
@@ -56,6 +57,55 @@ def name_shard(number: int) -> str:
 def note_of(folder: Path, number: int) -> Path:
     """The file that says that shard `number` is complete, until the index does."""
     return folder / f".shard-{number:05d}.json"
+
+
+def unfinished_of(folder: Path, number: int) -> Path:
+    """The file with what a run that was stopped had encoded of shard `number`."""
+    return folder / f".shard-{number:05d}.unfinished"
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """The first images of a shard, as they are encoded.
+
+    `moments` (1 or 2, N, 2 n_z, h, w) float16, the second the mirrored images'; also those of bad images,
+    which `bad` lists by their number in the data. `labels` of all.
+    """
+
+    moments: Tensor
+    labels: list[str | None]
+    bad: dict[int, str]
+
+
+def write_unfinished(folder: Path, number: int, identity: dict[str, Any], unfinished: Unfinished) -> None:
+    """Writes a file for `read_unfinished` through to the disk: the SHA-256 of what follows, and a dict as
+    `torch.save` writes it."""
+    content = io.BytesIO()
+    torch.save({"identity": identity, **vars(unfinished)}, content)
+    with replacing(unfinished_of(folder, number)) as path:
+        write(path, hashlib.sha256(content.getvalue()).digest() + content.getvalue())
+    sync_folder(folder)
+
+
+def read_unfinished(folder: Path, number: int, identity: dict[str, Any]) -> Unfinished | None:
+    """What `write_unfinished` has written, or None if there is no such file.
+
+    Raises:
+        ValueError: it is damaged, or was written for another identity.
+    """
+    try:
+        content = unfinished_of(folder, number).read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from None
+    digest, content = content[:32], content[32:]
+    if hashlib.sha256(content).digest() != digest:
+        raise ValueError("its content is not what was written (SHA-256)")
+    saved = torch.load(io.BytesIO(content), weights_only=True)
+    if saved.pop("identity") != identity:
+        raise ValueError("was left by a run with another --batch-size, or of something else")
+    return Unfinished(**saved)
 
 
 def write_shard(

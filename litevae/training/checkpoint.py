@@ -26,10 +26,15 @@ from litevae.training.build import WEIGHTS
 MANIFEST, STATE, DISCRIMINATOR = "manifest.json", "state.pt", "discriminator.safetensors"
 
 
+def temporary_of(path: Path) -> Path:
+    """Where `replacing` has a file written."""
+    return path.with_name(f".{path.stem}.tmp{path.suffix}")  # writers go by the suffix
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` to write a file to; it takes `path`'s place if nothing is raised."""
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")  # writers go by the suffix
+    temporary = temporary_of(path)
     try:
         yield temporary
         os.replace(temporary, path)

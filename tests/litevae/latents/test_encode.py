@@ -1,11 +1,13 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -117,11 +119,11 @@ def test_compiles_the_encoder(encode, model, monkeypatch):
     assert compiled == [model.encoder]
 
 
-class Interrupting:
-    """Images of which one brings a signal with it."""
+class Eventful:
+    """Images with which something happens when they are loaded."""
 
-    def __init__(self, images, at):
-        self.images, self.at = images, at
+    def __init__(self, images, event):
+        self.images, self.event = images, event
 
     def __len__(self):
         return len(self.images)
@@ -130,22 +132,229 @@ class Interrupting:
         return getattr(self.images, name)
 
     def load(self, index):
-        if index == self.at:
-            os.kill(os.getpid(), signal.SIGTERM)
+        self.event(index)
         return self.images.load(index)
 
 
-@pytest.mark.parametrize(("at", "kept"), [(0, 0), (5, 4), (7, 8), (9, 8)])
+def interrupting(images, at):
+    """Images of which one brings a signal with it."""
+    return Eventful(images, lambda index: index == at and os.kill(os.getpid(), signal.SIGTERM))
+
+
+@pytest.mark.parametrize(("at", "kept"), [(0, 2), (5, 6), (7, 8), (9, 10)])
 def test_a_signal_ends_the_run_and_the_next_one_goes_on(encode, photographs, tmp_path, contents, at, kept):
     images = open_images(str(photographs))
-    stopped = encode(images=Interrupting(images, at))
+    stopped = encode(images=interrupting(images, at))
     assert (stopped.stopped_by, stopped.before, stopped.done) == ("SIGTERM", 0, kept)
     with pytest.raises(UserError, match="not complete: the litevae encode command that began it goes on"):
         verify(tmp_path / "latents")
     resumed = encode()
-    assert (resumed.stopped_by, resumed.before, resumed.done) == (None, kept, 11 - kept)
+    assert (resumed.stopped_by, resumed.before, resumed.done, resumed.bad) == (None, kept, 11 - kept, 1)
     encode("whole")
     assert contents(tmp_path / "latents") == contents(tmp_path / "whole")
+
+
+class TestUnfinishedShard:
+    @pytest.fixture
+    def file(self, encode, photographs, tmp_path):
+        """Of the second shard's first half, in which an image is bad."""
+        encode(images=interrupting(open_images(str(photographs)), 5))
+        return tmp_path / "latents" / ".shard-00001.unfinished"
+
+    def test_is_gone_on_with(self, file, encode, photographs, tmp_path, contents):
+        loaded = []
+        encode(images=Eventful(open_images(str(photographs)), loaded.append))
+        assert loaded == [6, 7, 8, 9, 10]
+        encode("whole")
+        assert contents(tmp_path / "latents") == contents(tmp_path / "whole")
+
+    def test_is_stopped_twice(self, file, encode, photographs, tmp_path, contents):
+        encode("whole", shard_size=11)
+        for at in (2, 7):
+            encode("twice", shard_size=11, images=interrupting(open_images(str(photographs)), at))
+        encode("twice", shard_size=11)
+        assert contents(tmp_path / "twice") == contents(tmp_path / "whole")
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda content: content[:-1],
+            lambda content: b"",
+            lambda content: content[:3000] + bytes([content[3000] ^ 1]) + content[3001:],
+        ],
+    )
+    def test_damage_is_found(self, file, encode, tmp_path, contents, capsys, damage):
+        file.write_bytes(damage(file.read_bytes()))
+        assert encode().before == 4
+        assert (
+            f"{file}: its content is not what was written (SHA-256); its images are encoded again"
+            in capsys.readouterr().err
+        )
+        encode("whole")
+        assert contents(tmp_path / "latents") == contents(tmp_path / "whole")
+
+    def test_anothers_is_not_used(self, file, encode, model_folder, photographs, tmp_path, contents, capsys):
+        model = LiteVAE.from_pretrained(model_folder)
+        with torch.no_grad():
+            model.encoder.feature_aggregator.conv_in.weight[0, 0, 0, 0] += 1e-3
+        encode("other", model=model, images=interrupting(open_images(str(photographs)), 5))
+        shutil.copy(tmp_path / "other" / file.name, file)
+        assert encode().before == 4
+        assert "was left by a run with another --batch-size, or of something else" in capsys.readouterr().err
+        encode("whole")
+        assert contents(tmp_path / "latents") == contents(tmp_path / "whole")
+
+    def test_of_other_batches_is_not_used(self, file, encode, tmp_path, contents, capsys):
+        shutil.copytree(tmp_path / "latents", tmp_path / "again")
+        (tmp_path / "again" / file.name).unlink()
+        encode(batch_size=3)
+        assert "another --batch-size" in capsys.readouterr().err
+        encode("again", batch_size=3)
+        assert contents(tmp_path / "latents") == contents(tmp_path / "again")
+
+
+OTHER_RUN = """
+import fcntl, sys
+with open(sys.argv[1], "ab") as file:
+    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, int(sys.argv[2]), int(sys.argv[3]))
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+class TestLock:
+    @pytest.mark.parametrize("process", [0, 1])
+    def test_a_run_is_refused_until_no_process_of_another_is_left(self, encode, tmp_path, contents, process):
+        encode()
+        lock, before = tmp_path / "latents" / ".lock", contents(tmp_path / "latents")
+        child = [sys.executable, "-c", OTHER_RUN, lock, "1", str(process)]
+        with subprocess.Popen(child, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+            assert other.stdout.readline() == b"locked\n"
+            with pytest.raises(
+                UserError, match="latents: another litevae encode is writing there: wait until it has ended"
+            ):
+                encode()
+            other.kill()
+        assert contents(tmp_path / "latents") == before
+        assert encode().before == 11
+
+    def test_a_run_keeps_others_out(self, encode, photographs, tmp_path):
+        answers = {}
+
+        def try_to_lock(index):
+            if index in (0, 10):
+                child = [sys.executable, "-c", OTHER_RUN, tmp_path / "latents" / ".lock", "0", "0"]
+                result = subprocess.run(child, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+                answers[index] = result.stderr.splitlines()[-1]
+
+        encode(images=Eventful(open_images(str(photographs)), try_to_lock))
+        assert set(answers) == {0, 10}
+        assert all(answer.startswith("BlockingIOError") for answer in answers.values())
+
+    @pytest.mark.parametrize(
+        ("obstacle", "reason"),
+        [
+            (
+                lambda patch: patch.setattr("fcntl.lockf", Mock(side_effect=OSError(errno.ENOLCK, "none"))),
+                os.strerror(errno.ENOLCK),
+            ),
+            (lambda patch: patch.setitem(sys.modules, "fcntl", None), "fcntl"),  # as on Windows
+        ],
+    )
+    def test_where_there_are_no_locks_a_line_says_so(
+        self, encode, tmp_path, monkeypatch, capsys, obstacle, reason
+    ):
+        obstacle(monkeypatch)
+        assert encode().done == 11
+        line = capsys.readouterr().err.splitlines()[0]
+        assert line.startswith(f"{tmp_path / 'latents'}: cannot be locked here (")
+        assert reason in line
+        assert line.endswith("see that no other run writes there")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def ended(runs, model_folder, photographs):
+    """Runs processes.py; the exit status and the last words by job and rank."""
+    jobs = [
+        [1, "", "one", {}],
+        [3, "command", "three", {}],
+        [2, "dies", "dies", {}],
+        [1, "", "dies", {}],
+        [2, "term", "term", {}],
+        [3, "", "term", {}],
+        [2, "", "bad", {"max_bad_fraction": 0.05}],
+        [2, "", "size", {"size": 30}],
+        [2, "other", "other", {}],
+    ]
+    jobs = [[count, event, str(runs / name), settings] for count, event, name, settings in jobs]
+    result = subprocess.run(
+        [
+            sys.executable,
+            Path(__file__).with_name("processes.py"),
+            model_folder,
+            photographs,
+            json.dumps(jobs),
+        ],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=200,  # a hang fails here
+    )
+    assert result.returncode == 0, result.stderr
+    said = dict(re.findall(r"job (\d, rank \d): (.+)", result.stderr))
+    return {
+        (int(job), int(rank)): (int(status), said.get(f"{job}, rank {rank}"))
+        for job, rank, status in map(str.split, result.stdout.splitlines())
+    }
+
+
+class TestProcesses:
+    """Several processes share a run."""
+
+    def test_write_the_files_that_one_writes(self, ended, runs, contents):
+        assert ended[0, 0] == (0, "11 0 11 1 None")
+        assert all(ended[1, rank] == (0, "status 0: []") for rank in (1, 2))
+        status, said = ended[1, 0]  # the first one speaks for all
+        assert status == 0
+        assert re.match(r"status 0: \['11 images in .* on 3 x cpu', 'bottleneck: ", said)
+        assert said.endswith("three: all 10 images are encoded']")
+        assert contents(runs / "three") == contents(runs / "one")
+        assert len(contents(runs / "one")) == 6  # three shards, the index, the bad images and the lock
+        verify(runs / "three")
+
+    def test_one_that_dies_ends_the_others_and_one_process_goes_on(self, ended, runs, contents):
+        assert ended[2, 1] == (-signal.SIGKILL, None)
+        assert ended[2, 0] == (
+            1,
+            "Lost('another process of this run has died: the same command goes on')",
+        )
+        status, said = ended[3, 0]
+        assert status == 0
+        total, before, done, *_ = said.split()
+        assert (total, int(before) + int(done)) == ("11", 11)
+        assert contents(runs / "dies") == contents(runs / "one")
+
+    def test_a_signal_to_one_ends_all_and_more_processes_go_on(self, ended, runs, contents):
+        # the second one's shard; of the first one's shards, three rounds
+        assert [ended[4, rank] for rank in range(2)] == [(0, "11 0 10 1 SIGTERM")] * 2
+        assert [ended[5, rank] for rank in range(3)] == [(0, "11 10 1 1 None")] * 3
+        assert contents(runs / "term") == contents(runs / "one")
+
+    def test_mistakes_are_told_alike_by_all(self, ended):
+        for job, message in (
+            (6, "1 of 11 images cannot be used, more than --max-bad-fraction=0.05 allows"),
+            (7, "size must be a multiple of 4 of at least 8, got 30"),
+            (8, "the processes have different models or images"),
+        ):
+            for rank in range(2):
+                status, said = ended[job, rank]
+                assert status == 1
+                assert said.startswith(f"UserError('{message}")
 
 
 def test_killed_at_random_instants_the_files_are_the_same(model_folder, photographs, tmp_path, contents):
@@ -187,7 +396,7 @@ def test_a_complete_folder_is_only_checked_and_damage_is_mended(encode, tmp_path
 class TestOtherSettings:
     @pytest.fixture(autouse=True)
     def begun(self, encode, photographs):
-        encode(images=Interrupting(open_images(str(photographs)), 5))
+        encode(images=interrupting(open_images(str(photographs)), 5))
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -322,7 +531,7 @@ class TestCommand:
             "11 images in ",
             " images/s; the encoder itself: ",
             "bottleneck: ",
-            f"1 images cannot be read: {tmp_path / 'out' / 'bad_images.txt'} lists them",
+            f"1 image cannot be read: {tmp_path / 'out' / 'bad_images.txt'} lists them",
             f"{tmp_path / 'out'}: all 10 images are encoded",
         ):
             assert pattern in first
@@ -334,9 +543,7 @@ class TestCommand:
         assert again.splitlines()[-1] == f"{tmp_path / 'out'}: complete already, and undamaged: 10 images"
         assert "images/s" not in again
         assert main(["encode", "--verify", str(tmp_path / "out")]) == 0
-        assert (
-            "10 images in 1 shards, 1 bad images left out; all as it was written" in capsys.readouterr().out
-        )
+        assert "10 images in 1 shard, 1 bad image left out; all as it was written" in capsys.readouterr().out
 
     def test_a_flipped_bit_is_found(self, command, tmp_path, capsys):
         command()
@@ -368,9 +575,9 @@ class TestCommand:
 
     def test_ctrl_c(self, command, photographs, monkeypatch):
         images = open_images(str(photographs))
-        monkeypatch.setattr("litevae.training.sources.open_images", lambda _: Interrupting(images, 5))
+        monkeypatch.setattr("litevae.training.sources.open_images", lambda _: interrupting(images, 5))
         output = command("--shard-size", 4, "--batch-size", 2).out
-        assert "stopped by SIGTERM; 4 of 11 images are encoded: the same command goes on" in output
+        assert "stopped by SIGTERM; 6 of 11 images are encoded: the same command goes on" in output
 
 
 def test_tar_shards_and_their_classes(encode, photographs, tmp_path):

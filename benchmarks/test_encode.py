@@ -1,0 +1,105 @@
+"""`litevae encode` against its own encoder: what reading, decoding, resizing and writing cost beside it.
+
+Both work on the same images: JPEGs of ImageNet's typical size, in batches as the command makes them. The encoder
+alone gets them as tensors, ready in its dtype and layout. The command's loop is timed as the command itself does,
+from its first batch on: processes that decode take a fraction of a second to start, which is nothing in a data set.
+"""
+
+import io
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from benchmarks.harness import Session, Timed, contest, dtype_name
+from benchmarks.models import Configuration, Gate, as_input, call_of, make_model
+from litevae.cli.encode import count_cores
+from litevae.images import to_model_range
+from litevae.latents import Settings, encode_images
+from litevae.latents.encode import DTYPES, Squares, choose_precision
+from litevae.latents.shards import MOMENTS, name_shard
+from litevae.training.sources import open_images
+
+SIZE = 256
+WIDTH, HEIGHT = 500, 375
+DISTINCT = 48
+COUNT = {"cpu": 48, "cuda": 4096}
+BATCH = {"cpu": 8, "cuda": 32}  # the command's
+BARS = {"cpu": {"encoder alone": 0.9}, "cuda": {}}  # 16 cores decode less than a GPU encodes
+
+
+def write_photographs(folder: Path, count: int) -> None:
+    """JPEGs with structure at all scales and some noise, of 100 to 130 KB as ImageNet's."""
+    contents = []
+    for _ in range(DISTINCT):
+        image = torch.randn(3, HEIGHT, WIDTH) * 0.04
+        for side in (4, 16, 64):
+            coarse = torch.rand(1, 3, side, side) - 0.5
+            image += torch.nn.functional.interpolate(coarse, (HEIGHT, WIDTH), mode="bicubic")[0] * 0.6
+        pixels = (image.add(0.5).clamp(0, 1) * 255).byte().permute(1, 2, 0).contiguous()
+        file = io.BytesIO()
+        Image.fromarray(pixels.numpy()).save(file, "JPEG", quality=90)
+        contents.append(file.getvalue())
+    for i in range(count):
+        (folder / f"{i:05d}.jpg").write_bytes(contents[i % DISTINCT])
+
+
+@torch.inference_mode()
+def test_encode(benchmark: Any, session: Session, device: str, tmp_path: Path) -> None:
+    count, batch = COUNT[device], BATCH[device]
+    (tmp_path / "images").mkdir()
+    write_photographs(tmp_path / "images", count)
+    images = open_images(str(tmp_path / "images"))
+    precision, workers = choose_precision(torch.device(device)), min(count_cores(), 16)
+    settings = Settings(SIZE, precision, shard_size=count)
+    configuration = Configuration(DTYPES[precision], torch.channels_last, "eager")
+    model = make_model("LiteVAE-B", "encoder", device)
+    squares = Squares(images, SIZE)
+    pixels = [
+        squares.collate([squares[i] for i in range(start, min(start + batch, count))]).images.to(device)
+        for start in range(0, count, batch)
+    ]
+    batches = [as_input(to_model_range(each), configuration) for each in pixels]
+    gates = [Gate(model, "encoder", to_model_range(pixels[i])) for i in (0, -1)]
+    outputs = iter(range(10**6))
+
+    def folder() -> Path:
+        return tmp_path / f"latents-{next(outputs)}"
+
+    def command(_: int) -> Timed:
+        result = encode_images(model, images, folder(), settings, batch, workers)
+        assert result.done == count
+        return Timed(result.seconds)
+
+    call = call_of(model, "encoder")  # which encode_images converts, below
+
+    def alone(_: int) -> Timed:
+        start = time.perf_counter()
+        for each in batches:
+            call(each)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return Timed(time.perf_counter() - start)
+
+    checked = folder()
+    encode_images(model, images, checked, settings, batch, workers)
+    moments = load_file(checked / name_shard(0))[MOMENTS].to(device).split(batch)
+    for i, gate in zip((0, -1), gates, strict=True):
+        gate.check(lambda _, i=i: moments[i], batches[i], configuration)
+    contest(
+        benchmark,
+        session,
+        f"litevae encode of JPEGs of {WIDTH}x{HEIGHT}, LiteVAE-B, {dtype_name(DTYPES[precision])}, "
+        f"batches of {batch}x3x{SIZE}x{SIZE}, {workers} workers",
+        "litevae encode",
+        {"litevae encode": command, "encoder alone": alone},
+        inputs=1,
+        images=count,
+        bars=BARS[device],
+        rounds=7,
+        least=3,
+        seconds=15,
+    )
