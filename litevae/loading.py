@@ -94,6 +94,9 @@ def find_model(name: str, size: int = 256) -> "Autoencoder":
         except ValueError as error:
             raise UserError(f"{name}: no such folder, and {error}") from None
     chosen += [f"model.{setting}" for setting in settings]
+    for setting in settings:
+        if setting.startswith(("kind=", "preset=")):
+            raise UserError(f"{name}: {kind} says this already, got {setting}")
     try:
         return with_fresh_weights(load_config(None, [*chosen, "loss.kl=0"]).model, size)
     except (UserError, ValueError) as error:

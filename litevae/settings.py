@@ -138,7 +138,8 @@ def unknown_key(key: str, keys: Keys) -> str:
         leaf = difflib.SequenceMatcher(None, key.split(".")[-1], candidate.split(".")[-1]).ratio()
         return max(whole, 0.95 * leaf)
 
-    return f"unknown setting {key!r}: did you mean {max(keys, key=similarity)!r}?"
+    single = [each for each in keys if not is_dataclass(keys[each])]  # a section cannot be set
+    return f"unknown setting {key!r}: did you mean {max(single, key=similarity)!r}?"
 
 
 def expected(key: str, keys: Keys) -> str:

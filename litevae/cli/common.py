@@ -7,7 +7,10 @@ from typing import Annotated, Any
 import typer
 
 from litevae.errors import UserError
-from litevae.loading import model_folder
+from litevae.loading import DIFFUSERS, model_folder
+
+# heading, digits after the point
+COLUMNS = {"rfid": ("rFID", 3), "lpips": ("LPIPS", 4), "psnr": ("PSNR", 2), "ssim": ("SSIM", 4)}
 
 ModelArgument = Annotated[
     Path,
@@ -30,19 +33,28 @@ DataArgument = Annotated[
 ]
 
 
+def parse_metrics(text: str) -> list[str]:
+    """Names with commas between: each once, the known ones in the order of `COLUMNS`."""
+    names = [name.strip().lower() for name in text.split(",") if name.strip()]
+    known = [name for name in COLUMNS if name in names]
+    return known + [name for name in names if name not in COLUMNS]
+
+
 def name_each(paths: Sequence[Path], names: str | None) -> dict[str, Path]:
     """The paths by the names that the user gave, with commas between, or by their last parts where they differ.
 
     Raises:
         UserError: another number of names than of paths, or the same twice.
     """
-    chosen = [path.name for path in paths]
+    chosen = [Path(str(path).removeprefix(DIFFUSERS)).resolve().name for path in paths]
     if names is not None:
         chosen = [name.strip() for name in names.split(",")]
     elif len(set(chosen)) < len(chosen):
         chosen = [str(path) for path in paths]
     if len(chosen) != len(paths) or len(set(chosen)) < len(chosen) or "" in chosen:
-        raise UserError(f"there must be {len(paths)} different names, one for each, got {', '.join(chosen)}")
+        raise UserError(
+            f"--names must be {len(paths)} different ones, with commas between, got {', '.join(chosen)}"
+        )
     return dict(zip(chosen, paths, strict=True))
 
 

@@ -56,7 +56,7 @@ def complexity(
 
     from litevae.evaluation.complexity import Side, draw_complexity, measure_complexity, measure_speed
     from litevae.training.checkpoint import replacing
-    from litevae.training.report import versions
+    from litevae.training.report import device_name, versions
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if precision not in dtypes:
@@ -76,11 +76,7 @@ def complexity(
     side: Side = "decoder" if decoder else "encoder"
     speeds = measure_speed(autoencoders, side, size, batch_size, rounds)
 
-    where = (
-        torch.cuda.get_device_name()
-        if device.type == "cuda"
-        else f"{device}, {torch.get_num_threads()} threads"
-    )
+    where = device_name() if device.type in ("cpu", "cuda") else str(device)
     channels = autoencoders[0].config.in_channels
     heading = f"{batch_size} x {channels} x {size} x {size}, {precision}; {where}; torch {torch.__version__}"
     print(heading)

@@ -7,12 +7,9 @@ from typing import Annotated
 
 import typer
 
-from litevae.cli.common import DataArgument, ModelArgument, provenance
+from litevae.cli.common import COLUMNS, DataArgument, ModelArgument, parse_metrics, provenance
 from litevae.errors import UserError
 from litevae.loading import load_model
-
-# heading, digits after the point
-COLUMNS = {"rfid": ("rFID", 3), "lpips": ("LPIPS", 4), "psnr": ("PSNR", 2), "ssim": ("SSIM", 4)}
 
 
 def evaluate(
@@ -54,8 +51,7 @@ def evaluate(
     diffusers:FOLDER is any diffusers AutoencoderKL, or a pipeline with one. Weights of Inception (for rfid)
     and VGG16 (for lpips) are downloaded where they are missing.
     """
-    names = [name.strip().lower() for name in metrics.split(",") if name.strip()]
-    names = [name for name in COLUMNS if name in names] + [name for name in names if name not in COLUMNS]
+    names = parse_metrics(metrics)
     if output.exists() and not overwrite:
         raise UserError(f"{output} is there already: give another file with -o, or --overwrite")
     if not output.parent.is_dir():
@@ -65,6 +61,7 @@ def evaluate(
     import torch
     from accelerate import PartialState
 
+    from litevae.evaluation.evaluate import INCEPTION_NAME
     from litevae.evaluation.evaluate import evaluate as run
     from litevae.training.checkpoint import replacing
     from litevae.training.sources import open_images
@@ -100,7 +97,7 @@ def evaluate(
         "networks": {
             name: network
             for name, network in (
-                ("rfid", "Inception of torch-fidelity, weights-inception-2015-12-05-6726825d"),
+                ("rfid", INCEPTION_NAME),
                 ("lpips", "LPIPS 0.1, VGG16"),
             )
             if name in names

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from litevae.cli.common import parse_metrics
 from litevae.errors import UserError
 
 
@@ -72,7 +73,7 @@ def experiment(
         pairs("--data", data),
         pairs("--validation", validation),
         overrides or (),
-        [part.strip().lower() for part in metrics.split(",")] if metrics else None,
+        parse_metrics(metrics) if metrics is not None else None,
         seeds,
     )
     try:

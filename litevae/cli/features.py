@@ -60,7 +60,7 @@ def features(
     from litevae.training.sources import open_images
 
     for name, model in autoencoders.items():
-        check_takes(name, model, ("psnr",), size)
+        check_takes(name, model, size)
         if torch.accelerator.is_available():
             model.to(torch.accelerator.current_accelerator())
     images = load_validation(open_images(data), size, count).images

@@ -26,7 +26,7 @@ def gradients(
     Reads what runs with gradient_ratio_every have logged as gradient_ratio: the norm of the gradient of the
     weighted adversarial loss, divided by that of the weighted reconstruction losses together, with respect to
     all parameters of the autoencoder that train. The picture has it over the steps; the table, its median and
-    how far the middle 90 % of the steps spread.
+    how far the middle 90 % of the steps spread. Steps with a gradient that is 0 or not finite have no ratio.
     """
     if output.suffix.lower() != ".png":
         raise UserError(f"{output}: the picture's name must end in .png")

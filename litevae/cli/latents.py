@@ -62,7 +62,6 @@ def latents(
     from litevae.training.report import draw_reconstructions
     from litevae.training.sources import open_images
 
-    make_folder(output)
     if torch.accelerator.is_available():
         autoencoder.to(torch.accelerator.current_accelerator())
     images = open_images(data)
@@ -70,6 +69,7 @@ def latents(
     statistics = latent_statistics(samples)
     discrepancies = distance_from_gaussian(samples, groups=groups)
     shown = load_validation(images, size, PICTURES).images
+    make_folder(output)
     with replacing(picture) as path:
         draw_reconstructions(
             autoencoder, [(Path(name).stem, pixels) for name, pixels in shown], path, principal=False

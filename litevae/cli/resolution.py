@@ -8,15 +8,16 @@ from typing import Annotated, Any
 import typer
 
 from litevae.cli.common import (
+    COLUMNS,
     DataArgument,
     ModelsArgument,
     NamesOption,
     make_folder,
     name_each,
+    parse_metrics,
     provenance,
     results,
 )
-from litevae.cli.eval import COLUMNS
 from litevae.errors import UserError
 from litevae.loading import load_model
 
@@ -55,7 +56,7 @@ def resolution(
     """
     record_file, picture = results(output, "resolution.json", "resolution.png", overwrite=overwrite)
     pixels = parse_sizes(sizes)
-    wanted = [name.strip().lower() for name in metrics.split(",") if name.strip()]
+    wanted = parse_metrics(metrics)
     paths = name_each(models, names)
     autoencoders = {name: load_model(path) for name, path in paths.items()}
 

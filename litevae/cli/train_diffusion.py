@@ -68,5 +68,7 @@ def train_diffusion(
     if result.fid is None:
         print(f"FID was not measured: {result.no_fid}")
     else:
-        print(f"FID of {settings.fid.count} samples: {result.fid:.2f}")
+        print(f"FID of {settings.fid.count} samples and {result.fid.images} images: {result.fid.value:.2f}")
+        if result.fid.unreadable:
+            print(f"images that cannot be read, left out: {result.fid.unreadable}")
     print(f"see {result.output_dir / 'samples.png'} and {result.output_dir / 'loss.png'}")

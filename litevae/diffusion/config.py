@@ -204,6 +204,8 @@ def check(config: DiffusionConfig) -> None:
         raise UserError(
             "give one of data.latents, a folder of litevae encode, and data.train, images to encode on the fly"
         )
+    if config.data.latents and config.data.size is not None:
+        raise UserError("data.size is of data.train: the latents of data.latents have theirs")
     if not config.model:
         raise UserError("model is empty: give the folder of the autoencoder, whose decoder makes the samples")
     if not config.output_dir:

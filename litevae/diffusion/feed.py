@@ -14,7 +14,7 @@ from litevae.errors import UserError
 from litevae.images import to_model_range
 from litevae.latents import LatentDataset, sample_latents
 from litevae.latents.encode import hash_encoder
-from litevae.models.baseline import Autoencoder, spatial_compression
+from litevae.models.baseline import Autoencoder, check_only_size, spatial_compression
 from litevae.training.config import DataConfig, Stage
 from litevae.training.data import BadImages, Batch, Order, TrainingCrops, collate
 from litevae.training.feed import ShareSampler, obey_parent_only
@@ -96,6 +96,7 @@ class MomentsFeed:
         size = config.size or self.autoencoder.config.sample_size
         if size % factor or size < 2 * factor:
             raise UserError(f"data.size must be a multiple of {factor} of at least {2 * factor}, got {size}")
+        check_only_size(self.autoencoder, size)
         if self.autoencoder.config.in_channels != 3:
             raise UserError(
                 f"the model takes {self.autoencoder.config.in_channels} channels; images here have 3"

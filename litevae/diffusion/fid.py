@@ -1,7 +1,10 @@
 """FID of a diffusion model's samples."""
 
+from dataclasses import dataclass
+
 import torch
 from accelerate import PartialState
+from accelerate.utils import reduce
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -43,6 +46,15 @@ def prepare_fid(config: DiffusionConfig) -> ImageSource | str:
     return images
 
 
+@dataclass(frozen=True)
+class FID:
+    """The distance, at least 0, from `images` images; `unreadable` ones were left out."""
+
+    value: float
+    images: int
+    unreadable: int
+
+
 @torch.inference_mode()
 def measure_fid(
     pipeline: LatentDiffusionPipeline,
@@ -50,7 +62,7 @@ def measure_fid(
     size: int,
     config: DiffusionConfig,
     features: nn.Module | None = None,
-) -> float:
+) -> FID:
     """The Fréchet distance (Heusel et al., 2017) between Inception's features of `config.fid.count` samples, with
     the seeds from `config.seed` on, and of the middle squares of all images, resized to `size` pixels; both of 8
     bits.
@@ -77,10 +89,12 @@ def measure_fid(
         collate_fn=collate_numbered,
     )
     quiet = not state.is_main_process
+    used = torch.zeros((), dtype=torch.int64, device=pipeline.device)
     with tqdm(total=len(share), unit="image", desc="FID: images", mininterval=0.5, disable=quiet) as bar:
         for found, pixels, taken in loader:
             if found:
                 fid.update(pixels.to(pipeline.device), real=True)
+                used += len(pixels)
             bar.update(taken)
     with tqdm(total=len(numbers), unit="image", desc="FID: samples", mininterval=0.5, disable=quiet) as bar:
         for pixels in generate(pipeline, numbers, config.seed, config.sample.steps, config.sample.batch_size):
@@ -88,6 +102,8 @@ def measure_fid(
             bar.update(len(pixels))
     fid.orig_dtype = torch.float64  # in which it gives its result
     try:
-        return float(fid.compute())
+        value = float(fid.compute())
     except RuntimeError as error:  # torchmetrics': too few
         raise UserError(f"FID: {' '.join(str(error).split())}") from None
+    images_used = int(reduce(used, "sum"))
+    return FID(value, images_used, len(squares) - images_used)

@@ -9,12 +9,16 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from litevae.training.report import DPI, smooth
 
+GAP = 2  # pixels between samples
+
 
 def draw_samples(samples: Tensor, path: Path) -> None:
-    """Images (N, 3, H, W) uint8 in rows and columns, as many of one as of the other, as a PNG."""
+    """Images (N, 3, H, W) uint8 in rows and columns, as many of one as of the other, as a PNG with gaps."""
+    samples = F.pad(samples, (0, GAP, 0, GAP), value=255)
     columns = math.ceil(math.sqrt(len(samples)))
     rows = math.ceil(len(samples) / columns)
     empty = rows * columns - len(samples)
@@ -32,7 +36,7 @@ def draw_loss(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes = figure.subplots()
     axes.plot(steps, losses, color="C0", alpha=0.3, linewidth=0.8)
     axes.plot(steps, smooth(losses), color="C0", linewidth=1.6)
-    axes.set(title="loss", xlabel="step")
+    axes.set(xlabel="step", ylabel="weighted squared error")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)

@@ -19,12 +19,13 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from litevae.diffusion.config import DiffusionConfig
 from litevae.diffusion.feed import MomentsFeed
-from litevae.diffusion.fid import measure_fid, prepare_fid
+from litevae.diffusion.fid import FID, measure_fid, prepare_fid
 from litevae.diffusion.noise import make_noise
 from litevae.diffusion.pipeline import LatentDiffusionPipeline, generate, save_pipeline
 from litevae.diffusion.report import draw_loss, draw_samples
 from litevae.diffusion.unet import build_unet
 from litevae.errors import NonFiniteError, UserError
+from litevae.evaluation.evaluate import INCEPTION_NAME
 from litevae.models.baseline import Autoencoder
 from litevae.training.build import load_weights
 from litevae.training.checkpoint import (
@@ -60,7 +61,7 @@ class Result:
     seconds: float
     parameters: int
     loss: float | None
-    fid: float | None
+    fid: FID | None
     no_fid: str | None
     stopped_by: str | None
 
@@ -363,7 +364,8 @@ class Trainer:
         pipeline.set_progress_bar_config(disable=True)
         if self.is_main:
             self.write_results(pipeline)
-        fid, no_fid = None, self.fid_images if isinstance(self.fid_images, str) else None
+        fid: FID | None = None
+        no_fid = self.fid_images if isinstance(self.fid_images, str) else None
         if stopped or failure:
             no_fid = "the run did not come to its end"
         elif not isinstance(self.fid_images, str):
@@ -396,14 +398,17 @@ class Trainer:
             draw_loss(self.lines, path)
 
     def write_metrics(self, result: Result, complete: bool) -> None:
-        measured: dict[str, Any] = {"fid": result.fid, "not_measured": result.no_fid}
-        if result.fid is not None:
+        found = result.fid
+        measured: dict[str, Any] = {"fid": found and found.value, "not_measured": result.no_fid}
+        if found is not None:
             measured |= {
+                "images": found.images,
+                "unreadable": found.unreadable,
                 "samples": self.config.fid.count,
                 "sampler_steps": self.config.sample.steps,
                 "compared_with": self.config.fid.images or self.config.data.train,
                 "crop": f"middle square, resized to {self.feed.pixels} x {self.feed.pixels}, 8 bits",
-                "network": "Inception of torch-fidelity, weights-inception-2015-12-05-6726825d",
+                "network": INCEPTION_NAME,
             }
         metrics = {
             "fid": measured,

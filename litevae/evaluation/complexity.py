@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -169,11 +170,12 @@ def draw_complexity(
     ):
         bars = axes.barh(list(costs), [value or 0 for value in values])
         labels = [
-            "unknown" if value is None else f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"
+            "unknown" if value is None else f"{value:,.{2 if value < 10 else 1 if value < 100 else 0}f}"
             for value in values
         ]
         axes.bar_label(bars, labels, padding=3, fontsize=9)
-        axes.margins(x=0.25)
+        axes.margins(x=0.3)
+        axes.xaxis.set_major_locator(MaxNLocator(3))
         axes.set_title(title, fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
     axes.invert_yaxis()  # the first one on top; all panels share it

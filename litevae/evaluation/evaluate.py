@@ -30,6 +30,7 @@ SMALLEST = 16  # pixels, that VGG16 and SSIM's window take
 SAVE_EVERY = 60.0  # seconds
 # torch-fidelity's copy of the TensorFlow graph that FID is defined with
 INCEPTION = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+INCEPTION_NAME = f"Inception of torch-fidelity, {Path(INCEPTION).stem}"
 
 
 @dataclass(frozen=True)

@@ -90,8 +90,8 @@ def draw_feature_maps(
 ) -> None:
     """A row for each image, with a map for each model beside it.
 
-    A map is divided by its median. The colours of a model's maps mean the same in all of them, and end at
-    their 99.9th percentile together: where that is far above 1, a few places outshine all others.
+    A map is divided by its median. A colour means the same in all maps; the brightest is the largest model's
+    99.9th percentile.
 
     Args:
         images: what to write beside the row, and (H, W, 3) uint8.
@@ -108,10 +108,13 @@ def draw_feature_maps(
     axes[0, 0].set_title("input", fontsize=10)
     # parts of a whole column, of which a bar takes as much however many rows there are
     room: dict[str, Any] = {"fraction": 0.1 / len(images), "pad": 0.04 / len(images), "shrink": 0.85}
-    for column, (name, maps) in enumerate(magnitudes.items(), start=1):
-        relative = [magnitude / np.median(magnitude) for magnitude in maps]
-        top = np.percentile(np.concatenate([values.ravel() for values in relative]), STRONGEST)
-        for row, values in enumerate(relative):
+    relative = {name: [each / np.median(each) for each in maps] for name, maps in magnitudes.items()}
+    top = max(
+        np.percentile(np.concatenate([values.ravel() for values in maps]), STRONGEST)
+        for maps in relative.values()
+    )
+    for column, (name, maps) in enumerate(relative.items(), start=1):
+        for row, values in enumerate(maps):
             shown = axes[row, column].imshow(
                 values, vmin=0, vmax=top, cmap="magma", interpolation="antialiased"
             )

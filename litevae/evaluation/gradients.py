@@ -34,7 +34,7 @@ class GradientRatios:
 
 
 def read_gradient_ratios(run: Path) -> GradientRatios:
-    """What a run that was trained with `gradient_ratio_every` has logged.
+    """What a run that was trained with `gradient_ratio_every` has logged, where neither gradient is 0 or infinite.
 
     Args:
         run: the output folder, with metrics.jsonl in it.

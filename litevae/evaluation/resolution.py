@@ -9,7 +9,7 @@ from matplotlib.ticker import NullLocator
 
 from litevae.errors import UserError
 from litevae.evaluation.complexity import measure_complexity
-from litevae.evaluation.evaluate import Evaluation, check, evaluate
+from litevae.evaluation.evaluate import Evaluation, check_metrics, check_size, evaluate
 from litevae.models.baseline import Autoencoder
 from litevae.training.report import DPI
 from litevae.training.sources import ImageSource
@@ -48,19 +48,20 @@ def sweep_resolutions(
         UserError: a size that a model does not take, such as one with a Vision Transformer, which has one
             size only; or as `evaluate`.
     """
+    check_metrics(metrics)
     for name, model in models.items():
         for size in sizes:
-            check_takes(name, model, metrics, size)
+            check_takes(name, model, size)
     return {
         name: {size: evaluate(model, images, metrics, size, count, batch_size, workers) for size in sizes}
         for name, model in models.items()
     }
 
 
-def check_takes(name: str, model: Autoencoder, metrics: Sequence[str], size: int) -> None:
+def check_takes(name: str, model: Autoencoder, size: int) -> None:
     """UserError unless the model, called `name` in it, reconstructs images of `size` pixels. Computes nothing."""
     try:
-        check(model, metrics, size)
+        check_size(model, size)
         measure_complexity(model, size)
     except ValueError as error:
         raise UserError(f"{name} does not take images of {size} x {size} pixels: {error}") from None

@@ -34,7 +34,7 @@ def build_model(config: Config) -> Autoencoder:
     except ValueError as error:
         raise UserError(f"model: {error}") from None
     if config.init:
-        load_weights(model, find_model(Path(config.init)), "init")
+        load_weights(model, weights_folder(Path(config.init)), "init")
     if config.init_decoder:
         load_decoder(model, Path(config.init_decoder))
     if config.freeze_encoder:
@@ -81,7 +81,7 @@ def baseline(config: ModelConfig, size: int) -> AutoencoderKL:
     )
 
 
-def find_model(path: Path) -> Path:
+def weights_folder(path: Path) -> Path:
     """The model's folder in `path`: itself, or in a run's or checkpoint's; the averaged one where there is."""
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")

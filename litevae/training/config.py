@@ -243,6 +243,12 @@ def check(config: Config) -> None:
         raise UserError(
             "gradient_ratio_every measures the adversarial loss's gradient: loss.adversarial must be above 0"
         )
+    every, first = config.gradient_ratio_every, max(1, config.loss.adversarial_start)
+    if every and -(-first // every) * every > config.max_steps:
+        raise UserError(
+            f"gradient_ratio_every={every} never comes between loss.adversarial_start={first} and "
+            f"max_steps={config.max_steps}"
+        )
     if config.loss.ldl and not config.ema_decay:
         raise UserError("loss.ldl compares with the averaged model: ema_decay must be above 0")
     rate = config.discriminator.learning_rate

@@ -204,7 +204,8 @@ def device_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists() and (found := re.search(r"model name\s*: (.*)", cpuinfo.read_text())):
         model = found[1]
-    return f"{model}, {torch.get_num_threads()} threads"
+    count = torch.get_num_threads()
+    return f"{model}, {count} thread{'s' * (count != 1)}"
 
 
 def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:

@@ -86,6 +86,7 @@ def test_version(litevae):
         (["info", "litevae-x"], "did you mean 'litevae-"),
         (["info", "litevae-s", "--size", "250"], "multiples of 8"),
         (["info", "litevae-s,agregator=vit"], "did you mean 'model.aggregator'"),
+        (["info", "litevae-s,preset=litevae-m"], "litevae-s says this already, got preset=litevae-m"),
         (["info", "litevae-s,aggregator=mlp"], "model.aggregator must be unet or vit"),
         (["info", "litevae-s,encoder_type=dwt"], "latent_channels must be 12 for encoder_type='dwt', got 4"),
         (["info", "sd-vae,extractor=nafnet"], "model.extractor must be unet for model.kind=sd-vae"),

@@ -33,6 +33,7 @@ def test_ldm_ffhq_is_ldms():
         (["data.train=demo"], "give one of data.latents"),
         (["data.latents="], "give one of data.latents"),
         (["model="], "model is empty"),
+        (["data.size=64"], "data.size is of data.train"),
         (["noise.kind=flow"], "noise.kind must be edm or ddpm"),
         (["noise.sigma=3"], "did you mean 'noise.sigma_m"),
         (["unet.block_out_channels=[48,96]"], "multiples of unet.num_groups=32, got"),

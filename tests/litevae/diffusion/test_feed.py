@@ -4,6 +4,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
+from litevae import LiteVAE
 from litevae.diffusion.feed import MomentsFeed
 from litevae.errors import UserError
 from litevae.latents import LatentDataset
@@ -103,3 +104,17 @@ def test_images_that_cannot_be_read_are_reported(tiny, feed, tmp_path):
         UserError, match=r"1 of 4 images cannot be used, more than data\.max_bad_fraction=0\.01"
     ):
         made.note_bad(next(made.batches(done=0)))
+
+
+def test_a_model_of_one_size_refuses_another(tiny, photographs, tmp_path):
+    vit = LiteVAE.from_preset(
+        "litevae-s",
+        block_out_channels=(16, 16, 16),
+        layers_per_block=1,
+        num_groups=4,
+        sample_size=16,
+        aggregator="vit",
+    )
+    config = tiny("data.latents=", f"data.train={photographs}", "data.size=32")
+    with pytest.raises(UserError, match="16"):
+        MomentsFeed(config, vit, Accelerator(cpu=True), tmp_path, resuming=False)

@@ -220,7 +220,7 @@ class TestFID:
         result = train(config, autoencoder)
         pipeline = LatentDiffusionPipeline.from_pretrained(result.output_dir / "pipeline")
         images = open_images(str(photographs))
-        found = measure_fid(pipeline, images, 32, config, self.Features())
+        found = measure_fid(pipeline, images, 32, config, self.Features()).value
 
         samples = torch.cat(list(generate(pipeline, range(7), 0, 3, 4))).numpy()
         real = np.stack([np.asarray(Image.open(path)) for path in photographs.iterdir()]).transpose(
@@ -274,7 +274,7 @@ class TestCommand:
         assert status == 0, errors
         assert "3 steps of a U-Net of" in output
         assert "FID was not measured: fid.measure is never" in output
-        assert Image.open(tmp_path / "samples.png").size == (64, 64)  # 3 of 32 x 32
+        assert Image.open(tmp_path / "samples.png").size == (68, 68)  # 3 of 32 x 32, and gaps
         metrics = json.loads((tmp_path / "metrics.json").read_text())
         assert (metrics["steps"], metrics["latent"], metrics["fid"]["fid"]) == (3, [4, 8, 8], None)
         # the settings that were saved repeat the run

@@ -61,9 +61,9 @@ def test_a_model_of_one_size_is_refused_before_anything_is_measured(folder, caps
     assert capsys.readouterr().err == ""  # no progress bar
     with pytest.raises(UserError, match="the Vision Transformer takes 32x32, got 64x64"):
         evaluate(models["vit"], open_images(str(folder)), ("psnr",), 64, workers=0)
-    check_takes("vit", models["vit"], ("psnr",), 32)
+    check_takes("vit", models["vit"], 32)
     with pytest.raises(UserError, match="first does not take images of 30 x 30 pixels: size must be a mult"):
-        check_takes("first", models["first"], ("psnr",), 30)
+        check_takes("first", models["first"], 30)
 
 
 def test_degradation():
@@ -115,9 +115,9 @@ class TestCommand:
             (["--sizes", "64,x"], "--sizes must be different whole numbers such as 64,128,256, got '64,x'"),
             (["--sizes", "64,64"], "--sizes must be different"),
             (["--sizes", "30"], "smc does not take images of 30 x 30 pixels: size must be a multiple of 4"),
-            (["--names", "A"], "there must be 2 different names, one for each, got A"),
-            (["--names", "A,A"], "there must be 2 different names"),
-            (["--metrics", "mse"], "there is no metric 'mse'"),
+            (["--names", "A"], "--names must be 2 different ones, with commas between, got A"),
+            (["--names", "A,A"], "--names must be 2 different ones"),
+            (["--metrics", "mse"], "error: there is no metric 'mse'"),
         ],
     )
     def test_mistake_is_one_line(self, run, tmp_path, arguments, message):

@@ -180,3 +180,13 @@ def test_vit_is_trained_at_one_size():
 def test_without_a_file_there_are_the_defaults():
     assert load_config(None) == Config()
     assert load_config(None, ["model.finest_level=2"]).model.finest_level == 2
+
+
+def test_a_ratio_that_is_never_measured_is_refused():
+    settings = ["loss.adversarial=0.1", "loss.adversarial_start=6", "gradient_ratio_every=5"]
+    with pytest.raises(
+        UserError,
+        match="gradient_ratio_every=5 never comes between loss.adversarial_start=6 and max_steps=9",
+    ):
+        load_config("demo", [*settings, "max_steps=9"])
+    assert load_config("demo", [*settings, "max_steps=10"]).gradient_ratio_every == 5
