@@ -186,7 +186,7 @@ def test_a_ratio_that_is_never_measured_is_refused():
     settings = ["loss.adversarial=0.1", "loss.adversarial_start=6", "gradient_ratio_every=5"]
     with pytest.raises(
         UserError,
-        match="gradient_ratio_every=5 never comes between loss.adversarial_start=6 and max_steps=9",
+        match=r"gradient_ratio_every=5 never comes between loss\.adversarial_start=6 and max_steps=9",
     ):
         load_config("demo", [*settings, "max_steps=9"])
     assert load_config("demo", [*settings, "max_steps=10"]).gradient_ratio_every == 5
