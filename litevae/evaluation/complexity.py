@@ -42,11 +42,7 @@ def measure_complexity(model: Autoencoder, size: int = 256) -> Complexity:
     Raises:
         ValueError: a size that the model does not take.
     """
-    # the 1x1 convolutions, where there are any, belong to the side they stand on
-    sides = ((model.encoder, model.quant_conv), (model.decoder, model.post_quant_conv))
-    encoder_parameters, decoder_parameters = (
-        sum(p.numel() for part in side if part is not None for p in part.parameters()) for side in sides
-    )
+    encoder_parameters, decoder_parameters = count_parameters(model)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         image = torch.empty(1, model.config.in_channels, size, size, device=model.device, dtype=model.dtype)
         with FlopCounterMode(display=False) as encoding:
@@ -60,6 +56,15 @@ def measure_complexity(model: Autoencoder, size: int = 256) -> Complexity:
         decoding.get_total_flops() // 2,
         tuple(latent.shape[1:]),
     )
+
+
+def count_parameters(model: Autoencoder) -> tuple[int, int]:
+    """Of encoder and decoder; 1x1 convolutions, where there are any, belong to the side that they stand on."""
+    encoder, decoder = (
+        sum(p.numel() for part in side if part is not None for p in part.parameters())
+        for side in ((model.encoder, model.quant_conv), (model.decoder, model.post_quant_conv))
+    )
+    return encoder, decoder
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from accelerate import PartialState
 
 from litevae.diffusion import train as train_diffusion
 from litevae.errors import UserError
-from litevae.evaluation.complexity import measure_complexity, measure_speed
+from litevae.evaluation.complexity import count_parameters, measure_complexity, measure_speed
 from litevae.evaluation.evaluate import evaluate
 from litevae.evaluation.feature_maps import draw_feature_maps, feature_magnitude, imbalance
 from litevae.evaluation.gradients import draw_gradient_ratios, read_gradient_ratios
@@ -78,7 +78,7 @@ def reconstruction(experiment: Experiment, setup: Setup, rows: Sequence[Row]) ->
 def parameters(row: Row, trained: Trained) -> dict[str, float]:
     """Those that the paper prints, counted."""
     model = load(trained)
-    found = {"parameters (M)": measure_complexity(model, model.config.sample_size).encoder_parameters / 1e6}
+    found = {"parameters (M)": count_parameters(model)[0] / 1e6}
     if isinstance(model, LiteVAE) and isinstance(model.encoder, Encoder):
         aggregator = dict(model.encoder.feature_aggregator.named_parameters())
         found["aggregator (M)"] = sum(p.numel() for n, p in aggregator.items() if n != "pos_embed") / 1e6
