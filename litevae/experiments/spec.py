@@ -71,7 +71,6 @@ SCALES = {
             "model.block_out_channels=[32,32,64,64]",
             "model.layers_per_block=1",
             "model.num_groups=16",
-            "optimizer.learning_rate=3e-4",
             "ema_decay=0",
             "discriminator.width=S",
             "checkpoint.every=0",
