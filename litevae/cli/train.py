@@ -28,7 +28,8 @@ def train(
     CPU cores and without any download, and holds out chelsea the cat to measure on. The other shipped
     configurations are the paper's: imagenet-b (256 x 256), imagenet-128-b, imagenet-b-tuned (128, then 256),
     ffhq-b, and the baselines imagenet-sd-vae and imagenet-vae-small. model.preset=litevae-s, -m or -l and
-    model.latent_channels=12 make its other models of them. data.train is a folder of images, WebDataset
+    model.latent_channels=12 make its other models of them; the encoders of its ablations are model.encoder_type,
+    extractor, shared_extractor, aggregator, finest_level and encoder_norm. data.train is a folder of images, WebDataset
     shards, a Hugging Face dataset on disk, .parquet files, or demo.
 
     A run's folder holds:
