@@ -33,8 +33,8 @@ def keep_freed_memory() -> bool:
 def peak_resident_memory(function: Callable[[], Any]) -> int | None:
     """By how many bytes a call makes the process grow at most; None where the kernel does not tell.
 
-    The call runs in a thread of its own, for which glibc has a heap without free blocks, and large blocks are mapped
-    each on its own meanwhile. Among the memory that a process has kept, the same call would grow it by up to three
+    The call runs in a thread of its own, whose heap has no free memory, and large blocks are mapped each on its own
+    meanwhile. Among the memory that a process has kept, the same call would grow it by up to three
     times as much, differently each time, for the gaps between blocks. Of PyTorch's settings that a thread has for
     itself, the call gets the modes of autograd. Afterwards `keep_freed_memory` is in force.
     """
@@ -46,8 +46,14 @@ def peak_resident_memory(function: Callable[[], Any]) -> int | None:
         libc = ctypes.CDLL(None)
         libc.malloc_trim(0)
         peak.write_text("5")  # Linux: VmHWM starts again from here
-        for setting, value in ((_M_MMAP_THRESHOLD, 2**17), (_M_MMAP_MAX, 2**16), (_M_TOP_PAD, 0)):
+        for setting, value in (
+            (_M_MMAP_THRESHOLD, 2**17),
+            (_M_MMAP_MAX, 2**16),
+            (_M_TOP_PAD, 0),
+            (_M_TRIM_THRESHOLD, 0),
+        ):
             libc.mallopt(setting, value)
+        libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
     except (OSError, AttributeError):
         return None
 
@@ -59,6 +65,9 @@ def peak_resident_memory(function: Callable[[], Any]) -> int | None:
     def run() -> int:
         with torch.inference_mode(modes[0]), torch.set_grad_enabled(modes[1]):
             torch.ones(2**20).add_(1)  # starts the thread's team of workers
+            # The heap may be that of a thread that has ended, and what that one has freed would hide a peak: freeing
+            # a block of this size at its end returns it all.
+            libc.free(libc.malloc(2**16))
             peak.write_text("5")
             before = kilobytes("VmRSS")
             function()
