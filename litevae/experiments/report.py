@@ -207,7 +207,11 @@ def verdict(claim: Claim, better: Row, than: Row) -> str:
         for metric in claim.metrics
         if all(metric in values for values in (*better.values, *than.values))
     ]
-    return "; ".join(found) + "." if found else "Not measured at this scale."
+    return f"{'; '.join(found)}{one_seed(better)}." if found else "Not measured at this scale."
+
+
+def one_seed(row: Row) -> str:
+    return " (one seed)" if len(row.trained) == 1 else ""
 
 
 def at_equal_seconds(claim: Claim, better: Row, than: Row) -> str:
@@ -221,7 +225,7 @@ def at_equal_seconds(claim: Claim, better: Row, than: Row) -> str:
         theirs.append(point)
     steps = in_words({int(point["step"]) for point in theirs})
     found = [judge(claim, metric, ours, theirs) for metric in claim.metrics]
-    return f"{'; '.join(found)}; {than.spec.name} after {steps} of its steps."
+    return f"{'; '.join(found)}{one_seed(better)}; {than.spec.name} after {steps} of its steps."
 
 
 def judge(
@@ -246,4 +250,4 @@ def judge(
         return f"{text}, no difference that shows"
     else:
         shows = gain > 0
-    return f"{text}, {'shows' if shows else 'does not show'}" + (" (one seed)" if count == 1 else "")
+    return f"{text}, {'shows' if shows else 'does not show'}"
