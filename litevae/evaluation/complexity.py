@@ -12,13 +12,23 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from litevae.models.baseline import Autoencoder
 from litevae.training.report import DPI
 from litevae_kernels.allocator import peak_resident_memory
 
 Side = Literal["encoder", "decoder"]
+
+
+def attention_flops(
+    query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], *_: object, **__: object
+) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+# torch 2.11 does not count attention on a CPU
+ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops}
 
 
 @dataclass(frozen=True)
@@ -45,9 +55,9 @@ def measure_complexity(model: Autoencoder, size: int = 256) -> Complexity:
     encoder_parameters, decoder_parameters = count_parameters(model)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         image = torch.empty(1, model.config.in_channels, size, size, device=model.device, dtype=model.dtype)
-        with FlopCounterMode(display=False) as encoding:
+        with FlopCounterMode(display=False, custom_mapping=ATTENTION) as encoding:
             latent: Tensor = model.encode(image).latent_dist.mode()
-        with FlopCounterMode(display=False) as decoding:
+        with FlopCounterMode(display=False, custom_mapping=ATTENTION) as decoding:
             model.decode(latent)
     return Complexity(
         encoder_parameters,
