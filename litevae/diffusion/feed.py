@@ -16,7 +16,7 @@ from litevae.latents import LatentDataset, sample_latents
 from litevae.latents.encode import hash_encoder
 from litevae.models.baseline import Autoencoder, check_only_size, spatial_compression
 from litevae.training.config import DataConfig, Stage
-from litevae.training.data import BadImages, Batch, Order, TrainingCrops, collate
+from litevae.training.data import BAD_IMAGES, BadImages, Batch, Order, TrainingCrops, collate
 from litevae.training.feed import ShareSampler, obey_parent_only
 from litevae.training.sources import ImageSource, open_images
 
@@ -70,7 +70,7 @@ class MomentsFeed:
         if config.data.latents:
             self.open_latents(Path(config.data.latents))
         else:
-            self.open_images(folder / "bad_images.txt", resuming)
+            self.open_images(folder / BAD_IMAGES, resuming)
 
     def open_latents(self, folder: Path) -> None:
         # one process reads all of it to check it

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from accelerate.utils import gather_object, set_seed
 from diffusers import UNet2DModel
-from omegaconf import OmegaConf
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -30,17 +29,16 @@ from litevae.models.baseline import Autoencoder
 from litevae.training.build import load_weights
 from litevae.training.checkpoint import (
     Checkpoint,
-    choose_checkpoint,
     load_state,
     random_state,
     read_note,
     remove_old,
-    remove_remains,
     replacing,
     restore_random_state,
     save_checkpoint,
 )
-from litevae.training.log import Log, in_short, read_log
+from litevae.training.log import read_log
+from litevae.training.loop import Loop
 from litevae.training.report import versions
 from litevae.training.step import EMA, Learner, Outcome, first_bad
 from litevae.training.stop import StopRequest
@@ -98,18 +96,14 @@ def train(config: DiffusionConfig, autoencoder: Autoencoder) -> Result:
             trainer.accelerator.end_training()
 
 
-class Trainer:
-    """One run: `__init__` builds or restores everything, `run` goes through the steps.
-
-    `step` is the last step that updated the weights, `random` the state of the random generators after it:
-    what a checkpoint holds is always the run as of that step.
-    """
+class Trainer(Loop[Result]):
+    """One run: `__init__` builds or restores everything, `run` goes through the steps."""
 
     def __init__(self, config: DiffusionConfig, autoencoder: Autoencoder) -> None:
         self.config = config
-        self.output_dir = make_output_dir(Path(config.output_dir), "pipeline", "model_index.json")
-        self.accelerator = make_accelerator(config.precision, config.tracker, asdict(config), self.output_dir)
-        self.is_main = self.accelerator.is_main_process
+        folder = make_output_dir(Path(config.output_dir), "pipeline", "model_index.json")
+        accelerator = make_accelerator(config.precision, config.tracker, asdict(config), folder)
+        super().__init__(config, folder, accelerator)
         self.check_shares()
         self.fid_images = prepare_fid(config)
         checkpoint = self.choose_checkpoint()
@@ -132,24 +126,9 @@ class Trainer:
             optimizer.weight_decay,
             lambda done: learning_rate_factor(optimizer, done, config.max_steps),
         )
-        self.lines: list[dict[str, Any]] = []
-        self.bad: list[str] = []  # steps in a row without an update, and why
-        self.unusable: UserError | None = None  # too many bad images, in this process's share
-        self.step = self.skipped = 0
-        self.seconds_before, self.start = 0.0, time.perf_counter()
-        self.saved_step: int | None = None
         if checkpoint is not None:
             self.restore(checkpoint)
         self.random = random_state()
-
-    @property
-    def checkpoint_folder(self) -> Path:
-        return self.output_dir / "checkpoints"
-
-    @property
-    def seconds(self) -> float:
-        """Since the run began, without the times it was not running and the starts."""
-        return self.seconds_before + time.perf_counter() - self.start
 
     @property
     def best_unet(self) -> UNet2DModel:
@@ -165,90 +144,8 @@ class Trainer:
                 f"shared by {processes} processes with optimizer.accumulation={accumulation}"
             )
 
-    def choose_checkpoint(self) -> Checkpoint | None:
-        """What the first process chooses, which reads all of it: the others go by its word."""
-        chosen: list[Checkpoint | UserError | None] = [None]
-        if self.is_main:
-            try:
-                chosen[0] = choose_checkpoint(self.config.resume, self.checkpoint_folder)
-            except UserError as error:
-                chosen[0] = error
-        broadcast_object_list(chosen)
-        if isinstance(chosen[0], UserError):
-            raise chosen[0]
-        return chosen[0]
-
-    def run(self, stop: StopRequest) -> Result:
-        """Goes through the steps until the last one or until `stop`, then writes everything."""
-        config = self.config
-        if self.is_main:
-            with replacing(self.output_dir / "config.yaml") as path:
-                text = OmegaConf.to_yaml(OmegaConf.structured(config))
-                path.write_text(f"# {versions()}\n{text}", encoding="utf-8")
-            remove_remains(self.checkpoint_folder)
-        self.unet.train()
-        self.start = time.perf_counter()
-        stopped = False
-        failure: NonFiniteError | UserError | None = None
-        with (
-            Log(self.output_dir / "metrics.jsonl", self.lines, self.accelerator) as log,
-            # into a file or a pipe a line now and then is enough
-            tqdm(
-                total=config.max_steps,
-                initial=self.step,
-                unit="step",
-                mininterval=0.5 if sys.stderr.isatty() else 10,
-                disable=not self.is_main,
-            ) as bar,
-        ):
-            for step, moments, waited in self.steps():
-                outcome = self.update(moments, stop.signal is not None, step)
-                if outcome.unusable:
-                    failure = self.unusable or UserError(
-                        f"another process found too many images that cannot be used: "
-                        f"{self.output_dir / 'bad_images.txt'} lists them"
-                    )
-                    if self.step == 0:  # there is nothing to save
-                        raise failure
-                    break
-                stopped = outcome.stop and step < config.max_steps
-                bar.update()
-                log.count(len(moments) * self.accelerator.num_processes, waited)
-                if outcome.bad is None:
-                    self.step, self.random, self.bad = step, random_state(), []
-                    if step == 1 or step % config.log_every == 0 or step == config.max_steps or stopped:
-                        bar.set_postfix_str(in_short(log.write(step, outcome.values, self.skipped)))
-                else:
-                    self.skipped += 1
-                    self.bad.append(f"step {step}: {outcome.bad}")
-                    log.write_skipped(step, outcome.bad, self.skipped)
-                    bar.write(f"{self.bad[-1]}: the step is skipped", file=sys.stderr)
-                    if len(self.bad) == config.max_bad_steps:
-                        failure = NonFiniteError(
-                            f"{self.bad[0]}, the first to go"
-                            + f"; {len(self.bad)} steps in a row were skipped" * (len(self.bad) > 1)
-                        )
-                if stopped or failure:
-                    break
-                if config.checkpoint.every and step % config.checkpoint.every == 0:
-                    self.save()
-                log.restart()
-        try:
-            result = self.finish(stop.signal, stopped, failure)
-        except OSError as error:
-            if failure:
-                tqdm.write(str(error), file=sys.stderr)
-                raise failure from error
-            raise
-        if failure:
-            raise failure
-        return result
-
     def steps(self) -> Iterator[tuple[int, Tensor, float]]:
-        """Each step to come with this process's share of its moments and the seconds that it took to get.
-
-        What forbids to train on it goes to `unusable`: the others learn of it within the step.
-        """
+        self.unet.train()
         batches = self.feed.batches(self.step)
         try:
             for step in range(self.step + 1, self.config.max_steps + 1):
@@ -263,7 +160,7 @@ class Trainer:
         finally:
             del batches  # its workers end here; an error's traceback would keep them
 
-    def update(self, moments: Tensor, stop: bool, step: int) -> Outcome:
+    def update(self, moments: Tensor, step: int, stop: bool) -> Outcome:
         """One step on this process's share of the batch, (N, 2 n_z, h, w)."""
         accelerator, parts = self.accelerator, self.config.optimizer.accumulation
         count, index = accelerator.num_processes, accelerator.process_index
@@ -301,6 +198,11 @@ class Trainer:
             accelerator.scaler.update()
         self.learner.optimizer.zero_grad()
         return Outcome(values, bad, stopped > 0, unusable > 0)
+
+    def after(self, step: int) -> None:
+        """Saves where that is due."""
+        if self.config.checkpoint.every and step % self.config.checkpoint.every == 0:
+            self.save()
 
     def save(self) -> None:
         """Writes a checkpoint of the last step that updated the weights; all processes take part."""

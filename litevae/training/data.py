@@ -16,6 +16,7 @@ from litevae.images import BadImage, Pixels, resize_window
 from litevae.training.config import DataConfig
 from litevae.training.sources import HELD_OUT_PHOTOGRAPH, ImageSource, Photographs, open_images
 
+BAD_IMAGES = "bad_images.txt"  # the list's name in a run's folder
 Bad = tuple[str, str]  # an image's name, and why it cannot be used
 
 # of RandomResizedCrop in torchvision

@@ -17,6 +17,7 @@ from litevae.errors import UserError
 from litevae.images import Pixels
 from litevae.training.config import Config, Stage
 from litevae.training.data import (
+    BAD_IMAGES,
     BadImages,
     Batch,
     TrainingCrops,
@@ -56,7 +57,7 @@ class Feed:
         self.one_size = config.model.aggregator == "vit"
         # PyTorch's loader draws from a generator when it starts, and a resumed run starts it once more
         self.random = torch.Generator().manual_seed(int(torch.empty((), dtype=torch.int64).random_()))
-        self.open(stages[-1].size, folder / "bad_images.txt", resuming)
+        self.open(stages[-1].size, folder / BAD_IMAGES, resuming)
 
     def open(self, size: int, bad: Path, resuming: bool) -> None:
         config = self.config

@@ -15,7 +15,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -30,12 +29,10 @@ from litevae.training.build import build_model, copy_weights, load_weights, read
 from litevae.training.checkpoint import (
     DISCRIMINATOR,
     Checkpoint,
-    choose_checkpoint,
     load_state,
     random_state,
     read_note,
     remove_old,
-    remove_remains,
     replacing,
     restore_random_state,
     save_checkpoint,
@@ -43,9 +40,10 @@ from litevae.training.checkpoint import (
 )
 from litevae.training.config import Config, OptimizerConfig, list_stages
 from litevae.training.feed import Feed
-from litevae.training.log import Log, in_short, read_log
+from litevae.training.log import read_log
+from litevae.training.loop import Loop
 from litevae.training.report import draw_curves, draw_grid, draw_reconstructions, versions
-from litevae.training.step import EMA, GRADIENT_RATIO, Outcome, TrainingStep
+from litevae.training.step import EMA, Outcome, TrainingStep
 from litevae.training.stop import StopRequest
 
 
@@ -97,18 +95,14 @@ def train(config: Config) -> Result:
             trainer.accelerator.end_training()
 
 
-class Trainer:
-    """One run: `__init__` builds or restores everything, `run` goes through the steps.
-
-    `step` is the last step that updated the weights, `random` the state of the random generators after it:
-    what a checkpoint holds is always the run as of that step.
-    """
+class Trainer(Loop[Result]):
+    """One run: `__init__` builds or restores everything, `run` goes through the steps."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.output_dir = make_output_dir(Path(config.output_dir))
-        self.accelerator = make_accelerator(config.precision, config.tracker, asdict(config), self.output_dir)
-        self.is_main = self.accelerator.is_main_process
+        folder = make_output_dir(Path(config.output_dir))
+        accelerator = make_accelerator(config.precision, config.tracker, asdict(config), folder)
+        super().__init__(config, folder, accelerator)
         self.stages = list_stages(config)
         checkpoint = self.choose_checkpoint()
         set_seed(config.seed)
@@ -129,44 +123,16 @@ class Trainer:
             self.ema,
             lambda done: learning_rate_factor(config.optimizer, done, config.max_steps),
         )
-        self.lines: list[dict[str, Any]] = []
         self.history: list[dict[str, float]] = []
-        self.bad: list[str] = []  # steps in a row without an update, and why
-        self.unusable: UserError | None = None  # too many bad images, in this process's share
-        self.step = self.skipped = 0
-        self.seconds_before, self.start = 0.0, time.perf_counter()
-        self.saved_step: int | None = None
         self.restored_step: int | None = None
         if checkpoint is not None:
             self.restore(checkpoint)
         self.random = random_state()
 
     @property
-    def checkpoint_folder(self) -> Path:
-        return self.output_dir / "checkpoints"
-
-    @property
-    def seconds(self) -> float:
-        """Since the run began, without the times it was not running and the starts."""
-        return self.seconds_before + time.perf_counter() - self.start
-
-    @property
     def best_model(self) -> Autoencoder:
         """What is validated and saved as the run's model."""
         return self.model if self.ema is None else self.ema.model
-
-    def choose_checkpoint(self) -> Checkpoint | None:
-        """What the first process chooses, which reads all of it: the others go by its word."""
-        chosen: list[Checkpoint | UserError | None] = [None]
-        if self.is_main:
-            try:
-                chosen[0] = choose_checkpoint(self.config.resume, self.checkpoint_folder)
-            except UserError as error:
-                chosen[0] = error
-        broadcast_object_list(chosen)
-        if isinstance(chosen[0], UserError):
-            raise chosen[0]
-        return chosen[0]
 
     def check_stages(self) -> None:
         """UserError for sizes that the model does not take, and batches that cannot be shared evenly."""
@@ -195,78 +161,7 @@ class Trainer:
             discriminator.to(memory_format=torch.channels_last)
         return discriminator.to(self.accelerator.device)
 
-    def run(self, stop: StopRequest) -> Result:
-        """Goes through the steps until the last one or until `stop`, then writes everything."""
-        config = self.config
-        if self.is_main:
-            with replacing(self.output_dir / "config.yaml") as path:
-                text = OmegaConf.to_yaml(OmegaConf.structured(config))
-                path.write_text(f"# {versions()}\n{text}", encoding="utf-8")
-            remove_remains(self.checkpoint_folder)
-        self.start = time.perf_counter()
-        stopped = False
-        failure: NonFiniteError | UserError | None = None
-        with (
-            Log(self.output_dir / "metrics.jsonl", self.lines, self.accelerator) as log,
-            # into a file or a pipe a line now and then is enough
-            tqdm(
-                total=config.max_steps,
-                initial=self.step,
-                unit="step",
-                mininterval=0.5 if sys.stderr.isatty() else 10,
-                disable=not self.is_main,
-            ) as bar,
-        ):
-            for step, batch, waited in self.steps():
-                outcome = self.update(batch, step, stop.signal is not None)
-                if outcome.unusable:
-                    # the list is that of all processes
-                    failure = self.unusable or UserError(
-                        f"another process found too many images that cannot be used: {self.feed.bad_images.path} "
-                        "lists them"
-                    )
-                    if self.step == 0:  # there is nothing to save
-                        raise failure
-                    break
-                stopped = outcome.stop and step < config.max_steps
-                bar.update()
-                log.count(len(batch) * self.accelerator.num_processes, waited)
-                if outcome.bad is None:
-                    self.step, self.random, self.bad = step, random_state(), []
-                    due = step == 1 or step % config.log_every == 0 or step == config.max_steps
-                    if due or stopped or GRADIENT_RATIO in outcome.values:
-                        line = log.write(step, outcome.values, self.skipped)
-                        bar.set_postfix_str(in_short(line))
-                else:
-                    self.skipped += 1
-                    self.bad.append(f"step {step}: {outcome.bad}")
-                    log.write_skipped(step, outcome.bad, self.skipped)
-                    bar.write(f"{self.bad[-1]}: the step is skipped", file=sys.stderr)
-                    if len(self.bad) == config.max_bad_steps:
-                        failure = NonFiniteError(
-                            f"{self.bad[0]}, the first to go"
-                            + f"; {len(self.bad)} steps in a row were skipped" * (len(self.bad) > 1)
-                        )
-                if stopped or failure:
-                    break
-                self.validate_and_save(step)
-                log.restart()
-        try:
-            result = self.finish(stop.signal, stopped, failure)
-        except OSError as error:
-            if failure:
-                tqdm.write(str(error), file=sys.stderr)
-                raise failure from error
-            raise
-        if failure:
-            raise failure
-        return result
-
     def steps(self) -> Iterator[tuple[int, Tensor, float]]:
-        """Each step to come with this process's share of its batch and the seconds that it took to get.
-
-        What forbids to train on it goes to `unusable`: the others learn of it within the step.
-        """
         done = self.step
         for stage in self.stages:
             if stage.last <= done:
@@ -297,8 +192,8 @@ class Trainer:
         share = noise.chunk(count)[self.accelerator.process_index]
         return self.train_step(image, share, step, stop, self.unusable is not None)
 
-    def validate_and_save(self, step: int) -> None:
-        """What is due after `step`; the end of the run is `finish`'s."""
+    def after(self, step: int) -> None:
+        """Validates and saves where that is due."""
         config = self.config
         if step == config.max_steps:
             return

@@ -1,15 +1,12 @@
 """Trains diffusion models in child processes. The argument: a JSON list of jobs, each a list of how many
 processes, after how many writes through to the disk the first kills itself (or null), and the settings.
 
-Prints "JOB RANK STATUS" as each of them ends. Importing PyTorch takes seconds, so they are forks of this
-process, which computes nothing itself.
+Prints what `forks.run_jobs` does.
 """
 
 import json
-import os
-import signal
-import socket
 import sys
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -19,6 +16,9 @@ import litevae.diffusion.fid as fid_module
 import litevae.diffusion.trainer as trainer_module
 from litevae.diffusion import load_config, train
 from litevae.models import LiteVAE
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from forks import die_at_sync, run_jobs
 
 torch.set_num_threads(1)
 trainer_module.draw_loss = lambda _, path: path.touch()  # spares the time that Matplotlib takes
@@ -36,42 +36,12 @@ class Means(nn.Module):
 fid_module.make_fid = lambda _: FrechetInceptionDistance(feature=Means())
 
 
-def work(writes, settings):
+def work(_, writes, settings):
     """The run of one process."""
     if writes is not None:
-        sync, count = os.fsync, iter(range(writes))
-
-        def fsync(descriptor):
-            sync(descriptor)
-            if next(count, None) is None:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        os.fsync = fsync
+        die_at_sync(writes)
     config = load_config("small", settings)
     train(config, LiteVAE.from_pretrained(config.model))
 
 
-for job, (processes, writes, settings) in enumerate(json.loads(sys.argv[1])):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    children = {}
-    for rank in range(processes):
-        child = os.fork()
-        if child:
-            children[child] = rank
-            continue
-        if processes > 1:
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), LOCAL_RANK=str(rank))
-            os.environ.update(WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes))
-        status = 1
-        try:
-            work(writes, settings)
-            status = 0
-        except BaseException as error:
-            print(f"job {job}, rank {rank}: {error!r}", file=sys.stderr, flush=True)
-        finally:
-            os._exit(status)
-    while children:
-        child, status = os.wait()
-        print(job, children.pop(child), os.waitstatus_to_exitcode(status), flush=True)
+run_jobs(json.loads(sys.argv[1]), work)

@@ -149,10 +149,10 @@ def test_a_preempted_run_ends_after_its_step_and_goes_on(tiny, autoencoder, logg
     train(tiny(*settings, name="whole"), autoencoder)
     original, signals = trainer_module.Trainer.update, [signal.SIGTERM]
 
-    def update(self, moments, stop, step):
+    def update(self, moments, step, stop):
         if step == 2 and signals:
             signal.raise_signal(signals.pop())
-        return original(self, moments, stop, step)
+        return original(self, moments, step, stop)
 
     monkeypatch.setattr(trainer_module.Trainer, "update", update)
     result = train(tiny(*settings), autoencoder)

@@ -5,7 +5,6 @@ Importing PyTorch takes seconds, so the children are forks of this process, whic
 
 import os
 import random
-import signal
 import sys
 import threading
 from pathlib import Path
@@ -16,31 +15,23 @@ from litevae import LiteVAE
 from litevae.latents import Settings, encode_images
 from litevae.training.sources import open_images
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from forks import die_at_sync, kill
+
 model, images, folder, kills, seed = sys.argv[1:]
 folder = Path(folder)
 torch.set_num_threads(1)
 random = random.Random(int(seed))
 
 
-def kill():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def start(die_at_sync=None, die_after=None, workers=0):
-    """Forks a run. It kills itself when it has written through to the disk `die_at_sync` times, or `die_after`
+def start(writes=None, die_after=None, workers=0):
+    """Forks a run. It kills itself when it has written through to the disk `writes` times, or `die_after`
     seconds after it has first renamed a file, whatever it does then."""
     child = os.fork()
     if child:
         return child
-    if die_at_sync is not None:
-        sync, count = os.fsync, iter(range(die_at_sync))
-
-        def fsync(descriptor):
-            sync(descriptor)
-            if next(count, None) is None:
-                kill()
-
-        os.fsync = fsync
+    if writes is not None:
+        die_at_sync(writes)
     if die_after is not None:
         replace, timer = os.replace, threading.Timer(die_after, kill)
 
@@ -68,7 +59,7 @@ def start(die_at_sync=None, die_after=None, workers=0):
 
 for number in range(int(kills)):
     # a shard is three writes
-    when = {"die_at_sync": random.randrange(6)} if number % 2 else {"die_after": random.uniform(0, 0.02)}
+    when = {"writes": random.randrange(6)} if number % 2 else {"die_after": random.uniform(0, 0.02)}
     _, status = os.waitpid(start(**when, workers=number % 4 // 2), 0)
     if not os.WIFSIGNALED(status):  # there was little left to do
         break

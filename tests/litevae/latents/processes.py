@@ -2,8 +2,7 @@
 an event, the output folder, and settings. Events: at its first image the second process "dies" or gets a "term";
 it has "other" images; all run the "command".
 
-Prints "JOB RANK STATUS" as each of them ends, and what they return, print or raise on stderr. Importing PyTorch
-takes seconds, so they are forks of this process, which computes nothing itself.
+Prints what `forks.run_jobs` does.
 """
 
 import contextlib
@@ -11,7 +10,6 @@ import io
 import json
 import os
 import signal
-import socket
 import sys
 from pathlib import Path
 
@@ -21,6 +19,9 @@ from litevae import LiteVAE
 from litevae.cli import main
 from litevae.latents import Settings, encode_images
 from litevae.training.sources import open_images
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from forks import run_jobs
 
 model, photographs, jobs = sys.argv[1:]
 torch.set_num_threads(1)
@@ -64,27 +65,4 @@ def work(rank, event, folder, settings):
     return f"{result.total} {result.before} {result.done} {result.bad} {result.stopped_by}"
 
 
-for job, (count, event, folder, settings) in enumerate(json.loads(jobs)):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    children = {}
-    for rank in range(count):
-        child = os.fork()
-        if child:
-            children[child] = rank
-            continue
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), LOCAL_RANK=str(rank))
-        os.environ.update(WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count))
-        status = 1
-        try:
-            told = work(rank, event, folder, settings)
-            status = 0
-        except BaseException as error:
-            told = repr(error)
-        finally:
-            os.write(2, f"job {job}, rank {rank}: {told}\n".encode())
-            os._exit(status)
-    while children:
-        child, status = os.wait()
-        print(job, children.pop(child), os.waitstatus_to_exitcode(status), flush=True)
+run_jobs(json.loads(jobs), work)

@@ -15,6 +15,9 @@ import torch
 
 from litevae.training import load_config, train
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from forks import die_at_sync
+
 folder, kills, seed, *settings = sys.argv[1:]
 log = Path(folder) / "metrics.jsonl"
 torch.set_num_threads(1)
@@ -25,20 +28,13 @@ def lines():
     return log.read_bytes().count(b"\n") if log.exists() else 0
 
 
-def start(die_at_sync=None):
-    """Forks a run; it kills itself when it has written through to the disk `die_at_sync` times."""
+def start(writes=None):
+    """Forks a run; it kills itself when it has written through to the disk `writes` times."""
     child = os.fork()
     if child:
         return child
-    if die_at_sync is not None:
-        sync, count = os.fsync, iter(range(die_at_sync))
-
-        def fsync(descriptor):
-            sync(descriptor)
-            if next(count, None) is None:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        os.fsync = fsync
+    if writes is not None:
+        die_at_sync(writes)
     status = 1
     try:
         train(load_config("demo", [*settings, f"output_dir={folder}", "resume=auto"]))
