@@ -34,7 +34,7 @@ def make_step(name: str, overrides: list[str], size: int, adversarial: bool) -> 
     discriminator = build_discriminator(config.discriminator, size) if adversarial else None
     if discriminator is not None:
         discriminator.to(accelerator.device, memory_format=torch.channels_last)
-    objective = Objective(config.loss).to(accelerator.device)
+    objective = Objective(config.loss).to(accelerator.device, memory_format=torch.channels_last)
     ema = EMA(model, config.ema_decay)
     return TrainingStep(config, accelerator, model, discriminator, objective, ema, lambda done: 1.0)
 

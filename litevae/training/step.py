@@ -12,6 +12,7 @@ import torch._functorch.config
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from litevae.discriminators import UNetDiscriminator
 from litevae.losses import RECONSTRUCTION_TERMS, Loss, Objective
 from litevae.models.baseline import Autoencoder
 from litevae.training.config import Config
@@ -45,8 +46,16 @@ class Discriminate(nn.Module):
         self.discriminator = discriminator
 
     def forward(self, real: Tensor, fake: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """The logits of both; not of their concatenation, since PatchGAN normalises over the batch."""
-        return self.discriminator(real), self.discriminator(fake)
+        """The logits of both.
+
+        In one pass where an image's logits do not depend on the others': PatchGAN normalises over the batch, and
+        StyleGAN's takes its standard deviation.
+        """
+        if not isinstance(self.discriminator, UNetDiscriminator):
+            return self.discriminator(real), self.discriminator(fake)
+        heads = self.discriminator(torch.cat([real, fake]))
+        of_real, of_fake = zip(*(head.split([len(real), len(fake)]) for head in heads), strict=True)
+        return of_real, of_fake
 
 
 class EMA(Generic[Model]):
@@ -85,7 +94,7 @@ class Learner:
         self.learning_rate = learning_rate
         self.factor = factor
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay
+            self.parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=True
         )
 
     def gradient_norm(self, maximum: float, scaler: torch.amp.GradScaler | None) -> Tensor:
@@ -112,9 +121,21 @@ class Learner:
         # there are none yet before the first update
         if shapes and shapes != {index: p.shape for index, p in enumerate(self.parameters)}:
             return False
+        # the fused optimizer goes through the memory of each without a look at the strides
+        state = {
+            index: {key: in_layout_of(self.parameters[index], value) for key, value in moments.items()}
+            for index, moments in state.items()
+        }
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         return True
+
+
+def in_layout_of(parameter: Tensor, value: Tensor) -> Tensor:
+    """`value` with the strides of `parameter`, where it has its shape."""
+    if value.shape != parameter.shape:
+        return value
+    return torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
 
 
 @dataclass(frozen=True)

@@ -109,8 +109,10 @@ class Trainer(Loop[Result]):
         self.model = build_model(config)
         self.check_stages()
         self.feed = Feed(config, self.stages, self.accelerator, self.output_dir, checkpoint is not None)
+        objective = Objective(config.loss)
         if config.channels_last:
-            self.model.to(memory_format=torch.channels_last)
+            for module in (self.model, objective):
+                module.to(memory_format=torch.channels_last)
         self.model.to(self.accelerator.device)
         self.ema = EMA(self.model, config.ema_decay) if config.ema_decay else None
         self.discriminator = self.make_discriminator()
@@ -119,7 +121,7 @@ class Trainer(Loop[Result]):
             self.accelerator,
             self.model,
             self.discriminator,
-            Objective(config.loss).to(self.accelerator.device),
+            objective.to(self.accelerator.device),
             self.ema,
             lambda done: learning_rate_factor(config.optimizer, done, config.max_steps),
         )

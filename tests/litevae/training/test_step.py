@@ -8,11 +8,11 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from litevae.discriminators import build_discriminator
+from litevae.discriminators import DiscriminatorConfig, build_discriminator
 from litevae.losses import Objective
 from litevae.training.build import build_model
 from litevae.training.log import in_short
-from litevae.training.step import EMA, Autoencode, TrainingStep
+from litevae.training.step import EMA, Autoencode, Discriminate, Learner, TrainingStep
 
 BATCH, SIZE = 4, 32
 
@@ -104,6 +104,60 @@ def test_gradients_are_those_of_each_network_s_own_loss(make):
     for name, expected in (("autoencoder", own), ("discriminator", others)):
         for value, other in zip(gradients(step, name), expected, strict=True):
             torch.testing.assert_close(value, other, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("kind", ["unet", "patchgan", "stylegan"])
+def test_real_and_generated_images_do_not_see_each_other(kind):
+    torch.manual_seed(0)
+    discriminator = build_discriminator(DiscriminatorConfig(kind, "S"), SIZE)
+    if kind == "unet":
+        discriminator.eval()  # in training mode a second pass goes on with the power iteration
+    real, fake = inputs(1)[0], inputs(2)[0][: BATCH // 2] / 4
+    with torch.no_grad():
+        expected = [discriminator(images) for images in (real, fake)]
+        actual = Discriminate(discriminator)(real, fake)
+    torch.testing.assert_close(actual, tuple(expected))
+
+
+def test_updates_are_those_of_the_optimizer_that_heeds_strides(make):
+    """A CPU's fused AdamW takes the memory of weights, gradients and moments as it comes."""
+    steps = [make("discriminator.kind=unet") for _ in range(2)]
+    for step in steps:
+        step.model.to(memory_format=torch.channels_last)
+        step.discriminator.to(memory_format=torch.channels_last)
+    for learner in steps[1].learners.values():
+        learner.optimizer.param_groups[0]["fused"] = False
+    image, noise = inputs()
+    for step in steps:
+        step(image.contiguous(memory_format=torch.channels_last), noise, 1, False)
+    for name, learner in steps[0].learners.items():
+        for ours, other in zip(learner.parameters, steps[1].learners[name].parameters, strict=True):
+            torch.testing.assert_close(ours, other)
+
+
+def test_optimizer_goes_on_from_moments_in_another_memory_format():
+    def learner():
+        torch.manual_seed(0)
+        network = nn.Conv2d(4, 5, 3).to(memory_format=torch.channels_last)
+        return Learner(network, 0.1, (0.9, 0.99), 0.01, lambda _: 1.0)
+
+    def update(learner, seed):
+        images = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(seed))
+        learner.network(images).square().sum().backward()
+        learner.update(seed, None)
+        learner.optimizer.zero_grad()
+
+    one, other = learner(), learner()
+    update(one, 1)
+    other.network.load_state_dict(one.network.state_dict())
+    state = {
+        index: {key: value.clone(memory_format=torch.contiguous_format) for key, value in moments.items()}
+        for index, moments in one.optimizer.state_dict()["state"].items()
+    }
+    assert other.load_state(state)
+    for each in (one, other):
+        update(each, 2)
+    assert all(map(torch.equal, one.parameters, other.parameters))
 
 
 def test_good_step_changes_everything(make):
