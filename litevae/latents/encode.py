@@ -582,15 +582,17 @@ class Share:
         Args:
             keep: what is encoded of an unfinished shard.
         """
-        self.images = iter(())
-        with self.writer:
-            self.encoder.finish()
-            start = time.perf_counter()
-            for each in self.writing:
-                each.result()
-            self.waited_to_write += time.perf_counter() - start
-        if self.begun is not None:
-            self.seconds = time.perf_counter() - self.begun
+        try:
+            with self.writer:
+                self.encoder.finish()
+                start = time.perf_counter()
+                for each in self.writing:
+                    each.result()
+                self.waited_to_write += time.perf_counter() - start
+            if self.begun is not None:
+                self.seconds = time.perf_counter() - self.begun
+        finally:
+            self.images = iter(())
         if keep and self.number is not None:
             moments, ready = to_host(self.parts)
             if ready is not None:
