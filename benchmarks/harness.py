@@ -5,7 +5,8 @@ provider once, one after the other, on the next of several input sets that toget
 reported is the median of the rounds, and of the ratios within a round.
 
 On a GPU a time is the GPU's own: events around calls that are queued back to back while it is still busy with
-something else, so that the microseconds Python takes for a call do not count.
+something else, so that the microseconds Python takes for a call do not count. A training step, which waits for the GPU
+itself, is timed whole.
 """
 
 import gc
@@ -32,6 +33,7 @@ from litevae_kernels.backend import why_not
 RESULTS = Path(__file__).parent / "results"
 GPU_SECONDS = 2e-3  # that a provider is repeated for between two events, at least
 GPU_CLOCK = 2e9  # cycles a second, for a rough wait
+WARM_UPS = 3  # calls until a CUDA graph is recorded
 YARDSTICKS = {"cpu": (2048, 2**28), "cuda": (8192, 2**31)}  # side of a matrix, bytes of a copy
 COPY = "copy"
 
@@ -182,7 +184,11 @@ def copies(device: str, byte_count: int, inputs: int) -> Provider:
 
 
 def yardsticks(device: str, dtypes: Iterable[torch.dtype]) -> tuple[dict[str, Provider], dict[str, Work]]:
-    """What the machine can do at this moment: a large matrix product of each dtype, and a large copy."""
+    """What the machine can do at this moment: a large matrix product of each dtype, and a large copy.
+
+    On a CPU the float32 product is a 1x1 convolution's, of oneDNN: on AMD's processors MKL, which serves
+    `torch.matmul`, reaches half of its rate.
+    """
     n, byte_count = YARDSTICKS[device]
     copy = copies(device, byte_count, 2)
     providers: dict[str, Provider] = {COPY: lambda i: copy(i % 2)}
@@ -190,7 +196,12 @@ def yardsticks(device: str, dtypes: Iterable[torch.dtype]) -> tuple[dict[str, Pr
     for dtype in sorted(dtypes, key=str):
         a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
         name = f"matrix product, {dtype_name(dtype)}, {n} x {n}"
-        providers[name] = lambda _, a=a, b=b: a @ b
+        if device == "cpu" and dtype == torch.float32:
+            image = a.T.reshape(1, n, n // 32, 32).contiguous(memory_format=torch.channels_last)
+            weight = b.T.reshape(n, n, 1, 1).contiguous(memory_format=torch.channels_last)
+            providers[name] = lambda _, x=image, w=weight: torch.conv2d(x, w)
+        else:
+            providers[name] = lambda _, a=a, b=b: a @ b
         works[name] = Work(n**3, 3 * a.nbytes, dtype)
     return providers, works
 
@@ -206,12 +217,15 @@ def reserved_memory() -> int:
 class Stopwatch:
     """Times one provider; each call takes the next input set of `turn`, which all providers share."""
 
-    def __init__(self, provider: Provider, turn: Iterator[int]) -> None:
+    def __init__(self, provider: Provider, turn: Iterator[int], whole: bool) -> None:
         self.provider = provider
         self.turn = turn
         self.on_gpu = torch.cuda.is_available()
+        self.queued = self.on_gpu and not whole
         self.peak_memory: int | None = None
         self.repeats = 1
+        if self.on_gpu:
+            torch._dynamo.reset()  # no graphs of other providers, whose memory this one's would share
         held = reserved_memory() if self.on_gpu else 0
         self.times_itself = isinstance(self.provider(next(turn)), Timed)  # compile, and touch the memory
         if self.times_itself:
@@ -226,7 +240,7 @@ class Stopwatch:
 
         A CUDA graph allocates nothing when it is replayed: what it holds on to between calls is added.
         """
-        for _ in range(2):  # the second call records a CUDA graph
+        for _ in range(WARM_UPS - 1):
             self.provider(next(self.turn))
         held = reserved_memory() - held
         torch.cuda.synchronize()
@@ -237,16 +251,19 @@ class Stopwatch:
         self.host_seconds = time.perf_counter() - start
         torch.cuda.synchronize()
         self.peak_memory = torch.cuda.max_memory_allocated() - before + max(0, held)
-        self.repeats = max(1, math.ceil(GPU_SECONDS / self.seconds()))
+        if self.queued:
+            self.repeats = max(1, math.ceil(GPU_SECONDS / self.seconds()))
 
     def seconds(self) -> float:
         """Of one call; on a GPU, the mean of `repeats` of them."""
         if self.times_itself:
             return float(self.provider(next(self.turn)).seconds)
-        if not self.on_gpu:
+        if not self.queued:
             which = next(self.turn)
+            self.synchronise()
             begin = time.perf_counter()
             out = self.provider(which)
+            self.synchronise()
             elapsed = time.perf_counter() - begin
             del out
             return elapsed
@@ -259,6 +276,16 @@ class Stopwatch:
         end.record()
         torch.cuda.synchronize()
         return start.elapsed_time(end) / 1e3 / self.repeats
+
+    def warm_up(self) -> None:
+        """Compiles and records again what was forgotten so that others could be measured."""
+        if not self.times_itself:
+            for _ in range(WARM_UPS):
+                self.seconds()
+
+    def synchronise(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize()
 
 
 def contest(
@@ -278,6 +305,7 @@ def contest(
     goals: Mapping[str, Goal] | None = None,
     chart: str | None = None,
     x: float | None = None,
+    whole: bool = False,
     rounds: int = 30,
     least: int = 7,
     seconds: float = 4.0,
@@ -300,6 +328,8 @@ def contest(
         rivals: providers that the goals are about; the fastest in this run is the best rival.
         goals: of the providers that have one.
         chart, x: the figures are points of a curve at `x`.
+        whole: on a GPU, time calls by the clock from beginning to end, Python's share included: for calls that wait
+            for the GPU themselves.
         rounds: rounds at most; fewer if they would take longer than `seconds`, but at least `least`.
     """
     works, yards = dict(works or {}), {}
@@ -309,7 +339,10 @@ def contest(
         works |= works_of_yards
     providers = providers | yards
     turn = itertools.cycle(range(inputs))
-    watches = {name: Stopwatch(provider, turn) for name, provider in providers.items()}
+    watches = {name: Stopwatch(provider, turn, whole) for name, provider in providers.items()}
+    if torch.cuda.is_available():
+        for watch in watches.values():
+            watch.warm_up()
     start = time.perf_counter()
     for watch in watches.values():
         watch.seconds()
@@ -325,6 +358,8 @@ def contest(
 
     def run_others() -> None:
         others.rotate(1)
+        if len(providers) % inputs == 0:  # or each would get the same input set in all rounds
+            next(turn)
         for name in others:
             run(name)
 

@@ -54,6 +54,8 @@ def draw_all(device: str, rows: list[Row], folder: Path, stem: str) -> dict[str,
                 ("memory", "peak MB beyond weights and images", megabytes),
             ):
                 having = [row for row in models if name == "speed" or row["peak_memory"]]
+                if not having:
+                    continue
                 title = f"Encoders: {unit.split()[0] if name == 'speed' else 'peak memory'} over {what}"
                 save(title, f"{what}-{name}", curves(having, value, label, unit, title), having)
         else:

@@ -27,8 +27,11 @@ from litevae.training.sources import open_images
 SIZE = 256
 WIDTH, HEIGHT = 500, 375
 DISTINCT = 48
-COUNT = {"cpu": 96, "cuda": 4096}  # the first few cost more: memory is copied that is shared with new processes
+# The first few cost more, since memory is copied that is shared with new processes, and are decoded before the clock
+# starts: up to a batch a worker.
+COUNT = {"cpu": 96, "cuda": 16384}
 BATCH = {"cpu": 8, "cuda": 32}  # the command's
+FLOAT16_ERROR = torch.finfo(torch.float16).eps  # the shards'
 BARS = {"cpu": {"encoder alone": 0.9}, "cuda": {}}  # 16 cores decode less than a GPU encodes
 
 
@@ -45,7 +48,10 @@ def write_photographs(folder: Path, count: int) -> None:
         Image.fromarray(pixels.numpy()).save(file, "JPEG", quality=90)
         contents.append(file.getvalue())
     for i in range(count):
-        (folder / f"{i:05d}.jpg").write_bytes(contents[i % DISTINCT])
+        if i < DISTINCT:
+            (folder / f"{i:05d}.jpg").write_bytes(contents[i])
+        else:
+            (folder / f"{i:05d}.jpg").hardlink_to(folder / f"{i % DISTINCT:05d}.jpg")
 
 
 @torch.inference_mode()
@@ -89,7 +95,7 @@ def test_encode(benchmark: Any, session: Session, device: str, tmp_path: Path) -
     encode_images(model, images, checked, settings, batch, workers)
     moments = load_file(checked / name_shard(0))[MOMENTS].to(device).split(batch)
     for i, gate in zip((0, -1), gates, strict=True):
-        gate.check(lambda _, i=i: moments[i], batches[i], configuration)
+        gate.check(lambda _, i=i: moments[i], batches[i], configuration, FLOAT16_ERROR)
     contest(
         benchmark,
         session,
@@ -101,6 +107,6 @@ def test_encode(benchmark: Any, session: Session, device: str, tmp_path: Path) -
         images=count,
         bars=BARS[device],
         rounds=7,
-        least=3,
+        least=5,
         seconds=15,
     )

@@ -5,6 +5,7 @@ setuptools has no longer since its version 81, so it needs `pip install pytorch_
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import ptwt
@@ -13,12 +14,12 @@ import pywt
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Provider, Session, contest, copies, our_backends, with_backend
+from benchmarks.harness import Provider, Session, contest, copies, our_backends, relative_error, with_backend
 from litevae_kernels import haar_pyramid
 from litevae_kernels.testing import assert_within_budget
 
 SHAPE = (32, 3, 256, 256)
-# x 25 MB in fp32: more than a CPU's or a GPU's last cache; a prime, so that each provider gets all of them
+# x 25 MB in fp32: more than a CPU's or a GPU's last cache
 INPUTS = 7
 LEVELS = 3
 
@@ -26,6 +27,11 @@ try:
     from pytorch_wavelets import DWTForward
 except ImportError:
     DWTForward = None
+
+
+def in_float32() -> AbstractContextManager[None]:
+    """A GPU's float32 convolutions, by which some rivals transform, are no TF32 ones inside."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
 def appendix_g(image: Tensor) -> list[Tensor]:
@@ -133,10 +139,12 @@ def compete_forward(
     }
     if DWTForward is not None:
         library = with_pytorch_wavelets(case, device)
-        torch.testing.assert_close(library(images[0]), by_slicing(images[0]))
+        with in_float32():
+            torch.testing.assert_close(library(images[0]), by_slicing(images[0]))
         providers["pytorch_wavelets"] = lambda i: library(images[i])
     if case == "fp32":
-        torch.testing.assert_close(appendix_g(images[0]), slicing(images[0]))  # the rivals compute the same
+        with in_float32():  # the rivals compute the same
+            torch.testing.assert_close(appendix_g(images[0]), slicing(images[0]))
         if device == "cpu":
             providers["PyWavelets"] = lambda i: pywavelets(images[i])
     contest(
@@ -194,6 +202,12 @@ def test_pyramid_backward(benchmark: Any, session: Session, device: str, case: s
     }
     if DWTForward is not None:
         providers["pytorch_wavelets"] = backward_of(with_pytorch_wavelets(case, device))
+    eps = max(torch.finfo(case_dtype).eps for case_dtype in CASES[case][:2])
+    for name, provider in providers.items():
+        if not name.startswith(("copy", "litevae")):
+            with in_float32():
+                gradient = provider(0)
+            assert relative_error(gradient, exact) < 4 * LEVELS * eps, name
     contest(
         benchmark,
         session,

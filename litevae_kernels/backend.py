@@ -61,6 +61,11 @@ _choice = _Choice()
 _latest: str | None = _from_environment
 
 
+def forced_backend() -> str | None:
+    """What `use_backend` or the environment forces in this thread."""
+    return _choice.forced
+
+
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Force one backend for every operator that this thread calls inside the ``with`` block.
@@ -85,9 +90,8 @@ def use_backend(name: str) -> Iterator[None]:
         _choice.forced = _latest = previous
 
 
-@torch.compiler.assume_constant_result
 @functools.cache
-def _why_no_cuda() -> str | None:
+def _find_why_no_cuda() -> str | None:
     assert core is not None
     if not cuda_built:
         return f"the core has no CUDA: {core.cuda_reason}"
@@ -99,6 +103,11 @@ def _why_no_cuda() -> str | None:
         if 10 * major + minor < oldest:
             return f"the core was built for sm_{oldest} and newer, and GPU {device} is sm_{major}{minor}"
     return None
+
+
+@torch.compiler.assume_constant_result  # which must not be around a cache: the compiler would look into that
+def _why_no_cuda() -> str | None:
+    return _find_why_no_cuda()
 
 
 def why_not(backend: str, device_type: str) -> str | None:

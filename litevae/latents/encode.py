@@ -83,7 +83,8 @@ class Encoding:
     `total`: images in the data; `before`: those that earlier runs had done; `done`: those of this run; `bad`:
     those of all runs that cannot be read. `seconds`: from the first batch on; `encoder_seconds` of them in the
     model, `waited` for images and `waited_to_write` for the disk. `stopped_by`: the signal that ended the run
-    early, else None. Of several processes, the images are those of all and the times are means.
+    early, else None. Of several processes, the images are those of all, `seconds` is the time of the slowest,
+    and the other times are means over those that had images to encode.
     """
 
     folder: Path
@@ -455,10 +456,7 @@ class Run:
         complete = len(self.shards) == self.count_shards()
         bad = processes.first_does(lambda: self.complete() if complete else self.count_bad())
         signals = [signal for *_, signal in reports if signal]
-        times = [times for _, _, times, _ in reports]
-        seconds, encoder, waited, to_write = (
-            sum(each) / processes.count for each in zip(*times, strict=True)
-        )
+        seconds, encoder, waited, to_write = times_of_all([times for _, _, times, _ in reports])
         return Encoding(
             self.folder,
             len(self.images),
@@ -633,6 +631,13 @@ class Share:
             {run.images.key(index): reason for index, reason in bad.items()},
         )
         unfinished_of(run.folder, number).unlink(missing_ok=True)
+
+
+def times_of_all(times: Sequence[Sequence[float]]) -> list[float]:
+    """The time of the slowest process, and the means of the other times over those with anything to do."""
+    busy = [each for each in times if each[0]] or times
+    seconds, *others = zip(*busy, strict=True)
+    return [max(seconds), *(sum(each) / len(busy) for each in others)]
 
 
 def warn(message: str) -> None:

@@ -223,8 +223,9 @@ def verify(folder: Path) -> dict[str, Any]:
     names = {MOMENTS, *([MIRRORED] if index["encoding"]["mirror"] else [])}
     end = 0
     for shard in index["shards"]:
-        damage = find_damage(folder, shard)
+        damage, mend = find_damage(folder, shard), "the same litevae encode command mends it"
         if damage is None:
+            mend = f"delete it, and {mend}"  # which looks at the bytes alone
             try:
                 with safe_open(folder / shard.file, framework="pt") as file:
                     tensors = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
@@ -239,7 +240,7 @@ def verify(folder: Path) -> dict[str, Any]:
         if damage is None and (shard.first != end or shard.count + len(shard.bad) != shard.images):
             damage = f"is listed in {INDEX} with numbers that do not fit"
         if damage is not None:
-            raise UserError(f"{folder / shard.file}: {damage}; the same litevae encode command mends it")
+            raise UserError(f"{folder / shard.file}: {damage}; {mend}")
         end += shard.images
     if end != index["images"]["count"]:
         raise UserError(f"{folder / INDEX}: lists {end} of {index['images']['count']} images")

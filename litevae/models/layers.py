@@ -2,13 +2,15 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.modeling_utils import get_parameter_dtype
 from torch import Tensor, nn
 
+from litevae_kernels import use_backend
+from litevae_kernels.backend import forced_backend
 from litevae_kernels.nn import Conv3x3, GroupNormSiLU, SelfModulatedConv2d
 
 Norm = Literal["group", "smc", "none"]
@@ -45,9 +47,17 @@ class CheckpointedModule(nn.Module):
 
     def run(self, block: nn.Module, *args: Tensor) -> Tensor:
         """`block(*args)`, checkpointed where that is enabled and gradients are wanted."""
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return self._gradient_checkpointing_func(block, *args)
-        return block(*args)
+        if not (self.gradient_checkpointing and torch.is_grad_enabled()):
+            return block(*args)
+        forced = None if torch.compiler.is_compiling() else forced_backend()
+        call: Callable[..., Tensor] = block
+        if forced is not None:  # a GPU's backward pass, which recomputes, runs in another thread
+
+            def call(*args: Tensor) -> Tensor:
+                with use_backend(forced):
+                    return cast(Tensor, block(*args))
+
+        return self._gradient_checkpointing_func(call, *args)
 
 
 class ShortcutConv2d(nn.Conv2d):

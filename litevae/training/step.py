@@ -207,8 +207,6 @@ class TrainingStep:
         }
         if discriminator is not None:
             own = config.discriminator
-            # both forward passes in one graph: spectral norm's vectors change in each of them, and Inductor's
-            # backward pass of a first graph would read what the second one wrote
             discriminate = Discriminate(discriminator)
             if config.compile:
                 discriminate.compile()

@@ -161,18 +161,25 @@ def test_gpus_older_than_the_kernels_get_triton(monkeypatch, capability, chosen)
     monkeypatch.setattr(backend, "core", core)
     monkeypatch.setattr(backend, "cuda_built", True)
     monkeypatch.setattr(backend, "triton_installed", True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    backend._why_no_cuda.cache_clear()
+    answers = {"is_available": True, "device_count": 1, "get_device_capability": capability}
+    # no compiler traces the real ones
+    cuda = types.SimpleNamespace(
+        **{name: torch.compiler.disable(lambda *_, value=value: value) for name, value in answers.items()}
+    )
+    # for this module alone: the compiler too looks for GPUs
+    monkeypatch.setattr(backend, "torch", types.SimpleNamespace(cuda=cuda, compiler=torch.compiler))
+    backend._find_why_no_cuda.cache_clear()
+    torch._dynamo.reset()
     try:
         assert backend.choose("cuda") == chosen
+        compiled = torch.compile(lambda x: (x, backend.choose("cuda")), fullgraph=True, backend="eager")
+        assert compiled(torch.zeros(1))[1] == chosen
         if chosen == "triton":
             assert backend.why_not("native", "cuda") == (
                 "the core was built for sm_80 and newer, and GPU 0 is sm_75"
             )
     finally:
-        backend._why_no_cuda.cache_clear()
+        backend._find_why_no_cuda.cache_clear()
 
 
 def test_a_core_of_another_version_is_refused():

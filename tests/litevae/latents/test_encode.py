@@ -19,7 +19,7 @@ from litevae import LiteVAE
 from litevae.cli import main
 from litevae.errors import UserError
 from litevae.latents import Encoding, LatentDataset, verify
-from litevae.latents.encode import choose_precision
+from litevae.latents.encode import choose_precision, times_of_all
 from litevae.training.sources import open_images
 
 SIZE = 32
@@ -355,6 +355,16 @@ class TestProcesses:
                 status, said = ended[job, rank]
                 assert status == 1
                 assert said.startswith(f"UserError('{message}")
+
+
+def test_processes_without_images_do_not_count_in_the_times():
+    assert times_of_all([(4.0, 3.0, 1.0, 0.0), (0.0, 0.0, 0.0, 0.0), (2.0, 1.0, 0.5, 0.5)]) == [
+        4,
+        2,
+        0.75,
+        0.25,
+    ]
+    assert times_of_all([(0.0, 0.0, 0.0, 0.0)] * 2) == [0] * 4
 
 
 def test_killed_at_random_instants_the_files_are_the_same(model_folder, photographs, tmp_path, contents):

@@ -1,5 +1,6 @@
 import copy
 import json
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch._dynamo.testing import CompileCounter
 from litevae import LiteVAE
 from litevae.models.autoencoder import blend, tile_starts
 from litevae.models.layers import Attention, ResBlock
+from litevae_kernels import use_backend
 from litevae_kernels.nn import GroupNormSiLU, SelfModulatedConv2d
 
 VARIANTS = [{}, {"decoder_norm": "smc", "output_type": "wavelet"}]
@@ -435,6 +437,24 @@ def test_gradient_checkpointing_gives_the_same_gradients_for_less_memory(make, i
         assert torch.equal(a, b)
     vae.disable_gradient_checkpointing()
     assert gradients()[1] == saved
+
+
+def test_checkpointed_blocks_run_again_on_the_forced_backend(make, image):
+    """Whatever thread the backward pass is in: a GPU's is one of autograd's own."""
+    vae = make()
+    vae.enable_gradient_checkpointing()
+    gradients = []
+    for elsewhere in (False, True):
+        vae.zero_grad()
+        with use_backend("reference"):
+            loss = vae(image).sample.square().mean()
+            if not elsewhere:
+                loss.backward()
+        if elsewhere:
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(loss.backward).result()
+        gradients.append([parameter.grad.clone() for parameter in vae.parameters()])
+    assert all(map(torch.equal, *gradients))
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)

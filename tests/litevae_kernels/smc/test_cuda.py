@@ -20,6 +20,7 @@ on_each_backend = pytest.mark.parametrize(
     [pytest.param(b, marks=pytest.mark.skipif(r is not None, reason=str(r))) for b, r in REASONS.items()],
 )
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+CASES = {"native": 12, "triton": 2}  # a test; Triton compiles nearly each of them
 DENSE = (torch.contiguous_format, torch.channels_last)
 
 
@@ -81,7 +82,7 @@ def check(backend, weight, scale, gain, grad, eps, dtype, memory_format):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_equals_torch_in_float64(backend, dtype, weight_dtype, layout):
     rng = random.Random(f"{layout} {dtype} {weight_dtype}")
-    for i in range(12):
+    for i in range(CASES[backend]):
         groups = rng.choice((1, 1, 2, 3))
         filters, channels = groups * rng.choice((1, 3, 8)), rng.choice((1, 3, 16, 33, 64, 300))
         shape = (filters, channels, *rng.choice(((1, 1), (3, 3), (1, 3), (2, 2), (5, 4))))
