@@ -4,6 +4,7 @@ pytorch_wavelets is among them where it can be imported: its last release, 1.3.0
 setuptools has no longer since its version 81, so it needs `pip install pytorch_wavelets "setuptools<81"`.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -25,7 +26,8 @@ LEVELS = 3
 
 try:
     from pytorch_wavelets import DWTForward
-except ImportError:
+except ImportError as error:
+    warnings.warn(f"pytorch_wavelets is not among the rivals: {error}", stacklevel=1)
     DWTForward = None
 
 
