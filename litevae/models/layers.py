@@ -99,8 +99,10 @@ class ResBlock(nn.Module):
             isinstance(self.norm1, GroupNormSiLU) and self.conv_shortcut is not None
         ):
             inputs = [torch.cat(inputs, dim=1)]  # not every layer that reads them takes two
+        h = self.norm2(self.conv1(self.norm1(*inputs)))
+        # no sooner, or it would be there while the most memory is needed
         residual = inputs[0] if self.conv_shortcut is None else self.conv_shortcut(*inputs)
-        return self.conv2(self.norm2(self.conv1(self.norm1(*inputs))), residual)
+        return self.conv2(h, residual)
 
     def fold(self) -> None:
         """Replace self-modulated convolutions by plain ones with the modulated weights: the same outputs."""
