@@ -29,7 +29,7 @@ WIDTH, HEIGHT = 500, 375
 DISTINCT = 48
 # The first few cost more, since memory is copied that is shared with new processes, and are decoded before the clock
 # starts: up to a batch a worker.
-COUNT = {"cpu": 96, "cuda": 16384}
+COUNT = {"cpu": 64, "cuda": 16384}
 BATCH = {"cpu": 8, "cuda": 32}  # the command's
 FLOAT16_ERROR = torch.finfo(torch.float16).eps  # the shards'
 BARS = {"cpu": {"encoder alone": 0.9}, "cuda": {}}  # 16 cores decode less than a GPU encodes
@@ -107,6 +107,6 @@ def test_encode(benchmark: Any, session: Session, device: str, tmp_path: Path) -
         images=count,
         bars=BARS[device],
         rounds=7,
-        least=5,
+        least=4,
         seconds=15,
     )

@@ -264,6 +264,7 @@ def compete(
             bars=bars,
             chart=chart,
             x=x,
+            least=5,
         )
 
 
