@@ -1,5 +1,6 @@
 """Draws the figures of one machine as PNG: bars for the encoders, curves for how cost grows."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from benchmarks.harness import COPY
 
 Row = dict[str, Any]
 OURS, RIVAL, LINE = "#1f6fb4", "#8a8a8a", "#c0392b"
-COLORS = ("#1f6fb4", "#8a8a8a", "#2e8b57", "#e08e0b", "#7d4fa8", "#17a2b8")
+COLORS = (OURS, "#2e8b57", "#e08e0b", "#7d4fa8", "#17a2b8", "#6b4423")
 HEADLINE = "encoders at their best"
 
 
@@ -118,13 +119,14 @@ def curves(rows: list[Row], value: Callable[[Row], float], label: str, unit: str
     lines: dict[str, list[Row]] = {}
     for row in rows:
         lines.setdefault(row["provider"], []).append(row)
-    colors: dict[str, str] = {}  # a model's is the same, whole or in tiles
+    palette = itertools.cycle(COLORS)
+    colors = {"SD-VAE": RIVAL}  # a model's is the same, whole or in tiles
     for provider, points in lines.items():
         points.sort(key=lambda row: row["x"])
         copied = provider.startswith(COPY)
         name, _, tiled = provider.partition(", tiles")
-        if not copied:
-            colors.setdefault(name, COLORS[len(colors) % len(COLORS)])
+        if not copied and name not in colors:
+            colors[name] = next(palette)
         axes.plot(
             [row["x"] for row in points],
             [value(row) for row in points],
