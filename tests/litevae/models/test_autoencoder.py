@@ -454,7 +454,8 @@ def test_checkpointed_blocks_run_again_on_the_forced_backend(make, image):
             with ThreadPoolExecutor(1) as pool:
                 pool.submit(loss.backward).result()
         gradients.append([parameter.grad.clone() for parameter in vae.parameters()])
-    assert all(map(torch.equal, *gradients))
+    # another thread may sum in another order
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
