@@ -175,6 +175,20 @@ def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
     return float((actual.double() - exact).norm() / exact.norm())
 
 
+def check(
+    actual: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor, what: str, least: float = 0.0
+) -> None:
+    """The gate: a speed is reported only for what is right. AssertionError, naming `what`, unless `actual` is.
+
+    Rounding between the layers costs PyTorch's own operators, whose result is `plain`, some accuracy against `exact`.
+    Another order of the same roundings may cost as much again; `least`, a share of the norm, is allowed in any case.
+    """
+    allowed = max(2 * relative_error(plain, exact), least)
+    assert allowed < 0.5  # else any output would do
+    error = relative_error(actual, exact)
+    assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
+
+
 def copies(device: str, byte_count: int, inputs: int) -> Provider:
     """Copies half as many bytes as `byte_count`, so that it reads and writes `byte_count`."""
     sources = [
@@ -224,9 +238,10 @@ class Stopwatch:
         self.queued = self.on_gpu and not whole
         self.peak_memory: int | None = None
         self.repeats = 1
+        held = 0
         if self.on_gpu:
             torch._dynamo.reset()  # no graphs of other providers, whose memory this one's would share
-        held = reserved_memory() if self.on_gpu else 0
+            held = reserved_memory()
         self.times_itself = isinstance(self.provider(next(turn)), Timed)  # compile, and touch the memory
         if self.times_itself:
             return

@@ -195,9 +195,11 @@ def also(rows: list[Row]) -> str:
     `litevae encode` has none, and stands beside its own encoder.
     """
     lines = []
-    for subject, group in by_subject(rows).items():
+    subjects = by_subject(rows)
+    for subject in (subject for start in ALSO for subject in subjects if subject.startswith(start)):
+        group = subjects[subject]
         rivals = [row for row in group if not row["provider"].startswith(NO_RIVAL)]
-        if not subject.startswith(ALSO) or not rivals:
+        if not rivals:
             continue
         own = next(row for row in group if row["times_ours"] == 1)
         rival = min(rivals, key=lambda row: float(row["median_ms"]))
