@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from benchmarks.harness import Session
-from litevae.training.report import device_name
+from litevae.environment import device_name
 from litevae_kernels.allocator import keep_freed_memory
 
 

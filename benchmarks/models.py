@@ -23,7 +23,7 @@ from benchmarks.harness import Work, check, compiled, dtype_name, with_backend
 from benchmarks.test_encoder import unfused
 from litevae import LiteVAE
 from litevae.evaluation.complexity import ATTENTION
-from litevae.models.baseline import Autoencoder
+from litevae.models.interface import Autoencoder
 
 SD_VAE = "SD-VAE"
 PRESETS = {

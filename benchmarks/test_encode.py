@@ -18,11 +18,12 @@ from safetensors.torch import load_file
 from benchmarks.harness import Session, Timed, contest, dtype_name
 from benchmarks.models import Configuration, Gate, as_input, call_of, make_model
 from litevae.cli.encode import count_cores
-from litevae.images import to_model_range
+from litevae.data.images import to_model_range
+from litevae.data.sources import open_images
 from litevae.latents import Settings, encode_images
-from litevae.latents.encode import DTYPES, Squares, choose_precision
+from litevae.latents.encoder import DTYPES, choose_precision
 from litevae.latents.shards import MOMENTS, name_shard
-from litevae.training.sources import open_images
+from litevae.data.squares import SquareDataset
 
 SIZE = 256
 WIDTH, HEIGHT = 500, 375
@@ -64,7 +65,7 @@ def test_encode(benchmark: Any, session: Session, device: str, tmp_path: Path) -
     settings = Settings(SIZE, precision, shard_size=count)
     configuration = Configuration(DTYPES[precision], torch.channels_last, "eager")
     model = make_model("LiteVAE-B", "encoder", device)
-    squares = Squares(images, SIZE)
+    squares = SquareDataset(images, SIZE)
     pixels = [
         squares.collate([squares[i] for i in range(start, min(start + batch, count))]).images.to(device)
         for start in range(0, count, batch)

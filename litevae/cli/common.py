@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from litevae.errors import UserError
-from litevae.loading import DIFFUSERS, model_folder
+from litevae.models.loading import DIFFUSERS, model_folder
 
 # heading, digits after the point
 COLUMNS = {"rfid": ("rFID", 3), "lpips": ("LPIPS", 4), "psnr": ("PSNR", 2), "ssim": ("SSIM", 4)}
@@ -84,8 +84,8 @@ def provenance(model: Path, data: str, *sizes: int) -> dict[str, Any]:
     """
     from importlib.metadata import version
 
-    from litevae.training.checkpoint import sha256
-    from litevae.training.report import versions
+    from litevae.environment import versions
+    from litevae.files import sha256
 
     folder = model_folder(model)
     # diffusers prefers safetensors too

@@ -9,7 +9,7 @@ import typer
 
 from litevae.cli.common import make_folder, results
 from litevae.errors import UserError
-from litevae.loading import find_model
+from litevae.models.loading import find_model
 
 NAMES = ("sd-vae", "litevae-s", "litevae-b", "litevae-m", "litevae-l")
 
@@ -54,9 +54,9 @@ def complexity(
     files = results(output, "complexity.json", "complexity.png", overwrite=overwrite) if output else []
     import torch
 
+    from litevae.environment import device_name, versions
     from litevae.evaluation.complexity import Side, draw_complexity, measure_complexity, measure_speed
-    from litevae.training.checkpoint import replacing
-    from litevae.training.report import device_name, versions
+    from litevae.files import replacing
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if precision not in dtypes:

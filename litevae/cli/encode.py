@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from litevae.errors import UserError
-from litevae.loading import load_model
+from litevae.models.loading import load_model
 
 if TYPE_CHECKING:
     import torch
@@ -118,9 +118,9 @@ def encode(
     import torch
     from accelerate import PartialState
 
+    from litevae.data.sources import open_images
     from litevae.latents import Settings, encode_images
-    from litevae.latents.encode import choose_precision
-    from litevae.training.sources import open_images
+    from litevae.latents.encoder import choose_precision
 
     state = PartialState(cpu=not torch.accelerator.is_available())
     place = choose_device(device)

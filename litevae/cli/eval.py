@@ -9,7 +9,7 @@ import typer
 
 from litevae.cli.common import COLUMNS, DataArgument, ModelArgument, parse_metrics, provenance
 from litevae.errors import UserError
-from litevae.loading import load_model
+from litevae.models.loading import load_model
 
 
 def evaluate(
@@ -61,10 +61,10 @@ def evaluate(
     import torch
     from accelerate import PartialState
 
-    from litevae.evaluation.evaluate import INCEPTION_NAME
+    from litevae.data.sources import open_images
     from litevae.evaluation.evaluate import evaluate as run
-    from litevae.training.checkpoint import replacing
-    from litevae.training.sources import open_images
+    from litevae.evaluation.fid import INCEPTION_NAME
+    from litevae.files import replacing
 
     has_device = torch.accelerator.is_available()
     state = PartialState(cpu=not has_device)

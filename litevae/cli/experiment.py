@@ -62,8 +62,8 @@ def experiment(
     from accelerate import PartialState
 
     from litevae.experiments.run import run_experiment
-    from litevae.experiments.runner import Setup, Stopped
-    from litevae.experiments.spec import SCALES
+    from litevae.experiments.spec import SCALES, Setup
+    from litevae.experiments.trained import Stopped
 
     if scale not in SCALES:
         raise UserError(f"--scale {scale}: must be one of {', '.join(SCALES)}")

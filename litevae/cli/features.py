@@ -16,7 +16,7 @@ from litevae.cli.common import (
     results,
 )
 from litevae.errors import UserError
-from litevae.loading import load_model
+from litevae.models.loading import load_model
 
 PICTURES = 4  # rows of features.png
 
@@ -53,11 +53,11 @@ def features(
 
     import torch
 
+    from litevae.data.sources import open_images
+    from litevae.data.squares import load_validation
     from litevae.evaluation.feature_maps import draw_feature_maps, feature_magnitude, imbalance
     from litevae.evaluation.resolution import check_takes
-    from litevae.training.checkpoint import replacing
-    from litevae.training.data import load_validation
-    from litevae.training.sources import open_images
+    from litevae.files import replacing
 
     for name, model in autoencoders.items():
         check_takes(name, model, size)

@@ -36,8 +36,8 @@ def gradients(
         raise UserError(f"{output.parent}: no such folder")
     paths = name_each(runs, names)
 
-    from litevae.evaluation.gradients import draw_gradient_ratios, read_gradient_ratios
-    from litevae.training.checkpoint import replacing
+    from litevae.files import replacing
+    from litevae.training.gradient_ratio import draw_gradient_ratios, read_gradient_ratios
 
     found = {name: read_gradient_ratios(path) for name, path in paths.items()}
     with replacing(output) as path:

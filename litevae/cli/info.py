@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from litevae.errors import UserError
-from litevae.loading import find_model
+from litevae.models.loading import find_model
 
 
 def info(

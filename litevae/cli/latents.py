@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from litevae.cli.common import DataArgument, ModelArgument, make_folder, provenance, results
-from litevae.loading import load_model
+from litevae.models.loading import load_model
 
 PICTURES = 4  # rows of latents.png
 
@@ -51,16 +51,12 @@ def latents(
 
     import torch
 
-    from litevae.evaluation.latent_space import (
-        collect_latents,
-        distance_from_gaussian,
-        draw_distances,
-        latent_statistics,
-    )
-    from litevae.training.checkpoint import replacing
-    from litevae.training.data import load_validation
-    from litevae.training.report import draw_reconstructions
-    from litevae.training.sources import open_images
+    from litevae.data.sources import open_images
+    from litevae.data.squares import load_validation
+    from litevae.evaluation.latent_space import collect_latents, distance_from_gaussian, draw_distances
+    from litevae.evaluation.pictures import draw_reconstructions
+    from litevae.files import replacing
+    from litevae.latents.statistics import latent_statistics
 
     if torch.accelerator.is_available():
         autoencoder.to(torch.accelerator.current_accelerator())

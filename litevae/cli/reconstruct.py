@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from litevae.errors import UserError
-from litevae.loading import load_model
+from litevae.models.loading import load_model
 
 TILE = 1024  # pixels; a multiple of every model's factor
 
@@ -39,11 +39,11 @@ def reconstruct(
 
     from PIL import Image
 
+    from litevae.data.images import read_image
     from litevae.evaluation.metrics import psnr
     from litevae.evaluation.reconstruction import reconstruct as run
-    from litevae.images import read_image
-    from litevae.models.baseline import only_size, spatial_compression
-    from litevae.training.checkpoint import replacing
+    from litevae.files import replacing
+    from litevae.models.interface import only_size, spatial_compression
 
     try:
         output.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from litevae.cli.common import (
     results,
 )
 from litevae.errors import UserError
-from litevae.loading import load_model
+from litevae.models.loading import load_model
 
 
 def resolution(
@@ -63,9 +63,9 @@ def resolution(
     import torch
     from accelerate import PartialState
 
+    from litevae.data.sources import open_images
     from litevae.evaluation.resolution import draw_resolutions, relative_degradation, sweep_resolutions
-    from litevae.training.checkpoint import replacing
-    from litevae.training.sources import open_images
+    from litevae.files import replacing
 
     images = open_images(data)
     has_device = torch.accelerator.is_available()

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from litevae.loading import load_model, model_folder
+from litevae.models.loading import load_model, model_folder
 
 
 def scale(
@@ -34,10 +34,10 @@ def scale(
     config = model_folder(model) / "config.json"
     import torch
 
+    from litevae.data.sources import open_images
     from litevae.errors import UserError
+    from litevae.latents.statistics import measure_latents, store_scale
     from litevae.training.checkpoint import MANIFEST
-    from litevae.training.scale import measure_latents, store_scale
-    from litevae.training.sources import open_images
 
     if (config.parent.parent / MANIFEST).is_file():
         raise UserError(f"{model}: belongs to a checkpoint, which must stay as it is: copy the model first")

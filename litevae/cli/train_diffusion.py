@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from litevae.loading import load_model
+from litevae.models.loading import load_model
 
 
 def train_diffusion(

@@ -6,7 +6,7 @@ from typing import Literal
 
 from litevae import settings
 from litevae.errors import UserError
-from litevae.training.config import CONFIGS, CheckpointConfig, OptimizerConfig
+from litevae.training.config import CONFIGS, CheckpointConfig, OptimizerConfig, check_batch_size
 
 FOLDER = CONFIGS / "diffusion"
 
@@ -195,11 +195,7 @@ def check(config: DiffusionConfig) -> None:
             raise UserError(
                 f"unet.block_out_channels must be multiples of unet.{name}={divisor}, got {channels}"
             )
-    if config.data.batch_size % config.optimizer.accumulation:
-        raise UserError(
-            f"optimizer.accumulation must divide the batch of {config.data.batch_size}, "
-            f"got {config.optimizer.accumulation}"
-        )
+    check_batch_size(config.data.batch_size, config.optimizer.accumulation)
     if bool(config.data.latents) == bool(config.data.train):
         raise UserError(
             "give one of data.latents, a folder of litevae encode, and data.train, images to encode on the fly"

@@ -9,16 +9,18 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from litevae.data.bad_images import BAD_IMAGES, BadImages
+from litevae.data.config import DataConfig
+from litevae.data.crops import Batch, Order, TrainingCrops, collate
+from litevae.data.sources import ImageSource, open_images
 from litevae.diffusion.config import DiffusionConfig
 from litevae.errors import UserError
-from litevae.images import to_model_range
 from litevae.latents import LatentDataset, sample_latents
-from litevae.latents.encode import hash_encoder
-from litevae.models.baseline import Autoencoder, check_only_size, spatial_compression
-from litevae.training.config import DataConfig, Stage
-from litevae.training.data import BAD_IMAGES, BadImages, Batch, Order, TrainingCrops, collate
-from litevae.training.feed import ShareSampler, obey_parent_only
-from litevae.training.sources import ImageSource, open_images
+from litevae.models.interface import Autoencoder, check_size, encode_pixels, spatial_compression
+from litevae.models.weights import hash_encoder
+from litevae.signals import obey_parent_only
+from litevae.training.config import Stage
+from litevae.training.feed import ShareSampler
 
 MEASURED = 64  # latents whose spread is checked
 
@@ -94,13 +96,7 @@ class MomentsFeed:
     def open_images(self, bad: Path, resuming: bool) -> None:
         config, factor = self.config.data, spatial_compression(self.autoencoder)
         size = config.size or self.autoencoder.config.sample_size
-        if size % factor or size < 2 * factor:
-            raise UserError(f"data.size must be a multiple of {factor} of at least {2 * factor}, got {size}")
-        check_only_size(self.autoencoder, size)
-        if self.autoencoder.config.in_channels != 3:
-            raise UserError(
-                f"the model takes {self.autoencoder.config.in_channels} channels; images here have 3"
-            )
+        check_size(self.autoencoder, size, "data.size")
         self.shape = (self.autoencoder.config.latent_channels, size // factor, size // factor)
         self.pixels = size
         self.images = open_images(config.train)
@@ -144,9 +140,8 @@ class MomentsFeed:
         device = self.accelerator.device
         if not isinstance(batch, Batch):
             return batch.to(device, non_blocking=True)
-        images = to_model_range(batch.images.to(device, non_blocking=True))
         with self.accelerator.autocast():
-            posterior = self.autoencoder.encode(images).latent_dist
+            posterior = encode_pixels(self.autoencoder, batch.images)
         return torch.cat([posterior.mean, posterior.logvar], dim=1).float()
 
     def sample(self, moments: Tensor, noise: Tensor) -> Tensor:

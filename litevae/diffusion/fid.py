@@ -9,13 +9,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from litevae.data.sources import ImageSource, open_images
+from litevae.data.squares import SquareDataset
 from litevae.diffusion.config import DiffusionConfig
 from litevae.diffusion.pipeline import LatentDiffusionPipeline, generate
 from litevae.errors import UserError
-from litevae.evaluation.evaluate import INCEPTION, Share, collate_numbered, make_fid
-from litevae.losses.perceptual import weights_path
-from litevae.training.scale import Squares
-from litevae.training.sources import ImageSource, open_images
+from litevae.evaluation.fid import INCEPTION, make_fid
+from litevae.files import weights_path
 
 
 def prepare_fid(config: DiffusionConfig) -> ImageSource | str:
@@ -79,23 +79,23 @@ def measure_fid(
     """
     state = PartialState(cpu=not torch.accelerator.is_available())
     fid = make_fid(features).to(pipeline.device)
-    squares = Squares(images, size, len(images))
-    share = range(state.process_index, len(squares), state.num_processes)
+    squares = SquareDataset(images, size, share=range(state.process_index, len(images), state.num_processes))
     numbers = range(state.process_index, config.fid.count, state.num_processes)
     loader = DataLoader(
-        Share(squares, share),
+        squares,
         config.sample.batch_size,
         num_workers=config.data.workers,
-        collate_fn=collate_numbered,
+        collate_fn=squares.collate,
     )
     quiet = not state.is_main_process
     used = torch.zeros((), dtype=torch.int64, device=pipeline.device)
-    with tqdm(total=len(share), unit="image", desc="FID: images", mininterval=0.5, disable=quiet) as bar:
-        for found, pixels, taken in loader:
-            if found:
-                fid.update(pixels.to(pipeline.device), real=True)
-                used += len(pixels)
-            bar.update(taken)
+    with tqdm(total=len(squares), unit="image", desc="FID: images", mininterval=0.5, disable=quiet) as bar:
+        for batch in loader:
+            _, readable = batch.readable
+            if len(readable):
+                fid.update(readable.to(pipeline.device), real=True)
+                used += len(readable)
+            bar.update(len(batch.numbers))
     with tqdm(total=len(numbers), unit="image", desc="FID: samples", mininterval=0.5, disable=quiet) as bar:
         for pixels in generate(pipeline, numbers, config.seed, config.sample.steps, config.sample.batch_size):
             fid.update(pixels, real=False)
@@ -106,4 +106,4 @@ def measure_fid(
     except RuntimeError as error:  # torchmetrics': too few
         raise UserError(f"FID: {' '.join(str(error).split())}") from None
     images_used = int(reduce(used, "sum"))
-    return FID(value, images_used, len(squares) - images_used)
+    return FID(value, images_used, len(images) - images_used)

@@ -12,9 +12,10 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from litevae.images import to_pixels
-from litevae.models.baseline import Autoencoder
-from litevae.training.checkpoint import replacing_folder, write_model
+from litevae.data.images import to_pixels
+from litevae.files import replacing_folder
+from litevae.models.interface import Autoencoder
+from litevae.models.weights import write_model
 
 
 class LatentDiffusionPipeline(DiffusionPipeline):

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from litevae.training.report import DPI, smooth
+from litevae.plotting import DPI, smooth
 
 GAP = 2  # pixels between samples
 

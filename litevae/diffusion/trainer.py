@@ -23,26 +23,27 @@ from litevae.diffusion.noise import make_noise
 from litevae.diffusion.pipeline import LatentDiffusionPipeline, generate, save_pipeline
 from litevae.diffusion.report import draw_loss, draw_samples
 from litevae.diffusion.unet import build_unet
+from litevae.environment import versions
 from litevae.errors import NonFiniteError, UserError
-from litevae.evaluation.evaluate import INCEPTION_NAME
-from litevae.models.baseline import Autoencoder
-from litevae.training.build import load_weights
+from litevae.evaluation.fid import INCEPTION_NAME
+from litevae.files import replacing
+from litevae.models.interface import Autoencoder
+from litevae.models.weights import load_weights
+from litevae.signals import StopRequest
 from litevae.training.checkpoint import (
     Checkpoint,
     load_state,
     random_state,
     read_note,
     remove_old,
-    replacing,
     restore_random_state,
     save_checkpoint,
 )
+from litevae.training.config import check_batch_size
 from litevae.training.log import read_log
-from litevae.training.loop import Loop
-from litevae.training.report import versions
-from litevae.training.step import EMA, Learner, Outcome, first_bad
-from litevae.training.stop import StopRequest
-from litevae.training.trainer import learning_rate_factor, make_accelerator, make_output_dir
+from litevae.training.loop import Loop, make_accelerator, make_output_dir
+from litevae.training.optimization import EMA, Learner, learning_rate_factor
+from litevae.training.step import Outcome, first_bad
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,9 @@ class Trainer(Loop[Result]):
         folder = make_output_dir(Path(config.output_dir), "pipeline", "model_index.json")
         accelerator = make_accelerator(config.precision, config.tracker, asdict(config), folder)
         super().__init__(config, folder, accelerator)
-        self.check_shares()
+        check_batch_size(
+            config.data.batch_size, config.optimizer.accumulation, self.accelerator.num_processes
+        )
         self.fid_images = prepare_fid(config)
         checkpoint = self.choose_checkpoint()
         set_seed(config.seed)
@@ -134,15 +137,6 @@ class Trainer(Loop[Result]):
     def best_unet(self) -> UNet2DModel:
         """What samples are drawn with."""
         return self.unet if self.ema is None else self.ema.model
-
-    def check_shares(self) -> None:
-        """UserError for a batch that cannot be shared evenly."""
-        processes, accumulation = self.accelerator.num_processes, self.config.optimizer.accumulation
-        if self.config.data.batch_size % (processes * accumulation):
-            raise UserError(
-                f"data.batch_size counts the latents of all processes: {self.config.data.batch_size} cannot be "
-                f"shared by {processes} processes with optimizer.accumulation={accumulation}"
-            )
 
     def steps(self) -> Iterator[tuple[int, Tensor, float]]:
         self.unet.train()

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from litevae.models.baseline import Autoencoder
-from litevae.training.report import DPI
+from litevae.models.interface import Autoencoder
+from litevae.plotting import DPI
 from litevae_kernels.allocator import peak_resident_memory
 
 Side = Literal["encoder", "decoder"]

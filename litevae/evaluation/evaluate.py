@@ -1,6 +1,5 @@
 """rFID, LPIPS, PSNR and SSIM of an autoencoder over any number of images."""
 
-import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,27 +9,23 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
-from torchmetrics.image.fid import FrechetInceptionDistance
+from torch.utils.data import DataLoader
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from litevae.data.images import to_model_range
+from litevae.data.sources import ImageSource
+from litevae.data.squares import SquareDataset
 from litevae.errors import UserError
+from litevae.evaluation.fid import make_fid
 from litevae.evaluation.metrics import batch_psnr, batch_ssim
-from litevae.images import to_model_range, to_pixels
-from litevae.losses.perceptual import LPIPS, explaining_weights, weights_path
-from litevae.models.baseline import Autoencoder, check_only_size, spatial_compression
-from litevae.training.checkpoint import replacing
-from litevae.training.scale import Squares, stack_good
-from litevae.training.sources import ImageSource
+from litevae.evaluation.reconstruction import reconstruct_batch
+from litevae.files import replacing
+from litevae.losses.perceptual import LPIPS
+from litevae.models.interface import Autoencoder, check_size
 
 METRICS = ("rfid", "lpips", "psnr", "ssim")
-SMALLEST = 16  # pixels, that VGG16 and SSIM's window take
 SAVE_EVERY = 60.0  # seconds
-# torch-fidelity's copy of the TensorFlow graph that FID is defined with
-INCEPTION = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
-INCEPTION_NAME = f"Inception of torch-fidelity, {Path(INCEPTION).stem}"
 
 
 @dataclass(frozen=True)
@@ -87,8 +82,7 @@ def evaluate(
     """
     check(model, metrics, size)
     state = PartialState(cpu=not torch.accelerator.is_available())
-    squares = Squares(images, size, len(images) if count is None else count)
-    share = range(state.process_index, len(squares), state.num_processes)
+    share = range(state.process_index, SquareDataset(images, size, count).count, state.num_processes)
     sums = Sums(metrics, features).to(model.device)
     settings = {
         **(identity or {}),
@@ -103,19 +97,19 @@ def evaluate(
         partial = partial.with_name(f"{partial.name}-{state.process_index}")
     done = 0 if partial is None else sums.load(partial, settings)
 
-    loader = DataLoader(
-        Share(squares, share[done:]), batch_size, num_workers=workers, collate_fn=collate_numbered
-    )
+    squares = SquareDataset(images, size, count, share[done:])
+    loader = DataLoader(squares, batch_size, num_workers=workers, collate_fn=squares.collate)
     saved = time.monotonic()
     with tqdm(
         total=len(share), initial=done, unit="image", mininterval=0.5, disable=not state.is_main_process
     ) as bar:
-        for numbers, pixels, taken in loader:
+        for batch in loader:
+            numbers, pixels = batch.readable
             if numbers:
                 sums.add(*reconstruct_batch(model, pixels, numbers if sample else None))
-            sums.unreadable += taken - len(numbers)
-            done += taken
-            bar.update(taken)
+            sums.unreadable += len(batch.errors)
+            done += len(batch.numbers)
+            bar.update(len(batch.numbers))
             if partial is not None and time.monotonic() - saved > SAVE_EVERY:
                 sums.save(partial, settings, done)
                 saved = time.monotonic()
@@ -137,68 +131,6 @@ def check_metrics(metrics: Sequence[str]) -> None:
             raise UserError(f"there is no metric {metric!r}, only {', '.join(METRICS)}")
     if not metrics:
         raise UserError(f"no metrics given: name some of {', '.join(METRICS)}")
-
-
-def check_size(model: Autoencoder, size: int) -> None:
-    """UserError unless the model takes RGB images of `size` pixels."""
-    if model.config.in_channels != 3:
-        raise UserError(f"the model takes {model.config.in_channels} channels; images here have 3")
-    check_only_size(model, size)
-    factor = spatial_compression(model)
-    if size % factor or size < max(SMALLEST, 2 * factor):
-        raise UserError(
-            f"size must be a multiple of {factor}, at least {max(SMALLEST, 2 * factor)}, got {size}"
-        )
-
-
-class Share(Dataset[tuple[int, Tensor | None]]):
-    """Some of the squares, with their numbers."""
-
-    def __init__(self, squares: Squares, numbers: range) -> None:
-        self.squares, self.numbers = squares, numbers
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, index: int) -> tuple[int, Tensor | None]:
-        return self.numbers[index], self.squares[self.numbers[index]]
-
-
-def collate_numbered(items: Sequence[tuple[int, Tensor | None]]) -> tuple[list[int], Tensor, int]:
-    """The numbers and the pixels of the images that can be read, and how many there are with the others."""
-    numbers = [number for number, square in items if square is not None]
-    return numbers, stack_good([square for _, square in items]), len(items)
-
-
-def encode_batch(model: Autoencoder, pixels: Tensor) -> DiagonalGaussianDistribution:
-    """The posterior of (N, 3, H, W) uint8 pixels; UserError where the model does not take their size, such as
-    one with a Vision Transformer."""
-    try:
-        return model.encode(to_model_range(pixels).to(model.device, model.dtype)).latent_dist
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
-def reconstruct_batch(model: Autoencoder, pixels: Tensor, seeds: list[int] | None) -> tuple[Tensor, Tensor]:
-    """(N, 3, H, W) uint8 on the model's device, and as much of it as its latents keep.
-
-    Args:
-        seeds: of each image's sample; None decodes the mode.
-    """
-    pixels = pixels.to(model.device)
-    posterior = encode_batch(model, pixels)
-    latent = posterior.mode() if seeds is None else sample_posterior(posterior, seeds)
-    decoded: Tensor = model.decode(latent).sample
-    if not decoded.isfinite().all():
-        raise UserError("the model's reconstructions are not finite")
-    return pixels, to_pixels(decoded)
-
-
-def sample_posterior(posterior: DiagonalGaussianDistribution, seeds: Sequence[int]) -> Tensor:
-    """A sample for each image from its own seed, drawn on the CPU: the same on any device and in any batch."""
-    mean: Tensor = posterior.mean
-    noise = [torch.randn(mean.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return mean + posterior.std * torch.stack(noise).to(mean)
 
 
 class Sums(nn.Module):
@@ -288,24 +220,3 @@ class Sums(nn.Module):
                 setattr(self.fid, name, value)
             self.fid._update_count = 1  # or it warns that it has seen nothing
         return int(saved["done"])
-
-
-def make_fid(features: nn.Module | None) -> FrechetInceptionDistance:
-    """Of Inception's features, or of others; UserError where Inception's weights are not to be had."""
-    if features is not None:
-        return FrechetInceptionDistance(feature=features)
-    path = weights_path(INCEPTION)
-    with explaining_weights(INCEPTION, "torch-fidelity's Inception"):
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(INCEPTION, str(path))
-        # before it is unpickled, which could run anything
-        wanted = path.stem.rpartition("-")[2]
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if not found.startswith(wanted):
-            raise RuntimeError(f"its SHA-256 begins with {found[:8]}, not {wanted}")
-        # antialias=False: FID is defined with TensorFlow's plain bilinear resizing
-        return FrechetInceptionDistance(
-            feature=2048, feature_extractor_weights_path=str(path), antialias=False
-        )

@@ -11,11 +11,11 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from litevae.data.images import Pixels
 from litevae.errors import UserError
 from litevae.evaluation.reconstruction import encode
-from litevae.images import Pixels
-from litevae.models.baseline import Autoencoder
-from litevae.training.report import DPI
+from litevae.models.interface import Autoencoder
+from litevae.plotting import DPI
 
 Magnitude = npt.NDArray[np.float64]  # (h, w)
 STRONGEST = 99.9  # percentile

@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from litevae.data.sources import ImageSource
+from litevae.data.squares import SquareDataset
 from litevae.errors import UserError
-from litevae.evaluation.evaluate import Share, check_size, collate_numbered, encode_batch, sample_posterior
-from litevae.models.baseline import Autoencoder
-from litevae.training.report import DPI
-from litevae.training.scale import LatentStatistics, Squares
-from litevae.training.sources import ImageSource
+from litevae.evaluation.reconstruction import sample_posterior
+from litevae.latents.statistics import LatentStatistics, latent_statistics
+from litevae.models.interface import Autoencoder, check_size, encode_pixels
+from litevae.plotting import DPI
 
 SIGMAS = (25.0, 50.0, 100.0, 250.0, 500.0)  # of Table 6
 
@@ -57,14 +58,13 @@ def collect_latents(
             latents that are not finite.
     """
     check_size(model, size)
-    squares = Squares(images, size, count)
-    loader = DataLoader(
-        Share(squares, range(len(squares))), batch_size, num_workers=workers, collate_fn=collate_numbered
-    )
+    squares = SquareDataset(images, size, count)
+    loader = DataLoader(squares, batch_size, num_workers=workers, collate_fn=squares.collate)
     latents = []
-    for numbers, pixels, _ in tqdm(loader, unit="batch", mininterval=0.5):
+    for batch in tqdm(loader, unit="batch", mininterval=0.5):
+        numbers, pixels = batch.readable
         if numbers:
-            posterior = encode_batch(model, pixels)
+            posterior = encode_pixels(model, pixels)
             latents.append(sample_posterior(posterior, numbers).float().cpu())
     if not latents:
         raise UserError("none of the images can be read")
@@ -72,20 +72,6 @@ def collect_latents(
     if not result.isfinite().all():
         raise UserError("the model's latents are not finite")
     return result
-
-
-def latent_statistics(latents: Tensor) -> LatentStatistics:
-    """Of (N, n_z, h, w) latents, as `litevae.training.scale.measure_latents`; UserError if all are equal."""
-    channels = latents.double().transpose(0, 1).flatten(1)
-    total = channels.std(correction=0).item()
-    if not total > 0:
-        raise UserError("the latents are all equal: this model cannot be scaled")
-    return LatentStatistics(
-        tuple(channels.mean(1).tolist()),
-        tuple(channels.std(1, correction=0).tolist()),
-        1 / total,
-        len(latents),
-    )
 
 
 def squared_mmd(x: Tensor, y: Tensor, sigmas: Sequence[float]) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
-from litevae.images import Pixels
+from litevae.data.images import Pixels
 
 SIGMA, RADIUS = 1.5, 5  # of SSIM's window, in pixels
 

@@ -1,10 +1,14 @@
 """Whole photographs through an autoencoder."""
 
+from collections.abc import Sequence
+
 import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
-from litevae.images import Pixels, to_batch, to_pixels
-from litevae.models.baseline import Autoencoder, spatial_compression
+from litevae.data.images import Pixels, pad_image, to_pixels
+from litevae.errors import UserError
+from litevae.models.interface import Autoencoder, encode_pixels, spatial_compression
 
 
 @torch.inference_mode()
@@ -13,13 +17,12 @@ def encode(model: Autoencoder, image: Pixels) -> Tensor:
 
     Args:
         model: of 3 channels; it runs on its own device and in its own dtype.
-        image: (H, W, 3) uint8, of any size: padded by mirroring, see `to_batch`.
+        image: (H, W, 3) uint8, of any size: padded by mirroring, see `pad_image`.
 
     Returns:
         (1, n_z, h, w) with h = max(⌈H/f⌉, 2) and w likewise, in the model's dtype and on its device.
     """
-    batch = to_batch(image, spatial_compression(model)).to(model.device, model.dtype)
-    return model.encode(batch).latent_dist.mode()
+    return encode_pixels(model, pad_image(image, spatial_compression(model))).mode()
 
 
 @torch.inference_mode()
@@ -37,3 +40,25 @@ def reconstruct(model: Autoencoder, image: Pixels) -> Pixels:
     """What is left of an (H, W, 3) uint8 image once it went through its latent; the same shape and type."""
     height, width = image.shape[:2]
     return decode(model, encode(model, image), (height, width))
+
+
+def reconstruct_batch(model: Autoencoder, pixels: Tensor, seeds: list[int] | None) -> tuple[Tensor, Tensor]:
+    """(N, 3, H, W) uint8 on the model's device, and as much of it as its latents keep.
+
+    Args:
+        seeds: of each image's sample; None decodes the mode.
+    """
+    pixels = pixels.to(model.device)
+    posterior = encode_pixels(model, pixels)
+    latent = posterior.mode() if seeds is None else sample_posterior(posterior, seeds)
+    decoded: Tensor = model.decode(latent).sample
+    if not decoded.isfinite().all():
+        raise UserError("the model's reconstructions are not finite")
+    return pixels, to_pixels(decoded)
+
+
+def sample_posterior(posterior: DiagonalGaussianDistribution, seeds: Sequence[int]) -> Tensor:
+    """A sample for each image from its own seed, drawn on the CPU: the same on any device and in any batch."""
+    mean: Tensor = posterior.mean
+    noise = [torch.randn(mean.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return mean + posterior.std * torch.stack(noise).to(mean)

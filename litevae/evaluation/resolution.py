@@ -7,12 +7,12 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from litevae.data.sources import ImageSource
 from litevae.errors import UserError
 from litevae.evaluation.complexity import measure_complexity
-from litevae.evaluation.evaluate import Evaluation, check_metrics, check_size, evaluate
-from litevae.models.baseline import Autoencoder
-from litevae.training.report import DPI
-from litevae.training.sources import ImageSource
+from litevae.evaluation.evaluate import Evaluation, check_metrics, evaluate
+from litevae.models.interface import Autoencoder, check_size
+from litevae.plotting import DPI
 
 SIZES = (64, 128, 256, 512)
 LABELS = {

@@ -7,36 +7,28 @@ from pathlib import Path
 
 from accelerate import PartialState
 
+from litevae.data.images import Pixels
+from litevae.data.sources import open_images
+from litevae.data.squares import load_validation
 from litevae.diffusion import train as train_diffusion
 from litevae.errors import UserError
 from litevae.evaluation.complexity import count_parameters, measure_complexity, measure_speed
 from litevae.evaluation.evaluate import evaluate
 from litevae.evaluation.feature_maps import draw_feature_maps, feature_magnitude, imbalance
-from litevae.evaluation.gradients import draw_gradient_ratios, read_gradient_ratios
 from litevae.evaluation.latent_space import collect_latents, distance_from_gaussian
+from litevae.evaluation.pictures import draw_reconstructions
 from litevae.evaluation.resolution import draw_resolutions, relative_degradation, sweep_resolutions
-from litevae.experiments.runner import (
-    Row,
-    Setup,
-    Stopped,
-    Trained,
-    diffusion_config,
-    finished,
-    held_out_images,
-    squares_folder,
-    wanted_metrics,
-)
-from litevae.experiments.spec import Experiment, measured_size
-from litevae.images import Pixels
+from litevae.experiments.demo_images import held_out_images, squares_folder
+from litevae.experiments.plan import diffusion_config, wanted_metrics
+from litevae.experiments.spec import Experiment, Setup, measured_size
+from litevae.experiments.trained import Row, Stopped, Trained, finished
 from litevae.latents import Settings, encode_images
-from litevae.loading import find_model, load_model
+from litevae.latents.statistics import measure_latents, store_scale
 from litevae.models import LiteVAE
-from litevae.models.baseline import Autoencoder
 from litevae.models.encoder import Encoder
-from litevae.training.data import load_validation
-from litevae.training.report import draw_reconstructions
-from litevae.training.scale import measure_latents, store_scale
-from litevae.training.sources import open_images
+from litevae.models.interface import Autoencoder
+from litevae.models.loading import find_model, load_model
+from litevae.training.gradient_ratio import draw_gradient_ratios, read_gradient_ratios
 
 COMPLEXITY_SIZE = 256
 SHOWN = 3  # rows of a picture

@@ -11,11 +11,11 @@ from typing import Any
 
 from scipy.stats import t as student
 
-from litevae.experiments.runner import Row, Setup
-from litevae.experiments.spec import Claim, Experiment, matches, measured_size
-from litevae.training.checkpoint import replacing
+from litevae.environment import device_name, versions
+from litevae.experiments.spec import Claim, Experiment, Setup, matches, measured_size
+from litevae.experiments.trained import Row
+from litevae.files import replacing
 from litevae.training.config import list_stages
-from litevae.training.report import device_name, versions
 
 # metrics begin with one of these
 LOWER_IS_BETTER = ("rfid", "lpips", "fid", "imbalance", "sigma", "spread", "worst", "memory")

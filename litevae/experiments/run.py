@@ -7,9 +7,11 @@ import torch
 from accelerate import PartialState
 
 from litevae.experiments.measure import measure
+from litevae.experiments.plan import prepare
 from litevae.experiments.report import write_report
-from litevae.experiments.runner import Row, Setup, prepare, train_once
-from litevae.training.checkpoint import replacing
+from litevae.experiments.spec import Setup
+from litevae.experiments.trained import Row, train_once
+from litevae.files import replacing
 
 
 def run_experiment(name: str, setup: Setup) -> Path | None:

@@ -1,7 +1,8 @@
 """What an experiment consists of: one YAML file in `litevae/configs/experiments/` for each table or figure."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from litevae.errors import UserError
@@ -212,3 +213,42 @@ def scaled_settings(paper: Config, scale: Scale) -> list[str]:
 def measured_size(config: Config, run: RunSpec, scale: Scale) -> int:
     """The side in pixels of the squares that a row is measured on."""
     return list_stages(config)[-1].size if run.size is None else run.size // scale.size
+
+
+SECOND_STAGE = "diffusion."  # begins an override that is not of the autoencoder's training
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How an experiment is run.
+
+    Args:
+        scale: one of `SCALES`.
+        output: folder for trained models and results, shared by all experiments of a scale.
+        data: for "paper": each dataset's images to train on, as `data.train` of training takes them.
+        validation: those to measure on.
+        overrides: settings of training, which replace the experiment's; those of the second stage begin with
+            "diffusion.".
+        metrics: instead of the experiment's; below the paper's scale, psnr and ssim, which need no weights.
+        seeds: instead of the experiment's.
+    """
+
+    scale: str
+    output: Path
+    data: Mapping[str, str] = field(default_factory=dict)
+    validation: Mapping[str, str] = field(default_factory=dict)
+    overrides: Sequence[str] = ()
+    metrics: Sequence[str] | None = None
+    seeds: int | None = None
+
+    @property
+    def at(self) -> Scale:
+        return SCALES[self.scale]
+
+    @property
+    def training_overrides(self) -> list[str]:
+        return [each for each in self.overrides if not each.startswith(SECOND_STAGE)]
+
+    @property
+    def diffusion_overrides(self) -> list[str]:
+        return [each.removeprefix(SECOND_STAGE) for each in self.overrides if each.startswith(SECOND_STAGE)]

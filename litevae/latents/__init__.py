@@ -1,6 +1,7 @@
 """Encoded data sets: a folder of posterior moments, made once and read for every epoch."""
 
-from litevae.latents.encode import Encoding, Settings, encode_images
+from litevae.latents.encode import Encoding, encode_images
+from litevae.latents.folder import Settings
 from litevae.latents.shards import Latent, LatentDataset, sample_latents, verify
 
 __all__ = ["Encoding", "Latent", "LatentDataset", "Settings", "encode_images", "sample_latents", "verify"]

@@ -25,23 +25,23 @@ SILENCE = timedelta(days=1)
 LOCK = ".lock"
 
 
-class Lost(ConnectionError):
+class ProcessDied(ConnectionError):
     """Another process of the run has ended without a word."""
 
 
 @contextmanager
-def noticing_loss() -> Iterator[None]:
+def noticing_death() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # gloo's
-        raise Lost("another process of this run has died: the same command goes on") from error
+        raise ProcessDied("another process of this run has died: the same command goes on") from error
 
 
 class Processes:
     """The processes of a run, this one being number `index` of `count`; one, where there is no `torchrun`.
 
     They speak over gloo whatever device they have: all they exchange is a few numbers. All must make the same
-    calls in the same order. A call raises `Lost` when one of them has died.
+    calls in the same order. A call raises `ProcessDied` when one of them has died.
     """
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class Processes:
         self.count: int = state.num_processes
         self.group: Any = None
         if self.count > 1:
-            with noticing_loss():
+            with noticing_death():
                 self.group = dist.new_group(backend="gloo", timeout=SILENCE)
         self.under_way: deque[tuple[torch.Tensor, Any]] = deque()
 
@@ -59,7 +59,7 @@ class Processes:
         if self.group is None:
             return [value]
         values: list[Any] = [None] * self.count
-        with noticing_loss():
+        with noticing_death():
             dist.all_gather_object(values, value, group=self.group)
         return values
 
@@ -76,8 +76,8 @@ class Processes:
                 result = function()
             except (UserError, OSError) as error:
                 failure = error
-        result, told = self.gather((result, describe(failure)))[0]
-        raise_first([told], failure)
+        result, message = self.gather((result, error_message(failure)))[0]
+        raise_first([message], failure)
         return result  # type: ignore[return-value]
 
     def add(self, numbers: Sequence[int]) -> list[int]:
@@ -86,13 +86,13 @@ class Processes:
         if self.group is None:
             return list(numbers)
         tensor = torch.tensor(numbers)
-        with noticing_loss():
+        with noticing_death():
             self.under_way.append((tensor, dist.all_reduce(tensor, group=self.group, async_op=True)))
         return self.next_sums() if len(self.under_way) > AHEAD else [0] * len(numbers)
 
     def next_sums(self) -> list[int]:
         tensor, work = self.under_way.popleft()
-        with noticing_loss():
+        with noticing_death():
             work.wait()
         sums: list[int] = tensor.tolist()
         return sums
@@ -106,23 +106,23 @@ class Processes:
             dist.destroy_process_group(self.group)
 
 
-Told = tuple[str, str, str] | None  # how an exception is told to other processes: kind, type and message
+ErrorMessage = tuple[str, str, str] | None  # an exception as other processes get it: kind, type and message
 
 
-def describe(failure: Exception | None) -> Told:
+def error_message(failure: Exception | None) -> ErrorMessage:
     if failure is None:
         return None
     kind = next((each.__name__ for each in (UserError, OSError) if isinstance(failure, each)), "")
     return kind, type(failure).__name__, str(failure)
 
 
-def raise_first(told: Sequence[Told], own: Exception | None) -> None:
+def raise_first(messages: Sequence[ErrorMessage], own: Exception | None) -> None:
     """Raises what has gone wrong in this process, or else in the first one that something went wrong in."""
     if own is not None:
         raise own
-    for index, each in enumerate(told):
-        if each is not None:
-            kind, name, message = each
+    for index, error in enumerate(messages):
+        if error is not None:
+            kind, name, message = error
             if kind == UserError.__name__:
                 raise UserError(message)
             raise OSError(message if kind else f"process {index} failed: {name}: {message}")

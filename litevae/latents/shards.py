@@ -24,9 +24,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from litevae.data.sources import PackedStrings
 from litevae.errors import UserError
-from litevae.training.checkpoint import replacing, sync_folder, write
-from litevae.training.sources import PackedStrings
+from litevae.files import replacing, sync_folder, write
 
 FORMAT = "litevae latents, version 1"
 INDEX = "index.json"

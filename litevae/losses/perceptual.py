@@ -1,11 +1,7 @@
 """Perceptual losses on VGG's features: LPIPS, and ESRGAN's from before the activation (Appendix D.1)."""
 
 import importlib.resources
-import pickle
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from http.client import HTTPException
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -13,7 +9,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from litevae.errors import UserError
+from litevae.files import explaining_weights
 
 # Inside the root of LPIPS's norm, so that a position where all features are 0 has a gradient. lpips adds the
 # same number outside of the root.
@@ -155,30 +151,6 @@ def load_pretrained(layers: nn.Sequential, name: str) -> None:
         weights = source.get_state_dict(map_location="cpu", check_hash=True, weights_only=True)
         wanted = {key: weights[f"features.{key}"] for key in layers.state_dict()}
         layers.load_state_dict(wanted, assign=True)
-
-
-def weights_path(url: str) -> Path:
-    """Where PyTorch keeps what it downloaded from `url`."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
-
-
-@contextmanager
-def explaining_weights(url: str, what: str) -> Iterator[None]:
-    """Around the download and loading of weights: UserError, naming the file, where either fails.
-
-    Args:
-        url: of the file.
-        what: it is, for the message.
-    """
-    path = weights_path(url)
-    try:
-        yield
-    # HTTPException: the connection broke; RuntimeError: a wrong hash, or tensors of another shape
-    except (OSError, HTTPException, RuntimeError, EOFError, pickle.UnpicklingError, KeyError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        if path.exists():
-            raise UserError(f"{path} is not {what}, or damaged ({reason}): delete it") from None
-        raise UserError(f"{path} is not there and cannot be downloaded ({reason}): put {url} there") from None
 
 
 def randomise(layers: nn.Sequential) -> None:

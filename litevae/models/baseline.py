@@ -1,32 +1,10 @@
 """The paper's baselines: Stable Diffusion's VAE (diffusers' `AutoencoderKL`), and one with a small encoder."""
 
 from collections.abc import Sequence
-from typing import TypeAlias
 
 from diffusers import AutoencoderKL
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import Encoder
-
-from litevae.errors import UserError
-from litevae.models.autoencoder import LiteVAE
-
-Autoencoder: TypeAlias = LiteVAE | AutoencoderKL
-
-
-def spatial_compression(model: Autoencoder) -> int:
-    """f: pixels of the image for one of the latent, along a side."""
-    return 2 ** (len(model.config.block_out_channels) - 1)
-
-
-def only_size(model: Autoencoder) -> int | None:
-    """Side of the only square images, or tiles, that the model encodes, where it does not take all sizes."""
-    return model.config.sample_size if model.config.get("aggregator") == "vit" else None
-
-
-def check_only_size(model: Autoencoder, size: int) -> None:
-    """UserError if the model does not take images of `size` because it takes one size alone."""
-    if only_size(model) not in (None, size):
-        raise UserError(f"size must be {only_size(model)}, the only one that this model takes, got {size}")
 
 
 class SmallEncoderVAE(AutoencoderKL):

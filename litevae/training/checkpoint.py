@@ -1,106 +1,27 @@
 """Writing files and folders so that what bears the final name is complete; a run's checkpoints."""
 
-import hashlib
 import io
 import json
 import os
 import random
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import safetensors.torch
 import torch
 from diffusers import ModelMixin
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from litevae.errors import UserError
-from litevae.training.build import WEIGHTS
+from litevae.files import files_in, sha256, sync_folder, write
+from litevae.models.weights import write_model, write_tensors
 
 MANIFEST, STATE, DISCRIMINATOR = "manifest.json", "state.pt", "discriminator.safetensors"
-
-
-def temporary_of(path: Path) -> Path:
-    """Where `replacing` has a file written."""
-    return path.with_name(f".{path.stem}.tmp{path.suffix}")  # writers go by the suffix
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write a file to; it takes `path`'s place if nothing is raised."""
-    temporary = temporary_of(path)
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write(path: Path, content: bytes) -> None:
-    """Writes a file through to the disk. The libraries' own writers raise what not, or crash, if it is full."""
-    try:
-        with open(path, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from None  # names the file
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes the names in `folder` last."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_model(model: ModelMixin, folder: Path) -> None:
-    """Writes what `from_pretrained` reads, config.json and the weights as safetensors, to a new folder."""
-    folder.mkdir()
-    write(folder / "config.json", model.to_json_string().encode())
-    write_tensors(folder / WEIGHTS, model.state_dict())
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write(path, safetensors.torch.save(contiguous, {"format": "pt"}))
-
-
-def save_model(model: ModelMixin, folder: Path) -> None:
-    """Writes `model` (config.json and safetensors) to `folder`, replacing a model that is there."""
-    with replacing_folder(folder) as new:
-        write_model(model, new)
-
-
-@contextmanager
-def replacing_folder(folder: Path) -> Iterator[Path]:
-    """A path beside `folder` to make a folder at; it takes `folder`'s place if nothing is raised."""
-    new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
-    if old.exists() and not folder.exists():  # the last save was killed between its two renames
-        os.rename(old, folder)
-    shutil.rmtree(new, ignore_errors=True)
-    try:
-        yield new
-        if folder.exists():  # a folder that is not empty cannot be replaced in one step
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(folder, old)
-        try:
-            os.rename(new, folder)
-        except OSError:
-            if old.exists():
-                os.rename(old, folder)
-            raise
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -164,15 +85,6 @@ def save_checkpoint(
         others = "; earlier ones are intact" if find_checkpoints(folder) else ""
         raise OSError(f"checkpoint {target}: cannot be written: {error.strerror or error}{others}") from None
     return Checkpoint(target, step, manifest.get("psnr"))
-
-
-def files_in(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def damage(checkpoint: Checkpoint) -> str | None:

@@ -6,66 +6,13 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from litevae import settings
+from litevae.data.config import DataConfig
 from litevae.discriminators import DiscriminatorConfig
 from litevae.errors import UserError
 from litevae.losses import RECONSTRUCTION_TERMS, TERMS, LossConfig
+from litevae.models.config import LITEVAE_ONLY, ModelConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-
-
-@dataclass
-class ModelConfig:
-    """LiteVAE, or one of the paper's baselines with the same decoder.
-
-    All but `kind`, `latent_channels`, `block_out_channels`, `layers_per_block`, `num_groups` and `use_1x1_conv`,
-    which is quant_conv and post_quant_conv in Stable Diffusion's VAE, are LiteVAE's alone;
-    `encoder_block_out_channels` is the baselines', for an encoder with other widths than the decoder's: then, as
-    with vae-small, `layers_per_block` and `num_groups` are the decoder's alone.
-    """
-
-    kind: Literal["litevae", "sd-vae", "vae-small"] = "litevae"
-    preset: str = "litevae-b"
-    latent_channels: int = 4
-    block_out_channels: list[int] = field(default_factory=lambda: [128, 256, 512, 512])
-    layers_per_block: int = 2
-    num_groups: int = 32
-    decoder_norm: Literal["group", "smc"] = "group"
-    output_type: Literal["image", "wavelet"] = "image"
-    use_1x1_conv: bool = False
-    encoder_type: Literal["learned", "dwt", "dwt-2"] = "learned"
-    extractor: Literal["unet", "nafnet"] = "unet"
-    shared_extractor: bool = False
-    aggregator: Literal["unet", "vit"] = "unet"  # vit: for images of data.size alone
-    finest_level: int = 1
-    encoder_norm: Literal["group", "smc"] = "group"
-    encoder_block_out_channels: list[int] = field(default_factory=list)  # as many as the decoder's
-
-
-@dataclass
-class DataConfig:
-    """Images to train and to validate on.
-
-    `train` is a folder of images, searched through all its folders; WebDataset shards on local disks, as a
-    folder, a file or a pattern such as "train-{000..146}.tar"; a folder that Hugging Face's `save_to_disk`
-    has written; .parquet files with a column of images; or "demo", scikit-image's photographs.
-    `validation` is another of these; empty, it is the demo's held-out photograph for the demo and none
-    otherwise.
-
-    `crop` says how an image becomes a square. random: a square of the shorter side's length at a random
-    place, resized (as in the code of Esser et al., arXiv:2012.09841; the paper does not say).
-    random_resized: torchvision's RandomResizedCrop, a window of 8 % to 100 % of the image with sides of 3:4
-    to 4:3. native: a square of `size` at a random place, not resized; smaller images count as bad.
-    """
-
-    train: str = "demo"
-    validation: str = ""
-    validation_count: int = 64  # images measured on, at most
-    size: int = 256  # side of the square crops, in pixels
-    batch_size: int = 16  # crops a step, of all processes together
-    crop: Literal["random", "random_resized", "native"] = "random"
-    flip: bool = True  # mirrors half of the crops
-    workers: int = 4  # processes that read images, for each process that trains; 0: none
-    max_bad_fraction: float = 0.01  # of the images may be unusable; the run stops at more
 
 
 @dataclass
@@ -184,22 +131,6 @@ def load_config(name: str | None, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
-# what the other kinds of models have, and cannot change
-LITEVAE_ONLY = {
-    name: getattr(ModelConfig, name)
-    for name in (
-        "decoder_norm",
-        "output_type",
-        "encoder_type",
-        "extractor",
-        "shared_extractor",
-        "aggregator",
-        "finest_level",
-        "encoder_norm",
-    )
-}
-
-
 def check(config: Config) -> None:
     """UserError for a value that has the right type but makes no sense."""
     least = {
@@ -303,7 +234,28 @@ def check_stages(config: Config) -> None:
                 f"is made for, got {stage.size}"
             )
         before = stage.start
-    parts = config.optimizer.accumulation
-    for batch_size in (stage.batch_size for stage in list_stages(config)):
-        if batch_size % parts:
-            raise UserError(f"optimizer.accumulation must divide the batch of {batch_size}, got {parts}")
+    for listed in list_stages(config):
+        check_batch_size(listed.batch_size, config.optimizer.accumulation)
+
+
+def check_batch_size(
+    batch_size: int, accumulation: int, processes: int = 1, name: str = "data.batch_size"
+) -> None:
+    """Checks that a batch can be shared evenly.
+
+    Args:
+        batch_size: samples per step, over all processes.
+        accumulation: parts that each process works through its share in.
+        processes: number of processes.
+        name: name of the setting, for the message.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if batch_size % accumulation:
+        raise UserError(f"optimizer.accumulation must divide the batch of {batch_size}, got {accumulation}")
+    if batch_size % (accumulation * processes):
+        raise UserError(
+            f"{name} counts the samples of all processes: {batch_size} cannot be shared by {processes} processes "
+            f"with optimizer.accumulation={accumulation}"
+        )

@@ -1,9 +1,6 @@
 """What a run feeds on: each process's share of the batches, and the images to validate on and to show."""
 
-import os
-import signal
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,19 +10,14 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from litevae.data.bad_images import BAD_IMAGES, BadImages
+from litevae.data.crops import Batch, TrainingCrops, collate
+from litevae.data.images import Pixels
+from litevae.data.sources import ImageSource, Photographs, open_images
+from litevae.data.squares import load_validation, open_validation
 from litevae.errors import UserError
-from litevae.images import Pixels
+from litevae.signals import obey_parent_only
 from litevae.training.config import Config, Stage
-from litevae.training.data import (
-    BAD_IMAGES,
-    BadImages,
-    Batch,
-    TrainingCrops,
-    collate,
-    load_validation,
-    open_validation,
-)
-from litevae.training.sources import ImageSource, Photographs, open_images
 
 SHOWN = 4  # images in reconstructions.png
 
@@ -113,21 +105,6 @@ class Feed:
             worker_init_fn=obey_parent_only,
         )
         return iter(loader)
-
-
-def obey_parent_only(_: int) -> None:
-    """For workers, which Ctrl-C and some schedulers signal too: they end when the run does, and at its word."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS, where SIGTERM ends them
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=exit_when_told, daemon=True).start()
-
-
-def exit_when_told() -> None:
-    """Waits for a SIGTERM of the parent's: a process that exits waits for its workers after one."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
 
 
 class ShareSampler:

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from accelerate import Accelerator
 
-from litevae.training.checkpoint import replacing
+from litevae.files import replacing
 from litevae.training.step import GRADIENT_RATIO, WEIGHTED
 
 

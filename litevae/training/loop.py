@@ -1,32 +1,36 @@
 """What the training loops of autoencoders and of diffusion models share: going through the steps."""
 
+import importlib.util
 import sys
+import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
+import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from omegaconf import OmegaConf
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from litevae.data.bad_images import BAD_IMAGES
+from litevae.environment import versions
 from litevae.errors import NonFiniteError, UserError
+from litevae.files import replacing
+from litevae.signals import StopRequest
 from litevae.training.checkpoint import (
     Checkpoint,
     choose_checkpoint,
     random_state,
     remove_remains,
-    replacing,
 )
 from litevae.training.config import CheckpointConfig
-from litevae.training.data import BAD_IMAGES
 from litevae.training.log import Log, in_short
-from litevae.training.report import versions
 from litevae.training.step import GRADIENT_RATIO, Outcome
-from litevae.training.stop import StopRequest
 
 Result = TypeVar("Result")
 
@@ -170,3 +174,41 @@ class Loop(ABC, Generic[Result]):
         if failure:
             raise failure
         return result
+
+
+def make_accelerator(precision: str, tracker: str, settings: dict[str, Any], folder: Path) -> Accelerator:
+    """UserError for a precision or a tracker that this machine does not have."""
+    has_device = torch.accelerator.is_available()
+    if precision == "fp16" and not has_device:
+        raise UserError("precision=fp16 needs a GPU: on a CPU there are bf16 and fp32")
+    if tracker != "none" and importlib.util.find_spec(tracker) is None:
+        raise UserError(f"tracker={tracker} is not installed: pip install {tracker}")
+    AcceleratorState._reset_state()  # keeps the precision of an earlier run in this process
+    accelerator = Accelerator(
+        cpu=not has_device,  # several processes on CPUs are asked for in this way
+        mixed_precision="no" if precision == "fp32" else precision,
+        log_with=None if tracker == "none" else tracker,
+        project_dir=folder,
+    )
+    if tracker == "tensorboard":
+        accelerator.init_trackers("tensorboard")  # the name of its folder
+    elif tracker == "wandb":
+        accelerator.init_trackers(
+            "litevae", config=settings, init_kwargs={"wandb": {"dir": str(folder), "name": folder.name}}
+        )
+    return accelerator
+
+
+def make_output_dir(folder: Path, result: str = "model", mark: str = "config.json") -> Path:
+    """Makes sure that files can be written to `folder`, and that its folder `result`, if it is there, is one that
+    a run has written, with `mark` in it; UserError if not."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"output_dir: cannot write to {folder}: {error.strerror}") from None
+    there = folder / result  # will be replaced as a whole
+    if there.exists() and any(there.iterdir()) and not (there / mark).is_file():
+        raise UserError(f"output_dir: {there} is there and is not a {result}; give another folder")
+    return folder

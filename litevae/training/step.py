@@ -1,11 +1,10 @@
 """One training step: losses and gradients of both networks, then their updates, or none."""
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Generic, TypeVar, cast
+from typing import cast
 
 import torch
 import torch._functorch.config
@@ -14,13 +13,12 @@ from torch import Tensor, nn
 
 from litevae.discriminators import UNetDiscriminator
 from litevae.losses import RECONSTRUCTION_TERMS, Loss, Objective
-from litevae.models.baseline import Autoencoder
+from litevae.models.interface import Autoencoder
 from litevae.training.config import Config
+from litevae.training.optimization import EMA, Learner
 
 WEIGHTED = "weighted/"  # before a term's name in the log: with its weight
 GRADIENT_RATIO = "gradient_ratio"  # in the log
-
-Model = TypeVar("Model", bound=nn.Module)
 
 
 class Autoencode(nn.Module):
@@ -56,86 +54,6 @@ class Discriminate(nn.Module):
         heads = self.discriminator(torch.cat([real, fake]))
         of_real, of_fake = zip(*(head.split([len(real), len(fake)]) for head in heads), strict=True)
         return of_real, of_fake
-
-
-class EMA(Generic[Model]):
-    """An exponential moving average of a model's weights.
-
-    After the n-th update (from 0) the decay is min(decay, (1 + n) / (10 + n)), as in TensorFlow's and
-    diffusers' EMA: the first weights are soon forgotten.
-    """
-
-    def __init__(self, model: Model, decay: float) -> None:
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.decay = decay
-        self.updates = 0
-
-    @torch.no_grad()
-    def update(self, model: Model) -> None:
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        averages: list[Tensor] = list(self.model.parameters())
-        torch._foreach_lerp_(averages, list[Tensor](model.parameters()), 1 - decay)
-        self.updates += 1
-
-
-class Learner:
-    """A network, wrapped for training, with its optimizer."""
-
-    def __init__(
-        self,
-        network: nn.Module,
-        learning_rate: float,
-        betas: tuple[float, float],
-        weight_decay: float,
-        factor: Callable[[int], float],
-    ) -> None:
-        self.network = network
-        self.parameters = [p for p in network.parameters() if p.requires_grad]
-        self.learning_rate = learning_rate
-        self.factor = factor
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=True
-        )
-
-    def gradient_norm(self, maximum: float, scaler: torch.amp.GradScaler | None) -> Tensor:
-        """The norm of all gradients, which are clipped to `maximum`."""
-        if scaler is not None:
-            scaler.unscale_(self.optimizer)
-        return torch.nn.utils.clip_grad_norm_(self.parameters, maximum)
-
-    def update(self, step: int, scaler: torch.amp.GradScaler | None) -> float:
-        """Takes the optimizer's step; returns the learning rate."""
-        rate = self.learning_rate * self.factor(step - 1)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        if scaler is not None:
-            scaler.step(self.optimizer)
-        else:
-            self.optimizer.step()
-        return rate
-
-    def load_state(self, state: dict[int, dict[str, Tensor]]) -> bool:
-        """The moments; learning rate, betas and weight decay stay as they are set. False if they are those of
-        other weights."""
-        shapes = {index: moments["exp_avg"].shape for index, moments in state.items()}
-        # there are none yet before the first update
-        if shapes and shapes != {index: p.shape for index, p in enumerate(self.parameters)}:
-            return False
-        # the fused optimizer goes through the memory of each without a look at the strides
-        state = {
-            index: {key: in_layout_of(self.parameters[index], value) for key, value in moments.items()}
-            for index, moments in state.items()
-        }
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-        return True
-
-
-def in_layout_of(parameter: Tensor, value: Tensor) -> Tensor:
-    """`value` with the strides of `parameter`, where it has its shape."""
-    if value.shape != parameter.shape:
-        return value
-    return torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,8 @@
 """The training loop, on Hugging Face Accelerate."""
 
-import importlib.util
 import json
 import math
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -12,20 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from litevae.data.images import to_model_range
 from litevae.discriminators import build_discriminator
+from litevae.environment import versions
 from litevae.errors import NonFiniteError, UserError
 from litevae.evaluation.metrics import psnr, ssim
+from litevae.evaluation.pictures import draw_grid, draw_reconstructions
 from litevae.evaluation.reconstruction import reconstruct
-from litevae.images import to_model_range
+from litevae.files import replacing
 from litevae.losses import Objective
-from litevae.models.baseline import Autoencoder, spatial_compression
-from litevae.training.build import build_model, copy_weights, load_weights, read_weights
+from litevae.models.interface import Autoencoder, check_size, spatial_compression
+from litevae.models.weights import copy_weights, load_weights, read_weights, save_model
+from litevae.signals import StopRequest
+from litevae.training.build import build_model
 from litevae.training.checkpoint import (
     DISCRIMINATOR,
     Checkpoint,
@@ -33,18 +34,16 @@ from litevae.training.checkpoint import (
     random_state,
     read_note,
     remove_old,
-    replacing,
     restore_random_state,
     save_checkpoint,
-    save_model,
 )
-from litevae.training.config import Config, OptimizerConfig, list_stages
+from litevae.training.config import Config, check_batch_size, list_stages
+from litevae.training.curves import draw_curves
 from litevae.training.feed import Feed
 from litevae.training.log import read_log
-from litevae.training.loop import Loop
-from litevae.training.report import draw_curves, draw_grid, draw_reconstructions, versions
-from litevae.training.step import EMA, Outcome, TrainingStep
-from litevae.training.stop import StopRequest
+from litevae.training.loop import Loop, make_accelerator, make_output_dir
+from litevae.training.optimization import EMA, learning_rate_factor
+from litevae.training.step import Outcome, TrainingStep
 
 
 @dataclass(frozen=True)
@@ -138,16 +137,11 @@ class Trainer(Loop[Result]):
 
     def check_stages(self) -> None:
         """UserError for sizes that the model does not take, and batches that cannot be shared evenly."""
-        factor, processes = spatial_compression(self.model), self.accelerator.num_processes
-        parts = processes * self.config.optimizer.accumulation
         for stage in self.stages:
-            if stage.size % factor:
-                raise UserError(f"data.size must be a multiple of {factor}, got {stage.size}")
-            if stage.batch_size % parts:
-                raise UserError(
-                    f"data.batch_size counts the crops of all processes: {stage.batch_size} cannot be shared "
-                    f"by {processes} processes with optimizer.accumulation={parts // processes}"
-                )
+            check_size(self.model, stage.size, "data.size")
+            check_batch_size(
+                stage.batch_size, self.config.optimizer.accumulation, self.accelerator.num_processes
+            )
 
     def make_discriminator(self) -> nn.Module | None:
         config = self.config
@@ -346,51 +340,3 @@ class Trainer(Loop[Result]):
         terms = [*self.train_step.objective.weights, *["discriminator"] * bool(self.discriminator)]
         with replacing(self.output_dir / "curves.png") as path:
             draw_curves(self.lines, terms, self.history, path)
-
-
-def make_accelerator(precision: str, tracker: str, settings: dict[str, Any], folder: Path) -> Accelerator:
-    """UserError for a precision or a tracker that this machine does not have."""
-    has_device = torch.accelerator.is_available()
-    if precision == "fp16" and not has_device:
-        raise UserError("precision=fp16 needs a GPU: on a CPU there are bf16 and fp32")
-    if tracker != "none" and importlib.util.find_spec(tracker) is None:
-        raise UserError(f"tracker={tracker} is not installed: pip install {tracker}")
-    AcceleratorState._reset_state()  # keeps the precision of an earlier run in this process
-    accelerator = Accelerator(
-        cpu=not has_device,  # several processes on CPUs are asked for in this way
-        mixed_precision="no" if precision == "fp32" else precision,
-        log_with=None if tracker == "none" else tracker,
-        project_dir=folder,
-    )
-    if tracker == "tensorboard":
-        accelerator.init_trackers("tensorboard")  # the name of its folder
-    elif tracker == "wandb":
-        accelerator.init_trackers(
-            "litevae", config=settings, init_kwargs={"wandb": {"dir": str(folder), "name": folder.name}}
-        )
-    return accelerator
-
-
-def learning_rate_factor(config: OptimizerConfig, done: int, total: int) -> float:
-    """What the learning rate is multiplied with after `done` of `total` steps, as in diffusers' schedules."""
-    if done < config.warmup_steps:
-        return done / config.warmup_steps
-    if config.schedule == "constant":
-        return 1.0
-    progress = (done - config.warmup_steps) / max(1, total - config.warmup_steps)
-    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
-
-
-def make_output_dir(folder: Path, result: str = "model", mark: str = "config.json") -> Path:
-    """Makes sure that files can be written to `folder`, and that its folder `result`, if it is there, is one that
-    a run has written, with `mark` in it; UserError if not."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"output_dir: cannot write to {folder}: {error.strerror}") from None
-    there = folder / result  # will be replaced as a whole
-    if there.exists() and any(there.iterdir()) and not (there / mark).is_file():
-        raise UserError(f"output_dir: {there} is there and is not a {result}; give another folder")
-    return folder

@@ -12,7 +12,7 @@ from skimage.metrics import peak_signal_noise_ratio
 
 from litevae import LiteVAE
 from litevae.cli import main
-from litevae.images import read_image
+from litevae.data.images import read_image
 from litevae.models.baseline import SmallEncoderVAE
 
 

@@ -6,11 +6,11 @@ from PIL import Image
 from skimage import data
 
 from litevae import LiteVAE
+from litevae.data.sources import open_images
 from litevae.diffusion import load_config
 from litevae.latents import Settings, encode_images
-from litevae.training.initialise import initialise
-from litevae.training.scale import measure_latents
-from litevae.training.sources import open_images
+from litevae.latents.statistics import measure_latents
+from litevae.models.initialise import initialise
 
 SIZE = 32
 # a run of a few milliseconds a step, on latents of 4 x 8 x 8

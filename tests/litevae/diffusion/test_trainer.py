@@ -16,15 +16,15 @@ from torch import nn
 
 import litevae.diffusion.trainer as trainer_module
 from litevae.cli import main
+from litevae.data.sources import open_images
 from litevae.diffusion import LatentDiffusionPipeline, train
 from litevae.diffusion.fid import measure_fid
 from litevae.diffusion.noise import make_noise
 from litevae.diffusion.pipeline import generate
 from litevae.errors import NonFiniteError, UserError
-from litevae.evaluation.evaluate import INCEPTION
+from litevae.evaluation.fid import INCEPTION
 from litevae.latents import Settings, encode_images
 from litevae.training.checkpoint import find_checkpoints
-from litevae.training.sources import open_images
 
 
 @pytest.fixture

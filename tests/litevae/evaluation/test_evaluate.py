@@ -17,12 +17,12 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 import litevae.evaluation.evaluate as evaluate_module
 from litevae import LiteVAE
 from litevae.cli import main
+from litevae.data.sources import open_images
 from litevae.errors import UserError
 from litevae.evaluation.evaluate import evaluate
 from litevae.evaluation.metrics import batch_psnr, batch_ssim
+from litevae.files import sha256
 from litevae.losses.perceptual import LPIPS
-from litevae.training.checkpoint import sha256
-from litevae.training.sources import open_images
 
 SIZE = 32
 COUNT = 7
@@ -357,7 +357,7 @@ SHARED = """
 import os, sys, torch
 from litevae import LiteVAE
 from litevae.evaluation.evaluate import evaluate
-from litevae.training.sources import open_images
+from litevae.data.sources import open_images
 torch.set_num_threads(1)
 class Colours(torch.nn.Module):
     num_features = 3

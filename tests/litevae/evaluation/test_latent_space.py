@@ -9,16 +9,11 @@ from skimage import data
 
 from litevae import LiteVAE
 from litevae.cli import main
+from litevae.data.sources import open_images
 from litevae.errors import UserError
-from litevae.evaluation.latent_space import (
-    collect_latents,
-    distance_from_gaussian,
-    latent_statistics,
-    squared_mmd,
-)
-from litevae.training.report import latents_as_rgb
-from litevae.training.scale import measure_latents
-from litevae.training.sources import open_images
+from litevae.evaluation.latent_space import collect_latents, distance_from_gaussian, squared_mmd
+from litevae.evaluation.pictures import latents_as_rgb
+from litevae.latents.statistics import latent_statistics, measure_latents
 
 SIZE = 32
 

@@ -9,10 +9,10 @@ from skimage import data
 
 from litevae import LiteVAE
 from litevae.cli import main
+from litevae.data.sources import open_images
 from litevae.errors import UserError
 from litevae.evaluation.evaluate import evaluate
 from litevae.evaluation.resolution import check_takes, relative_degradation, sweep_resolutions
-from litevae.training.sources import open_images
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

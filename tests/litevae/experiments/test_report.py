@@ -3,8 +3,8 @@ import json
 import pytest
 
 from litevae.experiments.report import write_report
-from litevae.experiments.runner import Row, Setup, Trained
-from litevae.experiments.spec import Claim, Experiment, RunSpec
+from litevae.experiments.spec import Claim, Experiment, RunSpec, Setup
+from litevae.experiments.trained import Row, Trained
 from litevae.training import load_config
 
 

@@ -11,7 +11,7 @@ from litevae.experiments.spec import (
     shipped_experiments,
     training_config,
 )
-from litevae.training.build import with_fresh_weights
+from litevae.models.build import with_fresh_weights
 
 NAMES = [f"figure{n:02}" for n in range(2, 10)] + [f"table{n:02}" for n in range(1, 23)]
 

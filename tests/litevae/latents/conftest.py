@@ -5,8 +5,8 @@ from PIL import Image
 from skimage import data
 
 from litevae import LiteVAE
+from litevae.data.sources import open_images
 from litevae.latents import Settings, encode_images
-from litevae.training.sources import open_images
 
 SIZE = 32
 

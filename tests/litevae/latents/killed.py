@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from litevae import LiteVAE
+from litevae.data.sources import open_images
 from litevae.latents import Settings, encode_images
-from litevae.training.sources import open_images
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from forks import die_at_sync, kill

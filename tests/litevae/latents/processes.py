@@ -17,8 +17,8 @@ import torch
 
 from litevae import LiteVAE
 from litevae.cli import main
+from litevae.data.sources import open_images
 from litevae.latents import Settings, encode_images
-from litevae.training.sources import open_images
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from forks import run_jobs

@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 
 from litevae import LiteVAE
 from litevae.cli import main
+from litevae.data.sources import open_images
 from litevae.errors import UserError
 from litevae.latents import Encoding, LatentDataset, verify
-from litevae.latents.encode import choose_precision, times_of_all
-from litevae.training.sources import open_images
+from litevae.latents.encoder import choose_precision
+from litevae.latents.share import times_of_all
 
 SIZE = 32
 EPS16, EPS32 = 2**-11, 2**-24  # the largest relative error of one rounding
@@ -331,7 +332,7 @@ class TestProcesses:
         assert ended[2, 1] == (-signal.SIGKILL, None)
         assert ended[2, 0] == (
             1,
-            "Lost('another process of this run has died: the same command goes on')",
+            "ProcessDied('another process of this run has died: the same command goes on')",
         )
         status, said = ended[3, 0]
         assert status == 0
@@ -585,7 +586,7 @@ class TestCommand:
 
     def test_ctrl_c(self, command, photographs, monkeypatch):
         images = open_images(str(photographs))
-        monkeypatch.setattr("litevae.training.sources.open_images", lambda _: interrupting(images, 5))
+        monkeypatch.setattr("litevae.data.sources.open_images", lambda _: interrupting(images, 5))
         output = command("--shard-size", 4, "--batch-size", 2).out
         assert "stopped by SIGTERM; 6 of 11 images are encoded: the same command goes on" in output
 

@@ -8,10 +8,10 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from litevae import LiteVAE
+from litevae.data.sources import open_images
 from litevae.errors import UserError
 from litevae.latents import LatentDataset, Settings, encode_images, sample_latents, verify
 from litevae.latents.shards import write_shard
-from litevae.training.sources import open_images
 
 
 @pytest.fixture(scope="module")

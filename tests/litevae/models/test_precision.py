@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from litevae import LiteVAE
-from litevae.images import to_model_range
-from litevae.training.initialise import initialise
+from litevae.data.images import to_model_range
+from litevae.models.initialise import initialise
 from litevae_kernels.nn import SelfModulatedConv2d
 
 VARIANTS = {"group": {}, "smc": {"decoder_norm": "smc", "output_type": "wavelet"}}

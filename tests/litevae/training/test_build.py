@@ -8,8 +8,9 @@ from safetensors.torch import load_file
 from litevae import LiteVAE
 from litevae.errors import UserError
 from litevae.models.baseline import SmallEncoderVAE
+from litevae.models.build import with_fresh_weights
 from litevae.training import load_config, train
-from litevae.training.build import build_model, with_fresh_weights
+from litevae.training.build import build_model
 
 BASELINE = ["model.decoder_norm=group", "model.output_type=image"]
 

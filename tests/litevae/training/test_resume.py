@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 import litevae.training.trainer as trainer_module
+from litevae.data.bad_images import BadImages
 from litevae.errors import NonFiniteError, UserError
 from litevae.training import train
 from litevae.training.checkpoint import choose_checkpoint, find_checkpoints
-from litevae.training.data import BadImages
 
 STAGES = ["stages=[{start: 6, size: 48, batch_size: 4}]"]
 

@@ -12,7 +12,8 @@ from litevae.discriminators import DiscriminatorConfig, build_discriminator
 from litevae.losses import Objective
 from litevae.training.build import build_model
 from litevae.training.log import in_short
-from litevae.training.step import EMA, Autoencode, Discriminate, Learner, TrainingStep
+from litevae.training.optimization import EMA, Learner
+from litevae.training.step import Autoencode, Discriminate, TrainingStep
 
 BATCH, SIZE = 4, 32
 

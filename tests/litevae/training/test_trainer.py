@@ -19,13 +19,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import litevae.training.trainer as trainer_module
 from litevae import LiteVAE
+from litevae.data.squares import middle_square
 from litevae.errors import NonFiniteError, UserError
 from litevae.evaluation.metrics import psnr, ssim
+from litevae.evaluation.pictures import latents_as_rgb
 from litevae.evaluation.reconstruction import reconstruct
+from litevae.files import replacing
+from litevae.models.weights import save_model
 from litevae.training import load_config, train
-from litevae.training.checkpoint import replacing, save_model
-from litevae.training.data import middle_square
-from litevae.training.report import latents_as_rgb
 
 SHORT = ["max_steps=20", "data.size=32", "data.batch_size=2", "log_every=5", "validate_every=10"]
 FILES = {

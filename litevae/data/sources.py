@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from litevae.data.images import BadImage, Pixels, decode
 from litevae.errors import UserError
-from litevae.images import BadImage, Pixels, decode
 
 EXTENSIONS = (
     *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
@@ -52,7 +52,7 @@ class ImageSource(Protocol):
         """The image's class: the folder that it lies in, a shard's .cls, a dataset's column `label`."""
 
     def load(self, index: int) -> Pixels:
-        """(H, W, 3) uint8 as `litevae.images.decode` makes it; BadImage where it cannot."""
+        """(H, W, 3) uint8 as `litevae.data.images.decode` makes it; BadImage where it cannot."""
 
 
 def open_images(path: str) -> ImageSource:

@@ -8,11 +8,11 @@ from skimage import data
 
 from litevae import LiteVAE
 from litevae.cli import main
+from litevae.data.sources import open_images
 from litevae.errors import UserError
+from litevae.latents.statistics import measure_latents
 from litevae.training import train
 from litevae.training.checkpoint import damage, find_checkpoints
-from litevae.training.scale import measure_latents
-from litevae.training.sources import open_images
 
 SIZE = 32
 

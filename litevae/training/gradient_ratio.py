@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from litevae.errors import UserError
+from litevae.plotting import DPI
 from litevae.training.log import read_log
-from litevae.training.report import DPI
 from litevae.training.step import GRADIENT_RATIO
 
 

@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from litevae import LiteVAE
-from litevae.training.build import with_fresh_weights
-from litevae.training.config import ModelConfig
-from litevae.training.initialise import initialise
+from litevae.models.build import with_fresh_weights
+from litevae.models.config import ModelConfig
+from litevae.models.initialise import initialise
 
 SMALL = {
     "latent_channels": 12,

@@ -1,9 +1,7 @@
 """Training data: crops of images, those that cannot be read, and the images to validate on."""
 
 import math
-import os
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,13 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from litevae.data.bad_images import Bad, allowed_bad
+from litevae.data.config import DataConfig
+from litevae.data.images import BadImage, Pixels, resize_window
+from litevae.data.sources import ImageSource, Photographs
 from litevae.errors import UserError
-from litevae.images import BadImage, Pixels, resize_window
-from litevae.training.config import DataConfig
-from litevae.training.sources import HELD_OUT_PHOTOGRAPH, ImageSource, Photographs, open_images
-
-BAD_IMAGES = "bad_images.txt"  # the list's name in a run's folder
-Bad = tuple[str, str]  # an image's name, and why it cannot be used
 
 # of RandomResizedCrop in torchvision
 AREA = (0.08, 1.0)
@@ -142,132 +138,3 @@ def random_resized_window(height: int, width: int, random: np.random.Generator) 
     rows = min(height, max(1, round(width / ASPECT_RATIO[0])))
     columns = min(width, max(1, round(height * ASPECT_RATIO[1])))
     return (height - rows) // 2, (width - columns) // 2, rows, columns
-
-
-def allowed_bad(total: int, max_fraction: float) -> int:
-    return math.floor(round(total * max_fraction, 6))  # 0.29 x 100 is 28.999999999999996
-
-
-class BadImages:
-    """The list of images that a run could not use, in a file with a line for each: name, tab, reason.
-
-    A file that is there is continued: delete it for a new run. The processes of a run may each have one of
-    these on the same file.
-
-    Args:
-        path: of the file; it is made when the first image fails.
-        total: number of images in the data set.
-        max_fraction: of them that may fail.
-        setting: what the user calls `max_fraction`.
-    """
-
-    def __init__(
-        self, path: Path, total: int, max_fraction: float, setting: str = "data.max_bad_fraction"
-    ) -> None:
-        self.path = path
-        self.setting = setting
-        self.total = total
-        self.max_fraction = max_fraction
-        self.names: set[str] = set()
-        self.drop_unfinished_line()
-        self.read()
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def add(self, bad: Iterable[Bad]) -> None:
-        """Lists those not yet listed.
-
-        Raises:
-            UserError: more are listed now than may fail, or the list cannot be written.
-        """
-        lines = {one_field(name): one_field(reason) for name, reason in bad}
-        if lines.keys() - self.names:
-            self.read()  # what other processes have found
-            new = {name: reason for name, reason in lines.items() if name not in self.names}
-            text = "".join(f"{name}\t{reason}\n" for name, reason in new.items())
-            try:
-                with open(self.path, "ab") as file:
-                    file.write(os.fsencode(text))
-            except OSError as error:
-                raise UserError(f"{self.path}: cannot be written: {error.strerror}") from None
-            self.names |= new.keys()
-        if len(self.names) > allowed_bad(self.total, self.max_fraction):
-            raise UserError(
-                f"{len(self.names)} of {self.total} images cannot be used, more than "
-                f"{self.setting}={self.max_fraction:g} allows: {self.path} lists them"
-            )
-
-    def read(self) -> None:
-        if self.path.exists():
-            lines = self.path.read_bytes().splitlines()
-            self.names |= {os.fsdecode(line).partition("\t")[0] for line in lines}
-
-    def drop_unfinished_line(self) -> None:
-        """What a full disk may have left."""
-        if self.path.exists():
-            content = self.path.read_bytes()
-            if not content.endswith(b"\n"):
-                os.truncate(self.path, content.rfind(b"\n") + 1)
-
-
-def one_field(text: str) -> str:
-    """Without the signs that end a field of the list."""
-    return text.translate({ord("\t"): r"\t", ord("\r"): r"\r", ord("\n"): r"\n"})
-
-
-class Validation(NamedTuple):
-    images: list[tuple[str, Pixels]]  # name and (size, size, 3)
-    bad: list[Bad]
-
-
-def open_validation(config: DataConfig) -> ImageSource | None:
-    """The images at `config.validation`, the demo's held-out photograph for the demo, or None.
-
-    Raises:
-        UserError: as `open_images`.
-    """
-    if config.validation == "demo" or (config.train == "demo" and not config.validation):
-        return Photographs([HELD_OUT_PHOTOGRAPH])
-    return open_images(config.validation) if config.validation else None
-
-
-def load_validation(images: ImageSource, size: int, count: int, at_least: int = 1) -> Validation:
-    """The middle square of each image, as large as the shorter side allows, resized to `size`.
-
-    Args:
-        images: of which `count` are taken at equal distances, or all if there are fewer; those that cannot
-            be read are left out.
-        size: in pixels. Pillow's bicubic, antialiased.
-        count: at most.
-        at_least: that many must be readable.
-
-    Raises:
-        UserError: fewer of them can be read.
-    """
-    result = Validation([], [])
-    count = min(count, len(images))
-    for number in (place * len(images) // count for place in range(count)):
-        name = images.name(number)
-        try:
-            pixels = images.load(number)
-        except BadImage as error:
-            result.bad.append((name, str(error)))
-            continue
-        result.images.append((name, middle_square(pixels, size)))
-    if len(result.images) < at_least:
-        name, reason = result.bad[0]
-        raise UserError(f"none of the {count} images to validate on can be read; {name}: {reason}")
-    return result
-
-
-def middle_square(pixels: Pixels, size: int) -> Pixels:
-    """The largest square in the middle of an (H, W, 3) image, resized to `size` pixels."""
-    height, width = pixels.shape[:2]
-    side = min(height, width)
-    return resize_window(pixels, (height - side) // 2, (width - side) // 2, side, side, size)
-
-
-def load_square(images: ImageSource, index: int, size: int) -> Tensor:
-    """`middle_square` of an image, (3, size, size) uint8; raises BadImage."""
-    return torch.from_numpy(middle_square(images.load(index), size).transpose(2, 0, 1).copy())

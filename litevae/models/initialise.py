@@ -7,8 +7,8 @@ from diffusers.models.attention_processor import Attention as DiffusersAttention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from litevae.models.baseline import Autoencoder
 from litevae.models.encoder import Encoder, WaveletEncoder
+from litevae.models.interface import Autoencoder
 from litevae.models.layers import Attention, ResBlock
 from litevae.models.nafnet import NAFBlock
 from litevae.models.vit import TransformerBlock, ViT

@@ -1,26 +1,19 @@
 """The pictures of a training run, and what versions it ran on."""
 
-import functools
-import platform
-import re
-import subprocess
-from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+from litevae.data.images import Pixels
 from litevae.evaluation.metrics import psnr
 from litevae.evaluation.reconstruction import decode, encode
-from litevae.images import Pixels
-from litevae.models.baseline import Autoencoder, spatial_compression
-from litevae.training.checkpoint import replacing
-
-DPI = 120
+from litevae.files import replacing
+from litevae.models.interface import Autoencoder, spatial_compression
+from litevae.plotting import DPI
 
 
 def draw_reconstructions(
@@ -122,49 +115,6 @@ def latents_as_rgb(latents: Sequence[torch.Tensor], principal: bool = True) -> l
     return pictures
 
 
-def draw_curves(
-    lines: Sequence[Mapping[str, Any]],
-    terms: Sequence[str],
-    history: Sequence[Mapping[str, float]],
-    path: Path,
-) -> None:
-    """Losses over the steps on the left, the validation images' PSNR and SSIM on the right.
-
-    Args:
-        lines: one mapping a logged step, with "step", "loss" and those of the `terms` that were on.
-        history: one mapping a measurement, with at least "step", "psnr" and "ssim".
-        path: the PNG to write.
-    """
-    figure = Figure(figsize=(10, 4), dpi=DPI, layout="constrained")
-    left, right = figure.subplots(1, 2)
-
-    for name in ("loss", *terms):
-        having = [line for line in lines if name in line]
-        steps, values = [line["step"] for line in having], [line[name] for line in having]
-        (curve,) = left.plot(steps, smooth(values), label="total" if name == "loss" else name, linewidth=1.6)
-        left.plot(steps, values, color=curve.get_color(), alpha=0.2, linewidth=0.8)
-    left.set(title="losses (unweighted terms, weighted total)", xlabel="step")
-    if all(line.get(name, 1.0) > 0 for line in lines for name in ("loss", *terms)):
-        left.set_yscale("log")
-    else:  # an adversarial loss may be negative
-        left.set_yscale("symlog", linthresh=1e-2)
-    left.legend(fontsize=9, frameon=False, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.16))
-
-    at = [point["step"] for point in history]
-    ssim_axes = right.twinx()
-    right.plot(at, [point["psnr"] for point in history], "o-", markersize=3, color="C0")
-    ssim_axes.plot(at, [point["ssim"] for point in history], "s-", markersize=3, color="C1")
-    right.set(title="validation images", xlabel="step")
-    right.set_ylabel("PSNR (dB)", color="C0")
-    ssim_axes.set_ylabel("SSIM", color="C1")
-    for axes in (left, right):
-        axes.grid(alpha=0.25)
-        axes.spines["top"].set_visible(False)
-    left.spines["right"].set_visible(False)
-    ssim_axes.spines["top"].set_visible(False)
-    figure.savefig(path)
-
-
 def draw_grid(pairs: Sequence[tuple[Pixels, Pixels]], path: Path, most: int = 8) -> None:
     """The first images, each beside its reconstruction, as a PNG; makes its folder."""
     rows = [np.concatenate(pair, axis=1) for pair in pairs[:most]]
@@ -176,42 +126,3 @@ def draw_grid(pairs: Sequence[tuple[Pixels, Pixels]], path: Path, most: int = 8)
     path.parent.mkdir(exist_ok=True)
     with replacing(path) as temporary:
         Image.fromarray(grid).save(temporary)
-
-
-@functools.cache
-def versions() -> str:
-    """Of litevae, its git commit if it runs from a repository, and PyTorch."""
-    try:
-        own = version("litevae")
-    except PackageNotFoundError:  # run from a source tree
-        own = "not installed"
-    package = Path(__file__).parents[1]
-    command = ["git", "-C", str(package), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    commit = ""
-    if (package.parent / ".git").exists():  # not some repository that the environment lies in
-        try:
-            commit = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
-        except (OSError, subprocess.TimeoutExpired):
-            commit = "unknown"
-    return f"litevae {own}" + (f" (commit {commit})" if commit else "") + f", torch {torch.__version__}"
-
-
-def device_name() -> str:
-    """The GPU, or the CPU's model and thread count."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists() and (found := re.search(r"model name\s*: (.*)", cpuinfo.read_text())):
-        model = found[1]
-    count = torch.get_num_threads()
-    return f"{model}, {count} thread{'s' * (count != 1)}"
-
-
-def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
-    """Exponential running mean, without the pull of its start."""
-    mean, total, result = 0.0, 0.0, []
-    for value in values:
-        mean, total = weight * mean + (1 - weight) * value, weight * total + (1 - weight)
-        result.append(mean / total)
-    return result

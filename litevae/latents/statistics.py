@@ -1,21 +1,19 @@
 """The mean and the spread of a model's latents, which diffusion models normalise them with."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from litevae.data.sources import ImageSource
+from litevae.data.squares import SquareDataset
 from litevae.errors import UserError
-from litevae.images import BadImage, to_model_range
-from litevae.models.baseline import Autoencoder, check_only_size, spatial_compression
-from litevae.training.checkpoint import replacing
-from litevae.training.data import load_square
-from litevae.training.sources import ImageSource
+from litevae.files import replacing
+from litevae.models.interface import Autoencoder, check_size, encode_pixels
 
 
 @dataclass(frozen=True)
@@ -27,27 +25,6 @@ class LatentStatistics:
     std: tuple[float, ...]
     scaling_factor: float
     count: int
-
-
-class Squares(Dataset[Tensor | None]):
-    """The middle squares of `count` images at equal distances, (3, size, size) uint8; None where one is bad."""
-
-    def __init__(self, images: ImageSource, size: int, count: int) -> None:
-        self.images, self.size, self.count = images, size, min(count, len(images))
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> Tensor | None:
-        try:
-            return load_square(self.images, index * len(self.images) // self.count, self.size)
-        except BadImage:
-            return None
-
-
-def stack_good(squares: Sequence[Tensor | None]) -> Tensor:
-    good = [square for square in squares if square is not None]
-    return torch.stack(good) if good else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
 
 
 @torch.inference_mode()
@@ -72,21 +49,21 @@ def measure_latents(
     Raises:
         UserError: a size that the model does not take, or no image that can be read.
     """
-    if size % spatial_compression(model):
-        raise UserError(f"size must be a multiple of {spatial_compression(model)}, got {size}")
-    check_only_size(model, size)
+    check_size(model, size)
     channels = model.config.latent_channels
     first, second = (torch.zeros(channels, dtype=torch.float64, device=model.device) for _ in range(2))
     used = 0
-    loader = DataLoader(Squares(images, size, count), batch_size, num_workers=workers, collate_fn=stack_good)
-    for squares in tqdm(loader, unit="batch", mininterval=0.5):
-        if not len(squares):
+    squares = SquareDataset(images, size, count)
+    loader = DataLoader(squares, batch_size, num_workers=workers, collate_fn=squares.collate)
+    for batch in tqdm(loader, unit="batch", mininterval=0.5):
+        _, pixels = batch.readable
+        if not len(pixels):
             continue
-        posterior = model.encode(to_model_range(squares).to(model.device, model.dtype)).latent_dist
+        posterior = encode_pixels(model, pixels)
         mean, std = posterior.mean.double(), posterior.std.double()
         first += mean.mean((2, 3)).sum(0)
         second += (mean.square() + std.square()).mean((2, 3)).sum(0)
-        used += len(squares)
+        used += len(pixels)
     if not used:
         raise UserError("none of the images can be read")
     means, squares_mean = first / used, second / used
@@ -107,3 +84,17 @@ def store_scale(config: Path, found: LatentStatistics) -> None:
     settings.pop("_name_or_path", None)  # diffusers' note of the folder that it was loaded from
     with replacing(config) as path:
         path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def latent_statistics(latents: Tensor) -> LatentStatistics:
+    """Of (N, n_z, h, w) latents, as `litevae.latents.statistics.measure_latents`; UserError if all are equal."""
+    channels = latents.double().transpose(0, 1).flatten(1)
+    total = channels.std(correction=0).item()
+    if not total > 0:
+        raise UserError("the latents are all equal: this model cannot be scaled")
+    return LatentStatistics(
+        tuple(channels.mean(1).tolist()),
+        tuple(channels.std(1, correction=0).tolist()),
+        1 / total,
+        len(latents),
+    )

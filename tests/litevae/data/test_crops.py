@@ -9,20 +9,14 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import InterpolationMode, RandomResizedCrop, functional
 
 from litevae.cli import main
+from litevae.data.bad_images import BadImages
+from litevae.data.config import DataConfig
+from litevae.data.crops import Batch, Item, TrainingCrops, collate, random_resized_window
+from litevae.data.images import BadImage
+from litevae.data.sources import TRAINING_PHOTOGRAPHS, open_images
+from litevae.data.squares import load_validation, open_validation
 from litevae.errors import UserError
-from litevae.images import BadImage
-from litevae.training.config import DataConfig, load_config
-from litevae.training.data import (
-    BadImages,
-    Batch,
-    Item,
-    TrainingCrops,
-    collate,
-    load_validation,
-    open_validation,
-    random_resized_window,
-)
-from litevae.training.sources import TRAINING_PHOTOGRAPHS, open_images
+from litevae.training.config import load_config
 
 CHELSEA = data.chelsea()
 

@@ -1,5 +1,6 @@
 """Ending a run early, at its own time."""
 
+import os
 import signal
 import threading
 from typing import Any, Self
@@ -25,3 +26,18 @@ class StopRequest:
         self.signal = signal.Signals(number).name
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)
+
+
+def obey_parent_only(_: int) -> None:
+    """For workers, which Ctrl-C and some schedulers signal too: they end when the run does, and at its word."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS, where SIGTERM ends them
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=exit_when_told, daemon=True).start()
+
+
+def exit_when_told() -> None:
+    """Waits for a SIGTERM of the parent's: a process that exits waits for its workers after one."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

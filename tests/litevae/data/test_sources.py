@@ -11,15 +11,15 @@ import webdataset
 from PIL import Image
 from skimage import data
 
-from litevae.errors import UserError
-from litevae.images import BadImage
-from litevae.training.sources import (
+from litevae.data.images import BadImage
+from litevae.data.sources import (
     HELD_OUT_PHOTOGRAPH,
     TRAINING_PHOTOGRAPHS,
     PackedStrings,
     load_photograph,
     open_images,
 )
+from litevae.errors import UserError
 
 
 @pytest.fixture(autouse=True)

@@ -128,12 +128,12 @@ def to_pixels(image: Tensor) -> Tensor:
     return ((image.float() + 1.0) * 127.5).round_().clamp_(0, 255).to(torch.uint8)
 
 
-def to_batch(image: Pixels, factor: int) -> Tensor:
-    """(H, W, 3) uint8 as a (1, 3, H', W') batch in [-1, 1].
+def pad_image(image: Pixels, factor: int) -> Tensor:
+    """Pads an (H, W, 3) uint8 image to a (1, 3, H', W') uint8 batch.
 
-    It is mirrored at the bottom and on the right until H' and W' are multiples of `factor`, and at least
-    twice that: a latent of one pixel is nothing that GroupNorm can normalise.
+    The image is mirrored at the bottom and on the right until H' and W' are multiples of `factor`, and at least
+    twice `factor`: GroupNorm cannot normalise a latent of one pixel.
     """
     height, width = (max(-(-size // factor), 2) * factor - size for size in image.shape[:2])
     padded = np.pad(image, ((0, height), (0, width), (0, 0)), mode="symmetric")
-    return to_model_range(torch.from_numpy(padded).permute(2, 0, 1).unsqueeze(0))
+    return torch.from_numpy(padded).permute(2, 0, 1).unsqueeze(0)

@@ -12,8 +12,16 @@ from PIL import Image, ImageOps
 from skimage import data
 from torchvision.transforms import functional
 
+from litevae.data.images import (
+    BadImage,
+    decode,
+    pad_image,
+    read_image,
+    resize_window,
+    to_model_range,
+    to_pixels,
+)
 from litevae.errors import UserError
-from litevae.images import BadImage, decode, read_image, resize_window, to_batch, to_model_range, to_pixels
 
 RGB = data.chelsea()[:31, :45]
 
@@ -278,7 +286,7 @@ def test_pixels_survive_the_way_to_the_model_and_back():
 @pytest.mark.parametrize("size", [(1, 1), (8, 16), (9, 23), (31, 45)])
 def test_batch_is_mirrored_up_to_a_multiple(size):
     image = RGB[: size[0], : size[1]]
-    batch = to_batch(image, 8)
+    batch = to_model_range(pad_image(image, 8))
     assert batch.shape == (1, 3, *(max(16, -(-side // 8) * 8) for side in size))
     inside = to_pixels(batch)[0].permute(1, 2, 0)
     np.testing.assert_array_equal(inside[: size[0], : size[1]], image)

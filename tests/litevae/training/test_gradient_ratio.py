@@ -7,7 +7,7 @@ from PIL import Image
 
 from litevae.cli import main
 from litevae.errors import UserError
-from litevae.evaluation.gradients import read_gradient_ratios
+from litevae.training.gradient_ratio import read_gradient_ratios
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from litevae.errors import UserError
 
 if TYPE_CHECKING:
-    from litevae.models.baseline import Autoencoder
+    from litevae.models.interface import Autoencoder
 
 MODELS: tuple[str, ...] = ("LiteVAE", "AutoencoderKL", "SmallEncoderVAE")  # their class names
 DIFFUSERS = "diffusers:"
@@ -80,8 +80,8 @@ def find_model(name: str, size: int = 256) -> "Autoencoder":
     if Path(name).exists() or name.startswith(DIFFUSERS):
         return load_model(Path(name))
 
+    from litevae.models.build import with_fresh_weights
     from litevae.models.presets import get_preset
-    from litevae.training.build import with_fresh_weights
     from litevae.training.config import load_config
 
     kind, *settings = re.split(r",(?=\w+=)", name)  # a list's commas have no key behind them

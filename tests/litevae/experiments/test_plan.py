@@ -6,10 +6,12 @@ import pytest
 from PIL import Image
 from skimage import data
 
-import litevae.experiments.runner as runner_module
+import litevae.experiments.plan as runner_module
 from litevae.cli import main
+from litevae.experiments.demo_images import squares_folder
 from litevae.experiments.run import run_experiment
-from litevae.experiments.runner import Setup, Stopped, digest, finished, squares_folder
+from litevae.experiments.spec import Setup
+from litevae.experiments.trained import Stopped, digest, finished
 from litevae.training import load_config
 from litevae.training.trainer import Result
 

@@ -1,0 +1,131 @@
+"""The middle squares of images, for measuring and encoding."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from litevae.data.bad_images import Bad
+from litevae.data.config import DataConfig
+from litevae.data.images import BadImage, Pixels, resize_window
+from litevae.data.sources import HELD_OUT_PHOTOGRAPH, ImageSource, Photographs, open_images
+from litevae.errors import UserError
+
+
+class Validation(NamedTuple):
+    images: list[tuple[str, Pixels]]  # name and (size, size, 3)
+    bad: list[Bad]
+
+
+def open_validation(config: DataConfig) -> ImageSource | None:
+    """The images at `config.validation`, the demo's held-out photograph for the demo, or None.
+
+    Raises:
+        UserError: as `open_images`.
+    """
+    if config.validation == "demo" or (config.train == "demo" and not config.validation):
+        return Photographs([HELD_OUT_PHOTOGRAPH])
+    return open_images(config.validation) if config.validation else None
+
+
+class Square(NamedTuple):
+    """The middle square of one image. Exactly one of `pixels` and `error` is None."""
+
+    number: int  # place of the image in the data set of squares
+    pixels: Tensor | None  # (3, size, size) uint8
+    label: str | None
+    error: str | None  # the reason why the image cannot be read
+
+
+class SquareBatch(NamedTuple):
+    """A batch of squares, unreadable ones included."""
+
+    numbers: list[int]
+    pixels: Tensor  # (N, 3, size, size) uint8; black where an image cannot be read
+    labels: list[str | None]
+    errors: dict[int, str]  # by number: the reason why the image cannot be read
+
+    @property
+    def readable(self) -> tuple[list[int], Tensor]:
+        """The numbers and the pixels of the images that can be read."""
+        places = [place for place, number in enumerate(self.numbers) if number not in self.errors]
+        return [self.numbers[place] for place in places], self.pixels[places]
+
+
+class SquareDataset(Dataset[Square]):
+    """The middle squares of evenly spaced images, for a DataLoader with `collate` as its `collate_fn`.
+
+    Args:
+        images: source of the images.
+        size: side of the squares in pixels; Pillow's antialiased bicubic filter resizes them.
+        count: number of images, evenly spaced over the source; None, or more than there are, takes all.
+        share: numbers of the squares that this data set yields, in their order; None yields all.
+    """
+
+    def __init__(
+        self, images: ImageSource, size: int, count: int | None = None, share: range | None = None
+    ) -> None:
+        self.images, self.size = images, size
+        self.count = len(images) if count is None else min(count, len(images))
+        self.share = range(self.count) if share is None else share
+
+    def __len__(self) -> int:
+        return len(self.share)
+
+    def __getitem__(self, place: int) -> Square:
+        number = self.share[place]
+        index = number * len(self.images) // self.count
+        try:
+            square = middle_square(self.images.load(index), self.size)
+        except BadImage as error:
+            return Square(number, None, None, str(error))
+        pixels = torch.from_numpy(square.transpose(2, 0, 1).copy())
+        return Square(number, pixels, self.images.label(index), None)
+
+    def name(self, number: int) -> str:
+        """Name of the image that square `number` is cut from."""
+        return self.images.name(number * len(self.images) // self.count)
+
+    def collate(self, squares: Sequence[Square]) -> SquareBatch:
+        black = torch.zeros(3, self.size, self.size, dtype=torch.uint8)
+        return SquareBatch(
+            [square.number for square in squares],
+            torch.stack([black if square.pixels is None else square.pixels for square in squares]),
+            [square.label for square in squares],
+            {square.number: square.error for square in squares if square.error is not None},
+        )
+
+
+def load_validation(images: ImageSource, size: int, count: int, at_least: int = 1) -> Validation:
+    """Loads the middle square of each image, as large as the shorter side allows, resized to `size`.
+
+    Args:
+        images: source of the images; unreadable ones are left out.
+        size: side of the squares in pixels.
+        count: maximum number of images, evenly spaced over the source.
+        at_least: number of images that must be readable.
+
+    Raises:
+        UserError: fewer than `at_least` of them can be read.
+    """
+    result = Validation([], [])
+    squares = SquareDataset(images, size, count)
+    for square in (squares[place] for place in range(len(squares))):
+        name = squares.name(square.number)
+        if square.pixels is None:
+            result.bad.append((name, square.error or ""))
+        else:
+            result.images.append((name, square.pixels.permute(1, 2, 0).contiguous().numpy()))
+    if len(result.images) < at_least:
+        name, reason = result.bad[0]
+        raise UserError(f"none of the {len(squares)} images to validate on can be read; {name}: {reason}")
+    return result
+
+
+def middle_square(pixels: Pixels, size: int) -> Pixels:
+    """The largest square in the middle of an (H, W, 3) image, resized to `size` pixels."""
+    height, width = pixels.shape[:2]
+    side = min(height, width)
+    return resize_window(pixels, (height - side) // 2, (width - side) // 2, side, side, size)

@@ -1,0 +1,70 @@
+"""Folders with squares of scikit-image's photographs, for the small scales."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from accelerate import PartialState
+from PIL import Image
+
+from litevae.data.images import Pixels
+from litevae.data.sources import HELD_OUT_PHOTOGRAPH, TRAINING_PHOTOGRAPHS, load_photograph
+from litevae.errors import UserError
+from litevae.experiments.spec import RunSpec, Setup
+
+TRAINING_SQUARES = 256  # of the demo's photographs, at most, where their latents are wanted
+
+
+def held_out_images(setup: Setup, run: RunSpec, size: int) -> str:
+    """Where images are that a row's model is not trained on.
+
+    Args:
+        size: in pixels, that they are wanted at.
+    """
+    if not setup.at.demo:
+        return setup.validation[run.dataset]
+    return str(squares_folder(setup.output, held_out=True, size=size))
+
+
+def squares_folder(output: Path, held_out: bool, size: int) -> Path:
+    """A folder with squares of the demo's photographs, cut, not resized; made where it is not there.
+
+    Args:
+        held_out: of the one that no model trains on, else of the others.
+    """
+    folder = output / "images" / f"{'held-out' if held_out else 'training'}-{size}"
+    state = PartialState()
+    if state.is_main_process and not folder.is_dir():
+        names = (HELD_OUT_PHOTOGRAPH,) if held_out else TRAINING_PHOTOGRAPHS
+        squares = [
+            (f"{name}-{place:04d}.png", square)
+            for name in names
+            for place, square in enumerate(cut(load_photograph(name), size))
+        ]
+        if not squares:
+            raise UserError(f"squares of {size} pixels are larger than the photographs of the demo")
+        if not held_out:
+            squares = squares[:: max(1, -(-len(squares) // TRAINING_SQUARES))]
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(dir=folder.parent))
+        for name, square in squares:
+            Image.fromarray(square).save(unfinished / name)
+        unfinished.chmod(0o755)
+        try:
+            unfinished.rename(folder)
+        except OSError:  # there by now, from another experiment, or a failure of the disk's
+            shutil.rmtree(unfinished)
+            if not folder.is_dir():
+                raise
+    state.wait_for_everyone()
+    return folder
+
+
+def cut(image: Pixels, size: int) -> list[Pixels]:
+    """The squares of an (H, W, 3) image that lie side by side from its upper left corner."""
+    height, width = image.shape[:2]
+    return [
+        image[top : top + size, left : left + size]
+        for top in range(0, height - size + 1, size)
+        for left in range(0, width - size + 1, size)
+    ]

@@ -1,0 +1,163 @@
+"""Runs an experiment's training, each model once over all experiments, and makes sure beforehand that it can."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+from litevae.data.sources import open_images
+from litevae.diffusion import DiffusionConfig
+from litevae.diffusion import load_config as load_diffusion_config
+from litevae.diffusion.fid import prepare_fid
+from litevae.discriminators import build_discriminator
+from litevae.errors import UserError
+from litevae.evaluation.evaluate import Sums, check_metrics
+from litevae.experiments.demo_images import held_out_images
+from litevae.experiments.spec import (
+    SECOND_STAGE,
+    Experiment,
+    RunSpec,
+    Setup,
+    load_experiment,
+    training_config,
+)
+from litevae.experiments.trained import digest
+from litevae.losses import Objective
+from litevae.models.build import with_fresh_weights
+from litevae.models.interface import check_size
+from litevae.training.config import Config, check_batch_size, list_stages
+
+WITHOUT_WEIGHTS = ("psnr", "ssim")
+OURS = ("seed", "output_dir", "resume", "data.train", "data.validation")  # settings that the experiment makes
+
+
+def prepare(name: str, setup: Setup) -> tuple[Experiment, list[list[Config]]]:
+    """The experiment, and the configuration of each row and seed. What can be wrong shows here, before training.
+
+    Raises:
+        UserError: no such experiment; options that do nothing at this scale or for this kind of experiment; a
+            dataset without images; settings that do not fit; or weights of a loss or a metric that are not to be
+            had.
+    """
+    experiment = load_experiment(name)
+    check_options(experiment, setup)
+    if experiment.kind == "complexity":
+        return experiment, []
+    if experiment.kind in ("reconstruction", "resolution"):
+        metrics = wanted_metrics(experiment, setup)
+        check_metrics(metrics)
+        Sums(metrics, None)  # raises for weights that are missing
+    seeds = setup.seeds or (experiment.seeds if setup.at.demo else 1)
+    configs = [[row_config(experiment, run, setup, seed) for seed in range(seeds)] for run in experiment.runs]
+    for run, (config, *_) in zip(experiment.runs, configs, strict=True):
+        try:
+            check_run(experiment, setup, config)
+            if experiment.kind == "generation":
+                check_second_stage(experiment, setup, run)
+        except (UserError, ValueError) as error:
+            raise UserError(f"row {run.name!r}: {error}") from None
+    return experiment, configs
+
+
+def check_options(experiment: Experiment, setup: Setup) -> None:
+    """UserError for an option that would do nothing, or would undo what the experiment does."""
+    if setup.at.demo and (setup.data or setup.validation):
+        raise UserError(
+            f"--data and --validation are for --scale paper: {setup.scale} is on scikit-image's photographs"
+        )
+    datasets = {run.dataset for run in experiment.runs}
+    for option, given in (("--data", setup.data), ("--validation", setup.validation)):
+        for unknown in given.keys() - datasets:
+            raise UserError(f"{option} {unknown}=...: this experiment's data sets are {', '.join(datasets)}")
+    for override in setup.overrides:
+        if override.partition("=")[0] in OURS:
+            raise UserError(f"{override}: the experiment sets this itself")
+    if experiment.kind == "complexity" and setup.overrides:
+        raise UserError(f"{setup.overrides[0]}: this experiment trains nothing")
+    if setup.diffusion_overrides and experiment.kind != "generation":
+        raise UserError(f"{SECOND_STAGE}{setup.diffusion_overrides[0]}: this experiment has no second stage")
+    if setup.metrics is not None and experiment.kind not in ("reconstruction", "resolution"):
+        raise UserError("--metrics: this experiment has its own")
+    if (setup.seeds or 1) > 1 and experiment.kind not in ("reconstruction", "mmd"):
+        raise UserError(f"--seeds {setup.seeds}: this experiment shows one model a row")
+
+
+def wanted_metrics(experiment: Experiment, setup: Setup) -> list[str]:
+    if setup.metrics is not None:
+        return list(setup.metrics)
+    if setup.at.demo:
+        return [name for name in experiment.metrics if name in WITHOUT_WEIGHTS]
+    return list(experiment.metrics)
+
+
+def row_config(experiment: Experiment, run: RunSpec, setup: Setup, seed: int) -> Config:
+    config = training_config(experiment, run, setup.at, setup.training_overrides, seed)
+    if not setup.at.demo:
+        for option, given in (("--data", setup.data), ("--validation", setup.validation)):
+            if run.dataset not in given:
+                raise UserError(
+                    f"row {run.name!r} needs images of {run.dataset}: give {option} {run.dataset}=PATH"
+                )
+        config.data.train = setup.data[run.dataset]
+    config.data.validation = held_out_images(setup, run, list_stages(config)[-1].size)
+    resume = "auto" if config.checkpoint.every else ""
+    return replace(config, output_dir=str(setup.output / "runs" / digest(config)), resume=resume)
+
+
+def check_run(experiment: Experiment, setup: Setup, config: Config) -> None:
+    """UserError or ValueError for what the run, or measuring it, would fail over."""
+    for path in (config.data.train, config.data.validation):
+        open_images(path)
+    late = [stage.start for stage in config.stages if stage.start > config.max_steps]
+    late += [config.loss.adversarial_start] * bool(config.loss.adversarial)
+    if max(late, default=0) > config.max_steps:
+        raise UserError(
+            f"max_steps={config.max_steps} ends before step {max(late)}, at which the row changes: it would be "
+            "another experiment"
+        )
+    with torch.device("meta"):
+        model = with_fresh_weights(config.model, config.data.size)
+        sizes = [stage.size for stage in list_stages(config)]
+        if config.loss.adversarial:
+            build_discriminator(config.discriminator, *sizes)
+    if experiment.kind == "resolution":
+        sizes += [size // setup.at.size for size in experiment.sizes]
+    for size in sizes:
+        check_size(model, size)
+    for stage in list_stages(config):
+        check_batch_size(stage.batch_size, config.optimizer.accumulation, PartialState().num_processes)
+    Objective(config.loss)  # raises for VGG's weights
+
+
+def check_second_stage(experiment: Experiment, setup: Setup, run: RunSpec) -> None:
+    config = diffusion_config(
+        experiment, setup, Path("autoencoder"), "latents", held_out_images(setup, run, 64)
+    )
+    check_batch_size(
+        config.data.batch_size,
+        config.optimizer.accumulation,
+        PartialState().num_processes,
+        "diffusion.data.batch_size",
+    )
+    prepare_fid(config)  # raises for Inception's weights
+
+
+def diffusion_config(
+    experiment: Experiment, setup: Setup, model: Path, latents: str, images: str
+) -> DiffusionConfig:
+    """Of the second stage; in a folder of its own in the autoencoder's."""
+    wanted = [] if "fid" in experiment.metrics else ["fid.measure=never"]
+    config = load_diffusion_config(
+        setup.at.second_stage,
+        [
+            *setup.at.diffusion,
+            *wanted,
+            f"model={model}",
+            f"data.latents={latents}",
+            f"fid.images={images}",
+            *setup.diffusion_overrides,
+        ],
+    )
+    folder = model / f"diffusion-{digest(config)}"
+    return replace(config, output_dir=str(folder), resume="auto" if config.checkpoint.every else "")

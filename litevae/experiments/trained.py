@@ -1,0 +1,95 @@
+"""Training runs that experiments share: trained once, then reused."""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from litevae.diffusion import DiffusionConfig
+from litevae.errors import UserError
+from litevae.experiments.spec import (
+    RunSpec,
+)
+from litevae.training import train
+from litevae.training.config import Config
+
+# what does not change what a run comes to
+IRRELEVANT = ("output_dir", "resume", "tracker", "log_every", "checkpoint")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A training run that is done."""
+
+    config: Config
+    record: dict[str, Any]  # its metrics.json
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output_dir)
+
+    @property
+    def seconds(self) -> float:
+        return float(self.record["seconds"])
+
+    def validated(self, within: float) -> dict[str, float] | None:
+        """The last measurement during training that was there after so many seconds; None if none was."""
+        history: list[dict[str, float]] = self.record["validation"]["history"]
+        return next((point for point in reversed(history) if point["seconds"] <= within), None)
+
+
+@dataclass
+class Row:
+    """A row of the result: what was trained for it, once for each seed, and what was measured of each."""
+
+    spec: RunSpec
+    trained: list[Trained]
+    values: list[dict[str, float]] = field(default_factory=list)
+    count: int | None = None  # images measured on
+
+
+class Stopped(Exception):
+    """A signal ended a training run: the same command goes on with the rows that are left."""
+
+
+def digest(config: Config | DiffusionConfig) -> str:
+    """Of all that decides what a run comes to: experiments share the runs that they have in common."""
+    settings = {key: value for key, value in asdict(config).items() if key not in IRRELEVANT}
+    settings["data"].pop("workers")
+    for key in ("train", "validation", "latents"):
+        path = settings["data"].get(key)
+        if path and os.path.exists(path):
+            settings["data"][key] = os.path.realpath(path)
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def train_once(config: Config) -> Trained:
+    """Trains what is not trained yet.
+
+    Raises:
+        Stopped: by a signal.
+        UserError, NonFiniteError, OSError: as `litevae.training.train`.
+    """
+    record = finished(config.output_dir)
+    if record is None:
+        result = train(config)
+        if result.stopped_by:
+            raise Stopped(f"stopped by {result.stopped_by}: the same command goes on")
+        PartialState().wait_for_everyone()
+        record = finished(config.output_dir)
+    if record is None:
+        raise UserError(f"{config.output_dir}: the run did not come to its end")
+    return Trained(config, record)
+
+
+def finished(folder: str) -> dict[str, Any] | None:
+    """The metrics.json of a run that went to its end."""
+    path = Path(folder) / "metrics.json"
+    if not path.is_file():
+        return None
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return record if record["complete"] else None

@@ -1,0 +1,48 @@
+"""Models with fresh weights, built from their configuration."""
+
+from dataclasses import asdict
+
+from diffusers import AutoencoderKL
+
+from litevae.models import LiteVAE
+from litevae.models.baseline import SmallEncoderVAE
+from litevae.models.config import ModelConfig
+from litevae.models.initialise import initialise
+from litevae.models.interface import Autoencoder
+
+
+def with_fresh_weights(config: ModelConfig, size: int) -> Autoencoder:
+    """A model to train from nothing; ValueError for settings it does not take."""
+    if config.kind == "litevae":
+        settings = asdict(config)
+        for name in ("kind", "preset", "encoder_block_out_channels"):
+            del settings[name]
+        model: Autoencoder = LiteVAE.from_preset(config.preset, sample_size=size, **settings)
+    else:
+        model = baseline(config, size)
+    initialise(model)
+    return model
+
+
+def baseline(config: ModelConfig, size: int) -> AutoencoderKL:
+    settings = {
+        "latent_channels": config.latent_channels,
+        "block_out_channels": tuple(config.block_out_channels),
+        "layers_per_block": config.layers_per_block,
+        "norm_num_groups": config.num_groups,
+        "use_quant_conv": config.use_1x1_conv,
+        "use_post_quant_conv": config.use_1x1_conv,
+        "sample_size": size,
+        "scaling_factor": 1.0,
+    }
+    if config.encoder_block_out_channels:
+        return SmallEncoderVAE(tuple(config.encoder_block_out_channels), **settings)
+    if config.kind == "vae-small":
+        return SmallEncoderVAE(**settings)
+    blocks = len(config.block_out_channels)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
+        force_upcast=False,
+        **settings,
+    )

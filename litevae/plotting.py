@@ -1,0 +1,14 @@
+"""Constants and helpers that all plots share."""
+
+from collections.abc import Sequence
+
+DPI = 120
+
+
+def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
+    """Exponential running mean, without the pull of its start."""
+    mean, total, result = 0.0, 0.0, []
+    for value in values:
+        mean, total = weight * mean + (1 - weight) * value, weight * total + (1 - weight)
+        result.append(mean / total)
+    return result

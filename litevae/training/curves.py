@@ -1,0 +1,52 @@
+"""The plot of a training run's losses and validation metrics."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from litevae.plotting import DPI, smooth
+
+
+def draw_curves(
+    lines: Sequence[Mapping[str, Any]],
+    terms: Sequence[str],
+    history: Sequence[Mapping[str, float]],
+    path: Path,
+) -> None:
+    """Losses over the steps on the left, the validation images' PSNR and SSIM on the right.
+
+    Args:
+        lines: one mapping a logged step, with "step", "loss" and those of the `terms` that were on.
+        history: one mapping a measurement, with at least "step", "psnr" and "ssim".
+        path: the PNG to write.
+    """
+    figure = Figure(figsize=(10, 4), dpi=DPI, layout="constrained")
+    left, right = figure.subplots(1, 2)
+
+    for name in ("loss", *terms):
+        having = [line for line in lines if name in line]
+        steps, values = [line["step"] for line in having], [line[name] for line in having]
+        (curve,) = left.plot(steps, smooth(values), label="total" if name == "loss" else name, linewidth=1.6)
+        left.plot(steps, values, color=curve.get_color(), alpha=0.2, linewidth=0.8)
+    left.set(title="losses (unweighted terms, weighted total)", xlabel="step")
+    if all(line.get(name, 1.0) > 0 for line in lines for name in ("loss", *terms)):
+        left.set_yscale("log")
+    else:  # an adversarial loss may be negative
+        left.set_yscale("symlog", linthresh=1e-2)
+    left.legend(fontsize=9, frameon=False, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+
+    at = [point["step"] for point in history]
+    ssim_axes = right.twinx()
+    right.plot(at, [point["psnr"] for point in history], "o-", markersize=3, color="C0")
+    ssim_axes.plot(at, [point["ssim"] for point in history], "s-", markersize=3, color="C1")
+    right.set(title="validation images", xlabel="step")
+    right.set_ylabel("PSNR (dB)", color="C0")
+    ssim_axes.set_ylabel("SSIM", color="C1")
+    for axes in (left, right):
+        axes.grid(alpha=0.25)
+        axes.spines["top"].set_visible(False)
+    left.spines["right"].set_visible(False)
+    ssim_axes.spines["top"].set_visible(False)
+    figure.savefig(path)
