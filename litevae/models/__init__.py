@@ -1,6 +1,22 @@
 """The LiteVAE autoencoder and its parts."""
 
-from litevae.models.autoencoder import LiteVAE
-from litevae.models.presets import PRESETS
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from litevae.models.autoencoder import LiteVAE
+    from litevae.models.presets import PRESETS
 
 __all__ = ["PRESETS", "LiteVAE"]
+
+
+def __getattr__(name: str) -> Any:
+    # Commands import `litevae.models.loading`; diffusers, which takes seconds to import, must not come with it.
+    if name == "LiteVAE":
+        from litevae.models.autoencoder import LiteVAE
+
+        return LiteVAE
+    if name == "PRESETS":
+        from litevae.models.presets import PRESETS
+
+        return PRESETS
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

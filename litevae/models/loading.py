@@ -1,7 +1,9 @@
 """Autoencoders by the folder that they lie in, or by name."""
 
 import json
+import os
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,32 +17,49 @@ DIFFUSERS = "diffusers:"
 
 
 def model_folder(path: Path) -> Path:
-    """Where `load_model` finds config.json and the weights."""
-    inside = "vae" if str(path).startswith(DIFFUSERS) else "model"
+    """Finds the folder that holds config.json and the weights of a model.
+
+    Args:
+        path: folder of a model; of a training run, whose model is in `model/`; of a checkpoint, whose averaged
+            weights in `ema/` are preferred to those in `model/`; or "diffusers:" and the folder of an
+            AutoencoderKL or of a pipeline with one.
+
+    Raises:
+        UserError: there is no such folder, or no model in it.
+    """
+    within = ("", "vae") if str(path).startswith(DIFFUSERS) else ("", "ema", "model")
     path = Path(str(path).removeprefix(DIFFUSERS))
-    return path if (path / "config.json").exists() else path / inside
+    if not path.is_dir():
+        raise UserError(f"{path}: {'is a file, not a model folder' if path.exists() else 'no such folder'}")
+    for folder in (path / name for name in within):
+        if (folder / "config.json").is_file():
+            return folder
+    raise UserError(f"{path}: not a model: there is no config.json in it")
+
+
+def say_which(path: Path, folder: Path) -> None:
+    """Prints to stderr which weights are loaded where `path` holds several; in the first process only."""
+    if folder.name == "ema" and folder != path and os.environ.get("RANK", "0") == "0":
+        print(f"{path}: loading the averaged weights, {folder}", file=sys.stderr)
 
 
 def load_model(path: Path) -> "Autoencoder":
-    """The autoencoder in a folder that `save_pretrained` wrote, or in `model/` of a training run's folder.
+    """Loads the autoencoder in a folder, and prints to stderr which weights it takes where there are several.
 
     Args:
-        path: with diffusers: in front, only an AutoencoderKL is taken, in its own folder or in `vae/` of a
-            pipeline's.
+        path: folder of a model, a run or a checkpoint, as `model_folder` takes it.
 
     Raises:
-        UserError: no such folder, neither a LiteVAE nor a baseline, or files that are missing or broken.
+        UserError: there is no such folder, its model is neither a LiteVAE nor a baseline, or files are missing
+            or broken.
     """
     folder = model_folder(path)
+    say_which(path, folder)
     config = folder / "config.json"
     wanted, name = MODELS, "a LiteVAE"
     if str(path).startswith(DIFFUSERS):
         wanted, name = ("AutoencoderKL",), "an AutoencoderKL"
-    path = Path(str(path).removeprefix(DIFFUSERS))
-    if not path.is_dir():
-        raise UserError(f"{path}: {'is a file, not a model folder' if path.exists() else 'no such folder'}")
-    if not config.is_file():
-        raise UserError(f"{path}: not a model: there is no config.json in it")
+        path = Path(str(path).removeprefix(DIFFUSERS))
     try:
         kind = json.loads(config.read_text(encoding="utf-8")).get("_class_name")
     except (ValueError, AttributeError):

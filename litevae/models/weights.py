@@ -44,16 +44,6 @@ NOT_ARCHITECTURE = frozenset(
 )
 
 
-def weights_folder(path: Path) -> Path:
-    """The model's folder in `path`: itself, or in a run's or checkpoint's; the averaged one where there is."""
-    if not path.exists():
-        raise UserError(f"{path}: no such file or folder")
-    for folder in (path, path / "ema", path / "model"):
-        if (folder / "config.json").is_file():
-            return folder
-    raise UserError(f"{path}: not a model: there is no config.json in it")
-
-
 def load_weights(model: ModelMixin, folder: Path, what: str) -> None:
     """Gives `model` the weights in `folder`; UserError, naming the difference, for another architecture."""
     try:

@@ -5,7 +5,8 @@ from pathlib import Path
 from litevae.errors import UserError
 from litevae.models.build import with_fresh_weights
 from litevae.models.interface import Autoencoder
-from litevae.models.weights import load_decoder, load_weights, weights_folder
+from litevae.models.loading import model_folder, say_which
+from litevae.models.weights import load_decoder, load_weights
 from litevae.training.config import Config
 
 
@@ -21,7 +22,9 @@ def build_model(config: Config) -> Autoencoder:
     except ValueError as error:
         raise UserError(f"model: {error}") from None
     if config.init:
-        load_weights(model, weights_folder(Path(config.init)), "init")
+        folder = model_folder(Path(config.init))
+        say_which(Path(config.init), folder)
+        load_weights(model, folder, "init")
     if config.init_decoder:
         load_decoder(model, Path(config.init_decoder))
     if config.freeze_encoder:
