@@ -20,10 +20,10 @@ from benchmarks.models import Configuration, Gate, as_input, call_of, make_model
 from litevae.cli.encode import count_cores
 from litevae.data.images import to_model_range
 from litevae.data.sources import open_images
+from litevae.data.squares import SquareDataset
 from litevae.latents import Settings, encode_images
 from litevae.latents.encoder import DTYPES, choose_precision
 from litevae.latents.shards import MOMENTS, name_shard
-from litevae.data.squares import SquareDataset
 
 SIZE = 256
 WIDTH, HEIGHT = 500, 375
@@ -67,7 +67,7 @@ def test_encode(benchmark: Any, session: Session, device: str, tmp_path: Path) -
     model = make_model("LiteVAE-B", "encoder", device)
     squares = SquareDataset(images, SIZE)
     pixels = [
-        squares.collate([squares[i] for i in range(start, min(start + batch, count))]).images.to(device)
+        squares.collate([squares[i] for i in range(start, min(start + batch, count))]).pixels.to(device)
         for start in range(0, count, batch)
     ]
     batches = [as_input(to_model_range(each), configuration) for each in pixels]
