@@ -51,7 +51,7 @@ def layout_of(overrides: list[str]) -> torch.memory_format:
 
 def gradients(step: TrainingStep) -> list[Tensor]:
     """Those of each network in the first step, but for a factor: Adam's first moments."""
-    states = [learner.optimizer.state_dict()["state"] for learner in step.learners.values()]
+    states = [optimizer.moments() for optimizer in step.optimizers.values()]
     return [torch.cat([state[i]["exp_avg"].flatten().double() for i in state]) for state in states]
 
 

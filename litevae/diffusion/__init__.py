@@ -2,6 +2,8 @@
 
 from litevae.diffusion.config import DiffusionConfig, load_config
 from litevae.diffusion.pipeline import LatentDiffusionPipeline
-from litevae.diffusion.trainer import Result, train
+from litevae.diffusion.trainer import DiffusionResult, train
 
-__all__ = ["DiffusionConfig", "LatentDiffusionPipeline", "Result", "load_config", "train"]
+Result = DiffusionResult  # the name until version 0.1
+
+__all__ = ["DiffusionConfig", "DiffusionResult", "LatentDiffusionPipeline", "Result", "load_config", "train"]

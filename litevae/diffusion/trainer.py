@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -11,43 +10,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import set_seed
 from diffusers import UNet2DModel
 from torch import Tensor
-from tqdm import tqdm  # type: ignore[import-untyped]
 
 from litevae.diffusion.config import DiffusionConfig
-from litevae.diffusion.feed import MomentsFeed
+from litevae.diffusion.data_loader import LatentData
 from litevae.diffusion.fid import FID, measure_fid, prepare_fid
 from litevae.diffusion.noise import make_noise
+from litevae.diffusion.pictures import draw_loss, draw_samples
 from litevae.diffusion.pipeline import LatentDiffusionPipeline, generate, save_pipeline
-from litevae.diffusion.report import draw_loss, draw_samples
 from litevae.diffusion.unet import build_unet
 from litevae.environment import versions
 from litevae.errors import NonFiniteError, UserError
 from litevae.evaluation.fid import INCEPTION_NAME
 from litevae.files import replacing
 from litevae.models.interface import Autoencoder
-from litevae.models.weights import load_weights
 from litevae.signals import StopRequest
 from litevae.training.checkpoint import (
     Checkpoint,
-    load_state,
     random_state,
-    read_note,
-    remove_old,
-    restore_random_state,
-    save_checkpoint,
 )
 from litevae.training.config import check_batch_size
-from litevae.training.log import read_log
-from litevae.training.loop import Loop, make_accelerator, make_output_dir
-from litevae.training.optimization import EMA, Learner, learning_rate_factor
+from litevae.training.loop import Loop, SavedState, make_accelerator, make_output_dir
+from litevae.training.optimization import EMA, NetworkOptimizer, learning_rate_factor
 from litevae.training.step import Outcome, first_bad
 
 
 @dataclass(frozen=True)
-class Result:
+class DiffusionResult:
     """What a run came to.
 
     `loss` is the last one that was logged; `fid` is None where it was not measured, and `no_fid` says why;
@@ -65,7 +56,7 @@ class Result:
     stopped_by: str | None
 
 
-def train(config: DiffusionConfig, autoencoder: Autoencoder) -> Result:
+def train(config: DiffusionConfig, autoencoder: Autoencoder) -> DiffusionResult:
     """Trains a diffusion model on an autoencoder's latents and leaves these files in `config.output_dir`.
 
     `pipeline/` (for `LatentDiffusionPipeline.from_pretrained`; with the averaged U-Net where there is one),
@@ -90,15 +81,18 @@ def train(config: DiffusionConfig, autoencoder: Autoencoder) -> Result:
         OSError: the disk is full, for example; earlier checkpoints are intact.
     """
     with StopRequest() as stop:
-        trainer = Trainer(config, autoencoder)
+        trainer = DiffusionTrainer(config, autoencoder)
         try:
             return trainer.run(stop)
         finally:
             trainer.accelerator.end_training()
 
 
-class Trainer(Loop[Result]):
+class DiffusionTrainer(Loop[DiffusionResult]):
     """One run: `__init__` builds or restores everything, `run` goes through the steps."""
+
+    network_name = "unet"
+    decisive_settings = ("seed", "model", "data", "noise")
 
     def __init__(self, config: DiffusionConfig, autoencoder: Autoencoder) -> None:
         self.config = config
@@ -113,21 +107,21 @@ class Trainer(Loop[Result]):
         set_seed(config.seed)
         device = self.accelerator.device
         self.autoencoder = autoencoder.to(device).eval().requires_grad_(False)
-        self.feed = MomentsFeed(
+        self.data = LatentData(
             config, self.autoencoder, self.accelerator, self.output_dir, checkpoint is not None
         )
         self.noise = make_noise(config.noise)
-        self.feed.check_spread(self.noise.data_std)
-        channels, side, _ = self.feed.shape
-        self.unet = build_unet(config.unet, channels, side).to(device)
+        self.data.check_spread(self.noise.data_std)
+        channels, side, _ = self.data.shape
+        self.network = self.unet = build_unet(config.unet, channels, side).to(device)
         self.ema = EMA(self.unet, config.ema_decay) if config.ema_decay else None
-        optimizer = config.optimizer
-        self.learner = Learner(
+        settings = config.optimizer
+        self.optimizer = NetworkOptimizer(
             self.accelerator.prepare_model(self.unet),
-            optimizer.learning_rate,
-            optimizer.betas,
-            optimizer.weight_decay,
-            lambda done: learning_rate_factor(optimizer, done, config.max_steps),
+            settings.learning_rate,
+            settings.betas,
+            settings.weight_decay,
+            lambda done: learning_rate_factor(settings, done, config.max_steps),
         )
         if checkpoint is not None:
             self.restore(checkpoint)
@@ -140,17 +134,17 @@ class Trainer(Loop[Result]):
 
     def steps(self) -> Iterator[tuple[int, Tensor, float]]:
         self.unet.train()
-        batches = self.feed.batches(self.step)
+        batches = self.data.batches(self.step)
         try:
             for step in range(self.step + 1, self.config.max_steps + 1):
                 start = time.perf_counter()
                 batch = next(batches)
                 waited = time.perf_counter() - start
                 try:
-                    self.feed.note_bad(batch)
+                    self.data.note_bad(batch)
                 except UserError as error:
                     self.unusable = error
-                yield step, self.feed.moments(batch), waited
+                yield step, self.data.moments(batch), waited
         finally:
             del batches  # its workers end here; an error's traceback would keep them
 
@@ -159,25 +153,25 @@ class Trainer(Loop[Result]):
         accelerator, parts = self.accelerator, self.config.optimizer.accumulation
         count, index = accelerator.num_processes, accelerator.process_index
         # the whole batch's, on every process alike, so that a run is the same on one process as on many
-        whole = (count * len(moments), *self.feed.shape)
+        whole = (count * len(moments), *self.data.shape)
         of_posterior, noise = (
             torch.randn(whole, device=moments.device).chunk(count)[index] for _ in range(2)
         )
         level = self.noise.draw(whole[0], moments.device).chunk(count)[index]
-        latents = self.feed.sample(moments, of_posterior)
+        latents = self.data.sample(moments, of_posterior)
 
         losses = []
         for part, inputs in enumerate(zip(*(x.chunk(parts) for x in (latents, noise, level)), strict=True)):
-            with accelerator.no_sync(self.learner.network) if part < parts - 1 else nullcontext():
+            with accelerator.no_sync(self.optimizer.network) if part < parts - 1 else nullcontext():
                 with accelerator.autocast():
-                    loss = self.noise.loss(self.learner.network, *inputs)
+                    loss = self.noise.loss(self.optimizer.network, *inputs)
                 accelerator.backward(loss / parts)
             losses.append(loss.detach())
 
         flags = torch.tensor([float(stop), float(self.unusable is not None)], device=moments.device)
         # an infinite or NaN loss on one process makes the mean so, and all decide alike
         means = accelerator.reduce(torch.cat([torch.stack(losses).mean()[None], flags]), "mean")
-        norm = self.learner.gradient_norm(
+        norm = self.optimizer.gradient_norm(
             self.config.optimizer.max_gradient_norm or math.inf, accelerator.scaler
         )
         # the step's one wait for a GPU
@@ -185,12 +179,12 @@ class Trainer(Loop[Result]):
         bad = first_bad({"loss": loss_value}, [norm_value])
         values = {"loss": loss_value, "gradient_norm": norm_value}
         if bad is None and not unusable:
-            values["learning_rate"] = self.learner.update(step, accelerator.scaler)
+            values["learning_rate"] = self.optimizer.update(step, accelerator.scaler)
             if self.ema is not None:
                 self.ema.update(self.unet)
         if accelerator.scaler is not None:
             accelerator.scaler.update()
-        self.learner.optimizer.zero_grad()
+        self.optimizer.zero_grad()
         return Outcome(values, bad, stopped > 0, unusable > 0)
 
     def after(self, step: int) -> None:
@@ -198,60 +192,15 @@ class Trainer(Loop[Result]):
         if self.config.checkpoint.every and step % self.config.checkpoint.every == 0:
             self.save()
 
-    def save(self) -> None:
-        """Writes a checkpoint of the last step that updated the weights; all processes take part."""
-        if not self.config.checkpoint.every or self.saved_step == self.step:
-            return
-        random = gather_object([self.random])
-        if self.is_main:
-            scaler = self.accelerator.scaler
-            state = {
-                "random": random,
-                "optimizer": self.learner.optimizer.state_dict()["state"],
-                "scaler": scaler.state_dict() if scaler else None,
-                "ema_updates": self.ema.updates if self.ema else 0,
-                "skipped": self.skipped - len(self.bad),
-                "seconds": self.seconds,
-            }
-            save_checkpoint(
-                self.checkpoint_folder,
-                self.step,
-                {"unet": self.unet} | ({"ema": self.ema.model} if self.ema else {}),
-                None,
-                state,
-                {"versions": versions(), "config": asdict(self.config)},
-            )
-            remove_old(self.checkpoint_folder, self.config.checkpoint.keep)
-        self.saved_step = self.step
-        self.accelerator.wait_for_everyone()
+    def state_to_save(self) -> SavedState:
+        return SavedState({"optimizer": self.optimizer.moments()})
 
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Goes back to a checkpoint; UserError if it is another architecture's."""
-        path = checkpoint.path
-        load_weights(self.unet, path / "unet", "resume")
-        if (path / "ema").is_dir() != (self.ema is not None):
-            raise UserError(f"resume: {path} has {'no' if self.ema else 'an'} averaged model: see ema_decay")
-        state = load_state(checkpoint)
-        if self.ema is not None:
-            load_weights(self.ema.model, path / "ema", "resume")
-            self.ema.updates = state["ema_updates"]
-        self.learner.load_state(state["optimizer"])
-        if self.accelerator.scaler and state["scaler"]:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.step = self.saved_step = checkpoint.step
-        self.skipped, self.seconds_before = state["skipped"], state["seconds"]
-        self.lines = read_log(self.output_dir / "metrics.jsonl", self.step)
-        restore_random_state(state["random"][self.accelerator.process_index % len(state["random"])])
-        before, now = read_note(checkpoint)["config"], asdict(self.config)
-        changed = [key for key in ("seed", "model", "data", "noise") if before.get(key) != now[key]]
-        if changed and self.is_main:
-            tqdm.write(
-                f"resume: {path} was trained with other settings of {', '.join(changed)}", file=sys.stderr
-            )
+    def restore_state(self, checkpoint: Checkpoint, state: dict[str, Any]) -> None:
+        self.optimizer.load_moments(state["optimizer"])
 
     def finish(
         self, signal_name: str | None, stopped: bool, failure: NonFiniteError | UserError | None
-    ) -> Result:
+    ) -> DiffusionResult:
         """Writes the checkpoint, the pipeline, samples and pictures, and measures FID."""
         self.save()
         training_seconds = self.seconds
@@ -265,9 +214,9 @@ class Trainer(Loop[Result]):
         if stopped or failure:
             no_fid = "the run did not come to its end"
         elif not isinstance(self.fid_images, str):
-            fid = measure_fid(pipeline, self.fid_images, self.feed.pixels, self.config)
+            fid = measure_fid(pipeline, self.fid_images, self.data.pixels, self.config)
         losses = [line["loss"] for line in self.lines if "loss" in line]
-        result = Result(
+        result = DiffusionResult(
             self.output_dir,
             self.step,
             training_seconds,
@@ -293,7 +242,7 @@ class Trainer(Loop[Result]):
         with replacing(self.output_dir / "loss.png") as path:
             draw_loss(self.lines, path)
 
-    def write_metrics(self, result: Result, complete: bool) -> None:
+    def write_metrics(self, result: DiffusionResult, complete: bool) -> None:
         found = result.fid
         measured: dict[str, Any] = {"fid": found and found.value, "not_measured": result.no_fid}
         if found is not None:
@@ -303,7 +252,7 @@ class Trainer(Loop[Result]):
                 "samples": self.config.fid.count,
                 "sampler_steps": self.config.sample.steps,
                 "compared_with": self.config.fid.images or self.config.data.train,
-                "crop": f"middle square, resized to {self.feed.pixels} x {self.feed.pixels}, 8 bits",
+                "crop": f"middle square, resized to {self.data.pixels} x {self.data.pixels}, 8 bits",
                 "network": INCEPTION_NAME,
             }
         metrics = {
@@ -313,7 +262,7 @@ class Trainer(Loop[Result]):
             "skipped_steps": self.skipped,
             "complete": complete,  # all steps were gone through
             "parameters": result.parameters,
-            "latent": list(self.feed.shape),
+            "latent": list(self.data.shape),
             "seconds": round(result.seconds, 1),
             "stopped_by": result.stopped_by,
             "versions": versions(),

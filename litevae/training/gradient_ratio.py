@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from litevae.errors import UserError
 from litevae.plotting import DPI
-from litevae.training.log import read_log
+from litevae.training.metrics_log import read_log
 from litevae.training.step import GRADIENT_RATIO
 
 

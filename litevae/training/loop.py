@@ -6,13 +6,15 @@ import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
+from diffusers import ModelMixin
 from omegaconf import OmegaConf
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -21,22 +23,44 @@ from litevae.data.bad_images import BAD_IMAGES
 from litevae.environment import versions
 from litevae.errors import NonFiniteError, UserError
 from litevae.files import replacing
+from litevae.models.weights import load_weights
 from litevae.signals import StopRequest
 from litevae.training.checkpoint import (
     Checkpoint,
     choose_checkpoint,
+    load_state,
     random_state,
+    read_note,
+    remove_old,
     remove_remains,
+    restore_random_state,
+    save_checkpoint,
 )
 from litevae.training.config import CheckpointConfig
-from litevae.training.log import Log, in_short
+from litevae.training.metrics_log import MetricsLog, format_progress, read_log
+from litevae.training.optimization import EMA
 from litevae.training.step import GRADIENT_RATIO, Outcome
 
 Result = TypeVar("Result")
 
 
+@dataclass(frozen=True)
+class SavedState:
+    """What a trainer adds to a checkpoint.
+
+    `state`: entries of state.pt. `discriminator`: state dict of the discriminator, if there is one. `manifest`:
+    entries of manifest.json.
+    """
+
+    state: dict[str, Any]
+    discriminator: dict[str, Tensor] | None = None
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+
 class LoopConfig(Protocol):
-    """What a loop reads of its configuration."""
+    """The settings that a loop reads; a dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     max_steps: int
     log_every: int
@@ -52,7 +76,12 @@ class Loop(ABC, Generic[Result]):
     what a checkpoint holds is always the run as of that step.
     """
 
+    network_name: ClassVar[str]  # name of the network's folder in a checkpoint
+    decisive_settings: ClassVar[tuple[str, ...]]  # sections whose change makes a resumed run another one
+
     random: dict[str, Any]
+    network: ModelMixin
+    ema: EMA[Any] | None
 
     def __init__(self, config: LoopConfig, output_dir: Path, accelerator: Accelerator) -> None:
         self.output_dir, self.accelerator = output_dir, accelerator
@@ -64,6 +93,7 @@ class Loop(ABC, Generic[Result]):
         self.step = self.skipped = 0
         self.seconds_before, self.start = 0.0, time.perf_counter()
         self.saved_step: int | None = None
+        self.restored_step: int | None = None
 
     @abstractmethod
     def steps(self) -> Iterator[tuple[int, Tensor, float]]:
@@ -85,6 +115,79 @@ class Loop(ABC, Generic[Result]):
         self, signal_name: str | None, stopped: bool, failure: NonFiniteError | UserError | None
     ) -> Result:
         """Writes what the run leaves."""
+
+    @abstractmethod
+    def state_to_save(self) -> SavedState:
+        """Returns what a checkpoint holds beside the network, its average and what the loop itself saves."""
+
+    @abstractmethod
+    def restore_state(self, checkpoint: Checkpoint, state: dict[str, Any]) -> None:
+        """Restores what `state_to_save` returned.
+
+        Args:
+            checkpoint: checkpoint to restore from.
+            state: content of its state.pt.
+
+        Raises:
+            UserError: the checkpoint is another architecture's.
+        """
+
+    def save(self) -> None:
+        """Writes a checkpoint of the last step that updated the weights; all processes take part."""
+        config = self.loop_config
+        if not config.checkpoint.every or self.saved_step == self.step:
+            return
+        random = gather_object([self.random])
+        if self.is_main:
+            scaler, own = self.accelerator.scaler, self.state_to_save()
+            state = {
+                "random": random,
+                "scaler": scaler.state_dict() if scaler else None,
+                "ema_updates": self.ema.updates if self.ema else 0,
+                "skipped": self.skipped - len(self.bad),
+                "seconds": self.seconds,
+                **own.state,
+            }
+            save_checkpoint(
+                self.checkpoint_folder,
+                self.step,
+                {self.network_name: self.network} | ({"ema": self.ema.model} if self.ema else {}),
+                own.discriminator,
+                state,
+                {**own.manifest, "versions": versions(), "config": asdict(config)},
+            )
+            remove_old(self.checkpoint_folder, config.checkpoint.keep)
+        self.saved_step = self.step
+        self.accelerator.wait_for_everyone()
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Goes back to a checkpoint; UserError if it is another architecture's."""
+        path = checkpoint.path
+        load_weights(self.network, path / self.network_name, "resume")
+        if (path / "ema").is_dir() != (self.ema is not None):
+            raise UserError(f"resume: {path} has {'no' if self.ema else 'an'} averaged model: see ema_decay")
+        state = load_state(checkpoint)
+        if self.ema is not None:
+            load_weights(self.ema.model, path / "ema", "resume")
+            self.ema.updates = state["ema_updates"]
+        self.restore_state(checkpoint, state)
+        if self.accelerator.scaler and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.step = self.saved_step = self.restored_step = checkpoint.step
+        self.warn_of_changes(checkpoint)
+        self.skipped, self.seconds_before = state["skipped"], state["seconds"]
+        self.lines = read_log(self.output_dir / "metrics.jsonl", self.step)
+        restore_random_state(state["random"][self.accelerator.process_index % len(state["random"])])
+
+    def warn_of_changes(self, checkpoint: Checkpoint) -> None:
+        """Prints to stderr which settings make the resumed run differ from the run that was begun."""
+        before, now = read_note(checkpoint)["config"], asdict(self.loop_config)
+        changed = [key for key in self.decisive_settings if before.get(key) != now[key]]
+        if changed and self.is_main:
+            tqdm.write(
+                f"resume: {checkpoint.path} was trained with other settings of {', '.join(changed)}",
+                file=sys.stderr,
+            )
 
     @property
     def checkpoint_folder(self) -> Path:
@@ -120,7 +223,7 @@ class Loop(ABC, Generic[Result]):
         stopped = False
         failure: NonFiniteError | UserError | None = None
         with (
-            Log(self.output_dir / "metrics.jsonl", self.lines, self.accelerator) as log,
+            MetricsLog(self.output_dir / "metrics.jsonl", self.lines, self.accelerator) as log,
             # into a file or a pipe a line now and then is enough
             tqdm(
                 total=config.max_steps,
@@ -149,7 +252,7 @@ class Loop(ABC, Generic[Result]):
                     due = step == 1 or step % config.log_every == 0 or step == config.max_steps
                     if due or stopped or GRADIENT_RATIO in outcome.values:
                         line = log.write(step, outcome.values, self.skipped)
-                        bar.set_postfix_str(in_short(line))
+                        bar.set_postfix_str(format_progress(line))
                 else:
                     self.skipped += 1
                     self.bad.append(f"step {step}: {outcome.bad}")

@@ -34,7 +34,7 @@ class EMA(Generic[Model]):
         self.updates += 1
 
 
-class Learner:
+class NetworkOptimizer:
     """A network, wrapped for training, with its optimizer."""
 
     def __init__(
@@ -70,7 +70,15 @@ class Learner:
             self.optimizer.step()
         return rate
 
-    def load_state(self, state: dict[int, dict[str, Tensor]]) -> bool:
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad()
+
+    def moments(self) -> dict[int, dict[str, Tensor]]:
+        """Returns the optimizer's moments, by the index of the parameter."""
+        state: dict[int, dict[str, Tensor]] = self.optimizer.state_dict()["state"]
+        return state
+
+    def load_moments(self, state: dict[int, dict[str, Tensor]]) -> bool:
         """The moments; learning rate, betas and weight decay stay as they are set. False if they are those of
         other weights."""
         shapes = {index: moments["exp_avg"].shape for index, moments in state.items()}

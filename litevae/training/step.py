@@ -15,7 +15,7 @@ from litevae.discriminators import UNetDiscriminator
 from litevae.losses import RECONSTRUCTION_TERMS, Loss, Objective
 from litevae.models.interface import Autoencoder
 from litevae.training.config import Config
-from litevae.training.optimization import EMA, Learner
+from litevae.training.optimization import EMA, NetworkOptimizer
 
 WEIGHTED = "weighted/"  # before a term's name in the log: with its weight
 GRADIENT_RATIO = "gradient_ratio"  # in the log
@@ -114,8 +114,8 @@ class TrainingStep:
                 # these differentiate a graph more than once, which Inductor else saves memory by forbidding
                 torch._functorch.config.donated_buffer = False
             autoencode.compile()
-        self.learners = {
-            "autoencoder": Learner(
+        self.optimizers = {
+            "autoencoder": NetworkOptimizer(
                 accelerator.prepare_model(autoencode),
                 settings.learning_rate,
                 settings.betas,
@@ -128,7 +128,7 @@ class TrainingStep:
             discriminate = Discriminate(discriminator)
             if config.compile:
                 discriminate.compile()
-            self.learners["discriminator"] = Learner(
+            self.optimizers["discriminator"] = NetworkOptimizer(
                 accelerator.prepare_model(discriminate),
                 settings.learning_rate if own.learning_rate is None else own.learning_rate,
                 own.betas or settings.betas,
@@ -149,7 +149,7 @@ class TrainingStep:
             unusable: whether this share must not be trained on.
         """
         adversarial = self.objective.uses_discriminator(step)
-        active = [self.learners[name] for name in ("autoencoder", "discriminator")[: 1 + adversarial]]
+        active = [self.optimizers[name] for name in ("autoencoder", "discriminator")[: 1 + adversarial]]
         gradients = None  # of the adversarial and of the reconstruction terms
         if adversarial and self.ratio_every and step % self.ratio_every == 0:
             count = sum(parameter.numel() for parameter in active[0].parameters)
@@ -170,7 +170,7 @@ class TrainingStep:
         # an infinite or NaN loss on one process makes the mean so, and all decide alike
         flags = torch.tensor([float(stop), float(unusable)], device=image.device)
         means = self.accelerator.reduce(torch.cat([mean_losses(losses), flags]), "mean")
-        norms = [learner.gradient_norm(self.max_norm, self.scaler) for learner in active]
+        norms = [optimizer.gradient_norm(self.max_norm, self.scaler) for optimizer in active]
         ratios = means.new_empty(0) if gradients is None else self.gradient_ratio(gradients)
         # the step's one wait for a GPU
         numbers = torch.cat([torch.stack(norms), means, ratios]).tolist()
@@ -180,15 +180,15 @@ class TrainingStep:
         bad = first_bad(loss_values, norm_values)
         good = bad is None and not not_usable
 
-        rates = [learner.update(step, self.scaler) for learner in active] if good else []
+        rates = [optimizer.update(step, self.scaler) for optimizer in active] if good else []
         if good and self.ema is not None:
             self.ema.update(self.model)
         elif not good and buffers:
             torch._foreach_copy_(buffers, before)
         if self.scaler is not None:
             self.scaler.update()
-        for learner in active:
-            learner.optimizer.zero_grad()
+        for optimizer in active:
+            optimizer.zero_grad()
 
         values = {"loss": loss_values.pop("loss"), **loss_values, "gradient_norm": norm_values[0]}
         if adversarial:
@@ -212,7 +212,7 @@ class TrainingStep:
             if self.objective.needs_ema and self.ema is not None:
                 with torch.no_grad():
                     ema_reconstruction = Autoencode(self.ema.model)(image, noise)[0]
-            reconstruction, mean, logvar = self.learners["autoencoder"].network(image, noise)
+            reconstruction, mean, logvar = self.optimizers["autoencoder"].network(image, noise)
             loss = self.objective.generator(
                 image,
                 reconstruction,
@@ -229,7 +229,7 @@ class TrainingStep:
         if not adversarial:
             return [loss]
         with self.accelerator.autocast():
-            logits = self.learners["discriminator"].network(image, reconstruction.detach().float())
+            logits = self.optimizers["discriminator"].network(image, reconstruction.detach().float())
             of_discriminator = self.objective.discriminator(*logits)
         self.accelerator.backward(of_discriminator.total / self.accumulation)
         return [loss, of_discriminator]
@@ -244,7 +244,7 @@ class TrainingStep:
             gradients: (2, all parameters of the autoencoder that train).
         """
         reconstruction = [loss.parts[name] for name in RECONSTRUCTION_TERMS if name in loss.parts]
-        parameters = self.learners["autoencoder"].parameters
+        parameters = self.optimizers["autoencoder"].parameters
         for row, term in zip(
             gradients, (loss.parts["adversarial"], torch.stack(reconstruction).sum()), strict=True
         ):
@@ -266,12 +266,12 @@ class TrainingStep:
         return adversarial / reconstruction
 
     @contextmanager
-    def synchronised(self, active: Sequence[Learner], last: bool) -> Iterator[None]:
+    def synchronised(self, active: Sequence[NetworkOptimizer], last: bool) -> Iterator[None]:
         """Processes exchange gradients in the last part's backward passes alone."""
         with ExitStack() as stack:
             if not last:
-                for learner in active:
-                    stack.enter_context(self.accelerator.no_sync(learner.network))
+                for optimizer in active:
+                    stack.enter_context(self.accelerator.no_sync(optimizer.network))
             yield
 
 

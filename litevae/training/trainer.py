@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -10,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor, nn
-from tqdm import tqdm  # type: ignore[import-untyped]
 
 from litevae.data.images import to_model_range
 from litevae.discriminators import build_discriminator
@@ -24,30 +22,24 @@ from litevae.evaluation.reconstruction import reconstruct
 from litevae.files import replacing
 from litevae.losses import Objective
 from litevae.models.interface import Autoencoder, check_size, spatial_compression
-from litevae.models.weights import copy_weights, load_weights, read_weights, save_model
+from litevae.models.weights import copy_weights, read_weights, save_model
 from litevae.signals import StopRequest
 from litevae.training.build import build_model
 from litevae.training.checkpoint import (
     DISCRIMINATOR,
     Checkpoint,
-    load_state,
     random_state,
-    read_note,
-    remove_old,
-    restore_random_state,
-    save_checkpoint,
 )
 from litevae.training.config import Config, check_batch_size, list_stages
 from litevae.training.curves import draw_curves
-from litevae.training.feed import Feed
-from litevae.training.log import read_log
-from litevae.training.loop import Loop, make_accelerator, make_output_dir
+from litevae.training.data_loader import TrainingData
+from litevae.training.loop import Loop, SavedState, make_accelerator, make_output_dir
 from litevae.training.optimization import EMA, learning_rate_factor
 from litevae.training.step import Outcome, TrainingStep
 
 
 @dataclass(frozen=True)
-class Result:
+class TrainingResult:
     """What a run came to.
 
     `psnr` (dB) and `ssim` are the validation images' means at the end, None if there are no such images;
@@ -63,7 +55,7 @@ class Result:
     stopped_by: str | None
 
 
-def train(config: Config) -> Result:
+def train(config: Config) -> TrainingResult:
     """Trains a model and leaves these files in `config.output_dir`.
 
     `model/` (for `LiteVAE.from_pretrained`; the averaged one where there is one), `metrics.jsonl` (a line for
@@ -94,8 +86,11 @@ def train(config: Config) -> Result:
             trainer.accelerator.end_training()
 
 
-class Trainer(Loop[Result]):
+class Trainer(Loop[TrainingResult]):
     """One run: `__init__` builds or restores everything, `run` goes through the steps."""
+
+    network_name = "model"
+    decisive_settings = ("seed", "data", "stages", "loss")
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -105,9 +100,11 @@ class Trainer(Loop[Result]):
         self.stages = list_stages(config)
         checkpoint = self.choose_checkpoint()
         set_seed(config.seed)
-        self.model = build_model(config)
+        self.network = self.model = build_model(config)
         self.check_stages()
-        self.feed = Feed(config, self.stages, self.accelerator, self.output_dir, checkpoint is not None)
+        self.data = TrainingData(
+            config, self.stages, self.accelerator, self.output_dir, checkpoint is not None
+        )
         objective = Objective(config.loss)
         if config.channels_last:
             for module in (self.model, objective):
@@ -125,7 +122,6 @@ class Trainer(Loop[Result]):
             lambda done: learning_rate_factor(config.optimizer, done, config.max_steps),
         )
         self.history: list[dict[str, float]] = []
-        self.restored_step: int | None = None
         if checkpoint is not None:
             self.restore(checkpoint)
         self.random = random_state()
@@ -162,13 +158,13 @@ class Trainer(Loop[Result]):
         for stage in self.stages:
             if stage.last <= done:
                 continue
-            batches = self.feed.batches(stage, done)
+            batches = self.data.batches(stage, done)
             try:
                 for step in range(max(stage.first, done + 1), stage.last + 1):
                     start = time.perf_counter()
                     batch = next(batches)
                     try:
-                        self.feed.bad_images.add(batch.bad)
+                        self.data.bad_images.add(batch.bad)
                     except UserError as error:
                         self.unusable = error
                     images = batch.images.to(self.accelerator.device, non_blocking=True)
@@ -195,7 +191,7 @@ class Trainer(Loop[Result]):
             return
         best = max((point["psnr"] for point in self.history), default=-math.inf)
         improved = False
-        if step % config.validate_every == 0 and self.feed.validation:
+        if step % config.validate_every == 0 and self.data.validation:
             self.validate(self.step)  # the last one that was not skipped
             improved = self.history[-1]["psnr"] > best
         if improved or (config.checkpoint.every and step % config.checkpoint.every == 0):
@@ -205,7 +201,7 @@ class Trainer(Loop[Result]):
         """Appends the validation images' mean PSNR and SSIM to the history."""
         point: list[dict[str, float]] = [{}]
         if self.is_main:
-            pairs = [(image, reconstruct(self.best_model, image)) for _, image in self.feed.validation]
+            pairs = [(image, reconstruct(self.best_model, image)) for _, image in self.data.validation]
             values = {
                 name: sum(metric(*pair) for pair in pairs) / len(pairs)
                 for name, metric in (("psnr", psnr), ("ssim", ssim))
@@ -216,111 +212,62 @@ class Trainer(Loop[Result]):
         broadcast_object_list(point)
         self.history.append(point[0])
 
-    def save(self) -> None:
-        """Writes a checkpoint of the last step that updated the weights; all processes take part."""
-        if not self.config.checkpoint.every or self.saved_step == self.step:
-            return
-        random = gather_object([self.random])
-        if self.is_main:
-            scaler = self.train_step.scaler
-            state = {
-                "random": random,
-                "optimizers": {
-                    name: learner.optimizer.state_dict()["state"]
-                    for name, learner in self.train_step.learners.items()
-                },
-                "scaler": scaler.state_dict() if scaler else None,
-                "ema_updates": self.ema.updates if self.ema else 0,
+    def state_to_save(self) -> SavedState:
+        measured = self.history and self.history[-1]["step"] == self.step
+        return SavedState(
+            {
+                "optimizers": {name: each.moments() for name, each in self.train_step.optimizers.items()},
                 "history": self.history,
-                "skipped": self.skipped - len(self.bad),
-                "seconds": self.seconds,
-            }
-            measured = self.history and self.history[-1]["step"] == self.step
-            manifest = {
-                "psnr": self.history[-1]["psnr"] if measured else None,
-                "versions": versions(),
-                "config": asdict(self.config),
-            }
-            save_checkpoint(
-                self.checkpoint_folder,
-                self.step,
-                {"model": self.model} | ({"ema": self.ema.model} if self.ema else {}),
-                self.discriminator.state_dict() if self.discriminator else None,
-                state,
-                manifest,
-            )
-            remove_old(self.checkpoint_folder, self.config.checkpoint.keep)
-        self.saved_step = self.step
-        self.accelerator.wait_for_everyone()
+            },
+            self.discriminator.state_dict() if self.discriminator else None,
+            {"psnr": self.history[-1]["psnr"] if measured else None},
+        )
 
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Goes back to a checkpoint; UserError if it is another architecture's."""
-        path = checkpoint.path
-        load_weights(self.model, path / "model", "resume")
-        if (path / "ema").is_dir() != (self.ema is not None):
-            raise UserError(f"resume: {path} has {'no' if self.ema else 'an'} averaged model: see ema_decay")
-        if (path / DISCRIMINATOR).is_file() != (self.discriminator is not None):
+    def restore_state(self, checkpoint: Checkpoint, state: dict[str, Any]) -> None:
+        path = checkpoint.path / DISCRIMINATOR
+        if path.is_file() != (self.discriminator is not None):
             raise UserError(
-                f"resume: {path} has {'no' if self.discriminator else 'a'} discriminator: see loss.adversarial, "
-                "or start a new run with init"
+                f"resume: {checkpoint.path} has {'no' if self.discriminator else 'a'} discriminator: see "
+                "loss.adversarial, or start a new run with init"
             )
-        state = load_state(checkpoint)
-        if self.ema is not None:
-            load_weights(self.ema.model, path / "ema", "resume")
-            self.ema.updates = state["ema_updates"]
         if self.discriminator is not None:
-            weights = read_weights(path / DISCRIMINATOR, "resume")
-            copy_weights(self.discriminator, weights, path / DISCRIMINATOR, "resume")
-        for name, learner in self.train_step.learners.items():
-            if not learner.load_state(state["optimizers"][name]):
-                raise UserError(f"resume: {path} trained other weights of the {name}: see freeze_encoder")
-        if self.train_step.scaler and state["scaler"]:
-            self.train_step.scaler.load_state_dict(state["scaler"])
-        self.step = self.saved_step = self.restored_step = checkpoint.step
-        self.warn_of_changes(checkpoint)
-        self.history, self.skipped = state["history"], state["skipped"]
-        self.seconds_before = state["seconds"]
-        self.lines = read_log(self.output_dir / "metrics.jsonl", self.step)
-        restore_random_state(state["random"][self.accelerator.process_index % len(state["random"])])
-
-    def warn_of_changes(self, checkpoint: Checkpoint) -> None:
-        """Says what makes a resumed run another one than was begun."""
-        before = read_note(checkpoint)["config"]
-        now = asdict(self.config)
-        changed = [key for key in ("seed", "data", "stages", "loss") if before.get(key) != now[key]]
-        if changed and self.is_main:
-            tqdm.write(
-                f"resume: {checkpoint.path} was trained with other settings of {', '.join(changed)}",
-                file=sys.stderr,
-            )
+            copy_weights(self.discriminator, read_weights(path, "resume"), path, "resume")
+        for name, optimizer in self.train_step.optimizers.items():
+            if not optimizer.load_moments(state["optimizers"][name]):
+                raise UserError(
+                    f"resume: {checkpoint.path} trained other weights of the {name}: see freeze_encoder"
+                )
+        self.history = state["history"]
 
     def finish(
         self, signal_name: str | None, stopped: bool, failure: NonFiniteError | UserError | None
-    ) -> Result:
+    ) -> TrainingResult:
         """Measures once more and writes the checkpoint, the model, the metrics and the pictures."""
         if stopped or failure:  # nobody knows how long they wait
             self.save()
-        if self.feed.validation and (not self.history or self.history[-1]["step"] != self.step):
+        if self.data.validation and (not self.history or self.history[-1]["step"] != self.step):
             self.validate(self.step)
         self.save()
-        final: dict[str, Any] = self.history[-1] if self.feed.validation else {"psnr": None, "ssim": None}
+        final: dict[str, Any] = self.history[-1] if self.data.validation else {"psnr": None, "ssim": None}
         stopped_by = (signal_name or "another process") if stopped else None
-        result = Result(self.output_dir, self.step, self.seconds, final["psnr"], final["ssim"], stopped_by)
+        result = TrainingResult(
+            self.output_dir, self.step, self.seconds, final["psnr"], final["ssim"], stopped_by
+        )
         if self.is_main:
             self.write_results(result, complete=not (stopped or failure))
         return result
 
-    def write_results(self, result: Result, complete: bool) -> None:
+    def write_results(self, result: TrainingResult, complete: bool) -> None:
         # a model that was trained no further may have been given its scale
         if self.step != self.restored_step or not (self.output_dir / "model").is_dir():
             save_model(self.best_model, self.output_dir / "model")
-        height, width = self.feed.validation[0][1].shape[:2] if self.feed.validation else (0, 0)
+        height, width = self.data.validation[0][1].shape[:2] if self.data.validation else (0, 0)
         metrics = {
             "validation": {
                 "images": self.config.data.validation or self.config.data.train
-                if self.feed.validation
+                if self.data.validation
                 else None,
-                "count": len(self.feed.validation),
+                "count": len(self.data.validation),
                 "measured_on": f"{height}x{width} pixels, 8 bits, mode of the posterior, mean over the images",
                 "psnr": result.psnr,
                 "ssim": result.ssim,
@@ -336,7 +283,7 @@ class Trainer(Loop[Result]):
         with replacing(self.output_dir / "metrics.json") as path:
             path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
         with replacing(self.output_dir / "reconstructions.png") as path:
-            draw_reconstructions(self.best_model, self.feed.shown, path)
+            draw_reconstructions(self.best_model, self.data.shown, path)
         terms = [*self.train_step.objective.weights, *["discriminator"] * bool(self.discriminator)]
         with replacing(self.output_dir / "curves.png") as path:
             draw_curves(self.lines, terms, self.history, path)

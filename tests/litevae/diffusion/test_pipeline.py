@@ -12,8 +12,8 @@ from PIL import Image
 
 from litevae.diffusion import LatentDiffusionPipeline
 from litevae.diffusion.config import UNetConfig
+from litevae.diffusion.pictures import draw_samples
 from litevae.diffusion.pipeline import generate, save_pipeline
-from litevae.diffusion.report import draw_samples
 from litevae.diffusion.unet import build_unet
 from litevae.errors import UserError
 from litevae.latents import sample_latents

@@ -147,14 +147,14 @@ def test_two_processes_do_what_one_does_with_the_double_batch(runs, logged):
 def test_a_preempted_run_ends_after_its_step_and_goes_on(tiny, autoencoder, logged, monkeypatch, no_pictures):
     settings = ("max_steps=5", "checkpoint.every=100", "noise.kind=ddpm")
     train(tiny(*settings, name="whole"), autoencoder)
-    original, signals = trainer_module.Trainer.update, [signal.SIGTERM]
+    original, signals = trainer_module.DiffusionTrainer.update, [signal.SIGTERM]
 
     def update(self, moments, step, stop):
         if step == 2 and signals:
             signal.raise_signal(signals.pop())
         return original(self, moments, step, stop)
 
-    monkeypatch.setattr(trainer_module.Trainer, "update", update)
+    monkeypatch.setattr(trainer_module.DiffusionTrainer, "update", update)
     result = train(tiny(*settings), autoencoder)
     assert (result.steps, result.stopped_by, result.no_fid) == (
         3,

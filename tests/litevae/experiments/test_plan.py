@@ -13,7 +13,7 @@ from litevae.experiments.run import run_experiment
 from litevae.experiments.spec import Setup
 from litevae.experiments.trained import Stopped, digest, finished
 from litevae.training import load_config
-from litevae.training.trainer import Result
+from litevae.training.trainer import TrainingResult
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -78,7 +78,9 @@ def test_an_experiment_trains_measures_and_reports(tmp_path, own, capsys, monkey
 
 def test_a_signal_stops_it_and_nothing_is_reported(tmp_path, own, monkeypatch, capsys):
     monkeypatch.setattr(
-        runner_module, "train", lambda config: Result(tmp_path, 1, 1.0, None, None, stopped_by="SIGINT")
+        runner_module,
+        "train",
+        lambda config: TrainingResult(tmp_path, 1, 1.0, None, None, stopped_by="SIGINT"),
     )
     with pytest.raises(Stopped):
         run_experiment(own, Setup("tiny", tmp_path / "out"))

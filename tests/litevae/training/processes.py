@@ -31,7 +31,7 @@ def work(rank, event, settings):
             elif event == "term":
                 signal.raise_signal(signal.SIGTERM)
             elif event == "bad":  # finds an image before step 3 that cannot be read; none may
-                bad_images, add = self.feed.bad_images, self.feed.bad_images.add
+                bad_images, add = self.data.bad_images, self.data.bad_images.add
                 bad_images.add = lambda _: add([("cut.png", "cut")])
             elif event == "nan":
                 batch = batch.float().fill_(torch.nan)

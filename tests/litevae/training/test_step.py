@@ -11,8 +11,8 @@ from torch import nn
 from litevae.discriminators import DiscriminatorConfig, build_discriminator
 from litevae.losses import Objective
 from litevae.training.build import build_model
-from litevae.training.log import in_short
-from litevae.training.optimization import EMA, Learner
+from litevae.training.metrics_log import format_progress
+from litevae.training.optimization import EMA, NetworkOptimizer
 from litevae.training.step import Autoencode, Discriminate, TrainingStep
 
 BATCH, SIZE = 4, 32
@@ -59,8 +59,8 @@ def snapshot(step):
             "updates": {"ema": torch.tensor(step.ema.updates)},
             **{
                 f"{name} {i}": moments
-                for name, learner in step.learners.items()
-                for i, moments in learner.optimizer.state_dict()["state"].items()
+                for name, optimizer in step.optimizers.items()
+                for i, moments in optimizer.optimizer.state_dict()["state"].items()
             },
         }
     )
@@ -77,9 +77,9 @@ def changed(before, after):
 
 def gradients(step, name):
     """Those of the first step, from Adam's first moment."""
-    learner = step.learners[name]
-    beta = learner.optimizer.param_groups[0]["betas"][0]
-    return [learner.optimizer.state[p]["exp_avg"] / (1 - beta) for p in learner.parameters]
+    optimizer = step.optimizers[name]
+    beta = optimizer.optimizer.param_groups[0]["betas"][0]
+    return [optimizer.optimizer.state[p]["exp_avg"] / (1 - beta) for p in optimizer.parameters]
 
 
 def relative_errors(values, expected):
@@ -126,36 +126,36 @@ def test_updates_are_those_of_the_optimizer_that_heeds_strides(make):
     for step in steps:
         step.model.to(memory_format=torch.channels_last)
         step.discriminator.to(memory_format=torch.channels_last)
-    for learner in steps[1].learners.values():
-        learner.optimizer.param_groups[0]["fused"] = False
+    for optimizer in steps[1].optimizers.values():
+        optimizer.optimizer.param_groups[0]["fused"] = False
     image, noise = inputs()
     for step in steps:
         step(image.contiguous(memory_format=torch.channels_last), noise, 1, False)
-    for name, learner in steps[0].learners.items():
-        for ours, other in zip(learner.parameters, steps[1].learners[name].parameters, strict=True):
+    for name, optimizer in steps[0].optimizers.items():
+        for ours, other in zip(optimizer.parameters, steps[1].optimizers[name].parameters, strict=True):
             torch.testing.assert_close(ours, other)
 
 
 def test_optimizer_goes_on_from_moments_in_another_memory_format():
-    def learner():
+    def optimizer():
         torch.manual_seed(0)
         network = nn.Conv2d(4, 5, 3).to(memory_format=torch.channels_last)
-        return Learner(network, 0.1, (0.9, 0.99), 0.01, lambda _: 1.0)
+        return NetworkOptimizer(network, 0.1, (0.9, 0.99), 0.01, lambda _: 1.0)
 
-    def update(learner, seed):
+    def update(optimizer, seed):
         images = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(seed))
-        learner.network(images).square().sum().backward()
-        learner.update(seed, None)
-        learner.optimizer.zero_grad()
+        optimizer.network(images).square().sum().backward()
+        optimizer.update(seed, None)
+        optimizer.optimizer.zero_grad()
 
-    one, other = learner(), learner()
+    one, other = optimizer(), optimizer()
     update(one, 1)
     other.network.load_state_dict(one.network.state_dict())
     state = {
         index: {key: value.clone(memory_format=torch.contiguous_format) for key, value in moments.items()}
         for index, moments in one.optimizer.state_dict()["state"].items()
     }
-    assert other.load_state(state)
+    assert other.load_moments(state)
     for each in (one, other):
         update(each, 2)
     assert all(map(torch.equal, one.parameters, other.parameters))
@@ -212,9 +212,9 @@ def test_accumulated_gradients_are_the_batch_s(make):
     unet = "discriminator.kind=unet"
     whole, parts = make(unet), make(unet, "optimizer.accumulation=2")
     values = [step(*inputs(), 1, False).values for step in (whole, parts)]
-    for name, learner in whole.learners.items():
+    for name, optimizer in whole.optimizers.items():
         # a few hundred operations in a row, each rounding by 2^-24
-        assert max(relative_errors(gradients(parts, name), gradients(whole, name))) < 1e-4, learner
+        assert max(relative_errors(gradients(parts, name), gradients(whole, name))) < 1e-4, optimizer
     assert values[1] == pytest.approx(values[0], rel=1e-5)
 
 
@@ -319,7 +319,7 @@ class TestGradientRatio:
 def test_progress_bar_shows_no_weighted_terms(make):
     values = make("gradient_ratio_every=1")(*inputs(), 1, False).values
     line = {"step": 1, **values, "skipped_steps": 0, "images_per_second": 1.0, "data_wait": 0.0}
-    shown = [part.split()[0] for part in in_short(line).split(", ")][:-2]
+    shown = [part.split()[0] for part in format_progress(line).split(", ")][:-2]
     assert shown == ["loss", "l1", "wavelet", "gaussian", "kl", "adversarial", "discriminator"]
 
 
@@ -384,7 +384,7 @@ def test_every_loss_and_discriminator_trains(make, settings):
     outcomes = [step(*inputs(seed), seed, False) for seed in (1, 2)]
     assert [outcome.bad for outcome in outcomes] == [None] * 2
     assert len(outcomes[0].values) == 2 * len(step.objective.weights) + 5
-    assert step.learners["discriminator"].optimizer.param_groups[0]["betas"] == (
+    assert step.optimizers["discriminator"].optimizer.param_groups[0]["betas"] == (
         (0.0, 0.99) if "stylegan" in settings[0] else (0.9, 0.99)
     )
 

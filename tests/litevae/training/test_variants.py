@@ -49,8 +49,8 @@ def test_vit_is_shown_images_of_its_size(tiny):
     """The demo's photographs stay whole for other models."""
     for aggregator, shapes in (("unet", {(300, 451, 3)}), ("vit", {(32, 32, 3)})):
         trainer = Trainer(tiny(f"model.aggregator={aggregator}", DEMO, name=aggregator))
-        assert {pixels.shape for _, pixels in trainer.feed.validation} == shapes
-        assert {pixels.shape for _, pixels in trainer.feed.shown} == shapes
+        assert {pixels.shape for _, pixels in trainer.data.validation} == shapes
+        assert {pixels.shape for _, pixels in trainer.data.shown} == shapes
 
 
 def test_resumes_to_the_same_weights(tiny, no_pictures):

@@ -15,7 +15,7 @@ from litevae import LiteVAE
 from litevae.errors import UserError
 from litevae.training import load_config
 from litevae.training.config import list_stages
-from litevae.training.feed import Feed
+from litevae.training.data_loader import TrainingData
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def folder(tmp_path):
 
 def feed(tmp_path, *overrides):
     config = load_config("demo", ["data.size=32", "data.crop=random", f"output_dir={tmp_path}", *overrides])
-    return Feed(config, list_stages(config), Accelerator(cpu=True), tmp_path, resuming=False)
+    return TrainingData(config, list_stages(config), Accelerator(cpu=True), tmp_path, resuming=False)
 
 
 def test_training_images_are_shown_where_none_are_held_out(folder, tmp_path):

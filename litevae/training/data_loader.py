@@ -22,7 +22,7 @@ from litevae.training.config import Config, Stage
 SHOWN = 4  # images in reconstructions.png
 
 
-class Feed:
+class TrainingData:
     """The images of a run.
 
     `validation` and `shown` are names and (H, W, 3) uint8 images; `bad_images` lists those that training

@@ -11,7 +11,7 @@ from litevae.files import replacing
 from litevae.training.step import GRADIENT_RATIO, WEIGHTED
 
 
-class Log:
+class MetricsLog:
     """metrics.jsonl and the tracker, with the speed since the line before.
 
     Args:
@@ -80,7 +80,7 @@ def read_log(path: Path, step: int) -> list[dict[str, Any]]:
     return lines
 
 
-def in_short(line: dict[str, Any]) -> str:
+def format_progress(line: dict[str, Any]) -> str:
     """A log line for the progress bar."""
     norms = ("gradient_norm", "discriminator_gradient_norm", GRADIENT_RATIO)
     about = ("step", *norms, "learning_rate", "skipped_steps")

@@ -5,7 +5,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from litevae import LiteVAE
-from litevae.diffusion.feed import MomentsFeed
+from litevae.diffusion.data_loader import LatentData
 from litevae.errors import UserError
 from litevae.latents import LatentDataset
 
@@ -13,7 +13,7 @@ from litevae.latents import LatentDataset
 @pytest.fixture
 def feed(autoencoder, tmp_path):
     def make(config):
-        return MomentsFeed(config, autoencoder, Accelerator(cpu=True), tmp_path, resuming=False)
+        return LatentData(config, autoencoder, Accelerator(cpu=True), tmp_path, resuming=False)
 
     return make
 
@@ -117,4 +117,4 @@ def test_a_model_of_one_size_refuses_another(tiny, photographs, tmp_path):
     )
     config = tiny("data.latents=", f"data.train={photographs}", "data.size=32")
     with pytest.raises(UserError, match="16"):
-        MomentsFeed(config, vit, Accelerator(cpu=True), tmp_path, resuming=False)
+        LatentData(config, vit, Accelerator(cpu=True), tmp_path, resuming=False)

@@ -20,7 +20,7 @@ from litevae.models.interface import Autoencoder, check_size, encode_pixels, spa
 from litevae.models.weights import hash_encoder
 from litevae.signals import obey_parent_only
 from litevae.training.config import Stage
-from litevae.training.feed import ShareSampler
+from litevae.training.data_loader import ShareSampler
 
 MEASURED = 64  # latents whose spread is checked
 
@@ -36,7 +36,7 @@ class ShuffledLatents(Dataset[Tensor]):
         return self.latents[self.ordered(index)].moments
 
 
-class MomentsFeed:
+class LatentData:
     """Batches of posteriors' moments, the same from both sources but for float16's rounding.
 
     `shape` is that of a latent, (n_z, h, w); `images` are those at `config.data.train`, None where there are
