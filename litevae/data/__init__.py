@@ -1,0 +1,1 @@
+"""Images to train, validate and encode: sources, crops, squares and the list of unreadable images."""
