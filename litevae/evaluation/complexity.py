@@ -1,4 +1,4 @@
-"""How large and how costly a model is."""
+"""Size, cost, speed and memory of a model (Table 3)."""
 
 import statistics
 import time
@@ -27,13 +27,13 @@ def attention_flops(
     return sdpa_flop_count(query, key, value)
 
 
-# torch 2.11 does not count attention on a CPU
+# torch 2.11 does not count attention on a CPU.
 ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops}
 
 
 @dataclass(frozen=True)
 class Complexity:
-    """Parameters and multiply-accumulates (MACs) of one image's encoding and decoding.
+    """Parameters, and multiply-accumulates (MACs) to encode and decode one image.
 
     MACs count convolutions, matrix products and attention; one MAC is two floating-point operations.
     `latent_shape` is (n_z, h, w).
@@ -47,10 +47,10 @@ class Complexity:
 
 
 def measure_complexity(model: Autoencoder, size: int = 256) -> Complexity:
-    """Counts for one image of `size` x `size` pixels. Nothing is computed: the tensors have shapes only.
+    """Counts parameters and MACs for one image of `size` x `size` pixels, on fake tensors: nothing is computed.
 
     Raises:
-        ValueError: a size that the model does not take.
+        ValueError: the model does not take this size.
     """
     encoder_parameters, decoder_parameters = count_parameters(model)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
@@ -69,7 +69,7 @@ def measure_complexity(model: Autoencoder, size: int = 256) -> Complexity:
 
 
 def count_parameters(model: Autoencoder) -> tuple[int, int]:
-    """Of encoder and decoder; 1x1 convolutions, where there are any, belong to the side that they stand on."""
+    """Returns the parameters of the encoder and of the decoder, each with its 1x1 convolution if it has one."""
     encoder, decoder = (
         sum(p.numel() for part in side if part is not None for p in part.parameters())
         for side in ((model.encoder, model.quant_conv), (model.decoder, model.post_quant_conv))
@@ -79,8 +79,10 @@ def count_parameters(model: Autoencoder) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Speed:
-    """Of one side of a model: images a second, and the peak of the memory in bytes beyond weights and inputs,
-    None where the system does not tell."""
+    """Speed of one side of a model: images per second, and peak memory in bytes beyond weights and inputs.
+
+    The memory is None where the system does not report it.
+    """
 
     images_per_second: float
     peak_memory: int | None
@@ -90,25 +92,25 @@ class Speed:
 def measure_speed(
     models: Sequence[Autoencoder], side: Side, size: int = 256, batch_size: int = 4, rounds: int = 5
 ) -> list[Speed]:
-    """Times the models, which must all be on one device, eagerly, on random inputs in the channels_last layout.
+    """Times models in eager mode on random inputs in the channels_last layout.
 
-    They take turns, because a machine's speed drifts: each round runs each model once, and the median of the
-    rounds counts. Changes the models' layout. On a CPU the peak is the process's growth, and glibc keeps
-    freed memory from then on (`litevae_kernels.allocator.keep_freed_memory`).
+    The models take turns because a machine's speed drifts: each round runs each model once, and the median over
+    the rounds counts. The function changes the models' memory format. On a CPU the peak is the growth of the
+    process, and glibc keeps freed memory from then on (`litevae_kernels.allocator.keep_freed_memory`).
 
     Args:
-        models: run in their own dtypes.
-        side: encoder, image to moments, or decoder, latent to image.
-        size: of the square images in pixels.
-        batch_size: images at a time.
-        rounds: at least 1, after one that does not count.
+        models: autoencoders on one device; each runs in its own dtype.
+        side: "encoder" (image to moments) or "decoder" (latent to image).
+        size: side of the square images in pixels.
+        batch_size: images per call.
+        rounds: number of rounds, at least 1; one more runs first and does not count.
 
     Raises:
-        ValueError: a size that a model does not take.
+        ValueError: a model does not take this size.
     """
     calls = [call_of(model, side, size, batch_size) for model in models]
     device = models[0].device
-    peaks = [peak_memory(call, device) for call in calls]  # its calls are the first of each
+    peaks = [peak_memory(call, device) for call in calls]  # These are the first calls of each model.
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(rounds):
         for call, seconds in zip(calls, times, strict=True):
@@ -124,7 +126,7 @@ def measure_speed(
 
 
 def call_of(model: Autoencoder, side: Side, size: int, batch_size: int) -> Callable[[], Tensor]:
-    """One call of `side`, with an input of its own."""
+    """Returns a function that runs `side` once, with an input of its own."""
     model.to(memory_format=torch.channels_last)
     channels, side_length = model.config.in_channels, size
     if side == "decoder":
@@ -137,7 +139,7 @@ def call_of(model: Autoencoder, side: Side, size: int, batch_size: int) -> Calla
 
 
 def peak_memory(call: Callable[[], Tensor], device: torch.device) -> int | None:
-    """Of a call after the first, in bytes beyond what was there before."""
+    """Returns the peak memory of the second call, in bytes beyond the memory in use before it."""
     call()
     if device.type == "cpu":
         return peak_resident_memory(call)
@@ -159,25 +161,26 @@ def synchronize(device: torch.device) -> None:
 def draw_complexity(
     costs: Mapping[str, Complexity], speeds: Mapping[str, Speed], side: Side, heading: str, path: Path
 ) -> None:
-    """Parameters, cost, memory and speed of one side of the models, as bars.
+    """Draws the parameters, cost, memory and speed of one side of the models as bars.
 
     Args:
-        costs, speeds: by model, the same models.
-        heading: what they were measured on, written above.
-        path: the PNG to write.
+        costs, speeds: results by model, of the same models.
+        side: side that was measured.
+        heading: title, such as the device and the image size.
+        path: PNG file to write.
     """
     encoder = side == "encoder"
     panels: dict[str, list[float | None]] = {
         "parameters (millions)": [
             (cost.encoder_parameters if encoder else cost.decoder_parameters) / 1e6 for cost in costs.values()
         ],
-        "GMACs an image": [
+        "GMACs per image": [
             (cost.encoder_macs if encoder else cost.decoder_macs) / 1e9 for cost in costs.values()
         ],
         "peak memory (MB)": [
             None if speed.peak_memory is None else speed.peak_memory / 1e6 for speed in speeds.values()
         ],
-        "images a second": [speed.images_per_second for speed in speeds.values()],
+        "images per second": [speed.images_per_second for speed in speeds.values()],
     }
     figure = Figure(figsize=(13, 1.5 + 0.45 * len(costs)), dpi=DPI, layout="constrained")
     for axes, (title, values) in zip(
@@ -193,6 +196,6 @@ def draw_complexity(
         axes.xaxis.set_major_locator(MaxNLocator(3))
         axes.set_title(title, fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
-    axes.invert_yaxis()  # the first one on top; all panels share it
+    axes.invert_yaxis()  # the first model on top; all panels share the axis
     figure.suptitle(f"{side}: {heading}", fontsize=10, color="0.35")
     figure.savefig(path)

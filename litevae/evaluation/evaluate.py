@@ -30,11 +30,12 @@ SAVE_EVERY = 60.0  # seconds
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` measured.
+    """The result of `evaluate`.
 
-    `values` has the wanted metrics: rfid and lpips (lower is better, at least 0), psnr in dB and ssim (higher
-    is better, at most 1). `count` images were measured, `unreadable` ones left out. `exact` is how many came
-    back without an error; the mean PSNR leaves them out, theirs being infinite (it is infinite if all did).
+    `values` holds the requested metrics: rfid and lpips (0 or more; lower is better), psnr in dB, and ssim (1 or
+    less; higher is better). `count` images were measured and `unreadable` ones left out. `exact` of them were
+    reconstructed without an error. Their PSNR is infinite, so the mean PSNR leaves them out; it is infinite if
+    all images are exact.
     """
 
     values: dict[str, float]
@@ -57,30 +58,36 @@ def evaluate(
     identity: Mapping[str, Any] | None = None,
     features: nn.Module | None = None,
 ) -> Evaluation:
-    """Measures reconstructions of images' middle squares, resized to `size` pixels.
+    """Measures the reconstructions of images' middle squares, resized to `size` pixels.
 
     Images and reconstructions are rounded to 8 bits before every metric. PSNR, SSIM (Wang et al., 2004, as
     `litevae.evaluation.metrics.ssim`) and LPIPS (0.1, VGG16) are means over the images. rFID is the Fréchet
-    distance (Heusel et al., 2017) of the 2048 Inception features, resized for as in the original. Under
-    `torchrun` each process measures its share, and all return the same. Shows a progress bar on stderr.
+    distance (Heusel et al., 2017) of the 2048 Inception features; images are resized for Inception as in the
+    original. Under `torchrun` each process measures its share, and all return the same result. A progress bar is
+    shown on stderr.
 
     Args:
-        model: of 3 channels; it runs on its own device and in its own dtype.
-        metrics: some of `METRICS`.
-        size: in pixels, a multiple of the model's factor, at least 16.
-        count: that many images at equal distances; None takes all. Those that cannot be read are left out.
-        sample: decodes a sample of the posterior, drawn for each image from its number, instead of the mode.
-        partial: where the sums are kept meanwhile, once a minute: an evaluation that was interrupted goes on
-            from there. Each process adds its number to the name. Removed at the end.
-        identity: what else `partial` must have been written for, such as the weights; of plain values.
-        features: instead of Inception, for rFID: (N, 3, size, size) uint8 to (N, C).
+        model: autoencoder of RGB images; it runs on its own device and in its own dtype.
+        images: source of the images.
+        metrics: names from `METRICS`.
+        size: side of the squares in pixels: a multiple of the model's compression factor, at least 16.
+        count: number of images, evenly spaced over the source; None takes all. Unreadable images are left out.
+        batch_size: images per batch.
+        workers: number of processes that decode images; 0 decodes in this one.
+        sample: whether to decode a sample of the posterior, seeded by the image's number, instead of the mode.
+        partial: file that the sums are saved to once per minute, so that an interrupted evaluation can continue.
+            Each of several processes appends its number to the name. The file is removed at the end.
+        identity: plain values that identify the evaluation, such as the hash of the weights; `partial` is only
+            continued if they are the same.
+        features: network that replaces Inception for rFID: (N, 3, size, size) uint8 to (N, C).
 
     Raises:
-        UserError: a metric that there is not; a size or a number of channels that do not fit the model;
-            weights of Inception or VGG16 that are neither there nor to be downloaded; too few images that can
-            be read; a `partial` of another evaluation; or reconstructions that are not finite.
+        UserError: a metric is unknown; the model does not take this size or RGB images; the weights of Inception
+            or VGG16 are missing and cannot be downloaded; too few images can be read; `partial` belongs to
+            another evaluation; or a reconstruction is not finite.
     """
-    check(model, metrics, size)
+    check_metrics(metrics)
+    check_size(model, size)
     state = PartialState(cpu=not torch.accelerator.is_available())
     share = range(state.process_index, SquareDataset(images, size, count).count, state.num_processes)
     sums = Sums(metrics, features).to(model.device)
@@ -119,26 +126,21 @@ def evaluate(
     return result
 
 
-def check(model: Autoencoder, metrics: Sequence[str], size: int) -> None:
-    check_metrics(metrics)
-    check_size(model, size)
-
-
 def check_metrics(metrics: Sequence[str]) -> None:
-    """UserError for one that there is not, or for none."""
+    """Raises UserError if a metric is unknown, or if there is none."""
     for metric in metrics:
         if metric not in METRICS:
-            raise UserError(f"there is no metric {metric!r}, only {', '.join(METRICS)}")
+            raise UserError(f"unknown metric {metric!r}: choose from {', '.join(METRICS)}")
     if not metrics:
         raise UserError(f"no metrics given: name some of {', '.join(METRICS)}")
 
 
 class Sums(nn.Module):
-    """What has been measured so far, in float64.
+    """Running sums of the metrics, in float64.
 
     Args:
-        metrics: some of `METRICS`.
-        features: as in `evaluate`.
+        metrics: names from `METRICS`.
+        features: network that replaces Inception, as in `evaluate`.
     """
 
     sums: Tensor  # of psnr, ssim and lpips
@@ -156,7 +158,7 @@ class Sums(nn.Module):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
 
     def add(self, images: Tensor, reconstructions: Tensor) -> None:
-        """Two (N, 3, H, W) uint8 tensors."""
+        """Adds (N, 3, H, W) uint8 images and their reconstructions."""
         if self.fid is not None:
             self.fid.update(images, real=True)
             self.fid.update(reconstructions, real=False)
@@ -172,7 +174,7 @@ class Sums(nn.Module):
         self.exact += (~different).sum()
 
     def result(self) -> Evaluation:
-        """Of all processes together."""
+        """Returns the metrics over the images of all processes."""
         sums = reduce(self.sums, "sum")
         count, exact, unreadable = (int(reduce(n, "sum")) for n in (self.count, self.exact, self.unreadable))
         if not count:
@@ -185,8 +187,8 @@ class Sums(nn.Module):
         }
         if self.fid is not None:
             if count < 2:
-                raise UserError("rfid needs two images at least, and 1 can be read")
-            self.fid.orig_dtype = torch.float64  # in which it gives its result
+                raise UserError("rfid needs at least two images, and only 1 can be read")
+            self.fid.orig_dtype = torch.float64  # the dtype of its result
             values["rfid"] = self.fid.compute().item()
         return Evaluation({name: values[name] for name in self.metrics}, count, unreadable, exact)
 
@@ -197,7 +199,7 @@ class Sums(nn.Module):
             torch.save({"settings": dict(settings), "done": done, "own": own, "fid": fid}, temporary)
 
     def load(self, path: Path, settings: Mapping[str, Any]) -> int:
-        """How many images of this process's share are done; 0 if there is no such file.
+        """Restores the sums; returns how many images of this process's share are done, 0 if there is no file.
 
         Raises:
             UserError: the file belongs to another evaluation, or cannot be read.
@@ -218,5 +220,5 @@ class Sums(nn.Module):
         if self.fid is not None:
             for name, value in saved["fid"].items():
                 setattr(self.fid, name, value)
-            self.fid._update_count = 1  # or it warns that it has seen nothing
+            self.fid._update_count = 1  # without it, torchmetrics warns that nothing was added
         return int(saved["done"])

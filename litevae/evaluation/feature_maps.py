@@ -1,4 +1,4 @@
-"""The decoder's last feature maps, and how unevenly strong they are (Section 4.2, Figure 3)."""
+"""The imbalance of the decoder's last feature maps (Section 4.2, Figure 3)."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -23,22 +23,21 @@ STRONGEST = 99.9  # percentile
 
 @torch.inference_mode()
 def feature_magnitude(model: Autoencoder, image: Pixels) -> Magnitude:
-    """How strong the features are at each place: their root mean square over the channels.
+    """Returns the magnitude of the features at each pixel: their root mean square over the channels.
 
-    The features are those that the decoder's last block gives, before the output's normalisation and
-    convolution, for the mode of the image's posterior.
+    The features are the output of the decoder's last block, before the output normalisation and convolution, for
+    the mode of the image's posterior.
 
     Args:
-        model: a LiteVAE or an `AutoencoderKL`, without tiling; it runs on its own device and in its own dtype.
-        image: (H, W, 3) uint8, as `encode` takes it.
+        model: LiteVAE or `AutoencoderKL` without tiling; it runs on its own device and in its own dtype.
+        image: (H, W, 3) uint8 pixels, as `encode` takes them.
 
     Returns:
-        (h, w): as many pixels as the image, padded as in `encode`; half as many along a side with wavelet
+        The magnitudes (h, w), of the size of the image padded as in `encode`; half of it per side with wavelet
         output.
 
     Raises:
-        ValueError: a size that the model does not take.
-        UserError: the features are not finite.
+        UserError: the model does not take this size, or the features are not finite.
     """
     captured: list[Tensor] = []
     latent = encode(model, image)
@@ -57,22 +56,22 @@ def feature_magnitude(model: Autoencoder, image: Pixels) -> Magnitude:
 
 
 def imbalance(magnitudes: Sequence[Magnitude]) -> float:
-    """The 99.9th percentile of a map's magnitudes divided by their median, the mean over the maps.
+    """Returns the 99.9th percentile of a map's magnitudes divided by their median, averaged over the maps.
 
-    This number is ours. The paper has none and speaks of "certain areas having significantly stronger
-    magnitudes": so it compares the strongest places with a typical one. It does not depend on the features'
-    scale, which GroupNorm removes and SMC does not, nor on the number of channels; it is at least 1, and 1
-    for a map that is equally strong everywhere. The percentile, unlike the maximum, does not grow with the
-    number of pixels: it leaves out one in a thousand.
+    This measure is ours. The paper has none; it speaks of "certain areas having significantly stronger
+    magnitudes", so the measure compares the strongest pixels with a typical one. It depends neither on the scale
+    of the features, which GroupNorm removes and SMC does not, nor on the number of channels. It is at least 1,
+    and 1 for a constant map. Unlike the maximum, the percentile does not grow with the number of pixels: it
+    leaves out one pixel in a thousand.
 
     Args:
-        magnitudes: as `feature_magnitude` gives them, of at least one image.
+        magnitudes: results of `feature_magnitude` for at least one image.
 
     Raises:
-        ValueError: none given, or a map whose median is 0.
+        ValueError: there is no map, or the median of a map is 0.
     """
     if not magnitudes:
-        raise ValueError("there must be one map at least, got none")
+        raise ValueError("there must be at least one map, got none")
     ratios = []
     for magnitude in magnitudes:
         median, strongest = np.percentile(magnitude, (50, STRONGEST))
@@ -88,16 +87,16 @@ def draw_feature_maps(
     imbalances: Mapping[str, float],
     path: Path,
 ) -> None:
-    """A row for each image, with a map for each model beside it.
+    """Draws one row per image: the image, then the map of each model.
 
-    A map is divided by its median. A colour means the same in all maps; the brightest is the largest model's
-    99.9th percentile.
+    Each map is divided by its median. Colours mean the same in all maps; the brightest is the largest 99.9th
+    percentile of all models.
 
     Args:
-        images: what to write beside the row, and (H, W, 3) uint8.
-        magnitudes: by model, one for each image, as `feature_magnitude` gives them.
-        imbalances: by model, to write above its maps; they may be of more images.
-        path: the PNG to write.
+        images: label of the row and (H, W, 3) uint8 pixels.
+        magnitudes: results of `feature_magnitude` by model, one per image.
+        imbalances: imbalance of each model, printed above its maps; more images may have been measured.
+        path: PNG file to write.
     """
     columns = 1 + len(magnitudes)
     figure = Figure(figsize=(2.9 * columns, 2.8 * len(images) + 1.1), dpi=DPI, layout="compressed")
@@ -106,7 +105,7 @@ def draw_feature_maps(
         axes[row, 0].imshow(image, interpolation="antialiased")
         axes[row, 0].set_ylabel(label)
     axes[0, 0].set_title("input", fontsize=10)
-    # parts of a whole column, of which a bar takes as much however many rows there are
+    # Fractions of a whole column: the colour bar keeps its size however many rows there are.
     room: dict[str, Any] = {"fraction": 0.1 / len(images), "pad": 0.04 / len(images), "shrink": 0.85}
     relative = {name: [each / np.median(each) for each in maps] for name, maps in magnitudes.items()}
     top = max(

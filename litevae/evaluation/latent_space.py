@@ -1,4 +1,4 @@
-"""What a model's latents look like, and how far they are from Gaussian noise (Table 6)."""
+"""Statistics of a model's latents, and their distance from Gaussian noise (Table 6)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ from litevae.latents.statistics import LatentStatistics, latent_statistics
 from litevae.models.interface import Autoencoder, check_size, encode_pixels
 from litevae.plotting import DPI
 
-SIGMAS = (25.0, 50.0, 100.0, 250.0, 500.0)  # of Table 6
+SIGMAS = (25.0, 50.0, 100.0, 250.0, 500.0)  # Table 6
 
 
 @dataclass(frozen=True)
 class Discrepancy:
-    """Squared maximum mean discrepancy for one kernel: mean and standard deviation over groups of images."""
+    """Squared maximum mean discrepancy with one kernel: mean and standard deviation over groups of images."""
 
     sigma: float
     mean: float
@@ -40,22 +40,25 @@ def collect_latents(
     batch_size: int = 16,
     workers: int = 4,
 ) -> Tensor:
-    """Samples of the posteriors of images' middle squares, resized to `size` pixels.
+    """Samples the posteriors of images' middle squares, resized to `size` pixels.
 
-    Each image's sample is drawn from its number: the same images give the same latents. Shows a progress bar on
-    stderr.
+    Each image's sample is seeded by its number, so the same images give the same latents. A progress bar is shown
+    on stderr.
 
     Args:
-        model: of 3 channels; it runs on its own device and in its own dtype.
-        images: of which `count` are taken at equal distances, or all if there are fewer; those that cannot
-            be read are left out.
+        model: autoencoder of RGB images; it runs on its own device and in its own dtype.
+        images: source of the images; unreadable ones are left out.
+        size: side of the squares in pixels.
+        count: maximum number of images, evenly spaced over the source.
+        batch_size: images per batch.
+        workers: number of processes that decode images; 0 decodes in this one.
 
     Returns:
-        (N, n_z, h, w) float32, on the CPU.
+        The latents (N, n_z, h, w), float32, on the CPU.
 
     Raises:
-        UserError: a size or a number of channels that do not fit the model, no image that can be read, or
-            latents that are not finite.
+        UserError: the model does not take this size or RGB images, no image can be read, or a latent is not
+            finite.
     """
     check_size(model, size)
     squares = SquareDataset(images, size, count)
@@ -75,19 +78,19 @@ def collect_latents(
 
 
 def squared_mmd(x: Tensor, y: Tensor, sigmas: Sequence[float]) -> Tensor:
-    """The unbiased estimate of the squared maximum mean discrepancy (Gretton et al., 2012, Equation 3).
+    """Returns the unbiased estimate of the squared maximum mean discrepancy (Gretton et al., 2012, Equation 3).
 
     The kernels are k(a, b) = exp(-|a - b|² / (2 sigma²)). The estimate may be below 0.
 
     Args:
         x, y: samples of the two distributions, (M, d) and (N, d), at least two each.
-        sigmas: one for each kernel.
+        sigmas: bandwidth of each kernel.
 
     Returns:
-        (len(sigmas),) float64.
+        The estimates (len(sigmas),), float64.
 
     Raises:
-        ValueError: fewer samples, or of different lengths.
+        ValueError: there are fewer samples, or their lengths differ.
     """
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < 2:
         raise ValueError(
@@ -97,7 +100,7 @@ def squared_mmd(x: Tensor, y: Tensor, sigmas: Sequence[float]) -> Tensor:
     within_x, within_y, between = squared_distances(x, x), squared_distances(y, y), squared_distances(x, y)
 
     def mean_of_pairs(kernel: Tensor) -> Tensor:
-        count = len(kernel)  # a sample and itself are no pair
+        count = len(kernel)  # a sample is not paired with itself
         return (kernel.sum() - kernel.diagonal().sum()) / (count * (count - 1))
 
     estimates = []
@@ -108,38 +111,39 @@ def squared_mmd(x: Tensor, y: Tensor, sigmas: Sequence[float]) -> Tensor:
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:
-    """(M, d) and (N, d) to (M, N)."""
+    """Returns the squared distances (M, N) between the rows of (M, d) and (N, d)."""
     squares = x.square().sum(1)[:, None] + y.square().sum(1)
-    return (squares - 2 * x @ y.T).clamp_(min=0)  # rounding may leave it below
+    return (squares - 2 * x @ y.T).clamp_(min=0)  # rounding can make it negative
 
 
 def distance_from_gaussian(
     latents: Tensor, sigmas: Sequence[float] = SIGMAS, groups: int = 10
 ) -> list[Discrepancy]:
-    """The squared MMD between latents and samples of a standard Gaussian, for each kernel, with error bars.
+    """Returns the squared MMD between latents and samples of a standard Gaussian, per kernel, with error bars.
 
-    A latent is one vector of n_z·h·w elements, divided by the standard deviation of all elements together, as
-    diffusion models see it. The latents are shared out among disjoint groups, each of which is compared with
-    as many Gaussian samples of its own, the same each time.
+    Each latent is one vector of n_z·h·w elements, divided by the standard deviation of all elements together, as
+    diffusion models see it. The latents are divided into disjoint groups, and each group is compared with as many
+    Gaussian samples of its own, which are the same in every call.
 
     The paper states neither its unit nor how it scales latents.
 
     Args:
-        latents: (N, n_z, h, w).
-        groups: at least 2.
+        latents: latents (N, n_z, h, w).
+        sigmas: bandwidth of each kernel.
+        groups: number of groups, at least 2.
 
     Raises:
-        UserError: fewer than two latents for a group, or latents that are all equal.
+        UserError: a group would have fewer than two latents, or all latents are equal.
     """
     if groups < 2 or len(latents) < 2 * groups:
         raise UserError(
-            f"{len(latents)} images cannot be shared among {groups} groups: there must be two groups at least, "
-            "of two images each"
+            f"{len(latents)} images cannot be shared among {groups} groups: there must be at least two groups "
+            "of at least two images"
         )
     vectors = latents.double().flatten(1) * latent_statistics(latents).scaling_factor
     generator = torch.Generator().manual_seed(-1)  # images' samples are drawn from 0, 1, 2, ...
     noise = torch.randn(vectors.shape, generator=generator).to(vectors)
-    # every groups-th one: neighbours in a data set are often alike
+    # A group takes every groups-th latent, because neighbours in a data set are often alike.
     estimates = torch.stack(
         [squared_mmd(vectors[i::groups], noise[i::groups], sigmas) for i in range(groups)]
     )
@@ -152,11 +156,12 @@ def distance_from_gaussian(
 
 
 def draw_distances(statistics: LatentStatistics, discrepancies: Sequence[Discrepancy], path: Path) -> None:
-    """The squared MMD over sigma with error bars, beside the channels' means and standard deviations.
+    """Plots the squared MMD over sigma with error bars, beside the channels' means and standard deviations.
 
     Args:
-        statistics, discrepancies: of one model, as `latent_statistics` and `distance_from_gaussian` give them.
-        path: the PNG to write.
+        statistics: result of `latent_statistics`.
+        discrepancies: results of `distance_from_gaussian` for the same model.
+        path: PNG file to write.
     """
     figure = Figure(figsize=(10, 4), dpi=DPI, layout="constrained")
     left, right = figure.subplots(1, 2)

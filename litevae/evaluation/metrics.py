@@ -1,4 +1,4 @@
-"""Distances between an image and its reconstruction, on uint8 pixels: of one image, or of batches on any device."""
+"""PSNR and SSIM of uint8 images: of single images, and of batches on any device."""
 
 import numpy as np
 import torch
@@ -7,19 +7,19 @@ from torch import Tensor
 
 from litevae.data.images import Pixels
 
-SIGMA, RADIUS = 1.5, 5  # of SSIM's window, in pixels
+SIGMA, RADIUS = 1.5, 5  # SSIM's window, in pixels
 
 
 def psnr(image: Pixels, reconstruction: Pixels) -> float:
-    """Peak signal-to-noise ratio in dB of two (H, W, 3) uint8 images; infinite where they are equal."""
+    """Returns the peak signal-to-noise ratio in dB of two (H, W, 3) uint8 images; infinite if they are equal."""
     with np.errstate(divide="ignore"):
         return float(peak_signal_noise_ratio(image, reconstruction, data_range=255))
 
 
 def ssim(image: Pixels, reconstruction: Pixels) -> float:
-    """Structural similarity of two (H, W, 3) uint8 images of at least 11 pixels, the mean over channels.
+    """Returns the structural similarity of two (H, W, 3) uint8 images of at least 11 pixels, averaged over channels.
 
-    With the settings of Wang et al. (2004): 11x11 Gaussian window of sigma 1.5, population covariance.
+    The settings are those of Wang et al. (2004): an 11x11 Gaussian window of sigma 1.5, population covariance.
     """
     return float(
         structural_similarity(
@@ -35,16 +35,16 @@ def ssim(image: Pixels, reconstruction: Pixels) -> float:
 
 
 def batch_psnr(images: Tensor, reconstructions: Tensor) -> Tensor:
-    """`psnr` of each of two (N, 3, H, W) uint8 tensors: (N,) float64."""
+    """Returns the PSNR of each pair of images in two (N, 3, H, W) uint8 tensors: (N,) float64, in dB."""
     error = (images.double() - reconstructions.double()).square().mean((1, 2, 3))
     return 10 * torch.log10(255**2 / error)
 
 
 def batch_ssim(images: Tensor, reconstructions: Tensor) -> Tensor:
-    """`ssim` of each of two (N, 3, H, W) uint8 tensors, H and W at least 11: (N,) float64.
+    """Returns the SSIM of each pair of images in two (N, 3, H, W) uint8 tensors, H and W at least 11: (N,) float64.
 
-    torchmetrics' takes 121 taps a pixel where two passes need 22, and in float32 loses the variance of bright
-    flat areas.
+    torchmetrics' SSIM takes 121 taps per pixel where two passes need 22, and its float32 sums lose the variance
+    of bright flat areas.
     """
     x, y = images.double(), reconstructions.double()
     mean_x, mean_y = window_mean(x), window_mean(y)
@@ -56,7 +56,7 @@ def batch_ssim(images: Tensor, reconstructions: Tensor) -> Tensor:
 
 
 def window_mean(x: Tensor) -> Tensor:
-    """(..., H, W) to (..., H - 10, W - 10): the mean of each 11x11 window, with Gaussian weights."""
+    """Returns the Gaussian-weighted mean of each 11x11 window: (..., H, W) to (..., H - 10, W - 10)."""
     weights = torch.exp(-0.5 * (torch.arange(-RADIUS, RADIUS + 1, dtype=torch.float64) / SIGMA) ** 2)
     weights /= weights.sum()
     for axis in (-1, -2):

@@ -1,4 +1,4 @@
-"""The pictures of a training run, and what versions it ran on."""
+"""Pictures of reconstructions and latents."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,18 +19,19 @@ from litevae.plotting import DPI
 def draw_reconstructions(
     model: Autoencoder, images: Sequence[tuple[str, Pixels]], path: Path, principal: bool = True
 ) -> None:
-    """A row for each image: input, reconstruction, and latent as RGB.
+    """Draws one row per image: input, reconstruction, and latent as RGB.
 
     Args:
-        images: what to write beside the row, and (H, W, 3) uint8.
-        path: the PNG to write.
-        principal: as in `latents_as_rgb`.
+        model: autoencoder of RGB images.
+        images: label of the row and (H, W, 3) uint8 pixels.
+        path: PNG file to write.
+        principal: whether to show principal components, as in `latents_as_rgb`.
     """
     factor = spatial_compression(model)
     latents = [encode(model, image) for _, image in images]
     colours = latents_as_rgb([latent[0].float().cpu() for latent in latents], principal)
     columns = ("input", "reconstruction", "latent as RGB")
-    width, left, top = 3.6, 0.35, 0.55  # inches; of a picture, and of the margins
+    width, left, top = 3.6, 0.35, 0.55  # inches: a picture, and the margins
     heights = [width * image.shape[0] / image.shape[1] for _, image in images]
     gap = 0.1
     total_width = left + len(columns) * (width + gap)
@@ -82,26 +83,28 @@ def draw_reconstructions(
 
 
 def latents_as_rgb(latents: Sequence[torch.Tensor], principal: bool = True) -> list[Pixels]:
-    """Latents (n_z, h, w), float32, as (h, w, 3) uint8 pictures by their first three principal components.
+    """Renders latents as (h, w, 3) uint8 pictures of their first three principal components.
 
-    The components are those of all the latents together, so that a colour means the same in every picture;
-    each fills the range between its 1st and 99th percentile.
+    The components are computed over all latents together, so that a colour means the same in every picture. Each
+    is scaled to the range between its 1st and 99th percentile.
 
     Args:
-        principal: False shows the first three channels as they are, like the paper's Figures 2 and 4.
+        latents: latents (n_z, h, w), float32.
+        principal: whether to show principal components; False shows the first three channels as they are, like
+            the paper's Figures 2 and 4.
     """
-    latents = [latent.nan_to_num() for latent in latents]  # a diverged model gets its picture too
+    latents = [latent.nan_to_num() for latent in latents]  # a model that diverged gets a picture too
     flat = torch.cat([latent.flatten(1) for latent in latents], dim=1).T  # (pixels, n_z)
     mean = flat.mean(dim=0)
     if principal:
         _, _, basis = torch.linalg.svd(flat - mean, full_matrices=False)
-        # of the two directions of a component, the one with more positive loadings: stable from run to run
+        # The sign with more positive loadings is taken, so that pictures are stable from run to run.
         basis = basis * torch.where(basis.sum(dim=1, keepdim=True) < 0, -1.0, 1.0)
     else:
         basis = torch.eye(flat.shape[1])
     basis = basis[:3]
     values = (flat - mean) @ basis.T
-    if values.shape[1] < 3:  # fewer latent channels than colours: grey
+    if values.shape[1] < 3:  # fewer latent channels than colours give grey
         values = values[:, :1].expand(-1, 3)
     low, high = np.percentile(values.numpy(), (1, 99), axis=0).astype(np.float32)
     pictures = []
@@ -116,7 +119,7 @@ def latents_as_rgb(latents: Sequence[torch.Tensor], principal: bool = True) -> l
 
 
 def draw_grid(pairs: Sequence[tuple[Pixels, Pixels]], path: Path, most: int = 8) -> None:
-    """The first images, each beside its reconstruction, as a PNG; makes its folder."""
+    """Draws the first `most` images, each beside its reconstruction, as a PNG; creates its folder."""
     rows = [np.concatenate(pair, axis=1) for pair in pairs[:most]]
     grid = np.full((sum(len(row) for row in rows), max(row.shape[1] for row in rows), 3), 255, np.uint8)
     top = 0

@@ -1,4 +1,4 @@
-"""Whole photographs through an autoencoder."""
+"""Reconstructions by an autoencoder: of whole photographs, and of batches of squares."""
 
 from collections.abc import Sequence
 
@@ -13,40 +13,47 @@ from litevae.models.interface import Autoencoder, encode_pixels, spatial_compres
 
 @torch.inference_mode()
 def encode(model: Autoencoder, image: Pixels) -> Tensor:
-    """The mode of the latent of an image.
+    """Encodes an image to the mode of its posterior.
 
     Args:
-        model: of 3 channels; it runs on its own device and in its own dtype.
-        image: (H, W, 3) uint8, of any size: padded by mirroring, see `pad_image`.
+        model: autoencoder of RGB images; it runs on its own device and in its own dtype.
+        image: (H, W, 3) uint8 pixels of any size; `pad_image` pads them by mirroring.
 
     Returns:
-        (1, n_z, h, w) with h = max(⌈H/f⌉, 2) and w likewise, in the model's dtype and on its device.
+        The latent (1, n_z, h, w) with h = max(⌈H/f⌉, 2) and w likewise, in the model's dtype and on its device.
     """
     return encode_pixels(model, pad_image(image, spatial_compression(model))).mode()
 
 
 @torch.inference_mode()
 def decode(model: Autoencoder, latent: Tensor, size: tuple[int, int]) -> Pixels:
-    """The image of a latent that `encode` returned, (H, W, 3) uint8, with the padding cut off.
+    """Decodes a latent to (H, W, 3) uint8 pixels, without the padding.
 
     Args:
-        size: H and W of the image that was encoded.
+        model: autoencoder that encoded the image.
+        latent: result of `encode`.
+        size: height and width of the image that was encoded.
     """
     decoded = to_pixels(model.decode(latent).sample)
     return decoded[0, :, : size[0], : size[1]].permute(1, 2, 0).contiguous().cpu().numpy()
 
 
 def reconstruct(model: Autoencoder, image: Pixels) -> Pixels:
-    """What is left of an (H, W, 3) uint8 image once it went through its latent; the same shape and type."""
+    """Encodes and decodes an (H, W, 3) uint8 image; returns the same shape and dtype."""
     height, width = image.shape[:2]
     return decode(model, encode(model, image), (height, width))
 
 
 def reconstruct_batch(model: Autoencoder, pixels: Tensor, seeds: list[int] | None) -> tuple[Tensor, Tensor]:
-    """(N, 3, H, W) uint8 on the model's device, and as much of it as its latents keep.
+    """Returns a batch and its reconstruction, both (N, 3, H, W) uint8 on the model's device.
 
     Args:
-        seeds: of each image's sample; None decodes the mode.
+        model: autoencoder of RGB images.
+        pixels: (N, 3, H, W) uint8 pixels.
+        seeds: seed of each image's sample of the posterior; None decodes the mode.
+
+    Raises:
+        UserError: the model does not take this size, or its reconstructions are not finite.
     """
     pixels = pixels.to(model.device)
     posterior = encode_pixels(model, pixels)
@@ -58,7 +65,10 @@ def reconstruct_batch(model: Autoencoder, pixels: Tensor, seeds: list[int] | Non
 
 
 def sample_posterior(posterior: DiagonalGaussianDistribution, seeds: Sequence[int]) -> Tensor:
-    """A sample for each image from its own seed, drawn on the CPU: the same on any device and in any batch."""
+    """Samples each image's posterior from its own seed.
+
+    The noise is drawn on the CPU, so that a sample is the same on every device and in every batch.
+    """
     mean: Tensor = posterior.mean
     noise = [torch.randn(mean.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return mean + posterior.std * torch.stack(noise).to(mean)

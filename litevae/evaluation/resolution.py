@@ -1,4 +1,4 @@
-"""How reconstruction depends on the images' resolution (Figures 5 and 8)."""
+"""Reconstruction quality at different resolutions (Figures 5 and 8)."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -32,21 +32,22 @@ def sweep_resolutions(
     batch_size: int = 16,
     workers: int = 4,
 ) -> dict[str, dict[int, Evaluation]]:
-    """`evaluate` of each model at each size: the same images, resized.
+    """Evaluates each model at each size, on the same images.
 
-    Every model is first asked whether it takes every size, so that none fails after others were measured.
+    Every model is first checked at every size, so that none fails after others were measured.
 
     Args:
-        models: by name, each on the device and in the dtype that it is to run in.
-        sizes: in pixels. Images that are smaller are enlarged.
+        models: autoencoders by name, each on the device and in the dtype to run in.
+        images: source of the images.
+        sizes: sides of the squares in pixels. Smaller images are enlarged.
         metrics, count, batch_size, workers: as in `evaluate`.
 
     Returns:
-        By name and size, in the order given.
+        The results by name and size, in the given order.
 
     Raises:
-        UserError: a size that a model does not take, such as one with a Vision Transformer, which has one
-            size only; or as `evaluate`.
+        UserError: a model does not take a size (one with a Vision Transformer takes a single size), or as
+            `evaluate`.
     """
     check_metrics(metrics)
     for name, model in models.items():
@@ -59,7 +60,7 @@ def sweep_resolutions(
 
 
 def check_takes(name: str, model: Autoencoder, size: int) -> None:
-    """UserError unless the model, called `name` in it, reconstructs images of `size` pixels. Computes nothing."""
+    """Raises UserError, with the model's `name`, unless it takes images of `size` pixels. Nothing is computed."""
     try:
         check_size(model, size)
         measure_complexity(model, size)
@@ -68,19 +69,20 @@ def check_takes(name: str, model: Autoencoder, size: int) -> None:
 
 
 def relative_degradation(values: Mapping[int, float], metric: str, trained_size: int) -> dict[int, float]:
-    """How much worse a model is at each size than at the one it was trained for, in percent of the latter.
+    """Returns how much worse a model is at each size than at its training size, in percent of the latter.
 
-    Above 0 is worse, whichever direction of the metric is better. PSNR's are percent of its dB. Where the
-    training size is not among the sizes, the best value takes its place. That is our reading of "performance
-    degradation when evaluating the model at different resolutions" (Section 5): the paper gives no formula.
+    Values above 0 are worse, whichever direction of the metric is better. PSNR counts in percent of its dB. If
+    the training size is not among the sizes, the best value takes its place. This is our reading of
+    "performance degradation when evaluating the model at different resolutions" (Section 5); the paper gives no
+    formula.
 
     Args:
-        values: of the metric, by size.
-        metric: one of `evaluate`'s.
+        values: values of the metric by size.
+        metric: name of the metric, as in `evaluate`.
         trained_size: the model's `config.sample_size`, in pixels.
 
     Returns:
-        By size; NaN where it is undefined (the reference is 0 or infinite).
+        The degradation by size; NaN where the reference is 0 or infinite.
     """
     sign = 1 if metric in ("psnr", "ssim") else -1
     best = max(values.values(), key=lambda value: sign * value)
@@ -93,12 +95,12 @@ def relative_degradation(values: Mapping[int, float], metric: str, trained_size:
 def draw_resolutions(
     values: Mapping[str, Mapping[int, Mapping[str, float]]], trained_sizes: Mapping[str, int], path: Path
 ) -> None:
-    """Each metric against the resolution, and below it the relative degradation; a line for each model.
+    """Plots each metric against the resolution, and the relative degradation below it; one line per model.
 
     Args:
-        values: of the metrics, by model, size and metric; all models with the same sizes and metrics.
-        trained_sizes: as in `relative_degradation`, by model.
-        path: the PNG to write.
+        values: values by model, size and metric; all models have the same sizes and metrics.
+        trained_sizes: training size of each model, as in `relative_degradation`.
+        path: PNG file to write.
     """
     sizes = sorted(next(iter(values.values())))
     metrics = list(next(iter(values.values()))[sizes[0]])
@@ -116,7 +118,7 @@ def draw_resolutions(
         upper.set(title=LABELS[metric], ylabel=LABELS[metric].partition(" (")[0])
         lower.axhline(0, color="0.5", linewidth=0.8)
         lower.set(
-            xscale="log", xlabel="resolution (pixels a side)", ylabel="degradation (%; above 0 is worse)"
+            xscale="log", xlabel="resolution (pixels per side)", ylabel="degradation (%; above 0 is worse)"
         )
         lower.set_xticks(sizes, [str(size) for size in sizes])
         lower.xaxis.set_minor_locator(NullLocator())

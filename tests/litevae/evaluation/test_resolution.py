@@ -117,7 +117,7 @@ class TestCommand:
             (["--sizes", "30"], "smc does not take images of 30 x 30 pixels: size must be a multiple of 4"),
             (["--names", "A"], "--names must be 2 different ones, with commas between, got A"),
             (["--names", "A,A"], "--names must be 2 different ones"),
-            (["--metrics", "mse"], "error: there is no metric 'mse'"),
+            (["--metrics", "mse"], "error: unknown metric 'mse'"),
         ],
     )
     def test_mistake_is_one_line(self, run, tmp_path, arguments, message):

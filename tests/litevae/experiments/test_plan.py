@@ -103,7 +103,7 @@ def test_a_signal_stops_it_and_nothing_is_reported(tmp_path, own, monkeypatch, c
             "--data imagnet=...: this experiment's data sets are imagenet",
         ),
         (["--data", "imagenet=/x"], "--data and --validation are for --scale paper"),
-        (["--metrics", "fsim"], "there is no metric 'fsim', only rfid, lpips, psnr, ssim"),
+        (["--metrics", "fsim"], "unknown metric 'fsim': choose from rfid, lpips, psnr, ssim"),
         (["data.sise=32"], "unknown setting 'data.sise': did you mean 'data.size'?"),
         (["data.size=36"], "row 'both': size must be a multiple of 8"),
         (["seed=3"], "seed=3: the experiment sets this itself"),
