@@ -1,1 +1,1 @@
-"""The paper's tables and figures by name: each is a few training runs, and what is measured of them."""
+"""The paper's tables and figures by name: each is a few training runs and the measurements of them."""

@@ -12,14 +12,16 @@ from litevae.data.sources import HELD_OUT_PHOTOGRAPH, TRAINING_PHOTOGRAPHS, load
 from litevae.errors import UserError
 from litevae.experiments.spec import RunSpec, Setup
 
-TRAINING_SQUARES = 256  # of the demo's photographs, at most, where their latents are wanted
+TRAINING_SQUARES = 256  # maximum number for measuring latents
 
 
 def held_out_images(setup: Setup, run: RunSpec, size: int) -> str:
-    """Where images are that a row's model is not trained on.
+    """Returns the source of images that a row's model is not trained on, as `open_images` takes it.
 
     Args:
-        size: in pixels, that they are wanted at.
+        setup: scale and folders.
+        run: the row.
+        size: side in pixels of the squares to measure on.
     """
     if not setup.at.demo:
         return setup.validation[run.dataset]
@@ -27,10 +29,15 @@ def held_out_images(setup: Setup, run: RunSpec, size: int) -> str:
 
 
 def squares_folder(output: Path, held_out: bool, size: int) -> Path:
-    """A folder with squares of the demo's photographs, cut, not resized; made where it is not there.
+    """Returns a folder with squares cut from the demo's photographs, and creates it if it is missing.
 
     Args:
-        held_out: of the one that no model trains on, else of the others.
+        output: folder of the experiments' results.
+        held_out: whether to cut from the photograph that no model trains on, or from the others.
+        size: side of the squares in pixels; nothing is resized.
+
+    Raises:
+        UserError: the photographs are smaller than a square.
     """
     folder = output / "images" / f"{'held-out' if held_out else 'training'}-{size}"
     state = PartialState()
@@ -52,7 +59,7 @@ def squares_folder(output: Path, held_out: bool, size: int) -> Path:
         unfinished.chmod(0o755)
         try:
             unfinished.rename(folder)
-        except OSError:  # there by now, from another experiment, or a failure of the disk's
+        except OSError:  # another experiment has made it meanwhile, or the disk failed
             shutil.rmtree(unfinished)
             if not folder.is_dir():
                 raise
@@ -61,7 +68,7 @@ def squares_folder(output: Path, held_out: bool, size: int) -> Path:
 
 
 def cut(image: Pixels, size: int) -> list[Pixels]:
-    """The squares of an (H, W, 3) image that lie side by side from its upper left corner."""
+    """Cuts an (H, W, 3) image into adjacent squares, from its upper left corner."""
     height, width = image.shape[:2]
     return [
         image[top : top + size, left : left + size]

@@ -1,4 +1,4 @@
-"""What is measured of an experiment's models, for each kind of experiment."""
+"""Measurements of an experiment's models: one function per kind of experiment."""
 
 import re
 import shutil
@@ -31,18 +31,18 @@ from litevae.models.loading import find_model, load_model
 from litevae.training.gradient_ratio import draw_gradient_ratios, read_gradient_ratios
 
 COMPLEXITY_SIZE = 256
-SHOWN = 3  # rows of a picture
+SHOWN = 3  # images per picture
 IMBALANCE_IMAGES = 32
 MMD_IMAGES = 2000
 
-Pictures = dict[str, Callable[[Path], None]]  # what to add to the experiment's name, and what draws it
+Pictures = dict[str, Callable[[Path], None]]  # suffix of the file name, and function that draws the picture
 
 
 def measure(experiment: Experiment, setup: Setup, rows: Sequence[Row]) -> Pictures:
-    """Fills the rows' values, in all processes alike.
+    """Measures the rows' models and stores the values in the rows, the same in all processes.
 
     Returns:
-        The pictures, which the first process is to draw.
+        The pictures for the first process to draw.
     """
     return KINDS[experiment.kind](experiment, setup, rows)
 
@@ -68,7 +68,7 @@ def reconstruction(experiment: Experiment, setup: Setup, rows: Sequence[Row]) ->
 
 
 def parameters(row: Row, trained: Trained) -> dict[str, float]:
-    """Those that the paper prints, counted."""
+    """Counts those parameters of which the paper prints the number."""
     model = load(trained)
     found = {"parameters (M)": count_parameters(model)[0] / 1e6}
     if isinstance(model, LiteVAE) and isinstance(model.encoder, Encoder):
@@ -146,7 +146,7 @@ def features(experiment: Experiment, setup: Setup, rows: Sequence[Row]) -> Pictu
 
 def resolution(experiment: Experiment, setup: Setup, rows: Sequence[Row]) -> Pictures:
     sizes, metrics = [size // setup.at.size for size in experiment.sizes], wanted_metrics(experiment, setup)
-    folder = held_out_images(setup, rows[0].spec, max(sizes))  # shrunk, not enlarged
+    folder = held_out_images(setup, rows[0].spec, max(sizes))  # so that images are shrunk, not enlarged
     workers = rows[0].trained[0].config.data.workers
     models = {row.spec.name: load(row.trained[0]) for row in rows}
     trained_sizes = {name: model.config.sample_size for name, model in models.items()}
@@ -187,7 +187,7 @@ def gradients(experiment: Experiment, setup: Setup, rows: Sequence[Row]) -> Pict
 
 
 def generation(experiment: Experiment, setup: Setup, rows: Sequence[Row]) -> Pictures:
-    """What `litevae scale`, `encode` and `train-diffusion` do one after the other."""
+    """Does what `litevae scale`, `encode` and `train-diffusion` do, one after the other."""
     pictures: Pictures = {}
     for row in rows:
         trained = row.trained[0]
@@ -196,23 +196,23 @@ def generation(experiment: Experiment, setup: Setup, rows: Sequence[Row]) -> Pic
         images = open_images(source)
         if load(trained).config.latents_mean is None:
             found = measure_latents(load(trained), images, size, workers=workers)
-            PartialState().wait_for_everyone()  # all have read the configuration
+            PartialState().wait_for_everyone()  # until all have read the configuration
             if PartialState().is_main_process:
                 store_scale(trained.folder / "model" / "config.json", found)
             PartialState().wait_for_everyone()
         folder = trained.folder / "latents"
         encoded = encode_images(load(trained), images, folder, Settings(size, mirror=True), workers=workers)
         if encoded.stopped_by:
-            raise Stopped(f"stopped by {encoded.stopped_by}: the same command goes on")
+            raise Stopped(f"stopped by {encoded.stopped_by}: the same command continues")
         config = diffusion_config(experiment, setup, trained.folder, str(folder), source)
         record = finished(config.output_dir)
         if record is None:
             result = train_diffusion(config, load(trained))
             if result.stopped_by:
-                raise Stopped(f"stopped by {result.stopped_by}: the same command goes on")
+                raise Stopped(f"stopped by {result.stopped_by}: the same command continues")
             record = finished(config.output_dir)
         if record is None:
-            raise UserError(f"{config.output_dir}: the run did not come to its end")
+            raise UserError(f"{config.output_dir}: the run did not complete")
         fid = record["fid"]["fid"]
         values = {} if fid is None else {"fid": fid}
         row.values.append(
@@ -228,25 +228,25 @@ def generation(experiment: Experiment, setup: Setup, rows: Sequence[Row]) -> Pic
 
 
 def many_images(setup: Setup, row: Row, size: int) -> str:
-    """Held-out images; below the paper's scale, where one photograph gives too few, those trained on."""
+    """Returns held-out images; below the paper's scale the training images, because one photograph gives too few."""
     if not setup.at.demo:
         return held_out_images(setup, row.spec, size)
     return str(squares_folder(setup.output, held_out=False, size=size))
 
 
 def named_images(folder: str, size: int, count: int) -> list[tuple[str, Pixels]]:
-    """Squares of `size` pixels, with names for a picture."""
+    """Loads squares of `size` pixels, with names for a picture."""
     images = load_validation(open_images(folder), size, count).images
     return [(Path(name).stem, pixels) for name, pixels in images]
 
 
 def slug(name: str) -> str:
-    """For a file's name."""
+    """Returns `name` in a form that suits a file name."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def load(trained: Trained) -> Autoencoder:
-    """The run's model, on this process's device."""
+    """Loads the run's model on this process's device."""
     return on_device(load_model(trained.folder))
 
 

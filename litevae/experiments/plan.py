@@ -1,4 +1,4 @@
-"""Runs an experiment's training, each model once over all experiments, and makes sure beforehand that it can."""
+"""The plan of an experiment: the configuration of every run, with all checks before any training."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -29,16 +29,24 @@ from litevae.models.interface import check_size
 from litevae.training.config import Config, check_batch_size, list_stages
 
 WITHOUT_WEIGHTS = ("psnr", "ssim")
-OURS = ("seed", "output_dir", "resume", "data.train", "data.validation")  # settings that the experiment makes
+OURS = (
+    "seed",
+    "output_dir",
+    "resume",
+    "data.train",
+    "data.validation",
+)  # settings that the experiment decides
 
 
 def prepare(name: str, setup: Setup) -> tuple[Experiment, list[list[Config]]]:
-    """The experiment, and the configuration of each row and seed. What can be wrong shows here, before training.
+    """Loads an experiment and plans the configuration of each row and seed.
+
+    Everything that can be checked is checked here, before any training.
 
     Raises:
-        UserError: no such experiment; options that do nothing at this scale or for this kind of experiment; a
-            dataset without images; settings that do not fit; or weights of a loss or a metric that are not to be
-            had.
+        UserError: there is no such experiment; an option has no effect at this scale or for this kind of
+            experiment; a data set has no images; settings do not fit together; or the weights of a loss or a
+            metric are missing and cannot be downloaded.
     """
     experiment = load_experiment(name)
     check_options(experiment, setup)
@@ -47,7 +55,7 @@ def prepare(name: str, setup: Setup) -> tuple[Experiment, list[list[Config]]]:
     if experiment.kind in ("reconstruction", "resolution"):
         metrics = wanted_metrics(experiment, setup)
         check_metrics(metrics)
-        Sums(metrics, None)  # raises for weights that are missing
+        Sums(metrics, None)  # raises if weights are missing
     seeds = setup.seeds or (experiment.seeds if setup.at.demo else 1)
     configs = [[row_config(experiment, run, setup, seed) for seed in range(seeds)] for run in experiment.runs]
     for run, (config, *_) in zip(experiment.runs, configs, strict=True):
@@ -61,10 +69,10 @@ def prepare(name: str, setup: Setup) -> tuple[Experiment, list[list[Config]]]:
 
 
 def check_options(experiment: Experiment, setup: Setup) -> None:
-    """UserError for an option that would do nothing, or would undo what the experiment does."""
+    """Raises UserError for an option without effect, or one that the experiment decides itself."""
     if setup.at.demo and (setup.data or setup.validation):
         raise UserError(
-            f"--data and --validation are for --scale paper: {setup.scale} is on scikit-image's photographs"
+            f"--data and --validation are for --scale paper: {setup.scale} uses scikit-image's photographs"
         )
     datasets = {run.dataset for run in experiment.runs}
     for option, given in (("--data", setup.data), ("--validation", setup.validation)):
@@ -78,9 +86,9 @@ def check_options(experiment: Experiment, setup: Setup) -> None:
     if setup.diffusion_overrides and experiment.kind != "generation":
         raise UserError(f"{SECOND_STAGE}{setup.diffusion_overrides[0]}: this experiment has no second stage")
     if setup.metrics is not None and experiment.kind not in ("reconstruction", "resolution"):
-        raise UserError("--metrics: this experiment has its own")
+        raise UserError("--metrics: this experiment has its own metrics")
     if (setup.seeds or 1) > 1 and experiment.kind not in ("reconstruction", "mmd"):
-        raise UserError(f"--seeds {setup.seeds}: this experiment shows one model a row")
+        raise UserError(f"--seeds {setup.seeds}: this experiment shows one model per row")
 
 
 def wanted_metrics(experiment: Experiment, setup: Setup) -> list[str]:
@@ -106,7 +114,7 @@ def row_config(experiment: Experiment, run: RunSpec, setup: Setup, seed: int) ->
 
 
 def check_run(experiment: Experiment, setup: Setup, config: Config) -> None:
-    """UserError or ValueError for what the run, or measuring it, would fail over."""
+    """Raises UserError or ValueError for everything that the run or its measurement would fail over."""
     for path in (config.data.train, config.data.validation):
         open_images(path)
     late = [stage.start for stage in config.stages if stage.start > config.max_steps]
@@ -127,7 +135,7 @@ def check_run(experiment: Experiment, setup: Setup, config: Config) -> None:
         check_size(model, size)
     for stage in list_stages(config):
         check_batch_size(stage.batch_size, config.optimizer.accumulation, PartialState().num_processes)
-    Objective(config.loss)  # raises for VGG's weights
+    Objective(config.loss)  # raises if VGG's weights are missing
 
 
 def check_second_stage(experiment: Experiment, setup: Setup, run: RunSpec) -> None:
@@ -140,13 +148,13 @@ def check_second_stage(experiment: Experiment, setup: Setup, run: RunSpec) -> No
         PartialState().num_processes,
         "diffusion.data.batch_size",
     )
-    prepare_fid(config)  # raises for Inception's weights
+    prepare_fid(config)  # raises if Inception's weights are missing
 
 
 def diffusion_config(
     experiment: Experiment, setup: Setup, model: Path, latents: str, images: str
 ) -> DiffusionConfig:
-    """Of the second stage; in a folder of its own in the autoencoder's."""
+    """Returns the configuration of the second stage, whose folder is inside the autoencoder's."""
     wanted = [] if "fid" in experiment.metrics else ["fid.measure=never"]
     config = load_diffusion_config(
         setup.at.second_stage,

@@ -1,4 +1,4 @@
-"""One experiment from its name to its report."""
+"""Running one experiment, from its name to its report."""
 
 import time
 from pathlib import Path
@@ -15,14 +15,18 @@ from litevae.files import replacing
 
 
 def run_experiment(name: str, setup: Setup) -> Path | None:
-    """Trains, measures and writes the result; returns the Markdown file's path, in the first process only.
+    """Trains and measures an experiment's models, and writes the report.
 
     Args:
-        name: as `load_experiment` takes it.
+        name: name of the experiment, or path of a YAML file, as `load_experiment` takes it.
+        setup: scale, folders and overrides.
+
+    Returns:
+        The path of the Markdown file in the first process, None in the others.
 
     Raises:
-        Stopped: by a signal; what is trained is kept.
-        UserError: before any training, what `prepare` raises; later what training and measuring do.
+        Stopped: a signal ended a training run. The models that are trained are kept.
+        UserError: as `prepare`, before any training; later as training and measuring.
         NonFiniteError, OSError: as `litevae.training.train`.
     """
     start = time.perf_counter()

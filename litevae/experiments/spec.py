@@ -1,4 +1,4 @@
-"""What an experiment consists of: one YAML file in `litevae/configs/experiments/` for each table or figure."""
+"""The specification of an experiment: one YAML file in `litevae/configs/experiments/` per table or figure."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,11 +17,12 @@ FOLDER = CONFIGS / "experiments"
 
 @dataclass(frozen=True)
 class Scale:
-    """What becomes of a published setting.
+    """How a published setting is scaled down.
 
-    `size`: the images are so many times smaller. `steps`: so many of a thousand steps. `settings` of training
-    and `diffusion` of the second stage replace the experiment's. `demo`: on scikit-image's photographs, instead
-    of data sets that the user names. `mmd_groups`, `complexity_batch`: of these measurements.
+    `size`: divisor of the image sizes. `steps`: steps kept per thousand. `settings` of training and `diffusion`
+    settings of the second stage replace the experiment's. `demo`: whether to train on scikit-image's photographs
+    instead of data sets that the user names. `mmd_groups`: groups of images for the MMD. `complexity_batch`: batch
+    size for timing.
     """
 
     description: str
@@ -35,8 +36,8 @@ class Scale:
     complexity_batch: int = 32
 
 
-# No weights are downloaded below the paper's scale, so there is no LPIPS; a discriminator comes only where the
-# experiment is about it. Encoders stay whole.
+# Below the paper's scale no weights are downloaded, so there is no LPIPS, and there is a discriminator only where
+# the experiment is about it. Encoders keep their size.
 DEMO_SETTINGS = (
     "data.train=demo",
     "data.crop=native",
@@ -49,7 +50,7 @@ DEMO_SETTINGS = (
     "validate_every=50",
     "tracker=none",
 )
-DEMO_KL = 1e-4  # 0.01 would leave little to reconstruct from after so few steps
+DEMO_KL = 1e-4  # with 0.01, latents would hold little after so few steps
 SCALES = {
     "paper": Scale("the paper's setting", diffusion=("fid.measure=always",)),
     "medium": Scale(
@@ -83,24 +84,24 @@ SCALES = {
         complexity_batch=1,
     ),
 }
-# diffusers' AutoencoderKL has one list of widths for both sides, and only the decoder may shrink
+# AutoencoderKL in diffusers has one list of widths for both sides, and only the decoder may shrink.
 SD_VAE_ENCODER = "model.encoder_block_out_channels=[128,256,512,512]"
 
 
 @dataclass
 class RunSpec:
-    """One row: a model, trained unless the experiment's kind needs no training."""
+    """One row: a model, which is trained unless the kind of experiment needs no training."""
 
     example: ClassVar[str] = "{row: [Baseline]}"
 
-    row: list[str] = field(default_factory=list)  # its cells under `columns`, the last of which is its name
-    dataset: str = "imagenet"  # ffhq, celeba-hq or deepfashion where the paper has these
-    config: str = ""  # training configuration, if not the experiment's
-    model: str = ""  # where nothing is trained: a preset, or sd-vae
-    settings: list[str] = field(default_factory=list)  # that replace the configuration's
-    demo: list[str] = field(default_factory=list)  # more of them, below the paper's scale
-    size: int | None = None  # side in pixels measured at, if not the one it was trained at last
-    paper: dict[str, float] = field(default_factory=dict)  # the published figures, by metric
+    row: list[str] = field(default_factory=list)  # cells under `columns`; the last one is the row's name
+    dataset: str = "imagenet"  # or ffhq, celeba-hq, deepfashion, as in the paper
+    config: str = ""  # training configuration; empty for the experiment's
+    model: str = ""  # a preset or sd-vae, where nothing is trained
+    settings: list[str] = field(default_factory=list)  # settings that replace the configuration's
+    demo: list[str] = field(default_factory=list)  # further settings below the paper's scale
+    size: int | None = None  # side in pixels to measure at; None for the last training size
+    paper: dict[str, float] = field(default_factory=dict)  # published figures by metric
 
     @property
     def name(self) -> str:
@@ -113,14 +114,14 @@ class Claim:
 
     example: ClassVar[str] = "{better: SMC, than: Group Norm}"
 
-    better: str = ""  # a row's name
+    better: str = ""  # name of a row
     than: str = ""
     text: str = ""
     metrics: list[str] = field(default_factory=lambda: ["psnr", "ssim"])
-    among: str = ""  # where several rows have these names: what the first column says
-    at_least: bool = False  # it says that `better` is as good, not that it is better
-    equal_seconds: bool = False  # `than` as it was after the seconds that `better` took
-    ours: bool = False  # not the paper's
+    among: str = ""  # first cell of the rows, where several rows have these names
+    at_least: bool = False  # the claim is that `better` is as good, not that it is better
+    equal_seconds: bool = False  # compare with `than` as it was after the training time of `better`
+    ours: bool = False  # our claim, not the paper's
 
 
 @dataclass
@@ -130,26 +131,29 @@ class Experiment:
     config: str = "imagenet-128-b"  # training configuration of the rows
     columns: list[str] = field(default_factory=lambda: ["Model"])
     metrics: list[str] = field(default_factory=lambda: ["rfid", "lpips", "psnr", "ssim"])
-    sizes: list[int] = field(default_factory=list)  # sides in pixels, for kind resolution
-    settings: list[str] = field(default_factory=list)  # of all rows
-    demo: list[str] = field(default_factory=list)  # more of them, below the paper's scale
-    seeds: int = 1  # runs of each row below the paper's scale; the paper does not say how many it averages
-    note: str = ""  # where this differs from the paper, and what the paper leaves open
+    sizes: list[int] = field(default_factory=list)  # sides in pixels, for the kind resolution
+    settings: list[str] = field(default_factory=list)  # settings of all rows
+    demo: list[str] = field(default_factory=list)  # further settings below the paper's scale
+    seeds: int = 1  # runs per row below the paper's scale; the paper does not say how many it averages
+    note: str = ""  # differences from the paper, and questions that the paper leaves open
     runs: list[RunSpec] = field(default_factory=list)
     claims: list[Claim] = field(default_factory=list)
 
 
 def shipped_experiments() -> list[str]:
-    """Names of all tables and figures."""
+    """Returns the names of all tables and figures."""
     return shipped(FOLDER)
 
 
 def load_experiment(name: str) -> Experiment:
-    """The experiment `name`, such as table09, or the path of a YAML file.
+    """Loads an experiment.
+
+    Args:
+        name: name of a shipped experiment, such as table09, or path of a YAML file.
 
     Raises:
-        UserError: no such experiment, broken YAML, an unknown key, a value of the wrong type, or rows and claims
-            that do not fit together.
+        UserError: there is no such experiment, the YAML is broken, a key is unknown, a value has the wrong type,
+            or rows and claims do not fit together.
     """
     experiment = load(Experiment, name, (), FOLDER)
     if not experiment.runs:
@@ -173,13 +177,17 @@ def matches(run: RunSpec, name: str, among: str) -> bool:
 def training_config(
     experiment: Experiment, run: RunSpec, scale: Scale, overrides: Sequence[str] = (), seed: int = 0
 ) -> Config:
-    """The training configuration of a row at a scale.
+    """Returns the training configuration of a row at a scale.
 
     Args:
-        overrides: the user's, which come last.
+        experiment: the experiment.
+        run: the row.
+        scale: scale to train at.
+        overrides: the user's settings, which are applied last.
+        seed: random seed.
 
     Raises:
-        UserError: settings that do not exist or do not fit.
+        UserError: a setting does not exist or does not fit.
     """
     name, chosen = run.config or experiment.config, [*experiment.settings, *run.settings]
     if scale.demo:
@@ -188,7 +196,7 @@ def training_config(
 
 
 def scaled_settings(paper: Config, scale: Scale) -> list[str]:
-    """The settings that turn a published configuration into one of a smaller scale."""
+    """Returns the settings that scale a published configuration down."""
 
     def step(published: int) -> int:
         return published * scale.steps // 1000
@@ -211,11 +219,11 @@ def scaled_settings(paper: Config, scale: Scale) -> list[str]:
 
 
 def measured_size(config: Config, run: RunSpec, scale: Scale) -> int:
-    """The side in pixels of the squares that a row is measured on."""
+    """Returns the side in pixels of the squares that a row is measured on."""
     return list_stages(config)[-1].size if run.size is None else run.size // scale.size
 
 
-SECOND_STAGE = "diffusion."  # begins an override that is not of the autoencoder's training
+SECOND_STAGE = "diffusion."  # prefix of overrides for the second stage
 
 
 @dataclass(frozen=True)
@@ -223,14 +231,14 @@ class Setup:
     """How an experiment is run.
 
     Args:
-        scale: one of `SCALES`.
+        scale: name of a scale from `SCALES`.
         output: folder for trained models and results, shared by all experiments of a scale.
-        data: for "paper": each dataset's images to train on, as `data.train` of training takes them.
-        validation: those to measure on.
-        overrides: settings of training, which replace the experiment's; those of the second stage begin with
-            "diffusion.".
-        metrics: instead of the experiment's; below the paper's scale, psnr and ssim, which need no weights.
-        seeds: instead of the experiment's.
+        data: training images per data set, as `data.train` takes them; for the scale "paper".
+        validation: images to measure on, per data set.
+        overrides: settings that replace the experiment's; those of the second stage begin with "diffusion.".
+        metrics: metrics instead of the experiment's; None takes psnr and ssim, which need no weights, below the
+            paper's scale.
+        seeds: number of seeds instead of the experiment's.
     """
 
     scale: str

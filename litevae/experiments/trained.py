@@ -11,22 +11,20 @@ from accelerate import PartialState
 
 from litevae.diffusion import DiffusionConfig
 from litevae.errors import UserError
-from litevae.experiments.spec import (
-    RunSpec,
-)
+from litevae.experiments.spec import RunSpec
 from litevae.training import train
 from litevae.training.config import Config
 
-# what does not change what a run comes to
+# Settings that do not change the result of a run.
 IRRELEVANT = ("output_dir", "resume", "tracker", "log_every", "checkpoint")
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A training run that is done."""
+    """A training run that is complete."""
 
     config: Config
-    record: dict[str, Any]  # its metrics.json
+    record: dict[str, Any]  # content of its metrics.json
 
     @property
     def folder(self) -> Path:
@@ -37,27 +35,27 @@ class Trained:
         return float(self.record["seconds"])
 
     def validated(self, within: float) -> dict[str, float] | None:
-        """The last measurement during training that was there after so many seconds; None if none was."""
+        """Returns the last validation within so many seconds of training; None if there was none."""
         history: list[dict[str, float]] = self.record["validation"]["history"]
         return next((point for point in reversed(history) if point["seconds"] <= within), None)
 
 
 @dataclass
 class Row:
-    """A row of the result: what was trained for it, once for each seed, and what was measured of each."""
+    """A row of the result: its training runs, one per seed, and the measured values of each."""
 
     spec: RunSpec
     trained: list[Trained]
     values: list[dict[str, float]] = field(default_factory=list)
-    count: int | None = None  # images measured on
+    count: int | None = None  # number of images measured on
 
 
 class Stopped(Exception):
-    """A signal ended a training run: the same command goes on with the rows that are left."""
+    """A signal ended a training run. The same command continues with the remaining rows."""
 
 
 def digest(config: Config | DiffusionConfig) -> str:
-    """Of all that decides what a run comes to: experiments share the runs that they have in common."""
+    """Hashes all settings that decide the result of a run, so that experiments share their common runs."""
     settings = {key: value for key, value in asdict(config).items() if key not in IRRELEVANT}
     settings["data"].pop("workers")
     for key in ("train", "validation", "latents"):
@@ -68,26 +66,26 @@ def digest(config: Config | DiffusionConfig) -> str:
 
 
 def train_once(config: Config) -> Trained:
-    """Trains what is not trained yet.
+    """Trains a model, unless a complete run with the same settings is there.
 
     Raises:
-        Stopped: by a signal.
+        Stopped: a signal ended the run.
         UserError, NonFiniteError, OSError: as `litevae.training.train`.
     """
     record = finished(config.output_dir)
     if record is None:
         result = train(config)
         if result.stopped_by:
-            raise Stopped(f"stopped by {result.stopped_by}: the same command goes on")
+            raise Stopped(f"stopped by {result.stopped_by}: the same command continues")
         PartialState().wait_for_everyone()
         record = finished(config.output_dir)
     if record is None:
-        raise UserError(f"{config.output_dir}: the run did not come to its end")
+        raise UserError(f"{config.output_dir}: the run did not complete")
     return Trained(config, record)
 
 
 def finished(folder: str) -> dict[str, Any] | None:
-    """The metrics.json of a run that went to its end."""
+    """Returns the metrics.json of a run that is complete, else None."""
     path = Path(folder) / "metrics.json"
     if not path.is_file():
         return None

@@ -1,0 +1,56 @@
+import json
+
+import pytest
+
+import litevae.experiments.demo_images as demo_images_module
+import litevae.experiments.trained as trained_module
+from litevae.cli import main
+from litevae.experiments.run import run_experiment
+from litevae.experiments.spec import Setup
+from litevae.experiments.trained import Stopped
+from litevae.training.trainer import TrainingResult
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_an_experiment_trains_measures_and_reports(tmp_path, own, own_text, capsys, monkeypatch):
+    out = tmp_path / "out"
+    cut = demo_images_module.cut
+    monkeypatch.setattr(demo_images_module, "cut", lambda image, size: cut(image, size)[:5])
+    command = ["experiment", own, "max_steps=2", "-o", str(out)]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert (out / "own.md").read_text() in printed
+    record = json.loads((out / "own.json").read_text())
+    assert record["overrides"] == ["max_steps=2"]
+    values = [row["values"][0] for row in record["rows"]]
+    assert all(set(each) == {"psnr", "ssim", "seconds"} for each in values)
+    # `litevae eval` measures the same on the run's model and the same squares
+    (run,) = {c["output_dir"] for c in record["rows"][0]["configurations"]}
+    evaluation = tmp_path / "eval.json"
+    squares = out / "images" / "held-out-32"
+    options = ["--size", "32", "--metrics", "psnr,ssim", "--workers", "0", "-o", str(evaluation)]
+    assert main(["eval", run, str(squares), *options]) == 0
+    measured = json.loads(evaluation.read_text())
+    assert measured["count"] == record["rows"][0]["images"] == 5
+    for name in ("psnr", "ssim"):
+        assert values[0][name] == pytest.approx(measured["metrics"][name], abs=1e-9)
+
+    # nothing is trained twice, not even by another experiment
+    monkeypatch.setattr(trained_module, "train", lambda config: pytest.fail("trained again"))
+    (tmp_path / "another.yaml").write_text(own_text.replace("Losses", "Rows"))
+    assert main(["experiment", str(tmp_path / "another.yaml"), "max_steps=2", "-o", str(out)]) == 0
+
+
+def test_a_signal_stops_it_and_nothing_is_reported(tmp_path, own, monkeypatch, capsys):
+    monkeypatch.setattr(
+        trained_module,
+        "train",
+        lambda config: TrainingResult(tmp_path, 1, 1.0, None, None, stopped_by="SIGINT"),
+    )
+    with pytest.raises(Stopped):
+        run_experiment(own, Setup("tiny", tmp_path / "out"))
+    assert main(["experiment", own, "-o", str(tmp_path / "out")]) == 0
+    assert "stopped by SIGINT: the same command continues" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "own.md").exists()

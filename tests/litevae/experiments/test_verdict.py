@@ -1,0 +1,78 @@
+import pytest
+
+from litevae.experiments.spec import Claim, RunSpec
+from litevae.experiments.trained import Row
+from litevae.experiments.verdict import join_words
+
+
+@pytest.mark.parametrize(
+    ("better", "than", "verdict"),
+    [
+        ([21.0], [20.0], "PSNR +1, shows (one seed)"),
+        ([20.0], [21.0], "PSNR -1, does not show (one seed)"),
+        # paired differences 1, 2, 3: mean 2, standard error 1/sqrt(3), times Student's 4.303: 2.48
+        ([21.0, 22.0, 23.0], [20.0, 20.0, 20.0], "PSNR +2 ± 2.5, no difference that shows"),
+        # 3, 4, 5: mean 4
+        ([23.0, 24.0, 25.0], [20.0, 20.0, 20.0], "PSNR +4 ± 2.5, shows"),
+        ([17.0, 16.0, 15.0], [20.0, 20.0, 20.0], "PSNR -4 ± 2.5, does not show"),
+    ],
+)
+def test_a_claim_shows_or_not(better, than, verdict, report, row):
+    claim = Claim(better="A", than="B", text="A helps.", metrics=["psnr"])
+    text = report([row("A", better), row("B", than)], [claim])
+    assert f"- A helps. {verdict}.\n" in text
+
+
+@pytest.mark.parametrize(
+    ("better", "verdict"),
+    [
+        ([20.0], "PSNR +0, shows (one seed)"),
+        ([19.0], "PSNR -1, does not show (one seed)"),
+        ([19.0, 18.0, 17.0], "PSNR -2 ± 2.5, shows"),  # not told apart
+        ([15.0, 16.0, 17.0], "PSNR -4 ± 2.5, does not show"),
+    ],
+)
+def test_a_claim_to_be_as_good_shows_unless_it_is_worse(better, verdict, report, row):
+    claim = Claim(better="A", than="B", text="As good.", metrics=["psnr"], at_least=True)
+    text = report([row("A", better), row("B", [20.0] * len(better))], [claim])
+    assert f"- As good. {verdict}." in text
+
+
+def test_lower_is_better_for_distances(report, trained):
+    rows = [
+        Row(RunSpec(row=["A"]), [trained()], [{"sigma 25": 1.0}], 28),
+        Row(RunSpec(row=["B"]), [trained()], [{"sigma 25": 3.0}], 28),
+    ]
+    text = report(rows, [Claim(better="A", than="B", text="Closer.", metrics=["sigma 25"])])
+    assert "- Closer. sigma 25 -2, shows (one seed).\n" in text
+
+
+def test_a_metric_that_was_not_measured_decides_nothing(report, row):
+    claim = Claim(better="A", than="B", text="A is real.", metrics=["rfid"])
+    text = report([row("A", [20.0]), row("B", [19.0])], [claim])
+    assert "- A is real. Not measured at this scale.\n" in text
+
+
+def test_at_equal_seconds_the_slower_run_counts_as_it_was_then(report, row, trained):
+    history = [
+        {"step": step, "psnr": 10.0 + step / 10, "ssim": 0.5, "seconds": 0.4 * step}
+        for step in (25, 50, 75, 100)
+    ]
+    slow = trained(40.0, history=history)
+    fast = trained(24.0, history=[{"step": 100, "psnr": 18.0, "ssim": 0.5, "seconds": 24.0}])
+    claim = Claim(better="A", than="B", text="Sooner.", metrics=["psnr"], equal_seconds=True, ours=True)
+    rows = [row("A", [18.5], runs=[fast]), row("B", [20.0], runs=[slow])]
+    text = report(rows, [claim])
+    # 18 against 15, that of step 50, after 20 of its 40 s
+    assert "Not in the paper:\n\n- Sooner. PSNR +3, shows (one seed); B after 50 of its steps.\n" in text
+    assert "What the paper says" not in text
+    rows[0].trained[0] = trained(9.0, history=[{"step": 100, "psnr": 18.0, "seconds": 9.0}])
+    assert "- Sooner. B was not validated that early.\n" in report(rows, [claim])
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [({2}, "2"), ({3, 1}, "1 and 3"), ({1000, 3, 2}, "2, 3 and 1,000"), ({"b", "a"}, "a and b")],
+)
+def test_values_are_joined_as_in_a_sentence(values, text):
+    assert join_words(values) == text
