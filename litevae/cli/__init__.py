@@ -1,4 +1,4 @@
-"""The `litevae` command. A mistake of the user's ends it with one line on stderr and exit status 2."""
+"""The `litevae` command. A user's mistake ends it with one line on stderr and exit status 2."""
 
 import sys
 from collections.abc import Sequence
@@ -22,9 +22,9 @@ from litevae.cli.train import train
 from litevae.cli.train_diffusion import train_diffusion
 from litevae.errors import NonFiniteError, UserError
 
-# no Rich: its boxes break long lines, and errors are to be one line
+# Without Rich, whose boxes break long lines: an error is one line.
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
-# so that a setting written as an option gets the message about settings
+# A setting written as an option reaches the command, whose message explains settings.
 app.command(context_settings={"ignore_unknown_options": True})(train)
 app.command("train-diffusion", context_settings={"ignore_unknown_options": True})(train_diffusion)
 app.command()(reconstruct)
@@ -44,7 +44,7 @@ def print_version(wanted: bool) -> None:
     if wanted:
         try:
             print(f"litevae {version('litevae')}")
-        except PackageNotFoundError:  # run from a source tree
+        except PackageNotFoundError:  # it runs from a source tree
             print("litevae, not installed")
         raise typer.Exit
 
@@ -83,11 +83,15 @@ def callback(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line, `sys.argv` by default, and returns the exit status.
+    """Runs the command line and returns the exit status.
 
-    0: done, also where training or encoding was stopped by Ctrl-C or SIGTERM and can go on; 1: a training run
-    went to infinity, or the disk failed; 2: a mistake of the user's; 130: interrupted before there was
-    anything to save.
+    Args:
+        arguments: command-line arguments; None takes `sys.argv`.
+
+    Returns:
+        0 after success, and after training or encoding that Ctrl-C or SIGTERM stopped and that can continue; 1 if
+        a training run diverged or the disk failed; 2 for a user's mistake; 130 if the command was interrupted
+        before there was anything to save.
     """
     try:
         status = app(args=arguments, prog_name="litevae", standalone_mode=False)
@@ -99,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return fail("interrupted", 130)
     except Exception as error:
-        # Typer's usage errors; newer versions bring their own copy of Click, so the class has no one name
+        # Typer's usage errors. Newer versions bundle a copy of Click, so the class is not always the same.
         if not hasattr(error, "format_message"):
             raise
         context = getattr(error, "ctx", None)

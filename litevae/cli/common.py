@@ -1,6 +1,8 @@
-"""What several commands need."""
+"""Arguments, options and helpers that several commands share."""
 
-from collections.abc import Sequence
+import json
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,42 +11,58 @@ import typer
 from litevae.errors import UserError
 from litevae.models.loading import DIFFUSERS, model_folder
 
-# heading, digits after the point
+# By metric: heading, and digits after the decimal point.
 COLUMNS = {"rfid": ("rFID", 3), "lpips": ("LPIPS", 4), "psnr": ("PSNR", 2), "ssim": ("SSIM", 4)}
 
 ModelArgument = Annotated[
     Path,
     typer.Argument(
-        metavar="MODEL", help="Folder of a model or of a training run, or diffusers:FOLDER of a VAE."
+        metavar="MODEL",
+        help="Folder of a model or of a training run, or diffusers:FOLDER for an AutoencoderKL.",
     ),
 ]
 ModelsArgument = Annotated[
     list[Path],
     typer.Argument(
-        metavar="MODEL...", help="Folders of models or of training runs, or diffusers:FOLDER of a VAE."
+        metavar="MODEL...",
+        help="Folders of models or of training runs, or diffusers:FOLDER for an AutoencoderKL.",
     ),
 ]
 NamesOption = Annotated[
     str | None,
-    typer.Option(metavar="A,B", help="What to call them in the picture; their folders' names by default."),
+    typer.Option(metavar="A,B", help="Names for the picture; the folders' names by default."),
 ]
 DataArgument = Annotated[
-    str, typer.Argument(metavar="DATA", help="Folder of images, or what else data.train may be.")
+    str, typer.Argument(metavar="DATA", help="Folder of images, or any other source that data.train takes.")
 ]
+FolderOption = Annotated[
+    Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the picture and the figures.")
+]
+MetricsOption = Annotated[
+    str, typer.Option(metavar="NAMES", help="Metrics, from rfid, lpips, psnr and ssim.")
+]
+SizeOption = Annotated[int, typer.Option(min=16, metavar="PIXELS", help="Side that images are resized to.")]
+CountOption = Annotated[int, typer.Option(min=1, metavar="N", help="Maximum number of images to measure.")]
+OptionalCountOption = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Maximum number of images to measure; all by default.")
+]
+BatchSizeOption = Annotated[int, typer.Option(min=1, metavar="N", help="Images per batch.")]
+WorkersOption = Annotated[int, typer.Option(min=0, metavar="N", help="Processes that read images.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
 
 
 def parse_metrics(text: str) -> list[str]:
-    """Names with commas between: each once, the known ones in the order of `COLUMNS`."""
+    """Splits comma-separated names: each once, the known ones first, in the order of `COLUMNS`."""
     names = [name.strip().lower() for name in text.split(",") if name.strip()]
     known = [name for name in COLUMNS if name in names]
     return known + [name for name in names if name not in COLUMNS]
 
 
 def name_each(paths: Sequence[Path], names: str | None) -> dict[str, Path]:
-    """The paths by the names that the user gave, with commas between, or by their last parts where they differ.
+    """Names each path: by the user's comma-separated names, or by its last part where these differ.
 
     Raises:
-        UserError: another number of names than of paths, or the same twice.
+        UserError: the number of names is not that of the paths, or a name occurs twice.
     """
     chosen = [Path(str(path).removeprefix(DIFFUSERS)).resolve().name for path in paths]
     if names is not None:
@@ -53,34 +71,60 @@ def name_each(paths: Sequence[Path], names: str | None) -> dict[str, Path]:
         chosen = [str(path) for path in paths]
     if len(chosen) != len(paths) or len(set(chosen)) < len(chosen) or "" in chosen:
         raise UserError(
-            f"--names must be {len(paths)} different ones, with commas between, got {', '.join(chosen)}"
+            f"--names must be {len(paths)} different names, separated by commas, got {', '.join(chosen)}"
         )
     return dict(zip(chosen, paths, strict=True))
 
 
-def results(folder: Path, *names: str, overwrite: bool) -> list[Path]:
-    """The files to write to `folder`; UserError if one is there and may not be replaced."""
-    files = [folder / name for name in names]
+def check_new(*files: Path, overwrite: bool) -> None:
+    """Raises UserError if one of the files exists and may not be replaced."""
     for file in files:
         if file.exists() and not overwrite:
-            raise UserError(f"{file} is there already: give another folder with -o, or --overwrite")
+            raise UserError(f"{file} exists already: give another place with -o, or --overwrite")
+
+
+def check_new_file(file: Path, overwrite: bool) -> None:
+    """Raises UserError if the file exists and may not be replaced, or if its folder does not exist."""
+    check_new(file, overwrite=overwrite)
+    if not file.parent.is_dir():
+        raise UserError(f"{file.parent}: no such folder")
+
+
+def results(folder: Path, *names: str, overwrite: bool) -> list[Path]:
+    """Returns the files to write to `folder`; raises UserError if one exists and may not be replaced."""
+    files = [folder / name for name in names]
+    check_new(*files, overwrite=overwrite)
     return files
 
 
 def make_folder(folder: Path) -> None:
+    """Creates a folder; raises UserError if that is not possible."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be made: {error.strerror}") from None
 
 
+def write_json(record: Mapping[str, Any], file: Path) -> None:
+    """Writes a result to a JSON file, which is complete as soon as it exists."""
+    from litevae.files import replacing
+
+    with replacing(file) as path:
+        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def finite(value: float) -> float | None:
+    """Returns `value`, or None if it is not finite: JSON has no infinity."""
+    return value if math.isfinite(value) else None
+
+
 def provenance(model: Path, data: str, *sizes: int) -> dict[str, Any]:
-    """What was measured, and with what, for the JSON file of a result.
+    """Returns the model, data, crop and versions of a measurement, for the JSON file of its result.
 
     Args:
-        model: as `load_model` takes it.
-        data: as `open_images` takes it.
-        sizes: of the squares, in pixels.
+        model: folder of the model, as `load_model` takes it.
+        data: source of the images, as `open_images` takes it.
+        sizes: sides of the squares in pixels.
     """
     from importlib.metadata import version
 
@@ -88,7 +132,7 @@ def provenance(model: Path, data: str, *sizes: int) -> dict[str, Any]:
     from litevae.files import sha256
 
     folder = model_folder(model)
-    # diffusers prefers safetensors too
+    # diffusers prefers safetensors too.
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     packages = ("diffusers", "torchvision", "torchmetrics")
     return {

@@ -1,13 +1,12 @@
 """`litevae complexity`."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from litevae.cli.common import make_folder, results
+from litevae.cli.common import BatchSizeOption, OverwriteOption, make_folder, results, write_json
 from litevae.errors import UserError
 from litevae.models.loading import find_model
 
@@ -19,25 +18,26 @@ def complexity(
         list[str] | None,
         typer.Argument(
             metavar="MODEL",
-            help="Folders of models or of training runs, presets' names, or sd-vae; by default Table 3's.",
+            help="Folders of models or of training runs, preset names, or sd-vae; the models of Table 3 by default.",
         ),
     ] = None,
     size: Annotated[
         int, typer.Option(min=16, max=65536, metavar="PIXELS", help="Side of the square images.")
     ] = 256,
-    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Images at a time.")] = 4,
+    batch_size: BatchSizeOption = 4,
     precision: Annotated[str, typer.Option(metavar="NAME", help="fp32, bf16 or fp16.")] = "fp32",
     decoder: Annotated[bool, typer.Option("--decoder", help="Measure decoders instead of encoders.")] = False,
     rounds: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Times that each is run, after two for memory.")
+        int,
+        typer.Option(min=1, metavar="N", help="Timed runs per model, after two runs that measure memory."),
     ] = 5,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="DIR", help="Folder for a picture and the figures."),
+        typer.Option("--output", "-o", metavar="DIR", help="Folder for the picture and the figures."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
+    overwrite: OverwriteOption = False,
 ) -> None:
-    """Measure models' parameters, cost, memory and speed on this machine, as the paper's Table 3.
+    """Measure parameters, cost, memory and speed of models on this machine, as in the paper's Table 3.
 
     \b
     Example: litevae complexity
@@ -45,11 +45,11 @@ def complexity(
              litevae complexity sd-vae runs/demo --decoder -o complexity
              litevae complexity litevae-b litevae-b,aggregator=vit litevae-b,extractor=nafnet
 
-    The models take turns, uncompiled, in the channels_last layout, on the GPU if there is one; images/s is
-    the median over the rounds. Settings after a preset's name are those of `model` in litevae train. A MAC is
-    one multiplication and one addition; GMACs are of one image. The peak of the memory is beyond weights and
-    images, which the paper's includes; it had batches of 32 and a Quadro RTX 6000. `pytest benchmarks` compares
-    more ways to run them. With -o the same goes to complexity.json and complexity.png.
+    The models take turns in eager mode and the channels_last layout, on the GPU if there is one; images/s is the
+    median over the rounds. The settings after a preset's name are those of `model` in litevae train. A MAC is one
+    multiplication and one addition; GMACs are per image. The peak memory does not include weights and images;
+    the paper's does, for batches of 32 on a Quadro RTX 6000. `pytest benchmarks` compares more ways to run the
+    models. With -o the results are also written to complexity.json and complexity.png.
     """
     files = results(output, "complexity.json", "complexity.png", overwrite=overwrite) if output else []
     import torch
@@ -61,7 +61,7 @@ def complexity(
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if precision not in dtypes:
         raise UserError(f"--precision {precision}: must be one of {', '.join(dtypes)}")
-    names = list(dict.fromkeys(models or NAMES))  # each once
+    names = list(dict.fromkeys(models or NAMES))  # each model once
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = device or torch.device("cpu")
     autoencoders, costs = [], []
@@ -71,7 +71,7 @@ def complexity(
             costs.append(measure_complexity(model, size))
         except ValueError as error:
             raise UserError(f"{name}: --size {size}: {error}") from None
-        # Module's own: diffusers' warns of parts to keep in float32, of which there are none
+        # diffusers' own `to` warns about modules to keep in float32, and there are none.
         autoencoders.append(torch.nn.Module.to(model, device, dtypes[precision]))
     side: Side = "decoder" if decoder else "encoder"
     speeds = measure_speed(autoencoders, side, size, batch_size, rounds)
@@ -106,8 +106,7 @@ def complexity(
             for name, cost, speed in zip(names, costs, speeds, strict=True)
         ],
     }
-    with replacing(files[0]) as path:
-        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_json(record, files[0])
     with replacing(files[1]) as path:
         draw_complexity(
             dict(zip(names, costs, strict=True)), dict(zip(names, speeds, strict=True)), side, heading, path

@@ -29,7 +29,7 @@ def check_folder(folder: Path | None) -> None:
     images, bad = sum(shard.count for shard in shards), sum(len(shard.bad) for shard in shards)
     print(
         f"{folder}: {plural(images, 'image')} in {plural(len(shards), 'shard')}, "
-        f"{plural(bad, 'bad image')} left out; all as it was written"
+        f"{plural(bad, 'bad image')} left out; all files are intact"
     )
     raise typer.Exit
 
@@ -43,43 +43,48 @@ def encode(
     ],
     data: Annotated[
         str,
-        typer.Argument(metavar="DATA", help="Folder of images, .tar shards, or what else data.train may be."),
+        typer.Argument(
+            metavar="DATA", help="Folder of images, .tar shards, or any other source that data.train takes."
+        ),
     ],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the latents.")],
     size: Annotated[
         int | None,
-        typer.Option(metavar="PIXELS", help="Side of the middle square.  [default: the model's sample_size]"),
+        typer.Option(
+            metavar="PIXELS", help="Side that images are resized to.  [default: the model's sample_size]"
+        ),
     ] = None,
-    mirror: Annotated[bool, typer.Option("--mirror", help="Encode each image mirrored, too.")] = False,
+    mirror: Annotated[bool, typer.Option("--mirror", help="Also encode each image mirrored.")] = False,
     precision: Annotated[
         Literal["auto", "bf16", "fp32"],
-        typer.Option(help="auto: bf16 on GPUs, and CPUs with AVX512-BF16 or AMX; else fp32."),
+        typer.Option(help="auto: bf16 on GPUs and on CPUs with AVX512-BF16 or AMX, otherwise fp32."),
     ] = "auto",
-    shard_size: Annotated[int, typer.Option(min=1, metavar="N", help="Images in a file.")] = 1024,
+    shard_size: Annotated[int, typer.Option(min=1, metavar="N", help="Images per file.")] = 1024,
     batch_size: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Images at a time.  [default: 32 on a GPU, 8 on a CPU]"),
+        typer.Option(min=1, metavar="N", help="Images per batch.  [default: 32 on a GPU, 8 on a CPU]"),
     ] = None,
     workers: Annotated[
         int | None,
         typer.Option(
             min=0,
             metavar="N",
-            help="Processes that decode images, for each that encodes.  [default: all cores shared, 16 at most]",
+            help="Decoding processes per encoding process.  [default: all cores shared, at most 16]",
         ),
     ] = None,
     device: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Such as cuda:1 or cpu.  [default: the GPU, or a GPU for each process, if there is one]",
+            help="Device such as cuda:1 or cpu.  [default: one GPU per process, otherwise the CPU]",
         ),
     ] = None,
     max_bad_fraction: Annotated[
-        float, typer.Option(min=0, max=1, metavar="SHARE", help="Of the images that may be unreadable.")
+        float,
+        typer.Option(min=0, max=1, metavar="FRACTION", help="Fraction of the images that may be unreadable."),
     ] = 0.01,
     compile: Annotated[
-        bool, typer.Option("--compile", help="Compile the encoder: a minute, then faster.")
+        bool, typer.Option("--compile", help="Compile the encoder: takes a minute, then runs faster.")
     ] = False,
     _: Annotated[
         Path | None,
@@ -88,30 +93,29 @@ def encode(
             callback=check_folder,
             is_eager=True,
             metavar="OUT",
-            help="Check the files of an encoded folder instead.",
+            help="Only check the files of an encoded folder.",
         ),
     ] = None,
 ) -> None:
-    """Encode a data set, for training diffusion models.
+    """Encode a data set for training diffusion models.
 
     \b
     Example: litevae encode runs/imagenet-b path/to/images latents --mirror
              torchrun --nproc-per-node 2 --no-python litevae encode runs/imagenet-b path/to/images latents
              litevae encode --verify latents
 
-    Writes the mean and log-variance of each image's latent, not a sample, as float16 to
-    shard-00000.safetensors and so on, and index.json, which lists the shards with their SHA-256 and says
-    which model, images and settings they are of. litevae.latents.LatentDataset reads them.
+    Writes the mean and log-variance of each image's latent (not a sample) as float16 to
+    shard-00000.safetensors and so on, and index.json, which lists the shards with their SHA-256 and records the
+    model, the images and the settings. litevae.latents.LatentDataset reads the folder.
 
-    The same command goes on where one was ended, by Ctrl-C or in any other way; it encodes damaged files again
-    and refuses other settings. Ctrl-C and SIGTERM keep every image that is encoded; after anything else, the
-    shard that was not complete is encoded again. Images that cannot be read are left out and listed in
-    bad_images.txt.
+    The same command continues an encoding that ended for any reason, encodes damaged files again, and refuses
+    other settings. Ctrl-C and SIGTERM keep every encoded image; after any other end, the incomplete shard is
+    encoded again. Unreadable images are left out and listed in bad_images.txt.
 
-    With torchrun, processes share the shards, each on its own device, and the files are those of one process;
-    the next run may have another number of them. On CPUs torchrun gives each one thread, unless
-    OMP_NUM_THREADS says otherwise. A second run on the same OUT is refused until the first has ended, unless
-    OUT's file system cannot lock files, of which a line tells.
+    With torchrun, the processes share the shards, each on its own device, and write the same files as one process;
+    the next run may use another number of processes. On CPUs torchrun gives each process one thread unless
+    OMP_NUM_THREADS is set. A second run on the same OUT is refused until the first has ended; if the file system
+    of OUT cannot lock files, a line on stderr says so.
     """
     autoencoder = load_model(model)
 
@@ -126,9 +130,11 @@ def encode(
     place = choose_device(device)
     if state.num_processes > 1 and place.type != "cpu":
         if device is not None:
-            raise UserError(f"--device {device}: each of {state.num_processes} processes has its own, or cpu")
+            raise UserError(
+                f"--device {device}: each of the {state.num_processes} processes has its own device, or cpu"
+            )
         place = state.device
-    cores = max(1, count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # for each process
+    cores = max(1, count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # per process
     workers = min(cores, 16) if workers is None else workers
     chosen = choose_precision(place) if precision == "auto" else precision
     settings = Settings(autoencoder.config.sample_size if size is None else size, chosen, mirror, shard_size)
@@ -146,19 +152,19 @@ def encode(
         )
     except torch.OutOfMemoryError:
         raise UserError(
-            f"{batch_size} images at a time do not fit {place}'s memory: lower --batch-size"
+            f"a batch of {batch_size} images does not fit the memory of {place}: lower --batch-size"
         ) from None
-    if not state.is_main_process:  # the first process speaks for all
+    if not state.is_main_process:  # only the first process reports
         return
     report(result, place, state.num_processes, workers, cores)
     if autoencoder.config.scaling_factor == 1:
         print(
-            "this model's scaling_factor is 1: litevae scale measures it, and the same command then notes it"
+            "this model's scaling_factor is 1: measure it with litevae scale, then run this command again to record it"
         )
 
 
 def count_cores() -> int:
-    """That this process may use."""
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -202,11 +208,12 @@ def report(result: "Encoding", device: "torch.device", processes: int, workers: 
         print(f"bottleneck: {hint}")
     if result.bad:
         images = plural(result.bad, "image")
-        print(f"{images} cannot be read: {result.folder / 'bad_images.txt'} lists them")
+        print(f"{images} cannot be read; they are listed in {result.folder / 'bad_images.txt'}")
     if result.stopped_by:
         encoded = result.before + result.done
         print(
-            f"stopped by {result.stopped_by}; {encoded} of {result.total} images are encoded: the same command goes on"
+            f"stopped by {result.stopped_by}; {encoded} of {result.total} images are encoded: the same command "
+            "continues"
         )
     elif result.done:
         count = result.total - result.bad

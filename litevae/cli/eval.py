@@ -1,40 +1,46 @@
 """`litevae eval`."""
 
-import json
-import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from litevae.cli.common import COLUMNS, DataArgument, ModelArgument, parse_metrics, provenance
-from litevae.errors import UserError
+from litevae.cli.common import (
+    COLUMNS,
+    BatchSizeOption,
+    DataArgument,
+    MetricsOption,
+    ModelArgument,
+    OptionalCountOption,
+    OverwriteOption,
+    SizeOption,
+    WorkersOption,
+    check_new_file,
+    finite,
+    parse_metrics,
+    provenance,
+    write_json,
+)
 from litevae.models.loading import load_model
 
 
 def evaluate(
     model: ModelArgument,
     data: DataArgument,
-    metrics: Annotated[
-        str, typer.Option(metavar="NAMES", help="Some of rfid, lpips, psnr and ssim.")
-    ] = "rfid,lpips,psnr,ssim",
-    size: Annotated[
-        int, typer.Option(min=16, metavar="PIXELS", help="Side that images are resized to.")
-    ] = 256,
-    count: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Images to measure, at most; all by default.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Images at a time.")] = 16,
-    workers: Annotated[int, typer.Option(min=0, metavar="N", help="Processes that read images.")] = 4,
+    metrics: MetricsOption = "rfid,lpips,psnr,ssim",
+    size: SizeOption = 256,
+    count: OptionalCountOption = None,
+    batch_size: BatchSizeOption = 16,
+    workers: WorkersOption = 4,
     sample: Annotated[
         bool, typer.Option("--sample", help="Decode a sample of each posterior instead of its mode.")
     ] = False,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE", help="JSON file for the result.")
     ] = Path("eval.json"),
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
+    overwrite: OverwriteOption = False,
 ) -> None:
-    """Measure how well a model reconstructs images: rFID, LPIPS, PSNR and SSIM.
+    """Measure a model's reconstructions: rFID, LPIPS, PSNR and SSIM.
 
     \b
     Example: litevae eval runs/imagenet-b path/to/images -o imagenet-b.json
@@ -42,20 +48,18 @@ def evaluate(
              litevae eval runs/demo demo --size 64 --metrics psnr,ssim
              torchrun --nproc-per-node 2 --no-python litevae eval runs/imagenet-b path/to/images
 
-    Images are cropped to the middle square and resized; both they and the reconstructions are rounded to 8
-    bits before every metric. PSNR (in dB), SSIM and LPIPS (VGG16) are means over the images. rFID compares
-    Inception features, and is biased upwards by few images: compare it at equal counts only.
+    Images are cropped to the middle square and resized; images and reconstructions are rounded to 8 bits before
+    every metric. PSNR (in dB), SSIM and LPIPS (VGG16) are means over the images. rFID compares Inception features
+    and is biased upwards if there are few images: compare it only at equal counts.
 
-    The JSON file records the crop, the count, the weights' SHA-256 and the versions beside the figures. The
-    same command, in as many processes, goes on where an earlier one was interrupted, from FILE.partial.
-    diffusers:FOLDER is any diffusers AutoencoderKL, or a pipeline with one. Weights of Inception (for rfid)
-    and VGG16 (for lpips) are downloaded where they are missing.
+    The JSON file records the crop, the count, the SHA-256 of the weights and the versions beside the figures. An
+    interrupted evaluation continues from FILE.partial when the same command runs in as many processes.
+    diffusers:FOLDER is any diffusers AutoencoderKL, or a pipeline with one. The weights of Inception (for rfid)
+    and of VGG16 (for lpips) are downloaded if they are missing. Of a checkpoint, the averaged weights are
+    evaluated.
     """
     names = parse_metrics(metrics)
-    if output.exists() and not overwrite:
-        raise UserError(f"{output} is there already: give another file with -o, or --overwrite")
-    if not output.parent.is_dir():
-        raise UserError(f"{output.parent}: no such folder")
+    check_new_file(output, overwrite)
     autoencoder = load_model(model)
 
     import torch
@@ -64,7 +68,6 @@ def evaluate(
     from litevae.data.sources import open_images
     from litevae.evaluation.evaluate import evaluate as run
     from litevae.evaluation.fid import INCEPTION_NAME
-    from litevae.files import replacing
 
     has_device = torch.accelerator.is_available()
     state = PartialState(cpu=not has_device)
@@ -84,15 +87,14 @@ def evaluate(
         partial,
         {"data": data, "weights": measured["weights"]},
     )
-    if not state.is_main_process:  # the first process speaks for all
+    if not state.is_main_process:  # only the first process reports
         return
     record = {
         **measured,
         "count": result.count,
         "unreadable": result.unreadable,
         "latent": "sample" if sample else "mode",
-        # JSON knows no infinity
-        "metrics": {name: value if math.isfinite(value) else None for name, value in result.values.items()},
+        "metrics": {name: finite(value) for name, value in result.values.items()},
         "without_error": result.exact,
         "networks": {
             name: network
@@ -103,8 +105,7 @@ def evaluate(
             if name in names
         },
     }
-    with replacing(output) as path:
-        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_json(record, output)
 
     print(
         f"{result.count} images, middle square, {size} x {size}, 8 bits; {record['latent']} of the posterior"
@@ -114,7 +115,7 @@ def evaluate(
     print("".join(f"{COLUMNS[name][0]:>10}" for name in result.values))
     print("".join(f"{value:10.{COLUMNS[name][1]}f}" for name, value in result.values.items()))
     if result.exact and "psnr" in names:
-        print(f"images that came back without an error: {result.exact}; the PSNR is the mean of the others")
+        print(f"images reconstructed without an error: {result.exact}; the PSNR is the mean of the others")
     if result.unreadable:
-        print(f"images that cannot be read, left out: {result.unreadable}")
+        print(f"unreadable images, left out: {result.unreadable}")
     print(f"see {output}")

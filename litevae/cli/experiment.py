@@ -10,27 +10,38 @@ from litevae.errors import UserError
 
 
 def experiment(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Such as table09 or figure05; list shows all.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="Name such as table09 or figure05; list prints all names.")
+    ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings of training to change.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Training settings to change.")
     ] = None,
     scale: Annotated[
-        str, typer.Option(metavar="SCALE", help="tiny, medium, or paper for the published setting.")
+        str, typer.Option(metavar="SCALE", help="tiny, medium, or paper (the published setting).")
     ] = "tiny",
     data: Annotated[
-        list[str] | None, typer.Option(metavar="SET=PATH", help="A data set's images, for paper.")
+        list[str] | None,
+        typer.Option(metavar="SET=PATH", help="Training images of a data set, for --scale paper."),
     ] = None,
     validation: Annotated[
-        list[str] | None, typer.Option(metavar="SET=PATH", help="Its images to measure on, for paper.")
+        list[str] | None,
+        typer.Option(metavar="SET=PATH", help="Images of a data set to measure on, for --scale paper."),
     ] = None,
     metrics: Annotated[
         str | None,
-        typer.Option(metavar="NAMES", help="Of rfid, lpips, psnr, ssim; the experiment's by default."),
+        typer.Option(
+            metavar="NAMES", help="Metrics, from rfid, lpips, psnr and ssim; the experiment's by default."
+        ),
     ] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, metavar="N", help="Runs of each row.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, metavar="N", help="Runs per row.")] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="DIR", help="Default: runs/experiments/SCALE."),
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="Folder for models and results.  [default: runs/experiments/SCALE]",
+        ),
     ] = None,
 ) -> None:
     """Run one of the paper's tables or figures.
@@ -42,16 +53,16 @@ def experiment(
              litevae experiment table04 max_steps=20
              torchrun --nproc-per-node 2 --no-python litevae experiment table01 --scale paper ...
 
-    Trains every model of the experiment and writes NAME.md: our figures with the paper's beside them, and
-    whether what the paper says of them shows; NAME.json has every setting; figures come as PNG. tiny is the
-    same code with the whole encoders on scikit-image's photographs, a quarter of the image size, 0.2% of the
-    steps and a small decoder: a minute or so a model on two CPU cores. medium, for a GPU, has half the size, 1%
-    of the steps and the whole decoder. Their figures are no measure of the paper's.
+    Trains every model of the experiment and writes NAME.md, with our figures beside the paper's and a verdict on
+    each of the paper's statements, NAME.json with every setting, and the figures as PNG files. tiny runs the same
+    code with the full encoders on scikit-image's photographs, at a quarter of the image size, for 0.2% of the
+    steps and with a small decoder: about a minute per model on two CPU cores. medium, for a GPU, has half the
+    size, 1% of the steps and the full decoder. Their figures cannot be compared with the paper's.
 
-    Models lie in DIR/runs under a digest of their settings: experiments share those that they have in common,
-    and a command that was interrupted goes on with those that are left (at paper's scale, from its checkpoint).
-    Data sets are imagenet, ffhq, celeba-hq and deepfashion. Settings of the second stage begin with diffusion.,
-    as in diffusion.max_steps=100.
+    Models are stored in DIR/runs under a hash of their settings. Experiments share the models that they have in
+    common, and an interrupted command continues with the remaining models (at the paper's scale, from its last
+    checkpoint). The data sets are imagenet, ffhq, celeba-hq and deepfashion. Settings of the second stage begin
+    with "diffusion.", as in diffusion.max_steps=100.
     """
     from litevae.experiments.spec import load_experiment, shipped_experiments
 
@@ -88,7 +99,7 @@ def experiment(
 
 
 def pairs(option: str, values: list[str] | None) -> dict[str, str]:
-    """SET=PATH of an option."""
+    """Parses the SET=PATH values of an option."""
     result = {}
     for value in values or ():
         key, sign, path = value.partition("=")

@@ -1,51 +1,48 @@
 """`litevae features`."""
 
-import json
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from litevae.cli.common import (
+    CountOption,
     DataArgument,
+    FolderOption,
     ModelsArgument,
     NamesOption,
+    OverwriteOption,
+    SizeOption,
     make_folder,
     name_each,
     provenance,
     results,
+    write_json,
 )
 from litevae.errors import UserError
 from litevae.models.loading import load_model
 
-PICTURES = 4  # rows of features.png
+PICTURES = 4  # images in features.png
 
 
 def features(
     models: ModelsArgument,
     data: DataArgument,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the picture and the figures.")
-    ],
+    output: FolderOption,
     names: NamesOption = None,
-    size: Annotated[
-        int, typer.Option(min=16, metavar="PIXELS", help="Side that images are resized to.")
-    ] = 256,
-    count: Annotated[int, typer.Option(min=1, metavar="N", help="Images to measure, at most.")] = 16,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
+    size: SizeOption = 256,
+    count: CountOption = 16,
+    overwrite: OverwriteOption = False,
 ) -> None:
-    """Show the feature maps of decoders' last blocks, and how imbalanced they are, as the paper's Figure 3.
+    """Show the feature maps of decoders' last blocks and their imbalance, as in the paper's Figure 3.
 
     \b
     Example: litevae features runs/group runs/smc path/to/images -o features --names GroupNorm,SMC
              litevae features diffusers:path/to/sd-vae runs/imagenet-b path/to/images -o features
              litevae features runs/demo demo -o features --size 64
 
-    Writes features.json, and features.png with some images and, for each model, the root mean square of the
-    features over the channels.
+    Writes features.json, and features.png with some images and the root mean square of the features over the
+    channels for each model.
 
-    The imbalance is the 99.9th percentile of these, divided by their median: the mean over the images. 1 is
-    balanced; the paper, which shows pictures, has no such number.
+    The imbalance is the 99.9th percentile of these values divided by their median, averaged over the images; 1 is
+    balanced. The measure is ours: the paper shows pictures only.
     """
     record_file, picture = results(output, "features.json", "features.png", overwrite=overwrite)
     paths = name_each(models, names)
@@ -86,8 +83,7 @@ def features(
             for name in paths
         ],
     }
-    with replacing(record_file) as path:
-        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_json(record, record_file)
 
     print(f"{len(images)} images, middle square, {size} x {size}; mode of the posterior")
     width = max(len(name) for name in paths)

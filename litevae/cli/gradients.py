@@ -5,17 +5,17 @@ from typing import Annotated
 
 import typer
 
-from litevae.cli.common import NamesOption, name_each
+from litevae.cli.common import NamesOption, OverwriteOption, check_new_file, name_each
 from litevae.errors import UserError
 
 
 def gradients(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of training runs.")],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="PNG for the picture.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="PNG file for the picture.")],
     names: NamesOption = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
+    overwrite: OverwriteOption = False,
 ) -> None:
-    """Show how the adversarial gradient compares with the reconstruction's in training, as Figure 7.
+    """Compare the adversarial gradient with the reconstruction gradient over training, as in Figure 7.
 
     \b
     Example: litevae gradients runs/constant runs/adaptive -o gradients.png
@@ -23,17 +23,15 @@ def gradients(
              litevae train imagenet-b gradient_ratio_every=100 output_dir=runs/adaptive \\
                  loss.adversarial=0.5 loss.adversarial_weight=adaptive
 
-    Reads what runs with gradient_ratio_every have logged as gradient_ratio: the norm of the gradient of the
-    weighted adversarial loss, divided by that of the weighted reconstruction losses together, with respect to
-    all parameters of the autoencoder that train. The picture has it over the steps; the table, its median and
-    how far the middle 90 % of the steps spread. Steps with a gradient that is 0 or not finite have no ratio.
+    Reads the gradient_ratio that runs with gradient_ratio_every have logged: the norm of the gradient of the
+    weighted adversarial loss divided by the norm of the gradient of the weighted reconstruction losses, with
+    respect to all trained parameters of the autoencoder. The picture shows the ratio over the steps; the table
+    shows its median and the spread of the middle 90% of the steps. Steps with a gradient that is 0 or not finite
+    have no ratio.
     """
     if output.suffix.lower() != ".png":
         raise UserError(f"{output}: the picture's name must end in .png")
-    if output.exists() and not overwrite:
-        raise UserError(f"{output} is there already: give another file with -o, or --overwrite")
-    if not output.parent.is_dir():
-        raise UserError(f"{output.parent}: no such folder")
+    check_new_file(output, overwrite)
     paths = name_each(runs, names)
 
     from litevae.files import replacing

@@ -13,7 +13,7 @@ def info(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="Folder of a model or of a training run, or a preset's name and settings after it.",
+            help="Folder of a model or of a training run, or the name of a preset, with settings after it.",
         ),
     ],
     size: Annotated[
@@ -27,8 +27,8 @@ def info(
              litevae info runs/demo --size 512
              litevae info litevae-b,latent_channels=12,aggregator=vit
 
-    Presets (litevae-s, litevae-b, litevae-m, litevae-l) have 4 latent channels and Stable Diffusion's
-    decoder; sd-vae is Stable Diffusion's whole VAE. Settings are those of `model` in litevae train. A MAC is one
+    The presets (litevae-s, litevae-b, litevae-m, litevae-l) have 4 latent channels and Stable Diffusion's decoder;
+    sd-vae is the whole VAE of Stable Diffusion. The settings are those of `model` in litevae train. A MAC is one
     multiplication and one addition.
     """
     from litevae.evaluation.complexity import measure_complexity

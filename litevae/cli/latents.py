@@ -1,35 +1,43 @@
 """`litevae latents`."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from litevae.cli.common import DataArgument, ModelArgument, make_folder, provenance, results
+from litevae.cli.common import (
+    BatchSizeOption,
+    CountOption,
+    DataArgument,
+    FolderOption,
+    ModelArgument,
+    OverwriteOption,
+    SizeOption,
+    WorkersOption,
+    make_folder,
+    provenance,
+    results,
+    write_json,
+)
 from litevae.models.loading import load_model
 
-PICTURES = 4  # rows of latents.png
+PICTURES = 4  # images in latents.png
 
 
 def latents(
     model: ModelArgument,
     data: DataArgument,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the picture and the figures.")
-    ],
-    size: Annotated[
-        int, typer.Option(min=16, metavar="PIXELS", help="Side that images are resized to.")
-    ] = 256,
-    count: Annotated[int, typer.Option(min=1, metavar="N", help="Images to measure, at most.")] = 2000,
+    output: FolderOption,
+    size: SizeOption = 256,
+    count: CountOption = 2000,
     groups: Annotated[
-        int, typer.Option(min=2, metavar="N", help="Groups of images, over which errors are taken.")
+        int, typer.Option(min=2, metavar="N", help="Groups of images for the error bars.")
     ] = 10,
-    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Images at a time.")] = 16,
-    workers: Annotated[int, typer.Option(min=0, metavar="N", help="Processes that read images.")] = 4,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
+    batch_size: BatchSizeOption = 16,
+    workers: WorkersOption = 4,
+    overwrite: OverwriteOption = False,
 ) -> None:
-    """Compare a model's latents with Gaussian noise, as the paper's Table 6, and show them.
+    """Compare a model's latents with Gaussian noise, as in the paper's Table 6, and draw them.
 
     \b
     Example: litevae latents runs/imagenet-b path/to/images -o latents
@@ -37,11 +45,11 @@ def latents(
              litevae latents runs/demo demo -o latents --size 64 --groups 4
 
     Writes latents.json; latents.png with some images, their reconstructions and the first three channels of
-    their latents as RGB (Figures 2 and 4); and distances.png with the figures.
+    their latents as RGB (Figures 2 and 4); and distances.png with a plot of the figures.
 
-    The figures are the squared maximum mean discrepancy between samples of the latents, divided by the
-    standard deviation of all of them together, and a standard Gaussian, times 1000, for RBF kernels of
-    several sigma: mean and standard deviation over groups of images. The paper does not state its unit;
+    The figures are 1000 times the squared maximum mean discrepancy between a standard Gaussian and samples of the
+    latents, which are divided by the standard deviation of all elements together. They are given for RBF kernels
+    of several sigma, as mean and standard deviation over groups of images. The paper does not state its unit:
     compare models with one another, at equal size, count and groups.
     """
     record_file, picture, plot = results(
@@ -82,8 +90,7 @@ def latents(
         "scaling_factor": statistics.scaling_factor,
         "squared_mmd": [{"sigma": d.sigma, "mean": d.mean, "std": d.std} for d in discrepancies],
     }
-    with replacing(record_file) as path:
-        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_json(record, record_file)
 
     print(f"{statistics.count} images, middle square, {size} x {size}; samples of the posterior")
     for channel, (mean, std) in enumerate(zip(statistics.mean, statistics.std, strict=True)):

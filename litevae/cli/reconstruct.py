@@ -5,34 +5,34 @@ from typing import Annotated
 
 import typer
 
+from litevae.cli.common import OverwriteOption, check_new, make_folder
 from litevae.errors import UserError
 from litevae.models.loading import load_model
 
-TILE = 1024  # pixels; a multiple of every model's factor
+TILE = 1024  # pixels; a multiple of every model's compression factor
 
 
 def reconstruct(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a model, or of a training run.")],
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files of any size.")],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the PNGs.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the PNG files.")],
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Encode and decode images, and print the PSNR of each.
 
     \b
     Example: litevae reconstruct runs/demo photo.jpg scan.png -o reconstructed
 
-    Writes IMAGE's reconstruction as an 8-bit RGB PNG of the same name and size. Where several images have
-    the same name, the later ones get a number. Images are turned upright, transparent ones laid on white,
-    16 bits scaled to 8; the PSNR is against that. Images above 1024 pixels are done in tiles.
+    Writes each reconstruction as an 8-bit RGB PNG file of the same name and size. If several images have the same
+    name, the later ones get a number. Images are turned upright, transparent images are composited on white, and
+    16 bits are scaled to 8; the PSNR is measured against the result. Images larger than 1024 pixels are
+    reconstructed in tiles.
     """
     for image in images:
         if not image.is_file():
             raise UserError(f"{image}: {'is a folder, not an image' if image.is_dir() else 'no such file'}")
     targets = name_outputs(images, output)
-    for target in targets:
-        if target.exists() and not overwrite:
-            raise UserError(f"{target} is there already: give another folder with -o, or --overwrite")
+    check_new(*targets, overwrite=overwrite)
     autoencoder = load_model(model)
     if autoencoder.config.in_channels != 3:
         raise UserError(f"{model}: takes {autoencoder.config.in_channels} channels; images here have 3")
@@ -45,10 +45,7 @@ def reconstruct(
     from litevae.files import replacing
     from litevae.models.interface import only_size, spatial_compression
 
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{output}: cannot be made: {error.strerror}") from None
+    make_folder(output)
     autoencoder.enable_tiling()
     tile = only_size(autoencoder) or TILE
     autoencoder.tile_sample_min_size = tile
@@ -70,7 +67,7 @@ def reconstruct(
 
 
 def name_outputs(images: list[Path], folder: Path) -> list[Path]:
-    """A different PNG in `folder` for each image; UserError if one of them is an image itself."""
+    """Chooses a different PNG file in `folder` for each image; raises UserError if one is an input itself."""
     targets: list[Path] = []
     for image in images:
         number, target = 1, folder / f"{image.stem}.png"

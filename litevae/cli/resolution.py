@@ -1,22 +1,27 @@
 """`litevae resolution`."""
 
-import json
-import math
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from litevae.cli.common import (
     COLUMNS,
+    BatchSizeOption,
     DataArgument,
+    FolderOption,
+    MetricsOption,
     ModelsArgument,
     NamesOption,
+    OptionalCountOption,
+    OverwriteOption,
+    WorkersOption,
+    finite,
     make_folder,
     name_each,
     parse_metrics,
     provenance,
     results,
+    write_json,
 )
 from litevae.errors import UserError
 from litevae.models.loading import load_model
@@ -25,34 +30,28 @@ from litevae.models.loading import load_model
 def resolution(
     models: ModelsArgument,
     data: DataArgument,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the picture and the figures.")
-    ],
+    output: FolderOption,
     sizes: Annotated[
         str, typer.Option(metavar="PIXELS", help="Sides that images are resized to.")
     ] = "64,128,256,512",
-    metrics: Annotated[
-        str, typer.Option(metavar="NAMES", help="Some of rfid, lpips, psnr and ssim.")
-    ] = "psnr,ssim",
+    metrics: MetricsOption = "psnr,ssim",
     names: NamesOption = None,
-    count: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Images to measure, at most; all by default.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Images at a time.")] = 16,
-    workers: Annotated[int, typer.Option(min=0, metavar="N", help="Processes that read images.")] = 4,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
+    count: OptionalCountOption = None,
+    batch_size: BatchSizeOption = 16,
+    workers: WorkersOption = 4,
+    overwrite: OverwriteOption = False,
 ) -> None:
-    """Measure models at several resolutions, as the paper's Figures 5 and 8.
+    """Measure models at several resolutions, as in the paper's Figures 5 and 8.
 
     \b
     Example: litevae resolution runs/imagenet-b runs/imagenet-sd-vae path/to/images -o resolution
              litevae resolution runs/smc runs/group path/to/images -o resolution --names SMC,GroupNorm
              litevae resolution runs/demo demo -o resolution --sizes 32,64,128
 
-    Writes resolution.json, and resolution.png with each metric against the resolution and how much worse it
-    is than at the size that the model was trained at, in percent (than the best, where that size is not
-    measured). Each is measured as by litevae eval, from the mode of the posterior. Images that are smaller
-    than a size are enlarged: take large ones.
+    Writes resolution.json, and resolution.png with each metric against the resolution and the degradation from
+    the model's training size in percent (from its best value, if that size is not measured). Each metric is
+    measured as by litevae eval, on the mode of the posterior. Images smaller than a size are enlarged, so use
+    large ones.
     """
     record_file, picture = results(output, "resolution.json", "resolution.png", overwrite=overwrite)
     pixels = parse_sizes(sizes)
@@ -74,7 +73,7 @@ def resolution(
         for autoencoder in autoencoders.values():
             autoencoder.to(state.device)
     found = sweep_resolutions(autoencoders, images, pixels, wanted, count, batch_size, workers)
-    if not state.is_main_process:  # the first process speaks for all
+    if not state.is_main_process:  # only the first process reports
         return
     make_folder(output)
     trained = {name: int(model.config.sample_size) for name, model in autoencoders.items()}
@@ -111,9 +110,7 @@ def resolution(
             rows.append((name, f"{size:6}" + "".join(figures)))
         record = provenance(paths[name], data, *pixels)
         records.append({"name": name, "trained_at": trained[name], **record, "results": measured})
-    with replacing(record_file) as path:
-        text = json.dumps({"latent": "mode", "models": records}, indent=2)
-        path.write_text(text + "\n", encoding="utf-8")
+    write_json({"latent": "mode", "models": records}, record_file)
 
     counts = sorted({result.count for by_size in found.values() for result in by_size.values()})
     print(f"{' or '.join(map(str, counts))} images, middle square, 8 bits; mode of the posterior")
@@ -125,7 +122,7 @@ def resolution(
 
 
 def parse_sizes(text: str) -> list[int]:
-    """Sides in pixels, ascending; UserError for anything but different whole numbers with commas between."""
+    """Parses comma-separated sides in pixels, in ascending order; raises UserError for anything else."""
     try:
         sizes = sorted(int(part) for part in text.split(","))
     except ValueError:
@@ -133,8 +130,3 @@ def parse_sizes(text: str) -> list[int]:
     if not sizes or len(set(sizes)) < len(sizes):
         raise UserError(f"--sizes must be different whole numbers such as 64,128,256, got {text!r}")
     return sizes
-
-
-def finite(value: float) -> float | None:
-    """JSON knows no infinity."""
-    return value if math.isfinite(value) else None

@@ -5,20 +5,17 @@ from typing import Annotated
 
 import typer
 
+from litevae.cli.common import BatchSizeOption, CountOption, DataArgument, SizeOption, WorkersOption
 from litevae.models.loading import load_model, model_folder
 
 
 def scale(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a model, or of a training run.")],
-    data: Annotated[
-        str, typer.Argument(metavar="DATA", help="Folder of images, or what else data.train may be.")
-    ],
-    size: Annotated[
-        int, typer.Option(min=16, metavar="PIXELS", help="Side that images are resized to.")
-    ] = 256,
-    count: Annotated[int, typer.Option(min=1, metavar="N", help="Images to measure, at most.")] = 10_000,
-    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Images at a time.")] = 16,
-    workers: Annotated[int, typer.Option(min=0, metavar="N", help="Processes that read images.")] = 4,
+    data: DataArgument,
+    size: SizeOption = 256,
+    count: CountOption = 10_000,
+    batch_size: BatchSizeOption = 16,
+    workers: WorkersOption = 4,
 ) -> None:
     """Measure a model's latents and store their scale in its config.json.
 
@@ -26,9 +23,9 @@ def scale(
     Example: litevae scale runs/imagenet-b path/to/images
              litevae scale runs/demo demo --size 64
 
-    Stores scaling_factor, 1 / the standard deviation of all latents together, which diffusers' pipelines
-    multiply them with, and each channel's latents_mean and latents_std. Images are cropped to the middle
-    square. A run that is resumed and trains on writes a new model, whose scale is to be measured again.
+    Stores scaling_factor, the reciprocal of the standard deviation of all latents together, by which diffusers'
+    pipelines multiply latents, and the latents_mean and latents_std of each channel. Images are cropped to the
+    middle square. When a run is resumed it writes a new model, whose scale must be measured again.
     """
     autoencoder = load_model(model)
     config = model_folder(model) / "config.json"
@@ -40,7 +37,7 @@ def scale(
     from litevae.training.checkpoint import MANIFEST
 
     if (config.parent.parent / MANIFEST).is_file():
-        raise UserError(f"{model}: belongs to a checkpoint, which must stay as it is: copy the model first")
+        raise UserError(f"{model}: belongs to a checkpoint, which must not change: copy the model first")
     if torch.accelerator.is_available():
         autoencoder.to(torch.accelerator.current_accelerator())
     found = measure_latents(autoencoder, open_images(data), size, count, batch_size, workers)

@@ -132,7 +132,7 @@ class TestCommand:
         with Image.open(tmp_path / "out" / "complexity.png") as picture:
             assert picture.width == 1560
         assert main(command) == 2
-        assert "complexity.json is there already" in capsys.readouterr().err
+        assert "complexity.json exists already" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

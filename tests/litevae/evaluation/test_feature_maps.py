@@ -85,7 +85,7 @@ def test_imbalance_of_known_maps():
 
 
 def test_what_has_no_imbalance():
-    with pytest.raises(ValueError, match="one map at least"):
+    with pytest.raises(ValueError, match="at least one map"):
         imbalance([])
     with pytest.raises(ValueError, match="median must be above 0"):
         imbalance([np.eye(8)])
@@ -134,6 +134,6 @@ def test_command(tmp_path, capsys):
     with Image.open(tmp_path / "out" / "features.png") as picture:
         assert picture.height > picture.width  # four rows, three columns
     assert main(command) == 2
-    assert "features.json is there already" in capsys.readouterr().err
+    assert "features.json exists already" in capsys.readouterr().err
     assert main([*command, "--overwrite", "--size", "30"]) == 2
     assert "SMC does not take images of 30 x 30 pixels" in capsys.readouterr().err

@@ -176,7 +176,7 @@ class TestCommand:
         with Image.open(tmp_path / "out" / "distances.png") as picture:
             assert picture.size == (1200, 480)
 
-        assert "latents.json is there already" in run(status=2).err
+        assert "latents.json exists already" in run(status=2).err
         assert run("--groups", 4, "--overwrite").out == output
 
     def test_too_few_images_are_one_line(self, run, tmp_path):

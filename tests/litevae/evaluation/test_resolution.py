@@ -107,7 +107,7 @@ class TestCommand:
         assert f"group    64{expected['psnr']:10.2f}{worse:+9.1f} %" in output
         with Image.open(tmp_path / "out" / "resolution.png") as picture:
             assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 50
-        assert "resolution.json is there already" in run(status=2).err
+        assert "resolution.json exists already" in run(status=2).err
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -115,8 +115,8 @@ class TestCommand:
             (["--sizes", "64,x"], "--sizes must be different whole numbers such as 64,128,256, got '64,x'"),
             (["--sizes", "64,64"], "--sizes must be different"),
             (["--sizes", "30"], "smc does not take images of 30 x 30 pixels: size must be a multiple of 4"),
-            (["--names", "A"], "--names must be 2 different ones, with commas between, got A"),
-            (["--names", "A,A"], "--names must be 2 different ones"),
+            (["--names", "A"], "--names must be 2 different names, separated by commas, got A"),
+            (["--names", "A,A"], "--names must be 2 different names"),
             (["--metrics", "mse"], "error: unknown metric 'mse'"),
         ],
     )

@@ -66,7 +66,7 @@ def test_count_takes_images_at_equal_distances(model, folder):
     (folder / "bad.png").unlink()
     images = open_images(str(folder))
     assert measure_latents(model, images, SIZE, count=3, workers=0).count == 3
-    with pytest.raises(UserError, match="size must be a multiple of 4, got 30"):
+    with pytest.raises(UserError, match="size must be a multiple of 4, at least 16, got 30"):
         measure_latents(model, images, 30)
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import litevae.training.loop as loop_module
 import litevae.training.trainer as trainer_module
 from litevae.data.bad_images import BadImages
 from litevae.errors import NonFiniteError, UserError
@@ -286,13 +287,13 @@ def test_a_validation_writes_one_checkpoint_if_it_is_the_best_or_if_one_is_due(
 ):
     values = iter([10.0, 9.0, 11.0, 12.0, 8.0, 7.0])
     monkeypatch.setattr(trainer_module, "psnr", lambda *_: next(values))
-    original, written = trainer_module.save_checkpoint, []
+    original, written = loop_module.save_checkpoint, []
 
     def save_checkpoint(folder, step, *arguments):
         written.append(step)
         return original(folder, step, *arguments)
 
-    monkeypatch.setattr(trainer_module, "save_checkpoint", save_checkpoint)
+    monkeypatch.setattr(loop_module, "save_checkpoint", save_checkpoint)
     train(tiny("max_steps=6", "checkpoint.every=4", "validate_every=1"))
     assert written == [1, 3, 4, 6]
 

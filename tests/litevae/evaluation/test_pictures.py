@@ -1,0 +1,37 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from skimage import data
+
+from litevae.evaluation.pictures import draw_grid, latents_as_rgb
+
+
+class TestLatentsAsRGB:
+    def test_shows_the_directions_of_most_variance(self):
+        generator = torch.Generator().manual_seed(0)
+        latent = 0.01 * torch.randn(6, 20, 30, generator=generator)
+        latent[4] += torch.linspace(-3, 3, 30)
+        (picture,) = latents_as_rgb([latent])
+        assert (picture.shape, picture.dtype) == ((20, 30, 3), np.uint8)
+        brightness = picture[..., 0].mean(axis=0)
+        assert abs(np.corrcoef(brightness, np.arange(30))[0, 1]) > 0.99
+
+    @pytest.mark.parametrize("channels", [1, 2, 3, 4])
+    def test_takes_any_number_of_channels_and_sizes(self, channels):
+        latents = [torch.randn(channels, *size) for size in ((4, 6), (5, 5), (1, 1))]
+        assert [p.shape for p in latents_as_rgb(latents)] == [(4, 6, 3), (5, 5, 3), (1, 1, 3)]
+
+    def test_constant_latent_is_a_picture_too(self):
+        latents_as_rgb([torch.zeros(4, 3, 3)])
+
+
+def test_grid_shows_each_image_beside_its_reconstruction(tmp_path):
+    images = [data.chelsea()[:20, :30], data.chelsea()[50:60, 50:90]]
+    pairs = [(image, 255 - image) for image in images]
+    draw_grid(pairs, tmp_path / "validation" / "grid.png", most=2)
+    grid = np.asarray(Image.open(tmp_path / "validation" / "grid.png"))
+    assert grid.shape == (30, 80, 3)
+    np.testing.assert_array_equal(grid[:20, :60], np.concatenate(pairs[0], axis=1))
+    np.testing.assert_array_equal(grid[20:], np.concatenate(pairs[1], axis=1))
+    assert (grid[:20, 60:] == 255).all()
