@@ -1,4 +1,4 @@
-"""The second stage (Tables 7 and 13): diffusion models on latents."""
+"""The second stage: diffusion models on latents (Tables 7 and 13)."""
 
 from litevae.diffusion.config import DiffusionConfig, load_config
 from litevae.diffusion.pipeline import LatentDiffusionPipeline

@@ -1,4 +1,4 @@
-"""What a diffusion model is trained on: posteriors of shards, or of images that are encoded at each step."""
+"""The data of a diffusion model: posteriors from encoded shards, or of images that are encoded in each step."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,11 +22,11 @@ from litevae.signals import obey_parent_only
 from litevae.training.config import Stage
 from litevae.training.data_loader import ShareSampler
 
-MEASURED = 64  # latents whose spread is checked
+MEASURED = 64  # number of latents whose standard deviation is checked
 
 
 class ShuffledLatents(Dataset[Tensor]):
-    """The moments of a folder's latents, in a new order each time all have been used."""
+    """The moments of a folder's latents, shuffled anew for each epoch."""
 
     def __init__(self, latents: LatentDataset, seed: int) -> None:
         self.latents = latents
@@ -37,21 +37,22 @@ class ShuffledLatents(Dataset[Tensor]):
 
 
 class LatentData:
-    """Batches of posteriors' moments, the same from both sources but for float16's rounding.
+    """Batches of posterior moments, the same from both sources except for the rounding to float16.
 
-    `shape` is that of a latent, (n_z, h, w); `images` are those at `config.data.train`, None where there are
-    none; `bad_images` lists those of them that cannot be used.
+    `shape` is the shape (n_z, h, w) of a latent; `images` is the source at `config.data.train`, or None;
+    `bad_images` lists the images of it that cannot be used.
 
     Args:
-        config: of the run.
-        autoencoder: for `config.data.train` it encodes, on its device, in float32 or under autocast.
-        accelerator: says which process this is.
-        folder: the run's, for bad_images.txt.
-        resuming: whether that list is continued.
+        config: settings of the run.
+        autoencoder: model that encodes the images of `config.data.train` on its device, in float32 or under
+            autocast.
+        accelerator: Accelerator, which tells the number of this process.
+        folder: output folder, for bad_images.txt.
+        resuming: whether to continue that list.
 
     Raises:
-        UserError: no such data, latents of another model or another scale, a size the model does not take, or
-            latents that are empty.
+        UserError: there is no such data, the latents have another model or another scale, the folder holds no
+            latents, or the model does not take the size.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class LatentData:
             self.open_images(folder / BAD_IMAGES, resuming)
 
     def open_latents(self, folder: Path) -> None:
-        # one process reads all of it to check it
+        # One process reads the whole folder to check it.
         latents = LatentDataset(folder, self.config.data.flip, check=self.accelerator.is_main_process)
         if not len(latents):
             raise UserError(f"{folder}: holds no latents")
@@ -86,7 +87,7 @@ class LatentData:
             if noted[name] != mine:
                 raise UserError(
                     f"{folder}: was encoded when the model's {name} was {noted[name]}, and it is {mine} now: "
-                    "the same litevae encode command once more notes it"
+                    "run the same litevae encode command again to record it"
                 )
         channels, height, width = noted["shape"]
         self.shape = (channels // 2, height, width)
@@ -107,12 +108,12 @@ class LatentData:
         self.dataset = TrainingCrops(self.images, crops, self.config.seed, length)
         self.collate = collate
         if self.accelerator.is_main_process and not resuming:
-            bad.unlink(missing_ok=True)  # an earlier run's
+            bad.unlink(missing_ok=True)  # left by an earlier run
         self.accelerator.wait_for_everyone()
         self.bad_images = BadImages(bad, len(self.images), config.max_bad_fraction)
 
     def batches(self, done: int) -> Iterator[Batch | Tensor]:
-        """This process's share of each batch after step `done`, for `note_bad` and `moments`."""
+        """Yields this process's share of each batch after step `done`, for `note_bad` and `moments`."""
         config = self.config
         steps = Stage(
             1, config.max_steps, size=self.pixels, batch_size=config.data.batch_size, first_sample=0
@@ -124,19 +125,19 @@ class LatentData:
             collate_fn=self.collate,
             num_workers=config.data.workers,
             pin_memory=self.accelerator.device.type == "cuda",
-            generator=torch.Generator(),  # else it draws from the global one, and a resumed run once more
+            generator=torch.Generator(),  # the default, the global one, would be drawn from again by a resumed run
             worker_init_fn=obey_parent_only,
         )
         return iter(loader)
 
     def note_bad(self, batch: Batch | Tensor) -> None:
-        """Lists the images that could not be used; UserError if they are too many."""
+        """Lists the images that could not be used; raises UserError if there are too many."""
         if isinstance(batch, Batch) and self.bad_images is not None:
             self.bad_images.add(batch.bad)
 
     @torch.no_grad()
     def moments(self, batch: Batch | Tensor) -> Tensor:
-        """The moments of a batch's latents, (N, 2 n_z, h, w) float32, on the run's device."""
+        """Returns the moments of a batch's latents, (N, 2 n_z, h, w) float32, on the run's device."""
         device = self.accelerator.device
         if not isinstance(batch, Batch):
             return batch.to(device, non_blocking=True)
@@ -145,11 +146,11 @@ class LatentData:
         return torch.cat([posterior.mean, posterior.logvar], dim=1).float()
 
     def sample(self, moments: Tensor, noise: Tensor) -> Tensor:
-        """The latents (N, n_z, h, w) that are learned, of the model's scale and shift."""
+        """Samples the latents (N, n_z, h, w) to learn, with the model's scale and shift."""
         return sample_latents(moments, self.scaling_factor, self.shift_factor, noise=noise)
 
     def check_spread(self, expected: float) -> None:
-        """UserError if the standard deviation of the first latents is not `expected`, by a factor of 2."""
+        """Raises UserError if the first latents' standard deviation differs from `expected` by more than 2 times."""
         count = min(MEASURED, self.config.data.batch_size)
         moments = self.moments(self.collate([self.dataset[i] for i in range(count)]))
         generator = torch.Generator(moments.device).manual_seed(0)
@@ -159,5 +160,9 @@ class LatentData:
                 f"the latents' standard deviation is {std:.3g} with the model's scaling_factor="
                 f"{self.scaling_factor:.5g}, and not about {expected:g}: litevae scale {self.config.model} IMAGES "
                 "measures the factor"
-                + (", and the same litevae encode command then notes it" if self.images is None else "")
+                + (
+                    "; then run the same litevae encode command again to record it"
+                    if self.images is None
+                    else ""
+                )
             )

@@ -19,11 +19,11 @@ from litevae.files import weights_path
 
 
 def prepare_fid(config: DiffusionConfig) -> ImageSource | str:
-    """The images to compare samples with, or why FID is not measured.
+    """Returns the images to compare samples with, or the reason why FID is not measured.
 
     Raises:
-        UserError: FID is to be measured always, and there are no images, or no weights and no download; or
-            images that cannot be opened.
+        UserError: `fid.measure` is "always" and there are no images, or the weights are missing and cannot be
+            downloaded; or the images cannot be opened.
     """
     settings = config.fid
     if settings.measure == "never":
@@ -36,19 +36,17 @@ def prepare_fid(config: DiffusionConfig) -> ImageSource | str:
         return reason
     weights = weights_path(INCEPTION)
     if settings.measure == "auto" and not weights.exists():
-        return (
-            f"{weights} is not there: put {INCEPTION} there, or give fid.measure=always, which downloads it"
-        )
+        return f"{weights} is missing: put {INCEPTION} there, or set fid.measure=always to download it"
     images = open_images(path)
     if len(images) < 2:
-        raise UserError(f"fid.images: {path} has {len(images)} image, and FID needs two at least")
-    make_fid(None)  # fails now rather than after the training
+        raise UserError(f"fid.images: {path} has {len(images)} image, and FID needs at least two")
+    make_fid(None)  # so that it fails now rather than after the training
     return images
 
 
 @dataclass(frozen=True)
 class FID:
-    """The distance, at least 0, from `images` images; `unreadable` ones were left out."""
+    """The distance (0 or more) from `images` images; `unreadable` ones were left out."""
 
     value: float
     images: int
@@ -63,19 +61,22 @@ def measure_fid(
     config: DiffusionConfig,
     features: nn.Module | None = None,
 ) -> FID:
-    """The Fréchet distance (Heusel et al., 2017) between Inception's features of `config.fid.count` samples, with
-    the seeds from `config.seed` on, and of the middle squares of all images, resized to `size` pixels; both of 8
-    bits.
+    """Measures the Fréchet distance (Heusel et al., 2017) between samples and images.
 
-    Under `torchrun` each process takes its share, and all return the same. Shows progress bars on stderr.
+    `config.fid.count` samples, with the seeds from `config.seed` on, are compared with the middle squares of all
+    images, resized to `size` pixels; both are rounded to 8 bits. Under `torchrun` each process takes its share,
+    and all return the same result. Progress bars are shown on stderr.
 
     Args:
-        images: those that cannot be read are left out.
-        features: instead of Inception: (N, 3, size, size) uint8 to (N, C).
+        pipeline: pipeline that draws the samples.
+        images: source of the images; unreadable ones are left out.
+        size: side of the squares in pixels.
+        config: settings of the run.
+        features: network that replaces Inception: (N, 3, size, size) uint8 to (N, C).
 
     Raises:
-        UserError: weights of Inception that are neither there nor to be downloaded, or fewer than two images
-            that can be read.
+        UserError: the weights of Inception are missing and cannot be downloaded, or fewer than two images can be
+            read.
     """
     state = PartialState(cpu=not torch.accelerator.is_available())
     fid = make_fid(features).to(pipeline.device)
@@ -100,10 +101,10 @@ def measure_fid(
         for pixels in generate(pipeline, numbers, config.seed, config.sample.steps, config.sample.batch_size):
             fid.update(pixels, real=False)
             bar.update(len(pixels))
-    fid.orig_dtype = torch.float64  # in which it gives its result
+    fid.orig_dtype = torch.float64  # the dtype of its result
     try:
         value = float(fid.compute())
-    except RuntimeError as error:  # torchmetrics': too few
+    except RuntimeError as error:  # torchmetrics has too few images
         raise UserError(f"FID: {' '.join(str(error).split())}") from None
     images_used = int(reduce(used, "sum"))
     return FID(value, images_used, len(images) - images_used)

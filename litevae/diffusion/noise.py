@@ -1,4 +1,4 @@
-"""Noise: which levels to train at, what the network predicts there, and the sampler that fits."""
+"""Noise of a diffusion model: levels to train at, the prediction of the network, and the matching sampler."""
 
 from typing import Protocol
 
@@ -10,41 +10,43 @@ from torch import Tensor, nn
 
 from litevae.diffusion.config import NoiseConfig
 
-EDM_SIGMA_DATA = 0.5  # for which Karras et al. give their noise levels
+EDM_SIGMA_DATA = 0.5  # standard deviation of the data in Karras et al., for their noise levels
 
 
 class Noise(Protocol):
-    """How latents are noised. `data_std`: the standard deviation of the latents that it is made for."""
+    """How latents are noised. `data_std` is the standard deviation of the latents that it is made for."""
 
     data_std: float
 
     def draw(self, count: int, device: torch.device) -> Tensor:
-        """Noise levels to train at, (count,), from the global generator."""
+        """Draws noise levels (count,) to train at from the global generator."""
         ...
 
     def loss(self, network: nn.Module, latents: Tensor, noise: Tensor, level: Tensor) -> Tensor:
-        """A scalar, the mean per element.
+        """Returns the loss, a scalar: the mean per element.
 
         Args:
-            network: called with the scaled noisy latents, the time and return_dict=False, as UNet2DModel.
-            latents: (N, n_z, h, w), float32.
-            noise: of the same shape, standard normal.
-            level: (N,), of `draw`.
+            network: denoiser, called with the scaled noisy latents, the time and return_dict=False, as UNet2DModel.
+            latents: latents (N, n_z, h, w), float32.
+            noise: standard normal noise of the same shape.
+            level: noise levels (N,) from `draw`.
         """
         ...
 
     def scheduler(self) -> SchedulerMixin:
-        """diffusers' sampler for a network that is trained with `loss`."""
+        """Returns the diffusers sampler for a network that is trained with `loss`."""
         ...
 
 
 class EDM:
-    """Karras et al. (2022): with latents y and noise n = sigma · noise, the loss is lambda(sigma) |D(y + n) - y|²,
+    """The noise of Karras et al. (2022).
+
+    With latents y and noise n = sigma · noise, the loss is lambda(sigma) |D(y + n) - y|² with
 
         D(x) = c_skip x + c_out F(c_in x, c_noise)
 
-    for the network F, and ln sigma is normal. lambda = 1 / c_out², so it is |F - target|² with
-    target = (y - c_skip x) / c_out, which is written without the difference of near numbers that is in it.
+    for the network F; ln sigma is normally distributed. As lambda = 1 / c_out², the loss is |F - target|² with
+    target = (y - c_skip x) / c_out, which is computed without subtracting nearly equal numbers.
     """
 
     def __init__(self, config: NoiseConfig) -> None:
@@ -73,11 +75,13 @@ class EDM:
 
 
 class DDPM:
-    """Ho et al. (2020): the network predicts the noise in sqrt(a_t) y + sqrt(1 - a_t) noise, a_t falling with the
-    steps t, and the loss is the mean square of the error.
+    """The noise of Ho et al. (2020).
 
-    Samples step by step with fresh noise, which is DDIM (Song et al., 2021) with eta = 1, as LDM samples faces:
-    with eta = 0 the errors at the noisiest steps, where little of the latent is left, stay in the image.
+    The network predicts the noise in sqrt(a_t) y + sqrt(1 - a_t) noise, where a_t decreases with the step t. The
+    loss is the mean squared error.
+
+    The sampler adds fresh noise in every step, which is DDIM (Song et al., 2021) with eta = 1, as LDM samples
+    faces. With eta = 0, the errors of the noisiest steps, where little of the latent is left, stay in the image.
     """
 
     data_std = 1.0
@@ -101,9 +105,10 @@ class DDPM:
             beta_start=self.config.beta_start,
             beta_end=self.config.beta_end,
             clip_sample=False,  # latents have no bounds
-            timestep_spacing="trailing",  # begins at the noisiest step, ends without noise
+            timestep_spacing="trailing",  # from the noisiest step to no noise
         )
 
 
 def make_noise(config: NoiseConfig) -> Noise:
+    """Returns the noise that `config.kind` names."""
     return EDM(config) if config.kind == "edm" else DDPM(config)

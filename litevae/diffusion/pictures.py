@@ -1,4 +1,4 @@
-"""The pictures of a diffusion model's training."""
+"""Pictures of a diffusion model's training."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ GAP = 2  # pixels between samples
 
 
 def draw_samples(samples: Tensor, path: Path) -> None:
-    """Images (N, 3, H, W) uint8 in rows and columns, as many of one as of the other, as a PNG with gaps."""
+    """Draws images (N, 3, H, W) uint8 in a square grid with gaps, as a PNG."""
     samples = F.pad(samples, (0, GAP, 0, GAP), value=255)
     columns = math.ceil(math.sqrt(len(samples)))
     rows = math.ceil(len(samples) / columns)
@@ -29,7 +29,7 @@ def draw_samples(samples: Tensor, path: Path) -> None:
 
 
 def draw_loss(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """The loss over the steps, of a run's log."""
+    """Plots the loss in a run's log over the steps."""
     having = [line for line in lines if "loss" in line]
     steps, losses = [line["step"] for line in having], [line["loss"] for line in having]
     figure = Figure(figsize=(6, 4), dpi=DPI, layout="constrained")

@@ -1,4 +1,4 @@
-"""Sampling: a diffusers pipeline that knows an autoencoder's scale and shift, which `LDMPipeline` does not."""
+"""Sampling: a diffusers pipeline that applies the autoencoder's scale and shift, which `LDMPipeline` does not."""
 
 import inspect
 from collections.abc import Iterator, Sequence
@@ -19,13 +19,13 @@ from litevae.models.weights import write_model
 
 
 class LatentDiffusionPipeline(DiffusionPipeline):
-    """Unconditional images from a diffusion model on latents, for `save_pretrained` and `from_pretrained`.
+    """Draws unconditional images from a latent diffusion model; supports `save_pretrained` and `from_pretrained`.
 
     Args:
-        vae: the autoencoder; latents are (latent - shift_factor) * scaling_factor of its configuration, one
-            factor for all channels as in LDM. Its latents_mean and latents_std are not used.
-        unet: the denoiser.
-        scheduler: any of diffusers' that fits how the denoiser was trained.
+        vae: autoencoder. The denoiser works on (latent - shift_factor) * scaling_factor, with the factors of its
+            configuration, one for all channels as in LDM. Its latents_mean and latents_std are not used.
+        unet: denoiser.
+        scheduler: scheduler of diffusers that matches the training of the denoiser.
     """
 
     model_cpu_offload_seq = "unet->vae"
@@ -47,18 +47,18 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         """Draws images.
 
         Args:
-            batch_size: how many.
-            generator: of all noise, one for all images or a list of one each; on the CPU, they give the same
-                noise on every device.
-            num_inference_steps: calls of the denoiser.
+            batch_size: number of images.
+            generator: generator of all noise, or a list with one generator per image. Generators on the CPU give
+                the same noise for every device.
+            num_inference_steps: number of calls of the denoiser.
             output_type: "pil"; "pt", (N, 3, H, W) in [0, 1]; "np", (N, H, W, 3) in [0, 1]; or "latent",
                 scaled latents (N, n_z, h, w).
-            return_dict: return an `ImagePipelineOutput` with `images`, rather than a tuple.
+            return_dict: whether to return an `ImagePipelineOutput` with `images`, or a tuple.
         """
         config = self.unet.config
         device = self._execution_device
         shape = (batch_size, config.in_channels, config.sample_size, config.sample_size)
-        # in float32 all the way: the schedulers round to the dtype of what the network returns
+        # float32 throughout: the schedulers round to the dtype of the network's output.
         latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         latents = latents * self.scheduler.init_noise_sigma
         self.scheduler.set_timesteps(num_inference_steps, device=device)
@@ -75,7 +75,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (N, n_z, h, w) to images (N, 3, H, W), about in [-1, 1]."""
+        """Decodes scaled latents (N, n_z, h, w) to images (N, 3, H, W), roughly in [-1, 1]."""
         config = self.vae.config
         unscaled = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
         images: Tensor = self.vae.decode(unscaled.to(self.vae.dtype)).sample.float()
@@ -83,10 +83,10 @@ class LatentDiffusionPipeline(DiffusionPipeline):
 
 
 def save_pipeline(pipeline: LatentDiffusionPipeline, folder: Path) -> None:
-    """`save_pretrained` through to the disk, replacing a pipeline that is there only once it is complete.
+    """Saves a pipeline through to the disk; an existing one is replaced only when the new one is complete.
 
     Raises:
-        OSError: the disk is full, for example.
+        OSError: it cannot be written, for example because the disk is full.
     """
     with replacing_folder(folder) as new:
         new.mkdir()
@@ -99,10 +99,17 @@ def save_pipeline(pipeline: LatentDiffusionPipeline, folder: Path) -> None:
 def generate(
     pipeline: LatentDiffusionPipeline, numbers: Sequence[int], seed: int, steps: int, batch_size: int
 ) -> Iterator[Tensor]:
-    """The images of these numbers, so many at a time, (n, 3, H, W) uint8 on the pipeline's device.
+    """Draws images by number, in batches (n, 3, H, W) uint8 on the pipeline's device.
 
-    The noise of image i is drawn on the CPU with the seed `seed` + i, so that it depends neither on the others nor
-    on the device.
+    The noise of image i is drawn on the CPU with the seed `seed` + i, so that it depends neither on other images
+    nor on the device.
+
+    Args:
+        pipeline: pipeline to draw with.
+        numbers: numbers of the images.
+        seed: seed of image 0.
+        steps: number of calls of the denoiser.
+        batch_size: images per batch.
     """
     for start in range(0, len(numbers), batch_size):
         generators = [torch.Generator().manual_seed(seed + i) for i in numbers[start : start + batch_size]]

@@ -1,4 +1,4 @@
-"""The training loop of a diffusion model, on Hugging Face Accelerate."""
+"""Training of a diffusion model, on Hugging Face Accelerate."""
 
 import json
 import math
@@ -57,28 +57,29 @@ class DiffusionResult:
 
 
 def train(config: DiffusionConfig, autoencoder: Autoencoder) -> DiffusionResult:
-    """Trains a diffusion model on an autoencoder's latents and leaves these files in `config.output_dir`.
+    """Trains a diffusion model on an autoencoder's latents and writes its files to `config.output_dir`.
 
-    `pipeline/` (for `LatentDiffusionPipeline.from_pretrained`; with the averaged U-Net where there is one),
-    `samples.png`, `loss.png`, `metrics.jsonl` (a line for each logged step), `metrics.json` (FID), `config.yaml`,
-    `checkpoints/` and the tracker's files. Shows a progress bar on stderr.
+    The files are `pipeline/` (for `LatentDiffusionPipeline.from_pretrained`; with the averaged U-Net if there is
+    one), `samples.png`, `loss.png`, `metrics.jsonl` (one line per logged step), `metrics.json` (FID),
+    `config.yaml`, `checkpoints/` and the files of the tracker. A progress bar is shown on stderr.
 
-    SIGINT or SIGTERM ends the run after the current step, with a checkpoint and all of these but FID. With
-    `config.resume` it goes on from a checkpoint, wherever it was killed: on one machine's CPU with the same
-    losses to the bit. Under `torchrun` or `accelerate launch` the processes share each batch; the latents and
-    their noise do not depend on how many they are.
+    SIGINT or SIGTERM ends the run after the current step, with a checkpoint and all of these files but without
+    FID. With `config.resume` a run continues from a checkpoint, no matter where it was killed; on the CPU of one
+    machine its losses are then the same to the bit. Under `torchrun` or `accelerate launch` the processes share
+    each batch; the latents and their noise do not depend on the number of processes.
 
     Args:
-        config: of the run.
-        autoencoder: the model that `config.model` names. It is not trained; it moves to the run's device.
+        config: settings of the run.
+        autoencoder: model that `config.model` names. It is not trained; it is moved to the run's device.
 
     Raises:
-        UserError: settings that do not fit together or the model; latents of another model or that are not
-            scaled; a checkpoint that does not fit; FID that is wanted and cannot be had; more images than
-            `config.data.max_bad_fraction` that cannot be used: then all files are written as of the step before.
+        UserError: settings do not fit together or the model; the latents are another model's or not scaled; a
+            checkpoint does not fit; FID is required and cannot be measured; or more than
+            `config.data.max_bad_fraction` of the images cannot be used, in which case all files are written as of
+            the step before.
         NonFiniteError: `config.max_bad_steps` steps in a row had a loss or a gradient that is not finite. All
-            files are written as of the step before the first of them.
-        OSError: the disk is full, for example; earlier checkpoints are intact.
+            files are written as of the step before the first of these steps.
+        OSError: a file could not be written, for example because the disk is full. Earlier checkpoints are intact.
     """
     with StopRequest() as stop:
         trainer = DiffusionTrainer(config, autoencoder)
@@ -89,7 +90,7 @@ def train(config: DiffusionConfig, autoencoder: Autoencoder) -> DiffusionResult:
 
 
 class DiffusionTrainer(Loop[DiffusionResult]):
-    """One run: `__init__` builds or restores everything, `run` goes through the steps."""
+    """One training run: `__init__` builds or restores everything, `run` performs the steps."""
 
     network_name = "unet"
     decisive_settings = ("seed", "model", "data", "noise")
@@ -129,7 +130,7 @@ class DiffusionTrainer(Loop[DiffusionResult]):
 
     @property
     def best_unet(self) -> UNet2DModel:
-        """What samples are drawn with."""
+        """The U-Net that samples are drawn with: the averaged one if there is one."""
         return self.unet if self.ema is None else self.ema.model
 
     def steps(self) -> Iterator[tuple[int, Tensor, float]]:
@@ -146,13 +147,13 @@ class DiffusionTrainer(Loop[DiffusionResult]):
                     self.unusable = error
                 yield step, self.data.moments(batch), waited
         finally:
-            del batches  # its workers end here; an error's traceback would keep them
+            del batches  # ends its workers, which the traceback of an error would keep alive
 
     def update(self, moments: Tensor, step: int, stop: bool) -> Outcome:
-        """One step on this process's share of the batch, (N, 2 n_z, h, w)."""
+        """Performs one step on this process's share of the batch, moments (N, 2 n_z, h, w)."""
         accelerator, parts = self.accelerator, self.config.optimizer.accumulation
         count, index = accelerator.num_processes, accelerator.process_index
-        # the whole batch's, on every process alike, so that a run is the same on one process as on many
+        # Every process draws the noise of the whole batch, so that a run does not depend on their number.
         whole = (count * len(moments), *self.data.shape)
         of_posterior, noise = (
             torch.randn(whole, device=moments.device).chunk(count)[index] for _ in range(2)
@@ -169,12 +170,12 @@ class DiffusionTrainer(Loop[DiffusionResult]):
             losses.append(loss.detach())
 
         flags = torch.tensor([float(stop), float(self.unusable is not None)], device=moments.device)
-        # an infinite or NaN loss on one process makes the mean so, and all decide alike
+        # A loss that is not finite on one process makes the mean not finite, so all processes decide alike.
         means = accelerator.reduce(torch.cat([torch.stack(losses).mean()[None], flags]), "mean")
         norm = self.optimizer.gradient_norm(
             self.config.optimizer.max_gradient_norm or math.inf, accelerator.scaler
         )
-        # the step's one wait for a GPU
+        # This is the only wait for a GPU in the step.
         norm_value, loss_value, stopped, unusable = torch.cat([norm[None], means]).tolist()
         bad = first_bad({"loss": loss_value}, [norm_value])
         values = {"loss": loss_value, "gradient_norm": norm_value}
@@ -188,7 +189,7 @@ class DiffusionTrainer(Loop[DiffusionResult]):
         return Outcome(values, bad, stopped > 0, unusable > 0)
 
     def after(self, step: int) -> None:
-        """Saves where that is due."""
+        """Saves if that is due after `step`."""
         if self.config.checkpoint.every and step % self.config.checkpoint.every == 0:
             self.save()
 
@@ -212,7 +213,7 @@ class DiffusionTrainer(Loop[DiffusionResult]):
         fid: FID | None = None
         no_fid = self.fid_images if isinstance(self.fid_images, str) else None
         if stopped or failure:
-            no_fid = "the run did not come to its end"
+            no_fid = "the run did not complete"
         elif not isinstance(self.fid_images, str):
             fid = measure_fid(pipeline, self.fid_images, self.data.pixels, self.config)
         losses = [line["loss"] for line in self.lines if "loss" in line]
@@ -260,7 +261,7 @@ class DiffusionTrainer(Loop[DiffusionResult]):
             "loss": result.loss,
             "steps": result.steps,
             "skipped_steps": self.skipped,
-            "complete": complete,  # all steps were gone through
+            "complete": complete,  # whether all steps were performed
             "parameters": result.parameters,
             "latent": list(self.data.shape),
             "seconds": round(result.seconds, 1),

@@ -1,4 +1,4 @@
-"""The denoiser: diffusers' UNet2DModel in LDM's shape."""
+"""The denoiser: diffusers' UNet2DModel in the shape of LDM's U-Net."""
 
 from typing import cast
 
@@ -12,13 +12,18 @@ from litevae.errors import UserError
 
 
 def build_unet(config: UNetConfig, latent_channels: int, side: int) -> UNet2DModel:
-    """A fresh U-Net for latents (N, latent_channels, side, side).
+    """Builds a U-Net with fresh weights for latents (N, latent_channels, side, side).
 
-    With LDM's settings and 3 latent channels it has 274,056,163 parameters; LDM's, of the same layers, 274 M
-    (Rombach et al., 2022, Table 12).
+    With LDM's settings and 3 latent channels it has 274,056,163 parameters; LDM's U-Net, of the same layers, has
+    274 M (Rombach et al., 2022, Table 12).
+
+    Args:
+        config: settings of the U-Net.
+        latent_channels: channels of a latent.
+        side: height and width of a latent.
 
     Raises:
-        UserError: a side that cannot be halved between the blocks.
+        UserError: the side cannot be halved between the blocks.
     """
     blocks = len(config.block_out_channels)
     factor = 2 ** (blocks - 1)
@@ -44,8 +49,7 @@ def build_unet(config: UNetConfig, latent_channels: int, side: int) -> UNet2DMod
 
 
 def initialise(unet: UNet2DModel) -> None:
-    """Sets to zero what LDM's U-Net begins with as zero, and diffusers' does not: the last layer of each residual
-    branch, and of the whole."""
+    """Zeroes the last layer of each residual branch and of the network, as LDM does and diffusers does not."""
     last: list[nn.Module] = [unet.conv_out]
     for module in unet.modules():
         if isinstance(module, ResnetBlock2D):

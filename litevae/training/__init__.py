@@ -1,4 +1,4 @@
-"""Training autoencoders: `load_config` and `train`."""
+"""Training of autoencoders: `load_config` and `train`."""
 
 from litevae.training.config import Config, load_config
 from litevae.training.trainer import TrainingResult, train

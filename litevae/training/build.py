@@ -1,4 +1,4 @@
-"""The model of a training run: built from its settings, or with weights to start from."""
+"""The model of a training run, built from its settings."""
 
 from pathlib import Path
 
@@ -11,11 +11,13 @@ from litevae.training.config import Config
 
 
 def build_model(config: Config) -> Autoencoder:
-    """The model of `config`, with fresh weights or those of `config.init` and `config.init_decoder`.
+    """Builds the model of a run, with fresh weights or those of `config.init` and `config.init_decoder`.
+
+    Args:
+        config: settings of the run.
 
     Raises:
-        UserError: settings that the model does not take, or weights that are missing, broken or another
-            architecture's.
+        UserError: the model does not take a setting, or weights are missing, damaged or another architecture's.
     """
     try:
         model = with_fresh_weights(config.model, config.data.size)

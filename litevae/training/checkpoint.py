@@ -1,4 +1,4 @@
-"""Writing files and folders so that what bears the final name is complete; a run's checkpoints."""
+"""Checkpoints of a training run: writing, checking, choosing and reading them."""
 
 import io
 import json
@@ -26,10 +26,11 @@ MANIFEST, STATE, DISCRIMINATOR = "manifest.json", "state.pt", "discriminator.saf
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint, step-00001000 for example: model/, with an average ema/, with a discriminator
-    discriminator.safetensors, state.pt (optimizers, random states and so on) and manifest.json.
+    """A complete checkpoint, such as step-00001000.
 
-    `psnr`: on the validation images at this step, if it was measured then.
+    Its folder holds model/; ema/ if there is an average; discriminator.safetensors if there is a discriminator;
+    state.pt (optimizers, random states and so on); and manifest.json. `psnr` is the PSNR of the validation images
+    if they were measured at this step.
     """
 
     path: Path
@@ -45,16 +46,19 @@ def save_checkpoint(
     state: Mapping[str, Any],
     manifest: Mapping[str, Any],
 ) -> Checkpoint:
-    """Writes a checkpoint to `folder`, through to the disk, under a temporary name until it is complete.
+    """Writes a checkpoint through to the disk, under a temporary name until it is complete.
 
     Args:
-        models: by the name of their folder.
-        discriminator: its state dict.
+        folder: folder of the run's checkpoints.
+        step: last step that updated the weights.
+        models: models by the name of their folder.
+        discriminator: state dict of the discriminator, or None.
         state: tensors, numbers and text in lists and dicts, which load without unpickling code.
-        manifest: what else to note in manifest.json, such as "psnr".
+        manifest: further entries of manifest.json, such as "psnr".
 
     Raises:
-        OSError: it cannot be written, a full disk for example. Nothing is left of it, and the others stay.
+        OSError: the checkpoint cannot be written, for example because the disk is full. Nothing is left of it,
+            and the other checkpoints stay.
     """
     target = folder / f"step-{step:08d}"
     temporary = folder / f".{target.name}.new"
@@ -77,7 +81,7 @@ def save_checkpoint(
         write(temporary / MANIFEST, (json.dumps(note, indent=2) + "\n").encode())
         for each in (*(temporary / name for name in models), temporary):
             sync_folder(each)
-        shutil.rmtree(target, ignore_errors=True)  # there only if it is not complete
+        shutil.rmtree(target, ignore_errors=True)  # it exists only if it is not complete
         os.rename(temporary, target)
         sync_folder(folder)
     except OSError as error:
@@ -88,7 +92,7 @@ def save_checkpoint(
 
 
 def damage(checkpoint: Checkpoint) -> str | None:
-    """What is wrong with a file of a complete checkpoint, which is read as a whole for it; None for nothing."""
+    """Reads all files of a complete checkpoint; returns a description of the first damaged one, or None."""
     for name, file in read_note(checkpoint)["files"].items():
         path = checkpoint.path / name
         try:
@@ -100,19 +104,19 @@ def damage(checkpoint: Checkpoint) -> str | None:
 
 
 def find_checkpoints(folder: Path) -> list[Checkpoint]:
-    """The complete checkpoints in `folder`, oldest first."""
+    """Returns the complete checkpoints in `folder`, oldest first."""
     found = [read_manifest(path) for path in folder.glob("step-*")]
     return sorted((each for each in found if each is not None), key=lambda each: each.step)
 
 
 def read_note(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What is in the manifest of a complete checkpoint."""
+    """Returns the manifest of a complete checkpoint."""
     note: dict[str, Any] = json.loads((checkpoint.path / MANIFEST).read_text(encoding="utf-8"))
     return note
 
 
 def read_manifest(path: Path) -> Checkpoint | None:
-    """The checkpoint at `path`, or None unless every file is there with its full length."""
+    """Returns the checkpoint at `path`, or None if a file is missing or not of its full length."""
     try:
         note = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         complete = all((path / name).stat().st_size == file["bytes"] for name, file in note["files"].items())
@@ -122,40 +126,42 @@ def read_manifest(path: Path) -> Checkpoint | None:
 
 
 def remove_old(folder: Path, keep: int) -> None:
-    """Deletes all checkpoints but the last `keep` and the one of the highest PSNR."""
+    """Deletes all checkpoints except the last `keep` and the one with the highest PSNR."""
     checkpoints = find_checkpoints(folder)
     measured = [each for each in checkpoints if each.psnr is not None]
     best = max(measured, key=lambda each: each.psnr or 0.0, default=None)
     for each in checkpoints[:-keep]:
         if each != best:
-            # one that is half deleted must not look like one
+            # A half-deleted checkpoint must not look like a checkpoint.
             trash = each.path.with_name(f".{each.path.name}.old")
             os.rename(each.path, trash)
             shutil.rmtree(trash, ignore_errors=True)
 
 
 def remove_remains(folder: Path) -> None:
-    """Deletes what a run that was killed while it saved or deleted has left behind."""
+    """Deletes what is left of saving or deleting a checkpoint in a run that was killed."""
     for pattern in (".step-*.new", ".step-*.old"):
         for path in folder.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def choose_checkpoint(resume: str, folder: Path) -> Checkpoint | None:
-    """The checkpoint that `resume` means, with the run's own checkpoints in `folder`. Its files are intact.
+    """Returns the checkpoint to resume from, whose files are intact.
 
     Args:
-        resume: "" for none; "auto" for the newest in `folder` that is intact, if there are any: newer ones are
-            renamed, and a line on stderr says so; or the path of a checkpoint, or of a run for its newest.
+        resume: "" for none; "auto" for the newest intact checkpoint in `folder`, if there is one (newer, damaged
+            ones are renamed, and a line on stderr says so); or the path of a checkpoint, or of a run for its
+            newest one.
+        folder: folder of the run's own checkpoints.
 
     Raises:
-        UserError: there is no complete checkpoint at that path, it is damaged, or the run would write over
-            newer ones; for "auto", all in `folder` are damaged.
+        UserError: there is no complete checkpoint at that path, it is damaged, or the run would overwrite newer
+            ones; for "auto", all checkpoints in `folder` are damaged.
     """
     own = find_checkpoints(folder)
     chosen: Checkpoint | None = None
     broken = sorted(folder.glob("step-*")) if not own and resume in ("", "auto") else []
-    if broken:  # complete ones only are given that name
+    if broken:  # only complete checkpoints are given that name
         raise UserError(
             f"{broken[-1]}: damaged, and {folder} has none that is intact: delete them, or give another output_dir"
         )
@@ -180,7 +186,7 @@ def choose_checkpoint(resume: str, folder: Path) -> Checkpoint | None:
 
 
 def newest_intact(checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:
-    """The last one that is not damaged; renames those after it, lest they count among the ones to keep."""
+    """Returns the last undamaged checkpoint; renames those after it, so that they do not count as ones to keep."""
     damaged: list[tuple[Checkpoint, str]] = []
     for checkpoint in reversed(checkpoints):
         if wrong := damage(checkpoint):
@@ -191,7 +197,7 @@ def newest_intact(checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:
             shutil.rmtree(aside, ignore_errors=True)
             os.rename(each.path, aside)
             tqdm.write(
-                f"resume: {why}; moved to {aside.name}, going on from {checkpoint.path}", file=sys.stderr
+                f"resume: {why}; moved to {aside.name}, continuing from {checkpoint.path}", file=sys.stderr
             )
         return checkpoint
     if damaged:
@@ -200,18 +206,18 @@ def newest_intact(checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:
 
 
 def load_state(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What `save_checkpoint` was given as `state`, on the CPU; UserError if it cannot be read."""
+    """Returns the `state` that `save_checkpoint` was given, on the CPU; raises UserError if it cannot be read."""
     path = checkpoint.path / STATE
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         return state
-    except Exception as error:  # a broken file makes the unpickler raise almost anything
+    except Exception as error:  # on a damaged file the unpickler can raise almost anything
         raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
 
 
 def random_state() -> dict[str, Any]:
-    """The state of every global random generator that a training process draws from."""
-    name, keys, *rest = cast(tuple[Any, ...], np.random.get_state())  # noqa: NPY002  (the global one)
+    """Returns the state of every global random generator that a training process draws from."""
+    name, keys, *rest = cast(tuple[Any, ...], np.random.get_state())  # noqa: NPY002  (the global generator)
     return {
         "python": random.getstate(),
         "numpy": [name, keys.tolist(), *rest],
@@ -221,6 +227,7 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: Mapping[str, Any]) -> None:
+    """Restores the generators to the result of `random_state`."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, *rest = state["numpy"]

@@ -15,12 +15,13 @@ def draw_curves(
     history: Sequence[Mapping[str, float]],
     path: Path,
 ) -> None:
-    """Losses over the steps on the left, the validation images' PSNR and SSIM on the right.
+    """Plots the losses over the steps on the left, and the PSNR and SSIM of the validation images on the right.
 
     Args:
-        lines: one mapping a logged step, with "step", "loss" and those of the `terms` that were on.
-        history: one mapping a measurement, with at least "step", "psnr" and "ssim".
-        path: the PNG to write.
+        lines: one mapping per logged step, with "step", "loss" and the active `terms`.
+        terms: names of the terms to plot.
+        history: one mapping per validation, with at least "step", "psnr" and "ssim".
+        path: PNG file to write.
     """
     figure = Figure(figsize=(10, 4), dpi=DPI, layout="constrained")
     left, right = figure.subplots(1, 2)

@@ -1,4 +1,4 @@
-"""What a run feeds on: each process's share of the batches, and the images to validate on and to show."""
+"""The data of a training run: each process's share of the batches, and the images to validate on and to show."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,27 +19,25 @@ from litevae.errors import UserError
 from litevae.signals import obey_parent_only
 from litevae.training.config import Config, Stage
 
-SHOWN = 4  # images in reconstructions.png
+SHOWN = 4  # number of images in reconstructions.png
 
 
 class TrainingData:
     """The images of a run.
 
-    `validation` and `shown` are names and (H, W, 3) uint8 images; `bad_images` lists those that training
-    could not use.
+    `validation` and `shown` are lists of names and (H, W, 3) uint8 images; `bad_images` lists the images that
+    training could not use. The seed of PyTorch's loader is drawn from the global generator.
 
     Args:
-        config: of the run.
-        stages: of the run; validation images have the last one's size, but for the demo's, which stay whole
-            unless the model takes one size alone.
-        accelerator: says which process this is.
-        folder: the run's, for bad_images.txt.
-        resuming: whether that list is continued.
-
-    Its seed for PyTorch's loader is drawn from the global generator.
+        config: settings of the run.
+        stages: stages of the run. Validation images have the size of the last one; those of the demo stay whole
+            unless the model takes one size only.
+        accelerator: Accelerator, which tells the number of this process.
+        folder: output folder, for bad_images.txt.
+        resuming: whether to continue that list.
 
     Raises:
-        UserError: no images, or none that can be read.
+        UserError: there are no images, or none of them can be read.
     """
 
     def __init__(
@@ -47,7 +45,7 @@ class TrainingData:
     ) -> None:
         self.seed, self.config, self.accelerator = config.seed, config.data, accelerator
         self.one_size = config.model.aggregator == "vit"
-        # PyTorch's loader draws from a generator when it starts, and a resumed run starts it once more
+        # PyTorch's loader draws from a generator when it starts; a resumed run starts it once more.
         self.random = torch.Generator().manual_seed(int(torch.empty((), dtype=torch.int64).random_()))
         self.open(stages[-1].size, folder / BAD_IMAGES, resuming)
 
@@ -55,19 +53,19 @@ class TrainingData:
         config = self.config
         if not config.train:
             raise UserError(
-                "data.train is empty: give a folder of images (litevae train --help tells of others)"
+                "data.train is empty: give a folder of images (litevae train --help lists other sources)"
             )
         self.images = open_images(config.train)
         source = open_validation(config)
         if self.accelerator.is_main_process and not resuming:
-            bad.unlink(missing_ok=True)  # an earlier run's
+            bad.unlink(missing_ok=True)  # left by an earlier run
         self.accelerator.wait_for_everyone()
         self.bad_images = BadImages(bad, len(self.images), config.max_bad_fraction)
-        if isinstance(source, Photographs) and not self.one_size:  # whole
+        if isinstance(source, Photographs) and not self.one_size:  # they stay whole
             self.validation = list(zip(source.names, source.pixels, strict=True))
         else:
             self.validation = self.load(source, size, config.validation_count) if source else []
-        # of the demo three photographs that it trains on too, no larger than the one that is held out
+        # The demo also shows three of its training photographs, no larger than the held-out one.
         self.shown = self.validation[:SHOWN]
         if isinstance(self.images, Photographs) and not self.one_size:
             height, width = self.shown[0][1].shape[:2] if self.shown else (size, size)
@@ -75,11 +73,11 @@ class TrainingData:
             training = [(name, centre_crop(pixels, height, width)) for name, pixels in photographs]
             held_out = [(f"{name} (held out)", pixels) for name, pixels in self.shown[:1]]
             self.shown = [(f"{name} (training)", pixels) for name, pixels in training[: SHOWN - 1]] + held_out
-        elif not self.shown:  # training images, and none that cannot be read
+        elif not self.shown:  # readable training images
             self.shown = load_validation(self.images, size, SHOWN, at_least=0).images
 
     def load(self, source: ImageSource, size: int, count: int) -> list[tuple[str, Pixels]]:
-        """Validation images; says which ones cannot be read."""
+        """Loads validation images, and prints the names of unreadable ones to stderr."""
         validation = load_validation(source, size, count)
         if validation.bad and self.accelerator.is_main_process:
             names = ", ".join(name for name, _ in validation.bad)
@@ -87,7 +85,7 @@ class TrainingData:
         return validation.images
 
     def batches(self, stage: Stage, done: int) -> Iterator[Batch]:
-        """This process's share of each batch of the stage after step `done`."""
+        """Yields this process's share of each batch of the stage after step `done`."""
         crops = TrainingCrops(
             self.images,
             replace(self.config, size=stage.size),
@@ -108,7 +106,7 @@ class TrainingData:
 
 
 class ShareSampler:
-    """The numbers of the crops that a process takes at each step after `done`: its part of the batch."""
+    """Yields the numbers of the crops that a process takes at each step after `done`."""
 
     def __init__(self, stage: Stage, done: int, process: int, processes: int) -> None:
         self.stage, self.done, self.process, self.processes = stage, done, process, processes
@@ -121,6 +119,6 @@ class ShareSampler:
 
 
 def centre_crop(image: Pixels, height: int, width: int) -> Pixels:
-    """The middle of an (H, W, 3) image, at most `height` x `width`."""
+    """Crops the middle of an (H, W, 3) image to at most `height` x `width` pixels."""
     top, left = max(image.shape[0] - height, 0) // 2, max(image.shape[1] - width, 0) // 2
     return image[top : top + height, left : left + width]

@@ -1,4 +1,4 @@
-"""The adversarial gradient against the reconstruction's over a training run (Section 6, Figure 7)."""
+"""The ratio of the adversarial to the reconstruction gradient over a training run (Section 6, Figure 7)."""
 
 import sys
 from collections.abc import Mapping
@@ -16,9 +16,9 @@ from litevae.training.step import GRADIENT_RATIO
 
 @dataclass(frozen=True)
 class GradientRatios:
-    """`ratios` at `steps`, as `TrainingStep.gradient_ratio` defines them: 1 is balanced.
+    """The `ratios` at `steps`, as `TrainingStep.gradient_ratio` defines them; 1 is balanced.
 
-    `median`, and `low` and `high`, their 5th and 95th percentiles.
+    `median` is their median; `low` and `high` are their 5th and 95th percentiles.
     """
 
     steps: tuple[int, ...]
@@ -34,13 +34,13 @@ class GradientRatios:
 
 
 def read_gradient_ratios(run: Path) -> GradientRatios:
-    """What a run that was trained with `gradient_ratio_every` has logged, where neither gradient is 0 or infinite.
+    """Reads the ratios that a run with `gradient_ratio_every` has logged; those of 0 are left out.
 
     Args:
-        run: the output folder, with metrics.jsonl in it.
+        run: output folder of the run, with metrics.jsonl.
 
     Raises:
-        UserError: no such folder or log, or a log without any ratio.
+        UserError: there is no such folder or log, or the log has no ratio.
     """
     path = run / "metrics.jsonl"
     if not path.is_file():
@@ -59,11 +59,11 @@ def read_gradient_ratios(run: Path) -> GradientRatios:
 
 
 def draw_gradient_ratios(runs: Mapping[str, GradientRatios], path: Path) -> None:
-    """The ratios over the steps on a logarithmic scale, a line for each run.
+    """Plots the ratios over the steps on a logarithmic scale, one line per run.
 
     Args:
-        runs: by name.
-        path: the PNG to write.
+        runs: ratios by the name of the run.
+        path: PNG file to write.
     """
     figure = Figure(figsize=(8, 4.5), dpi=DPI, layout="constrained")
     axes = figure.subplots()

@@ -1,4 +1,4 @@
-"""What the training loops of autoencoders and of diffusion models share: going through the steps."""
+"""The training loop that autoencoders and diffusion models share, with its checkpoints."""
 
 import importlib.util
 import sys
@@ -70,10 +70,10 @@ class LoopConfig(Protocol):
 
 
 class Loop(ABC, Generic[Result]):
-    """One run: a subclass builds or restores everything, `run` goes through the steps.
+    """One run: a subclass builds or restores everything, `run` performs the steps.
 
-    `step` is the last step that updated the weights, `random` the state of the random generators after it:
-    what a checkpoint holds is always the run as of that step.
+    `step` is the last step that updated the weights, and `random` the state of the random generators after it. A
+    checkpoint always holds the run as of that step.
     """
 
     network_name: ClassVar[str]  # name of the network's folder in a checkpoint
@@ -88,8 +88,8 @@ class Loop(ABC, Generic[Result]):
         self.loop_config = config
         self.is_main: bool = accelerator.is_main_process
         self.lines: list[dict[str, Any]] = []
-        self.bad: list[str] = []  # steps in a row without an update, and why
-        self.unusable: UserError | None = None  # too many bad images, in this process's share
+        self.bad: list[str] = []  # latest steps without an update, each with the reason
+        self.unusable: UserError | None = None  # set if too many images of this process's share are bad
         self.step = self.skipped = 0
         self.seconds_before, self.start = 0.0, time.perf_counter()
         self.saved_step: int | None = None
@@ -97,24 +97,36 @@ class Loop(ABC, Generic[Result]):
 
     @abstractmethod
     def steps(self) -> Iterator[tuple[int, Tensor, float]]:
-        """Each step to come with this process's share of its batch and the seconds that it took to get.
+        """Yields each remaining step, this process's share of its batch, and the seconds spent waiting for it.
 
-        What forbids to train on it goes to `unusable`: the others learn of it within the step.
+        If the share must not be trained on, `unusable` is set; the other processes learn of it within the step.
         """
 
     @abstractmethod
     def update(self, batch: Tensor, step: int, stop: bool) -> Outcome:
-        """One step on this process's share of the batch."""
+        """Performs one step on this process's share of the batch.
+
+        Args:
+            batch: result of `steps`.
+            step: number of the step, from 1.
+            stop: whether this process was asked to stop.
+        """
 
     @abstractmethod
     def after(self, step: int) -> None:
-        """What is due after `step`; the end of the run is `finish`'s."""
+        """Does what is due after `step`, except for the last step, after which `finish` is called."""
 
     @abstractmethod
     def finish(
         self, signal_name: str | None, stopped: bool, failure: NonFiniteError | UserError | None
     ) -> Result:
-        """Writes what the run leaves."""
+        """Writes the files of the run.
+
+        Args:
+            signal_name: signal that this process received, if any.
+            stopped: whether the run was stopped before its last step.
+            failure: error that ended the run, if any.
+        """
 
     @abstractmethod
     def state_to_save(self) -> SavedState:
@@ -195,11 +207,11 @@ class Loop(ABC, Generic[Result]):
 
     @property
     def seconds(self) -> float:
-        """Since the run began, without the times it was not running and the starts."""
+        """Seconds of training, without the time before each start and between runs."""
         return self.seconds_before + time.perf_counter() - self.start
 
     def choose_checkpoint(self) -> Checkpoint | None:
-        """What the first process chooses, which reads all of it: the others go by its word."""
+        """Returns the checkpoint to resume from, which the first process reads and chooses for all."""
         chosen: list[Checkpoint | UserError | None] = [None]
         if self.is_main:
             try:
@@ -212,7 +224,7 @@ class Loop(ABC, Generic[Result]):
         return chosen[0]
 
     def run(self, stop: StopRequest) -> Result:
-        """Goes through the steps until the last one or until `stop`, then writes everything."""
+        """Performs the steps until the last one or until `stop`, then writes everything."""
         config = self.loop_config
         if self.is_main:
             with replacing(self.output_dir / "config.yaml") as path:
@@ -224,7 +236,7 @@ class Loop(ABC, Generic[Result]):
         failure: NonFiniteError | UserError | None = None
         with (
             MetricsLog(self.output_dir / "metrics.jsonl", self.lines, self.accelerator) as log,
-            # into a file or a pipe a line now and then is enough
+            # A line now and then is enough for a file or a pipe.
             tqdm(
                 total=config.max_steps,
                 initial=self.step,
@@ -236,12 +248,12 @@ class Loop(ABC, Generic[Result]):
             for step, batch, waited in self.steps():
                 outcome = self.update(batch, step, stop.signal is not None)
                 if outcome.unusable:
-                    # the list is that of all processes
+                    # All processes write the same list.
                     failure = self.unusable or UserError(
                         "another process found too many images that cannot be used: "
                         f"{self.output_dir / BAD_IMAGES} lists them"
                     )
-                    if self.step == 0:  # there is nothing to save
+                    if self.step == 0:  # there is nothing to save yet
                         raise failure
                     break
                 stopped = outcome.stop and step < config.max_steps
@@ -260,7 +272,7 @@ class Loop(ABC, Generic[Result]):
                     bar.write(f"{self.bad[-1]}: the step is skipped", file=sys.stderr)
                     if len(self.bad) == config.max_bad_steps:
                         failure = NonFiniteError(
-                            f"{self.bad[0]}, the first to go"
+                            self.bad[0]
                             + f"; {len(self.bad)} steps in a row were skipped" * (len(self.bad) > 1)
                         )
                 if stopped or failure:
@@ -280,21 +292,31 @@ class Loop(ABC, Generic[Result]):
 
 
 def make_accelerator(precision: str, tracker: str, settings: dict[str, Any], folder: Path) -> Accelerator:
-    """UserError for a precision or a tracker that this machine does not have."""
+    """Creates the Accelerator of a run.
+
+    Args:
+        precision: "fp32", "bf16" or "fp16".
+        tracker: "tensorboard", "wandb" or "none".
+        settings: settings of the run, for the tracker.
+        folder: output folder, for the tracker's files.
+
+    Raises:
+        UserError: this machine does not have the precision, or the tracker is not installed.
+    """
     has_device = torch.accelerator.is_available()
     if precision == "fp16" and not has_device:
-        raise UserError("precision=fp16 needs a GPU: on a CPU there are bf16 and fp32")
+        raise UserError("precision=fp16 needs a GPU: a CPU takes bf16 and fp32")
     if tracker != "none" and importlib.util.find_spec(tracker) is None:
         raise UserError(f"tracker={tracker} is not installed: pip install {tracker}")
-    AcceleratorState._reset_state()  # keeps the precision of an earlier run in this process
+    AcceleratorState._reset_state()  # it keeps the precision of an earlier run in this process
     accelerator = Accelerator(
-        cpu=not has_device,  # several processes on CPUs are asked for in this way
+        cpu=not has_device,  # lets several processes run on CPUs
         mixed_precision="no" if precision == "fp32" else precision,
         log_with=None if tracker == "none" else tracker,
         project_dir=folder,
     )
     if tracker == "tensorboard":
-        accelerator.init_trackers("tensorboard")  # the name of its folder
+        accelerator.init_trackers("tensorboard")  # also the name of its folder
     elif tracker == "wandb":
         accelerator.init_trackers(
             "litevae", config=settings, init_kwargs={"wandb": {"dir": str(folder), "name": folder.name}}
@@ -303,15 +325,23 @@ def make_accelerator(precision: str, tracker: str, settings: dict[str, Any], fol
 
 
 def make_output_dir(folder: Path, result: str = "model", mark: str = "config.json") -> Path:
-    """Makes sure that files can be written to `folder`, and that its folder `result`, if it is there, is one that
-    a run has written, with `mark` in it; UserError if not."""
+    """Creates the output folder of a run, and returns it.
+
+    Args:
+        folder: output folder.
+        result: name of the folder in it that the run will replace.
+        mark: file that such a folder holds if a run has written it.
+
+    Raises:
+        UserError: files cannot be written there, or `result` exists and no run has written it.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise UserError(f"output_dir: cannot write to {folder}: {error.strerror}") from None
-    there = folder / result  # will be replaced as a whole
+    there = folder / result  # it will be replaced as a whole
     if there.exists() and any(there.iterdir()) and not (there / mark).is_file():
-        raise UserError(f"output_dir: {there} is there and is not a {result}; give another folder")
+        raise UserError(f"output_dir: {there} exists and is not a {result}; give another folder")
     return folder

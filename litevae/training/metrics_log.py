@@ -12,12 +12,12 @@ from litevae.training.step import GRADIENT_RATIO, WEIGHTED
 
 
 class MetricsLog:
-    """metrics.jsonl and the tracker, with the speed since the line before.
+    """Writes metrics.jsonl and the tracker, with the speed since the previous line.
 
     Args:
-        path: of metrics.jsonl, written anew with `lines`.
-        lines: those of the run so far; gets the new ones.
-        accelerator: with trackers, which the main process writes to.
+        path: path of metrics.jsonl, which is rewritten with `lines`.
+        lines: lines of the run so far; new lines are appended.
+        accelerator: Accelerator with the trackers, which the main process writes to.
     """
 
     def __init__(self, path: Path, lines: list[dict[str, Any]], accelerator: Accelerator) -> None:
@@ -38,18 +38,18 @@ class MetricsLog:
             self.file.close()
 
     def restart(self) -> None:
-        """Leaves out the time since the last step: validating and saving are not training."""
+        """Leaves the time since the last step out, because validating and saving are not training."""
         self.last = time.perf_counter()
 
     def count(self, images: int, waited: float) -> None:
-        """A step on so many images of all processes is done."""
+        """Counts a step on `images` images of all processes, of which `waited` seconds were spent waiting."""
         self.images, self.waited = self.images + images, self.waited + waited
         self.seconds += time.perf_counter() - self.last
 
     def write(self, step: int, values: dict[str, float], skipped: int) -> dict[str, Any]:
         speed = {
             "images_per_second": self.images / self.seconds,
-            "data_wait": min(self.waited / self.seconds, 1.0),  # as a share of the time
+            "data_wait": min(self.waited / self.seconds, 1.0),  # as a fraction of the time
         }
         self.images, self.waited, self.seconds = 0, 0.0, 0.0
         return self.append({"step": step, **values, "skipped_steps": skipped, **speed})
@@ -68,20 +68,20 @@ class MetricsLog:
 
 
 def read_log(path: Path, step: int) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl up to `step`; none if there is no such file."""
+    """Returns the lines of metrics.jsonl up to `step`; none if there is no such file."""
     lines = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
             line = json.loads(text)
             if line["step"] <= step:
                 lines.append(line)
-        except (ValueError, TypeError, KeyError):  # the last one, of a run that was killed
+        except (ValueError, TypeError, KeyError):  # the last line of a run that was killed
             break
     return lines
 
 
 def format_progress(line: dict[str, Any]) -> str:
-    """A log line for the progress bar."""
+    """Formats a log line for the progress bar."""
     norms = ("gradient_norm", "discriminator_gradient_norm", GRADIENT_RATIO)
     about = ("step", *norms, "learning_rate", "skipped_steps")
     speed = f"{line['images_per_second']:.0f} images/s, {line['data_wait']:.0%} waiting for data"

@@ -17,8 +17,8 @@ Model = TypeVar("Model", bound=nn.Module)
 class EMA(Generic[Model]):
     """An exponential moving average of a model's weights.
 
-    After the n-th update (from 0) the decay is min(decay, (1 + n) / (10 + n)), as in TensorFlow's and
-    diffusers' EMA: the first weights are soon forgotten.
+    After the n-th update (from 0) the decay is min(decay, (1 + n) / (10 + n)), as in TensorFlow and diffusers, so
+    that the first weights are soon forgotten.
     """
 
     def __init__(self, model: Model, decay: float) -> None:
@@ -35,7 +35,15 @@ class EMA(Generic[Model]):
 
 
 class NetworkOptimizer:
-    """A network, wrapped for training, with its optimizer."""
+    """A network that is wrapped for training, with its optimizer.
+
+    Args:
+        network: network, as Accelerate prepared it.
+        learning_rate: base learning rate.
+        betas: decay rates of AdamW's moments.
+        weight_decay: weight decay of AdamW.
+        factor: multiplier of the learning rate as a function of the number of steps before.
+    """
 
     def __init__(
         self,
@@ -54,7 +62,7 @@ class NetworkOptimizer:
         )
 
     def gradient_norm(self, maximum: float, scaler: torch.amp.GradScaler | None) -> Tensor:
-        """The norm of all gradients, which are clipped to `maximum`."""
+        """Clips the gradients to the norm `maximum`; returns the norm before."""
         if scaler is not None:
             scaler.unscale_(self.optimizer)
         return torch.nn.utils.clip_grad_norm_(self.parameters, maximum)
@@ -79,13 +87,16 @@ class NetworkOptimizer:
         return state
 
     def load_moments(self, state: dict[int, dict[str, Tensor]]) -> bool:
-        """The moments; learning rate, betas and weight decay stay as they are set. False if they are those of
-        other weights."""
+        """Restores the moments; learning rate, betas and weight decay stay as they are set.
+
+        Returns:
+            Whether the moments are those of these weights.
+        """
         shapes = {index: moments["exp_avg"].shape for index, moments in state.items()}
-        # there are none yet before the first update
+        # Before the first update there are none.
         if shapes and shapes != {index: p.shape for index, p in enumerate(self.parameters)}:
             return False
-        # the fused optimizer goes through the memory of each without a look at the strides
+        # The fused optimizer reads each tensor's memory in order and ignores the strides.
         state = {
             index: {key: in_layout_of(self.parameters[index], value) for key, value in moments.items()}
             for index, moments in state.items()
@@ -96,14 +107,14 @@ class NetworkOptimizer:
 
 
 def in_layout_of(parameter: Tensor, value: Tensor) -> Tensor:
-    """`value` with the strides of `parameter`, where it has its shape."""
+    """Returns `value` with the strides of `parameter`, if their shapes are the same."""
     if value.shape != parameter.shape:
         return value
     return torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
 
 
 def learning_rate_factor(config: OptimizerConfig, done: int, total: int) -> float:
-    """What the learning rate is multiplied with after `done` of `total` steps, as in diffusers' schedules."""
+    """Returns the multiplier of the learning rate after `done` of `total` steps, as in diffusers' schedules."""
     if done < config.warmup_steps:
         return done / config.warmup_steps
     if config.schedule == "constant":

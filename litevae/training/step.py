@@ -1,4 +1,4 @@
-"""One training step: losses and gradients of both networks, then their updates, or none."""
+"""One training step: the losses and gradients of both networks, then either both updates or none."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -17,37 +17,44 @@ from litevae.models.interface import Autoencoder
 from litevae.training.config import Config
 from litevae.training.optimization import EMA, NetworkOptimizer
 
-WEIGHTED = "weighted/"  # before a term's name in the log: with its weight
-GRADIENT_RATIO = "gradient_ratio"  # in the log
+WEIGHTED = "weighted/"  # prefix in the log of a term multiplied by its weight
+GRADIENT_RATIO = "gradient_ratio"  # name in the log
 
 
 class Autoencode(nn.Module):
-    """Encoding and decoding as one forward, which is what DDP and autocast wrap."""
+    """Encoding and decoding in one forward pass, which DDP and autocast wrap."""
 
     def __init__(self, model: Autoencoder) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, image: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(N, 3, H, W) in [-1, 1] to its reconstruction from mean + std · noise, and to the posterior's mean
-        and log-variance; these and the noise are (N, n_z, h, w)."""
+        """Encodes images and decodes a sample of their posterior.
+
+        Args:
+            image: images (N, 3, H, W) in [-1, 1].
+            noise: standard normal noise (N, n_z, h, w) of the sample, mean + std · noise.
+
+        Returns:
+            The reconstruction (N, 3, H, W), and the posterior's mean and log-variance, both (N, n_z, h, w).
+        """
         posterior = self.model.encode(image).latent_dist
         latent = posterior.mean + posterior.std * noise
         return self.model.decode(latent).sample, posterior.mean, posterior.logvar
 
 
 class Discriminate(nn.Module):
-    """A discriminator's training step as one forward."""
+    """The forward pass of a discriminator's training step."""
 
     def __init__(self, discriminator: nn.Module) -> None:
         super().__init__()
         self.discriminator = discriminator
 
     def forward(self, real: Tensor, fake: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """The logits of both.
+        """Returns the logits of the real and of the generated images.
 
-        In one pass where an image's logits do not depend on the others': PatchGAN normalises over the batch, and
-        StyleGAN's takes its standard deviation.
+        Both go through the network in one pass if the logits of an image do not depend on other images. PatchGAN
+        normalises over the batch, and StyleGAN's discriminator takes the batch's standard deviation.
         """
         if not isinstance(self.discriminator, UNetDiscriminator):
             return self.discriminator(real), self.discriminator(fake)
@@ -58,10 +65,11 @@ class Discriminate(nn.Module):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step came to, the same on all processes.
+    """The outcome of a step, the same on all processes.
 
-    `values`: what belongs into the log. `bad`: what was not finite first, in words, else None; then nothing
-    was updated, nor if `unusable`: a process's batch must not be trained on. `stop`: a process was told to stop.
+    `values`: values for the log. `bad`: description of the first value that was not finite, otherwise None.
+    `unusable`: whether a process's share must not be trained on. Nothing is updated if `bad` or `unusable` is set.
+    `stop`: whether a process was asked to stop.
     """
 
     values: dict[str, float]
@@ -71,19 +79,19 @@ class Outcome:
 
 
 class TrainingStep:
-    """Updates the autoencoder, its average, and from its start on the discriminator.
+    """Updates the autoencoder, its average and, from its first step on, the discriminator.
 
-    Both networks' gradients are taken from one reconstruction and with the weights before the step, so that
-    one decision, made alike on all processes, applies to both updates.
+    The gradients of both networks are taken from one reconstruction, with the weights before the step, so that
+    one decision, which is the same on all processes, applies to both updates.
 
     Args:
-        config: of the run.
-        accelerator: prepares the networks.
-        model: the autoencoder, on the accelerator's device.
-        discriminator: where `objective` uses one.
-        objective: on the accelerator's device.
-        ema: updated with the model.
-        factor: of the learning rates, by the number of steps before.
+        config: settings of the run.
+        accelerator: Accelerator that prepares the networks.
+        model: autoencoder on the accelerator's device.
+        discriminator: discriminator, if `objective` uses one.
+        objective: losses, on the accelerator's device.
+        ema: average that is updated with the model.
+        factor: multiplier of the learning rates as a function of the number of steps before.
     """
 
     def __init__(
@@ -111,7 +119,7 @@ class TrainingStep:
         if config.compile:
             adaptive = config.loss.adversarial and config.loss.adversarial_weight == "adaptive"
             if adaptive or self.ratio_every:
-                # these differentiate a graph more than once, which Inductor else saves memory by forbidding
+                # Both differentiate a graph more than once, which donated buffers do not allow.
                 torch._functorch.config.donated_buffer = False
             autoencode.compile()
         self.optimizers = {
@@ -139,22 +147,22 @@ class TrainingStep:
     def __call__(
         self, image: Tensor, noise: Tensor, step: int, stop: bool, unusable: bool = False
     ) -> Outcome:
-        """One step on this process's share of the batch.
+        """Performs one step on this process's share of the batch.
 
         Args:
-            image: (N, 3, H, W) in [-1, 1].
-            noise: (N, n_z, h, w), standard normal.
-            step: from 1.
-            stop: whether this process was told to stop.
+            image: images (N, 3, H, W) in [-1, 1].
+            noise: standard normal noise (N, n_z, h, w).
+            step: number of the step, from 1.
+            stop: whether this process was asked to stop.
             unusable: whether this share must not be trained on.
         """
         adversarial = self.objective.uses_discriminator(step)
         active = [self.optimizers[name] for name in ("autoencoder", "discriminator")[: 1 + adversarial]]
-        gradients = None  # of the adversarial and of the reconstruction terms
+        gradients = None  # row 0: adversarial term; row 1: reconstruction terms
         if adversarial and self.ratio_every and step % self.ratio_every == 0:
             count = sum(parameter.numel() for parameter in active[0].parameters)
             gradients = torch.zeros(2, count, device=image.device)
-        # their forward passes change statistics, which a step that is skipped must not
+        # A forward pass changes the discriminator's statistics; a skipped step must not.
         buffers = list(cast(nn.Module, self.discriminator).buffers()) if adversarial else []
         before = [buffer.clone() for buffer in buffers]
 
@@ -167,12 +175,12 @@ class TrainingStep:
         own = losses[0][0]
         names = [*own.terms, *(WEIGHTED + name for name in own.weighted), "loss"]
         names += ["discriminator"] * adversarial
-        # an infinite or NaN loss on one process makes the mean so, and all decide alike
+        # A loss that is not finite on one process makes the mean not finite, so all processes decide alike.
         flags = torch.tensor([float(stop), float(unusable)], device=image.device)
         means = self.accelerator.reduce(torch.cat([mean_losses(losses), flags]), "mean")
         norms = [optimizer.gradient_norm(self.max_norm, self.scaler) for optimizer in active]
         ratios = means.new_empty(0) if gradients is None else self.gradient_ratio(gradients)
-        # the step's one wait for a GPU
+        # This is the only wait for a GPU in the step.
         numbers = torch.cat([torch.stack(norms), means, ratios]).tolist()
         norm_values, rest = numbers[: len(norms)], numbers[len(norms) :]
         loss_values = dict(zip(names, rest, strict=False))
@@ -202,10 +210,14 @@ class TrainingStep:
     def backward(
         self, image: Tensor, noise: Tensor, step: int, adversarial: bool, gradients: Tensor | None
     ) -> list[Loss]:
-        """Adds one part's gradients; returns the autoencoder's loss and the discriminator's, if any.
+        """Adds one part's gradients; returns the autoencoder's loss and the discriminator's, if there is one.
 
         Args:
-            gradients: gets those of single terms added, see `add_gradients`.
+            image: images of the part (n, 3, H, W) in [-1, 1].
+            noise: noise of the part (n, n_z, h, w).
+            step: number of the step.
+            adversarial: whether the discriminator takes part.
+            gradients: tensor that `add_gradients` adds to, or None.
         """
         ema_reconstruction = None
         with self.accelerator.autocast():
@@ -235,13 +247,14 @@ class TrainingStep:
         return [loss, of_discriminator]
 
     def add_gradients(self, loss: Loss, gradients: Tensor) -> None:
-        """Adds the gradients of the weighted adversarial term, and of the weighted reconstruction terms' sum.
+        """Adds the gradients of the weighted adversarial term and of the sum of the weighted reconstruction terms.
 
-        They are scaled as `backward` scales the loss: float16 would lose the small ones. The parameters' own
-        gradients and DDP's hooks are left alone.
+        They are scaled as `backward` scales the loss, because float16 would lose small ones. The parameters' own
+        gradients and DDP's hooks are not touched.
 
         Args:
-            gradients: (2, all parameters of the autoencoder that train).
+            loss: loss of the autoencoder.
+            gradients: (2, number of trained parameters of the autoencoder).
         """
         reconstruction = [loss.parts[name] for name in RECONSTRUCTION_TERMS if name in loss.parts]
         parameters = self.optimizers["autoencoder"].parameters
@@ -253,13 +266,13 @@ class TrainingStep:
             row += torch.cat([gradient.flatten() for gradient in own])
 
     def gradient_ratio(self, gradients: Tensor) -> Tensor:
-        """|∇ adversarial| / |∇ reconstruction|, as in Figure 7: (1,), the same on all processes.
+        """Returns |∇ adversarial| / |∇ reconstruction| as in Figure 7: (1,), the same on all processes.
 
-        Both are gradients of the whole batch's loss, weights included, with respect to everything in the
-        autoencoder that trains. The paper does not say of what. The last layer's alone, which Equation 2
-        balances, would be all but constant under the adaptive weight, and Figure 7 shows the opposite.
+        Both are gradients of the whole batch's weighted loss with respect to all trained parameters of the
+        autoencoder. The paper does not name the parameters. For the last layer alone, which Equation 2 balances,
+        the ratio would be nearly constant under the adaptive weight, and Figure 7 shows the opposite.
         """
-        # factors that both have cancel: the number of parts and of processes, and the loss's scale
+        # Common factors cancel: the number of parts, the number of processes and the loss scale.
         adversarial, reconstruction = torch.linalg.vector_norm(
             self.accelerator.reduce(gradients, "mean"), dim=1
         ).split(1)
@@ -267,7 +280,7 @@ class TrainingStep:
 
     @contextmanager
     def synchronised(self, active: Sequence[NetworkOptimizer], last: bool) -> Iterator[None]:
-        """Processes exchange gradients in the last part's backward passes alone."""
+        """Lets the processes exchange gradients only in the backward passes of the last part."""
         with ExitStack() as stack:
             if not last:
                 for optimizer in active:
@@ -276,7 +289,7 @@ class TrainingStep:
 
 
 def mean_losses(losses: Sequence[Sequence[Loss]]) -> Tensor:
-    """The autoencoder's terms, weighted terms and total and the discriminator's loss, means over the parts."""
+    """Averages the autoencoder's terms, weighted terms and total, and the discriminator's loss, over the parts."""
     rows = []
     for own, *other in losses:
         totals = [loss.total.detach() for loss in (own, *other)]
@@ -285,7 +298,7 @@ def mean_losses(losses: Sequence[Sequence[Loss]]) -> Tensor:
 
 
 def first_bad(losses: dict[str, float], norms: Sequence[float]) -> str | None:
-    """What is infinite or NaN, in the order of computation, or None."""
+    """Describes the first value in the order of computation that is infinite or NaN; None if there is none."""
     for name, value in losses.items():
         if not math.isfinite(value):
             return f"the loss is {value}" if name == "loss" else f"the {name} loss is {value}"

@@ -1,4 +1,4 @@
-"""The training loop, on Hugging Face Accelerate."""
+"""Training of an autoencoder, on Hugging Face Accelerate."""
 
 import json
 import math
@@ -40,11 +40,11 @@ from litevae.training.step import Outcome, TrainingStep
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a run came to.
+    """The result of a run.
 
-    `psnr` (dB) and `ssim` are the validation images' means at the end, None if there are no such images;
-    `seconds` is wall-clock time without the start; `stopped_by` is the signal that ended the run early, such
-    as "SIGINT", else None.
+    `psnr` (dB) and `ssim` are means over the validation images at the end, or None without such images. `seconds`
+    is wall-clock time without the start. `stopped_by` is the signal that ended the run early, such as "SIGINT",
+    otherwise None.
     """
 
     output_dir: Path
@@ -56,27 +56,29 @@ class TrainingResult:
 
 
 def train(config: Config) -> TrainingResult:
-    """Trains a model and leaves these files in `config.output_dir`.
+    """Trains a model and writes its files to `config.output_dir`.
 
-    `model/` (for `LiteVAE.from_pretrained`; the averaged one where there is one), `metrics.jsonl` (a line for
-    each logged step: "l1" is that term, "weighted/l1" its part of "loss", "gradient_ratio" what
-    `TrainingStep.gradient_ratio` gives), `metrics.json` (PSNR and SSIM of the validation images),
-    `validation/` (those images beside their reconstructions), `reconstructions.png`, `curves.png`,
-    `checkpoints/`, the tracker's files, and `config.yaml`, with which the run can be repeated.
-    Shows a progress bar on stderr.
+    The files are `model/` (for `LiteVAE.from_pretrained`; the averaged model if there is one), `metrics.jsonl`
+    (one line per logged step: "l1" is that term, "weighted/l1" its part of "loss", and "gradient_ratio" the result
+    of `TrainingStep.gradient_ratio`), `metrics.json` (PSNR and SSIM of the validation images), `validation/`
+    (those images beside their reconstructions), `reconstructions.png`, `curves.png`, `checkpoints/`, the files of
+    the tracker, and `config.yaml`, which repeats the run. A progress bar is shown on stderr.
 
-    SIGINT or SIGTERM ends the run after the current step, with a checkpoint and all of these written. With
-    `config.resume` it goes on from a checkpoint, wherever it was killed: on one machine's CPU with the same
-    losses to the bit. Under `torchrun` or `accelerate launch` the processes share each batch; the crops and
-    the latents' noise do not depend on how many they are.
+    SIGINT or SIGTERM ends the run after the current step, with a checkpoint and all of these files. With
+    `config.resume` a run continues from a checkpoint, no matter where it was killed; on the CPU of one machine its
+    losses are then the same to the bit. Under `torchrun` or `accelerate launch` the processes share each batch;
+    the crops and the noise of the latents do not depend on the number of processes.
+
+    Args:
+        config: settings of the run.
 
     Raises:
-        UserError: settings that do not fit together, missing or foreign weights, or an output folder that
-            cannot be written; or more images than `config.data.max_bad_fraction` cannot be used: all files are
-            written as of the step before, on which every process ends.
+        UserError: settings do not fit together, weights are missing or belong to another architecture, the output
+            folder cannot be written, or more than `config.data.max_bad_fraction` of the images cannot be used; in
+            the last case all files are written as of the step before.
         NonFiniteError: `config.max_bad_steps` steps in a row had a loss or a gradient that is not finite. All
-            files are written as of the step before the first of them.
-        OSError: the disk is full, for example; earlier checkpoints are intact.
+            files are written as of the step before the first of these steps.
+        OSError: a file could not be written, for example because the disk is full. Earlier checkpoints are intact.
     """
     with StopRequest() as stop:
         trainer = Trainer(config)
@@ -87,7 +89,7 @@ def train(config: Config) -> TrainingResult:
 
 
 class Trainer(Loop[TrainingResult]):
-    """One run: `__init__` builds or restores everything, `run` goes through the steps."""
+    """One training run: `__init__` builds or restores everything, `run` performs the steps."""
 
     network_name = "model"
     decisive_settings = ("seed", "data", "stages", "loss")
@@ -128,11 +130,11 @@ class Trainer(Loop[TrainingResult]):
 
     @property
     def best_model(self) -> Autoencoder:
-        """What is validated and saved as the run's model."""
+        """The model that is validated and saved: the averaged one if there is one."""
         return self.model if self.ema is None else self.ema.model
 
     def check_stages(self) -> None:
-        """UserError for sizes that the model does not take, and batches that cannot be shared evenly."""
+        """Raises UserError if the model does not take a stage's size, or if a batch cannot be shared evenly."""
         for stage in self.stages:
             check_size(self.model, stage.size, "data.size")
             check_batch_size(
@@ -170,14 +172,14 @@ class Trainer(Loop[TrainingResult]):
                     images = batch.images.to(self.accelerator.device, non_blocking=True)
                     yield step, images, time.perf_counter() - start
             finally:
-                del batches  # its workers end here; an error's traceback would keep them
+                del batches  # ends its workers, which the traceback of an error would keep alive
 
     def update(self, batch: Tensor, step: int, stop: bool) -> Outcome:
-        """One step from this process's share of the batch, (N, 3, H, W) uint8."""
+        """Performs one step on this process's share of the batch, (N, 3, H, W) uint8."""
         image = to_model_range(batch)
         if self.config.channels_last:
             image = image.contiguous(memory_format=torch.channels_last)
-        # the whole batch's, on every process alike, so that a run is the same on one process as on many
+        # Every process draws the noise of the whole batch, so that a run does not depend on their number.
         count, side = self.accelerator.num_processes, image.shape[-1] // spatial_compression(self.model)
         channels = self.config.model.latent_channels
         noise = torch.randn((count * len(batch), channels, side, side), device=image.device)
@@ -185,20 +187,20 @@ class Trainer(Loop[TrainingResult]):
         return self.train_step(image, share, step, stop, self.unusable is not None)
 
     def after(self, step: int) -> None:
-        """Validates and saves where that is due."""
+        """Validates and saves if that is due after `step`."""
         config = self.config
         if step == config.max_steps:
             return
         best = max((point["psnr"] for point in self.history), default=-math.inf)
         improved = False
         if step % config.validate_every == 0 and self.data.validation:
-            self.validate(self.step)  # the last one that was not skipped
+            self.validate(self.step)  # the last step that was not skipped
             improved = self.history[-1]["psnr"] > best
         if improved or (config.checkpoint.every and step % config.checkpoint.every == 0):
             self.save()
 
     def validate(self, step: int) -> None:
-        """Appends the validation images' mean PSNR and SSIM to the history."""
+        """Appends the mean PSNR and SSIM of the validation images to the history."""
         point: list[dict[str, float]] = [{}]
         if self.is_main:
             pairs = [(image, reconstruct(self.best_model, image)) for _, image in self.data.validation]
@@ -242,8 +244,8 @@ class Trainer(Loop[TrainingResult]):
     def finish(
         self, signal_name: str | None, stopped: bool, failure: NonFiniteError | UserError | None
     ) -> TrainingResult:
-        """Measures once more and writes the checkpoint, the model, the metrics and the pictures."""
-        if stopped or failure:  # nobody knows how long they wait
+        """Validates once more and writes the checkpoint, the model, the metrics and the pictures."""
+        if stopped or failure:  # first, because whoever stopped the run may kill it soon
             self.save()
         if self.data.validation and (not self.history or self.history[-1]["step"] != self.step):
             self.validate(self.step)
@@ -258,7 +260,7 @@ class Trainer(Loop[TrainingResult]):
         return result
 
     def write_results(self, result: TrainingResult, complete: bool) -> None:
-        # a model that was trained no further may have been given its scale
+        # A model that was not trained further may have been given its scaling factor.
         if self.step != self.restored_step or not (self.output_dir / "model").is_dir():
             save_model(self.best_model, self.output_dir / "model")
         height, width = self.data.validation[0][1].shape[:2] if self.data.validation else (0, 0)
@@ -275,7 +277,7 @@ class Trainer(Loop[TrainingResult]):
             },
             "steps": result.steps,
             "skipped_steps": self.skipped,
-            "complete": complete,  # all steps were gone through
+            "complete": complete,  # whether all steps were performed
             "seconds": round(result.seconds, 1),
             "stopped_by": result.stopped_by,
             "versions": versions(),

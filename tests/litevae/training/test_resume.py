@@ -225,7 +225,7 @@ class TestDamage:
         assert logged(tmp_path / "run") == before
         said = [line for line in capsys.readouterr().err.splitlines() if "damaged" in line]
         assert len(said) == 1
-        assert f"going on from {run / 'step-00000001'}" in said[0]
+        assert f"continuing from {run / 'step-00000001'}" in said[0]
 
     def test_a_run_does_not_begin_anew_over_damaged_ones(self, run):
         for path in run.iterdir():

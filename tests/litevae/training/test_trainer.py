@@ -241,7 +241,7 @@ def test_a_folder_called_model_that_is_none_is_not_deleted(tmp_path):
     precious = tmp_path / "model" / "source.py"
     precious.parent.mkdir()
     precious.write_text("mine")
-    with pytest.raises(UserError, match="is there and is not a model"):
+    with pytest.raises(UserError, match="exists and is not a model"):
         train(short(tmp_path))
     assert precious.read_text() == "mine"
 
