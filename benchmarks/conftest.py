@@ -1,19 +1,21 @@
 import pytest
 import torch
 
-from benchmarks.harness import Session
+from benchmarks.session import Session
 from litevae.environment import device_name
 from litevae_kernels.allocator import keep_freed_memory
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--full", action="store_true", help="also the grids and curves, which take hours on a CPU"
+        "--full", action="store_true", help="also run the grids and curves, which take hours on a CPU"
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "full(*devices): needs --full, on these devices (without any: on all)")
+    config.addinivalue_line(
+        "markers", "full(*devices): needs --full on these devices; on all devices if none is given"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -30,12 +32,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def session() -> Session:
-    """The figures of this run; written to benchmarks/results/ after each benchmark."""
-    keep_freed_memory()  # for all providers alike
+    """The figures of this run, written to benchmarks/results/ after each benchmark."""
+    keep_freed_memory()  # the same for all providers
     torch.manual_seed(0)
-    torch.backends.cudnn.benchmark = True  # these two, too
+    torch.backends.cudnn.benchmark = True  # these two as well
     torch.backends.cuda.matmul.allow_tf32 = True
-    if torch.cuda.is_available():  # the workspace of matrix products, which stays, is no provider's own
+    if (
+        torch.cuda.is_available()
+    ):  # the workspace of matrix products stays allocated and belongs to no provider
         matrix = torch.ones(64, 64, device="cuda")
         matrix @ matrix
     return Session(device_name())
@@ -48,5 +52,5 @@ def device() -> str:
 
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> None:
-    """No benchmark is compiled for dynamic shapes, or not at all, because of those before it."""
+    """Keeps earlier benchmarks from making the compiler use dynamic shapes or give up."""
     torch._dynamo.reset()

@@ -1,141 +1,43 @@
-"""How rivals are timed: in turn, on inputs that are not in the cache, with one allocator setting for all.
+"""Timing of rivals: in turn, on inputs that are not in the cache, with one allocator setting for all.
 
-A machine's speed drifts by half within minutes, so figures from separate runs say nothing. Each round runs every
-provider once, one after the other, on the next of several input sets that together exceed the caches; what is
-reported is the median of the rounds, and of the ratios within a round.
+A machine's speed drifts by half within minutes, so figures from separate runs cannot be compared. Each round runs
+every provider once, one after the other, on the next of several input sets that together exceed the caches. The
+figures are medians over the rounds, of the times and of the ratios within a round.
 
-On a GPU a time is the GPU's own: events around calls that are queued back to back while it is still busy with
-something else, so that the microseconds Python takes for a call do not count. A training step, which waits for the GPU
-itself, is timed whole.
+On a GPU the time is measured by events around calls that are queued while the GPU is still busy, so that Python's
+microseconds per call do not count. A training step waits for the GPU itself and is timed as a whole.
 """
 
 import gc
 import itertools
-import json
 import math
-import re
 import statistics
 import time
 import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from datetime import date
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
+from benchmarks.session import Goal, Result, Session, Timed, Work
 from litevae_kernels import use_backend
 from litevae_kernels.allocator import peak_resident_memory
 from litevae_kernels.backend import why_not
 
-RESULTS = Path(__file__).parent / "results"
-GPU_SECONDS = 2e-3  # that a provider is repeated for between two events, at least
-GPU_CLOCK = 2e9  # cycles a second, for a rough wait
-WARM_UPS = 3  # calls until a CUDA graph is recorded
-YARDSTICKS = {"cpu": (2048, 2**28), "cuda": (8192, 2**31)}  # side of a matrix, bytes of a copy
+GPU_SECONDS = 2e-3  # minimum time between two events, filled with repeated calls
+GPU_CLOCK = 2e9  # cycles per second, for a rough wait
+WARM_UPS = 3  # calls before a CUDA graph is recorded
+YARDSTICKS = {"cpu": (2048, 2**28), "cuda": (8192, 2**31)}  # side of the matrix, bytes of the copy
 COPY = "copy"
 
 
 Provider = Callable[[int], Any]
 
 
-@dataclass
-class Result:
-    """One provider's figures for one subject. Times in milliseconds, memory in bytes."""
-
-    subject: str
-    provider: str
-    median_ms: float
-    p10_ms: float
-    p90_ms: float
-    times_ours: float  # median over the rounds of (its time / ours)
-    times_copy: float | None  # the same against copying as many bytes as the subject has to move
-    bar: float | None  # what times_ours has to reach
-    bytes_moved: int | None
-    gigabytes_per_second: float | None
-    peak_memory: (
-        int | None
-    )  # beyond the inputs: CUDA's allocator peak, or the peak of the resident memory on Linux
-    rounds: int
-    images: int | None = None  # in one call
-    macs: int | None = None  # multiply-accumulates of one call
-    matrix_share: float | None = None  # of the rate that a large matrix product of the dtype reaches
-    copy_share: float | None = None  # of the rate that a large copy reads and writes at
-    speedup: float | None = None  # median over the rounds of (the best rival's time / its time)
-    memory_share: float | None = None  # of the best rival's peak
-    goal: dict[str, float | None] | None = None  # a `Goal`
-    chart: str | None = None  # the curve over `x` that the figure is a point of
-    x: float | None = None
-
-
-@dataclass(frozen=True)
-class Work:
-    """What one call of a provider has to do: multiply-accumulates, and bytes to read and write."""
-
-    macs: int
-    bytes_moved: int
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class Timed:
-    """What a provider returns that times itself, for the start of which is not to count. Its peak memory is not
-    measured."""
-
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Goal:
-    """How many times the best rival's images/s, and which share of its peak memory, a provider is to reach."""
-
-    speedup: float | None = None
-    memory_share: float | None = None
-    images_per_second: float | None = None
-
-
-@dataclass
-class Session:
-    """What one run of the benchmarks measured."""
-
-    device: str
-    results: list[Result] = field(default_factory=list)
-
-    @property
-    def path(self) -> Path:
-        return RESULTS / f"{slug(self.device)}.json"
-
-    def saved(self) -> list[dict[str, Any]]:
-        """The figures of this run and, for other subjects, of earlier ones on this machine."""
-        rows: list[dict[str, Any]] = []
-        if self.path.exists():
-            rows = json.loads(self.path.read_text())["results"]
-        return rows
-
-    def save(self) -> None:
-        """Writes ``results/<device>.json``; subjects that were not run keep their figures."""
-        stamp = {
-            "device": self.device,
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "date": date.today().isoformat(),
-        }
-        subjects = {result.subject for result in self.results}
-        rows = [row for row in self.saved() if row["subject"] not in subjects]
-        rows += [{**asdict(result), **stamp} for result in self.results]
-        self.path.parent.mkdir(exist_ok=True)
-        self.path.write_text(json.dumps({"device": self.device, "results": rows}, indent=1) + "\n")
-
-
-def slug(name: str) -> str:
-    """A file name for a device."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
 def with_backend(backend: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, served by one backend of `litevae_kernels`."""
+    """Returns `function` served by one backend of `litevae_kernels`."""
 
     def call(*arguments: Any) -> Any:
         with use_backend(backend):
@@ -145,15 +47,15 @@ def with_backend(backend: str, function: Callable[..., Any]) -> Callable[..., An
 
 
 def our_backends(device: str) -> list[str]:
-    """The backends with kernels for `device`, the default one first; the reference where there is none."""
+    """Returns the backends with kernels for `device`, the default first; the reference if there are none."""
     return [name for name in ("native", "triton") if why_not(name, device) is None] or ["reference"]
 
 
 def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """`torch.compile` of a copy of a function, for one set of static shapes.
+    """Returns `torch.compile` of a copy of a function, for static shapes.
 
-    The compiler keeps what it compiled beside the function's code: copies that share the code share a limit of
-    eight shapes, after which it gives up, and are compiled for dynamic shapes from the second one on.
+    The compiler caches per code object. Copies that shared their code would share a limit of eight shapes, after
+    which the compiler gives up, and would be compiled for dynamic shapes from the second shape on.
     """
     copy = types.FunctionType(
         function.__code__.replace(),
@@ -166,31 +68,32 @@ def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As in tables: fp32, bf16, fp16."""
+    """Returns the dtype's name in tables: fp32, bf16 or fp16."""
     return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
 
 
 def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
-    """Root mean square of the error, relative to that of the exact values."""
+    """Returns the root mean square of the error divided by that of the exact values."""
     return float((actual.double() - exact).norm() / exact.norm())
 
 
 def check(
     actual: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor, what: str, least: float = 0.0
 ) -> None:
-    """The gate: a speed is reported only for what is right. AssertionError, naming `what`, unless `actual` is.
+    """Raises AssertionError, naming `what`, unless `actual` is correct: a speed is reported only for correct results.
 
     Rounding between the layers costs PyTorch's own operators, whose result is `plain`, some accuracy against `exact`.
-    Another order of the same roundings may cost as much again; `least`, a share of the norm, is allowed in any case.
+    Another order of the same roundings may cost as much again. An error of `least`, as a fraction of the norm, is
+    always allowed.
     """
     allowed = max(2 * relative_error(plain, exact), least)
-    assert allowed < 0.5  # else any output would do
+    assert allowed < 0.5  # otherwise any output would pass
     error = relative_error(actual, exact)
     assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
 
 
 def copies(device: str, byte_count: int, inputs: int) -> Provider:
-    """Copies half as many bytes as `byte_count`, so that it reads and writes `byte_count`."""
+    """Returns a provider that copies `byte_count` / 2 bytes, so that it reads and writes `byte_count`."""
     sources = [
         torch.empty(byte_count // 2, dtype=torch.uint8, device=device).random_() for _ in range(inputs)
     ]
@@ -198,10 +101,10 @@ def copies(device: str, byte_count: int, inputs: int) -> Provider:
 
 
 def yardsticks(device: str, dtypes: Iterable[torch.dtype]) -> tuple[dict[str, Provider], dict[str, Work]]:
-    """What the machine can do at this moment: a large matrix product of each dtype, and a large copy.
+    """Returns the yardsticks of the machine: a large matrix product per dtype, and a large copy.
 
-    On a CPU the float32 product is a 1x1 convolution's, of oneDNN: on AMD's processors MKL, which serves
-    `torch.matmul`, reaches half of its rate.
+    On a CPU the float32 product is a 1x1 convolution of oneDNN: on AMD processors MKL, which serves `torch.matmul`,
+    reaches half of its rate.
     """
     n, byte_count = YARDSTICKS[device]
     copy = copies(device, byte_count, 2)
@@ -221,7 +124,7 @@ def yardsticks(device: str, dtypes: Iterable[torch.dtype]) -> tuple[dict[str, Pr
 
 
 def reserved_memory() -> int:
-    """Bytes that PyTorch holds on the GPU and cannot give back."""
+    """Returns the bytes that PyTorch holds on the GPU and cannot release."""
     torch.cuda.synchronize()
     gc.collect()
     torch.cuda.empty_cache()
@@ -240,9 +143,9 @@ class Stopwatch:
         self.repeats = 1
         held = 0
         if self.on_gpu:
-            torch._dynamo.reset()  # no graphs of other providers, whose memory this one's would share
+            torch._dynamo.reset()  # this provider's CUDA graphs must not share the memory of others
             held = reserved_memory()
-        self.times_itself = isinstance(self.provider(next(turn)), Timed)  # compile, and touch the memory
+        self.times_itself = isinstance(self.provider(next(turn)), Timed)  # compiles, and touches the memory
         if self.times_itself:
             return
         if self.on_gpu:
@@ -251,9 +154,9 @@ class Stopwatch:
             self.peak_memory = peak_resident_memory(lambda: self.provider(next(turn)))
 
     def _prepare(self, held: int) -> None:
-        """Measures the peak of the memory, Python's time for a call, and how many calls a time needs.
+        """Measures the peak memory, Python's time per call, and the number of calls per measurement.
 
-        A CUDA graph allocates nothing when it is replayed: what it holds on to between calls is added.
+        A CUDA graph allocates nothing when it is replayed, so the memory that it holds between calls is added.
         """
         for _ in range(WARM_UPS - 1):
             self.provider(next(self.turn))
@@ -270,7 +173,7 @@ class Stopwatch:
             self.repeats = max(1, math.ceil(GPU_SECONDS / self.seconds()))
 
     def seconds(self) -> float:
-        """Of one call; on a GPU, the mean of `repeats` of them."""
+        """Returns the time of one call; on a GPU, the mean of `repeats` calls."""
         if self.times_itself:
             return float(self.provider(next(self.turn)).seconds)
         if not self.queued:
@@ -293,7 +196,7 @@ class Stopwatch:
         return start.elapsed_time(end) / 1e3 / self.repeats
 
     def warm_up(self) -> None:
-        """Compiles and records again what was forgotten so that others could be measured."""
+        """Compiles and records again what was discarded so that others could be measured."""
         if not self.times_itself:
             for _ in range(WARM_UPS):
                 self.seconds()
@@ -325,27 +228,32 @@ def contest(
     least: int = 7,
     seconds: float = 4.0,
 ) -> dict[str, Result]:
-    """Times all `providers` in turn and adds a `Result` each to `session`.
+    """Times all `providers` in turn and adds one `Result` per provider to `session`.
 
     Args:
-        benchmark: pytest-benchmark's fixture; its own table gets `ours` (on a GPU, with repeats and waiting).
-        session: where the results go.
-        subject: name of what is computed, with shape, dtype and direction.
-        ours: the provider that the others are compared with.
-        providers: each called with the number of an input set.
-        inputs: how many input sets there are; rounds and providers take the next one in turn.
-        bytes_moved: what the subject has to read and write.
-        copy: the provider that copies as many bytes, if there is one.
-        bars: how many times as long as `ours` a provider is to take, at least; below 1, ours may be slower.
-        images: how many there are in a call.
-        works: what each provider has to do, where that differs between them, by its name. Yardsticks for it
-            then run in the same rounds: a matrix product and a copy.
-        rivals: providers that the goals are about; the fastest in this run is the best rival.
-        goals: of the providers that have one.
-        chart, x: the figures are points of a curve at `x`.
-        whole: on a GPU, time calls by the clock from beginning to end, Python's share included: for calls that wait
-            for the GPU themselves.
-        rounds: rounds at most; fewer if they would take longer than `seconds`, but at least `least`.
+        benchmark: fixture of pytest-benchmark, whose own table gets `ours` (on a GPU, with repeats and waiting).
+        session: session that collects the results.
+        subject: name of the computation, with shape, dtype and direction.
+        ours: name of the provider that the others are compared with.
+        providers: functions of the number of an input set, by name.
+        inputs: number of input sets; rounds and providers take the next one in turn.
+        bytes_moved: bytes that the subject must read and write.
+        copy: name of the provider that copies as many bytes, if there is one.
+        bars: minimum time of a provider as a multiple of ours, by name; below 1, ours may be slower.
+        images: images per call.
+        works: work of each provider by name, where it differs between providers. Yardsticks (a matrix product and a
+            copy) then run in the same rounds.
+        rivals: names of the providers that goals refer to; the fastest in this run is the best rival.
+        goals: goals by provider.
+        chart, x: curve, and position on it, that the figures belong to.
+        whole: whether to time calls on a GPU by the clock, Python's time included, because they wait for the GPU
+            themselves.
+        rounds: maximum number of rounds; fewer if they would take longer than `seconds`.
+        least: minimum number of rounds.
+        seconds: time limit of the rounds.
+
+    Returns:
+        The results by provider.
     """
     works, yards = dict(works or {}), {}
     if works:
@@ -367,13 +275,13 @@ def contest(
     def run(name: str) -> None:
         times[name].append(watches[name].seconds())
 
-    # pytest-benchmark times ours last in each round, so the rivals rotate: what runs just before (and leaves the
-    # caches as it does) is another one each time.
+    # pytest-benchmark times ours last in each round. The rivals rotate, so that a different one runs just before
+    # (and leaves the caches in its state) each time.
     others = deque(name for name in providers if name != ours)
 
     def run_others() -> None:
         others.rotate(1)
-        if len(providers) % inputs == 0:  # or each would get the same input set in all rounds
+        if len(providers) % inputs == 0:  # otherwise each would get the same input set in all rounds
             next(turn)
         for name in others:
             run(name)
@@ -412,14 +320,14 @@ def contest(
         results[name] = result
         benchmark.extra_info[name] = f"{result.median_ms:.3f} ms, {result.times_ours:.2f}x ours"
     session.results += results.values()
-    session.save()  # here, because a grid takes hours
+    session.save()  # after every contest, because a grid takes hours
     return results
 
 
 def add_work(
     result: Result, name: str, times: Mapping[str, Sequence[float]], works: Mapping[str, Work]
 ) -> None:
-    """How much of what the yardsticks reach in the same rounds a provider reaches."""
+    """Adds the fraction of the yardsticks' rates that a provider reaches in the same rounds."""
     work, copied = works[name], works[COPY]
     result.macs, result.bytes_moved = work.macs or None, work.bytes_moved
     result.gigabytes_per_second = work.bytes_moved / result.median_ms / 1e6
@@ -430,5 +338,5 @@ def add_work(
 
 
 def median_ratio(a: Sequence[float], b: Sequence[float]) -> float:
-    """Median over the rounds of a's time by b's."""
+    """Returns the median over the rounds of a's time divided by b's."""
     return statistics.median(x / y for x, y in zip(a, b, strict=True))

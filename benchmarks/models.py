@@ -1,6 +1,6 @@
-"""The models that are compared, how they can be run, and what a pass through one costs at least.
+"""The compared models, the ways to run them, and the minimum cost of a pass.
 
-Both kinds are called as their users call them, through `encode` and `decode`: the SD-VAE's encoder comes with its
+Both kinds of models are called as users call them, through `encode` and `decode`, so the SD-VAE's encoder includes its
 quant_conv. Weights are random; no speed depends on them.
 """
 
@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from benchmarks.harness import Work, check, compiled, dtype_name, with_backend
+from benchmarks.harness import check, compiled, dtype_name, with_backend
+from benchmarks.session import Work
 from benchmarks.test_encoder import unfused
 from litevae import LiteVAE
 from litevae.evaluation.complexity import ATTENTION
@@ -33,16 +34,16 @@ PRESETS = {
     "LiteVAE-L": "litevae-l",
 }
 NAMES = (SD_VAE, *PRESETS)
-FLOAT32_ERROR = 1e-4  # of the norm; convolution algorithms differ by a factor of 5 around 5e-6
+FLOAT32_ERROR = 1e-4  # fraction of the norm; convolution algorithms differ by a factor of 5 around 5e-6
 
-set_verbosity_error()  # or each cast of a model to a dtype warns of the parts to keep in float32, of which it has none
+set_verbosity_error()  # otherwise each cast of a model warns about parts to keep in float32, and there are none
 
 Side = Literal["encoder", "decoder"]
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """How a model is run."""
+    """A way to run a model."""
 
     dtype: torch.dtype
     memory_format: torch.memory_format
@@ -53,7 +54,8 @@ class Configuration:
         return f"{dtype_name(self.dtype)} {layout}, {self.mode}"
 
 
-# torch.compile's arguments; on a CPU, freezing packs the weights, and adds and activates in the convolutions
+# Arguments of torch.compile. On a CPU, freezing packs the weights and fuses additions and activations into
+# convolutions.
 MODES: dict[str, dict[str, dict[str, Any] | None]] = {
     "cpu": {"eager": None, "torch.compile, freezing": {"options": {"freezing": True}}},
     "cuda": {
@@ -66,7 +68,7 @@ MODES: dict[str, dict[str, dict[str, Any] | None]] = {
 
 
 def configurations(device: str) -> list[Configuration]:
-    """All there are: dtypes that the hardware computes in, layouts, and ways to call."""
+    """Returns all configurations: dtypes that the hardware computes in, layouts, and modes."""
     dtypes = [torch.float32, torch.bfloat16, torch.float16]
     if device == "cpu" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
         dtypes.remove(torch.float16)
@@ -75,7 +77,7 @@ def configurations(device: str) -> list[Configuration]:
 
 
 def make_model(name: str, side: Side, device: str, **overrides: Any) -> Autoencoder:
-    """One side of a model in float32, biases and norms as after some training rather than zeros and ones."""
+    """Makes one side of a model in float32, with biases and norms as after some training, not zeros and ones."""
     model: Autoencoder
     if name == SD_VAE:
         model = AutoencoderKL(
@@ -97,14 +99,14 @@ def make_model(name: str, side: Side, device: str, **overrides: Any) -> Autoenco
 
 
 def call_of(model: Autoencoder, side: Side) -> Callable[[Tensor], Tensor]:
-    """Image to moments, or latent to image."""
+    """Returns the function from image to moments, or from latent to image."""
     if side == "encoder":
         return lambda image: model.encode(image).latent_dist.parameters
     return lambda latent: model.decode(latent).sample
 
 
 def deploy(model: Autoencoder, side: Side, configuration: Configuration) -> Callable[[Tensor], Tensor]:
-    """A copy of `model` as `configuration` wants it."""
+    """Returns the call of a copy of `model` in `configuration`."""
     device = model.device.type
     model = copy.deepcopy(model).to(dtype=configuration.dtype, memory_format=configuration.memory_format)
     if isinstance(model, AutoencoderKL):
@@ -115,7 +117,7 @@ def deploy(model: Autoencoder, side: Side, configuration: Configuration) -> Call
 
 
 def make_inputs(side: Side, shape: tuple[int, ...], device: str, count: int) -> list[Tensor]:
-    """Images in [-1, 1], or latents; contiguous float32."""
+    """Makes images in [-1, 1], or latents, in contiguous float32."""
     make = torch.randn if side == "decoder" else lambda *a, **k: torch.rand(*a, **k) * 2 - 1
     return [make(shape, device=device) for _ in range(count)]
 
@@ -125,10 +127,10 @@ def as_input(x: Tensor, configuration: Configuration) -> Tensor:
 
 
 class Gate:
-    """A speed is reported only for what is right: the last image's output, against a more exact one.
+    """Checks the output for the last image before a speed is reported.
 
-    A 16-bit configuration is compared with PyTorch's own operators in float32, a float32 one with them in float64.
-    The same operators in the configuration's own dtype and layout say how much rounding costs.
+    A 16-bit configuration is compared with PyTorch's own operators in float32, and a float32 configuration with
+    them in float64. The same operators in the configuration's own dtype and layout show the cost of rounding.
     """
 
     def __init__(self, model: Autoencoder, side: Side, x: Tensor) -> None:
@@ -152,10 +154,13 @@ class Gate:
         configuration: Configuration,
         least: float = FLOAT32_ERROR,
     ) -> None:
-        """AssertionError unless `call`, given `x` with the last image at its end, is right.
+        """Raises AssertionError unless the result of `call` is correct.
 
         Args:
-            least: error that is allowed in any case, as a share of the norm.
+            call: function to check.
+            x: batch whose last image is the last image of the gate.
+            configuration: configuration of `call`.
+            least: error that is always allowed, as a fraction of the norm.
         """
         single = configuration.dtype == torch.float32
         exact = self.output(torch.float64 if single else torch.float32, torch.contiguous_format).double()
@@ -164,7 +169,7 @@ class Gate:
 
 
 class Traffic(TorchDispatchMode):
-    """Adds up the bytes that convolutions and matrix products read and write, each on its own."""
+    """Sums the bytes that convolutions and matrix products read and write, each counted alone."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -181,10 +186,10 @@ class Traffic(TorchDispatchMode):
 
 
 def work(model: Autoencoder, side: Side, x: Tensor, dtype: torch.dtype) -> Work:
-    """Of one call with `x`; nothing is computed: the tensors have shapes only.
+    """Returns the work of one call with `x`, on fake tensors: nothing is computed.
 
-    Bytes are those of a model whose norms, activations and additions cost no traffic of their own: each
-    convolution and matrix product reads its inputs and weights, and writes its result.
+    The bytes are those of a model whose norms, activations and additions cause no traffic of their own: each
+    convolution and matrix product reads its inputs and weights and writes its result.
     """
     model = copy.deepcopy(model).to(dtype)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():

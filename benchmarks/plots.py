@@ -1,4 +1,4 @@
-"""Draws the figures of one machine as PNG: bars for the encoders, curves for how cost grows."""
+"""Plots of one machine's figures as PNG files: bars for the encoders, curves for the growth of cost."""
 
 import itertools
 from collections.abc import Callable
@@ -18,7 +18,7 @@ HEADLINE = "encoders at their best"
 
 
 def draw_all(device: str, rows: list[Row], folder: Path, stem: str) -> dict[str, Path]:
-    """Every plot that `rows` have figures for, by its title; files are `<stem>-<plot>.png` in `folder`."""
+    """Draws every plot that `rows` have figures for, to `<stem>-<plot>.png` in `folder`; returns the files by title."""
     paths = {}
 
     def save(title: str, name: str, figure: Figure, of: list[Row]) -> None:
@@ -49,7 +49,7 @@ def draw_all(device: str, rows: list[Row], folder: Path, stem: str) -> dict[str,
         if chart.startswith("encoders over "):
             models = [row for row in points if row["images"]]
             what = chart.removeprefix("encoders over ")
-            label = "side of the image, pixels" if what == "resolution" else "images in a batch, 256 x 256"
+            label = "side of the image, pixels" if what == "resolution" else "images per batch, 256 x 256"
             for name, unit, value in (
                 ("speed", "images/s", images_per_second),
                 ("memory", "peak MB beyond weights and images", megabytes),
@@ -62,7 +62,7 @@ def draw_all(device: str, rows: list[Row], folder: Path, stem: str) -> dict[str,
         else:
             kernel = chart.split()[0]
             label = "channels" if kernel == "modulate_weight" else "height and width, pixels"
-            unit = "GB/s, of bytes that have to be moved"
+            unit = "GB/s of the bytes that must be moved"
             figure = curves(points, lambda row: row["gigabytes_per_second"], label, unit, chart)
             save(f"Bandwidth over size: {chart}", f"{kernel.replace('_', '-')}-size", figure, points)
     return paths
@@ -77,7 +77,7 @@ def megabytes(row: Row) -> float:
 
 
 def best_of_each(rows: list[Row]) -> list[Row]:
-    """The fastest row of each model, whose name stands before the provider's first comma; slowest first."""
+    """Returns the fastest row of each model, slowest first. A provider's first part is the model's name."""
     best: dict[str, Row] = {}
     for row in sorted((row for row in rows if row["images"]), key=images_per_second):
         best[model_of(row)] = row
@@ -98,7 +98,7 @@ def canvas(title: str, height: float) -> tuple[Figure, Axes]:
 
 
 def bars(rows: list[Row], value: Callable[[Row], float], ratio: str, unit: str, title: str) -> Figure:
-    """One horizontal bar a model, with its value, and our models' `ratio` to the rival's."""
+    """Draws one horizontal bar per model with its value, and for our models the `ratio` to the rival."""
     figure, axes = canvas(title, 3.2)
     ours = [model_of(row).startswith("LiteVAE") for row in rows]
     values = [value(row) for row in rows]
@@ -114,13 +114,13 @@ def bars(rows: list[Row], value: Callable[[Row], float], ratio: str, unit: str, 
 
 
 def curves(rows: list[Row], value: Callable[[Row], float], label: str, unit: str, title: str) -> Figure:
-    """A line a provider; the machine's copy of as many bytes is dashed."""
+    """Draws one line per provider; the machine's copy of as many bytes is dashed."""
     figure, axes = canvas(title, 4.2)
     lines: dict[str, list[Row]] = {}
     for row in rows:
         lines.setdefault(row["provider"], []).append(row)
     palette = itertools.cycle(COLORS)
-    colors = {"SD-VAE": RIVAL}  # a model's is the same, whole or in tiles
+    colors = {"SD-VAE": RIVAL}  # a model has one colour, as a whole or in tiles
     for provider, points in lines.items():
         points.sort(key=lambda row: row["x"])
         copied = provider.startswith(COPY)

@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import RESULTS
 from benchmarks.plots import HEADLINE, Row, best_of_each, draw_all, images_per_second, model_of
+from benchmarks.session import RESULTS
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- python -m benchmarks.report writes from here -->", "<!-- to here -->"

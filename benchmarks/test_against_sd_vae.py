@@ -1,9 +1,10 @@
-"""Encoders and decoders against Stable Diffusion's, each as fast as it can be run on this machine.
+"""Encoders and decoders against Stable Diffusion's, each in its fastest configuration on this machine.
 
-The default run enters each model in its best configurations, `ENTERED`; `--full` measures them all (`test_grid`), and
-then enters each in the best of its grid at other sizes and batches. On two cores with AVX512-BF16 and no AMX the
-SD-VAE's encoder is at its best in bf16, channels_last and eager: its grid in results/REPORT.md says how far the
-others are behind. Before a machine's figures are quoted, its grid is to show the same, or `ENTERED` to change.
+The default run enters each model in its best configurations, `ENTERED`. `--full` measures all configurations
+(`test_grid`) and then enters each model in the best of its grid at other sizes and batches. On two cores with
+AVX512-BF16 and no AMX the SD-VAE's encoder is fastest in bf16, channels_last and eager mode; its grid in
+results/REPORT.md shows the others. Before a machine's figures are quoted, its grid must show the same, or `ENTERED`
+must change.
 """
 
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Goal, Provider, Session, Work, contest
+from benchmarks.harness import Provider, contest
 from benchmarks.models import (
     NAMES,
     SD_VAE,
@@ -26,9 +27,10 @@ from benchmarks.models import (
     make_model,
     work,
 )
+from benchmarks.session import Goal, Session, Work
 
 SLICED = f"{SD_VAE} image by image"
-INPUTS = 3  # a pass reads and writes far more than the caches hold
+INPUTS = 3  # one pass reads and writes far more than the caches hold
 BATCH = {"cpu": 4, "cuda": 32}  # with 4 images a GPU waits for Python
 DECODER_BATCH = {"cpu": 1, "cuda": 32}
 BATCHES = (1, 8, 32) if torch.cuda.is_available() else (1, 8)
@@ -50,7 +52,7 @@ GOALS = {
 
 
 class Field:
-    """Providers, what each has to do, and the inputs they share."""
+    """The providers, the work of each, and their common inputs."""
 
     def __init__(self, side: Side, shape: tuple[int, ...], device: str) -> None:
         self.side: Side = side
@@ -61,7 +63,7 @@ class Field:
         self.works: dict[str, Work] = {}
 
     def enter(self, model: Any, configuration: Configuration, name: str, gate: Gate) -> None:
-        """Adds a provider, whose output has passed the gate."""
+        """Adds a provider after its output has passed the gate."""
         layout = Configuration(configuration.dtype, configuration.memory_format, "")
         if layout not in self.cast:
             self.cast[layout] = [as_input(x, layout) for x in self.inputs]
@@ -81,9 +83,10 @@ def label(name: str, configuration: Configuration) -> str:
 
 @torch.no_grad()
 def test_encoder(benchmark: Any, session: Session, device: str) -> None:
-    """The headline: all sizes as the SD-VAE is at its best, and the SD-VAE in its best two configurations.
+    """The headline: all presets in the SD-VAE's best configuration, and the SD-VAE in its best two.
 
-    And the SD-VAE image by image, which needs the memory of one: LiteVAE takes its finest level so by itself.
+    The SD-VAE also runs image by image, which needs the memory of one image; LiteVAE treats its finest level so by
+    default.
     """
     batch = BATCH[device]
     field = Field("encoder", (batch, 3, 256, 256), device)
@@ -121,7 +124,7 @@ def grid_subject(name: str, device: str) -> str:
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_grid(benchmark: Any, session: Session, device: str, name: str) -> None:
-    """Every dtype, layout and way to call."""
+    """Every dtype, layout and mode."""
     field = Field("encoder", (BATCH[device], 3, 256, 256), device)
     model = make_model(name, "encoder", device)
     gate = field.gate(model)
@@ -142,7 +145,7 @@ def test_grid(benchmark: Any, session: Session, device: str, name: str) -> None:
 
 
 def best_of_grid(session: Session, name: str, device: str) -> Configuration:
-    """The fastest of `test_grid`, in this run or the last one on this machine."""
+    """Returns the fastest configuration of `test_grid`, in this run or in the last one on this machine."""
     rows = [row for row in session.saved() if row["subject"] == grid_subject(name, device)]
     assert rows, f"no grid for {name}: run test_grid first"
     times = {row["provider"]: row["median_ms"] for row in rows}
@@ -155,7 +158,7 @@ def best_of_grid(session: Session, name: str, device: str) -> Configuration:
 @pytest.mark.parametrize("batch", BATCHES)
 @torch.no_grad()
 def test_encoder_sizes(benchmark: Any, session: Session, device: str, size: int, batch: int) -> None:
-    """Every model in the best configuration of its grid."""
+    """Every model, in the best configuration of its grid."""
     field = Field("encoder", (batch, 3, size, size), device)
     entered = {name: best_of_grid(session, name, device) for name in NAMES}
     for name, configuration in entered.items():
@@ -176,7 +179,7 @@ def test_encoder_sizes(benchmark: Any, session: Session, device: str, size: int,
     )
 
 
-# decoder_norm and output_type, and whether it is folded
+# decoder_norm, output_type, and whether the decoder is folded
 DECODERS: dict[str, tuple[dict[str, str], bool]] = {
     "GroupNorm, image": ({}, False),
     "GroupNorm, wavelet": ({"output_type": "wavelet"}, False),
@@ -188,7 +191,7 @@ DECODERS: dict[str, tuple[dict[str, str], bool]] = {
 
 @torch.no_grad()
 def test_decoder(benchmark: Any, session: Session, device: str) -> None:
-    """LiteVAE's with GroupNorm and image output is the SD-VAE's own, in fused operators."""
+    """The decoders; LiteVAE's with GroupNorm and image output is the SD-VAE's own, in fused operators."""
     batch = DECODER_BATCH[device]
     field = Field("decoder", (batch, 4, 32, 32), device)
     best = ENTERED[device][0]

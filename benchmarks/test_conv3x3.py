@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Session, compiled, contest, relative_error
+from benchmarks.harness import compiled, contest, relative_error
+from benchmarks.session import Session
 from litevae_kernels import conv3x3
 from litevae_kernels.conv3x3 import WHY_NOT
 
@@ -35,7 +36,7 @@ def make_weight(outputs: int, inputs: int) -> Tensor:
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
 def test_inference(benchmark: Any, session: Session, size: tuple[int, ...]) -> None:
-    """With bias and residual, as the second convolution of a block."""
+    """Inference with bias and residual, as in the second convolution of a block."""
     batch, inputs, outputs, *pixels = size
     sets = [(image(batch, inputs, *pixels), image(batch, outputs, *pixels)) for _ in range(INPUTS)]
     weight, bias = make_weight(outputs, inputs).bfloat16(), torch.randn(outputs).bfloat16()
@@ -53,7 +54,7 @@ def test_inference(benchmark: Any, session: Session, size: tuple[int, ...]) -> N
     with torch.inference_mode():
         x, residual = sets[0]
         exact = F.conv2d(x[:1].double(), weight.double(), bias.double(), padding=1) + residual[:1].double()
-        # the gate: both factors are rounded to bfloat16 beside the result, 2.5 times the error of that alone
+        # The kernel also rounds both factors to bfloat16, which makes its error 2.5 times that of the result alone.
         assert relative_error(ours(0)[:1], exact) < 3.5 * relative_error(torchs(0)[:1], exact)
         contest(
             benchmark,
@@ -71,7 +72,7 @@ def test_inference(benchmark: Any, session: Session, size: tuple[int, ...]) -> N
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
 def test_forward_and_backward(benchmark: Any, session: Session, size: tuple[int, ...]) -> None:
-    """Under autocast: float32 weights and their float32 gradients."""
+    """Forward and backward under autocast: float32 weights and their float32 gradients."""
     batch, inputs, outputs, *pixels = size
     sets = [
         (image(batch, inputs, *pixels).requires_grad_(), image(batch, outputs, *pixels))
@@ -101,7 +102,7 @@ def test_forward_and_backward(benchmark: Any, session: Session, size: tuple[int,
     exact = torch.autograd.grad(F.conv2d(*wide, padding=1), wide, grad.double())
     sets[0] = (x.requires_grad_(), grad)
     found = zip(providers["litevae_kernels native"](0), providers["conv2d, eager"](0), exact, strict=True)
-    for ours, theirs, expected in found:  # the gate, as above
+    for ours, theirs, expected in found:  # the same bound as above
         assert relative_error(ours, expected) < 3.5 * relative_error(theirs, expected)
     sets[0] = sets[1]
     contest(

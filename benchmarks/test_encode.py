@@ -1,9 +1,9 @@
-"""`litevae encode` against its own encoder: what reading, decoding, resizing and writing cost beside it.
+"""`litevae encode` against its own encoder: the cost of reading, decoding, resizing and writing.
 
-Both work on the same images: JPEGs of ImageNet's typical size, in batches as the command makes them. The encoder
-alone gets them as tensors, ready in its dtype and layout. The command's loop is timed as the command itself does,
-from its first batch on until all is written: processes that decode take a fraction of a second to start and to end,
-which is nothing in a data set.
+Both process the same images, JPEGs of ImageNet's typical size, in the command's batches. The encoder alone gets them
+as tensors in its dtype and layout. The command's loop is timed as the command itself does it, from the first batch
+until everything is written: the decoding processes take a fraction of a second to start and to end, which does not
+matter for a data set.
 """
 
 import io
@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from benchmarks.harness import Session, Timed, contest, dtype_name
+from benchmarks.harness import contest, dtype_name
 from benchmarks.models import Configuration, Gate, as_input, call_of, make_model
+from benchmarks.session import Session, Timed
 from litevae.cli.encode import count_cores
 from litevae.data.images import to_model_range
 from litevae.data.sources import open_images
@@ -28,16 +29,16 @@ from litevae.latents.shards import MOMENTS, name_shard
 SIZE = 256
 WIDTH, HEIGHT = 500, 375
 DISTINCT = 48
-# The first few cost more, since memory is copied that is shared with new processes, and are decoded before the clock
-# starts: up to a batch a worker.
+# The first images are slower, because memory that is shared with new processes is copied, and up to one batch per
+# worker is decoded before the clock starts.
 COUNT = {"cpu": 64, "cuda": 16384}
-BATCH = {"cpu": 8, "cuda": 32}  # the command's
-FLOAT16_ERROR = torch.finfo(torch.float16).eps  # the shards'
-BARS = {"cpu": {"encoder alone": 0.9}, "cuda": {}}  # 16 cores decode less than a GPU encodes
+BATCH = {"cpu": 8, "cuda": 32}  # default of the command
+FLOAT16_ERROR = torch.finfo(torch.float16).eps  # of the shards
+BARS = {"cpu": {"encoder alone": 0.9}, "cuda": {}}  # 16 cores decode fewer images than a GPU encodes
 
 
 def write_photographs(folder: Path, count: int) -> None:
-    """JPEGs with structure at all scales and some noise, of 100 to 130 KB as ImageNet's."""
+    """Writes JPEGs of 100 to 130 KB, as in ImageNet, with structure at all scales and some noise."""
     contents = []
     for _ in range(DISTINCT):
         image = torch.randn(3, HEIGHT, WIDTH) * 0.04
@@ -82,7 +83,7 @@ def test_encode(benchmark: Any, session: Session, device: str, tmp_path: Path) -
         assert result.done == count
         return Timed(result.seconds)
 
-    call = call_of(model, "encoder")  # which encode_images converts, below
+    call = call_of(model, "encoder")  # encode_images, below, converts the model
 
     def alone(_: int) -> Timed:
         start = time.perf_counter()

@@ -9,19 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness import Provider, Session, check, contest, our_backends, with_backend
+from benchmarks.harness import Provider, check, contest, our_backends, with_backend
+from benchmarks.session import Session
 from litevae import LiteVAE
 from litevae.models.layers import ResBlock
 from litevae_kernels.nn import Conv3x3, GroupNormSiLU
 
-INPUTS = 3  # a pass reads and writes far more than the caches hold
+INPUTS = 3  # one pass reads and writes far more than the caches hold
 BATCH = {"cpu": 4, "cuda": 32}  # with 4 images a GPU waits for Python
 TRAINING_BATCH = {"cpu": 1, "cuda": 16}
 PRESETS = {"litevae-b": "LiteVAE-B", "litevae-s": "LiteVAE-S"}
-BAR = 1.35  # over the better one of the unfused rivals: over each of them
+BAR = 1.35  # over the better of the unfused rivals, so over each of them
 
-# A compilation takes a minute on two cores, and with the backward pass several, so the CPU's run has the larger
-# model's, for inference, only.
+# A compilation takes a minute on two cores, and several minutes with the backward pass, so on a CPU only the larger
+# model is compiled, and only for inference.
 COMPILED = {"cpu": ("litevae-b",), "cuda": tuple(PRESETS)}
 COMPILED_TRAINING = {"cpu": False, "cuda": True}
 
@@ -41,7 +42,7 @@ class PlainResBlock(ResBlock):
 
 
 def unfused(model: nn.Module) -> nn.Module:
-    """A copy with the same weights, in PyTorch's operators: concatenation, group norm, SiLU, convolution, addition."""
+    """Returns a copy in PyTorch's operators: concatenation, group norm, SiLU, convolution, addition."""
     model = copy.deepcopy(model)
     for module in model.modules():
         if isinstance(module, GroupNormSiLU):
@@ -54,7 +55,7 @@ def unfused(model: nn.Module) -> nn.Module:
 
 
 def make_encoder(preset: str, device: str, dtype: torch.dtype) -> nn.Module:
-    """With the biases and norms of a model that was trained for a while, rather than zeros and ones."""
+    """Makes a model with biases and norms as after some training, not zeros and ones."""
     encoder = LiteVAE.from_preset(preset).encoder
     with torch.no_grad():
         for parameter in encoder.parameters():
@@ -112,13 +113,13 @@ def test_inference(benchmark: Any, session: Session, device: str, preset: str) -
 
 
 def compile_for_inference(model: nn.Module, device: str) -> Callable[[Tensor], Tensor]:
-    """At its best: on a CPU, freezing packs the weights, and adds and activates in the convolutions."""
+    """Compiles in the best mode: on a CPU, freezing packs the weights and fuses into the convolutions."""
     options = {"freezing": True} if device == "cpu" else None
     return torch.compile(copy.deepcopy(model), fullgraph=True, dynamic=False, options=options)
 
 
 def test_training_step(benchmark: Any, session: Session, device: str) -> None:
-    """Forward and backward, float32 parameters under bf16 autocast; gradients of all parameters."""
+    """Forward and backward with float32 parameters under bf16 autocast; gradients of all parameters."""
     images = make_images(TRAINING_BATCH[device], device)
     encoder = make_encoder("litevae-b", device, torch.float32)
     plain = unfused(encoder)

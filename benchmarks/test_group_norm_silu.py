@@ -1,4 +1,4 @@
-"""GroupNorm+SiLU against its rivals, at the sizes that LiteVAE-B calls it with."""
+"""GroupNorm+SiLU against its rivals, at the sizes in LiteVAE-B."""
 
 import functools
 import math
@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Provider, Session, compiled, contest, copies, our_backends, with_backend
+from benchmarks.harness import Provider, compiled, contest, copies, our_backends, with_backend
+from benchmarks.session import Session
 from litevae import LiteVAE
 from litevae.models.layers import EPS
 from litevae_kernels import group_norm_silu
@@ -20,12 +21,12 @@ from litevae_kernels.nn import GroupNormSiLU
 from litevae_kernels.testing import assert_within_budget
 
 IMAGES = (4, 3, 256, 256)
-INPUTS = 7  # x 25 MB in bf16: more than a CPU's or a GPU's last cache
+INPUTS = 7  # times 25 MB in bf16: more than the last cache of a CPU or a GPU
 
 
 @dataclass(frozen=True)
 class Size:
-    """Of one call; `skip` is the number of channels of the second input, 0 where there is none."""
+    """The size of one call; `skip` is the number of channels of the second input, or 0."""
 
     batch: int
     channels: int
@@ -45,7 +46,7 @@ class Size:
 
 @functools.cache
 def sizes_of_the_model() -> Counter[Size]:
-    """How often the encoder of LiteVAE-B calls the operator with each size, as seen by running it."""
+    """Runs the encoder of LiteVAE-B and counts the operator's calls by size."""
     sizes: Counter[Size] = Counter()
 
     def record(module: GroupNormSiLU, arguments: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
@@ -58,24 +59,24 @@ def sizes_of_the_model() -> Counter[Size]:
     for module in encoder.modules():
         if isinstance(module, GroupNormSiLU):
             module.register_forward_pre_hook(record, with_kwargs=True)
-    with torch.enable_grad():  # without gradients a CPU takes the finest level image by image
+    with torch.enable_grad():  # without gradients a CPU processes the finest level image by image
         encoder(torch.zeros(IMAGES, dtype=torch.bfloat16))
     return sizes
 
 
 def largest() -> Size:
-    """Of those with one input."""
+    """Returns the largest size with one input."""
     return max((size for size in sizes_of_the_model() if not size.skip), key=lambda size: size.elements)
 
 
 def largest_with_skip() -> Size:
-    """Two inputs, the largest of the model's."""
+    """Returns the model's largest size with two inputs."""
     return max((size for size in sizes_of_the_model() if size.skip), key=lambda size: size.elements)
 
 
 @dataclass
 class Inputs:
-    """One call's tensors. `joined` is x and skip concatenated beforehand."""
+    """The tensors of one call. `joined` is the concatenation of x and skip."""
 
     x: Tensor
     skip: Tensor | None
@@ -123,30 +124,30 @@ def ours(x: Tensor, skip: Tensor | None, weight: Tensor, bias: Tensor, num_group
 
 
 def plain(x: Tensor, skip: Tensor | None, weight: Tensor, bias: Tensor, num_groups: int) -> Tensor:
-    """What it replaces, in PyTorch's operators."""
+    """The replaced computation in PyTorch's operators."""
     joined = x if skip is None else torch.cat([x, skip], dim=1)
     return F.silu(F.group_norm(joined, num_groups, weight, bias, EPS))
 
 
 def forward_of(calls: list[Any], functions: list[Function]) -> None:
-    """One call after the other; each output is dropped, as a model drops it after the next layer."""
+    """Makes one call after the other; each output is dropped, as a model drops it after the next layer."""
     for arguments, function in zip(calls, functions, strict=True):
         function(*arguments)
 
 
 def training_step(calls: list[Any], grads: list[Tensor], functions: list[Function]) -> tuple[Tensor, ...]:
-    """All forward passes, then all backward passes; gradients of x, skip, weight and bias."""
+    """Runs all forward passes, then all backward passes; gradients of x, skip, weight and bias."""
     outputs = [function(*arguments) for arguments, function in zip(calls, functions, strict=True)]
     wanted = [t for arguments in calls for t in arguments if isinstance(t, Tensor)]
     return torch.autograd.grad(outputs, wanted, grads)
 
 
 def check(function: Function, inputs: Inputs, *, training: bool) -> None:
-    """The gate: a speed is reported only for what is right, within what the arithmetic may lose.
+    """Checks that the results are within the rounding budget: a speed is reported only for correct results.
 
-    A group's sums run over n values; in any order at least as good as a tree's, which is the most that blocks of a
-    few values one after the other lose, a rounding for each of log2(n) levels and 16 in a block. SiLU and its
-    derivative take a dozen operations more.
+    A group's sums run over n values, in an order at least as accurate as a tree over blocks of a few values, which
+    rounds once per each of log2(n) levels and 16 times in a block. SiLU and its derivative take a dozen more
+    operations.
     """
     exact_x, exact_skip, exact_weight, exact_bias = [
         None if t is None else t.detach().double().requires_grad_(training) for t in inputs.arguments[:4]
@@ -189,13 +190,13 @@ def check(function: Function, inputs: Inputs, *, training: bool) -> None:
             magnitude=image_magnitude
             if of_image
             else weight_magnitude
-            + bias_magnitude * magnitude,  # z, which the slope is taken at, was rounded too
+            + bias_magnitude * magnitude,  # z, at which the slope is taken, was rounded too
             operations=4 * operations + (0 if of_image else per_channel),
         )
 
 
 def check_rival(function: Function, inputs: Inputs) -> None:
-    """That a rival computes the same thing; how exactly is its own affair."""
+    """Checks that a rival computes the same function, with a loose bound on its accuracy."""
     expected = plain(*inputs.arguments)
     torch.testing.assert_close(function(*inputs.arguments), expected, rtol=0.02, atol=0.02)
 
@@ -212,7 +213,7 @@ def compete(
     chart: str | None = None,
     x: float | None = None,
 ) -> None:
-    """`sets`: for each input set, the calls to make one after the other."""
+    """Times the providers; `sets` holds, per input set, the calls to make one after the other."""
     calls = range(len(sets[0]))
     kinds = {
         (inputs.x.shape, None if inputs.skip is None else inputs.skip.shape): i
@@ -282,7 +283,7 @@ DIRECTIONS = {"forward": False, "forward and backward": True}
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_all_calls_of_the_model(benchmark: Any, session: Session, device: str, direction: str) -> None:
-    """The headline: every call of one pass through the encoder, each with tensors of its own."""
+    """The headline: all calls of one pass through the encoder, each with its own tensors."""
     training = DIRECTIONS[direction]
     calls = [
         make_inputs(size, device, torch.bfloat16, torch.channels_last, training=training)

@@ -1,6 +1,6 @@
-"""How the encoders' cost grows: images/s and peak memory against resolution and batch.
+"""Growth of the encoders' cost: images/s and peak memory against resolution and batch.
 
-Each figure is a point of a curve in a plot of `benchmarks.plots`. The kernels' curves are in their own files.
+Each figure is a point on a curve that `benchmarks.plots` draws. The curves of the kernels are in their own files.
 """
 
 from dataclasses import replace
@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.harness import Session, contest
+from benchmarks.harness import contest
 from benchmarks.models import SD_VAE, Configuration, make_model
+from benchmarks.session import Session
 from benchmarks.test_against_sd_vae import ENTERED, INPUTS, Field
 
 MODELS = (SD_VAE, "LiteVAE-B", "LiteVAE-S")
 TILE = 512
-WHOLE = {"cpu": 1024, "cuda": 2048}  # above, the SD-VAE's attention, whose work grows with the fourth power
+WHOLE = {"cpu": 1024, "cuda": 2048}  # above, the work of the SD-VAE's attention grows with the fourth power
 RESOLUTIONS = (128, 256, 512, 1024, 2048)
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
@@ -27,7 +28,7 @@ def enter(field: Field, name: str, configuration: Configuration, *, tiled: bool)
         model.enable_tiling()
         model.tile_sample_min_size, model.tile_latent_min_size = TILE, TILE // 8
         provider = f"{name}, tiles of {TILE}"
-        configuration = replace(configuration, mode="eager")  # a compiler unrolls the loop over tiles
+        configuration = replace(configuration, mode="eager")  # the compiler would unroll the loop over tiles
     field.enter(model, configuration, provider, field.gate(model))
 
 

@@ -1,7 +1,7 @@
 """The Haar pyramid against its rivals: forward and backward, fp32 and bf16.
 
-pytorch_wavelets is among them where it can be imported: its last release, 1.3.0, imports pkg_resources, which
-setuptools has no longer since its version 81, so it needs `pip install pytorch_wavelets "setuptools<81"`.
+pytorch_wavelets is entered if it can be imported. Its last release, 1.3.0, imports pkg_resources, which setuptools
+removed in version 81, so it needs `pip install pytorch_wavelets "setuptools<81"`.
 """
 
 import warnings
@@ -15,12 +15,13 @@ import pywt
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Provider, Session, contest, copies, our_backends, relative_error, with_backend
+from benchmarks.harness import Provider, contest, copies, our_backends, relative_error, with_backend
+from benchmarks.session import Session
 from litevae_kernels import haar_pyramid
 from litevae_kernels.testing import assert_within_budget
 
 SHAPE = (32, 3, 256, 256)
-# x 25 MB in fp32: more than a CPU's or a GPU's last cache
+# times 25 MB in fp32: more than the last cache of a CPU or a GPU
 INPUTS = 7
 LEVELS = 3
 
@@ -32,12 +33,12 @@ except ImportError as error:
 
 
 def in_float32() -> AbstractContextManager[None]:
-    """A GPU's float32 convolutions, by which some rivals transform, are no TF32 ones inside."""
+    """Turns TF32 off for the convolutions by which some rivals transform on a GPU."""
     return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
 def appendix_g(image: Tensor) -> list[Tensor]:
-    """The paper's pseudocode (Appendix G): ptwt once a level."""
+    """The paper's pseudocode (Appendix G): ptwt once per level."""
     out = []
     for level in range(1, LEVELS + 1):
         low, high, *_ = ptwt.wavedec2(image.float(), pywt.Wavelet("haar"), level=level, mode="symmetric")
@@ -46,7 +47,7 @@ def appendix_g(image: Tensor) -> list[Tensor]:
 
 
 def slicing(image: Tensor) -> list[Tensor]:
-    """What one writes in PyTorch without a library."""
+    """The transform as one writes it in PyTorch without a library."""
     out, ll = [], image
     for _ in range(LEVELS):
         a, b = ll[..., 0::2, 0::2], ll[..., 0::2, 1::2]
@@ -57,7 +58,7 @@ def slicing(image: Tensor) -> list[Tensor]:
 
 
 def pywavelets(image: Tensor) -> list[Any]:
-    """PyWavelets, one level after the other; one thread is all it has."""
+    """PyWavelets, one level after the other, on its single thread."""
     out, ll = [], image.numpy()
     for level in range(1, LEVELS + 1):
         ll, details = pywt.dwt2(ll, "haar", mode="symmetric")
@@ -66,7 +67,7 @@ def pywavelets(image: Tensor) -> list[Any]:
 
 
 def check(outputs: Sequence[Tensor], image: Tensor) -> None:
-    """The gate: a speed is reported only for what is right."""
+    """Checks the results: a speed is reported only for correct results."""
     for actual, exact in zip(outputs, slicing(image.double()), strict=True):
         assert_within_budget(actual, exact, magnitude=4 * image.abs().max().item(), operations=3 * LEVELS)
 
@@ -79,7 +80,7 @@ CASES = {
 
 
 def rounding(case: str) -> float:
-    """How far a rival may be off, relative to the root mean square: a rounding for each of its additions."""
+    """Returns the allowed error of a rival relative to the root mean square: one rounding per addition."""
     return 4 * LEVELS * max(torch.finfo(dtype).eps for dtype in CASES[case][:2])
 
 
@@ -87,7 +88,7 @@ Function = Callable[[Tensor], Sequence[Tensor]]
 
 
 def contestants(case: str) -> tuple[torch.dtype, Function, Function, Function]:
-    """The images' dtype, and three functions that make the same tensors: ours, by slicing, with ptwt."""
+    """The images' dtype, and three functions with the same result: ours, slicing, and ptwt."""
     dtype, out_dtype, memory_format = CASES[case]
 
     def ours(image: Tensor) -> tuple[Tensor, ...]:
@@ -103,7 +104,7 @@ def contestants(case: str) -> tuple[torch.dtype, Function, Function, Function]:
 
 
 def with_pytorch_wavelets(case: str, device: str) -> Function:
-    """Level by level, because each level's means are wanted, too."""
+    """Transforms level by level, because the means of each level are needed."""
     _, out_dtype, memory_format = CASES[case]
     transform = DWTForward(J=1, wave="haar", mode="symmetric").to(device)
 

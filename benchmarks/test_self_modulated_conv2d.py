@@ -1,4 +1,4 @@
-"""Self-modulated convolution against its rivals, at the decoder's sizes."""
+"""Self-modulated convolution against its rivals, at the sizes of the decoder."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,24 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness import (
-    Provider,
-    Session,
-    compiled,
-    contest,
-    copies,
-    our_backends,
-    relative_error,
-    with_backend,
-)
+from benchmarks.harness import Provider, compiled, contest, copies, our_backends, relative_error, with_backend
+from benchmarks.session import Session
 from litevae_kernels import modulate_weight, self_modulated_conv2d
 from litevae_kernels.nn import Conv3x3, SelfModulatedConv2d
 from litevae_kernels.testing import assert_within_budget
 
 EPS = 1e-8
 WEIGHT = (512, 512, 3, 3)
-INPUTS = 11  # x 9 MB of weights, or as much of images: more than a CPU's or a GPU's last cache
-# (batch, channels, height, width) of the decoder's 3x3 convolutions, from the latent's side
+INPUTS = 11  # times 9 MB of weights or images: more than the last cache of a CPU or a GPU
+# (batch, channels, height, width) of the decoder's 3x3 convolutions, starting at the latent
 IMAGES = [(8, 512, 32, 32), (2, 512, 64, 64), (2, 256, 128, 128)]
 COPY = "copy of the same bytes"
 
@@ -34,7 +26,7 @@ Parameters = tuple[Tensor, Tensor, Tensor]  # weight, scale, gain
 
 
 def equation_3(weight: Tensor, scale: Tensor, gain: Tensor) -> Tensor:
-    """The modulated weight in PyTorch's operators, in the dtype of `weight`."""
+    """Returns the modulated weight (Equation 3) in PyTorch's operators, in the dtype of `weight`."""
     scaled = weight * scale[:, None, None]
     norm = torch.linalg.vector_norm(scaled, dim=(1, 2, 3), keepdim=True)
     return scaled * (gain / (norm + EPS))
@@ -49,10 +41,10 @@ def ours(weight: Tensor, scale: Tensor, gain: Tensor) -> Tensor:
 
 
 def stylegan3(x: Tensor, weight: Tensor, scale: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
-    """Modulated convolution as StyleGAN3 computes it and the paper's Appendix G calls it.
+    """Modulated convolution as in StyleGAN3, which the paper's Appendix G calls.
 
-    Weights and styles are normalised first, and each sample has a filter bank of its own, in one grouped
-    convolution over the samples; here all samples have the same style.
+    Weights and styles are normalised first, and each sample has its own filter bank, in one grouped convolution over
+    the samples. Here all samples have the same style.
     """
     batch, channels, height, width = x.shape
     weight = weight * weight.square().mean(dim=(1, 2, 3), keepdim=True).rsqrt()
@@ -69,7 +61,7 @@ def stylegan3(x: Tensor, weight: Tensor, scale: Tensor, gain: Tensor, bias: Tens
 
 
 def make_parameters(shape: tuple[int, ...], device: str) -> Parameters:
-    """In float32 and channels_last, as a channels_last model has them."""
+    """Makes parameters in float32 and channels_last, as in a channels_last model."""
     weight = torch.randn(shape, device=device).mul_(math.prod(shape[1:]) ** -0.5)
     scale = 1 + 0.3 * torch.randn(shape[1], device=device)
     return (
@@ -80,7 +72,7 @@ def make_parameters(shape: tuple[int, ...], device: str) -> Parameters:
 
 
 def tree(terms: int) -> int:
-    """Roundings in a sum: a tree's levels, and blocks of 16 values one after the other."""
+    """Returns the roundings in a sum: the levels of a tree, and 16 in a block."""
     return math.ceil(math.log2(terms)) + 16
 
 
@@ -89,7 +81,7 @@ def doubles(parameters: Parameters) -> list[Tensor]:
 
 
 def check_weight(actual: Tensor, parameters: Parameters) -> None:
-    """The gate: a speed is reported only for what is right. A few roundings, and those of each filter's norm."""
+    """Checks the weight within a few roundings and those of each filter's norm."""
     exact = equation_3(*doubles(parameters)).detach()
     assert actual.dtype == torch.bfloat16
     assert actual.is_contiguous(memory_format=torch.channels_last)
@@ -98,7 +90,7 @@ def check_weight(actual: Tensor, parameters: Parameters) -> None:
 
 
 def check_gradients(grads: tuple[Tensor, ...], parameters: Parameters, grad: Tensor) -> None:
-    """With v = scale * weight and u = v / |v|: dv = gain / |v| (grad - u <grad, u>), and sums over it."""
+    """Checks the gradients: with v = scale * weight and u = v / |v|, dv = gain / |v| (grad - u <grad, u>)."""
     weight, scale, gain = exact = doubles(parameters)
     exact_grads = torch.autograd.grad(equation_3(*exact), exact, grad.double())
     with torch.no_grad():
@@ -202,10 +194,10 @@ def make_images(shape: tuple[int, ...], device: str, count: int) -> list[Tensor]
 
 
 def check_convolution(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> None:
-    """The first image's, against `weight` and `bias` as the convolution gets them.
+    """Checks the result for the first image, with `weight` and `bias` as the convolution gets them.
 
-    PyTorch's own convolution rounds its result; one by Winograd's algorithm, both transformed factors as well, which
-    makes its error 2.5 times as large (csrc/conv3x3/conv3x3.h).
+    PyTorch's convolution rounds its result. Winograd's algorithm also rounds both transformed factors, which makes
+    its error 2.5 times as large (csrc/conv3x3/conv3x3.h).
     """
     direct = F.conv2d(x[:1], weight, bias, padding=1)
     exact = F.conv2d(x[:1].double(), weight.double(), bias.double(), padding=1)
@@ -214,7 +206,7 @@ def check_convolution(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Non
 
 @pytest.mark.parametrize("shape", IMAGES, ids=lambda shape: "x".join(map(str, shape)))
 def test_inference(benchmark: Any, session: Session, device: str, shape: tuple[int, ...]) -> None:
-    """A folded layer is an ordinary convolution, and is to be as fast as one."""
+    """Times a folded layer, which is an ordinary convolution and must be as fast as one."""
     images = make_images(shape, device, INPUTS)
     options = {"kernel_size": 3, "padding": 1, "device": device, "dtype": torch.bfloat16}
     layer = SelfModulatedConv2d(shape[1], shape[1], **options).to(memory_format=torch.channels_last)
@@ -222,7 +214,7 @@ def test_inference(benchmark: Any, session: Session, device: str, shape: tuple[i
     backends = our_backends(device)
     with torch.no_grad():
         of_fold = with_backend(backends[0], layer.folded)()
-        folded = Conv3x3(shape[1], shape[1], device=device)  # what LiteVAE.fold puts there
+        folded = Conv3x3(shape[1], shape[1], device=device)  # the layer that LiteVAE.fold creates
         folded.weight, folded.bias = of_fold.weight, of_fold.bias
         check_convolution(folded(images[0]), images[0], folded.weight, folded.bias)
         providers: dict[str, Provider] = {"folded": lambda i: folded(images[i])}
@@ -247,10 +239,10 @@ Step = Callable[[int], tuple[Tensor, ...]]
 
 
 def check_step(step: Step, x: Tensor, parameters: Sequence[Tensor], grad: Tensor) -> None:
-    """Output and gradients of x, weight, scale, gain and bias for set 0, each tensor as a whole.
+    """Checks the output and the gradients of x, weight, scale, gain and bias for input set 0, tensor by tensor.
 
-    On their way at most four roundings to bfloat16 lose half a unit in the last place each: the weight, what a
-    convolution returns, and sums of it. All is in float64 here, one image after the other.
+    At most four roundings to bfloat16 lose half a unit in the last place each: of the weight, of a convolution's
+    result, and of sums of it. The exact values are computed in float64.
     """
     inputs = [t.detach().double().requires_grad_() for t in (x, *parameters)]
     image, weight, scale, gain, bias = inputs
@@ -260,7 +252,7 @@ def check_step(step: Step, x: Tensor, parameters: Sequence[Tensor], grad: Tensor
     norms = [t.norm() for t in (y.detach(), *exact)]
     norms[4] = (
         grad_modulated.norm() * modulated.detach().norm() / gain.item()
-    )  # the gain's is one scalar product
+    )  # the gradient of the gain is one scalar product
     losing = 4 * torch.finfo(torch.bfloat16).eps / 2
     for name, got, want, norm in zip(
         ("y", "x", "weight", "scale", "gain", "bias"), step(0), (y.detach(), *exact), norms, strict=True
@@ -271,11 +263,11 @@ def check_step(step: Step, x: Tensor, parameters: Sequence[Tensor], grad: Tensor
 
 @pytest.mark.parametrize("shape", IMAGES, ids=lambda shape: "x".join(map(str, shape)))
 def test_training_step(benchmark: Any, session: Session, device: str, shape: tuple[int, ...]) -> None:
-    """Forward and backward, with float32 parameters and autocast as in training."""
+    """Forward and backward with float32 parameters under autocast, as in training."""
     channels = shape[1]
     images = [x.requires_grad_() for x in make_images(shape, device, INPUTS)]
     grads = make_images(shape, device, INPUTS)
-    # what the grouped rival sees as one image of all samples' channels is one without a copy in this layout only
+    # Only in this layout does the grouped rival see all samples' channels as one image without a copy.
     contiguous = [
         ([x.detach().contiguous().requires_grad_() for x in images]),
         ([grad.contiguous() for grad in grads]),

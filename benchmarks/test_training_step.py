@@ -1,4 +1,4 @@
-"""A whole training step of LiteVAE-B against Stable Diffusion's VAE: same trainer, same losses, same optimizer."""
+"""A training step of LiteVAE-B against one of Stable Diffusion's VAE, with the same trainer, losses and optimizer."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Goal, Provider, Session, check, contest, with_backend
+from benchmarks.harness import Provider, check, contest, with_backend
+from benchmarks.session import Goal, Session
 from litevae.discriminators import build_discriminator
 from litevae.losses import Objective
 from litevae.training.build import build_model
@@ -24,13 +25,19 @@ SUBJECTS = {
     "LiteVAE-B": ("imagenet-b", []),
     "LiteVAE-B, wavelet output": ("imagenet-b", ["model.output_type=wavelet"]),
     SD_VAE: ("imagenet-sd-vae", []),
-    SD_VAE_CONTIGUOUS: ("imagenet-sd-vae", [CONTIGUOUS]),  # where PyTorch's GroupNorm is faster on a CPU
+    SD_VAE_CONTIGUOUS: (
+        "imagenet-sd-vae",
+        [CONTIGUOUS],
+    ),  # the layout in which PyTorch's GroupNorm is faster on a CPU
 }
-GOALS = {"LiteVAE-B": Goal(1.5), "LiteVAE-B, wavelet output": Goal(2.0)}  # 1.28 by multiplications alone
+GOALS = {
+    "LiteVAE-B": Goal(1.5),
+    "LiteVAE-B, wavelet output": Goal(2.0),
+}  # the ratio of multiplications alone is 1.28
 
 
 def make_step(name: str, overrides: list[str], size: int, adversarial: bool) -> TrainingStep:
-    """As the trainer builds it; VGG's weights, which change no time, are random."""
+    """Builds the step as the trainer does, with random VGG weights, which do not change the time."""
     settings = [f"data.size={size}", "loss.pretrained=false", "loss.adversarial_start=1", *overrides]
     config = load_config(name, settings + ([] if adversarial else ["loss.adversarial=0"]))
     accelerator = make_accelerator(config.precision, "none", {}, Path())
@@ -50,13 +57,13 @@ def layout_of(overrides: list[str]) -> torch.memory_format:
 
 
 def gradients(step: TrainingStep) -> list[Tensor]:
-    """Those of each network in the first step, but for a factor: Adam's first moments."""
+    """Returns each network's gradients in the first step up to a factor: Adam's first moments."""
     states = [optimizer.moments() for optimizer in step.optimizers.values()]
     return [torch.cat([state[i]["exp_avg"].flatten().double() for i in state]) for state in states]
 
 
 def check_gradients(name: str, size: int, image: Tensor, noise: Tensor) -> None:
-    """Those in bf16, against PyTorch's own operators in bf16 and in float32."""
+    """Checks the gradients in bf16 against those of PyTorch's own operators in bf16 and float32."""
     config, overrides = SUBJECTS[name]
 
     def run(backend: str | None, *more: str) -> list[Tensor]:
@@ -82,7 +89,7 @@ def test_step(benchmark: Any, session: Session, device: str, size: int, adversar
         for layout in (torch.channels_last, torch.contiguous_format)
     }
     noise = torch.randn(batch, 4, size // 8, size // 8, device=device)
-    if adversarial:  # which has all that the other cases have
+    if adversarial:  # this case includes all the others
         check_gradients("LiteVAE-B", size, images[torch.channels_last][0], noise)
 
     def provider(step: TrainingStep, layout: torch.memory_format) -> Provider:

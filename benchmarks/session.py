@@ -1,0 +1,105 @@
+"""The figures of one run of the benchmarks, and their file in `results/`."""
+
+import json
+import re
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass
+class Result:
+    """The figures of one provider for one subject. Times are in milliseconds, memory in bytes."""
+
+    subject: str
+    provider: str
+    median_ms: float
+    p10_ms: float
+    p90_ms: float
+    times_ours: float  # median over the rounds of (provider's time / our time)
+    times_copy: float | None  # the same for the time of copying as many bytes as the subject must move
+    bar: float | None  # value that times_ours must reach
+    bytes_moved: int | None
+    gigabytes_per_second: float | None
+    peak_memory: int | None  # beyond the inputs: peak of CUDA's allocator, or of resident memory on Linux
+    rounds: int
+    images: int | None = None  # images per call
+    macs: int | None = None  # multiply-accumulates per call
+    matrix_share: float | None = None  # fraction of the rate of a large matrix product in the dtype
+    copy_share: float | None = None  # fraction of the rate at which a large copy reads and writes
+    speedup: float | None = None  # median over the rounds of (best rival's time / provider's time)
+    memory_share: float | None = None  # fraction of the best rival's peak
+    goal: dict[str, float | None] | None = None  # fields of a `Goal`
+    chart: str | None = None  # curve over `x` that the figure is a point of
+    x: float | None = None
+
+
+@dataclass(frozen=True)
+class Work:
+    """The work of one call of a provider: multiply-accumulates, and bytes to read and write."""
+
+    macs: int
+    bytes_moved: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Timed:
+    """The result of a provider that times itself because its start does not count.
+
+    The peak memory of such a provider is not measured.
+    """
+
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Goal:
+    """The multiple of the best rival's images/s, and the fraction of its peak memory, that a provider must reach."""
+
+    speedup: float | None = None
+    memory_share: float | None = None
+    images_per_second: float | None = None
+
+
+@dataclass
+class Session:
+    """The figures of one run of the benchmarks."""
+
+    device: str
+    results: list[Result] = field(default_factory=list)
+
+    @property
+    def path(self) -> Path:
+        return RESULTS / f"{slug(self.device)}.json"
+
+    def saved(self) -> list[dict[str, Any]]:
+        """Returns the figures of this run and, for other subjects, of earlier runs on this machine."""
+        rows: list[dict[str, Any]] = []
+        if self.path.exists():
+            rows = json.loads(self.path.read_text())["results"]
+        return rows
+
+    def save(self) -> None:
+        """Writes ``results/<device>.json``. Subjects that were not run keep their figures."""
+        stamp = {
+            "device": self.device,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "date": date.today().isoformat(),
+        }
+        subjects = {result.subject for result in self.results}
+        rows = [row for row in self.saved() if row["subject"] not in subjects]
+        rows += [{**asdict(result), **stamp} for result in self.results]
+        self.path.parent.mkdir(exist_ok=True)
+        self.path.write_text(json.dumps({"device": self.device, "results": rows}, indent=1) + "\n")
+
+
+def slug(name: str) -> str:
+    """Returns a file name for a device."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
