@@ -1,58 +1,14 @@
-import json
-import re
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 from skimage import data
-from skimage.metrics import peak_signal_noise_ratio
 
 from litevae import LiteVAE
-from litevae.cli import main
 from litevae.data.images import read_image
 from litevae.models.baseline import SmallEncoderVAE
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("model") / "model"
-    LiteVAE.from_preset(
-        "litevae-s", latent_channels=12, block_out_channels=(32, 32, 32, 32), layers_per_block=1
-    ).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def litevae(capsys):
-    """Runs a command that succeeds, and returns what it printed."""
-
-    def run(*arguments):
-        status = main([str(argument) for argument in arguments])
-        output, errors = capsys.readouterr()
-        assert status == 0, errors
-        return output
-
-    return run
-
-
-@pytest.fixture
-def fails(capsys):
-    """Runs a command that fails, and returns its one line."""
-
-    def run(*arguments, status=2):
-        assert main([str(argument) for argument in arguments]) == status
-        output, errors = capsys.readouterr()
-        assert output == ""
-        assert errors.startswith("litevae: error: ")
-        assert errors.count("\n") == 1, errors
-        return errors
-
-    return run
-
 
 COMMANDS = ["train", "reconstruct", "info", "scale", "encode", "eval", "complexity", "latents"]
 COMMANDS += ["resolution", "features", "gradients", "train-diffusion", "experiment"]
@@ -102,102 +58,6 @@ def test_version(litevae):
 )
 def test_mistake_is_one_line(fails, arguments, message):
     assert message in fails(*arguments)
-
-
-def test_train_short_form(litevae, tmp_path, capsys):
-    output = litevae(
-        "train", "demo", "max_steps=2", "data.size=16", "data.batch_size=1", f"output_dir={tmp_path}"
-    )
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert f"PSNR {metrics['validation']['psnr']:.2f} dB" in output
-    assert "2 steps" in output
-    # the run's folder serves as the model
-    assert "latent: 12 x 32 x 32" in litevae("info", tmp_path)
-
-
-class TestInfo:
-    def test_preset(self, litevae):
-        output = litevae("info", "litevae-b")
-        assert re.search(r"encoder +6,753,252 +37\.84\n", output)
-        assert re.search(r"decoder +49,490,179 ", output)
-        assert "latent: 4 x 32 x 32, for an image of 3 x 256 x 256" in output
-
-    @pytest.mark.parametrize(
-        ("settings", "parameters", "latent"),
-        [
-            ("aggregator=vit", 1_002_580, "4 x 8 x 8"),
-            ("encoder_type=dwt,latent_channels=12", 0, "12 x 8 x 8"),
-            ("block_out_channels=[16,32],num_groups=8", 515_828, "4 x 32 x 32"),
-        ],
-    )
-    def test_settings_after_a_preset(self, litevae, settings, parameters, latent):
-        output = litevae("info", f"litevae-s,{settings}", "--size", 64)
-        assert re.search(rf"encoder +{parameters:,} ", output)
-        assert f"latent: {latent}, for an image of 3 x 64 x 64" in output
-
-    def test_folder(self, litevae, model):
-        assert "latent: 12 x 8 x 8, for an image of 3 x 64 x 64" in litevae("info", model, "--size", 64)
-
-
-def image_files(folder):
-    """One file of each awkward kind; sizes that are no multiples of 8."""
-    rgb = data.chelsea()[100:145, 60:127]
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    grey = rgb[..., 1]
-    files = {
-        "odd.png": (Image.fromarray(rgb), {}),
-        "grey.png": (Image.fromarray(grey), {}),
-        "deep.png": (Image.fromarray(grey.astype(np.uint16) * 257), {}),
-        "palette.gif": (Image.fromarray(rgb).convert("P"), {}),
-        "alpha.png": (Image.fromarray(np.dstack([rgb, grey])), {}),
-        "turned.jpg": (Image.fromarray(rgb), {"exif": exif, "quality": 95}),
-        "cmyk.tif": (Image.fromarray(rgb).convert("CMYK"), {}),
-        "tiny.png": (Image.fromarray(rgb[:1, :3]), {}),
-    }
-    for name, (image, options) in files.items():
-        image.save(folder / name, **options)
-    return [folder / name for name in files]
-
-
-class TestReconstruct:
-    def test_every_kind_of_image(self, litevae, model, tmp_path):
-        images = image_files(tmp_path)
-        lines = litevae("reconstruct", model, *images, "-o", tmp_path / "out").splitlines()
-        values = []
-        for path, line in zip(images, lines, strict=False):
-            pixels = read_image(path)
-            result = Image.open(tmp_path / "out" / f"{path.stem}.png")
-            assert (result.mode, result.size) == ("RGB", (pixels.shape[1], pixels.shape[0]))
-            values.append(peak_signal_noise_ratio(pixels, np.asarray(result)))
-            assert line.startswith(f"{path}: {result.width}x{result.height}, PSNR {values[-1]:.2f} dB, ")
-        assert Image.open(tmp_path / "out" / "turned.png").size == (45, 67)
-        assert lines[len(images) :] == [f"mean PSNR of 8 images: {np.mean(values):.2f} dB"]
-        assert len(list((tmp_path / "out").iterdir())) == len(images)
-
-    def test_same_names_get_numbers(self, litevae, model, tmp_path):
-        images = []
-        for folder, size in (("a", 16), ("b", 24), ("c", 32)):
-            (tmp_path / folder).mkdir()
-            images.append(tmp_path / folder / "x.png")
-            Image.fromarray(data.chelsea()[:size, :size]).save(images[-1])
-        litevae("reconstruct", model, *images, "-o", tmp_path / "out")
-        sizes = {path.name: Image.open(path).width for path in (tmp_path / "out").iterdir()}
-        assert sizes == {"x.png": 16, "x-2.png": 24, "x-3.png": 32}
-
-    def test_input_is_never_overwritten(self, fails, model, tmp_path):
-        (image,) = [path for path in image_files(tmp_path) if path.name == "odd.png"]
-        before = image.read_bytes()
-        assert "would be overwritten" in fails("reconstruct", model, image, "-o", tmp_path)
-        assert image.read_bytes() == before
-
-    def test_not_an_image(self, fails, model, tmp_path):
-        (tmp_path / "x.png").write_text("text")
-        assert "x.png: not an image" in fails("reconstruct", model, tmp_path / "x.png", "-o", tmp_path / "o")
-
-    def test_output_that_cannot_be_made(self, fails, model, tmp_path):
-        image = image_files(tmp_path)[0]
-        assert "cannot be made" in fails("reconstruct", model, image, "-o", image / "out")
 
 
 def empty(folder):
@@ -252,16 +112,6 @@ def test_damaged_weights(fails, model, tmp_path, damage):
     else:
         save_file(dict(list(tensors.items())[:-1]), weights, {"format": "pt"})
     assert str(folder) in fails("info", folder)
-
-
-def test_reconstruct_overwrites_only_when_told(model, litevae, fails, tmp_path):
-    Image.fromarray(np.full((20, 30, 3), 90, np.uint8)).save(tmp_path / "photo.jpg")
-    (tmp_path / "photo.png").write_text("mine")
-    command = ["reconstruct", str(model), str(tmp_path / "photo.jpg"), "-o", str(tmp_path)]
-    assert "exists already" in fails(*command)
-    assert (tmp_path / "photo.png").read_text() == "mine"
-    litevae(*command, "--overwrite")
-    assert Image.open(tmp_path / "photo.png").size == (30, 20)
 
 
 @pytest.mark.parametrize("kind", [AutoencoderKL, SmallEncoderVAE])

@@ -15,7 +15,6 @@ from scipy.linalg import sqrtm
 from torch import nn
 
 import litevae.diffusion.trainer as trainer_module
-from litevae.cli import main
 from litevae.data.sources import open_images
 from litevae.diffusion import LatentDiffusionPipeline, train
 from litevae.diffusion.fid import measure_fid
@@ -258,41 +257,3 @@ class TestFID:
         assert not (tmp_path / "other" / "metrics.jsonl").exists()
         with pytest.raises(UserError, match="no images to compare with"):
             train(tiny("fid.measure=always"), autoencoder)
-
-
-class TestCommand:
-    def run(self, capsys, *arguments):
-        status = main(["train-diffusion", *map(str, arguments)])
-        output, errors = capsys.readouterr()
-        return status, output, errors
-
-    def test_trains_from_images(self, tiny_settings, tmp_path, photographs, capsys):
-        settings = [*tiny_settings, "data.latents=", f"data.train={photographs}", "max_steps=3"]
-        status, output, errors = self.run(
-            capsys, "small", *settings, f"output_dir={tmp_path}", "fid.measure=never"
-        )
-        assert status == 0, errors
-        assert "3 steps of a U-Net of" in output
-        assert "FID was not measured: fid.measure is never" in output
-        assert Image.open(tmp_path / "samples.png").size == (68, 68)  # 3 of 32 x 32, and gaps
-        metrics = json.loads((tmp_path / "metrics.json").read_text())
-        assert (metrics["steps"], metrics["latent"], metrics["fid"]["fid"]) == (3, [4, 8, 8], None)
-        # the settings that were saved repeat the run
-        before = (tmp_path / "samples.png").read_bytes()
-        status, _, errors = self.run(capsys, tmp_path / "config.yaml", f"output_dir={tmp_path / 'again'}")
-        assert status == 0, errors
-        assert (tmp_path / "again" / "samples.png").read_bytes() == before
-
-    @pytest.mark.parametrize(
-        ("arguments", "message"),
-        [
-            (["small"], "give one of data.latents"),
-            (["demo"], "no configuration named 'demo'"),
-            (["small", "data.latent=x"], "did you mean 'data.latents'?"),
-            (["small", "model=nowhere", "data.latents=x"], "nowhere: no such folder"),
-        ],
-    )
-    def test_mistake_is_one_line(self, capsys, arguments, message):
-        status, output, errors = self.run(capsys, *arguments)
-        assert (status, output, errors.count("\n")) == (2, "", 1)
-        assert message in errors

@@ -1,15 +1,10 @@
-import json
-import re
 import time
-from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
 
 from litevae import LiteVAE
-from litevae.cli import main
 from litevae.evaluation.complexity import measure_complexity, measure_speed
 
 
@@ -89,66 +84,3 @@ def test_memory_of_a_side_counts_its_largest_tensors(side):
     floats = 8 * 16 * (128 if side == "decoder" else 64) ** 2
     assert 4 * floats < large.peak_memory < 40 * 4 * floats
     assert large.peak_memory - small.peak_memory > 4 * floats * 7 / 8
-
-
-class TestCommand:
-    def test_table(self, tmp_path, capsys):
-        model = LiteVAE.from_preset("litevae-s", block_out_channels=(32, 32, 32, 32), layers_per_block=1)
-        model.save_pretrained(tmp_path / "model")
-        settings = ["--size", "64", "--batch-size", "1", "--rounds", "1"]
-        assert main(["complexity", str(tmp_path), "litevae-s", *settings, "--precision", "bf16"]) == 0
-        output = capsys.readouterr().out
-        assert output.startswith("1 x 3 x 64 x 64, bf16; ")
-        for name in (str(tmp_path), "litevae-s"):  # a sixteenth of the cost at 256
-            assert re.search(rf"^{name} +1,038,308 +0\.36 +\S+ +\d\S*$", output, re.MULTILINE)
-        assert main(["complexity", str(tmp_path), *settings, "--decoder"]) == 0
-        cost = measure_complexity(model, 64)
-        output = capsys.readouterr().out
-        assert f"{cost.decoder_parameters:14,}{cost.decoder_macs / 1e9:10,.2f}" in output
-
-    def test_figures_and_picture(self, tmp_path, capsys):
-        tiny = [
-            LiteVAE.from_preset("litevae-s", block_out_channels=(16, 16, c), num_groups=4) for c in (16, 32)
-        ]
-        names = [str(tmp_path / name) for name in ("a", "b")]
-        for name, model in zip(names, tiny, strict=True):
-            model.save_pretrained(name)
-        command = [
-            "complexity",
-            *names,
-            *["--size", "64", "--batch-size", "1", "--rounds", "1"],
-            "-o",
-            str(tmp_path / "out"),
-        ]
-        assert main(command) == 0
-        output = capsys.readouterr().out
-        record = json.loads((tmp_path / "out" / "complexity.json").read_text())
-        assert (record["side"], record["size"], record["batch_size"]) == ("encoder", 64, 1)
-        for name, model, own in zip(names, record["models"], tiny, strict=True):
-            assert model["name"] == name
-            cost = asdict(measure_complexity(own, 64))
-            assert {key: model[key] for key in cost} == {**cost, "latent_shape": [4, 16, 16]}
-            assert f" {model['images_per_second']:.4g}\n" in output
-        with Image.open(tmp_path / "out" / "complexity.png") as picture:
-            assert picture.width == 1560
-        assert main(command) == 2
-        assert "complexity.json exists already" in capsys.readouterr().err
-
-    @pytest.mark.parametrize(
-        ("arguments", "message"),
-        [
-            (["litevae-x"], "did you mean 'litevae-"),
-            (["litevae-s", "--size", "30"], "litevae-s: --size 30: "),
-            (["litevae-s", "--precision", "int8"], "--precision int8: must be one of fp32, bf16, fp16"),
-        ],
-    )
-    def test_mistake_is_one_line(self, arguments, message, capsys):
-        assert main(["complexity", *arguments]) == 2
-        error = capsys.readouterr().err
-        assert message in error
-        assert error.count("\n") == 1
-
-    def test_sd_vae_has_the_published_size(self, capsys):
-        assert main(["info", "sd-vae"]) == 0
-        # 34,163,592 and 72 of the 1x1 convolution
-        assert re.search(r"encoder +34,163,664 +136\.36\n", capsys.readouterr().out)

@@ -1,14 +1,11 @@
-import json
 import os
 import socket
 import subprocess
 import sys
-from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 from scipy.linalg import sqrtm
 from skimage import data
@@ -16,12 +13,10 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import litevae.evaluation.evaluate as evaluate_module
 from litevae import LiteVAE
-from litevae.cli import main
 from litevae.data.sources import open_images
 from litevae.errors import UserError
 from litevae.evaluation.evaluate import evaluate
 from litevae.evaluation.metrics import batch_psnr, batch_ssim
-from litevae.files import sha256
 from litevae.losses.perceptual import LPIPS
 
 SIZE = 32
@@ -232,73 +227,6 @@ def test_a_model_that_diverged(folder):
     torch.nn.init.constant_(model.decoder.conv_out.bias, torch.nan)
     with pytest.raises(UserError, match="not finite"):
         evaluate(model, open_images(str(folder)), ["psnr"], SIZE, workers=0)
-
-
-class TestCommand:
-    @pytest.fixture
-    def run(self, folder, tmp_path, capsys):
-        def run(model, *arguments, status=0):
-            command = ["eval", model, folder, "--size", SIZE, "--workers", 0, "-o", tmp_path / "eval.json"]
-            assert main([str(argument) for argument in (*command, *arguments)]) == status
-            return capsys.readouterr()
-
-        return run
-
-    @pytest.fixture
-    def saved(self, model, tmp_path):
-        model.save_pretrained(tmp_path / "model")
-        return tmp_path / "model"
-
-    def test_result(self, run, saved, pairs, tmp_path):
-        output = run(saved, "--metrics", "ssim,psnr").out
-        record = json.loads((tmp_path / "eval.json").read_text())
-        weights = saved / "diffusion_pytorch_model.safetensors"
-        assert record["weights"] == {weights.name: sha256(weights)}
-        psnr = np.mean([peak_signal_noise_ratio(a, b) for a, b in zip(*pairs, strict=True)])
-        assert record["metrics"]["psnr"] == pytest.approx(psnr, abs=1e-4)
-        assert list(record["metrics"]) == ["psnr", "ssim"]
-        assert (record["count"], record["unreadable"], record["latent"]) == (COUNT, 1, "mode")
-        assert "32 x 32" in record["crop"]
-        assert f"torch {torch.__version__}" in record["versions"]["litevae"]
-        assert record["networks"] == {}
-        assert f"{psnr:10.2f}" in output
-        assert "7 images, middle square, 32 x 32, 8 bits; mode of the posterior" in output
-        assert "unreadable images, left out: 1" in output
-
-        error = run(saved, "--metrics", "psnr", status=2).err
-        assert "eval.json exists already" in error
-        assert "sample of the posterior" in run(saved, "--metrics", "psnr", "--sample", "--overwrite").out
-
-    def test_any_autoencoder_of_diffusers(self, run, tmp_path, saved):
-        torch.manual_seed(0)
-        settings = {"block_out_channels": (16, 16), "norm_num_groups": 4, "layers_per_block": 1}
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, **settings
-        )
-        vae.save_pretrained(tmp_path / "pipeline" / "vae")
-        outputs = [
-            run(f"diffusers:{folder}", "--metrics", "psnr", "--overwrite").out
-            for folder in (tmp_path / "pipeline", tmp_path / "pipeline" / "vae")
-        ]
-        assert outputs[0] == outputs[1]
-        assert "PSNR" in outputs[0]
-        assert main(["info", f"diffusers:{tmp_path / 'pipeline'}", "--size", "32"]) == 0
-        assert "not an AutoencoderKL but LiteVAE" in run(f"diffusers:{saved}", "--overwrite", status=2).err
-
-    def test_missing_weights_are_one_line(self, run, saved, tmp_path, monkeypatch):
-        def no_connection(*_, **__):
-            raise URLError("no route to host")
-
-        monkeypatch.setattr(torch.hub, "urlopen", no_connection)
-        monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
-        for metric, name in (
-            ("rfid", "weights-inception-2015-12-05-6726825d.pth"),
-            ("lpips", "vgg16-397923af.pth"),
-        ):
-            error = run(saved, "--metrics", metric, status=2).err
-            assert error.count("\n") == 1
-            assert f"{tmp_path}/checkpoints/{name} is not there" in error
-        assert not (tmp_path / "eval.json").exists()
 
 
 SHARED = """

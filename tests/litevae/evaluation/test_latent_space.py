@@ -1,4 +1,3 @@
-import json
 import math
 
 import numpy as np
@@ -8,11 +7,9 @@ from PIL import Image
 from skimage import data
 
 from litevae import LiteVAE
-from litevae.cli import main
 from litevae.data.sources import open_images
 from litevae.errors import UserError
 from litevae.evaluation.latent_space import collect_latents, distance_from_gaussian, squared_mmd
-from litevae.evaluation.pictures import latents_as_rgb
 from litevae.latents.statistics import latent_statistics, measure_latents
 
 SIZE = 32
@@ -125,61 +122,3 @@ def test_latents_are_samples_of_each_image(model, folder):
     assert found.mean == pytest.approx(exact.mean, abs=error)
     assert found.std == pytest.approx(exact.std, abs=error)
     assert 1 / found.scaling_factor == pytest.approx(latents.std(correction=0).item(), rel=1e-5)
-
-
-def test_first_three_channels_are_red_green_and_blue():
-    latent = torch.stack(
-        [*torch.meshgrid(torch.arange(50.0), torch.arange(50.0), indexing="ij"), *torch.randn(2, 50, 50)]
-    )
-    (picture,) = latents_as_rgb([latent], principal=False)
-    low, high = np.percentile(latent[:3].flatten(1).numpy(), (1, 99), axis=1)
-    expected = np.clip((latent[:3].numpy() - low[:, None, None]) / (high - low)[:, None, None], 0, 1) * 255
-    assert np.abs(picture.transpose(2, 0, 1) - expected).max() <= 0.51
-    assert latents_as_rgb([latent[:2]], principal=False)[0].shape == (50, 50, 3)
-
-
-class TestCommand:
-    @pytest.fixture
-    def run(self, model, folder, tmp_path, capsys):
-        model.save_pretrained(tmp_path / "model")
-        command = [
-            "latents",
-            tmp_path / "model",
-            folder,
-            "-o",
-            tmp_path / "out",
-            "--workers",
-            0,
-            "--size",
-            SIZE,
-        ]
-
-        def run(*arguments, status=0):
-            assert main([str(argument) for argument in (*command, *arguments)]) == status
-            return capsys.readouterr()
-
-        return run
-
-    def test_result(self, run, tmp_path, model, folder):
-        output = run("--groups", 4).out
-        record = json.loads((tmp_path / "out" / "latents.json").read_text())
-        latents = collect_latents(model, open_images(str(folder)), SIZE, workers=0)
-        expected = distance_from_gaussian(latents, groups=4)
-        assert [d["sigma"] for d in record["squared_mmd"]] == [25, 50, 100, 250, 500]
-        assert [d["mean"] for d in record["squared_mmd"]] == pytest.approx(
-            [d.mean for d in expected], rel=1e-6
-        )
-        assert record["count"] == 8
-        assert f"   50{1000 * expected[1].mean:9.2f} ± {1000 * expected[1].std:.2f}\n" in output
-        with Image.open(tmp_path / "out" / "latents.png") as picture:
-            assert picture.width > 1000  # three columns
-        with Image.open(tmp_path / "out" / "distances.png") as picture:
-            assert picture.size == (1200, 480)
-
-        assert "latents.json exists already" in run(status=2).err
-        assert run("--groups", 4, "--overwrite").out == output
-
-    def test_too_few_images_are_one_line(self, run, tmp_path):
-        error = run(status=2).err.splitlines()[-1]
-        assert "8 images cannot be shared among 10 groups" in error
-        assert not (tmp_path / "out").exists()

@@ -35,3 +35,14 @@ def test_grid_shows_each_image_beside_its_reconstruction(tmp_path):
     np.testing.assert_array_equal(grid[:20, :60], np.concatenate(pairs[0], axis=1))
     np.testing.assert_array_equal(grid[20:], np.concatenate(pairs[1], axis=1))
     assert (grid[:20, 60:] == 255).all()
+
+
+def test_first_three_channels_are_red_green_and_blue():
+    latent = torch.stack(
+        [*torch.meshgrid(torch.arange(50.0), torch.arange(50.0), indexing="ij"), *torch.randn(2, 50, 50)]
+    )
+    (picture,) = latents_as_rgb([latent], principal=False)
+    low, high = np.percentile(latent[:3].flatten(1).numpy(), (1, 99), axis=1)
+    expected = np.clip((latent[:3].numpy() - low[:, None, None]) / (high - low)[:, None, None], 0, 1) * 255
+    assert np.abs(picture.transpose(2, 0, 1) - expected).max() <= 0.51
+    assert latents_as_rgb([latent[:2]], principal=False)[0].shape == (50, 50, 3)

@@ -1,14 +1,11 @@
-import json
 import math
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 from skimage import data
 
 from litevae import LiteVAE
-from litevae.cli import main
 from litevae.data.sources import open_images
 from litevae.errors import UserError
 from litevae.evaluation.evaluate import evaluate
@@ -75,53 +72,3 @@ def test_degradation():
     assert relative_degradation(lpips, "rfid", 32) == {64: 100.0, 128: 0.0}  # the best is the lowest
     for undefined in (0.0, math.inf):
         assert all(map(math.isnan, relative_degradation({32: undefined, 64: 1.0}, "psnr", 32).values()))
-
-
-class TestCommand:
-    @pytest.fixture
-    def run(self, folder, tmp_path, capsys):
-        for seed, name in enumerate(("smc", "group")):
-            make(seed).save_pretrained(tmp_path / name)
-        command = ["resolution", tmp_path / "smc", tmp_path / "group", folder, "-o", tmp_path / "out"]
-
-        def run(*arguments, status=0):
-            assert main([str(a) for a in (*command, "--workers", 0, *arguments)]) == status
-            return capsys.readouterr()
-
-        return run
-
-    def test_result(self, run, tmp_path, folder):
-        output = run("--sizes", "64,32").out
-        record = json.loads((tmp_path / "out" / "resolution.json").read_text())
-        assert [model["name"] for model in record["models"]] == ["smc", "group"]
-        expected = evaluate(make(1), open_images(str(folder)), ("psnr", "ssim"), 64, workers=0).values
-        model = record["models"][1]
-        assert model["trained_at"] == 32
-        assert "32 x 32 and 64 x 64" in model["crop"]
-        assert [result["size"] for result in model["results"]] == [32, 64]
-        assert model["results"][1]["metrics"] == expected
-        assert model["results"][0]["degradation_percent"] == {"psnr": 0, "ssim": 0}
-        before = model["results"][0]["metrics"]["psnr"]
-        worse = 100 * (before - expected["psnr"]) / before
-        assert model["results"][1]["degradation_percent"]["psnr"] == pytest.approx(worse)
-        assert f"group    64{expected['psnr']:10.2f}{worse:+9.1f} %" in output
-        with Image.open(tmp_path / "out" / "resolution.png") as picture:
-            assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 50
-        assert "resolution.json exists already" in run(status=2).err
-
-    @pytest.mark.parametrize(
-        ("arguments", "message"),
-        [
-            (["--sizes", "64,x"], "--sizes must be different whole numbers such as 64,128,256, got '64,x'"),
-            (["--sizes", "64,64"], "--sizes must be different"),
-            (["--sizes", "30"], "smc does not take images of 30 x 30 pixels: size must be a multiple of 4"),
-            (["--names", "A"], "--names must be 2 different names, separated by commas, got A"),
-            (["--names", "A,A"], "--names must be 2 different names"),
-            (["--metrics", "mse"], "error: unknown metric 'mse'"),
-        ],
-    )
-    def test_mistake_is_one_line(self, run, tmp_path, arguments, message):
-        error = run(*arguments, status=2).err
-        assert message in error
-        assert error.count("\n") == 1
-        assert not (tmp_path / "out").exists()

@@ -1,0 +1,80 @@
+import json
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from skimage.metrics import peak_signal_noise_ratio
+
+from litevae.cli import main
+from litevae.files import sha256
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def run(squares, tmp_path, capsys):
+    def run(model, *arguments, status=0):
+        command = ["eval", model, squares, "--size", 32, "--workers", 0, "-o", tmp_path / "eval.json"]
+        assert main([str(argument) for argument in (*command, *arguments)]) == status
+        return capsys.readouterr()
+
+    return run
+
+
+def test_result(run, tiny_folder, tiny_model, square_pixels, tmp_path):
+    output = run(tiny_folder, "--metrics", "ssim,psnr").out
+    record = json.loads((tmp_path / "eval.json").read_text())
+    weights = tiny_folder / "diffusion_pytorch_model.safetensors"
+    assert record["weights"] == {weights.name: sha256(weights)}
+    with torch.no_grad():
+        decoded = tiny_model(torch.from_numpy(square_pixels.transpose(0, 3, 1, 2)).float() / 127.5 - 1).sample
+    restored = ((decoded + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    psnr = np.mean([peak_signal_noise_ratio(a, b) for a, b in zip(square_pixels, restored, strict=True)])
+    assert record["metrics"]["psnr"] == pytest.approx(psnr, abs=1e-4)
+    assert list(record["metrics"]) == ["psnr", "ssim"]
+    assert (record["count"], record["unreadable"], record["latent"]) == (8, 1, "mode")
+    assert "32 x 32" in record["crop"]
+    assert f"torch {torch.__version__}" in record["versions"]["litevae"]
+    assert record["networks"] == {}
+    assert f"{psnr:10.2f}" in output
+    assert "8 images, middle square, 32 x 32, 8 bits; mode of the posterior" in output
+    assert "unreadable images, left out: 1" in output
+
+    error = run(tiny_folder, "--metrics", "psnr", status=2).err
+    assert "eval.json exists already" in error
+    assert "sample of the posterior" in run(tiny_folder, "--metrics", "psnr", "--sample", "--overwrite").out
+
+
+def test_any_autoencoder_of_diffusers(run, tmp_path, tiny_folder):
+    torch.manual_seed(0)
+    settings = {"block_out_channels": (16, 16), "norm_num_groups": 4, "layers_per_block": 1}
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, **settings
+    )
+    vae.save_pretrained(tmp_path / "pipeline" / "vae")
+    outputs = [
+        run(f"diffusers:{folder}", "--metrics", "psnr", "--overwrite").out
+        for folder in (tmp_path / "pipeline", tmp_path / "pipeline" / "vae")
+    ]
+    assert outputs[0] == outputs[1]
+    assert "PSNR" in outputs[0]
+    assert main(["info", f"diffusers:{tmp_path / 'pipeline'}", "--size", "32"]) == 0
+    assert "not an AutoencoderKL but LiteVAE" in run(f"diffusers:{tiny_folder}", "--overwrite", status=2).err
+
+
+def test_missing_weights_are_one_line(run, tiny_folder, tmp_path, monkeypatch):
+    def no_connection(*_, **__):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "urlopen", no_connection)
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    for metric, name in (
+        ("rfid", "weights-inception-2015-12-05-6726825d.pth"),
+        ("lpips", "vgg16-397923af.pth"),
+    ):
+        error = run(tiny_folder, "--metrics", metric, status=2).err
+        assert error.count("\n") == 1
+        assert f"{tmp_path}/checkpoints/{name} is not there" in error
+    assert not (tmp_path / "eval.json").exists()

@@ -1,0 +1,80 @@
+import numpy as np
+from PIL import Image
+from skimage import data
+from skimage.metrics import peak_signal_noise_ratio
+
+from litevae.data.images import read_image
+
+
+def image_files(folder):
+    """One file of each awkward kind; sizes that are no multiples of 8."""
+    rgb = data.chelsea()[100:145, 60:127]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    grey = rgb[..., 1]
+    files = {
+        "odd.png": (Image.fromarray(rgb), {}),
+        "grey.png": (Image.fromarray(grey), {}),
+        "deep.png": (Image.fromarray(grey.astype(np.uint16) * 257), {}),
+        "palette.gif": (Image.fromarray(rgb).convert("P"), {}),
+        "alpha.png": (Image.fromarray(np.dstack([rgb, grey])), {}),
+        "turned.jpg": (Image.fromarray(rgb), {"exif": exif, "quality": 95}),
+        "cmyk.tif": (Image.fromarray(rgb).convert("CMYK"), {}),
+        "tiny.png": (Image.fromarray(rgb[:1, :3]), {}),
+    }
+    for name, (image, options) in files.items():
+        image.save(folder / name, **options)
+    return [folder / name for name in files]
+
+
+def test_every_kind_of_image(litevae, model, tmp_path):
+    images = image_files(tmp_path)
+    lines = litevae("reconstruct", model, *images, "-o", tmp_path / "out").splitlines()
+    values = []
+    for path, line in zip(images, lines, strict=False):
+        pixels = read_image(path)
+        result = Image.open(tmp_path / "out" / f"{path.stem}.png")
+        assert (result.mode, result.size) == ("RGB", (pixels.shape[1], pixels.shape[0]))
+        values.append(peak_signal_noise_ratio(pixels, np.asarray(result)))
+        assert line.startswith(f"{path}: {result.width}x{result.height}, PSNR {values[-1]:.2f} dB, ")
+    assert Image.open(tmp_path / "out" / "turned.png").size == (45, 67)
+    assert lines[len(images) :] == [f"mean PSNR of 8 images: {np.mean(values):.2f} dB"]
+    assert len(list((tmp_path / "out").iterdir())) == len(images)
+
+
+def test_same_names_get_numbers(litevae, model, tmp_path):
+    images = []
+    for folder, size in (("a", 16), ("b", 24), ("c", 32)):
+        (tmp_path / folder).mkdir()
+        images.append(tmp_path / folder / "x.png")
+        Image.fromarray(data.chelsea()[:size, :size]).save(images[-1])
+    litevae("reconstruct", model, *images, "-o", tmp_path / "out")
+    sizes = {path.name: Image.open(path).width for path in (tmp_path / "out").iterdir()}
+    assert sizes == {"x.png": 16, "x-2.png": 24, "x-3.png": 32}
+
+
+def test_input_is_never_overwritten(fails, model, tmp_path):
+    (image,) = [path for path in image_files(tmp_path) if path.name == "odd.png"]
+    before = image.read_bytes()
+    assert "would be overwritten" in fails("reconstruct", model, image, "-o", tmp_path)
+    assert image.read_bytes() == before
+
+
+def test_not_an_image(fails, model, tmp_path):
+    (tmp_path / "x.png").write_text("text")
+    assert "x.png: not an image" in fails("reconstruct", model, tmp_path / "x.png", "-o", tmp_path / "o")
+
+
+def test_output_that_cannot_be_made(fails, model, tmp_path):
+    image = image_files(tmp_path)[0]
+    assert "cannot be made" in fails("reconstruct", model, image, "-o", image / "out")
+
+
+def test_a_file_is_only_overwritten_on_request(model, litevae, fails, tmp_path):
+    Image.fromarray(np.full((20, 30, 3), 90, np.uint8)).save(tmp_path / "photo.jpg")
+    (tmp_path / "photo.png").write_text("mine")
+    command = ["reconstruct", str(model), str(tmp_path / "photo.jpg"), "-o", str(tmp_path)]
+    assert "exists already" in fails(*command)
+    assert (tmp_path / "photo.png").read_text() == "mine"
+    litevae(*command, "--overwrite")
+    assert Image.open(tmp_path / "photo.png").size == (30, 20)
