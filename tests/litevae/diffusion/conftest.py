@@ -97,3 +97,9 @@ def logged():
         return [{name: value for name, value in line.items() if name not in SPEED} for line in lines]
 
     return read
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Saves a run the time for plotting."""
+    monkeypatch.setattr("litevae.diffusion.trainer.draw_loss", lambda _, path: path.touch())
