@@ -1,4 +1,4 @@
 import os
 
-# read at import; a developer's own setting must not reach the tests
+# The variable is read at import; a developer's own setting must not affect the tests.
 os.environ.pop("LITEVAE_BACKEND", None)

@@ -12,7 +12,7 @@ SIZE = 32
 
 @pytest.fixture
 def litevae(capsys):
-    """Runs a command that succeeds, and returns what it printed."""
+    """A function that runs a command, which must succeed, and returns its output."""
 
     def run(*arguments):
         status = main([str(argument) for argument in arguments])
@@ -25,7 +25,7 @@ def litevae(capsys):
 
 @pytest.fixture
 def fails(capsys):
-    """Runs a command that fails, and returns its one line."""
+    """A function that runs a command, which must fail, and returns its one-line message."""
 
     def run(*arguments, status=2):
         assert main([str(argument) for argument in arguments]) == status

@@ -131,7 +131,7 @@ def test_baselines_are_models_too(litevae, tmp_path, kind):
 
 
 def test_model_of_one_size(litevae, fails, tmp_path):
-    """By tiles of its size it reconstructs larger images; other sizes are one line."""
+    """Larger images are reconstructed in tiles of its size; other sizes give a one-line error."""
     torch.manual_seed(0)
     small = {"block_out_channels": (16, 16, 16), "layers_per_block": 1, "num_groups": 4}
     folder = tmp_path / "model"

@@ -17,7 +17,7 @@ def test_table(tmp_path, capsys):
     assert main(["complexity", str(tmp_path), "litevae-s", *settings, "--precision", "bf16"]) == 0
     output = capsys.readouterr().out
     assert output.startswith("1 x 3 x 64 x 64, bf16; ")
-    for name in (str(tmp_path), "litevae-s"):  # a sixteenth of the cost at 256
+    for name in (str(tmp_path), "litevae-s"):  # the cost is a sixteenth of that at 256
         assert re.search(rf"^{name} +1,038,308 +0\.36 +\S+ +\d\S*$", output, re.MULTILINE)
     assert main(["complexity", str(tmp_path), *settings, "--decoder"]) == 0
     cost = measure_complexity(model, 64)

@@ -10,15 +10,15 @@ from litevae.cli import main
 
 @pytest.fixture
 def runs(tmp_path):
-    """Logs as the trainer writes them, the ratio on some of their lines."""
+    """Logs in the trainer's format, with the ratio on some of the lines."""
     ratios = {"constant": [0.5, 0.4, 0.2, 0.1], "adaptive": [100.0, 0.01, 3.0]}
     for name, values in ratios.items():
         (tmp_path / name).mkdir()
         lines = [{"step": 1, "loss": 1.0}, {"step": 2, "skipped": "the loss is nan", "skipped_steps": 1}]
         lines += [{"step": 10 * i, "gradient_ratio": value} for i, value in enumerate(values, start=1)]
-        lines += [{"step": 99, "gradient_ratio": 0.0}]  # which has no place on the picture's scale
+        lines += [{"step": 99, "gradient_ratio": 0.0}]  # cannot be drawn on a logarithmic scale
         text = "".join(json.dumps(line) + "\n" for line in lines)
-        (tmp_path / name / "metrics.jsonl").write_text(text + '{"step": 100, "gradi')  # killed
+        (tmp_path / name / "metrics.jsonl").write_text(text + '{"step": 100, "gradi')  # the run was killed
     return tmp_path, ratios
 
 

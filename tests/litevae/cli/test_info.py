@@ -32,5 +32,5 @@ def test_folder(litevae, model):
 
 def test_sd_vae_has_the_published_size(capsys):
     assert main(["info", "sd-vae"]) == 0
-    # 34,163,592 and 72 of the 1x1 convolution
+    # 34,163,592 parameters, and 72 of the 1x1 convolution.
     assert re.search(r"encoder +34,163,664 +136\.36\n", capsys.readouterr().out)

@@ -7,7 +7,7 @@ from litevae.data.images import read_image
 
 
 def image_files(folder):
-    """One file of each awkward kind; sizes that are no multiples of 8."""
+    """Writes one file of each awkward kind, of sizes that are not multiples of 8."""
     rgb = data.chelsea()[100:145, 60:127]
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -13,7 +13,7 @@ from litevae.latents.statistics import measure_latents
 from litevae.models.initialise import initialise
 
 SIZE = 32
-# a run of a few milliseconds a step, on latents of 4 x 8 x 8
+# A run that takes a few milliseconds per step, on latents of 4 x 8 x 8.
 TINY = [
     "data.batch_size=4",
     "unet.block_out_channels=[16,16]",
@@ -29,12 +29,12 @@ SPEED = {"images_per_second", "data_wait"}
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny_runs(one_thread):
-    """All here are."""
+    """All runs in this folder use one thread."""
 
 
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory):
-    """6 images of exactly the size that is encoded."""
+    """A folder with 6 images that are not resized."""
     folder = tmp_path_factory.mktemp("photographs")
     for i in range(6):
         pixels = data.chelsea()[40 * i : 40 * i + SIZE, 50 * i : 50 * i + SIZE]
@@ -44,13 +44,13 @@ def photographs(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def autoencoder_folder(tmp_path_factory, photographs):
-    """Untrained, with the scale of its latents and a shift."""
+    """The folder of an untrained model with the scale of its latents and a shift."""
     torch.manual_seed(0)
     model = LiteVAE.from_preset(
         "litevae-s", block_out_channels=(16, 16, 16), layers_per_block=1, num_groups=4, sample_size=SIZE
     )
     initialise(model)
-    with torch.no_grad():  # a posterior far narrower than the means are spread
+    with torch.no_grad():  # a posterior far narrower than the spread of the means
         model.encoder.feature_aggregator.conv_out.bias[4:] -= 4
     found = measure_latents(model, open_images(str(photographs)), SIZE, workers=0)
     model.register_to_config(scaling_factor=found.scaling_factor, shift_factor=0.1)
@@ -66,7 +66,7 @@ def autoencoder(autoencoder_folder):
 
 @pytest.fixture(scope="session")
 def latents(tmp_path_factory, autoencoder_folder, photographs):
-    """What `litevae encode` makes of the photographs, with mirrored copies."""
+    """The photographs encoded as by `litevae encode`, with mirrored copies."""
     folder = tmp_path_factory.mktemp("encoded") / "latents"
     model = LiteVAE.from_pretrained(autoencoder_folder)
     settings = Settings(SIZE, "fp32", mirror=True, shard_size=4)
@@ -81,7 +81,7 @@ def tiny_settings(autoencoder_folder, latents):
 
 @pytest.fixture
 def tiny(tmp_path, tiny_settings):
-    """The configuration of a tiny run in tmp_path/run."""
+    """A function that returns the configuration of a tiny run in tmp_path/run."""
 
     def make(*overrides, name="run"):
         return load_config("small", [*tiny_settings, f"output_dir={tmp_path / name}", *overrides])
@@ -92,7 +92,7 @@ def tiny(tmp_path, tiny_settings):
 @pytest.fixture(scope="session")
 def logged():
     def read(folder):
-        """The log's lines without what differs from run to run."""
+        """Returns the lines of the log without values that differ from run to run."""
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         return [{name: value for name, value in line.items() if name not in SPEED} for line in lines]
 

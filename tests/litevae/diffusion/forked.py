@@ -21,11 +21,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from forks import die_at_sync, run_jobs
 
 torch.set_num_threads(1)
-trainer_module.draw_loss = lambda _, path: path.touch()  # spares the time that Matplotlib takes
+trainer_module.draw_loss = lambda _, path: path.touch()  # saves the time that Matplotlib takes
 
 
 class Means(nn.Module):
-    """Of an image's colours, in place of Inception's features."""
+    """Features from an image's colours, instead of Inception's."""
 
     num_features = 3
 

@@ -19,7 +19,7 @@ def test_each_command_finds_its_own_kind():
 
 
 def test_ldm_ffhq_is_ldms():
-    """Rombach et al. (2022), Table 12, and their configuration of it."""
+    """The values are those of Rombach et al. (2022), Table 12, and of their configuration file."""
     config = load_config("ldm-ffhq", GIVEN)
     assert (config.unet.block_out_channels, config.unet.layers_per_block) == ([224, 448, 672, 896], 2)
     assert (config.data.batch_size, config.max_steps, config.optimizer.learning_rate) == (42, 635_000, 8.4e-5)

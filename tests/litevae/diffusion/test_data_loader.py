@@ -19,7 +19,7 @@ def feed(autoencoder, tmp_path):
 
 
 def test_shards_and_images_give_the_same_latents(tiny, feed, photographs, latents):
-    """Each epoch has every latent once; mirrored ones only where they are asked for."""
+    """Each epoch has every latent once, and mirrored latents only on request."""
     noise = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(0))
 
     def epoch(count, *settings):
@@ -34,9 +34,9 @@ def test_shards_and_images_give_the_same_latents(tiny, feed, photographs, latent
     encoded, _ = epoch(6, "data.flip=false")
     live, made = epoch(6, "data.latents=", f"data.train={photographs}", "data.crop=native", "data.flip=false")
     assert made.shape == (4, 8, 8)
-    # the shards hold mean and log-variance in float16: 2^-11 of the mean, and half as much of the deviation
+    # The shards hold mean and log-variance in float16: errors of 2^-11 of the mean, and of half as much of the deviation.
     torch.testing.assert_close(live, encoded, rtol=2**-10, atol=2**-10)
-    # by the definition alone
+    # From the definition.
     dataset = LatentDataset(latents)
     mean, logvar = torch.stack([dataset[i].moments for i in range(6)]).chunk(2, dim=1)
     scale = dataset.index["latents"]["scaling_factor"]

@@ -16,7 +16,7 @@ from litevae.evaluation.fid import INCEPTION
 
 
 class Features(nn.Module):
-    """Means of quarters of an image: 12 numbers."""
+    """The means of the quarters of an image: 12 numbers."""
 
     num_features = 12
 
@@ -42,7 +42,7 @@ def test_is_the_frechet_distance_of_the_features(tiny, autoencoder, photographs,
     (mean, cov), (other, other_cov) = moments(samples), moments(real)
     root = sqrtm(cov @ other_cov + 1e-12 * np.eye(12)).real
     expected = ((mean - other) ** 2).sum() + np.trace(cov + other_cov - 2 * root)
-    # both covariances are singular, where a square root of a rounding of 2^-53 is 1e-8; features in float32
+    # Both covariances are singular, so a rounding of 2^-53 becomes 1e-8 in the square root; features are float32.
     assert found == pytest.approx(expected, rel=1e-4)
 
 

@@ -17,7 +17,7 @@ SHAPE = (5, 2, 4, 4)
 
 
 class Network(nn.Module):
-    """Any function of its inputs; in the dtype that it is given."""
+    """An arbitrary function of its inputs, in their dtype."""
 
     def forward(self, sample, time, return_dict):
         assert not return_dict
@@ -46,7 +46,7 @@ def test_edm_loss_is_that_of_the_paper(sigma_data):
     denoised = c_skip * x + c_out * Network()(c_in * x, c_noise, return_dict=False)[0]
     weight = (s**2 + sigma_data**2) / (s * sigma_data) ** 2
     expected = (weight * (denoised - y) ** 2).mean()
-    # the argument of sin is rounded at a size of about 10, the rest at about 1, each to 2^-24
+    # The argument of sin is about 10, the other values about 1; each is rounded to 2^-24.
     assert loss.item() == pytest.approx(expected.item(), rel=10 * 2**-24 * 10)
 
 
@@ -55,7 +55,7 @@ def test_edm_levels_are_log_normal():
     torch.manual_seed(0)
     for sigma_data in (0.5, 1.0):
         logs = make_noise(NoiseConfig(sigma_data=sigma_data)).draw(count, torch.device("cpu")).double().log()
-        # -1.2 for data of standard deviation 0.5; 5 standard errors
+        # -1.2 holds for data of standard deviation 0.5; the bound is 5 standard errors.
         assert logs.mean().item() == pytest.approx(-1.2 + math.log(2 * sigma_data), abs=5 * 1.2 / count**0.5)
         assert logs.std().item() == pytest.approx(1.2, abs=5 * 1.2 / (2 * count) ** 0.5)
 
@@ -75,20 +75,22 @@ def test_ddpm_loss_is_that_of_the_paper(schedule):
     kept = torch.from_numpy(np.cumprod(1 - betas))[steps].view(-1, 1, 1, 1)
     noisy = kept.sqrt() * latents.double() + (1 - kept).sqrt() * noise.double()
     predicted = Network()(noisy, steps.double(), return_dict=False)[0]
-    # the product of a thousand factors, each rounded to 2^-24
+    # A product of a thousand factors, each rounded to 2^-24.
     assert loss.item() == pytest.approx((predicted - noise).square().mean().item(), rel=1000 * 2**-24)
     drawn = ddpm.draw(20_000, torch.device("cpu"))
     assert (drawn.min().item(), drawn.max().item()) == (0, 999)
 
 
 class BestDenoiser(ModelMixin, ConfigMixin):
-    """What a network would have learned for latents that are all normal, with this mean and standard deviation:
-    E[y | x] = (std² x + sigma² mean) / (std² + sigma²)."""
+    """The optimal denoiser for normally distributed latents of this mean and standard deviation.
+
+    E[y | x] = (std² x + sigma² mean) / (std² + sigma²).
+    """
 
     @register_to_config
     def __init__(self, kind, mean, std, in_channels=4, sample_size=64):
         super().__init__()
-        self.place = nn.Parameter(torch.zeros(()))  # has a dtype and a device
+        self.place = nn.Parameter(torch.zeros(()))  # gives the module a dtype and a device
         betas = np.linspace(0.0015**0.5, 0.0195**0.5, 1000) ** 2
         self.kept = torch.from_numpy(np.cumprod(1 - betas))
 
@@ -109,9 +111,11 @@ class BestDenoiser(ModelMixin, ConfigMixin):
 
 
 def by_recursion(kind, mean, std):
-    """Mean and standard deviation of the samples that 1000 steps give, step by step in float64: with a normal
-    distribution's denoiser each step is a linear map of x, and perhaps noise."""
-    if kind == "edm":  # equation 5 of Karras et al., for latents of twice their standard deviation
+    """Returns mean and standard deviation of the samples of 1000 steps, computed step by step in float64.
+
+    With the denoiser of a normal distribution each step is a linear map of x, with or without noise.
+    """
+    if kind == "edm":  # Equation 5 of Karras et al., for latents of twice their standard deviation
         sigma = (160 ** (1 / 7) + np.linspace(0, 1, 1000) * (0.004 ** (1 / 7) - 160 ** (1 / 7))) ** 7
         kept = np.ones(1001)
         sigma = np.append(sigma, 0)
@@ -124,7 +128,7 @@ def by_recursion(kind, mean, std):
         # E[y | x] = slope x + offset
         slope = std**2 * a**0.5 / (a * std**2 + s**2)
         offset = mean * (1 - slope * a**0.5)
-        # equations 12 and 16 of Song et al. with eta = 1; Euler's step is the same with a = b = 1 and without noise
+        # Equations 12 and 16 of Song et al. with eta = 1; Euler's step is the same with a = b = 1 and without noise.
         noise = (t / s) ** 2 * (1 - a / b)
         direction = (t**2 - noise) ** 0.5 / s
         factor = b**0.5 * slope + direction * (1 - a**0.5 * slope)
@@ -145,8 +149,8 @@ def test_sampling_with_the_best_denoiser_gives_the_distribution_back(kind, mean,
     assert samples.shape == (4, 4, 64, 64)
     count = samples.numel()
     expected = by_recursion(kind, mean, std)
-    # a thousand steps are that near to the distribution itself
+    # A thousand steps come this close to the distribution itself.
     assert expected == pytest.approx((mean, std), abs=0.01)
-    # 4 standard errors of so many samples
+    # 4 standard errors of this number of samples.
     assert samples.mean().item() == pytest.approx(expected[0], abs=4 * std / count**0.5)
     assert samples.std().item() == pytest.approx(expected[1], rel=4 / (2 * count) ** 0.5)

@@ -9,7 +9,7 @@ def test_grid_has_the_images_in_their_order(tmp_path):
     samples = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 3, 2, 4) * 50
     draw_samples(samples, tmp_path / "grid.png")
     grid = np.asarray(Image.open(tmp_path / "grid.png"))
-    assert grid.shape == (8, 18, 3)  # a gap of 2 to the right of each and below
+    assert grid.shape == (8, 18, 3)  # a gap of 2 pixels to the right of each image and below it
     assert grid[0, ::6, 0].tolist() == [0, 50, 100]
     assert grid[4, ::6, 0].tolist() == [150, 200, 255]
     assert (grid[:, 4:6] == 255).all()

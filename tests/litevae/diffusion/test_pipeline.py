@@ -41,7 +41,7 @@ def test_decode_undoes_what_the_latents_were_scaled_with(autoencoder, scale, shi
         moments = torch.cat([posterior.mean, posterior.logvar], 1)
         latents = sample_latents(moments, scale, shift, noise=torch.zeros_like(posterior.mean))
         expected = autoencoder.decode(posterior.mean).sample
-        # a few roundings of the latent, of a size of about 1; a pixel is hundreds of products of it
+        # A few roundings of the latent, which is about 1; a pixel is a sum of hundreds of products.
         torch.testing.assert_close(pipeline.decode(latents), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -87,7 +87,7 @@ def test_an_image_depends_on_its_seed_alone(pipeline, scheduler):
     pipeline.scheduler = scheduler
     together = torch.cat(list(generate(pipeline, range(5), 10, 3, batch_size=5))).int()
     apart = torch.cat(list(generate(pipeline, [1, 2], 11, 3, batch_size=1))).int()
-    # the number of images in a batch changes roundings, which may change what a pixel is rounded to
+    # The batch size changes roundings, which can change the rounding of a pixel.
     assert (together[2:4] - apart).abs().max() <= 1
     again = torch.cat(list(generate(pipeline, range(5), 10, 3, batch_size=5))).int()
     assert torch.equal(together, again)

@@ -38,12 +38,12 @@ def test_one_latent_is_learned_by_heart(tiny, autoencoder, photographs, tmp_path
     losses = [
         json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     ]
-    # a network that is zero has the loss of its target's variance, 1 but for the first few draws
+    # The loss of a zero network is the variance of its target, about 1.
     assert losses[0] == pytest.approx(1, abs=0.2)
-    if kind == "ddpm":  # of which an error at the last noise level counts 80 times: it needs far longer
+    if kind == "ddpm":  # an error at the last noise level counts 80 times, so it needs far longer
         assert np.mean(losses[-20:]) < 0.3
         return
-    # samples are the latent, but for the posterior's own noise
+    # Samples equal the latent except for the noise of the posterior.
     pipeline = LatentDiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     pipeline.set_progress_bar_config(disable=True)
     samples = pipeline(8, torch.Generator().manual_seed(1), 20, output_type="latent").images
@@ -54,9 +54,9 @@ def test_one_latent_is_learned_by_heart(tiny, autoencoder, photographs, tmp_path
     latent = (posterior.mean - autoencoder.config.shift_factor) * scale
     error = (samples - latent).square().mean()
     noise = (posterior.std * scale).square().mean()
-    # a flat latent of its mean would have an error of its variance
+    # A constant latent would have the variance as its error.
     assert error < noise + 0.5 * latent.var()
-    # the way from the samples back to the image goes through the same scale
+    # Samples are decoded with the same scale.
     with torch.no_grad():
         torch.testing.assert_close(
             pipeline.decode(latent), autoencoder.decode(posterior.mean).sample, rtol=1e-4, atol=1e-4
@@ -64,13 +64,13 @@ def test_one_latent_is_learned_by_heart(tiny, autoencoder, photographs, tmp_path
 
 
 def forked(jobs):
-    """Runs forked.py; the exit status by job and rank, and what they wrote to stderr."""
+    """Runs forked.py; returns the exit status by job and rank, and the output on stderr."""
     result = subprocess.run(
         [sys.executable, Path(__file__).with_name("forked.py"), json.dumps(jobs)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
-        timeout=100,  # a hang fails here
+        timeout=100,  # a hang fails the test
     )
     assert result.returncode == 0, result.stderr
     lines = [list(map(int, line.split())) for line in result.stdout.splitlines()]
@@ -88,12 +88,12 @@ def weights(folder):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tiny_settings, photographs):
-    """One run, the same killed at two instants, and the same in two processes."""
+    """A run, the same run killed twice, and the same run in two processes."""
     folder = tmp_path_factory.mktemp("runs")
     settings = [*tiny_settings, "max_steps=5", "checkpoint.every=1", "checkpoint.keep=9", "ema_decay=0.9"]
     settings += ["optimizer.accumulation=2", "resume=auto", "sample.steps=1"]
     fid = ["fid.measure=always", f"fid.images={photographs}", "fid.count=7"]
-    # a checkpoint is about 10 writes
+    # A checkpoint takes about 10 writes.
     kills = [4, 16]
     jobs = [
         [1, None, [*settings, *fid, f"output_dir={folder / 'whole'}"]],
@@ -122,10 +122,10 @@ def test_two_processes_do_what_one_does_with_the_double_batch(runs, logged):
     folder, statuses, errors = runs
     assert [statuses[4, 0], statuses[4, 1]] == [0, 0], errors
     one, two = logged(folder / "whole"), logged(folder / "two")
-    # roundings; then Adam's first steps, which turn that of a gradient near 0 into the learning rate's size
+    # Roundings, and Adam's first steps, which enlarge the rounding of a gradient near 0 to the learning rate.
     for line, other, tolerance in zip(one, two, (1e-5, *[1e-3] * 4), strict=True):
         assert other == pytest.approx(line, rel=tolerance)
-    # of features that are means of all pixels, some of which are rounded to the next number
+    # The features are means over all pixels, some of which are rounded differently.
     found = [json.loads((folder / name / "metrics.json").read_text())["fid"] for name in ("whole", "two")]
     assert found[0]["fid"] > 0
     assert found[1]["fid"] == pytest.approx(found[0]["fid"], rel=1e-2)

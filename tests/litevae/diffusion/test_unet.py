@@ -7,13 +7,13 @@ from litevae.errors import UserError
 
 
 def test_ldm_ffhq_has_the_published_number_of_parameters():
-    """274 M (Rombach et al., 2022, Table 12), with LDM's 3 latent channels."""
+    """Table 12 of Rombach et al. (2022) prints 274 M, for 3 latent channels."""
     config = UNetConfig([224, 448, 672, 896], layers_per_block=2)
     with torch.device("meta"):
         unet = build_unet(config, 3, 64)
     assert sum(p.numel() for p in unet.parameters()) == 274_056_163
     has_attention = [hasattr(block, "attentions") for block in unet.down_blocks]
-    assert has_attention == [False, True, True, True]  # at 64, 32, 16 and 8
+    assert has_attention == [False, True, True, True]  # at resolutions 64, 32, 16 and 8
     assert unet.down_blocks[1].attentions[0].heads == 448 // 32
 
 

@@ -66,7 +66,7 @@ def test_models_take_turns():
     calls = []
     fast, slow = measure_speed([Sleeper(0.01, calls), Sleeper(0.05, calls)], "encoder", 16, 2, rounds=3)
     assert calls[-6:] == [0.01, 0.05] * 3
-    # a busy machine may wake late, never early
+    # A busy machine may wake the process late, but never early.
     assert 2 < fast.images_per_second <= 2 / 0.01
     assert 2 < slow.images_per_second <= 2 / 0.05
 
@@ -77,10 +77,10 @@ def test_memory_of_a_side_counts_its_largest_tensors(side):
         "litevae-s", block_out_channels=(16, 16, 16), layers_per_block=1, num_groups=4
     )
     (small,), (large,) = (measure_speed([model], side, 128, n, rounds=1) for n in (1, 8))
-    if large.peak_memory is None:  # the kernel does not tell; it does on Linux with glibc
+    if large.peak_memory is None:  # only Linux with glibc reports it
         assert small.peak_memory is None
         return
-    # the decoder's last features are 16 x 128 x 128 float32 an image; the encoder's first 16 x 64 x 64
+    # Per image, the decoder's last features are 16 x 128 x 128 float32, the encoder's first 16 x 64 x 64.
     floats = 8 * 16 * (128 if side == "decoder" else 64) ** 2
     assert 4 * floats < large.peak_memory < 40 * 4 * floats
     assert large.peak_memory - small.peak_memory > 4 * floats * 7 / 8

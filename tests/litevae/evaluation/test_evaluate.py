@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Squares that are not resized, and a file that is no image."""
+    """A folder with squares that are not resized, and a file that is not an image."""
     folder = tmp_path_factory.mktemp("images")
     for i in range(COUNT):
         Image.fromarray(data.chelsea()[20 * i : 20 * i + SIZE, 30 * i : 30 * i + SIZE]).save(
@@ -49,7 +49,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pairs(model, folder):
-    """The images and their reconstructions, (7, 32, 32, 3) uint8 each, by the model alone."""
+    """The images and the model's reconstructions, (7, 32, 32, 3) uint8 each."""
     pixels = np.stack([np.asarray(Image.open(folder / f"{i}.png")) for i in range(COUNT)])
     with torch.no_grad():
         decoded = model(torch.from_numpy(pixels.transpose(0, 3, 1, 2)).float() / 127.5 - 1).sample
@@ -58,7 +58,7 @@ def pairs(model, folder):
 
 
 class Colours(torch.nn.Module):
-    """The mean of each colour: features that anyone can compute. Keeps them."""
+    """Features that are easy to compute: the mean of each colour. They are kept."""
 
     num_features = 3
 
@@ -76,7 +76,7 @@ def test_psnr_and_ssim_are_scikit_images():
     x = np.stack(
         [data.chelsea()[:70, :80], np.full((70, 80, 3), 250, np.uint8), data.chelsea()[100:170, :80]]
     )
-    # noise, noise on a bright flat image, and a shift
+    # Noise, noise on a bright flat image, and a shift.
     y = np.clip(x + rng.normal(0, (8, 1, 0), (70, 80, 3, 3)).transpose(3, 0, 1, 2), 0, 255).astype(np.uint8)
     y[2] = np.roll(y[2], 1, axis=0)
     tensors = [torch.from_numpy(z).permute(0, 3, 1, 2) for z in (x, y)]
@@ -98,7 +98,7 @@ def test_psnr_and_ssim_are_scikit_images():
 
 
 def test_all_metrics_of_a_folder(model, folder, pairs, monkeypatch):
-    """Float64 formulas and scikit-image on what the model alone makes of the images."""
+    """The expected values come from float64 formulas and scikit-image on the model's reconstructions."""
     lpips = LPIPS(pretrained=False)
     monkeypatch.setattr(evaluate_module, "LPIPS", lambda: lpips)
     features = Colours()
@@ -127,11 +127,11 @@ def test_all_metrics_of_a_folder(model, folder, pairs, monkeypatch):
             lpips(*(torch.from_numpy(z[i : i + 1]).permute(0, 3, 1, 2).float() / 127.5 - 1 for z in pairs))
             for i in range(COUNT)
         ]
-    # float32 features of VGG, in batches of another size
+    # VGG's features are float32, and the batches have another size.
     assert found.values["lpips"] == pytest.approx(np.mean(distances), rel=1e-4)
 
     a, b = (torch.cat(features.seen[side::2]).numpy() for side in (0, 1))
-    for z, pixels in zip((a, b), pairs, strict=True):  # batches of another size may round a pixel differently
+    for z, pixels in zip((a, b), pairs, strict=True):  # another batch size can round a pixel differently
         assert z == pytest.approx(pixels.mean((1, 2), dtype=np.float64), abs=5 / SIZE**2)
     covariances = [np.cov(z, rowvar=False) for z in (a, b)]
     distance = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(
@@ -158,7 +158,7 @@ def test_an_interrupted_evaluation_goes_on(model, folder, tmp_path, sample, monk
 
     whole = run()
     assert not list(tmp_path.iterdir())
-    # the order of the sums is another
+    # The order of the sums differs.
     assert run(batch_size=2).values == pytest.approx(whole.values, rel=1e-9)
 
     monkeypatch.setattr(evaluate_module, "SAVE_EVERY", 0.0)
@@ -176,7 +176,7 @@ def test_an_interrupted_evaluation_goes_on(model, folder, tmp_path, sample, monk
     with pytest.raises(UserError, match="was left by an interrupted evaluation with other settings"):
         run(identity="others")
     assert run() == whole
-    assert sum(calls) == COUNT + calls[2]  # nothing was done twice but the interrupted batch
+    assert sum(calls) == COUNT + calls[2]  # only the interrupted batch was done twice
     assert not list(tmp_path.iterdir())
     (tmp_path / "partial").write_text("cut off")
     with pytest.raises(UserError, match="partial: cannot be read"):
@@ -287,5 +287,5 @@ def test_processes_share_the_images(model, folder, tmp_path):
     )
     shared = eval(first, {"Evaluation": evaluate_module.Evaluation})
     assert (shared.count, shared.unreadable, shared.exact) == (COUNT, 1, 0)
-    # the order of the sums is another, and float32 convolutions of another batch may round a pixel differently
+    # The order of the sums differs, and float32 convolutions of another batch can round a pixel differently.
     assert shared.values == pytest.approx(alone.values, rel=1e-3)

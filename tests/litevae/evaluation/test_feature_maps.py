@@ -52,12 +52,12 @@ def test_magnitude_is_the_root_mean_square_of_what_goes_into_the_output_layers(m
         features = model.decoder.mid_block(model.decoder.conv_in(z))
         for block in model.decoder.up_blocks:
             features = block(features)
-        # nothing but the output's layers comes after them
+        # Only the output layers follow the features.
         output = model.decoder.conv_norm_out(features)
         output = output if isinstance(model, LiteVAE) else torch.nn.functional.silu(output)
         torch.testing.assert_close(model.decoder.conv_out(output), model.decoder(z))
     assert found.shape == (side, side)
-    # the same operations in float64
+    # The same operations in float64.
     np.testing.assert_allclose(found, np.sqrt(np.mean(features.numpy()[0] ** 2, axis=0)), rtol=1e-10)
     assert not model.decoder.up_blocks[-1]._forward_hooks
 
@@ -65,7 +65,7 @@ def test_magnitude_is_the_root_mean_square_of_what_goes_into_the_output_layers(m
 def test_imbalance_of_known_maps():
     assert imbalance([np.full((8, 8), 3.0)]) == 1.0
     spot = np.ones((100, 100))
-    spot[:5, :5] = 7.0  # 25 of 10,000 places, and the percentile leaves out 10
+    spot[:5, :5] = 7.0  # 25 of 10,000 pixels; the percentile leaves out 10
     assert imbalance([spot]) == 7.0
     assert imbalance([1e-4 * spot, 1e4 * spot]) == pytest.approx(7.0)
     assert imbalance([spot, np.ones((8, 8))]) == 4.0
@@ -94,7 +94,7 @@ def test_what_has_no_imbalance():
 
 
 def test_picture_shows_each_model_on_its_own_scale(tmp_path):
-    """Black where a map is 0, yellow where it is strongest, whatever its scale."""
+    """A map is black where it is 0 and yellow where it is strongest, at every scale."""
     half = np.where(np.arange(8)[:, None] < 2, 0.0, 1.0) * np.ones((8, 8))
     for scale in (1.0, 1000.0):
         draw_feature_maps(
@@ -106,4 +106,6 @@ def test_picture_shows_each_model_on_its_own_scale(tmp_path):
     one, other = (np.asarray(Image.open(tmp_path / f"{scale}.png").convert("RGB")) for scale in (1.0, 1000.0))
     np.testing.assert_array_equal(one, other)
     colours = {tuple(colour) for colour in one.reshape(-1, 3)}
-    assert {(0, 0, 4), (252, 253, 191)} <= {(int(r), int(g), int(b)) for r, g, b in colours}  # magma's ends
+    assert {(0, 0, 4), (252, 253, 191)} <= {
+        (int(r), int(g), int(b)) for r, g, b in colours
+    }  # the ends of magma

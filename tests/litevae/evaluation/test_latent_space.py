@@ -52,12 +52,12 @@ def test_mmd_is_the_double_sum():
         expected.append(within_x + within_y - 2 * between)
     found = squared_mmd(torch.from_numpy(x), torch.from_numpy(y), sigmas)
     assert found.dtype == torch.float64
-    # distances of about 50 and kernels of about 1, some tens of roundings each
+    # Distances are about 50 and kernels about 1, with some tens of roundings each.
     assert found.tolist() == pytest.approx(expected, rel=0, abs=1e-13)
 
 
 def test_mmd_is_unbiased():
-    """Two Gaussians of unit variance, their means apart: the expectation is known."""
+    """The expectation is known for two Gaussians of unit variance with different means."""
     d, sigma, apart, draws = 6, 2.0, 0.8, 4000
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(2, draws, 4, d, generator=generator, dtype=torch.float64)
@@ -103,7 +103,7 @@ def test_latents_are_samples_of_each_image(model, folder):
     images = open_images(str(folder))
     latents = collect_latents(model, images, SIZE, batch_size=3, workers=0)
     assert (latents.shape, latents.dtype) == ((8, 4, 8, 8), torch.float32)
-    # float32 convolutions of batches of another size round differently
+    # float32 convolutions round differently in batches of another size.
     torch.testing.assert_close(
         collect_latents(model, images, SIZE, batch_size=8, workers=0), latents, rtol=1e-4, atol=1e-4
     )

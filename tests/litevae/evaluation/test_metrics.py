@@ -20,7 +20,7 @@ def test_equal_images():
 
 
 def test_ssim_equals_the_definition():
-    """Wang et al. (2004), written out for one channel at a time; the border is left out as skimage does."""
+    """SSIM of Wang et al. (2004) written out per channel, without the border, as in scikit-image."""
     from scipy.ndimage import gaussian_filter
 
     def blur(x):

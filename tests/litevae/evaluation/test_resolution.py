@@ -30,7 +30,7 @@ def make(seed, kind=LiteVAE):
 
 
 class OneSize(LiteVAE):
-    """As a model with a Vision Transformer."""
+    """A model that takes one size only, like one with a Vision Transformer."""
 
     def encode(self, x, return_dict=True):
         if x.shape[-1] != 32:
@@ -69,6 +69,6 @@ def test_degradation():
     assert relative_degradation(psnr, "psnr", 96) == pytest.approx({64: 100 / 3, 128: 100 / 6, 256: 0})
     lpips = {64: 0.5, 128: 0.25}
     assert relative_degradation(lpips, "lpips", 128) == {64: 100.0, 128: 0.0}
-    assert relative_degradation(lpips, "rfid", 32) == {64: 100.0, 128: 0.0}  # the best is the lowest
+    assert relative_degradation(lpips, "rfid", 32) == {64: 100.0, 128: 0.0}  # the lowest value is the best
     for undefined in (0.0, math.inf):
         assert all(map(math.isnan, relative_degradation({32: undefined, 64: 1.0}, "psnr", 32).values()))

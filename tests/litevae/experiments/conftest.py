@@ -35,7 +35,7 @@ def own(tmp_path):
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    """Spares a run the seconds that Matplotlib takes."""
+    """Saves a run the seconds that Matplotlib takes."""
     for name in ("draw_curves", "draw_reconstructions"):
         monkeypatch.setattr(f"litevae.training.trainer.{name}", lambda *arguments: arguments[-1].touch())
 

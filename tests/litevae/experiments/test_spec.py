@@ -17,7 +17,7 @@ NAMES = [f"figure{n:02}" for n in range(2, 10)] + [f"table{n:02}" for n in range
 
 
 def test_every_table_and_figure_is_there():
-    # Figure 1 is a diagram, Tables 23 and 24 are the presets
+    # Figure 1 is a diagram; Tables 23 and 24 define the presets.
     assert shipped_experiments() == NAMES
 
 
@@ -33,14 +33,14 @@ def test_rows_are_valid_settings_at_all_scales(name):
         assert tiny.data.size * 4 == paper.data.size
         assert measured_size(tiny, run, SCALES["tiny"]) * 4 == measured_size(paper, run, SCALES["paper"])
         assert tiny.max_steps == paper.max_steps * 2 // 1000
-        # the rows of a table differ in the same things at both scales
+        # The rows of a table differ in the same settings at both scales.
         for key in ("kind", "preset", "latent_channels", "decoder_norm", "encoder_type", "extractor"):
             assert getattr(tiny.model, key) == getattr(paper.model, key)
         assert [stage.start for stage in tiny.stages] == [
             (stage.start - 1) * 2 // 1000 + 1 for stage in paper.stages
         ]
         assert tiny.data.train == "demo"
-        assert tiny.loss.lpips == 0 or not tiny.loss.pretrained  # needs no download
+        assert tiny.loss.lpips == 0 or not tiny.loss.pretrained  # no download is needed
 
 
 @pytest.mark.parametrize("row", ["VAE", "LiteVAE-S", "LiteVAE-B", "VAE-Small"])

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory):
-    """Shared, so that no model is trained twice."""
+    """The output folder of all experiments, so that no model is trained twice."""
     return tmp_path_factory.mktemp("experiments")
 
 

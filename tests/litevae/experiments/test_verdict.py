@@ -10,9 +10,9 @@ from litevae.experiments.verdict import join_words
     [
         ([21.0], [20.0], "PSNR +1, shows (one seed)"),
         ([20.0], [21.0], "PSNR -1, does not show (one seed)"),
-        # paired differences 1, 2, 3: mean 2, standard error 1/sqrt(3), times Student's 4.303: 2.48
+        # Paired differences 1, 2, 3: mean 2; standard error 1/sqrt(3) times Student's 4.303 is 2.48.
         ([21.0, 22.0, 23.0], [20.0, 20.0, 20.0], "PSNR +2 ± 2.5, no difference that shows"),
-        # 3, 4, 5: mean 4
+        # Paired differences 3, 4, 5: mean 4.
         ([23.0, 24.0, 25.0], [20.0, 20.0, 20.0], "PSNR +4 ± 2.5, shows"),
         ([17.0, 16.0, 15.0], [20.0, 20.0, 20.0], "PSNR -4 ± 2.5, does not show"),
     ],
@@ -28,7 +28,7 @@ def test_a_claim_shows_or_not(better, than, verdict, report, row):
     [
         ([20.0], "PSNR +0, shows (one seed)"),
         ([19.0], "PSNR -1, does not show (one seed)"),
-        ([19.0, 18.0, 17.0], "PSNR -2 ± 2.5, shows"),  # not told apart
+        ([19.0, 18.0, 17.0], "PSNR -2 ± 2.5, shows"),  # within the interval
         ([15.0, 16.0, 17.0], "PSNR -4 ± 2.5, does not show"),
     ],
 )
@@ -63,7 +63,7 @@ def test_at_equal_seconds_the_slower_run_counts_as_it_was_then(report, row, trai
     claim = Claim(better="A", than="B", text="Sooner.", metrics=["psnr"], equal_seconds=True, ours=True)
     rows = [row("A", [18.5], runs=[fast]), row("B", [20.0], runs=[slow])]
     text = report(rows, [claim])
-    # 18 against 15, that of step 50, after 20 of its 40 s
+    # 18 is compared with 15 of step 50, after 20 of the 40 s.
     assert "Not in the paper:\n\n- Sooner. PSNR +3, shows (one seed); B after 50 of its steps.\n" in text
     assert "What the paper says" not in text
     rows[0].trained[0] = trained(9.0, history=[{"step": 100, "psnr": 18.0, "seconds": 9.0}])

@@ -7,7 +7,7 @@ from skimage import data
 import litevae.training.trainer as trainer_module
 from litevae.training import load_config
 
-# a run of a few milliseconds a step
+# A run that takes a few milliseconds per step.
 TINY = [
     "data.size=32",
     "data.batch_size=2",
@@ -29,12 +29,12 @@ SPEED = {"images_per_second", "data_wait"}
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny_runs(one_thread):
-    """All here are."""
+    """All runs in this folder use one thread."""
 
 
 @pytest.fixture(scope="session")
 def tiny_settings(tmp_path_factory):
-    """With one small image to validate on."""
+    """Settings of a tiny run, with one small image to validate on."""
     folder = tmp_path_factory.mktemp("validation")
     Image.fromarray(data.chelsea()[100:148, 100:148]).save(folder / "cat.png")
     return [*TINY, f"data.validation={folder}"]
@@ -48,7 +48,7 @@ def adversarial_settings():
 @pytest.fixture(scope="session")
 def logged():
     def read(folder):
-        """The log's lines without what differs from run to run."""
+        """Returns the lines of the log without values that differ from run to run."""
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         return [{name: value for name, value in line.items() if name not in SPEED} for line in lines]
 
@@ -57,7 +57,7 @@ def logged():
 
 @pytest.fixture
 def tiny(tmp_path, tiny_settings):
-    """The configuration of a tiny run in tmp_path/run."""
+    """A function that returns the configuration of a tiny run in tmp_path/run."""
 
     def make(*overrides, name="run"):
         return load_config("demo", [*tiny_settings, f"output_dir={tmp_path / name}", *overrides])
@@ -67,6 +67,6 @@ def tiny(tmp_path, tiny_settings):
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    """Spares a run the seconds that Matplotlib takes."""
+    """Saves a run the seconds that Matplotlib takes."""
     for name in ("draw_curves", "draw_reconstructions"):
         monkeypatch.setattr(trainer_module, name, lambda *arguments: arguments[-1].touch())

@@ -29,7 +29,7 @@ def lines():
 
 
 def start(writes=None):
-    """Forks a run; it kills itself when it has written through to the disk `writes` times."""
+    """Forks a run that kills itself when it has written to the disk `writes` times."""
     child = os.fork()
     if child:
         return child
@@ -46,7 +46,7 @@ def start(writes=None):
 random = random.Random(int(seed))
 for number in range(int(kills)):
     if number % 2:
-        child = start(random.randrange(30))  # a checkpoint is about 10 writes
+        child = start(random.randrange(30))  # a checkpoint takes about 10 writes
     else:
         before, wanted = lines(), random.randrange(3)
         child = start()

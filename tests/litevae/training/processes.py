@@ -30,14 +30,14 @@ def work(rank, event, settings):
                 kill()
             elif event == "term":
                 signal.raise_signal(signal.SIGTERM)
-            elif event == "bad":  # finds an image before step 3 that cannot be read; none may
+            elif event == "bad":  # an unreadable image is found before step 3, and none is allowed
                 bad_images, add = self.data.bad_images, self.data.bad_images.add
                 bad_images.add = lambda _: add([("cut.png", "cut")])
             elif event == "nan":
                 batch = batch.float().fill_(torch.nan)
         return update(self, batch, step, stop)
 
-    def finish_and_save(self, *arguments):  # each of them shows its weights, not only the one that saves
+    def finish_and_save(self, *arguments):  # each process saves its weights, not only the first
         result = finish(self, *arguments)
         torch.save(self.model.state_dict(), self.output_dir / f"rank{rank}.pt")
         return result

@@ -1,4 +1,4 @@
-"""Models of a run: the baselines, and weights to start from."""
+"""The model of a run: baselines, and weights to start from."""
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def test_shipped_recipes_are_the_paper_s(tmp_path):
 
 @pytest.mark.parametrize("kind", ["sd-vae", "vae-small"])
 def test_baselines_train_in_the_same_loop(kind, tiny, tmp_path, no_pictures):
-    blocks = "model.block_out_channels=[16,16,16,16]"  # as many as VAE-Small's encoder has
+    blocks = "model.block_out_channels=[16,16,16,16]"  # as many blocks as the encoder of VAE-Small
     config = tiny(f"model.kind={kind}", *BASELINE, blocks, "max_steps=2", "ema_decay=0.9")
     assert train(config).psnr > 0
     model = (AutoencoderKL if kind == "sd-vae" else SmallEncoderVAE).from_pretrained(

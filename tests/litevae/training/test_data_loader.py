@@ -1,4 +1,4 @@
-"""What a run makes of images that cannot be read, beside its crops."""
+"""Unreadable images in the data of a run."""
 
 import multiprocessing
 import os
@@ -20,7 +20,7 @@ from litevae.training.data_loader import TrainingData
 
 @pytest.fixture
 def folder(tmp_path):
-    """Makes a folder of images by their grey; None is one that cannot be read."""
+    """A function that makes a folder of grey images; None stands for an unreadable one."""
 
     def make(name, *greys):
         folder = tmp_path / name
@@ -49,7 +49,9 @@ def test_training_images_are_shown_where_none_are_held_out(folder, tmp_path):
 
 
 def test_broken_images_among_those_shown_stop_no_run(folder, tmp_path):
-    images = folder("train", None, 1, None, 3, None, 5, None, 7)  # all that are shown of them
+    images = folder(
+        "train", None, 1, None, 3, None, 5, None, 7
+    )  # all images that would be shown are unreadable
     assert feed(tmp_path, f"data.train={images}").shown == []
 
 
@@ -74,7 +76,7 @@ def test_workers_end_at_their_parents_signal_only(folder, tmp_path):
     next(batches)
     for name in ("TERM", "INT"):
         subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
-    for _ in range(5):  # more than the two that may lie ready
+    for _ in range(5):  # more than the two batches that are prefetched
         next(batches)
     assert worker.is_alive()
     worker.terminate()
@@ -91,7 +93,7 @@ def test_a_run_that_ends_over_bad_images_saves_first_and_exits(folder, tmp_path,
         [sys.executable, "-c", command, "train", "demo", *settings],
         capture_output=True,
         text=True,
-        timeout=300,  # a worker that never ends would keep the process
+        timeout=300,  # a worker that never ends would keep the process alive
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert ended.returncode == 2, ended.stderr

@@ -20,7 +20,7 @@ SHARED = [
     "loss.adversarial_start=2",
     "discriminator.width=S",
 ]
-MEASURED = ["gradient_ratio_every=1"]  # what it measures changes nothing
+MEASURED = ["gradient_ratio_every=1"]  # measuring changes nothing
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def statuses(folder, tiny_settings):
-    """Runs processes.py; the exit status by job and rank, and what they wrote to stderr."""
+    """Runs processes.py; returns the exit status by job and rank, and the output on stderr."""
     second = folder / "two" / "checkpoints" / "step-00000002"
     jobs = [
         [1, "", [*SHARED, *MEASURED, f"output_dir={folder / 'one'}"]],
@@ -49,7 +49,7 @@ def statuses(folder, tiny_settings):
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
-        timeout=200,  # a hang fails here
+        timeout=200,  # a hang fails the test
     )
     assert result.returncode == 0, result.stderr
     lines = [list(map(int, line.split())) for line in result.stdout.splitlines()]
@@ -66,13 +66,13 @@ def test_two_processes_do_what_one_does_with_the_double_batch(statuses, folder, 
     assert "discriminator" in two[-1]
     ratios = [line.pop("gradient_ratio", None) for line in one]
     assert (ratios[0], len(resumed)) == (None, 1)
-    assert resumed[0]["gradient_ratio"] == pytest.approx(ratios[2], rel=1e-3)  # as the losses below
-    # a few hundred operations in a row, each rounding by 2^-24; then Adam's first steps, which turn the
-    # rounding of a gradient near 0 into a difference of the size of the learning rate
+    assert resumed[0]["gradient_ratio"] == pytest.approx(ratios[2], rel=1e-3)  # like the losses below
+    # A few hundred operations in a row, each rounding by 2^-24, and Adam's first steps, which enlarge the
+    # rounding of a gradient near 0 to the learning rate.
     for line, other, tolerance in zip(one, two, (1e-5, 1e-3, 1e-3), strict=True):
         assert other == pytest.approx(line, rel=tolerance)
 
-    # Adam's first moment after the first step is the gradient, clipped alike
+    # After the first step, Adam's first moment is the clipped gradient up to a factor.
     first = [
         torch.load(folder / count / "checkpoints" / "step-00000001" / "state.pt", weights_only=True)[
             "optimizers"

@@ -1,4 +1,4 @@
-"""Checkpoints: a run that was ended in whatever way goes on as if it had not been."""
+"""Checkpoints: a run that ended for any reason continues as if it had not ended."""
 
 import errno
 import hashlib
@@ -92,10 +92,10 @@ def test_a_preempted_run_goes_on_as_if_it_had_not_been(
 
     monkeypatch.setattr(trainer_module.Trainer, "update", update)
     result = train(tiny(*SAVING))
-    # told within the step, the run ends after the next
+    # The signal arrives within the step, and the run ends after the next one.
     assert (result.steps, result.stopped_by) == (4, "SIGTERM")
     assert names(tmp_path / "run") == ["step-00000002", "step-00000004"]
-    for _ in range(2):  # the second time there is nothing left to do
+    for _ in range(2):  # the second time nothing is left to do
         assert train(tiny(*SAVING, "resume=auto")).steps == 6
         assert_same_run(tmp_path / "whole", tmp_path / "run")
 
@@ -144,7 +144,7 @@ class TestRefusal:
         size = path.stat().st_size
         torch.save({"random": Code()}, path)
         assert path.stat().st_size < size
-        with open(path, "ab") as file:  # as long as the manifest says
+        with open(path, "ab") as file:  # of the length in the manifest
             file.write(b"\0" * (size - path.stat().st_size))
         manifest = path.with_name("manifest.json")
         note = json.loads(manifest.read_text())
@@ -176,7 +176,7 @@ def test_changed_settings_are_named_when_a_run_is_resumed(tiny, no_pictures, cap
 
 
 def flip(path):
-    """Changes one bit in the middle."""
+    """Flips one bit in the middle of a file."""
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -205,7 +205,7 @@ class TestDamage:
         }
         assert choose_checkpoint(str(newest), tmp_path / "none").step == 2
         for file in files:
-            if file.name == "manifest.json":  # with it goes what the others are checked by
+            if file.name == "manifest.json":  # it holds the hashes of the others
                 continue
             flip(newest / file)
             with pytest.raises(UserError, match="damaged") as caught:
@@ -219,7 +219,7 @@ class TestDamage:
     ):
         before = logged(tmp_path / "run")
         flip(run / "step-00000002" / "state.pt")
-        # alone it would be the one to keep
+        # The damaged checkpoint must not count as the one to keep.
         train(tiny(*self.SETTINGS, *adversarial_settings, "resume=auto", "checkpoint.keep=1"))
         assert names(tmp_path / "run") == ["damaged-step-00000002", "step-00000002"]
         assert logged(tmp_path / "run") == before
@@ -314,7 +314,7 @@ def test_too_many_bad_images_are_not_trained_on(tiny, tmp_path, no_pictures, mon
 
 
 def test_non_finite_steps_are_not_in_the_checkpoint(tiny, tmp_path, no_pictures, monkeypatch, logged):
-    """The run that stopped goes on from before the first of them."""
+    """The stopped run continues from the step before the first of them."""
     settings = ["max_steps=6", "checkpoint.every=100", "max_bad_steps=2"]
     train(tiny(*settings, name="whole"))
     original = trainer_module.Trainer.update

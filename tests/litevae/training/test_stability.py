@@ -41,7 +41,7 @@ RUN = [
     "discriminator.learning_rate=2e-4",
     "discriminator.betas=[0.5,0.9]",
 ]
-# the loss of a discriminator that gives 0 for every image, a head
+# The loss per head of a discriminator that outputs 0 for every image.
 BLIND = {"hinge": 1.0, "logistic": math.log(2)}
 
 
@@ -83,10 +83,10 @@ def test_all_losses_train_with(held_out, tmp_path, no_pictures, kind, size, loss
     adversarial = lines[START - 1 :]
     assert set(TERMS) <= adversarial[0].keys()
     assert all("adversarial" not in line for line in lines[: START - 1])
-    # neither has it won, which leaves the autoencoder nothing to learn from, nor does it diverge
+    # The discriminator has neither won, which would leave no gradient to learn from, nor diverged.
     last = [line["discriminator"] for line in adversarial[-4:]]
     assert 0.1 < sum(last) / 4 / heads / BLIND[loss] < 2
-    if weight == "adaptive":  # far from its bound
+    if weight == "adaptive":  # far from the upper bound
         assert all(0 < line["weighted/adversarial"] / line["adversarial"] < 1e3 for line in adversarial)
 
     history = json.loads((tmp_path / "run" / "metrics.json").read_text())["validation"]["history"]

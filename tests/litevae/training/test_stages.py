@@ -1,4 +1,4 @@
-"""What a run finds out about its later stages before it begins."""
+"""Checks of later stages before a run begins."""
 
 import pytest
 

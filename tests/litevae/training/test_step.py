@@ -1,4 +1,4 @@
-"""One step: whose gradients, when it is skipped, and in how many parts."""
+"""One training step: its gradients, when it is skipped, and gradient accumulation."""
 
 import copy
 
@@ -20,7 +20,7 @@ BATCH, SIZE = 4, 32
 
 @pytest.fixture
 def make(tiny, adversarial_settings):
-    """A `TrainingStep` of a tiny run with a PatchGAN discriminator, the same every time."""
+    """A function that makes the same `TrainingStep` of a tiny run with a PatchGAN discriminator each time."""
 
     def make(*overrides, scaler=None):
         config = tiny(
@@ -50,7 +50,7 @@ def inputs(seed=1):
 
 
 def snapshot(step):
-    """All that a step may change but the random state, copied."""
+    """Copies everything that a step can change, except for the random state."""
     return copy.deepcopy(
         {
             "model": step.model.state_dict(),
@@ -76,7 +76,7 @@ def changed(before, after):
 
 
 def gradients(step, name):
-    """Those of the first step, from Adam's first moment."""
+    """Returns the gradients of the first step, from Adam's first moment."""
     optimizer = step.optimizers[name]
     beta = optimizer.optimizer.param_groups[0]["betas"][0]
     return [optimizer.optimizer.state[p]["exp_avg"] / (1 - beta) for p in optimizer.parameters]
@@ -112,7 +112,7 @@ def test_real_and_generated_images_do_not_see_each_other(kind):
     torch.manual_seed(0)
     discriminator = build_discriminator(DiscriminatorConfig(kind, "S"), SIZE)
     if kind == "unet":
-        discriminator.eval()  # in training mode a second pass goes on with the power iteration
+        discriminator.eval()  # in training mode a second pass continues the power iteration
     real, fake = inputs(1)[0], inputs(2)[0][: BATCH // 2] / 4
     with torch.no_grad():
         expected = [discriminator(images) for images in (real, fake)]
@@ -121,7 +121,7 @@ def test_real_and_generated_images_do_not_see_each_other(kind):
 
 
 def test_updates_are_those_of_the_optimizer_that_heeds_strides(make):
-    """A CPU's fused AdamW takes the memory of weights, gradients and moments as it comes."""
+    """The fused AdamW on a CPU ignores the strides of weights, gradients and moments."""
     steps = [make("discriminator.kind=unet") for _ in range(2)]
     for step in steps:
         step.model.to(memory_format=torch.channels_last)
@@ -208,18 +208,18 @@ def test_a_step_that_is_not_finite_changes_nothing(make, what):
 
 
 def test_accumulated_gradients_are_the_batch_s(make):
-    # the U-Net discriminator, since PatchGAN normalises over what it gets at a time
+    # The U-Net discriminator, because PatchGAN normalises over each part.
     unet = "discriminator.kind=unet"
     whole, parts = make(unet), make(unet, "optimizer.accumulation=2")
     values = [step(*inputs(), 1, False).values for step in (whole, parts)]
     for name, optimizer in whole.optimizers.items():
-        # a few hundred operations in a row, each rounding by 2^-24
+        # A few hundred operations in a row, each rounding by 2^-24.
         assert max(relative_errors(gradients(parts, name), gradients(whole, name))) < 1e-4, optimizer
     assert values[1] == pytest.approx(values[0], rel=1e-5)
 
 
 def test_weighted_terms_are_those_of_the_objective(make):
-    """Means over the parts: with the adaptive weight no constant times the term's mean."""
+    """Weighted terms are means over the parts; the adaptive weight differs between parts."""
     settings = ["discriminator.kind=unet", "loss.adversarial_weight=adaptive"]
     step, reference = make(*settings, "optimizer.accumulation=2"), make(*settings)
     image, noise = inputs()
@@ -240,7 +240,7 @@ def test_weighted_terms_are_those_of_the_objective(make):
         (
             reference.discriminator(part),
             reference.discriminator(reconstruction.detach()),
-        )  # spectral norm's steps
+        )  # steps of the spectral norm
         expected.append({f"weighted/{name}": term.item() for name, term in loss.weighted.items()})
     means = {name: (expected[0][name] + expected[1][name]) / 2 for name in expected[0]}
     assert "weighted/adversarial" in means
@@ -252,7 +252,7 @@ def test_weighted_terms_are_those_of_the_objective(make):
 class TestGradientRatio:
     @pytest.mark.parametrize(("kind", "frozen"), [("constant", "false"), ("adaptive", "true")])
     def test_is_that_of_two_backward_passes_in_float64(self, make, kind, frozen):
-        """Of the whole batch, which is worked through in two parts."""
+        """The ratio is that of the whole batch, which is processed in two parts."""
         settings = ["loss.l2=0.3", "loss.wavelet=0", "loss.gaussian=0", "loss.kl=0.01"]
         settings += [f"loss.adversarial_weight={kind}", f"freeze_encoder={frozen}", "gradient_ratio_every=1"]
         step = make(*settings, "optimizer.accumulation=2")
@@ -277,7 +277,7 @@ class TestGradientRatio:
                 gradients[term] = {name: p.grad.clone() for name, p in trained.items()}
             if kind == "adaptive":
                 last = {term: values["decoder.conv_out.weight"] for term, values in gradients.items()}
-                # the adversarial loss without its weight, as in Equation 2
+                # The adversarial loss without its weight, as in Equation 2.
                 weight = last["reconstruction"].norm() / (last["adversarial"].norm() / 0.1 + 1e-4)
                 gradients["adversarial"] = {
                     name: weight * value for name, value in gradients["adversarial"].items()
@@ -285,7 +285,7 @@ class TestGradientRatio:
             for term, values in gradients.items():
                 sums[term] = sums[term] + torch.cat([value.flatten() for value in values.values()])
         expected = (sums["adversarial"].norm() / sums["reconstruction"].norm()).item()
-        # a few hundred operations in a row, each rounding by 2^-24
+        # A few hundred operations in a row, each rounding by 2^-24.
         assert found == pytest.approx(expected, rel=1e-4)
 
     def test_changes_nothing(self, make):
@@ -307,7 +307,7 @@ class TestGradientRatio:
 
     def test_is_not_in_the_log_where_it_is_infinite(self, make):
         step = make("gradient_ratio_every=1")
-        with torch.no_grad():  # nothing changes the reconstruction of a decoder that gives grey
+        with torch.no_grad():  # the output of a grey decoder does not depend on its inputs
             step.model.decoder.conv_out.weight.zero_()
             step.model.decoder.conv_out.bias.zero_()
         image, noise = inputs()
@@ -354,7 +354,7 @@ def test_ema_is_diffusers():
     model = nn.Linear(7, 5)
     ours, theirs = EMA(model, 0.7), EMAModel(model.parameters(), decay=0.7)
     for index in range(40):
-        if index:  # theirs copies the weights the first time
+        if index:  # diffusers' copies the weights the first time
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter += torch.randn_like(parameter)
@@ -391,10 +391,10 @@ def test_every_loss_and_discriminator_trains(make, settings):
 
 def test_compiled_step_is_the_eager_one(make, monkeypatch):
     original = nn.Module.compile
-    # the inductor backend takes minutes; the model's own tests compile with it
+    # The inductor backend takes minutes; the model's own tests use it.
     monkeypatch.setattr(nn.Module, "compile", lambda module: original(module, backend="aot_eager"))
-    adaptive = "loss.adversarial_weight=adaptive"  # differentiates the graph three times
-    # from the second step on: the backward pass of the first is compiled for being run once
+    adaptive = "loss.adversarial_weight=adaptive"  # it differentiates the graph three times
+    # From the second step on, because the first backward pass is compiled to be run once.
     settings = [adaptive, "loss.adversarial_start=2", "gradient_ratio_every=2"]
     eager, compiled = make(*settings), make(*settings, "compile=true")
     for index in (1, 2):

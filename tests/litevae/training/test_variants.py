@@ -1,4 +1,4 @@
-"""Training the encoder's variants."""
+"""Training of the encoder variants."""
 
 import json
 
@@ -9,7 +9,7 @@ from litevae import LiteVAE
 from litevae.training import train
 from litevae.training.trainer import Trainer
 
-DEMO = "data.validation="  # the demo's own photograph
+DEMO = "data.validation="  # validates on the demo's own photograph
 
 
 def logged(folder) -> list[dict[str, float]]:
@@ -46,7 +46,7 @@ def test_trains_and_reloads(tiny, no_pictures, settings):
 
 
 def test_vit_is_shown_images_of_its_size(tiny):
-    """The demo's photographs stay whole for other models."""
+    """The demo's photographs stay whole for models that take any size."""
     for aggregator, shapes in (("unet", {(300, 451, 3)}), ("vit", {(32, 32, 3)})):
         trainer = Trainer(tiny(f"model.aggregator={aggregator}", DEMO, name=aggregator))
         assert {pixels.shape for _, pixels in trainer.data.validation} == shapes
@@ -54,7 +54,7 @@ def test_vit_is_shown_images_of_its_size(tiny):
 
 
 def test_resumes_to_the_same_weights(tiny, no_pictures):
-    """A run of an encoder without parameters."""
+    """The encoder has no parameters."""
     dwt = [
         "model.encoder_type=dwt",
         "model.latent_channels=12",
