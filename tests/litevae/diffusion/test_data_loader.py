@@ -34,7 +34,7 @@ def test_shards_and_images_give_the_same_latents(tiny, feed, photographs, latent
     encoded, _ = epoch(6, "data.flip=false")
     live, made = epoch(6, "data.latents=", f"data.train={photographs}", "data.crop=native", "data.flip=false")
     assert made.shape == (4, 8, 8)
-    # The shards hold mean and log-variance in float16: errors of 2^-11 of the mean, and of half as much of the deviation.
+    # The shards hold mean and log-variance in float16: errors of 2^-11 of the mean and 2^-12 of the deviation.
     torch.testing.assert_close(live, encoded, rtol=2**-10, atol=2**-10)
     # From the definition.
     dataset = LatentDataset(latents)
