@@ -63,7 +63,7 @@ def test_devices_without_kernels_use_the_reference():
     out = haar_dwt2d(torch.zeros(1, 3, 5, 4, device="meta"))
     assert out.shape == (1, 12, 3, 2)
     assert out.device.type == "meta"
-    with use_backend("native"), pytest.raises(RuntimeError, match="does not know device 'meta'"):
+    with use_backend("native"), pytest.raises(RuntimeError, match="does not support device 'meta'"):
         haar_dwt2d(torch.zeros(1, 3, 5, 4, device="meta"))
 
 
@@ -91,7 +91,7 @@ def test_every_operator_asks_for_the_backend(monkeypatch, name):
 @pytest.mark.parametrize("name", OPERATORS)
 def test_every_operator_runs_where_no_kernel_is(name):
     x = torch.zeros(2, 4, 6, 6, device="meta")
-    with use_backend("native"), pytest.raises(RuntimeError, match="does not know device 'meta'"):
+    with use_backend("native"), pytest.raises(RuntimeError, match="does not support device 'meta'"):
         OPERATORS[name](x)
     out = OPERATORS[name](x)
     assert out.device.type == "meta"

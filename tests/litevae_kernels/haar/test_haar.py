@@ -19,7 +19,7 @@ from litevae_kernels import (
     waverec2,
 )
 from litevae_kernels.backend import core
-from litevae_kernels.haar.reference import MODES, level_sizes
+from litevae_kernels.haar.shapes import MODES, level_sizes
 from litevae_kernels.testing import LAYOUTS, arrange, assert_within_budget, poisoned_memory, shapes
 
 BACKENDS = ("reference", "native")

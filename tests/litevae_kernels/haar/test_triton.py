@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from litevae_kernels.haar import reference
+from litevae_kernels.haar.shapes import level_sizes
 
 triton = pytest.importorskip("triton")
 kernels = pytest.importorskip("litevae_kernels.haar.triton")
@@ -112,7 +113,7 @@ def check(out: Tensor, exact: Tensor, magnitude: Tensor, roundings: int, accumul
 def coeff_shapes(
     n: int, c: int, height: int, width: int, levels: int, stacked: bool
 ) -> list[tuple[int, ...]]:
-    sizes = reference.level_sizes(height, width, levels)[1:]
+    sizes = level_sizes(height, width, levels)[1:]
     if stacked:
         return [(n, 4 * c, *size) for size in sizes]
     return [(n, c, *sizes[-1])] + [(n, c, *size) for size in reversed(sizes) for _ in range(3)]
@@ -138,7 +139,7 @@ def draw(seed: int) -> dict[str, Any]:
         else:
             height, width = r.randint(1, 67), r.randint(1, 67)
         mode = r.choice(reference.MODES)
-        if mode != "reflect" or all(1 not in s for s in reference.level_sizes(height, width, levels)[:-1]):
+        if mode != "reflect" or all(1 not in s for s in level_sizes(height, width, levels)[:-1]):
             break
     dtypes = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
     image_dtype = r.choice(dtypes)

@@ -655,7 +655,7 @@ W, S, IMAGE = torch.ones(4, 6, 3, 3), torch.ones(6), torch.ones(2, 6, 8, 8)
         (
             lambda: self_modulated_conv2d(IMAGE, W, S, groups=2),
             ValueError,
-            "groups is 2; with a weight of (4, 6, 3, 3) it does not make x's 6 channels",
+            "groups is 2; with a weight of (4, 6, 3, 3) it does not give x's 6 channels",
         ),
         (lambda: self_modulated_conv2d(IMAGE, W, S, groups=0), ValueError, "groups is 0; with a weight of"),
         (lambda: self_modulated_conv2d(IMAGE, W, S, eps=-1.0), ValueError, "eps is -1.0; a positive number"),
