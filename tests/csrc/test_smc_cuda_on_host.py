@@ -150,7 +150,7 @@ F32, F64, F16 = torch.float32, torch.float64, torch.float16
 
 @pytest.mark.parametrize("dtype", [F32, F64])
 @pytest.mark.parametrize("layouts", [("contiguous", "channels_last"), ("channels_last", "contiguous")])
-@pytest.mark.parametrize("channels", [512, 1400, 3000])  # shared memory serves both passes, only the forward pass, neither
+@pytest.mark.parametrize("channels", [512, 1400, 3000])  # for shared memory in both passes, forward, neither
 def test_large_filters(host, channels, layouts, dtype):
     case = Case(2, channels, (3, 3), 1, (dtype,) * 4, (*layouts, layouts[0]))
     ran = check(host, random.Random(0), case)

@@ -6,7 +6,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from litevae_kernels import group_norm_silu
-from litevae_kernels.nn import GroupNormSiLU, SelfModulatedConv2d
+from litevae_kernels.nn import Conv3x3, GroupNormSiLU, SelfModulatedConv2d
 
 
 def randomised(layer: SelfModulatedConv2d) -> SelfModulatedConv2d:
@@ -276,3 +276,17 @@ def test_smc_reset_parameters_makes_a_fresh_layer():
     assert torch.equal(conv.gain, torch.ones(1))
     assert conv.weight.isfinite().all()
     assert "eps=1e-08" in repr(conv)
+
+
+def test_conv3x3_takes_no_other_options():
+    with pytest.raises(TypeError, match="stride"):
+        Conv3x3(4, 4, stride=2)
+
+
+def test_conv3x3_has_the_keys_of_conv2d():
+    plain = nn.Conv2d(4, 5, 3, padding=1)
+    layer = Conv3x3(4, 5)
+    layer.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 4, 6, 5)
+    assert torch.equal(layer(x), plain(x))
+    assert repr(Conv3x3(4, 5, bias=False, silu_input=True)).endswith("bias=False, silu_input=True)")

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 from litevae_kernels import modulate_weight, self_modulated_conv2d, use_backend
-from litevae_kernels.backend import core
 from litevae_kernels.tensors import memory_format_of
 from litevae_kernels.testing import LAYOUTS, arrange, assert_within_budget, poisoned_memory
 
@@ -511,39 +510,25 @@ def test_views(backend):
         check(Call(weight, scales[i % 3], storage[99:100]), views[i - 1], backend)
 
 
-@pytest.fixture
-def restore_isa():
-    best = core.isa()
-    yield
-    core.set_isa(best)
-
-
-def all_isas():
-    names = ("baseline", "avx2", "avx512", "avx512bf16")
-    return names[: names.index(core.isa()) + 1]
-
-
 def some_calls(count):
     rng = random.Random(5)
     for i in range(count):
         yield random_call(rng, DTYPES[i % 4], LAYOUTS[i // 4 % 5], 4 * i)
 
 
-def test_every_instruction_set(restore_isa):
-    for isa in all_isas():
-        core.set_isa(isa)
+def test_every_instruction_set(each_isa):
+    for _ in each_isa:
         for call, grad in some_calls(40):
             check(call, grad, "native")
 
 
 @pytest.mark.parametrize("taps", [(3, 3), (3, 2)])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
-def test_every_order_and_dtype_to_every_other(restore_isa, layout, taps):
+def test_every_order_and_dtype_to_every_other(each_isa, layout, taps):
     """With channels for whole vectors and a rest, on every instruction set."""
     weight, grad = (values((3, 70, *taps), seed=i) for i in range(2))
     scale, gain = values(70, torch.float32, seed=2), values(1, torch.float32, seed=3)
-    for isa in all_isas():
-        core.set_isa(isa)
+    for _ in each_isa:
         for dtype in DTYPES:
             for out_dtype in DTYPES:
                 for order in ("contiguous", "channels_last"):
