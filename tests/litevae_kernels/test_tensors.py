@@ -49,7 +49,7 @@ def test_is_channels_last(shape):
     x = torch.zeros(shape)
     assert not is_channels_last(x)
     last = x.to(memory_format=torch.channels_last)
-    if shape[2:] != (1, 1):  # otherwise the strides may be either
+    if shape[2:] != (1, 1):  # otherwise both kinds of strides are possible
         assert is_channels_last(last)
         assert is_channels_last(last[:, :2])
     assert not is_channels_last(last[:, :1])
@@ -58,7 +58,7 @@ def test_is_channels_last(shape):
 
 def test_a_single_channel_is_contiguous():
     assert not is_channels_last(torch.zeros(2, 1, 4, 5).to(memory_format=torch.channels_last))
-    # pixels that repeat the channels overlap: neither format
+    # Overlapping pixels and channels have neither format.
     assert not is_channels_last(torch.zeros(40).as_strided((2, 3, 4, 5), (10, 1, 5, 1)))
 
 

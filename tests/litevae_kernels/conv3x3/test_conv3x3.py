@@ -1,4 +1,4 @@
-"""The 3x3 convolution against torch in float64, whichever way it is served."""
+"""Compares the 3x3 convolution with torch in float64, whether or not the kernels serve it."""
 
 import random
 import sys
@@ -24,7 +24,7 @@ BF16 = 2**16  # units in the last place of float32 in one of bfloat16
 
 @pytest.fixture(autouse=True)
 def small_images_too(monkeypatch):
-    """The kernels serve images of any size, and take long for large ones."""
+    """Makes the kernels serve small images as well, so that the tests are fast."""
     monkeypatch.setattr(sys.modules["litevae_kernels.conv3x3"], "LEAST_PIXELS", 1)
 
 
@@ -34,7 +34,7 @@ def values(*shape, dtype=torch.bfloat16, seed=0):
 
 
 def channels_innermost(x, layout):
-    """In three ways: dense, a slice of something larger that is NaN, and one image for all."""
+    """Returns `x` with channels innermost: dense, as a slice of a larger tensor of NaN, or with one image for all."""
     if layout == "sliced":
         n, c, h, w = x.shape
         big = torch.full((n, h + 3, w + 5, c + 7), float("nan"), dtype=x.dtype)
@@ -46,10 +46,14 @@ def channels_innermost(x, layout):
 
 
 def winograd(x, weight, absolute):
-    """The convolution by F(2x2, 3x3) in float64, or with the absolute values of everything that is multiplied.
+    """Returns the convolution by F(2x2, 3x3) in float64.
 
-    `absolute`: "factors" takes those of both transformed factors, "inputs" those of x before its transform too: what
-    the roundings of the factors, and of x, amount to.
+    Args:
+        x: (N, C_in, H, W).
+        weight: (C_out, C_in, 3, 3).
+        absolute: "factors" multiplies the absolute values of both transformed factors, which bounds the effect of
+            their roundings. "inputs" also transforms the absolute values of x, which bounds the effect of its
+            roundings. None gives the convolution itself.
     """
     height, width = x.shape[2:]
     inputs = transformed_inputs(x, absolute == "inputs")
@@ -62,7 +66,7 @@ def winograd(x, weight, absolute):
 
 
 def transformed_inputs(x, absolute):
-    """(N, C, tile rows, tile columns, 4, 4)."""
+    """Returns the transformed tiles, (N, C, tile rows, tile columns, 4, 4)."""
     height, width = x.shape[2:]
     tiles = F.pad(x, (1, 1 + width % 2, 1, 1 + height % 2)).unfold(2, 4, 2).unfold(3, 4, 2)
     b = B.abs() if absolute else B
@@ -70,7 +74,7 @@ def transformed_inputs(x, absolute):
 
 
 def winograd_weight_gradient(x, grad, absolute):
-    """The gradient of `winograd` with respect to its weight; `absolute` as there."""
+    """Returns the gradient of `winograd` with respect to its weight, with the same `absolute`."""
     height, width = x.shape[2:]
     tiles = F.pad(grad, (0, width % 2, 0, height % 2)).unfold(2, 2, 2).unfold(3, 2, 2)
     a, g = A, G
@@ -92,7 +96,7 @@ def check(x, weight, bias, residual, silu):
     wide, weight = x.double(), weight.double()
     wide = F.silu(wide) if silu else wide
     exact = F.conv2d(wide, weight, padding=1)
-    # both factors are rounded to bfloat16; the float32 sums and transforms lose little beside
+    # Both factors are rounded to bfloat16. In comparison, the sums and transforms in float32 lose little.
     magnitude = 2 * BF16 * winograd(wide, weight, "factors")
     rough = winograd(wide, weight, "inputs")
     magnitude += (torch.tensor(weight[0].numel() + 40) + (BF16 if silu else 0)) * rough
@@ -171,7 +175,7 @@ def test_a_stack_of_images_is_each_image_by_itself():
 @needs_kernel
 @pytest.mark.parametrize("residual", [False, True])
 def test_under_autocast(residual):
-    """Float32 parameters are rounded first, as autocast does for PyTorch's convolution."""
+    """Float32 parameters are rounded first, as in PyTorch's convolution under autocast."""
     x = channels_innermost(values(2, 48, 9, 7, dtype=torch.float32), "channels_last")
     weight, bias = values(64, 48, 3, 3, dtype=torch.float32, seed=1), values(64, dtype=torch.float32, seed=2)
     added = values(2, 64, 9, 7, dtype=torch.float32, seed=3) if residual else None
@@ -185,7 +189,7 @@ def test_under_autocast(residual):
 
 
 def check_gradients(x, weight, bias, residual, grad, silu=False):
-    """Against float64, and that wanting them does not change the result."""
+    """Compares gradients with float64, and checks that computing them does not change the result."""
     inputs = [x, weight, bias, residual]
     with torch.no_grad():
         alone = conv3x3(F.silu(x) if silu else x, weight, bias, residual=residual)
@@ -209,7 +213,7 @@ def check_gradients(x, weight, bias, residual, grad, silu=False):
     exact = F.conv2d(wide_grad, turned, padding=1)
     magnitude = 2 * BF16 * winograd(wide_grad, turned, "factors")
     magnitude += (turned[0].numel() + 40) * winograd(wide_grad, turned, "inputs")
-    if silu:  # its result is rounded before it is multiplied with the slope, which is computed in float32
+    if silu:  # The result is rounded before it is multiplied by the slope, which is computed in float32.
         magnitude = magnitude + 3 * BF16 * exact.abs()
     exact, magnitude = exact * slope, magnitude * (abs(slope) + 1e-5 if silu else 1)
     assert_within_budget(grad_x, exact, magnitude=magnitude, operations=1)
@@ -296,7 +300,7 @@ def by_torch(x, weight, bias, residual, silu):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 def test_other_calls_are_torchs(dtype, layout, silu):
-    """Those that the kernel does not serve: other dtypes, narrow layers, channels apart, and all with the reference."""
+    """PyTorch serves other dtypes, narrow layers, channels that are not innermost, and all calls of the reference."""
     channels = 4 if dtype == torch.bfloat16 and layout == "channels_last" else 40
     x = arrange(values(2, channels, 6, 5, dtype=dtype), layout)
     weight, bias = values(36, channels, 3, 3, dtype=dtype, seed=1), values(36, dtype=dtype, seed=2)
