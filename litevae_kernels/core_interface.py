@@ -4,5 +4,5 @@
 # was built from other sources.
 INTERFACE = 5
 
-# Each has a folder of this name here and in csrc.
+# Each operator has a folder of its name here and in csrc. `info` reports them in this order.
 OPERATORS = ("haar", "group_norm_silu", "smc", "conv3x3")

@@ -12,6 +12,7 @@ from litevae_kernels.tensors import (
     is_channels_last,
     memory_format_of,
     native_view,
+    scratch_memory,
     to_format,
 )
 
@@ -84,6 +85,12 @@ def test_native_view():
     assert native_view(None) is None
     for x in (torch.zeros(2, 3, 4, 5)[:, ::2], torch.zeros(7)[::3]):
         assert isinstance(native_view(x), core.TensorView)
+
+
+def test_scratch_memory_is_counted_in_bytes():
+    scratch = scratch_memory(24, torch.device("cpu"))
+    assert scratch.nbytes == 24
+    assert scratch_memory(0, torch.device("cpu")).nbytes == 0
 
 
 def test_differentiable_gradients():
