@@ -26,7 +26,7 @@ namespace {
 
 // Filters of a part, whose contributions to the scales' gradients are added up together.
 constexpr int64_t kFiltersPerPart = 16;
-// Starting a thread costs more than less work than this.
+// Below this number of elements, starting threads costs more time than it saves.
 constexpr int64_t kElementsForThreads = 1 << 15;
 // Only filters of 3 x 3 taps are transposed in vectors.
 constexpr int kTaps = 9;

@@ -69,8 +69,9 @@ struct Pass {
   Strided modulated;                                 // forward
   Strided grad, grad_weight, grad_scale, grad_gain;  // backward
   double eps;
-  int64_t filters, group_filters, channels, all_channels,
-      taps;       // all_channels: in all groups
+  int64_t filters, group_filters;  // of all groups, and of one
+  int64_t channels, all_channels;  // of a filter, and of all groups
+  int64_t taps;
   int64_t width;  // of a filter, or 0 if the taps are evenly spaced in all tensors
   Divider by_channels, by_taps;
   int row;  // stride of channels in shared memory: odd, so that neighbouring channels lie in different banks
@@ -340,8 +341,8 @@ int prepare(Pass& p, const Inputs& in, std::initializer_list<Strided*> tensors, 
   p.taps = height * width;
   for (Strided* t : tensors) {
     if (!flatten(*t, height, width)) p.width = width;
-    if (p.taps == 1)
-      t->w = t->c + 1;  // a single tap's stride is arbitrary; this one puts the channels innermost
+    // The stride of a single tap is arbitrary. This one makes the channels innermost.
+    if (p.taps == 1) t->w = t->c + 1;
   }
   p.by_channels = Divider::of(p.channels, p.channels * p.taps);
   p.by_taps = Divider::of(p.taps, p.channels * p.taps);
