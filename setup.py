@@ -1,4 +1,4 @@
-"""Builds csrc with CMake and Ninja. Everything else is in pyproject.toml."""
+"""Builds the compiled core from csrc with CMake and Ninja. All other settings are in pyproject.toml."""
 
 import os
 import subprocess
@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parent
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        # A fresh folder each time: a CMakeCache left in the tree names an isolated environment that is gone.
+        # The folder is new for each build, because a CMakeCache that stays in the tree would name an isolated
+        # environment that is gone.
         with tempfile.TemporaryDirectory(prefix="litevae-build-") as folder:
             configure = [
                 "cmake", "-S", str(ROOT), "-B", folder, "-G", "Ninja",
@@ -32,6 +33,6 @@ class CMakeBuild(build_ext):
             self.copy_file(str(built), str(target))
 
 
-# A module of its own beside the packages: Python run in a checkout imports the packages from there, and still
-# finds the core that was installed.
+# The core is a top-level module beside the packages. Python in a checkout imports the packages from there, and still
+# finds the installed core.
 setup(ext_modules=[Extension("litevae_core", sources=[])], cmdclass={"build_ext": CMakeBuild})

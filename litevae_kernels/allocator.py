@@ -1,4 +1,4 @@
-"""Memory of CPU users: settings, and the peak of a call."""
+"""Memory on the CPU: a setting of the C library, and the peak of a call."""
 
 import ctypes
 import gc
@@ -12,31 +12,38 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4  
 
 
 def keep_freed_memory() -> bool:
-    """Make glibc keep freed memory in the process instead of returning it to the kernel.
+    """Makes glibc keep freed memory in the process instead of returning it to the kernel.
 
-    By default glibc maps each large block anew and unmaps it when freed; the page faults cost PyTorch models
-    on the CPU 10 to 40% of their time. The price is that the process holds on to its peak memory, and a block
-    that is still in use can keep the ones below it. Acts on the whole process and cannot be undone.
+    By default, glibc maps memory for each large block and unmaps it when the block is freed. The page faults cost
+    PyTorch models on the CPU 10 to 40% of their time. In return, the process keeps its peak memory, and a block that
+    is still in use also holds on to freed ones below it. The setting applies to the whole process and
+    cannot be undone.
 
     Returns:
-        Whether the settings took effect: False where the C library is not glibc.
+        Whether the settings took effect: False if the C library is not glibc.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return False
     settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, 2**30))
-    accepted = [mallopt(name, value) for name, value in settings]  # all of them, even if one is refused
+    accepted = [mallopt(name, value) for name, value in settings]  # Apply all, even if one is refused.
     return all(result == 1 for result in accepted)
 
 
 def peak_resident_memory(function: Callable[[], Any]) -> int | None:
-    """By how many bytes a call makes the process grow at most; None where the kernel does not tell.
+    """Returns the number of bytes by which a call makes the process grow at its peak.
 
-    The call runs in a thread of its own, whose heap has no free memory, and large blocks are mapped each on its own
-    meanwhile. Among the memory that a process has kept, the same call would grow it by up to three
-    times as much, differently each time, for the gaps between blocks. Of PyTorch's settings that a thread has for
-    itself, the call gets the modes of autograd. Afterwards `keep_freed_memory` is in force.
+    The call runs in its own thread, whose heap has no free memory, and every large block is mapped separately
+    during the call. In memory that the process has kept, the same call would grow it by up to three times as much,
+    and differently each time, because of the gaps between blocks. The thread inherits the modes of autograd, and
+    no other settings that PyTorch keeps per thread. Afterwards `keep_freed_memory` is in force.
+
+    Args:
+        function: the call.
+
+    Returns:
+        The peak, or None if the operating system does not report it.
     """
     import torch
 
@@ -45,7 +52,7 @@ def peak_resident_memory(function: Callable[[], Any]) -> int | None:
     try:
         libc = ctypes.CDLL(None)
         libc.malloc_trim(0)
-        peak.write_text("5")  # Linux: VmHWM starts again from here
+        peak.write_text("5")  # On Linux, this resets VmHWM.
         for setting, value in (
             (_M_MMAP_THRESHOLD, 2**17),
             (_M_MMAP_MAX, 2**16),
@@ -64,9 +71,9 @@ def peak_resident_memory(function: Callable[[], Any]) -> int | None:
 
     def run() -> int:
         with torch.inference_mode(modes[0]), torch.set_grad_enabled(modes[1]):
-            torch.ones(2**20).add_(1)  # starts the thread's team of workers
-            # The heap may be that of a thread that has ended, and what that one has freed would hide a peak: freeing
-            # a block of this size at its end returns it all.
+            torch.ones(2**20).add_(1)  # Starts the thread's pool of workers.
+            # The heap may be that of a thread that has ended, and the memory that it freed would hide a peak.
+            # Freeing a block of this size at the end of the heap returns all of it.
             libc.free(libc.malloc(2**16))
             peak.write_text("5")
             before = kilobytes("VmRSS")

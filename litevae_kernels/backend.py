@@ -1,8 +1,8 @@
-"""Which backend serves a call.
+"""The choice of the backend that serves a call.
 
 ``native`` is the compiled core (C++ on the CPU, CUDA C++ on a GPU), ``triton`` the Triton kernels, and
 ``reference`` plain PyTorch on any device. `use_backend` or the environment variable ``LITEVAE_BACKEND`` forces
-one; forcing one that cannot serve a call raises.
+one of them; a call that the forced backend cannot serve raises an error.
 """
 
 import contextlib
@@ -18,25 +18,34 @@ from types import ModuleType
 
 import torch
 
+from litevae_kernels.core_interface import INTERFACE, OPERATORS
+
 BACKENDS = ("reference", "native", "triton")
 
-INTERFACE = 4  # of the compiled core; csrc/bindings.cpp names the same
 
-core: ModuleType | None = None
-core_error = ""
-try:
-    core = importlib.import_module("litevae_core")
+def _load_core() -> tuple[ModuleType | None, str]:
+    """Returns the compiled core, or None and the reason why there is none."""
+    try:
+        core = importlib.import_module("litevae_core")
+    except ImportError as error:
+        return None, str(error)
     if core.interface != INTERFACE:
-        core_error = (
+        return None, (
             f"it was built from another version of the sources (interface {core.interface}, not {INTERFACE})"
         )
-        core = None
-except ImportError as error:
-    core_error = str(error)
+    if core.operators != OPERATORS:
+        return None, (
+            f"it was built from another version of the sources (operators {', '.join(core.operators)}; "
+            f"not {', '.join(OPERATORS)})"
+        )
+    return core, ""
+
+
+core, core_error = _load_core()
 
 cuda_built = core is not None and bool(core.cuda_version)
 triton_installed = importlib.util.find_spec("triton") is not None
-# Triton reads the variable when a kernel is defined, so what counts is its value at import.
+# Triton reads the variable when a kernel is defined, so its value at import is the one that counts.
 triton_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -56,30 +65,30 @@ class _Choice(threading.local):
 
 
 _choice = _Choice()
-# The latest choice of any thread, for the compiler, which traces and guards a global on every version of torch,
-# but a thread's own values (or a ContextVar's) not on 2.11.
+# The latest choice of any thread. The compiler reads it because every version of torch traces and guards a global
+# variable, but torch 2.11 does not guard a thread's own values (or those of a ContextVar).
 _latest: str | None = _from_environment
 
 
 def forced_backend() -> str | None:
-    """What `use_backend` or the environment forces in this thread."""
+    """Returns the backend that `use_backend` or the environment forces in this thread; None if neither does."""
     return _choice.forced
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Force one backend for every operator that this thread calls inside the ``with`` block.
+    """Forces one backend for every operator that this thread calls inside the ``with`` block.
 
     The backward pass of a call uses the backend of its forward pass, wherever it runs. Under `torch.compile`
-    the choice is part of the compiled graph: another choice compiles anew, and of several threads' choices the
-    latest counts.
+    the choice is part of the compiled graph: another choice compiles the function again, and if several threads make
+    different choices, the latest one counts.
 
     Args:
         name: ``"reference"`` (plain PyTorch), ``"native"`` (compiled C++/CUDA) or ``"triton"``.
 
     Raises:
         ValueError: the name is none of these.
-        RuntimeError: by an operator inside the block, if that backend cannot serve the call.
+        RuntimeError: an operator inside the block cannot be served by that backend.
     """
     global _latest
     previous = _choice.forced
@@ -96,7 +105,7 @@ def _find_why_no_cuda() -> str | None:
     if not cuda_built:
         return f"the core has no CUDA: {core.cuda_reason}"
     if not torch.cuda.is_available():
-        return None  # what would serve one
+        return None  # The core would serve a GPU if there were one.
     oldest = min(int(re.findall(r"\d+", name)[0]) for name in core.cuda_architectures.split())
     for device in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(device)
@@ -105,13 +114,14 @@ def _find_why_no_cuda() -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result  # which must not be around a cache: the compiler would look into that
+# The decorator must not wrap the cached function itself: the compiler would trace into the cache.
+@torch.compiler.assume_constant_result
 def _why_no_cuda() -> str | None:
     return _find_why_no_cuda()
 
 
 def why_not(backend: str, device_type: str) -> str | None:
-    """Why `backend` cannot serve tensors on `device_type`; None if it can."""
+    """Returns why `backend` cannot serve tensors on `device_type`; None if it can."""
     if backend == "reference":
         return None
     if backend == "native":
@@ -121,24 +131,24 @@ def why_not(backend: str, device_type: str) -> str | None:
             return None
         if device_type == "cuda":
             return _why_no_cuda()
-        return f"the compiled core does not know device {device_type!r}"
+        return f"the compiled core does not support device {device_type!r}"
     if not triton_installed:
         return "Triton is not installed"
     if device_type == "cuda" or (device_type == "cpu" and triton_interpreted):
         return None
     if device_type == "cpu":
         return "Triton runs on the CPU only with TRITON_INTERPRET=1 set before the first import"
-    return f"the Triton kernels do not know device {device_type!r}"
+    return f"the Triton kernels do not support device {device_type!r}"
 
 
 def choose(device_type: str) -> str:
-    """The backend that serves a call with tensors on `device_type`.
+    """Returns the backend that serves a call with tensors on `device_type`.
 
-    Native first, then Triton on a GPU, then the reference. A function of its argument, of what was built and of
-    `use_backend` alone, which `torch.compile` traces and guards.
+    Native comes first, then Triton on a GPU, then the reference. The result depends on the argument, on the build
+    and on `use_backend` alone, so `torch.compile` can trace and guard it.
 
     Raises:
-        RuntimeError: a backend is forced and cannot serve the call; the message says why.
+        RuntimeError: the forced backend cannot serve the call; the message says why.
     """
     forced = _latest if torch.compiler.is_compiling() else _choice.forced
     if forced is not None:

@@ -1,5 +1,6 @@
-"""What was built and what serves a call: ``python -m litevae_kernels.info``."""
+"""Reports the build and the backend that serves each operator: ``python -m litevae_kernels.info``."""
 
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -8,9 +9,7 @@ import torch
 
 from litevae_kernels import backend
 from litevae_kernels.backend import core
-from litevae_kernels.conv3x3 import WHY_NOT as WHY_NO_CONV3X3
-
-OPERATORS = ("haar", "group_norm_silu", "smc")
+from litevae_kernels.core_interface import OPERATORS
 
 
 def _version(distribution: str) -> str:
@@ -20,21 +19,24 @@ def _version(distribution: str) -> str:
         return "not installed"
 
 
-def _serves(device_type: str) -> str:
+def _describe_backend(device_type: str) -> str:
     try:
         chosen = backend.choose(device_type)
     except RuntimeError as error:
         return f"none: {error}"
     reasons = [
-        f"{name}: {reason}"
+        f"not {name}: {reason}"
         for name in backend.BACKENDS
         if (reason := backend.why_not(name, device_type)) is not None
     ]
-    return chosen + (f"   (not {'; not '.join(reasons)})" if reasons else "")
+    return chosen + (f"   ({'; '.join(reasons)})" if reasons else "")
 
 
 def report() -> list[tuple[str, str]]:
-    """Rows of (what, value): versions, the build, the instruction set, and each operator's backends."""
+    """Returns rows of (subject, value): versions, the build, the instruction set, and each operator's backends.
+
+    An operator whose package has a function ``describe_backend(device_type)`` describes its backend itself.
+    """
     rows = [
         ("litevae", _version("litevae")),
         ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
@@ -44,7 +46,7 @@ def report() -> list[tuple[str, str]]:
     if core is None:
         rows.append(("core", f"not loaded: {backend.core_error}"))
     else:
-        threads = "OpenMP" if core.openmp else "no OpenMP: one thread"
+        threads = "OpenMP" if core.openmp else "no OpenMP (one thread)"
         rows.append(("core", f"built with {core.compiler}, {threads}"))
         rows.append(("CPU instruction set", core.isa()))
         cuda = f"CUDA {core.cuda_version} for {core.cuda_architectures}" if core.cuda_version else ""
@@ -53,18 +55,17 @@ def report() -> list[tuple[str, str]]:
     rows.append(("GPUs", ", ".join(gpus) or "none visible to torch"))
     rows.append(("LITEVAE_BACKEND", os.environ.get("LITEVAE_BACKEND", "not set")))
     for operator in OPERATORS:
-        rows.append((f"{operator} on cpu", _serves("cpu")))
-        rows.append((f"{operator} on cuda", _serves("cuda") + ("" if gpus else "   (no GPU here)")))
-    served = "PyTorch's"
-    if WHY_NO_CONV3X3 is not None:
-        served += f"   (not native: {WHY_NO_CONV3X3})"
-    elif _serves("cpu").startswith("native"):
-        served = "native for bfloat16, else PyTorch's"
-    rows.append(("conv3x3 on cpu", served))
-    rows.append(("conv3x3 on cuda", "PyTorch's"))
+        package = importlib.import_module(f"litevae_kernels.{operator}")
+        describe = getattr(package, "describe_backend", _describe_backend)
+        rows.append((f"{operator} on cpu", describe("cpu")))
+        rows.append(
+            (f"{operator} on cuda", describe("cuda") + ("" if gpus else "   (no GPU on this machine)"))
+        )
     return rows
 
 
 if __name__ == "__main__":
-    for name, value in report():
-        print(f"{name:20} {value}")
+    rows = report()
+    width = max(len(subject) for subject, _ in rows)
+    for subject, value in rows:
+        print(f"{subject:{width}}  {value}")

@@ -1,4 +1,4 @@
-"""Thin modules over the operators. Their state-dict keys are those of the plain PyTorch layers."""
+"""Modules that wrap the operators. Their state-dict keys are those of the plain PyTorch layers."""
 
 from typing import Any
 
@@ -10,23 +10,24 @@ from litevae_kernels import conv3x3, group_norm_silu, modulate_weight, self_modu
 
 
 class GroupNormSiLU(nn.GroupNorm):
-    """SiLU of a group normalisation; a drop-in for `nn.GroupNorm` followed by `nn.SiLU`.
+    """SiLU of a group normalisation, a drop-in replacement for `nn.GroupNorm` followed by `nn.SiLU`.
 
-    Takes (N, C, *) and returns the same shape, dtype (under autocast too) and memory format. Constructor arguments
-    and state-dict keys are `nn.GroupNorm`'s. Raises what `litevae_kernels.group_norm_silu` raises.
+    Takes (N, C, *) and returns the same shape, dtype (also under autocast) and memory format. The constructor
+    arguments and the state-dict keys are those of `nn.GroupNorm`. Raises the errors of
+    `litevae_kernels.group_norm_silu`.
     """
 
     def forward(self, input: Tensor, skip: Tensor | None = None) -> Tensor:
-        """With a second input (N, C_skip, *), the result is that of ``torch.cat([input, skip], 1)``."""
+        """Normalises `input` or, with a second input (N, C_skip, *), ``torch.cat([input, skip], 1)``."""
         return group_norm_silu(input, self.num_groups, self.weight, self.bias, eps=self.eps, skip=skip)
 
 
 class Conv3x3(nn.Conv2d):
     """A 3x3 convolution of stride 1 with one pixel of zero padding, through `litevae_kernels.conv3x3`.
 
-    Takes (N, in_channels, H, W), returns (N, out_channels, H, W) in the input's dtype, or autocast's where that is on.
-    State-dict keys are `nn.Conv2d`'s. `silu_input` convolves the SiLU of the input. Raises what
-    `litevae_kernels.conv3x3` raises.
+    Takes (N, in_channels, H, W) and returns (N, out_channels, H, W) in the input's dtype, or under autocast in that
+    of autocast. The state-dict keys are those of `nn.Conv2d`. With `silu_input`, the layer convolves the SiLU of its
+    input. Raises the errors of `litevae_kernels.conv3x3`.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class Conv3x3(nn.Conv2d):
         return super().extra_repr() + (", silu_input=True" if self.silu_input else "")
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """`residual` (N, out_channels, H, W) is added to the result."""
+        """Convolves `input` and adds `residual` (N, out_channels, H, W)."""
         return conv3x3(input, self.weight, self.bias, residual=residual, silu_input=self.silu_input)
 
 
@@ -58,15 +59,15 @@ class SelfModulatedConv2d(nn.Conv2d):
     w'[o,i,k] = gain * scale[i] * w[o,i,k] / (sqrt(sum_{i,k} (scale[i] * w[o,i,k])^2) + eps)
 
     The scales and the gain belong to the layer, not to the sample, so this is one ordinary convolution.
-    Takes (N, C_in, H, W), returns (N, C_out, H', W') in the input's dtype, or autocast's where that is on.
-    Constructor arguments are `nn.Conv2d`'s and `eps`, and `silu_input`, which convolves the SiLU of the input;
-    the state dict has `nn.Conv2d`'s keys plus `scale` (C_in) and `gain` (1), both initially ones.
-    The weights are normalised in float32 (float64 for float64), whatever their storage type. An all-zero
+    Takes (N, C_in, H, W) and returns (N, C_out, H', W') in the input's dtype, or under autocast in that of autocast.
+    The constructor takes the arguments of `nn.Conv2d`, `eps`, and `silu_input`, with which the layer convolves the
+    SiLU of its input. The state dict has the keys of `nn.Conv2d` plus `scale` (C_in) and `gain` (1), both initially
+    ones. The weights are normalised in float32 (float64 for float64), whatever their storage type. An all-zero
     filter gives zeros; its gradient is finite in float32, where the slope is 1 / eps.
-    Raises what `litevae_kernels.self_modulated_conv2d` raises.
+    Raises the errors of `litevae_kernels.self_modulated_conv2d`.
     """
 
-    # narrower than nn.Conv2d declares them
+    # These types are narrower than those that nn.Conv2d declares.
     kernel_size: tuple[int, int]
     stride: tuple[int, int]
     padding: str | tuple[int, int]
@@ -89,7 +90,7 @@ class SelfModulatedConv2d(nn.Conv2d):
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        if hasattr(self, "scale"):  # not yet, when nn.Conv2d's constructor calls this
+        if hasattr(self, "scale"):  # The constructor of nn.Conv2d calls this method before there is a scale.
             nn.init.ones_(self.scale)
             nn.init.ones_(self.gain)
 
@@ -98,13 +99,13 @@ class SelfModulatedConv2d(nn.Conv2d):
         return f"{super().extra_repr()}, eps={self.eps}{silu}"
 
     def modulated_weight(self) -> Tensor:
-        """w' of Equation 3: the shape, dtype and memory format of `weight`."""
+        """Returns w' of Equation 3, in the shape, dtype and memory format of `weight`."""
         return modulate_weight(self.weight, self.scale, self.gain, eps=self.eps)
 
     def folded(self) -> nn.Conv2d:
-        """A plain convolution with the modulated weights, which shares no memory with this layer.
+        """Returns a plain convolution with the modulated weights, which shares no memory with this layer.
 
-        It has no activation: where `silu_input` is set, apply SiLU in front of it for the same output.
+        The plain convolution has no activation: if `silu_input` is set, apply SiLU to its input for the same output.
         """
         plain = nn.Conv2d(
             self.in_channels,
@@ -124,9 +125,9 @@ class SelfModulatedConv2d(nn.Conv2d):
         return plain.train(self.training)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """`residual` (N, C_out, H', W') is added to the result."""
+        """Convolves `input` and adds `residual` (N, C_out, H', W')."""
         padding = self.padding
-        if self.padding_mode != "zeros":  # what pads with values of the image itself commutes with SiLU
+        if self.padding_mode != "zeros":  # Padding with values of the image commutes with SiLU.
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = (0, 0)
         return self_modulated_conv2d(

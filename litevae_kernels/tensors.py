@@ -1,4 +1,4 @@
-"""What every operator asks of its tensors."""
+"""Checks, conversions and derivatives that all operators share."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,12 +8,12 @@ from torch import Tensor
 
 from litevae_kernels.backend import core
 
-# The values are the core's codes (csrc/common/tensor_view.h).
+# The values are the dtype codes of the core (csrc/common/tensor_view.h).
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
 
 def check_tensor(x: object, name: str) -> None:
-    """TypeError unless `x` is a dense tensor of a dtype in `DTYPES`."""
+    """Raises a TypeError unless `x` is a dense tensor of a dtype in `DTYPES`."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is a {type(x).__name__}; a torch.Tensor is needed")
     check_dtype(x.dtype, f"{name} has dtype")
@@ -24,14 +24,19 @@ def check_tensor(x: object, name: str) -> None:
 
 
 def check_dtype(dtype: object, what: str) -> None:
-    """TypeError, beginning with `what`, unless `dtype` is in `DTYPES`."""
+    """Raises a TypeError, whose message begins with `what`, unless `dtype` is in `DTYPES`."""
     if dtype not in DTYPES:
         allowed = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
         raise TypeError(f"{what} {dtype}; allowed: {allowed}")
 
 
 def check_residual(residual: object, shape: Sequence[int]) -> None:
-    """TypeError or ValueError unless `residual` is a tensor that `check_tensor` takes, of a result's `shape`."""
+    """Checks the residual of a result of `shape`.
+
+    Raises:
+        TypeError: `check_tensor` does not accept it.
+        ValueError: it has another shape.
+    """
     check_tensor(residual, "residual")
     assert isinstance(residual, Tensor)
     if residual.shape != tuple(shape):
@@ -41,12 +46,12 @@ def check_residual(residual: object, shape: Sequence[int]) -> None:
 
 
 def add_residual(y: Tensor, residual: Tensor) -> Tensor:
-    """``y + residual`` in y's dtype; in y itself where no transform or derivative is about."""
+    """Returns ``y + residual`` in y's dtype; without gradients, the sum replaces y."""
     return y + residual.to(y.dtype) if torch.is_grad_enabled() else y.add_(residual)
 
 
 def check_memory_format(memory_format: object) -> None:
-    """ValueError unless `memory_format` is contiguous, channels_last or None."""
+    """Raises a ValueError unless `memory_format` is contiguous, channels_last or None."""
     if memory_format not in (None, torch.contiguous_format, torch.channels_last):
         raise ValueError(
             f"memory_format is {memory_format}; allowed: torch.contiguous_format, torch.channels_last"
@@ -54,46 +59,64 @@ def check_memory_format(memory_format: object) -> None:
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether the channels of (N, C, H, W) are innermost in memory; sliced tensors count by their strides."""
+    """Returns whether the channels of (N, C, H, W) are innermost in memory; a slice is judged by its strides."""
     return x.shape[1] > 1 and x.stride(1) == 1 and x.stride(3) >= x.shape[1]
 
 
 def memory_format_of(channels_last: bool) -> torch.memory_format:
-    """PyTorch's name for the layout."""
+    """Returns PyTorch's name for the layout."""
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def accumulate_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """The dtype of the arithmetic: float32, or float64 where any of `dtypes` is."""
+    """Returns the dtype of the arithmetic: float64 if any of `dtypes` is, else float32."""
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def to_format(x: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
-    """`x` in another dtype and layout; `x` itself where it has both."""
+    """Returns `x` in another dtype and layout, or `x` itself if it has both."""
     memory_format = memory_format_of(channels_last)
     return x.to(dtype=dtype, memory_format=memory_format).contiguous(memory_format=memory_format)
 
 
 def native_view(x: Tensor | None) -> Any:
-    """A `TensorView` of the compiled core: four dimensions, or (C), which becomes (1, C, 1, 1); None stays None."""
+    """Returns a `TensorView` of the compiled core.
+
+    `x` has four dimensions, or one, (C), which becomes (1, C, 1, 1). None stays None.
+    """
     if x is None:
         return None
     assert core is not None
     size: tuple[int, ...] = x.shape
     stride = x.stride()
-    if x.ndim == 1:  # not by a view of the tensor, which takes as long as a small kernel
+    if x.ndim == 1:  # Making a view of the tensor would take as long as a small kernel.
         size, stride = (1, size[0], 1, 1), (0, stride[0], 0, 0)
     return core.TensorView(x.data_ptr(), DTYPES[x.dtype], size, stride)
+
+
+def scratch_memory(size: int, device: torch.device) -> Tensor:
+    """Returns `size` bytes for a CUDA call of the core, aligned for any type.
+
+    Torch's allocator tracks streams and graph capture, so the memory can be released once the kernels are queued.
+    """
+    return torch.empty(size, dtype=torch.uint8, device=device)
 
 
 def differentiable_gradients(
     function: Callable[..., Tensor], inputs: Sequence[Tensor | None], needed: Sequence[bool], grad: Tensor
 ) -> list[Tensor | None]:
-    """Gradients of ``function(*inputs)``, which is plain PyTorch, that can be differentiated in their turn.
+    """Returns gradients of ``function(*inputs)`` that can themselves be differentiated.
 
-    In the memory format of their inputs. None for the inputs that are not `needed`.
+    Args:
+        function: plain PyTorch.
+        inputs: arguments of `function`.
+        needed: for each input, whether its gradient is wanted.
+        grad: gradient of the function's result.
+
+    Returns:
+        A gradient per input, in the input's memory format; None for inputs that are not needed.
     """
-    # one tensor may be given as two inputs, and each has a gradient of its own
+    # One tensor may be given as two inputs, each of which has its own gradient.
     inputs = [None if x is None else x.view_as(x) for x in inputs]
     wanted = [x for x, need in zip(inputs, needed, strict=True) if need and x is not None]
     found = iter(torch.autograd.grad(function(*inputs), wanted, grad, create_graph=True))
@@ -104,7 +127,7 @@ def differentiable_gradients(
 
 
 def _like(gradient: Tensor, x: Tensor) -> Tensor:
-    """`gradient` in the memory format of `x`, if that has four dimensions."""
+    """Returns `gradient`, in the memory format of `x` if that has four dimensions."""
     if x.ndim != 4:
         return gradient
     return gradient.contiguous(memory_format=memory_format_of(is_channels_last(x)))

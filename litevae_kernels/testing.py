@@ -1,4 +1,4 @@
-"""What the operators' tests share: error budgets, poisoned memory, and inputs of every shape and stride."""
+"""Helpers of the operators' tests: error budgets, poisoned memory, and inputs of every shape and stride."""
 
 import contextlib
 import random
@@ -13,23 +13,23 @@ LAYOUTS = ("contiguous", "channels_last", "sliced", "transposed", "expanded")
 def assert_within_budget(
     actual: Tensor, exact: Tensor, *, magnitude: float | Tensor, operations: int
 ) -> None:
-    """Compare a result with its float64 value, allowing what its arithmetic may lose and no more.
+    """Compares a result with its float64 value and allows only the error that its arithmetic explains.
 
     Args:
-        actual: the result, any floating-point dtype. Its arithmetic ran in float32 (float64 for float64).
-        exact: the same in float64, from the same (already rounded) inputs.
-        magnitude: bound on the absolute values that are added up: one number, or one for each element.
+        actual: result of any floating-point dtype. Its arithmetic ran in float32 (float64 for float64).
+        exact: the same result in float64, from the same (already rounded) inputs.
+        magnitude: bound on the absolute values that are added up, as one number or as one per element.
         operations: length of the longest chain of roundings; each loses half a unit in the last place of at
             most `magnitude`. Storing the result loses one more, relative to the result itself.
 
     Raises:
-        AssertionError: with the largest error and its budget.
+        AssertionError: an error exceeds its budget; the message names the worst one.
     """
     assert actual.shape == exact.shape, f"shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
     exact = exact.to(torch.float64)
     computed = torch.finfo(torch.float64 if actual.dtype == torch.float64 else torch.float32)
     stored = torch.finfo(actual.dtype)
-    # float64 results are compared with an oracle that rounds as well
+    # A float64 result is compared with an oracle that rounds just as often.
     chains = 2 if actual.dtype == torch.float64 else 1
     budget = chains * operations * computed.eps / 2 * magnitude
     budget_each = budget + exact.abs() * stored.eps / 2 + stored.smallest_normal * stored.eps
@@ -46,7 +46,7 @@ def assert_within_budget(
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Every `torch.empty` inside the block is filled with NaN, so that an element never written shows."""
+    """Fills every `torch.empty` inside the block with NaN, which exposes elements that are never written."""
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -60,10 +60,11 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def arrange(x: Tensor, layout: str) -> Tensor:
-    """The values of `x` (N, C, H, W) in another memory layout; "expanded" repeats the first image's values.
+    """Returns the values of `x` in another memory layout.
 
     Args:
-        layout: one of `LAYOUTS`.
+        x: (N, C, H, W).
+        layout: one of `LAYOUTS`; "expanded" repeats the values of the first image.
     """
     n, c, h, w = x.shape
     if layout == "contiguous":
@@ -82,7 +83,13 @@ def arrange(x: Tensor, layout: str) -> Tensor:
 
 
 def shapes(count: int, *, largest: int = 67, seed: int = 0) -> list[tuple[int, int, int, int]]:
-    """`count` random (N, C, H, W): heights and widths from 1 to `largest`, small and odd ones more often."""
+    """Returns random shapes (N, C, H, W).
+
+    Args:
+        count: number of shapes.
+        largest: maximum of heights and widths, whose minimum is 1; small and odd ones are more frequent.
+        seed: seed of the random numbers.
+    """
     rng = random.Random(seed)
 
     def side() -> int:

@@ -1,6 +1,6 @@
-"""What the Triton kernels of all operators share. Imports Triton, which not every platform has."""
+"""Helpers of all operators' Triton kernels. Imports Triton, which is not available on every platform."""
 
-# Kernels are typed by Triton.
+# Triton gives kernels their types.
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
 import contextlib
@@ -16,9 +16,10 @@ GRID = tl.constexpr(2**30)  # programs on the grid's first axis
 
 
 def kernel(function: Callable[..., Any]) -> Any:
-    """Integer arguments are int64 and specialised on nothing, so that no size compiles a kernel of its own.
+    """Compiles a kernel whose integer arguments are int64, once for all of their values.
 
-    What a kernel needs to know about alignment comes with its constexpr vector widths.
+    Triton would compile a kernel again for a size of 1 or a multiple of 16. Kernels learn about alignment from their
+    constexpr vector widths instead.
     """
     integers = [name for name, kind in function.__annotations__.items() if kind is tl.int64]
     return triton.jit(function, do_not_specialize=integers)
@@ -26,15 +27,18 @@ def kernel(function: Callable[..., Any]) -> Any:
 
 @triton.jit
 def program_index():
-    """Of the programs that `grid_of` makes, in int64."""
+    """Returns the index of a program in the grid of `grid_of`, as int64."""
     return tl.program_id(1).to(tl.int64) * GRID + tl.program_id(0)
 
 
 def grid_of(programs: int) -> tuple[int, int]:
-    """For any number of programs, which one axis cannot hold; the last ones may be beyond `programs`."""
+    """Returns a two-dimensional grid, because one axis cannot hold every number of programs.
+
+    The grid may hold more than `programs`; a kernel returns early if its index is not below that.
+    """
     return min(programs, GRID.value), triton.cdiv(programs, GRID.value)
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Makes the device of `x` the current one, where it is a GPU."""
+    """Makes the device of `x` the current one if it is a GPU."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

@@ -1,5 +1,5 @@
-// Kernels whose threads work together, in phases with a barrier behind each. Without nvcc a phase is a loop
-// over the block's threads: the tests run every block of a grid on the CPU.
+// Kernels whose threads work together, in phases that each end with a barrier. Without nvcc, a phase is a
+// loop over the block's threads, so that tests can run every block of a grid on the CPU.
 #pragma once
 
 #include <cmath>
@@ -16,9 +16,9 @@ namespace {
 // The threads of a block.
 struct Block {
   int threads;
-  void* more;  // shared memory of a size that the launch decides
+  void* dynamic_shared;  // shared memory whose size is known at the launch
 #if !defined(__CUDACC__)
-  bool backwards;  // the order in which the threads of a phase run must not matter
+  bool backwards;  // runs the threads in reverse, because their order within a phase must not matter
 #endif
 
   template <class Phase>
@@ -32,13 +32,13 @@ struct Block {
   }
 };
 
-// What a thread keeps from phase to phase: its registers.
+// State that a thread keeps from phase to phase, in its registers.
 template <class State>
 struct Private {
 #if defined(__CUDACC__)
-  State one;
+  State state;
   LITEVAE_DEVICE explicit Private(const Block&) {}
-  LITEVAE_DEVICE State& operator[](int) { return one; }
+  LITEVAE_DEVICE State& operator[](int) { return state; }
 #else
   std::vector<State> all;
   explicit Private(const Block& block) : all(block.threads) {}
@@ -60,9 +60,9 @@ LITEVAE_DEVICE int64_t take(int64_t& rest, int64_t by) {
 
 LITEVAE_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
 
-// A tensor as kernels see it: strides in bytes, so that addresses do not depend on the element type.
+// A tensor as kernels take it. Strides are in bytes, so that addresses do not depend on the element type.
 struct Strided {
-  char* data;  // null: not there
+  char* data;  // null if there is no tensor
   DType dtype;
   int64_t n, c, h, w;
 };
@@ -73,14 +73,14 @@ inline Strided in_bytes(const TensorView& t) {
           t.stride[2] * size,         t.stride[3] * size};
 }
 
-// Makes rows that follow each other evenly one long row: then element i of them is i * w away. False: they do
-// not.
+// Merges the rows of an image into one row, whose element i is i * w away from the first. Returns false if
+// the rows are not evenly spaced.
 inline bool flatten(Strided& t, int64_t height, int64_t width) {
   if (width == 1) t.w = t.h;
   return width == 1 || height == 1 || t.h == width * t.w;
 }
 
-// Single elements of a type that is known at run time: one kernel for all types.
+// Loads and stores single elements of a type that is known at run time, so that one kernel serves all types.
 template <class T>
 LITEVAE_DEVICE T load_one(const char* at, DType dtype) {
   T value[1] = {};
@@ -106,10 +106,10 @@ LITEVAE_DEVICE void store_one(char* at, DType dtype, T value) {
     store_vector<BFloat16>(at, run);
 }
 
-// Threads of a block as a table: `rows` of them work on each of `columns` sums.
+// The threads of a block as a table: `rows` threads compute each of `columns` sums.
 struct Table {
   int columns, rows;
-  int column_stride, row_stride;  // of thread numbers
+  int column_stride, row_stride;  // in thread numbers
 
   LITEVAE_DEVICE static Table of(const Block& block, int64_t columns) {
     const int width = static_cast<int>(columns < block.threads ? columns : block.threads);
@@ -122,14 +122,14 @@ struct Table {
   LITEVAE_DEVICE bool has(int thread) const { return thread < rows * columns; }
 };
 
-// Adds up the rows of kValues tables, always in the same order. `values` are laid out [value][thread]; the
-// sum of a value over a column is then sums[value * columns + column]. `sums` holds kSums elements, which
-// must be enough for kValues * columns and for the number of threads.
+// Adds up the rows of kValues tables, always in the same order. `values` is indexed by [value][thread]. The
+// sum of a value over a column becomes sums[value * columns + column]. kSums must be at least kValues *
+// columns and at least the number of threads.
 template <int kValues, int kThreads, int kSums, class T>
 LITEVAE_DEVICE void add_rows(const Block& block, const Table& table, const T (&values)[kValues][kThreads],
                              T (&sums)[kSums]) {
   const int totals = kValues * table.columns;
-  // Two rounds: one thread for each total would leave most of the block idle where the totals are few.
+  // There are two rounds, because one thread per total would leave most threads idle if the totals are few.
   int parts = block.threads / totals;
   parts = parts < 1 ? 1 : smaller(parts, 16);
   block.each([&](int thread) {

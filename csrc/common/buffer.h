@@ -1,4 +1,5 @@
-// Scratch memory, and the arithmetic of sizes. Internal linkage throughout: compiled once an instruction set.
+// Scratch memory on the CPU, and arithmetic of sizes. Everything has internal linkage, because it is compiled
+// once per instruction set.
 #pragma once
 
 #include <cstdint>

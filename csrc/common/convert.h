@@ -1,5 +1,5 @@
-// Rows of stored elements to and from the type that the arithmetic runs in. Internal linkage throughout:
-// these are compiled once an instruction set.
+// Converts rows of stored elements to and from the type of the arithmetic. Everything has internal linkage,
+// because it is compiled once per instruction set.
 #pragma once
 
 #include <cstdint>
@@ -48,7 +48,7 @@ inline float float_of(uint32_t bits) {
 }
 
 inline float to_float(BFloat16 value) { return float_of(static_cast<uint32_t>(value.bits) << 16); }
-// Round to nearest even; a NaN stays a NaN.
+// Rounds to nearest even; a NaN stays a NaN.
 inline void from_float(float value, BFloat16& to) {
   const uint32_t bits = bits_of(value);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -61,7 +61,7 @@ inline void from_float(float value, Half& to) {
   to.bits = static_cast<uint16_t>(_cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT));
 }
 #else
-// Exact by way of float multiplication: 2^112 moves a half's exponent to a float's, subnormals included.
+// Multiplying by 2^112 moves the exponent of a half to that of a float, exactly, also for subnormals.
 inline float to_float(Half value) {
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16, rest = value.bits & 0x7fffu;
   if (rest >= 0x7c00u) return float_of(sign | 0x7f800000u | (rest & 0x3ffu) << 13);
@@ -74,7 +74,7 @@ inline void from_float(float value, Half& to) {
     half = 0x7e00u;
   else if (rest >= 0x477ff000u)  // rounds beyond the largest half, 65504
     half = 0x7c00u;
-  else if (rest < 0x38800000u)  // subnormal: adding 2^-1 leaves the rounded bits in the low mantissa
+  else if (rest < 0x38800000u)  // a subnormal: adding 2^-1 leaves the rounded bits in the low mantissa
     half = bits_of(float_of(rest) + 0.5f) - 0x3f000000u;
   else
     half = (rest - 0x38000000u + 0xfffu + ((rest >> 13) & 1u)) >> 13;
@@ -129,7 +129,8 @@ void store_as(const T* __restrict from, char* to, int64_t pixel_stride, int64_t 
   }
 }
 
-// A row of `pixels` groups of `lanes` adjacent elements, `pixel_stride` apart, to dense values of type T.
+// Loads a row of `pixels` groups of `lanes` adjacent elements, `pixel_stride` apart, as dense values of type
+// T.
 template <class T>
 void load_row(DType dtype, const char* from, int64_t pixel_stride, int64_t pixels, int64_t lanes, T* to) {
   switch (dtype) {

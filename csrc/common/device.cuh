@@ -1,5 +1,5 @@
-// Vectors of stored elements to and from registers, as one GPU thread does it. Without nvcc the same code is
-// plain C++: the tests run every thread of a grid on the CPU.
+// How a GPU thread moves vectors of stored elements to and from registers. Without nvcc the same code is
+// plain C++, so that tests can run every thread of a grid on the CPU.
 #pragma once
 
 #include <cstdint>
@@ -23,10 +23,11 @@ namespace litevae {
 namespace {
 
 #if !defined(__CUDACC__)
-void check_alignment(const void* address, int64_t bytes);  // the test's
+void check_alignment(const void* address, int64_t bytes);  // defined by the test
 #endif
 
-// The widest access that a run of `bytes` bytes can be cut into: its alignment, 16 at most.
+// The widest access, at most 16 bytes, into which a run of `bytes` bytes can be cut. The run must be aligned
+// to it.
 LITEVAE_CONSTEXPR int64_t vector_bytes(int64_t bytes) {
   return bytes % 16 == 0 ? 16 : bytes % 8 == 0 ? 8 : bytes % 4 == 0 ? 4 : bytes % 2 == 0 ? 2 : 1;
 }
@@ -39,8 +40,8 @@ LITEVAE_DEVICE To bit_cast(const From& from) {
   return to;
 }
 
-// `Words` 32-bit words, `kAlign` bytes aligned. Loads take the read-only path, so that the compiler may move
-// them ahead of stores.
+// Move kWords 32-bit words, aligned to kAlign bytes. Loads take the read-only path, so that the compiler may
+// move them ahead of stores.
 template <int kAlign, int kWords>
 LITEVAE_DEVICE void load_words(const void* from, uint32_t (&to)[kWords]) {
 #if defined(__CUDACC__)
@@ -100,15 +101,15 @@ LITEVAE_DEVICE uint16_t load_short(const void* from) {
 
 LITEVAE_DEVICE void store_short(void* to, uint16_t bits) {
 #if defined(__CUDACC__)
-  *static_cast<unsigned short*>(to) = bits;  // memcpy would store two bytes
+  *static_cast<unsigned short*>(to) = bits;  // memcpy would store two bytes one by one
 #else
   check_alignment(to, 2);
   memcpy(to, &bits, 2);
 #endif
 }
 
-// Stored element <-> register, by the bits. The conversions are PTX because cuda_fp16.h and cuda_bf16.h cost
-// seconds of compilation for every architecture.
+// Conversions between a stored element and a register. They are written in PTX because cuda_fp16.h and
+// cuda_bf16.h cost seconds of compilation per architecture.
 LITEVAE_DEVICE float widen(BFloat16 value) {
   return bit_cast<float>(static_cast<uint32_t>(value.bits) << 16);
 }
@@ -122,7 +123,7 @@ LITEVAE_DEVICE float widen(Half value) {
 #endif
 }
 
-// Either 16-bit type; which one is known at run time.
+// One of the two 16-bit types, which is known at run time.
 struct Either16 {
   uint16_t bits;
 };
@@ -131,7 +132,7 @@ LITEVAE_DEVICE float widen(Either16 value, bool is_half) {
   return is_half ? half : bfloat16;
 }
 
-// Two values rounded to nearest even, the first in the low half.
+// Rounds two values to nearest even, and packs the first into the low half.
 template <class S>
 LITEVAE_DEVICE uint32_t narrow(float low, float high) {
 #if defined(__CUDACC__)
@@ -148,7 +149,7 @@ LITEVAE_DEVICE uint32_t narrow(float low, float high) {
 #endif
 }
 
-// The N elements of whole words.
+// Converts the N elements of whole words.
 template <class S, int N, int kWords, class T, class... IsHalf>
 LITEVAE_DEVICE void unpack(const uint32_t (&words)[kWords], T (&to)[N], IsHalf... is_half) {
   static_assert(N * sizeof(S) == 4 * kWords, "");
@@ -168,7 +169,7 @@ LITEVAE_DEVICE void unpack(const uint32_t (&words)[kWords], T (&to)[N], IsHalf..
   }
 }
 
-// N adjacent elements; `from` must be aligned to vector_bytes(N * sizeof(S)).
+// Loads N adjacent elements; `from` must be aligned to vector_bytes(N * sizeof(S)).
 template <class S, int N, class T, class... IsHalf>
 LITEVAE_DEVICE void load_vector(const void* from, T (&to)[N], IsHalf... is_half) {
   constexpr int kBytes = N * static_cast<int>(sizeof(S));

@@ -1,5 +1,5 @@
-// One source, several instruction sets: every *.cpp kernel file is compiled once a set inside
-// `namespace LITEVAE_ISA`, and the best set that this CPU runs is picked at the first call.
+// One source, several instruction sets: every kernel file for the CPU is compiled once per instruction set,
+// inside `namespace LITEVAE_ISA`. Calls go to the best set that this CPU runs.
 #pragma once
 
 #if defined(LITEVAE_X86)
@@ -15,7 +15,8 @@ inline Isa detect_isa() {
 #if defined(LITEVAE_X86)
   __builtin_cpu_init();
   unsigned a, b, c, d;
-  const bool f16c = __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;  // no name in older compilers
+  // older compilers have no name for F16C
+  const bool f16c = __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
   if (!f16c || !__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Isa::baseline;
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
@@ -27,6 +28,9 @@ inline Isa detect_isa() {
   return Isa::baseline;
 #endif
 }
+
+// The set that calls go to. Tests choose lower ones.
+inline Isa current_isa = detect_isa();
 
 // Whether this CPU multiplies bfloat16 matrices in tiles (AMX), several times faster than in vectors, and the
 // operating system lets it.
@@ -59,36 +63,25 @@ inline const char* isa_name(Isa isa) {
 
 }  // namespace litevae
 
-// Declares FUNCTION once an instruction set, and defines the dispatching litevae::FUNCTION.
 #if defined(LITEVAE_X86)
-#define LITEVAE_DISPATCH_ISA(FUNCTION, SIGNATURE, ...)                    \
-  namespace litevae {                                                     \
-  namespace baseline {                                                    \
-  void FUNCTION SIGNATURE;                                                \
-  }                                                                       \
-  namespace avx2 {                                                        \
-  void FUNCTION SIGNATURE;                                                \
-  }                                                                       \
-  namespace avx512 {                                                      \
-  void FUNCTION SIGNATURE;                                                \
-  }                                                                       \
-  namespace avx512bf16 {                                                  \
-  void FUNCTION SIGNATURE;                                                \
-  }                                                                       \
-  inline void FUNCTION(Isa isa, LITEVAE_UNWRAP SIGNATURE) {               \
-    if (isa == Isa::avx512bf16) return avx512bf16::FUNCTION(__VA_ARGS__); \
-    if (isa == Isa::avx512) return avx512::FUNCTION(__VA_ARGS__);         \
-    if (isa == Isa::avx2) return avx2::FUNCTION(__VA_ARGS__);             \
-    baseline::FUNCTION(__VA_ARGS__);                                      \
-  }                                                                       \
-  }
+#define LITEVAE_FOR_EACH_ISA(X, ...) \
+  X(baseline, __VA_ARGS__) X(avx2, __VA_ARGS__) X(avx512, __VA_ARGS__) X(avx512bf16, __VA_ARGS__)
 #else
-#define LITEVAE_DISPATCH_ISA(FUNCTION, SIGNATURE, ...)                                     \
-  namespace litevae {                                                                      \
-  namespace baseline {                                                                     \
-  void FUNCTION SIGNATURE;                                                                 \
-  }                                                                                        \
-  inline void FUNCTION(Isa, LITEVAE_UNWRAP SIGNATURE) { baseline::FUNCTION(__VA_ARGS__); } \
-  }
+#define LITEVAE_FOR_EACH_ISA(X, ...) X(baseline, __VA_ARGS__)
 #endif
-#define LITEVAE_UNWRAP(...) __VA_ARGS__
+#define LITEVAE_DECLARE_FOR_ISA(ISA, FUNCTION, CALL) \
+  namespace ISA {                                    \
+  void FUNCTION(const CALL& call, int threads);      \
+  }
+#define LITEVAE_CALL_FOR_ISA(ISA, FUNCTION, CALL) \
+  if (current_isa == Isa::ISA) return ISA::FUNCTION(call, threads);
+
+// Declares FUNCTION(const CALL&, int threads) for each instruction set, and defines litevae::FUNCTION, which
+// calls the one for the current set.
+#define LITEVAE_DISPATCH_ISA(FUNCTION, CALL)                    \
+  namespace litevae {                                           \
+  LITEVAE_FOR_EACH_ISA(LITEVAE_DECLARE_FOR_ISA, FUNCTION, CALL) \
+  inline void FUNCTION(const CALL& call, int threads) {         \
+    LITEVAE_FOR_EACH_ISA(LITEVAE_CALL_FOR_ISA, FUNCTION, CALL)  \
+  }                                                             \
+  }

@@ -1,4 +1,4 @@
-// Splits a range of independent tasks over OpenMP threads (torch's own pool, once torch is imported).
+// Divides a range of independent tasks among OpenMP threads, which are those of torch once torch is imported.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +9,8 @@
 
 namespace litevae {
 
-// Calls body(begin, end) on contiguous, near-equal parts of [0, count). Internal linkage, because each
-// instruction set compiles its own copy.
+// Calls body(begin, end) on contiguous, nearly equal parts of [0, count). It has internal linkage, because
+// each instruction set compiles its own copy.
 template <class Body>
 static inline void parallel_for(int64_t count, int threads, const Body& body) {
   if (threads > count) threads = static_cast<int>(count);

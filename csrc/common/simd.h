@@ -1,5 +1,5 @@
-// The few vector operations that the float kernels write out by hand, for the instruction set that the file
-// is being compiled for. LITEVAE_SIMD is defined where there is one; scalar code serves the rest.
+// The few vector operations that the float kernels need, in the instruction set that the file is compiled
+// for. LITEVAE_SIMD is defined if that set has vectors; scalar code serves the others.
 #pragma once
 
 #if defined(__AVX512F__) || defined(__AVX2__)
@@ -24,7 +24,7 @@ struct VecF {
   static VecF load(const Half* from) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)))};
   }
-  // `lanes` elements; the other lanes are zero
+  // Loads `lanes` elements; the other lanes become zero.
   static VecF load(const float* from, int lanes) { return {_mm512_maskz_loadu_ps(first(lanes), from)}; }
   static VecF load(const BFloat16* from, int lanes) {
     return widened(_mm256_maskz_loadu_epi16(first(lanes), from));
@@ -53,7 +53,7 @@ struct VecF {
   static VecF widened(__m256i bits) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
   }
-  // Round to nearest even; a NaN stays a NaN.
+  // Rounds to nearest even; a NaN stays a NaN.
   __m256i bfloat16() const {
 #if defined(__AVX512BF16__)
     return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v));
@@ -69,7 +69,7 @@ struct VecF {
   __m256i half() const { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
 };
 
-// a b (2 x width adjacent values) -> those at even and at odd positions
+// Separates 2 x width adjacent values, in a and b, into those at even and those at odd positions.
 inline void deinterleave(VecF a, VecF b, VecF& even, VecF& odd) {
   const __m512i e = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   even.v = _mm512_permutex2var_ps(a.v, e, b.v);
@@ -95,7 +95,7 @@ struct VecF {
   static VecF load(const Half* from) {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))};
   }
-  // `lanes` elements; the other lanes are zero
+  // Loads `lanes` elements; the other lanes become zero.
   template <class Stored>
   static VecF load(const Stored* from, int lanes) {
     Stored buffer[width] = {};
@@ -140,7 +140,7 @@ struct VecF {
   }
 
  private:
-  // to the exponents of normal numbers and of infinity; in this order a NaN stays
+  // Clamps to the exponents of normal numbers and of infinity. The order of the operands keeps a NaN.
   VecF cut() const {
     const __m256 below = _mm256_min_ps(_mm256_set1_ps(128.0f), v);
     return {_mm256_max_ps(_mm256_set1_ps(-126.0f), below)};
@@ -160,7 +160,7 @@ inline void interleave(VecF even, VecF odd, VecF& a, VecF& b) {
 }
 #endif
 
-// Streamed stores must be visible before another thread is told that the work is done.
+// Streamed stores must be visible before another thread learns that the work is done.
 inline void stream_fence() { _mm_sfence(); }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// Vectors of the type that the arithmetic runs in, loaded from and stored to any element type: VecF (simd.h)
-// where the instruction set has one, and plain arrays, which the compiler vectorises as it can, for the rest.
+// Vectors of the type of the arithmetic, which load and store any element type. They are VecF (simd.h) if the
+// instruction set has it, and otherwise plain arrays, which the compiler vectorises as well as it can.
 #pragma once
 
 #include <math.h>
@@ -10,8 +10,8 @@
 namespace litevae {
 namespace {
 
-// 2^f for 0 <= f <= 1, highest power first: minimax, relative error 7.5e-8 (half a unit in the last place is
-// 6e-8).
+// Minimax polynomial of 2^f for 0 <= f <= 1, highest power first. Its relative error is 7.5e-8; half a unit
+// in the last place is 6e-8.
 constexpr int kDegree = 5;
 constexpr float kExp2[] = {1.8775767e-3f, 8.9893400e-3f, 5.5826318e-2f,
                            2.4015362e-1f, 6.9315307e-1f, 9.9999993e-1f};
@@ -34,7 +34,7 @@ struct VecN {
     return r;
   }
   template <class Stored>
-  static VecN load(const Stored* from, int lanes) {  // the other lanes are zero
+  static VecN load(const Stored* from, int lanes) {  // the other lanes become zero
     VecN r = set(0);
     for (int i = 0; i < lanes; ++i) r.v[i] = static_cast<T>(to_float(from[i]));
     return r;
@@ -71,8 +71,8 @@ inline VecN<T> multiply_add(VecN<T> a, VecN<T> b, VecN<T> c) {
   return c;
 }
 
-// 1 + exp(-z), by which z is to be divided for its SiLU, of U vectors. They go through each step together,
-// because the steps wait for one another.
+// Computes 1 + exp(-z), the divisor in SiLU(z), of U vectors. The vectors go through each step together,
+// because each step waits for the one before.
 template <int U>
 __attribute__((always_inline)) inline void one_plus_exp_minus(const VecN<double>* z, VecN<double>* result) {
   for (int u = 0; u < U; ++u)
@@ -84,7 +84,7 @@ __attribute__((always_inline)) inline void one_plus_exp_minus(const VecN<float>*
     for (int i = 0; i < VecN<float>::width; ++i) {
       const float t = z[u].v[i] * -1.44269504f, cut = t > 128.0f ? 128.0f : t < -126.0f ? -126.0f : t;
       const float n = cut - 0.5f + 12582912.0f - 12582912.0f,
-                  f = cut - n;  // 1.5 * 2^23: rounds to whole numbers
+                  f = cut - n;  // adding 1.5 * 2^23 rounds to whole numbers
       float p = kExp2[0];
       for (int k = 1; k <= kDegree; ++k) p = p * f + kExp2[k];
       result[u].v[i] = 1.0f + p * float_of(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);

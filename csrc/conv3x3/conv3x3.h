@@ -1,8 +1,9 @@
-// A 3x3 convolution (stride 1, one pixel of zeros around) of bfloat16 tensors as the core sees it:
-// y = conv(x) + bias + residual, or that of silu(x), rounded once, and its gradients. Needs AVX512-BF16.
+// A 3x3 convolution (stride 1, padding of one zero) of bfloat16 tensors, and its gradients, as the core's
+// functions take them: y = conv(x) + bias + residual, or conv(silu(x)) + bias + residual, rounded once. They
+// need AVX512-BF16.
 //
-// Accuracy: beside the rounding of y, which any convolution has, both transformed factors are rounded to
-// bfloat16, so that the error is about 2.5 times that of a direct convolution.
+// Accuracy: in addition to y, which any convolution rounds, both transformed factors are rounded to bfloat16.
+// The error is about 2.5 times that of a direct convolution.
 #pragma once
 
 #include <cstdint>
@@ -12,12 +13,13 @@
 namespace litevae {
 namespace conv3x3 {
 
-// A tensor that is not there has no data. x, residual and y are bf16 with channels innermost.
+// A missing tensor has no data. x, residual and y are bf16 with channels innermost.
 struct Forward {
   TensorView x;  // (N, I, H, W)
   bool silu;
   TensorView weight;  // (O, I, 3, 3), any dtype and strides; rounded to bf16
-  // the weight is (I, O, 3, 3) and turned by 180 degrees: y is the gradient of a convolution's input
+  // If set, the weight is (I, O, 3, 3) and rotated by 180 degrees, and y is the gradient of a convolution's
+  // input.
   bool transposed;
   TensorView bias;      // (1, O, 1, 1), any dtype
   TensorView residual;  // (N, O, H, W)
@@ -31,11 +33,12 @@ struct WeightGradient {
   TensorView weight;  // (O, I, 3, 3), any dtype and strides; written
 };
 
-constexpr int kPoints = 16;     // of a transformed tile, or kernel
-constexpr int64_t kLanes = 16;  // output channels a vector
-constexpr int64_t kRun = 32;    // input channels are padded to whole runs
+constexpr int kPoints = 16;     // points of a transformed tile or kernel
+constexpr int64_t kLanes = 16;  // output channels per vector
+constexpr int64_t kRun = 32;    // input channels per run; they are padded to whole runs
 
-// Output channels are worked on in panels of 2, 3 or 4 vectors: the widest of those that pad least.
+// Output channels are processed in panels of 2, 3 or 4 vectors: the width that pads least, and of those the
+// widest.
 static inline int64_t panel_vectors(int64_t outputs) {
   const int64_t vectors = (outputs + kLanes - 1) / kLanes;
   int64_t best = 4;
@@ -48,7 +51,7 @@ static inline int64_t panels(int64_t outputs) {
   const int64_t width = panel_vectors(outputs) * kLanes;
   return (outputs + width - 1) / width;
 }
-// Of the transformed weights.
+// Size of the transformed weights.
 static inline int64_t packed_bytes(int64_t inputs, int64_t outputs) {
   return 16 * padded_inputs(inputs) * panels(outputs) * panel_vectors(outputs) * kLanes * 2;
 }

@@ -1,19 +1,21 @@
 // 3x3 convolution on CPUs with AVX512-BF16, by Winograd's F(2x2, 3x3) (Lavin and Gray 2016): a tile of 2x2
-// outputs takes 16 products a pair of channels instead of 36. With d the tile's 4x4 inputs and g the kernel,
+// outputs takes 16 products per pair of channels instead of 36. With d the tile's 4x4 inputs and g the
+// kernel,
 //   y = A^T [(G g G^T) * (B^T d B)] A,   B^T = 1 0 -1 0   G = 1   0   0   A^T = 1 1  1  0
 //                                              0 1  1 0       .5  .5  .5        0 1 -1 -1
 //                                              0 -1 1 0       .5 -.5  .5
 //                                              0 1 0 -1       0   0   1
-// and the sums over the input channels are 16 matrix products. Transforms are computed in float; the two
-// factors are rounded to bfloat16 once, the result once.
+// and the sums over the input channels are 16 matrix products. Transforms are computed in float. The two
+// factors and the result are each rounded to bfloat16 once.
 //
-// A thread takes rows of tiles one after the other. Each row of pixels passes through the activation once,
-// into a ring of rows that has the border of zeros; a block of tiles is transformed, multiplied and
-// transformed back within the second-level cache, while the next rows and the residual are being prefetched.
-// An output depends on its tile alone, so any number of threads gives the same bits. A NaN or an infinity
-// spoils all outputs of the tiles that it is in, also those that it is no neighbour of.
+// A thread processes rows of tiles one after the other. Each row of pixels passes through the activation once
+// and into a ring buffer of rows, which has the border of zeros. A block of tiles is transformed, multiplied
+// and transformed back within the second-level cache, while the next rows and the residual are prefetched. An
+// output depends on its tile alone, so any number of threads gives the same bits. A NaN or an infinity
+// reaches all outputs of the tiles that contain it, even those that are not its neighbours.
 //
-// Compiled once an instruction set: only internal linkage and no library templates below.
+// This file is compiled once per instruction set, so everything below has internal linkage and uses no
+// library templates.
 #include <cstring>
 
 #include "../common/buffer.h"
@@ -32,32 +34,33 @@ using conv3x3::kRun;
 #if defined(__AVX512BF16__)
 namespace {
 
-constexpr int64_t kTiles = 64;  // a block
+constexpr int64_t kTilesPerBlock = 64;
 
 struct Shape : Rows {
   int64_t batch, inputs, outputs;
-  int64_t tile_rows, tile_columns;       // an image
-  int64_t rows, columns;                 // of tiles a block
-  int64_t row_blocks, column_blocks;     // an image
-  int64_t ring;                          // rows of pixels
-  int64_t point_inputs, point_products;  // from one point's values of a block to the next one's
+  int64_t tile_rows, tile_columns;       // per image
+  int64_t rows, columns;                 // of tiles per block
+  int64_t row_blocks, column_blocks;     // per image
+  int64_t ring;                          // rows of pixels in the ring buffer
+  int64_t point_inputs, point_products;  // distance between the values of two points of a block
 
   Shape(const Forward& call, int vectors, int tiles_at_once, int threads)
       : Rows(call.x, ceil_div(call.x.size[3], 2)) {
     batch = call.x.size[0], inputs = call.x.size[1], outputs = call.y.size[1];
     tile_rows = ceil_div(height, 2), tile_columns = ceil_div(width, 2);
-    column_blocks = ceil_div(tile_columns, kTiles), columns = ceil_div(tile_columns, column_blocks);
-    rows = least(kTiles / columns, most(1, batch * tile_rows / (2 * threads)));  // work for every thread
+    column_blocks = ceil_div(tile_columns, kTilesPerBlock), columns = ceil_div(tile_columns, column_blocks);
+    rows = least(kTilesPerBlock / columns,
+                 most(1, batch * tile_rows / (2 * threads)));  // every thread needs work
     rows = least(rows, tile_rows), row_blocks = ceil_div(tile_rows, rows);
     ring = 2 * rows + 2;
-    // an odd number of cache lines, so that the points do not compete for the same sets
+    // The distance is an odd number of cache lines, so that the points do not compete for the same sets.
     const int64_t tiles = ceil_div(rows * columns, tiles_at_once) * tiles_at_once;
     point_inputs = tiles * padded + kRun, point_products = tiles * vectors * kLanes + kLanes;
   }
 };
 
 // ---------------------------------------------------------------------------------------------------------------
-// A run of a pixel's channels: the even and the odd ones.
+// A run of a pixel's channels, as even and odd ones.
 
 struct Run {
   VecF even, odd;
@@ -67,7 +70,7 @@ struct Run {
     return {{_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16))},
             {_mm512_castsi512_ps(_mm512_and_si512(bits, high))}};
   }
-  // The even channels and then the odd ones: inputs and weights are multiplied in that order.
+  // Stores the even channels before the odd ones, the order in which inputs and weights are multiplied.
   void store(BFloat16* to) const {
     _mm512_storeu_si512(to, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd.v, even.v)));
   }
@@ -75,8 +78,8 @@ struct Run {
   Run operator-(Run o) const { return {even - o.even, odd - o.odd}; }
 };
 
-// Four points of each tile in a row of them: those of one row of B^T, which is a sum or a difference of two
-// rows of pixels.
+// Computes four points of each tile in a row of tiles. They belong to one row of B^T, which is a sum or a
+// difference of two rows of pixels.
 template <bool Sum>
 void transform_inputs(const BFloat16* p, const BFloat16* q, const Shape& s, int64_t tiles, BFloat16* to) {
   const auto column = [&](int64_t at) {
@@ -97,8 +100,8 @@ void transform_inputs(const BFloat16* p, const BFloat16* q, const Shape& s, int6
   }
 }
 
-// One point's products of a panel: T tiles at once, with V vectors of output channels. Multiplies up to T - 1
-// tiles beyond the last one, whose values nobody reads.
+// Computes one point's products with a panel, for T tiles at once, with V vectors of output channels. It
+// multiplies up to T - 1 tiles beyond the last one, whose products are never read.
 template <int V, int T>
 void multiply(const BFloat16* in, int64_t channels, int64_t tiles, const BFloat16* weight, float* out) {
   for (int64_t t = 0; t < tiles; t += T, in += T * channels) {
@@ -123,8 +126,8 @@ void multiply(const BFloat16* in, int64_t channels, int64_t tiles, const BFloat1
   }
 }
 
-// A row of tiles of one panel, whose first output channel is `first`. By value, because a store might change
-// what a reference refers to.
+// Transforms a row of tiles of one panel, whose first output channel is `first`. Arguments are passed by
+// value, because for the compiler a store might change the object of a reference.
 template <int V>
 void transform_outputs(const Shape s, const float* products, const float* bias, const Image residual,
                        const Image y, int64_t n, int64_t row, int64_t column, int64_t tiles, int64_t first) {
@@ -136,7 +139,7 @@ void transform_outputs(const Shape s, const float* products, const float* bias, 
     BFloat16* to = y.at(n, row, column) + c;
     for (int64_t t = 0; t < tiles; ++t) {
       const float* m = products + t * V * kLanes + c - first;
-      VecF h[4][2];  // times A from the right
+      VecF h[4][2];  // the products times A
       for (int i = 0; i < 4; ++i, m += 4 * s.point_products) {
         const VecF m1 = VecF::load(m + s.point_products), m2 = VecF::load(m + 2 * s.point_products);
         h[i][0] = VecF::load(m) + (m1 + m2);
@@ -166,15 +169,15 @@ void transform_outputs(const Shape s, const float* products, const float* bias, 
 VecF halved(VecF v) { return v * VecF::set(0.5f); }
 Run halved(Run r) { return {halved(r.even), halved(r.odd)}; }
 
-// A column of taps times G.
+// Multiplies G by a column of taps.
 template <class V>
 void transform_weights(V g0, V g1, V g2, V* to, int step) {
   const V outer = g0 + g2;
   to[0] = g0, to[step] = halved(outer + g1), to[2 * step] = halved(outer - g1), to[3 * step] = g2;
 }
 
-// Taps are rounded to bfloat16 before they are transformed, as autocast does: the same result, whoever does
-// it.
+// Loads taps and rounds them to bfloat16 before they are transformed. Autocast does the same, so the result
+// does not depend on it.
 template <class T>
 VecF load_taps(const T* from, int lanes) {
   const VecF v = VecF::load(from, lanes);
@@ -183,7 +186,7 @@ VecF load_taps(const T* from, int lanes) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16))};
 }
 
-// A 16x16 matrix of 32-bit values.
+// Transposes a 16x16 matrix of 32-bit values.
 void transpose(__m512i* r) {
   __m512i t[16];
   for (int i = 0; i < 16; i += 4) {
@@ -193,7 +196,7 @@ void transpose(__m512i* r) {
     t[i] = _mm512_unpacklo_epi64(a, c), t[i + 1] = _mm512_unpackhi_epi64(a, c);
     t[i + 2] = _mm512_unpacklo_epi64(b, d), t[i + 3] = _mm512_unpackhi_epi64(b, d);
   }
-  for (int i = 0; i < 4; ++i) {  // 4x4 blocks are transposed; now the matrix of blocks
+  for (int i = 0; i < 4; ++i) {  // The 4x4 blocks are transposed; now transpose the matrix of blocks.
     const __m512i a = _mm512_shuffle_i32x4(t[i], t[i + 4], 0x88);
     const __m512i b = _mm512_shuffle_i32x4(t[i + 8], t[i + 12], 0x88);
     const __m512i c = _mm512_shuffle_i32x4(t[i], t[i + 4], 0xdd);
@@ -203,8 +206,8 @@ void transpose(__m512i* r) {
   }
 }
 
-// Taps of a vector of output channels, `lanes` of which are there, to their columns of a panel: pairs of
-// input channels, point by point. Input channels are adjacent in memory.
+// Transforms the taps of a vector of output channels, of which `lanes` exist, and stores them in their
+// columns of a panel: pairs of input channels, point by point. Input channels are adjacent in memory.
 template <class T>
 void pack_outputs(const T* from, int64_t output, int64_t row, int64_t column, int lanes, int64_t inputs,
                   int64_t panel_width, BFloat16* to) {
@@ -239,7 +242,7 @@ void pack_outputs(const T* from, int64_t output, int64_t row, int64_t column, in
   }
 }
 
-// The same where output channels are adjacent in memory.
+// Does the same if output channels are adjacent in memory.
 template <class T>
 void pack_adjacent_outputs(const TensorView& w, const T* from, int lanes, int64_t panel_width, BFloat16* to) {
   const int64_t inputs = w.size[1], padded = conv3x3::padded_inputs(inputs);
@@ -268,9 +271,9 @@ void pack(const TensorView& w, int threads, BFloat16* packed) {
   const int64_t outputs = w.size[0], inputs = w.size[1], padded = conv3x3::padded_inputs(inputs);
   const int64_t vectors = conv3x3::panel_vectors(outputs), panel_width = vectors * kLanes;
   const bool direct = w.dtype == dtype_of<T>() && (w.stride[0] == 1 || w.stride[1] == 1);
-  const int64_t space = direct ? 0 : kLanes * 9 * inputs;  // for the taps of a vector of outputs, as floats
-  Buffer scratch(threads * space * 4);
-  float* spaces = scratch.take<float>(threads * space);
+  const int64_t buffered = direct ? 0 : kLanes * 9 * inputs;  // taps of a vector of outputs, as floats
+  Buffer scratch(threads * buffered * 4);
+  float* buffers = scratch.take<float>(threads * buffered);
   const int64_t count = conv3x3::panels(outputs) * vectors;
   parallel_for(threads, threads, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread)
@@ -285,7 +288,7 @@ void pack(const TensorView& w, int threads, BFloat16* packed) {
         else if (direct)
           pack_adjacent_outputs(w, reinterpret_cast<const T*>(from), lanes, panel_width, to);
         else {
-          float* taps = spaces + thread * space;
+          float* taps = buffers + thread * buffered;
           for (int64_t o = 0; o < lanes; ++o)
             for (int64_t k = 0; k < 9; ++k) {
               const int64_t at = o * w.stride[0] + k / 3 * w.stride[2] + k % 3 * w.stride[3];
@@ -300,16 +303,16 @@ void pack(const TensorView& w, int threads, BFloat16* packed) {
 
 // ---------------------------------------------------------------------------------------------------------------
 
-// What all threads share.
+// The data that all threads share.
 struct Task {
   Image x, residual, y;
   Shape s;
   bool silu;
-  const float* bias;  // zeros where there is none
+  const float* bias;  // zeros if there is no bias
   const BFloat16* packed;
 };
 
-// What a thread has for itself.
+// The memory of one thread.
 struct Space {
   BFloat16 *ring, *inputs;
   float* products;
@@ -326,12 +329,13 @@ struct Space {
   BFloat16* row(const Shape& s, int64_t y) const { return ring + (y + s.ring) % s.ring * s.elements; }
 };
 
-// Rows and columns of tiles of an image, and their first pixel.
+// A block of tiles of an image, and its first pixel.
 struct Block {
   int64_t n, top, left, rows, columns;
 };
 
-// A part of what follows the block's products: its residual, and rows of pixels from `next` on.
+// Prefetches a part of the data that is needed after the block's products: its residual, and rows of pixels
+// from `next` on.
 void prefetch(const Task& k, const Block& b, int64_t next, int64_t part, int64_t parts) {
   const int64_t columns = least(2 * b.columns, k.s.width - b.left);
   for (int64_t y = b.top; y < least(k.s.height, b.top + 2 * b.rows); ++y)
@@ -366,7 +370,7 @@ void convolve(const Task& k, const Block& b, int64_t next, const Space& space) {
   }
 }
 
-// (I, O, 3, 3) as (O, I, 3, 3), turned by 180 degrees.
+// Views a weight (I, O, 3, 3) as (O, I, 3, 3), rotated by 180 degrees.
 TensorView transposed(const TensorView& w) {
   const int64_t last = 2 * (w.stride[2] + w.stride[3]) * element_size(w.dtype);
   return {static_cast<char*>(w.data) + last,
@@ -379,9 +383,9 @@ template <int V, int T>
 void forward(const Forward& call, int threads) {
   threads = static_cast<int>(least(threads, call.x.size[0] * ceil_div(call.x.size[2], 2)));
   const Shape s(call, V, T, threads);
-  const int64_t outputs = conv3x3::panels(s.outputs) * V * kLanes, a_thread = Space::bytes(s);
-  Buffer scratch(threads * a_thread + conv3x3::packed_bytes(s.inputs, s.outputs) + outputs * 4);
-  char* memory = scratch.take<char>(threads * a_thread);
+  const int64_t outputs = conv3x3::panels(s.outputs) * V * kLanes, per_thread = Space::bytes(s);
+  Buffer scratch(threads * per_thread + conv3x3::packed_bytes(s.inputs, s.outputs) + outputs * 4);
+  char* memory = scratch.take<char>(threads * per_thread);
   BFloat16* packed = scratch.take<BFloat16>(conv3x3::packed_bytes(s.inputs, s.outputs) / 2);
   float* bias = scratch.take<float>(outputs);
   const TensorView weight = call.transposed ? transposed(call.weight) : call.weight;
@@ -395,8 +399,8 @@ void forward(const Forward& call, int threads) {
   const int64_t blocks = s.batch * s.row_blocks;
   parallel_for(threads, threads, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread) {
-      const Space space(s, memory + thread * a_thread);
-      int64_t image = -1, next = 0;  // the rows before `next` of this image are in the ring
+      const Space space(s, memory + thread * per_thread);
+      int64_t image = -1, next = 0;  // the ring buffer holds the rows before `next` of this image
       for (int64_t i = blocks * thread / threads; i < blocks * (thread + 1) / threads; ++i) {
         Block b{i / s.row_blocks, 2 * (i % s.row_blocks * s.rows), 0, 0, 0};
         b.rows = least(s.rows, s.tile_rows - b.top / 2);
@@ -415,7 +419,7 @@ void forward(const Forward& call, int threads) {
 
 void conv3x3_forward(const Forward& call, int threads) {
   if (call.y.size[0] * call.y.size[1] * call.y.size[2] * call.y.size[3] == 0) return;
-  switch (conv3x3::panel_vectors(call.y.size[1])) {  // of 32 registers, 24 hold sums
+  switch (conv3x3::panel_vectors(call.y.size[1])) {  // 24 of 32 registers hold sums
     case 2:
       return forward<2, 12>(call, threads);
     case 3:

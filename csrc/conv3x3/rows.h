@@ -1,6 +1,6 @@
-// What the convolution and its weight's gradient share, above all rows of pixels as tiles are cut out of
-// them. Internal linkage throughout: compiled once an instruction set, for the one that has the dot product
-// of bfloat16.
+// Definitions that the convolution and the gradient of its weight share, above all the rows of pixels from
+// which tiles are cut. Everything has internal linkage, because it is compiled once per instruction set. Only
+// the set with the dot product of bfloat16 uses it.
 #pragma once
 
 #include <cstring>
@@ -29,7 +29,7 @@ struct Image {
   }
   BFloat16* at(int64_t image, int64_t y, int64_t x) const { return data + image * n + y * row + x * pixel; }
 
-  // One of `parts` parts of some pixels of a row.
+  // Prefetches one of `parts` parts of `count` pixels of a row.
   void prefetch(int64_t image, int64_t y, int64_t x, int64_t count, int64_t part, int64_t parts) const {
     if (data == nullptr) return;
     const int64_t elements = (count - 1) * pixel + channels;
@@ -54,7 +54,7 @@ void clear(BFloat16* to, int64_t count) {
   std::memset(static_cast<void*>(to), 0, static_cast<size_t>(count) * 2);
 }
 
-// `count`, a multiple of two vectors.
+// Replaces `count` values, a multiple of two vectors, by their SiLU.
 void silu(BFloat16* values, int64_t count) {
   for (int64_t i = 0; i < count; i += 2 * conv3x3::kLanes) {
     VecF z[2] = {VecF::load(values + i), VecF::load(values + i + conv3x3::kLanes)}, divisor[2];
@@ -63,7 +63,7 @@ void silu(BFloat16* values, int64_t count) {
   }
 }
 
-// The values of two vectors, lane by lane, side by side: what the dot product multiplies and adds.
+// Interleaves the lanes of two vectors. The dot product multiplies such pairs and adds the products.
 void store_pair(VecF first, VecF second, BFloat16* to) {
   const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second.v, first.v));
   const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7,
@@ -71,7 +71,7 @@ void store_pair(VecF first, VecF second, BFloat16* to) {
   _mm512_storeu_si512(to, _mm512_permutexvar_epi16(order, both));
 }
 
-// Rows of pixels with a border of zeros, and channels padded by zeros.
+// Rows of pixels with a border of zeros, whose channels are padded with zeros.
 struct Rows {
   int64_t height, width;  // without the border
   int64_t padded;         // channels
@@ -84,7 +84,7 @@ struct Rows {
         elements((2 * tile_columns + 2) * padded) {}
 };
 
-// One row, with a zero before it and zeros behind. Padding channels, which are zero, stay so.
+// Fills one row, with zeros before and after the pixels. Padding channels must be zero already.
 void fill_row(const Rows& s, const Image& x, bool activated, int64_t n, int64_t y, BFloat16* to) {
   if (y < 0 || y >= s.height) return clear(to, s.elements);
   clear(to, s.padded);

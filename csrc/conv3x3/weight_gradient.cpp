@@ -1,14 +1,15 @@
 // The gradient of a 3x3 convolution with respect to its weight, by the adjoint of F(2x2, 3x3) (cpu.cpp). With
 // d a tile's 4x4 inputs and e the gradient of its 2x2 outputs, the gradient of the kernel g is
 //   G^T [sum over the tiles of (A e A^T) * (B^T d B)] G
-// for each pair of channels: 16 products a tile instead of 36. The two factors are rounded to bfloat16, the
-// sums are float.
+// for each pair of channels, which takes 16 products per tile instead of 36. The two factors are rounded to
+// bfloat16; the sums are float.
 //
-// Tiles are transformed a chunk at a time, in pairs, because the dot product takes two values at once. A
-// thread then takes points of the transformed kernel and panels of input channels: all tiles in their order,
-// so that any number of threads gives the same bits.
+// Tiles are transformed in chunks, and within a chunk in pairs, because the dot product takes two values at
+// once. Each thread then computes sums for some points of the transformed kernel and panels of input
+// channels. It adds up all tiles in their order, so any number of threads gives the same bits.
 //
-// Compiled once an instruction set: only internal linkage and no library templates below.
+// This file is compiled once per instruction set, so everything below has internal linkage and uses no
+// library templates.
 #include <cstring>
 #include <stdexcept>
 
@@ -28,31 +29,32 @@ using conv3x3::WeightGradient;
 namespace {
 
 constexpr int64_t kLine = 2 * kLanes;  // bfloat16: a pair of tiles for each channel of a vector
-constexpr int64_t kDepth = 128;        // pairs of tiles whose panel of inputs stays in the first-level cache
+constexpr int64_t kDepth = 128;        // pairs of tiles whose panel of inputs fits in the first-level cache
 
 struct Plan {
-  int64_t pairs;                             // of tiles in a row of them
-  Rows x, grad;                              // of pixels
-  int64_t inputs, outputs, panels, vectors;  // a panel of input channels has so many vectors
-  int64_t tile_rows, all_rows;               // of tiles: an image's, and all images'
-  int64_t rows, depth;                       // of tiles a chunk, and pairs of tiles
-  int64_t point_x, point_grad, point_sums;   // from one point's values to the next one's
+  int64_t pairs;                            // pairs of tiles per row of tiles
+  Rows x, grad;                             // rows of pixels
+  int64_t inputs, outputs;                  // channels
+  int64_t panels, vectors;                  // panels of input channels, and vectors per panel
+  int64_t tile_rows, all_rows;              // rows of tiles of an image, and of all images
+  int64_t rows, depth;                      // rows of tiles per chunk, and pairs of tiles per chunk
+  int64_t point_x, point_grad, point_sums;  // distance between the values of two points
 
   explicit Plan(const WeightGradient& call)
       : pairs(ceil_div(call.x.size[3], 4)), x(call.x, 2 * pairs), grad(call.grad, 2 * pairs) {
     inputs = call.x.size[1], outputs = call.grad.size[1];
     panels = conv3x3::panels(inputs), vectors = conv3x3::panel_vectors(inputs);
     tile_rows = ceil_div(call.x.size[2], 2), all_rows = call.x.size[0] * tile_rows;
-    // about as much as the sums, or the third-level cache
+    // A chunk is about as large as the sums, or as the third-level cache.
     const int64_t wanted = most(kDepth, least(8 * kDepth, (int64_t{1} << 18) / (x.padded + grad.padded)));
     rows = most(1, least(all_rows, wanted / pairs)), depth = rows * pairs;
-    // an odd number of cache lines, so that the points do not compete for the same sets
+    // The distance is an odd number of cache lines, so that the points do not compete for the same sets.
     point_x = (panels * vectors * depth + 1) * kLine, point_grad = (grad.padded / kLanes * depth + 1) * kLine;
     point_sums = panels * vectors * kLanes * grad.padded;
   }
 };
 
-// B^T d B of a row of tiles, from four rows of pixels.
+// Computes B^T d B of a row of tiles from four rows of pixels.
 void transform_inputs(const Plan& p, const BFloat16* const* d, int64_t row, BFloat16* to) {
   for (int64_t c = 0; c < p.panels * p.vectors * kLanes; c += kLanes) {
     const int64_t panel = c / kLanes / p.vectors, vector = c / kLanes % p.vectors;
@@ -79,7 +81,7 @@ void transform_inputs(const Plan& p, const BFloat16* const* d, int64_t row, BFlo
   }
 }
 
-// A e A^T of a row of tiles, from two rows of pixels.
+// Computes A e A^T of a row of tiles from two rows of pixels.
 void transform_gradients(const Plan& p, const BFloat16* const* e, int64_t row, BFloat16* to) {
   const VecF zero = VecF::set(0);
   for (int64_t c = 0; c < p.grad.padded; c += kLanes) {
@@ -103,8 +105,8 @@ void transform_gradients(const Plan& p, const BFloat16* const* e, int64_t row, B
   }
 }
 
-// Adds (or, at the first chunk, writes) a chunk's products of one point with one panel: T output channels at
-// once, with V vectors of input channels.
+// Adds a chunk's products of one point with one panel to the sums, or for the first chunk writes them. It
+// processes T output channels at once, with V vectors of input channels.
 template <int V, int T>
 void multiply(const Plan& p, int64_t pairs, const BFloat16* x, const BFloat16* grad, bool add, float* sums) {
   for (int64_t start = 0; start < pairs; start += kDepth) {
@@ -134,13 +136,13 @@ void multiply(const Plan& p, int64_t pairs, const BFloat16* x, const BFloat16* g
   }
 }
 
-// A column of points times G.
+// Multiplies G^T by a column of points.
 void transform_sums(const VecF* m, int step, VecF* to, int to_step) {
   const VecF half = VecF::set(0.5f), sum = half * (m[step] + m[2 * step]);
   to[0] = m[0] + sum, to[to_step] = half * (m[step] - m[2 * step]), to[2 * to_step] = sum + m[3 * step];
 }
 
-// One output channel's taps: (9, panels of input channels).
+// Computes the taps of one output channel, (9, panels of input channels).
 void finish(const Plan& p, const float* sums, int64_t o, float* taps) {
   const int64_t width = p.vectors * kLanes;
   for (int64_t c = 0; c < p.panels * width; c += kLanes) {
@@ -157,15 +159,15 @@ template <int V, int T>
 void weight_gradient(const WeightGradient& call, int threads) {
   const Plan p(call);
   const Image x(call.x), grad(call.grad);
-  const int64_t width = p.panels * V * kLanes, a_thread = 4 * p.x.elements + 2 * p.grad.elements;
-  Buffer scratch((kPoints * (p.point_x + p.point_grad) + threads * a_thread) * 2 +
+  const int64_t width = p.panels * V * kLanes, per_thread = 4 * p.x.elements + 2 * p.grad.elements;
+  Buffer scratch((kPoints * (p.point_x + p.point_grad) + threads * per_thread) * 2 +
                  (kPoints * p.point_sums + threads * 9 * width) * 4);
   BFloat16* inputs = scratch.take<BFloat16>(kPoints * p.point_x);
   BFloat16* gradients = scratch.take<BFloat16>(kPoints * p.point_grad);
   float* sums = scratch.take<float>(kPoints * p.point_sums);
-  float* spaces = scratch.take<float>(threads * 9 * width);
-  BFloat16* pixels = scratch.take<BFloat16>(threads * a_thread);
-  clear(pixels, threads * a_thread);
+  float* buffers = scratch.take<float>(threads * 9 * width);
+  BFloat16* pixels = scratch.take<BFloat16>(threads * per_thread);
+  clear(pixels, threads * per_thread);
 
   for (int64_t begin = 0; begin < p.all_rows; begin += p.rows) {
     const int64_t rows = least(p.rows, p.all_rows - begin);
@@ -174,7 +176,7 @@ void weight_gradient(const WeightGradient& call, int threads) {
         for (int64_t r = rows * thread / threads; r < rows * (thread + 1) / threads; ++r) {
           const int64_t n = (begin + r) / p.tile_rows, y = 2 * ((begin + r) % p.tile_rows);
           BFloat16 *d[4], *e[2];
-          for (int i = 0; i < 4; ++i) d[i] = pixels + thread * a_thread + i * p.x.elements;
+          for (int i = 0; i < 4; ++i) d[i] = pixels + thread * per_thread + i * p.x.elements;
           for (int i = 0; i < 2; ++i) e[i] = d[0] + 4 * p.x.elements + i * p.grad.elements;
           for (int i = 0; i < 4; ++i) fill_row(p.x, x, false, n, y - 1 + i, d[i]);
           for (int i = 0; i < 2; ++i) fill_row(p.grad, grad, false, n, y + i, e[i]);
@@ -195,7 +197,7 @@ void weight_gradient(const WeightGradient& call, int threads) {
   const TensorView& w = call.weight;
   parallel_for(threads, threads, [&](int64_t from, int64_t to) {
     for (int64_t thread = from; thread < to; ++thread) {
-      float* taps = spaces + thread * 9 * width;
+      float* taps = buffers + thread * 9 * width;
       for (int64_t o = p.outputs * thread / threads; o < p.outputs * (thread + 1) / threads; ++o) {
         finish(p, sums, o, taps);
         for (int64_t k = 0; k < 9; ++k) {

@@ -36,4 +36,12 @@ struct Backward {
 };
 
 }  // namespace group_norm_silu
+
+// Only in a core with CUDA. `scratch` has group_norm_silu_scratch_bytes() bytes, aligned to 16 bytes.
+int64_t group_norm_silu_scratch_bytes(int64_t batch, int64_t channels, int64_t pixels, int64_t element_size);
+void group_norm_silu_forward_cuda(const group_norm_silu::Forward& call, void* scratch, int device,
+                                  void* stream);
+void group_norm_silu_backward_cuda(const group_norm_silu::Backward& call, void* scratch, int device,
+                                   void* stream);
+
 }  // namespace litevae

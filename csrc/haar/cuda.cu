@@ -1,10 +1,12 @@
-// Haar analysis and synthesis on a GPU: launches. plan.cuh says which, tile.cuh what a thread does.
+// Haar analysis and synthesis on a GPU: launches. plan.cuh decides what is launched, and tile.cuh has what a
+// thread does.
 //
 // Nothing here synchronises or allocates, so calls can be captured in a CUDA graph.
 #include <stdexcept>
 #include <string>
 
 #include "plan.cuh"
+#include "scratch.cuh"
 
 namespace litevae {
 namespace haar {
@@ -47,7 +49,8 @@ void run_on(const Transform& call, void* scratch, int device, void* stream) {
 }  // namespace
 }  // namespace haar
 
-// `scratch`: see run() in plan.cuh; null where three levels are enough.
+int64_t haar_scratch_bytes(const haar::Transform& call) { return haar::scratch_bytes(call); }
+
 void haar_analysis_cuda(const haar::Transform& call, void* scratch, int device, void* stream) {
   haar::run_on<true>(call, scratch, device, stream);
 }

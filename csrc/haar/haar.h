@@ -1,4 +1,4 @@
-// The two-dimensional Haar transform: what the CPU and the CUDA code share.
+// The two-dimensional Haar transform: definitions that the CPU and the CUDA code share.
 //
 // With pixels  a b  PyWavelets' coefficients are  LL=(a+b+c+d)/2  H=(a+b-c-d)/2
 //              c d                                V=(a-b+c-d)/2   D=(a-b-c+d)/2.
@@ -29,9 +29,9 @@ struct Quad {
   T ll, h, v, d;
 };
 
-// The butterfly; its own inverse and adjoint up to the factor. Rows are added before columns, as the vector
-// code does, so that every path gives the same bits. Internal linkage on the CPU: every instruction set must
-// keep its own copy.
+// The butterfly, which is its own inverse and adjoint up to the factor. Rows are added before columns, as in
+// the vector code, so that every path gives the same bits. It has internal linkage on the CPU, because every
+// instruction set must keep its own copy.
 template <class T>
 static LITEVAE_HD Quad<T> butterfly(T a, T b, T c, T d, T factor) {
   const T left = a + c, right = b + d, left_change = a - c, right_change = b - d;
@@ -39,7 +39,7 @@ static LITEVAE_HD Quad<T> butterfly(T a, T b, T c, T d, T factor) {
           (left_change - right_change) * factor};
 }
 
-// Which sample stands for the missing one behind an axis of odd length n; -1: a zero.
+// Returns the index of the sample that extends an axis of odd length n, or -1 for a zero.
 static LITEVAE_HD int64_t extension(int64_t n, Mode mode) {
   switch (mode) {
     case Mode::zero:
@@ -49,20 +49,20 @@ static LITEVAE_HD int64_t extension(int64_t n, Mode mode) {
     case Mode::periodic:
       return 0;
     default:
-      return n - 1;  // symmetric and constant both repeat the last sample
+      return n - 1;  // symmetric and constant modes both repeat the last sample
   }
 }
 
 static LITEVAE_HD int64_t half_up(int64_t n) { return (n + 1) / 2; }
 
-// One sub-band of one level (or the image): address and strides in elements. A null address is a band that
-// is not wanted (analysis) or is zero (synthesis).
+// One sub-band of one level, or the image: address, and strides in elements. If the address is null, analysis
+// does not write the band, and synthesis takes it as zero.
 struct Band {
   char* data;
   int64_t n, c, h, w;
 };
 
-// A whole call: image <-> bands[level - 1][LL, H, V, D].
+// A call, between the image and bands[level - 1][LL, H, V, D].
 struct Transform {
   int64_t batch, channels, height, width;
   int levels;
@@ -74,4 +74,10 @@ struct Transform {
 };
 
 }  // namespace haar
+
+// Only in a core with CUDA. `scratch` has haar_scratch_bytes(call) bytes; it may be null if that is 0.
+int64_t haar_scratch_bytes(const haar::Transform& call);  // needs the sizes, the levels and the dtypes only
+void haar_analysis_cuda(const haar::Transform& call, void* scratch, int device, void* stream);
+void haar_synthesis_cuda(const haar::Transform& call, void* scratch, int device, void* stream);
+
 }  // namespace litevae

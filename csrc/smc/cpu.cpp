@@ -1,11 +1,12 @@
-// Weight modulation on the CPU: one pass over the weight in either direction, a filter at a time, which stays
-// in the first-level cache between its sum and its use.
+// Weight modulation on the CPU. Forward and backward make one pass over the weight each. They process one
+// filter at a time, which stays in the first-level cache between the computation of its norm and its use.
 //
-// A filter is worked on in the weight's own order, as runs of adjacent values that have the same row of
-// scales: a run for each tap where the channels are innermost, and one run, whose scales are repeated for the
-// taps of a channel, where the taps are. What comes or goes in another order is transposed in vectors.
+// A filter is processed in the weight's own order, as runs of adjacent values that share one row of scales.
+// If the channels are innermost, there is a run per tap. If the taps are innermost, the filter is one run,
+// and the scales are repeated for the taps of a channel. Filters in another order are transposed in vectors.
 //
-// Compiled once an instruction set: only internal linkage and no library templates below.
+// This file is compiled once per instruction set, so everything below has internal linkage and uses no
+// library templates.
 #include <math.h>
 
 #include <new>
@@ -23,10 +24,14 @@ using smc::Inputs;
 
 namespace {
 
-constexpr int64_t kFiltersAPart = 16;  // whose contributions to the scales' gradients are added up together
-constexpr int64_t kElementsForThreads = 1 << 15;  // a thread's start costs more than less work
-constexpr int kTaps = 9;                          // of the filters that are transposed in vectors: 3 x 3
-constexpr int64_t kElementsASum = 1024;           // in the arithmetic's type; double from there on
+// Filters of a part, whose contributions to the scales' gradients are added up together.
+constexpr int64_t kFiltersPerPart = 16;
+// Below this number of elements, starting threads costs more time than it saves.
+constexpr int64_t kElementsForThreads = 1 << 15;
+// Only filters of 3 x 3 taps are transposed in vectors.
+constexpr int kTaps = 9;
+// Elements that are added up in the type of the arithmetic. Their sums are added up in double.
+constexpr int64_t kElementsPerSum = 1024;
 
 template <class T>
 void load_vector(const TensorView& t, T* to) {
@@ -47,8 +52,10 @@ struct Order {
 struct Sizes {
   int64_t filters, inputs, width, taps, values, groups;
   double gain;
-  Order by_channel, order;  // taps innermost; the weight's own, or channels innermost
-  int64_t length, copies;   // of a run, and of each scale in it
+  Order by_channel;  // taps innermost
+  Order order;       // of the arithmetic: by_channel if that is the weight's own, else channels innermost
+  int64_t length;    // of a run
+  int64_t copies;    // of each scale in a run
 
   explicit Sizes(const Inputs& in)
       : filters(in.weight.size[0]),
@@ -67,7 +74,7 @@ struct Sizes {
     order = ordered(in.weight, 1, width * inputs, inputs);
     length = inputs, copies = 1;
   }
-  // Dimensions of one element have any stride: here, that of `by_channel`.
+  // The stride of a dimension of one element is arbitrary. It becomes that of `by_channel`.
   Order ordered(const TensorView& t, int64_t channel, int64_t row, int64_t column) const {
     return {t.size[1] == 1 ? taps : channel, t.size[2] == 1 ? width : row, t.size[3] == 1 ? 1 : column};
   }
@@ -75,7 +82,7 @@ struct Sizes {
   int64_t group(int64_t filter) const { return filter / (filters / groups); }
 };
 
-// A filter that is needed next: asked for, if it is dense, while the one before is written.
+// Prefetches the next filter, if it is dense, while the current one is being written.
 struct Ahead {
   const char* data;
   int64_t bytes;
@@ -85,7 +92,7 @@ struct Ahead {
   void fetch(int64_t value) const { __builtin_prefetch(data + value * bytes); }
 };
 
-// f(pointer of the tensor's type to one of its filters); doubles come with arithmetic in double only
+// Calls f with a pointer of the tensor's type to one of its filters. Only arithmetic in double sees doubles.
 template <class T, class F>
 void with_filter(const TensorView& t, int64_t filter, const F& f) {
   const int64_t offset = filter * t.stride[0];
@@ -102,7 +109,7 @@ void with_filter(const TensorView& t, int64_t filter, const F& f) {
   }
 }
 
-// The first `count` lanes of a vector; all of them where that is known from the start.
+// The first `count` lanes of a vector; `Whole` says at compile time that these are all of them.
 template <bool Whole>
 struct Lanes {
   int count;
@@ -116,7 +123,7 @@ struct Lanes {
   }
 };
 
-// f(first, lanes) for each vector of `count` elements
+// Calls f(first element, lanes) for each vector of `count` elements.
 template <class V, class F>
 void for_vectors(int64_t count, const F& f) {
   int64_t i = 0;
@@ -132,12 +139,12 @@ void copy_run(const A* from, B* to, int64_t count) {
 
 #if defined(LITEVAE_SIMD)
 // Transposes (2 width, kTaps) values to (kTaps, 2 width), or back, in registers; load(j) and store(j, vector)
-// are of the j-th vector. Place kTaps i + k becomes 2 width k + i, which is 2 width times as much, modulo the
-// number of values less one; and the perfect shuffle of the halves doubles each place, modulo the same.
+// access the j-th vector. Position kTaps i + k becomes 2 width k + i, which is 2 width times the old position
+// modulo (number of values - 1). A perfect shuffle of the two halves doubles each position, modulo the same.
 template <bool Back, int Times, class Load, class Store>
 void transpose(const Load& load, const Store& store) {
   if constexpr (Times == 1) {
-#pragma GCC unroll 18  // or the vectors go by way of memory
+#pragma GCC unroll 18  // otherwise the vectors go through memory
     for (int j = 0; j < 2 * kTaps; ++j) store(j, load(j));
   } else {
     VecF v[2 * kTaps];
@@ -150,7 +157,7 @@ void transpose(const Load& load, const Store& store) {
 }
 #endif
 
-// From any order and type to any other, by way of V's type.
+// Copies a filter from any order and type to any other, converting through V's type.
 template <class V, class A, class B>
 void copy_filter(const Sizes& s, const A* from, Order in, B* to, Order out) {
   const auto source = [&](int64_t k) { return from + k / s.width * in.row + k % s.width * in.column; };
@@ -160,7 +167,7 @@ void copy_filter(const Sizes& s, const A* from, Order in, B* to, Order out) {
     for (int64_t k = 0; k < s.taps; ++k) copy_run<V>(source(k), target(k), s.inputs);
     return;
   }
-  int64_t done = 0;  // channels
+  int64_t done = 0;  // channels that are copied already
 #if defined(LITEVAE_SIMD)
   if constexpr (sizeof(typename V::Scalar) == sizeof(float)) {
     constexpr int W = VecF::width;
@@ -182,34 +189,38 @@ void copy_filter(const Sizes& s, const A* from, Order in, B* to, Order out) {
       put(static_cast<typename V::Scalar>(to_float(source(k)[i * in.channel])), target(k)[i * out.channel]);
 }
 
-// A filter in the order and type of the arithmetic: where it stands, or else in `room`.
+// Returns a filter in the order and type of the arithmetic: in place if possible, else as a copy in `buffer`.
 template <class V>
 const typename V::Scalar* load_filter(const Sizes& s, const TensorView& t, int64_t filter,
-                                      typename V::Scalar* room) {
+                                      typename V::Scalar* buffer) {
   using T = typename V::Scalar;
   if (t.dtype == dtype_of<T>() && s.order_of(t) == s.order)
     return static_cast<const T*>(t.data) + filter * t.stride[0];
-  with_filter<T>(t, filter, [&](const auto* from) { copy_filter<V>(s, from, s.order_of(t), room, s.order); });
-  return room;
+  with_filter<T>(t, filter,
+                 [&](const auto* from) { copy_filter<V>(s, from, s.order_of(t), buffer, s.order); });
+  return buffer;
 }
 
-// fill(where) writes a filter in the order of the arithmetic, there or in `room`.
+// Calls fill(target) to write a filter in the order of the arithmetic: in place if possible, else in
+// `buffer`, from which it is copied.
 template <class V, class Fill>
-void store_filter(const Sizes& s, const TensorView& t, int64_t filter, typename V::Scalar* room,
+void store_filter(const Sizes& s, const TensorView& t, int64_t filter, typename V::Scalar* buffer,
                   const Fill& fill) {
-  const bool there = s.order_of(t) == s.order;
-  if (!there) fill(room);
-  with_filter<typename V::Scalar>(
-      t, filter, [&](auto* to) { there ? fill(to) : copy_filter<V>(s, room, s.order, to, s.order_of(t)); });
+  const bool in_place = s.order_of(t) == s.order;
+  if (!in_place) fill(buffer);
+  with_filter<typename V::Scalar>(t, filter, [&](auto* to) {
+    in_place ? fill(to) : copy_filter<V>(s, buffer, s.order, to, s.order_of(t));
+  });
 }
 
-// The sum over a filter's vectors: add(sum so far, first value, its scale, lanes). The order is fixed.
+// Returns a sum over a filter's vectors, in a fixed order, with add(sum so far, index of the first value,
+// index of its scale, lanes).
 template <class V, class Add>
 double sum_filter(const Sizes& s, const Add& add) {
   double total[V::width] = {};
   for (int64_t run = 0; run < s.values; run += s.length)
-    for (int64_t first = 0; first < s.length; first += kElementsASum) {
-      const int64_t left = s.length - first, count = left < kElementsASum ? left : kElementsASum;
+    for (int64_t first = 0; first < s.length; first += kElementsPerSum) {
+      const int64_t left = s.length - first, count = left < kElementsPerSum ? left : kElementsPerSum;
       V sum[4] = {V::set(0), V::set(0), V::set(0), V::set(0)};
       int64_t i = first;
       for (; i + 4 * V::width <= first + count; i += 4 * V::width)
@@ -226,31 +237,31 @@ double sum_filter(const Sizes& s, const Add& add) {
   return sum;
 }
 
-// The scales of a run, of the filter's group.
+// Returns the scales of a run, for the filter's group.
 template <class T>
-const T* scales_of(const Sizes& s, int64_t filter, const T* scale, T* room) {
+const T* scales_of(const Sizes& s, int64_t filter, const T* scale, T* buffer) {
   scale += s.group(filter) * s.inputs;
   if (s.copies == 1) return scale;
   for (int64_t i = 0; i < s.inputs; ++i)
-    for (int64_t k = 0; k < s.copies; ++k) room[i * s.copies + k] = scale[i];
-  return room;
+    for (int64_t k = 0; k < s.copies; ++k) buffer[i * s.copies + k] = scale[i];
+  return buffer;
 }
 
-// body(part, first filter, last filter, scratch of `rooms` filters) for parts of a fixed size on several
-// threads.
+// Calls body(part, first filter, end of filters, scratch memory for `buffers` filters) for parts of a fixed
+// size, on several threads.
 template <class V, class Body>
-void for_parts(const Sizes& s, int threads, int rooms, const Body& body) {
+void for_parts(const Sizes& s, int threads, int buffers, const Body& body) {
   using T = typename V::Scalar;
   if (s.filters * s.values < kElementsForThreads) threads = 1;
-  const int64_t parts = ceil_div(s.filters, kFiltersAPart);
-  const int64_t a_thread = ceil_div(rooms * s.values, 16) * 16;  // whole cache lines
-  Buffer scratch(threads * a_thread * static_cast<int64_t>(sizeof(T)));
-  T* memory = scratch.take<T>(threads * a_thread);
+  const int64_t parts = ceil_div(s.filters, kFiltersPerPart);
+  const int64_t per_thread = ceil_div(buffers * s.values, 16) * 16;  // in whole cache lines
+  Buffer scratch(threads * per_thread * static_cast<int64_t>(sizeof(T)));
+  T* memory = scratch.take<T>(threads * per_thread);
   parallel_for(threads, threads, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread)
       for (int64_t part = parts * thread / threads; part < parts * (thread + 1) / threads; ++part)
-        body(part, part * kFiltersAPart, least(s.filters, (part + 1) * kFiltersAPart),
-             memory + thread * a_thread);
+        body(part, part * kFiltersPerPart, least(s.filters, (part + 1) * kFiltersPerPart),
+             memory + thread * per_thread);
   });
 }
 
@@ -262,11 +273,11 @@ void forward(const Forward& call, int threads) {
   T *scale = memory.take<T>(s.groups * s.inputs), *norm = memory.take<T>(s.filters);
   load_vector(call.in.scale, scale);
   for_parts<V>(s, threads, 3, [&](int64_t, int64_t first, int64_t last, T* scratch) {
-    T *room = scratch, *result = room + s.values, *repeated = result + s.values;
+    T *buffer = scratch, *result = buffer + s.values, *repeated = result + s.values;
     const T* scales = nullptr;
     for (int64_t o = first; o < last; ++o) {
       if (o == first || s.group(o) != s.group(o - 1)) scales = scales_of(s, o, scale, repeated);
-      const T* w = load_filter<V>(s, call.in.weight, o, room);
+      const T* w = load_filter<V>(s, call.in.weight, o, buffer);
       const double n = ::sqrt(sum_filter<V>(s, [&](V sum, int64_t i, int64_t j, auto lanes) {
         const V v = lanes.template load<V>(w + i) * lanes.template load<V>(scales + j);
         return multiply_add(v, v, sum);
@@ -287,12 +298,12 @@ void forward(const Forward& call, int threads) {
   store_vector(norm, call.in.norm);
 }
 
-// With v = scale w, d = norm + eps and D = sum g v: dv = gain (g / d - v D / (norm d^2)).
+// With v = scale w, d = norm + eps and D = sum g v, the gradient of v is gain (g / d - v D / (norm d^2)).
 template <class V>
 void backward(const Backward& call, int threads) {
   using T = typename V::Scalar;
   const Sizes s(call.in);
-  const int64_t parts = ceil_div(s.filters, kFiltersAPart), channels = s.groups * s.inputs;
+  const int64_t parts = ceil_div(s.filters, kFiltersPerPart), channels = s.groups * s.inputs;
   Buffer memory((parts * channels + s.filters) * static_cast<int64_t>(sizeof(double)) +
                 (channels + s.filters) * static_cast<int64_t>(sizeof(T)));
   double *partial = memory.take<double>(parts * channels), *gain = memory.take<double>(s.filters);
@@ -300,16 +311,16 @@ void backward(const Backward& call, int threads) {
   load_vector(call.in.scale, scale);
   load_vector(call.in.norm, norm);
   for_parts<V>(s, threads, 5, [&](int64_t part, int64_t first, int64_t last, T* scratch) {
-    T *w_room = scratch, *g_room = w_room + s.values, *result = g_room + s.values;
+    T *w_buffer = scratch, *g_buffer = w_buffer + s.values, *result = g_buffer + s.values;
     T *repeated = result + s.values, *products = repeated + s.values;
     const T* scales = nullptr;
-    double* of_scale = partial + part * channels;
-    for (int64_t i = 0; i < channels; ++i) of_scale[i] = 0;
-    int64_t added = 0;  // filters in `products`
+    double* scale_sums = partial + part * channels;
+    for (int64_t i = 0; i < channels; ++i) scale_sums[i] = 0;
+    int64_t added = 0;  // filters whose products are in `products`
     for (int64_t o = first; o < last; ++o) {
       if (o == first || s.group(o) != s.group(o - 1)) scales = scales_of(s, o, scale, repeated);
-      const T* w = load_filter<V>(s, call.in.weight, o, w_room);
-      const T* g = load_filter<V>(s, call.grad, o, g_room);
+      const T* w = load_filter<V>(s, call.in.weight, o, w_buffer);
+      const T* g = load_filter<V>(s, call.grad, o, g_buffer);
       const double along = sum_filter<V>(s, [&](V sum, int64_t i, int64_t j, auto lanes) {
         const V v = lanes.template load<V>(w + i) * lanes.template load<V>(scales + j);
         return multiply_add(lanes.template load<V>(g + i), v, sum);
@@ -331,10 +342,10 @@ void backward(const Backward& call, int threads) {
             lanes.store(dv * factor, to + run + j);
           });
       });
-      // as many filters as add up a channel's taps in this type, and double from there on
+      // As many filters as a channel has taps are added up in this type; their sums are added up in double.
       if (++added < s.copies && o + 1 < last && s.group(o) == s.group(o + 1)) continue;
       added = 0;
-      double* sums = of_scale + s.group(o) * s.inputs;
+      double* sums = scale_sums + s.group(o) * s.inputs;
       for (int64_t i = 0; s.copies == 1 && i < s.inputs; ++i) sums[i] += static_cast<double>(products[i]);
       for (int64_t i = 0; s.copies != 1 && i < s.inputs; ++i) {
         double sum = 0;

@@ -1,5 +1,6 @@
-// Weight modulation on a GPU: a block for each filter, which reads it once and keeps it in shared memory, in
-// the order (channel, tap), until its norm is known. Filters that are too large for that are read again.
+// Weight modulation on a GPU. A block serves one filter, which it reads once and keeps in shared memory, in
+// the order (channel, tap), until the norm is known. Filters that do not fit into shared memory are read
+// again.
 #pragma once
 
 #include <initializer_list>
@@ -11,11 +12,11 @@ namespace litevae {
 namespace smc {
 
 constexpr int kThreads = 256;
-constexpr int kColumns = 8;  // channels of a block of Gather
+constexpr int kColumns = 8;  // channels per block of Gather
 
 namespace {
 
-// Called, not inlined: these rarely run, and are long.
+// Not inlined, because these functions are long and rarely run.
 struct Division {
   int64_t quotient, remainder;
 };
@@ -28,11 +29,11 @@ LITEVAE_DEVICE_CALL T load_far(const char* at, DType dtype) {
   return load_one<T>(at, dtype);
 }
 
-// Division by a number that is known at launch.
+// Division by a number that is known at the launch.
 struct Divider {
-  uint32_t by, magic;  // magic 0: plain division
+  uint32_t by, magic;  // if `magic` is 0, the division is a plain one
 
-  // For dividends below `limit`.
+  // Returns a divider for dividends below `limit`.
   static Divider of(int64_t by, int64_t limit) {
     const bool fits = by > 1 && limit <= (int64_t{1} << 32) / by;
     return {static_cast<uint32_t>(by), fits ? static_cast<uint32_t>((int64_t{1} << 32) / by + 1) : 0};
@@ -51,6 +52,14 @@ struct Divider {
   }
 };
 
+// Scratch memory of the backward pass, in elements of the norm's type: for each filter its part of the
+// gradient of each of its channels' scales, then for each filter its part of the gradient of the gain.
+LITEVAE_CONSTEXPR int64_t gain_parts(int64_t filters, int64_t channels) { return filters * channels; }
+inline int64_t scratch_bytes(const TensorView& weight, const TensorView& norm) {
+  const int64_t filters = weight.size[0], channels = weight.size[1];
+  return (gain_parts(filters, channels) + filters) * element_size(norm.dtype);
+}
+
 // One launch.
 struct Pass {
   int64_t blocks;
@@ -60,12 +69,14 @@ struct Pass {
   Strided modulated;                                 // forward
   Strided grad, grad_weight, grad_scale, grad_gain;  // backward
   double eps;
-  int64_t filters, group_filters, channels, all_channels, taps;  // channels: of a filter
-  int64_t width;  // of a filter; 0: taps are evenly spaced in all tensors
+  int64_t filters, group_filters;  // of all groups, and of one
+  int64_t channels, all_channels;  // of a filter, and of all groups
+  int64_t taps;
+  int64_t width;  // of a filter, or 0 if the taps are evenly spaced in all tensors
   Divider by_channels, by_taps;
-  int row;      // taps in shared memory: an odd number, so that neighbouring channels lie in different banks
-  bool staged;  // filters fit into shared memory
-  void* scratch;  // backward: each filter's part of the gradient of its channels' scales, then of the gain
+  int row;  // stride of channels in shared memory: odd, so that neighbouring channels lie in different banks
+  bool staged;    // whether filters fit into shared memory
+  void* scratch;  // of the backward pass
 };
 
 LITEVAE_DEVICE int64_t place(const Pass& p, const Strided& t, int64_t i, int64_t k) {
@@ -74,7 +85,7 @@ LITEVAE_DEVICE int64_t place(const Pass& p, const Strided& t, int64_t i, int64_t
   return i * t.c + tap.quotient * t.h + tap.remainder * t.w;
 }
 
-// Element e of a filter in the order of memory, as channel i and tap k.
+// Finds channel i and tap k of a filter's element e, which counts in the order of memory.
 LITEVAE_DEVICE void locate(const Pass& p, const Strided& t, int64_t e, int64_t& i, int64_t& k) {
   if (t.c < t.w)
     i = p.by_channels.take(e), k = e;
@@ -82,11 +93,11 @@ LITEVAE_DEVICE void locate(const Pass& p, const Strided& t, int64_t e, int64_t& 
     k = p.by_taps.take(e), i = e;
 }
 
-// Which type it is only run time tells.
+// A type that is known at run time only.
 struct AnyType {};
 
-// Calls body with a number of the stored type of a weight or a gradient. Float64 among them, for which T is
-// double, is for checking derivatives: slower, and less to compile.
+// Calls body with a number of the stored type of a weight or a gradient. If T is double, the type is AnyType:
+// float64 serves to check derivatives, so it may be slower, and there is less to compile.
 template <class T, class Body>
 LITEVAE_DEVICE void with_type(DType dtype, const Body& body) {
   if constexpr (sizeof(T) == 8)
@@ -119,7 +130,7 @@ LITEVAE_DEVICE void store_stored(char* at, DType dtype, T value) {
     store_vector<S>(at, run);
 }
 
-// use(i, k, value) for a thread's elements of filter o; several loads on their way at once.
+// Calls use(i, k, value) for a thread's elements of filter o, with several loads in flight.
 template <class T, class Use>
 LITEVAE_DEVICE void read(const Pass& p, const Block& block, const Strided& t, int64_t o, int thread,
                          const Use& use) {
@@ -161,7 +172,7 @@ LITEVAE_DEVICE void write(const Pass& p, const Block& block, const Strided& t, i
   });
 }
 
-// A filter, its scales and for the backward pass its gradient, in shared memory or where they came from.
+// A filter, its scales and, in the backward pass, its gradient, either in shared memory or in the tensors.
 template <class T>
 struct Filter {
   const Pass& p;
@@ -172,7 +183,7 @@ struct Filter {
     int64_t group = o;
     take(group, p.group_filters);
     first_channel = group * p.channels;
-    scales = static_cast<T*>(block.more);
+    scales = static_cast<T*>(block.dynamic_shared);
     weights = scales + p.channels, grads = weights + p.channels * p.row;
   }
 
@@ -231,7 +242,7 @@ struct Modulate {
   }
 };
 
-// With v = scale w, d = norm + eps: dL/dv = gain (g / d - v (sum g v) / (norm d^2)).
+// With v = scale w and d = norm + eps, the gradient of v is gain (g / d - v (sum g v) / (norm d^2)).
 template <class T>
 struct ModulateBackward {
   static constexpr int kMaxThreads = kThreads, kMinBlocks = 2;
@@ -262,7 +273,7 @@ struct ModulateBackward {
     block.each([&](int thread) {
       const T norm = load_one<T>(p.norm.data + o * p.norm.c, p.norm.dtype), d = norm + static_cast<T>(p.eps);
       const T along = shared.sums[0] / d, gain = filter.gain();
-      // Divided one by one: the product of the three may be too small for a number.
+      // One division after another, because the product of the three divisors may underflow.
       const T across = gain / d, back = norm > 0 ? gain * along / d / norm : T(0);
       const auto gradient = [&](int64_t i, int64_t k) {
         return across * filter.grad(i, k) - back * (filter.scale(i) * filter.weight(i, k));
@@ -275,12 +286,12 @@ struct ModulateBackward {
         for (int64_t k = 0; k < p.taps; ++k) sum += filter.weight(i, k) * gradient(i, k);
         parts[o * p.channels + i] = sum;
       }
-      if (thread == 0) parts[p.filters * p.channels + o] = along;
+      if (thread == 0) parts[gain_parts(p.filters, p.channels) + o] = along;
     });
   }
 };
 
-// Adds up the filters' parts: a block for a few channels, and the last one for the gain.
+// Adds up the filters' parts. A block serves kColumns channels; one more block serves the gain.
 template <class T>
 struct Gather {
   static constexpr int kMaxThreads = kThreads, kMinBlocks = 1;
@@ -294,7 +305,7 @@ struct Gather {
     const Table table = Table::of(block, of_gain ? 1 : kColumns);
     block.each([&](int thread) {
       int64_t channel = index * kColumns + table.column(thread), first = 0, count = p.filters, step = 1;
-      const T* from = parts + p.filters * p.channels;
+      const T* from = parts + gain_parts(p.filters, p.channels);
       if (!of_gain) {
         int64_t group = channel < p.all_channels ? channel : 0;
         from = parts + take(group, p.channels);
@@ -318,8 +329,7 @@ struct Gather {
   }
 };
 
-// --- Launches. Plain host code; `launch` decides what running a kernel means, so that tests can do it on the
-// CPU.
+// --- Launches: plain host code. `launch` runs a kernel, on a GPU or, in the tests, on the CPU.
 
 // Returns how many bytes of shared memory a block needs for `copies` of a filter.
 template <class T>
@@ -331,16 +341,17 @@ int prepare(Pass& p, const Inputs& in, std::initializer_list<Strided*> tensors, 
   p.taps = height * width;
   for (Strided* t : tensors) {
     if (!flatten(*t, height, width)) p.width = width;
-    if (p.taps == 1) t->w = t->c + 1;  // one tap's stride means nothing: take the channels in a row
+    // The stride of a single tap is arbitrary. This one makes the channels innermost.
+    if (p.taps == 1) t->w = t->c + 1;
   }
   p.by_channels = Divider::of(p.channels, p.channels * p.taps);
   p.by_taps = Divider::of(p.taps, p.channels * p.taps);
   p.blocks = p.filters, p.threads = kThreads;
 
-  constexpr int64_t kMostShared =
-      92 * 1024;  // which every GPU since sm_80 has, with what a block needs beside
+  // Every GPU since sm_80 has this much, in addition to Body::Shared.
+  constexpr int64_t kMaxSharedBytes = 92 * 1024;
   const int64_t bytes = p.channels * (1 + copies * (p.taps | 1)) * static_cast<int64_t>(sizeof(T));
-  p.staged = bytes <= kMostShared;
+  p.staged = bytes <= kMaxSharedBytes;
   p.row = static_cast<int>(p.taps | 1);
   return p.staged ? static_cast<int>(bytes) : 0;
 }
@@ -371,7 +382,7 @@ void run(const Forward& call, const Launch& launch) {
   call.in.norm.dtype == DType::f64 ? run_in<double>(call, launch) : run_in<float>(call, launch);
 }
 
-// `scratch`: of the norm's type, an element for each channel of each filter and one for each filter.
+// `scratch` has scratch_bytes(weight, norm) bytes.
 template <class Launch>
 void run(const Backward& call, void* scratch, const Launch& launch) {
   call.in.norm.dtype == DType::f64 ? run_in<double>(call, scratch, launch)

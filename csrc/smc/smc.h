@@ -1,5 +1,6 @@
-// The weight of a self-modulated convolution (Equation 3) as the core sees it:
-// w'[o,i,k] = gain scale[i] w[o,i,k] / (norm[o] + eps), norm[o] = sqrt(sum_{i,k} (scale[i] w[o,i,k])^2).
+// The weight of a self-modulated convolution (Equation 3) and its gradient, as the core's functions take
+// them: w'[o,i,k] = gain scale[i] w[o,i,k] / (norm[o] + eps), norm[o] = sqrt(sum_{i,k} (scale[i]
+// w[o,i,k])^2).
 #pragma once
 
 #include <cstdint>
@@ -9,12 +10,12 @@
 namespace litevae {
 namespace smc {
 
-// A tensor that is not there has no data.
+// A missing tensor has no data.
 struct Inputs {
   TensorView weight;  // (O, I, K_h, K_w)
-  TensorView scale;   // (1, groups I, 1, 1); filter o sees channels from o / (O / groups) * I on
+  TensorView scale;   // (1, groups I, 1, 1); the first channel of filter o is o / (O / groups) * I
   TensorView gain;    // (1, 1, 1, 1)
-  TensorView norm;    // (1, O, 1, 1), f64 or f32: the type of the arithmetic
+  TensorView norm;    // (1, O, 1, 1), f64 or f32, the type of the arithmetic
   double eps;
 
   int64_t groups() const { return scale.size[1] / weight.size[1]; }
@@ -32,4 +33,10 @@ struct Backward {
 };
 
 }  // namespace smc
+
+// Only in a core with CUDA. `scratch` has modulate_weight_scratch_bytes(weight, norm) bytes.
+int64_t modulate_weight_scratch_bytes(const TensorView& weight, const TensorView& norm);
+void modulate_weight_forward_cuda(const smc::Forward& call, int device, void* stream);
+void modulate_weight_backward_cuda(const smc::Backward& call, void* scratch, int device, void* stream);
+
 }  // namespace litevae

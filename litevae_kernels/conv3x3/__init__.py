@@ -1,22 +1,23 @@
-"""The 3x3 convolution of ResBlocks, with the residual added and SiLU applied on the way.
+"""The 3x3 convolution of ResBlocks, which also applies SiLU to its input and adds the residual.
 
-Stride 1, one pixel of zero padding. On a CPU with AVX512-BF16 (and without AMX, which PyTorch's own convolution uses),
-bfloat16 calls are served by kernels that need 16 multiplications where a direct convolution needs 36 (Winograd's
-F(2x2, 3x3), Lavin and Gray 2016), for the result and for both gradients. They round both transformed factors to
-bfloat16, beside the result, which makes the error about 2.5 times a direct bfloat16 convolution's; sums of four values
-must not overflow, and a NaN or an infinity reaches the whole 2x2 tiles of results that it has a part in. Derivatives
-of higher order are PyTorch's; there are no forward-mode ones, and no `torch.func` transforms.
+The stride is 1 and the padding one pixel of zeros. On a CPU with AVX512-BF16 (and without AMX, which PyTorch's own
+convolution uses), kernels of the compiled core serve bfloat16 calls. For the result and for both gradients they need 16
+multiplications where a direct convolution needs 36 (Winograd's F(2x2, 3x3), Lavin and Gray 2016). They round both
+transformed factors to bfloat16, in addition to the result, which makes the error about 2.5 times that of a direct
+bfloat16 convolution. Sums of four values must not overflow, and a NaN or an infinity spreads to every 2x2 tile of
+results that depends on it. Derivatives of higher order are computed by PyTorch. Forward-mode derivatives and the
+transforms of `torch.func` are not supported.
 
-All other calls are served by PyTorch's convolution: other devices and dtypes, narrow layers, small images, channels
-that are not innermost in memory, `torch.export`, and all of them under ``use_backend("reference")``. There is no Triton
-kernel: where Triton is forced and does not serve the CPU, a call that the kernels would have served raises.
+PyTorch's convolution serves all other calls: other devices and dtypes, narrow layers, small images, channels that are
+not innermost in memory, `torch.export`, and every call under ``use_backend("reference")``. There is no Triton kernel:
+if Triton is forced and does not serve the CPU, a call that the kernels would have served raises an error.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from litevae_kernels.backend import choose, core
+from litevae_kernels.backend import choose, core, forced_backend
 from litevae_kernels.conv3x3 import op, reference
 from litevae_kernels.tensors import check_residual, check_tensor
 
@@ -25,13 +26,16 @@ def _why_not() -> str | None:
     if core is None:
         return "the compiled core did not load"
     if core.has_amx_bf16():
-        return "this CPU has AMX, with which PyTorch's convolution is faster"
-    return None if core.isa() == "avx512bf16" else f"it needs AVX512-BF16, and this CPU runs {core.isa()}"
+        return "PyTorch's convolution is faster on this CPU, which has AMX"
+    if core.isa() != "avx512bf16":
+        return f"the kernels need AVX512-BF16, and this CPU runs {core.isa()}"
+    return None
 
 
-WHY_NOT = _why_not()  # the kernel serves no call on this machine; None if it serves some
-# Below either, PyTorch's convolution is faster: the kernel pads channels to as many, and transforms all weights
-# whatever the image's size. Not the batch's: an image's result does not depend on those beside it.
+WHY_NOT = _why_not()  # Why the kernels serve no call on this machine; None if they serve some.
+# PyTorch's convolution is faster below either limit: the kernels pad the channels to this number, and transform all
+# weights whatever the size of the image. The limit is per image, not per batch, so that an image's result does not
+# depend on the other images of the batch.
 LEAST_CHANNELS = 32
 LEAST_PIXELS = 128
 
@@ -44,22 +48,23 @@ def conv3x3(
     residual: Tensor | None = None,
     silu_input: bool = False,
 ) -> Tensor:
-    """``conv2d(x, weight, bias, padding=1) + residual``, or that of ``silu(x)``.
+    """Returns ``conv2d(x, weight, bias, padding=1) + residual``, with ``silu(x)`` for ``x`` if `silu_input`.
 
     Args:
-        x: (N, C_in, H, W); channels_last is the fastest.
+        x: (N, C_in, H, W); the memory format channels_last is the fastest.
         weight: (C_out, C_in, 3, 3).
         bias: (C_out); default: none.
         residual: (N, C_out, H, W), added to the result; default: none.
-        silu_input: convolve silu(x), the order of LiteVAE's ResBlocks.
+        silu_input: whether to convolve silu(x), the order of LiteVAE's ResBlocks.
 
     Returns:
-        (N, C_out, H, W) in x's dtype, or autocast's where that is on.
+        (N, C_out, H, W) in x's dtype, or under autocast in that of autocast.
 
     Raises:
         TypeError: a tensor is not float32, float64, float16 or bfloat16.
-        ValueError: x is not 4-D, weight not (C_out, C_in, 3, 3) for x's C_in, or bias or residual of another shape.
-        RuntimeError: what `torch.nn.functional.conv2d` raises, such as for a weight of another dtype.
+        ValueError: x is not 4-D, weight is not (C_out, C_in, 3, 3) for x's C_in, or bias or residual has another
+            shape.
+        RuntimeError: `torch.nn.functional.conv2d` raises it, for example for a weight of another dtype.
     """
     check_tensor(x, "x")
     check_tensor(weight, "weight")
@@ -79,7 +84,7 @@ def conv3x3(
         check_residual(residual, (batch, outputs, height, width))
     if _is_fused(x, weight, bias, residual):
         if torch.is_grad_enabled():
-            x = x.to(torch.bfloat16)  # what is kept for the backward pass
+            x = x.to(torch.bfloat16)  # The backward pass keeps this tensor.
             if silu_input and (x.requires_grad or weight.requires_grad):
                 x, silu_input = F.silu(x), False
         return op.conv3x3(x, weight, bias, residual, silu_input)
@@ -87,13 +92,13 @@ def conv3x3(
 
 
 def _is_fused(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
-    """Whether the kernel serves a call. What it takes, PyTorch's convolution takes as well."""
+    """Returns whether the kernels serve a call, which PyTorch's convolution could always serve as well."""
     if WHY_NOT is not None or x.device.type != "cpu":
         return False
     operands = [t for t in (x, weight, bias) if t is not None]
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
-        same = all(t.dtype != torch.float64 for t in operands)  # which autocast leaves alone
+        same = all(t.dtype != torch.float64 for t in operands)  # Autocast does not convert float64.
     else:
         dtype = x.dtype
         same = all(t.dtype == dtype for t in operands)
@@ -105,6 +110,15 @@ def _is_fused(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor |
         and x.stride(1) == 1
         and min(weight.shape[:2]) >= LEAST_CHANNELS
         and x.shape[2] * x.shape[3] >= LEAST_PIXELS
-        and not torch.compiler._is_exporting_flag  # torch 2.11 takes is_exporting() for true when compiling
+        and not torch.compiler._is_exporting_flag  # In torch 2.11, is_exporting() is also true when compiling.
         and choose("cpu") == "native"
     )
+
+
+def describe_backend(device_type: str) -> str:
+    """Returns what serves calls on a device, for `litevae_kernels.info`."""
+    if device_type == "cpu" and WHY_NOT is not None:
+        return f"PyTorch's convolution   (not native: {WHY_NOT})"
+    if device_type == "cpu" and forced_backend() in (None, "native"):
+        return "native for bfloat16, else PyTorch's convolution"
+    return "PyTorch's convolution"

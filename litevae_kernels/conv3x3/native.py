@@ -10,14 +10,14 @@ from litevae_kernels.tensors import native_view
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, silu_input: bool, y: Tensor
 ) -> None:
-    """Fills `y`, which like `x` and `residual` is bfloat16 with channels innermost."""
+    """Fills `y`; it, `x` and `residual` are bfloat16 with channels innermost."""
     assert core is not None
     views = [native_view(t) for t in (weight, bias, residual, y)]
     core.conv3x3_cpu(native_view(x), silu_input, *views, torch.get_num_threads())
 
 
 def input_gradient(grad: Tensor, weight: Tensor, grad_x: Tensor) -> None:
-    """Fills `grad_x`, which like `grad` is bfloat16 with channels innermost."""
+    """Fills `grad_x`; it and `grad` are bfloat16 with channels innermost."""
     assert core is not None
     views = [native_view(t) for t in (grad, weight, grad_x)]
     core.conv3x3_input_gradient_cpu(*views, torch.get_num_threads())

@@ -35,7 +35,8 @@ def _forward(
     y = _output(x, weight.shape[0])
     x = _channels_innermost(x)
     residual = None if residual is None else _channels_innermost(residual)
-    bias = None if bias is None else bias.to(torch.bfloat16)  # as autocast does; the kernel rounds the weight
+    # Autocast rounds the bias as well; the kernel itself rounds the weight.
+    bias = None if bias is None else bias.to(torch.bfloat16)
     native.forward(x, weight, bias, residual, silu_input, y)
     return y
 
@@ -49,7 +50,7 @@ def _input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
 
 @torch.library.impl("litevae::conv3x3_weight_gradient", "CPU")
 def _weight_gradient(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
-    """In the dtype and memory format of `weight`, whose values it does not need."""
+    """Returns the gradient in the dtype and memory format of `weight`, whose values do not matter."""
     grad_weight = torch.empty_like(weight)
     if x.numel() == 0:
         return grad_weight.zero_()
@@ -73,7 +74,7 @@ def _(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
 
 
 def _flops(x: torch.Size, weight: torch.Size) -> int:
-    """A direct convolution's, so that counts do not depend on what serves it; its gradients' are as many."""
+    """Returns the count of a direct convolution, whatever serves the call; each gradient has the same count."""
     return 2 * x[0] * x[2] * x[3] * weight.numel()
 
 
@@ -88,7 +89,7 @@ def _(x: torch.Size, grad: torch.Size, weight: torch.Size, *, out_shape: torch.S
 
 
 def _channels_innermost(x: Tensor) -> Tensor:
-    """`x`, or a copy, in bfloat16 with adjacent channels."""
+    """Returns `x` in bfloat16 with adjacent channels: `x` itself, if it is, or a copy."""
     x = x.to(torch.bfloat16)
     return x if x.stride(1) == 1 else x.contiguous(memory_format=torch.channels_last)
 
@@ -115,7 +116,7 @@ class _Conv3x3(torch.autograd.Function):
         if needs_x or needs_weight:
             x, weight = ctx.saved_tensors
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                # a derivative of this derivative is wanted: autograd of plain PyTorch has all orders
+                # A derivative of this derivative is needed: autograd of plain PyTorch has all orders.
                 grad_x, grad_weight = differentiable_gradients(
                     lambda x, weight: reference.forward(x, weight.to(x.dtype), None, None, False),
                     [x, weight],
@@ -138,8 +139,8 @@ class _Conv3x3(torch.autograd.Function):
 def conv3x3(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, silu_input: bool
 ) -> Tensor:
-    """Differentiable `litevae::conv3x3`; with `silu_input`, in bias and residual only."""
-    # spares the Function's microseconds; under no_grad there may be forward-mode tangents
+    """Differentiable `litevae::conv3x3`; with `silu_input`, only bias and residual have gradients."""
+    # Skipping the Function saves microseconds. Under no_grad it must stay, for there may be forward-mode tangents.
     if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         return torch.ops.litevae.conv3x3(x, weight, bias, residual, silu_input)
     return _Conv3x3.apply(x, weight, bias, residual, silu_input)

@@ -1,4 +1,4 @@
-"""The convolution in plain PyTorch. Differentiable by autograd as it stands."""
+"""The convolution in plain PyTorch: the oracle, and the fallback. Autograd differentiates it as it stands."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,6 +9,6 @@ from litevae_kernels.tensors import add_residual
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, silu_input: bool
 ) -> Tensor:
-    """(N, C_in, H, W) to (N, C_out, H, W)."""
+    """Returns the convolution (N, C_out, H, W) of `x` (N, C_in, H, W)."""
     y = F.conv2d(F.silu(x) if silu_input else x, weight, bias, padding=1)
     return y if residual is None else add_residual(y, residual)

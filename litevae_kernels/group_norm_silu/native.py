@@ -1,18 +1,18 @@
 """GroupNorm+SiLU in the compiled core: C++ on the CPU, CUDA C++ on a GPU.
 
-Both fill tensors that the caller allocated, and take any strides: on the CPU, a tensor whose innermost dimension
-is another one than the output's, or has gaps, is copied first.
+Both functions fill tensors that the caller allocated, and take any strides. On the CPU, a tensor is copied first if its
+innermost dimension is not that of the output, or has gaps.
 """
 
 import torch
 from torch import Tensor
 
 from litevae_kernels.backend import core
-from litevae_kernels.tensors import is_channels_last, memory_format_of, native_view
+from litevae_kernels.tensors import is_channels_last, memory_format_of, native_view, scratch_memory
 
 
 def _gapless(x: Tensor, like: Tensor) -> Tensor:
-    """`x`, or a copy, with adjacent elements in the innermost dimension of `like`, which is dense."""
+    """Returns `x` or a copy of it, with adjacent elements in the innermost dimension of the dense tensor `like`."""
     channels_last = is_channels_last(like)
     innermost = 1 if channels_last else 3 if x.shape[3] > 1 else 2
     if x.shape[innermost] == 1 or x.stride(innermost) == 1:
@@ -40,7 +40,8 @@ def forward(
         core.group_norm_silu_cpu(*views, stats.data_ptr(), num_groups, eps, torch.get_num_threads())
         return
     with torch.cuda.device(x.device):
-        scratch, stream = _scratch(y), torch.cuda.current_stream(x.device).cuda_stream
+        scratch = scratch_memory(core.group_norm_silu_scratch_bytes(views[-1]), x.device)
+        stream = torch.cuda.current_stream(x.device).cuda_stream
         core.group_norm_silu_cuda(
             *views, stats.data_ptr(), num_groups, eps, scratch.data_ptr(), x.device.index, stream
         )
@@ -77,16 +78,8 @@ def backward(
             grad_skip.copy_(to_skip)
         return
     with torch.cuda.device(x.device):
-        scratch, stream = _scratch(grad), torch.cuda.current_stream(x.device).cuda_stream
+        scratch = scratch_memory(core.group_norm_silu_scratch_bytes(inputs[0]), x.device)
+        stream = torch.cuda.current_stream(x.device).cuda_stream
         core.group_norm_silu_backward_cuda(
             *inputs, stats.data_ptr(), *outputs, num_groups, scratch.data_ptr(), x.device.index, stream
         )
-
-
-def _scratch(y: Tensor) -> Tensor:
-    """For a result like `y`. From torch's allocator, which knows streams and graph capture; free to go when the
-    kernels are queued."""
-    assert core is not None
-    n, channels, height, width = y.shape
-    size = core.group_norm_silu_scratch_bytes(n, channels, height * width, y.element_size())
-    return torch.empty(size, dtype=torch.uint8, device=y.device)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from litevae_kernels.backend import choose
 from litevae_kernels.haar import op, reference
-from litevae_kernels.haar.reference import MODES
+from litevae_kernels.haar.shapes import MODES, level_sizes
 from litevae_kernels.tensors import check_dtype, check_memory_format, check_tensor, is_channels_last
 
 MAX_LEVELS = 16
@@ -205,7 +205,7 @@ def _check_transform(image: Tensor, levels: int, name: str, mode: str) -> None:
     if height == 0 or width == 0:
         raise ValueError(f"image has height {height} and width {width}; both must be at least 1")
     if mode == "reflect":
-        for i, (h, w) in enumerate(reference.level_sizes(height, width, levels)[:-1]):
+        for i, (h, w) in enumerate(level_sizes(height, width, levels)[:-1]):
             if h == 1 or w == 1:
                 raise ValueError(
                     f"mode 'reflect' needs a length of at least 2, but level {i + 1} transforms {h}x{w}; "

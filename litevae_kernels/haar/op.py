@@ -1,12 +1,13 @@
 """Registration of the two Haar operators with PyTorch, and their derivatives.
 
-Everything public is one of two linear maps: `analysis` (image to coefficients) and its adjoint `synthesis`. Each
-is the other's backward, to any order. The inverse transform is the adjoint of the transform with zero
-extension: what the extension appended, the inverse crops.
+Every public function is one of two linear maps: `analysis` (image to coefficients) and its adjoint `synthesis`. Each
+is the backward pass of the other, to any order. The inverse transform is the adjoint of the transform with zero
+extension: the inverse crops the sample that the extension appended.
 
-Coefficients are ``stacked``: one tensor a level, finest first, (N, 4C, h, w) with the sub-bands LL, H, V, D
-behind each other; or flat, in PyWavelets' order: LL of the coarsest level, then H, V, D of each level from the
-coarsest, each (N, C, h, w). Level l is multiplied by ``scale**l`` (1: orthonormal).
+Coefficients are either ``stacked`` or flat. Stacked, there is one tensor (N, 4C, h, w) per level, finest level first,
+with the channels of LL, H, V and D in this order. Flat, the order is that of PyWavelets: LL of the coarsest level, then
+H, V and D of each level, coarsest level first, each (N, C, h, w). Level l is multiplied by ``scale**l``; a scale of 1
+makes the transform orthonormal.
 """
 
 from collections.abc import Sequence
@@ -17,13 +18,13 @@ import torch
 from torch import Tensor
 
 from litevae_kernels.haar import native
-from litevae_kernels.haar.reference import level_sizes
+from litevae_kernels.haar.shapes import level_sizes
 from litevae_kernels.tensors import is_channels_last, memory_format_of
 
 
 def _backend(name: str) -> ModuleType:
     if name == "triton":
-        from litevae_kernels.haar import triton  # needs Triton, which not every platform has
+        from litevae_kernels.haar import triton  # Triton is not available on every platform.
 
         return triton
     return native
@@ -159,8 +160,8 @@ class _Analysis(torch.autograd.Function):
 class _Synthesis(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        # One catch-all, because torch 2.11's compiler miscounts named arguments in front of *coeffs and then
-        # drops ctx.
+        # The signature is one catch-all because the compiler of torch 2.11 miscounts named arguments before
+        # *coeffs and then drops ctx.
         height, width, mode, scale, stacked, dtype, channels_last, backend, *coeffs = arguments
         ctx.levels = len(coeffs) if stacked else (len(coeffs) - 1) // 3
         ctx.rest = (mode, scale, stacked, coeffs[0].dtype, is_channels_last(coeffs[0]), backend)

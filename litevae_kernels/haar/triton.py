@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from litevae_kernels.haar.reference import level_sizes, stand_in
+from litevae_kernels.haar.shapes import level_sizes, stand_in
 from litevae_kernels.triton_support import kernel, on_device
 
 MAX_FUSED = 3

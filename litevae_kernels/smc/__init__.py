@@ -3,11 +3,11 @@
 w'[o,i,k] = gain * scale[i] * w[o,i,k] / (sqrt(sum_{i,k} (scale[i] * w[o,i,k])^2) + eps)
 
 The scales and the gain belong to the layer and not to the sample, so this is one ordinary convolution: StyleGAN2's
-modulated convolution with a shared style, without its filter bank per sample.
+modulated convolution with one style for all samples, and so without a filter bank per sample.
 
-Weights are float64, float32, bfloat16 or float16; the arithmetic runs in float32 (float64 for float64), and the
-functions are differentiable any number of times. `torch.func`'s transforms and forward-mode derivatives need the
-reference backend.
+Weights are float64, float32, bfloat16 or float16. The arithmetic runs in float32 (float64 for float64). The functions
+are differentiable any number of times. The transforms of `torch.func` and forward-mode derivatives need the reference
+backend.
 """
 
 import torch
@@ -36,18 +36,18 @@ def modulate_weight(
     dtype: torch.dtype | None = None,
     memory_format: torch.memory_format | None = None,
 ) -> Tensor:
-    """The weight w' of a self-modulated convolution (Equation 3).
+    """Returns the weight w' of a self-modulated convolution (Equation 3).
 
-    An all-zero filter, or one under scales of zero, gives zeros; its gradient is finite in float32, where the slope
-    is gain / eps.
+    An all-zero filter, or one whose scales are all zero, gives zeros. Its gradient is finite in float32, where the
+    slope is gain / eps.
 
     Args:
         weight: (C_out, C_in / groups, K_h, K_w), any strides.
-        scale: (C_in), one for each input channel; more of them than the weight has inputs mean a grouped
-            convolution, whose filter sees the channels of its group.
+        scale: (C_in), one per input channel. If there are more of them than the weight has inputs, the convolution
+            is a grouped one, whose filters see the channels of their group.
         gain: (1), one for the layer; default: 1.
-        eps: added to each filter's norm.
-        dtype: of the result; default: the weight's.
+        eps: summand of each filter's norm.
+        dtype: dtype of the result; default: the weight's.
         memory_format: `torch.contiguous_format` or `torch.channels_last`; default: the weight's.
 
     Returns:
@@ -55,8 +55,9 @@ def modulate_weight(
 
     Raises:
         TypeError: a tensor, or `dtype`, is not float32, float64, float16 or bfloat16.
-        ValueError: a weight that is not 4-D or is empty, a scale or gain of another length, groups that do not
-            divide C_out, an `eps` that is not positive, another memory format, or tensors on several devices.
+        ValueError: the weight is not 4-D or is empty, the scale or the gain has another length, the groups do not
+            divide C_out, `eps` is not positive, the memory format is another one, or the tensors are on several
+            devices.
     """
     check_tensor(weight, "weight")
     check_tensor(scale, "scale")
@@ -108,7 +109,7 @@ def self_modulated_conv2d(
     silu_input: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """A convolution with the weights of `modulate_weight`: one ordinary convolution for the whole batch.
+    """Convolves with the weights of `modulate_weight`: one ordinary convolution for the whole batch.
 
     Args:
         x: (N, C_in, H, W).
@@ -117,19 +118,19 @@ def self_modulated_conv2d(
         gain: (1); default: 1.
         bias: (C_out); default: none.
         stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`.
-        eps: added to each filter's norm.
-        silu_input: convolve silu(x), the order of LiteVAE's ResBlocks.
+        eps: summand of each filter's norm.
+        silu_input: whether to convolve silu(x), the order of LiteVAE's ResBlocks.
         residual: (N, C_out, H', W'), added to the result; default: none.
 
     Returns:
-        (N, C_out, H', W') in x's dtype, or autocast's where that is on. The parameters may be wider: the modulated
-        weight is rounded once, from float32.
+        (N, C_out, H', W') in x's dtype, or under autocast in that of autocast. The parameters may be wider: the
+        modulated weight is rounded once, from float32.
 
     Raises:
         TypeError: a tensor is not float32, float64, float16 or bfloat16.
-        ValueError: x is not 4-D or its channels are not as many as the scales, `groups` does not divide them or
-            does not belong to the weight, or what `modulate_weight` raises.
-        RuntimeError: what `torch.nn.functional.conv2d` raises.
+        ValueError: x is not 4-D, the number of its channels is not that of the scales, `groups` does not divide it or
+            does not fit the weight, or `modulate_weight` raises it.
+        RuntimeError: `torch.nn.functional.conv2d` raises it.
     """
     check_tensor(x, "x")
     check_tensor(scale, "scale")
@@ -140,10 +141,10 @@ def self_modulated_conv2d(
     check_tensor(weight, "weight")
     if weight.ndim == 4 and weight.shape[1] * groups != x.shape[1]:
         raise ValueError(
-            f"groups is {groups}; with a weight of {tuple(weight.shape)} it does not make x's {x.shape[1]} channels"
+            f"groups is {groups}; with a weight of {tuple(weight.shape)} it does not give x's {x.shape[1]} channels"
         )
     dtype, device_type = x.dtype, x.device.type
-    # for the meta device PyTorch does not say, and autocast leaves float64 alone
+    # The query raises an error for the meta device. Autocast does not convert float64.
     autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
     if autocast and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)

@@ -1,18 +1,13 @@
 """Weight modulation in the compiled core: C++ on the CPU, CUDA C++ on a GPU.
 
-Both fill tensors that the caller allocated, and take any strides.
+Both functions fill tensors that the caller allocated, and take any strides.
 """
 
 import torch
 from torch import Tensor
 
 from litevae_kernels.backend import core
-from litevae_kernels.tensors import native_view
-
-
-def scratch_elements(filters: int, channels: int) -> int:
-    """Elements of scratch memory, of the norm's dtype, that the backward pass of a CUDA call needs."""
-    return filters * channels + filters
+from litevae_kernels.tensors import native_view, scratch_memory
 
 
 def forward(
@@ -40,7 +35,7 @@ def backward(
     grad_gain: Tensor | None,
     eps: float,
 ) -> None:
-    """Fills the gradients; `grad_gain` is None where `gain` is."""
+    """Fills the gradients; `grad_gain` is None if `gain` is."""
     assert core is not None
     tensors = (grad, weight, scale, gain, norm, grad_weight, grad_scale, grad_gain)
     views = [native_view(t) for t in tensors]
@@ -48,7 +43,8 @@ def backward(
         core.modulate_weight_backward_cpu(*views, eps, torch.get_num_threads())
         return
     with torch.cuda.device(weight.device):
-        # From torch's allocator, which knows streams and graph capture; free to go when the kernels are queued.
-        scratch = torch.empty(scratch_elements(*weight.shape[:2]), dtype=norm.dtype, device=weight.device)
+        _, weight_view, _, _, norm_view, *_ = views
+        size = core.modulate_weight_scratch_bytes(weight_view, norm_view)
+        scratch = scratch_memory(size, weight.device)
         stream = torch.cuda.current_stream(weight.device).cuda_stream
         core.modulate_weight_backward_cuda(*views, eps, scratch.data_ptr(), weight.device.index, stream)

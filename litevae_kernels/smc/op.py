@@ -1,7 +1,7 @@
 """Registration of weight modulation with PyTorch, and its derivatives.
 
-The forward pass also gives what backward needs: each filter's norm sqrt(sum (scale * w)^2), (C_out), in float32
-(float64 where the weight or the result is).
+The forward pass also returns each filter's norm sqrt(sum (scale * w)^2), (C_out), for the backward pass, in float32
+(float64 if the weight or the result is).
 """
 
 from types import ModuleType
@@ -21,7 +21,7 @@ from litevae_kernels.tensors import (
 
 def _backend(name: str) -> ModuleType:
     if name == "triton":
-        from litevae_kernels.smc import triton  # needs Triton, which not every platform has
+        from litevae_kernels.smc import triton  # Triton is not available on every platform.
 
         return triton
     return native
@@ -38,7 +38,7 @@ def _outputs(weight: Tensor, dtype: torch.dtype, channels_last: bool) -> tuple[T
 
 
 def _gradients(weight: Tensor, scale: Tensor, gain: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Where the gain is None, its gradient has no elements: an operator cannot return None."""
+    """Returns uninitialised gradients; that of a missing gain is empty, because an operator cannot return None."""
     return (
         _empty_weight(weight, weight.dtype, is_channels_last(weight)),
         scale.new_empty(scale.shape),
@@ -131,7 +131,7 @@ class _ModulateWeight(torch.autograd.Function):
         eps, dtype, channels_last, backend = ctx.rest
         needed = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # a derivative of this derivative is wanted: autograd of plain PyTorch has all orders
+            # A derivative of this derivative is needed: autograd of plain PyTorch has all orders.
             gradients = differentiable_gradients(
                 lambda w, s, g: reference.modulate(w, s, g, eps, dtype, channels_last), inputs, needed, grad
             )

@@ -1,11 +1,11 @@
 """Self-modulated weights in Triton: any CUDA device, and the CPU under Triton's interpreter.
 
-Both functions fill tensors that the caller allocated, and take any strides. A program normalises one filter, which
-it walks in the order of its output. The gradient of the scales sums over filters: blocks of them first, then the
-blocks, so that the same inputs give the same bits.
+Both functions fill tensors that the caller allocated, and take any strides. A program normalises one filter, whose
+elements it visits in the order of the output. The gradient of the scales is a sum over filters: first within blocks
+of filters, then over the blocks, so that the same inputs give the same bits.
 """
 
-# Kernels are typed by Triton, which also gives a name another type where a branch is compiled away.
+# Triton gives kernels their types, and may give a name another type if a branch is compiled away.
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment,misc"
 
 from typing import Any
@@ -17,13 +17,13 @@ from torch import Tensor
 
 from litevae_kernels.triton_support import grid_of, kernel, on_device, program_index
 
-BLOCK = 8192  # elements of a filter that stay in registers
-TILE = 1024  # filters times channels that a program sums for the scales
+BLOCK = 8192  # elements of a filter that fit in registers
+TILE = 1024  # filters times channels per program that sums the scales' gradient
 
 
 @triton.jit
 def _element(j, inputs, KERNEL: tl.constexpr, CHANNELS_INNER: tl.constexpr):
-    """Input channel and tap of a filter's element j; int32 where j is."""
+    """Returns the input channel and the tap of a filter's element j, in the type of j."""
     if CHANNELS_INNER:
         tap = j // inputs.to(j.dtype)
         channel = j - tap * inputs.to(j.dtype)
@@ -35,7 +35,10 @@ def _element(j, inputs, KERNEL: tl.constexpr, CHANNELS_INNER: tl.constexpr):
 
 @triton.jit
 def _at(o, channel, tap, j, s_o, s_i, s_h, s_w, KERNEL_W: tl.constexpr, VEC: tl.constexpr):
-    """Offset of an element, int64. VEC > 0: element j is at j, and filters begin at multiples of VEC."""
+    """Returns the offset of an element, in int64.
+
+    If VEC > 0, the elements of a filter are in order, and filters begin at multiples of VEC.
+    """
     if VEC > 0:
         at = o * (s_o * VEC) + j
     else:
@@ -50,7 +53,7 @@ def _scaled(
     weight, scale, o, j, mask, inputs, group_filters, weight_o, weight_i, weight_h, weight_w, scale_i,
     KERNEL: tl.constexpr, KERNEL_W: tl.constexpr, CHANNELS_INNER: tl.constexpr, VEC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """scale[i] w[o,i,k] of elements j, and scale[i]."""
+    """Returns scale[i] w[o,i,k] of elements j, and scale[i]."""
     channel, tap = _element(j, inputs, KERNEL, CHANNELS_INNER)
     at = _at(o, channel, tap, j, weight_o, weight_i, weight_h, weight_w, KERNEL_W, VEC)
     w = tl.load(weight + at, mask=mask, other=0).to(ACC)
@@ -60,7 +63,7 @@ def _scaled(
 
 @triton.jit
 def _store(pointer, value, mask):
-    """16-bit types round through float32, as PyTorch's conversions from float64 do."""
+    """Stores values. 16-bit types are rounded through float32, as PyTorch's conversions from float64 are."""
     if pointer.dtype.element_ty.primitive_bitwidth == 16:
         value = value.to(tl.float32)
     tl.store(pointer, value, mask=mask)
@@ -77,7 +80,7 @@ def modulate_weight_kernel(
     WEIGHT_VEC: tl.constexpr, OUT_VEC: tl.constexpr, COUNT_VEC: tl.constexpr, INDEX: tl.constexpr,
     ACC: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """modulated (filters, inputs, taps) and norm (filters); a filter has `count` times COUNT_VEC elements."""
+    """Writes modulated (filters, inputs, taps) and norm (filters); a filter has `count` times COUNT_VEC elements."""
     o = program_index()
     if o >= filters:
         return
@@ -108,7 +111,7 @@ def modulate_weight_kernel(
         at = _at(o, channel, tap, lane, out_o, out_i, out_h, out_w, KERNEL_W, OUT_VEC)
         _store(modulated + at, value * factor, lane < count)
     else:
-        for start in range(0, count, BLOCK):  # what does not fit is read again, from the cache
+        for start in range(0, count, BLOCK):  # The filter is read again, from the cache.
             j = start + lane
             v, _ = _scaled(
                 weight, scale, o, j, j < count, inputs, group_filters, weight_o, weight_i, weight_h, weight_w,
@@ -131,7 +134,10 @@ def modulate_weight_grad_kernel(
     GRAD_VEC: tl.constexpr, WEIGHT_VEC: tl.constexpr, OUT_VEC: tl.constexpr, COUNT_VEC: tl.constexpr,
     INDEX: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """grad_weight, and factors (3, filters): d/dv = factors[0] grad - factors[1] v with v = scale w; gain's share."""
+    """Writes grad_weight and factors (3, filters).
+
+    The gradient of v = scale w is factors[0] grad - factors[1] v; factors[2] is a filter's part of the gain's gradient.
+    """
     o = program_index()
     if o >= filters:
         return
@@ -154,7 +160,7 @@ def modulate_weight_grad_kernel(
     factor = slope
     if gain is not None:
         factor *= tl.load(gain).to(ACC)
-    # dot / length is at most |grad|: in this order nothing overflows that need not
+    # dot / length is at most |grad|, so this order avoids overflow.
     along = tl.where(length > 0, dot / tl.where(length > 0, length, 1), 0) * slope * factor
     tl.store(factors + o, factor)
     tl.store(factors + filters + o, along)
@@ -180,7 +186,7 @@ def modulate_weight_scales_kernel(
     scale_i: tl.int64, filters: tl.int64, inputs: tl.int64, group_filters: tl.int64, blocks: tl.int64,
     KERNEL: tl.constexpr, KERNEL_W: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """partials (blocks, groups * inputs): sums of w d/dv over ROWS filters of a group and their taps."""
+    """Writes partials (blocks, groups * inputs): sums of w d/dv over ROWS filters of a group and their taps."""
     program = program_index()
     across = tl.cdiv(inputs, COLS)
     i = program % across * COLS + tl.arange(0, COLS)
@@ -213,7 +219,7 @@ def modulate_weight_scales_kernel(
 def modulate_weight_sum_kernel(
     partials, out, rows: tl.int64, cols: tl.int64, ROWS: tl.constexpr, COLS: tl.constexpr, ACC: tl.constexpr
 ):
-    """out (cols): the sum of partials (rows, cols)."""
+    """Writes out (cols), the sums of partials (rows, cols)."""
     col = program_index() * COLS + tl.arange(0, COLS)
     total = tl.zeros((ROWS, COLS), ACC)
     for start in range(0, rows, ROWS):
@@ -224,7 +230,7 @@ def modulate_weight_sum_kernel(
 
 
 def _vector(x: Tensor, channels_inner: bool) -> int:
-    """Elements of an access where filters are dense and in the kernel's order; else 0."""
+    """Returns the number of elements per access if filters are dense and in the kernel's order, else 0."""
     _, c, height, width = x.shape
     strides = (1, width * c, c) if channels_inner else (height * width, width, 1)
     for size, stride, dense in zip(x.shape[1:], x.stride()[1:], strides, strict=True):
@@ -244,7 +250,7 @@ def _strides(x: Tensor, vector: int) -> tuple[int, int, int, int]:
 def _order(
     weight: Tensor, scale: Tensor, out: Tensor, norm: Tensor, eps: float
 ) -> tuple[tuple[int, ...], Any]:
-    """Sizes and options that the kernels of whole filters share; they walk a filter as `out` has it."""
+    """Returns sizes and options that the kernels of whole filters share; they visit a filter in the order of `out`."""
     filters, inputs, height, width = weight.shape
     count = inputs * height * width
     vector = 16 | count
@@ -258,7 +264,7 @@ def _order(
         "INDEX": tl.int32 if count < 2**30 else tl.int64,
         "ACC": tl.float64 if norm.dtype == torch.float64 else tl.float32,
         "num_warps": 8 if count > 1024 else 4,
-        "enable_fp_fusion": True,  # where Triton's own default is changing
+        "enable_fp_fusion": True,  # set here because Triton's default is changing
     }
     return (filters, inputs, filters * inputs // scale.numel(), count // vector), options
 
@@ -290,7 +296,7 @@ def backward(
     grad_gain: Tensor | None,
     eps: float,
 ) -> None:
-    """Fills the gradients; `grad_gain` is None where `gain` is."""
+    """Fills the gradients; `grad_gain` is None if `gain` is."""
     sizes, options = _order(weight, scale, grad_weight, norm, eps)
     filters, inputs, group_filters, _ = sizes
     vectors = [_vector(x, options["CHANNELS_INNER"]) for x in (grad, weight, grad_weight)]

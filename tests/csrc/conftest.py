@@ -1,4 +1,4 @@
-"""What the tests of the CUDA kernels on the CPU share."""
+"""Fixtures of the tests that run CUDA kernels on the CPU."""
 
 import ctypes
 import random
@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # by the core's codes
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # in the order of the core's codes
 LAYOUTS = (
     "contiguous",
     "channels_last",
@@ -26,10 +26,10 @@ LAYOUTS = (
 
 
 class Poisoned:
-    """A tensor of any strides in a buffer of NaN: what is read or written outside shows."""
+    """A tensor of any strides in a buffer of NaN, which exposes accesses outside the tensor."""
 
     def __init__(self, rng: random.Random, shape: Sequence[int], dtype: torch.dtype, layout: str) -> None:
-        order = [3, 2, 1, 0]  # axes, the innermost first
+        order = [3, 2, 1, 0]  # axes, innermost first
         if layout.startswith("channels_last"):
             order = [1, 3, 2, 0]
         elif layout == "transposed":
@@ -39,25 +39,25 @@ class Poisoned:
         strides, extent = [0] * 4, 1
         for axis in order:
             if axis == 0 and layout.endswith("pitched"):
-                extent += 1  # images begin at any element
+                extent += 1  # Images begin at any element.
             strides[axis] = extent
             extent *= shape[axis]
             if layout == "wild":
                 extent += rng.randrange(3) * strides[axis]
-            elif layout.endswith("sliced"):  # of more channels, or of larger images; vectors stay aligned
+            elif layout.endswith("sliced"):  # Vectors stay aligned.
                 extent += 8 * strides[axis] if axis in (1, order[0]) else 0
         self.offset = 32 if layout != "wild" else 33
         self.buffer = torch.full((extent + 64,), torch.nan, dtype=dtype)
         self.view = self.buffer.as_strided(list(shape), strides, self.offset)
 
     def check_surroundings(self, what: str) -> None:
-        """Nothing may be written outside the view; overwrites it."""
+        """Asserts that nothing was written outside the view, and overwrites it."""
         self.view.fill_(torch.nan)
-        assert bool(self.buffer.isnan().all()), f"{what}: written outside"
+        assert bool(self.buffer.isnan().all()), f"{what}: written outside the tensor"
 
 
 def numbers(tensors: Sequence[Tensor | None]) -> ctypes.Array:
-    """Ten a tensor; vectors are (1, C, 1, 1)."""
+    """Returns ten numbers per tensor (see blocks_on_host.h); vectors become (1, C, 1, 1)."""
     flat: list[int] = []
     for t in tensors:
         if t is None:
@@ -70,7 +70,7 @@ def numbers(tensors: Sequence[Tensor | None]) -> ctypes.Array:
 
 @pytest.fixture(scope="session")
 def on_host(tmp_path_factory) -> Callable[[str], SimpleNamespace]:
-    """Compiles a file of this folder; gives its library and the helpers above."""
+    """Returns a function that compiles a file of this folder and returns its library with the helpers above."""
 
     def build(name: str) -> SimpleNamespace:
         compiler = shutil.which("g++") or shutil.which("clang++")

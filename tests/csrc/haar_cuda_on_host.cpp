@@ -3,6 +3,7 @@
 #include <cstdio>
 
 #include "../../csrc/haar/plan.cuh"
+#include "../../csrc/haar/scratch.cuh"
 
 namespace litevae {
 namespace {
@@ -32,6 +33,14 @@ struct Loop {
 
 }  // namespace
 }  // namespace litevae
+
+extern "C" int64_t scratch_bytes(const int64_t* size, int levels, int image_dtype, int coeff_dtype) {
+  using namespace litevae;
+  haar::Transform t{};
+  t.batch = size[0], t.channels = size[1], t.height = size[2], t.width = size[3], t.levels = levels;
+  t.image_dtype = static_cast<DType>(image_dtype), t.coeff_dtype = static_cast<DType>(coeff_dtype);
+  return haar::scratch_bytes(t);
+}
 
 // `tensors`: address and four strides of the image and then of LL, H, V, D of each level, finest first;
 // address 0: no such band. `report`: misaligned accesses, fast threads, slow threads, kinds of kernels.

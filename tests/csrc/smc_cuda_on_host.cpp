@@ -1,8 +1,13 @@
-// The CUDA kernels of weight modulation on the CPU. test_smc_cuda_on_host.py compiles and calls it.
+// Runs the CUDA kernels of weight modulation on the CPU. test_smc_cuda_on_host.py compiles and calls it.
 #include "../../csrc/smc/kernels.cuh"
 #include "blocks_on_host.h"
 
 using namespace litevae;
+
+// `tensors`: weight, norm.
+extern "C" int64_t scratch_bytes(const int64_t* tensors) {
+  return smc::scratch_bytes(view(tensors), view(tensors + 10));
+}
 
 // `tensors`: weight, scale, gain, norm, modulated. Returns the number of misaligned accesses.
 extern "C" int64_t forward(const int64_t* tensors, double eps) {

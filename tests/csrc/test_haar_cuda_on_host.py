@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from litevae_kernels.haar import reference
-from litevae_kernels.haar.native import scratch_elements
-from litevae_kernels.haar.reference import MODES, level_sizes
+from litevae_kernels.haar.shapes import MODES, level_sizes
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # by the core's codes
 KINDS = ("any", "planar", "channels", "pixels_planar", "pixels_interleaved")
@@ -34,7 +33,9 @@ def on_host(tmp_path_factory):
     library = tmp_path_factory.mktemp("haar_cuda_on_host") / "haar_cuda_on_host.so"
     flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
     subprocess.run([compiler, *flags, str(SOURCE), "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library)).run_haar
+    loaded = ctypes.CDLL(str(library))
+    loaded.scratch_bytes.restype = ctypes.c_int64
+    return loaded
 
 
 class Poisoned:
@@ -158,27 +159,29 @@ def check_case(on_host, rng: random.Random, case: Case) -> tuple[set[str], int]:
             tensor.view = tensor.view.narrow(axis, 0, 1).expand(tensor.view.shape)
 
     order = case.order
-    elements = scratch_elements(n * c, height, width, levels)
+    codes = DTYPES.index(image_dtype), DTYPES.index(coeff_dtype)
+    size = (ctypes.c_int64 * 4)(n, c, height, width)
     scratch_dtype = torch.float64 if torch.float64 in (image_dtype, coeff_dtype) else torch.float32
+    elements = on_host.scratch_bytes(size, levels, *codes) // scratch_dtype.itemsize
     scratch = torch.full((elements + 16,), torch.nan, dtype=scratch_dtype)
     tensors: list[int] = []
     for tensor in (image.view, *bands_of([t.view for t in coeffs], levels, stacked, order)):
         tensors += [0] * 5 if tensor is None else [tensor.data_ptr(), *tensor.stride()]
     report = (ctypes.c_int64 * 4)()
-    on_host(
+    on_host.run_haar(
         int(analysis),
-        (ctypes.c_int64 * 4)(n, c, height, width),
+        size,
         levels,
         MODES.index(mode),
         ctypes.c_double(0.5 * scale),
-        DTYPES.index(image_dtype),
-        DTYPES.index(coeff_dtype),
+        *codes,
         (ctypes.c_int64 * len(tensors))(*tensors),
         ctypes.c_void_p(scratch.data_ptr()),
         report,
     )
     assert report[0] == 0, f"{report[0]} misaligned vector accesses"
-    assert bool(scratch[elements:].isnan().all()), "written behind the scratch"
+    assert bool(scratch[elements:].isnan().all()), "written beyond the scratch memory"
+    assert not scratch[:elements].isnan().any(), "more scratch memory than the kernels use"
     f64 = torch.float64
     if analysis:
         expected = reference.analysis(image.view.double(), levels, mode, scale, stacked, f64, False)

@@ -1,4 +1,4 @@
-"""The CUDA kernels of weight modulation without a GPU: g++ compiles them, and every block runs on the CPU."""
+"""Tests the CUDA kernels of weight modulation without a GPU: g++ compiles them, and every block runs on the CPU."""
 
 import ctypes
 import random
@@ -8,17 +8,18 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from litevae_kernels.smc.native import scratch_elements
 from litevae_kernels.testing import assert_within_budget
 
-# Half units in the last place: products and quotients, and the sum of squares (or of g v): of a thread's part, then
-# two times 16 partial sums.
+# In half units in the last place: products and quotients, and the sum of squares (or of g v), which is a sum per
+# thread and then two sums of 16 partial sums.
 OPERATIONS = 12
 
 
 @pytest.fixture(scope="module")
 def host(on_host):
-    return on_host("smc_cuda_on_host")
+    built = on_host("smc_cuda_on_host")
+    built.core.scratch_bytes.restype = ctypes.c_int64
+    return built
 
 
 @dataclass
@@ -62,7 +63,7 @@ def check(host, rng, case):
     grad_scale, grad_gain = (
         None if t is None else torch.full(t.shape, torch.nan, dtype=t.dtype) for t in (scale, gain)
     )
-    elements = scratch_elements(*shape[:2])
+    elements = host.core.scratch_bytes(host.numbers([weight.view, norm])) // wide.itemsize
     scratch = torch.full((elements + 8,), torch.nan, dtype=wide)
 
     inputs = [weight.view, scale, gain, norm]
@@ -71,7 +72,8 @@ def check(host, rng, case):
     gradients = [grad_weight.view, grad_scale, grad_gain]
     tensors = host.numbers([*inputs, grad.view, *gradients])
     assert host.core.backward(tensors, eps, ctypes.c_void_p(scratch.data_ptr())) == 0
-    assert bool(scratch[elements:].isnan().all()), "written behind the scratch"
+    assert bool(scratch[elements:].isnan().all()), "written beyond the scratch memory"
+    assert not scratch[:elements].isnan().any(), "more scratch memory than the kernels use"
 
     leaves = [
         t.double().clone().contiguous().requires_grad_() for t in (weight.view, scale, gain) if t is not None
@@ -127,7 +129,7 @@ def random_case(rng, host):
     case = Case(filters, channels, kernel, groups, dtypes, layouts, rng.random() < 0.7)
     case.size = rng.choice((1.0, 0.02, 1e-3))
     case.zeros = rng.choice(("", "", "filter", "scale"))
-    # under zeros the slope is 1 / eps, which float16 must hold
+    # If all are zero, the slope is 1 / eps, which float16 must be able to represent.
     case.eps = 1e-3 if case.zeros else rng.choice((1e-8, 1e-6, 1e-3))
     return case
 
@@ -148,7 +150,7 @@ F32, F64, F16 = torch.float32, torch.float64, torch.float16
 
 @pytest.mark.parametrize("dtype", [F32, F64])
 @pytest.mark.parametrize("layouts", [("contiguous", "channels_last"), ("channels_last", "contiguous")])
-@pytest.mark.parametrize("channels", [512, 1400, 3000])  # in shared memory, forward only, never
+@pytest.mark.parametrize("channels", [512, 1400, 3000])  # for shared memory in both passes, forward, neither
 def test_large_filters(host, channels, layouts, dtype):
     case = Case(2, channels, (3, 3), 1, (dtype,) * 4, (*layouts, layouts[0]))
     ran = check(host, random.Random(0), case)

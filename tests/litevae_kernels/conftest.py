@@ -1,11 +1,11 @@
-"""What the tests of all operators' Triton kernels share."""
+"""Fixtures that the tests of several operators share."""
 
 import os
 import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,29 @@ import torch
 from torch import Tensor
 
 import litevae_kernels
+from litevae_kernels.backend import core
+
+
+@pytest.fixture
+def each_isa() -> Iterator[Iterator[str]]:
+    """Iterates over the instruction sets of this CPU; the core uses each of them during its iteration."""
+    assert core is not None
+    best = core.isa()
+    names = ("baseline", "avx2", "avx512", "avx512bf16")
+
+    def sets() -> Iterator[str]:
+        for name in names[: names.index(best) + 1]:
+            core.set_isa(name)
+            assert core.isa() == name
+            yield name
+
+    yield sets()
+    core.set_isa(best)
 
 
 @pytest.fixture
 def under_the_interpreter(pytestconfig: pytest.Config) -> Callable[[str], subprocess.CompletedProcess[str]]:
-    """Runs a file of tests in a process that has TRITON_INTERPRET set."""
+    """Returns a function that runs a file of tests in a process that has TRITON_INTERPRET set."""
 
     def run(file: str) -> subprocess.CompletedProcess[str]:
         root = Path(litevae_kernels.__file__).parents[1]
@@ -37,7 +55,7 @@ def under_the_interpreter(pytestconfig: pytest.Config) -> Callable[[str], subpro
 
 @pytest.fixture
 def compile_for_sm90() -> Callable[[tuple[Any, tuple[Any, ...], dict[str, Any]]], Any]:
-    """Compiles what a launch, (kernel, arguments, named arguments), would run on an H100, without one."""
+    """Returns a function that compiles a launch (kernel, arguments, named arguments) for an H100, without one."""
 
     def compile(launch: tuple[Any, tuple[Any, ...], dict[str, Any]]) -> Any:
         import triton
@@ -75,7 +93,7 @@ def compile_for_sm90() -> Callable[[tuple[Any, tuple[Any, ...], dict[str, Any]]]
 
 @pytest.fixture
 def accesses() -> Callable[[str, str], Counter[int]]:
-    """Bytes of each global access of a kind, "ld" or "st", in PTX."""
+    """Returns a function that counts the global accesses of a kind, "ld" or "st", in PTX by their size in bytes."""
 
     def count(ptx: str, kind: str) -> Counter[int]:
         widths = re.findall(rf"{kind}\.global\S*?(?:\.v(\d))?\.[bfu](\d+)", ptx)
@@ -86,14 +104,14 @@ def accesses() -> Callable[[str, str], Counter[int]]:
 
 @pytest.fixture
 def resources(tmp_path: Path) -> Callable[[Any], tuple[int, int]]:
-    """Registers of a compiled kernel, and bytes of its spills."""
+    """Returns a function that gives the number of registers of a compiled kernel, and the bytes of its spills."""
 
     def assemble(compiled: Any) -> tuple[int, int]:
         import triton
 
         source = tmp_path / "kernel.ptx"
         source.write_text(compiled.asm["ptx"])
-        for name in ("ptxas", "ptxas-blackwell"):  # Triton has two, of different ages
+        for name in ("ptxas", "ptxas-blackwell"):  # Triton has two versions.
             ptxas = Path(triton.__file__).parent / "backends/nvidia/bin" / name
             command = [
                 str(ptxas),
@@ -111,6 +129,6 @@ def resources(tmp_path: Path) -> Callable[[Any], tuple[int, int]]:
             if done is not None and done.returncode == 0:
                 spilled = sum(int(x) for x in re.findall(r"(\d+) bytes spill", done.stderr))
                 return int(re.findall(r"Used (\d+) registers", done.stderr)[0]), spilled
-        pytest.skip("this Triton has no ptxas of its own for its PTX")
+        pytest.skip("this Triton has no ptxas that assembles its PTX")
 
     return assemble

@@ -3,7 +3,7 @@ import platform
 import subprocess
 import sys
 
-# In a process of its own: the setting cannot be undone.
+# This runs in its own process, because the setting cannot be undone.
 CODE = """
 import resource, sys
 import torch
@@ -15,7 +15,7 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 for _ in range(10):
     faults()
-# aligned blocks do not always fit where the last one was; in the end they do
+# An aligned block does not always fit where the previous one was, but after some calls it does.
 print(min(faults() for _ in range(10)))
 """
 
@@ -32,7 +32,7 @@ def test_keep_freed_memory():
         return
     assert kept == "True"
     assert int(faults) < 100
-    # what it spares: a fault for each 4 KB (fewer with huge pages) of the 64 MB, each time
+    # By default, each call has a page fault per 4 KB of its 64 MB, or fewer with huge pages.
     assert int(run("default")[1]) > int(faults)
 
 
@@ -42,7 +42,7 @@ import torch
 from litevae_kernels.allocator import keep_freed_memory, peak_resident_memory
 keep_freed_memory()
 torch.ones(40_000_000).sum()
-# a thread that has ended leaves its heap, with what it has freed, to the next one
+# A thread that ends leaves its heap, including freed memory, to the next thread.
 def hold_and_free():
     blocks = [torch.ones(size) for size in (4_000_000, 2_000_000, 1_000_000)]
 thread = Thread(target=hold_and_free)
@@ -60,6 +60,6 @@ def test_peak_is_what_a_call_allocates():
     if platform.libc_ver()[0] != "glibc" or not os.access("/proc/self/clear_refs", os.W_OK):
         assert peaks == ["None", "None"]
         return
-    # Linux counts a process's pages in batches of some dozen on each core
+    # Linux counts the pages of a process in batches of a few dozen per core.
     assert 7e6 < int(peaks[0]) < 10e6
     assert 63e6 < int(peaks[1]) < 66e6

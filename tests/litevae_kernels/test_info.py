@@ -1,15 +1,19 @@
 import pytest
 
 from litevae_kernels import backend, info, use_backend
+from litevae_kernels.conv3x3 import WHY_NOT
+from litevae_kernels.core_interface import OPERATORS
+
+WITHOUT_CONV3X3 = ("haar", "group_norm_silu", "smc")
 
 
 def test_report():
     rows = dict(info.report())
     assert rows["CPU instruction set"] in ("baseline", "avx2", "avx512", "avx512bf16")
-    assert info.OPERATORS == ("haar", "group_norm_silu", "smc")
-    for operator in info.OPERATORS:
-        assert rows[f"{operator} on cpu"].startswith("native")
+    for operator in OPERATORS:
         assert f"{operator} on cuda" in rows
+    for operator in WITHOUT_CONV3X3:
+        assert rows[f"{operator} on cpu"].startswith("native")
     assert backend.core is not None
     if backend.cuda_built:
         assert backend.core.cuda_version in rows["CUDA kernels"]
@@ -19,10 +23,20 @@ def test_report():
         assert backend.core.cuda_reason
 
 
+def test_an_operator_describes_its_own_backend():
+    rows = dict(info.report())
+    if WHY_NOT is None:
+        assert rows["conv3x3 on cpu"] == "native for bfloat16, else PyTorch's convolution"
+    else:
+        assert rows["conv3x3 on cpu"] == f"PyTorch's convolution   (not native: {WHY_NOT})"
+    assert rows["conv3x3 on cuda"].startswith("PyTorch's convolution")
+
+
 def test_report_of_a_forced_backend():
     with use_backend("reference"):
         rows = dict(info.report())
-    assert all(rows[f"{operator} on cpu"].startswith("reference") for operator in info.OPERATORS)
+    assert rows["conv3x3 on cpu"].startswith("PyTorch's convolution")
+    assert all(rows[f"{operator} on cpu"].startswith("reference") for operator in WITHOUT_CONV3X3)
 
 
 def test_report_without_a_core(monkeypatch):
@@ -33,4 +47,4 @@ def test_report_without_a_core(monkeypatch):
     with pytest.warns(RuntimeWarning, match="plain PyTorch"):
         rows = dict(info.report())
     assert rows["core"] == "not loaded: gone"
-    assert all(rows[f"{operator} on cpu"].startswith("reference") for operator in info.OPERATORS)
+    assert all(rows[f"{operator} on cpu"].startswith("reference") for operator in WITHOUT_CONV3X3)

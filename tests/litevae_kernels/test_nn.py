@@ -6,7 +6,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from litevae_kernels import group_norm_silu
-from litevae_kernels.nn import GroupNormSiLU, SelfModulatedConv2d
+from litevae_kernels.nn import Conv3x3, GroupNormSiLU, SelfModulatedConv2d
 
 
 def randomised(layer: SelfModulatedConv2d) -> SelfModulatedConv2d:
@@ -17,7 +17,7 @@ def randomised(layer: SelfModulatedConv2d) -> SelfModulatedConv2d:
 
 
 def equation_3(layer: SelfModulatedConv2d) -> np.ndarray:
-    """w' one element at a time, in float64."""
+    """Computes w' one filter at a time, in float64."""
     w, s, gain = (p.detach().double().numpy() for p in (layer.weight, layer.scale, layer.gain))
     out = np.zeros_like(w)
     out_per_group, in_per_group = layer.out_channels // layer.groups, layer.in_channels // layer.groups
@@ -29,7 +29,7 @@ def equation_3(layer: SelfModulatedConv2d) -> np.ndarray:
 
 
 def stylegan_conv2d(x, w, s, input_gain, padding):
-    """Modulated convolution the way StyleGAN3 does it: a filter bank per sample, in one grouped call."""
+    """Computes the modulated convolution as StyleGAN3 does: a filter bank per sample, in one grouped call."""
     n, c_in, height, width = x.shape
     w = w * w.square().mean(dim=(1, 2, 3), keepdim=True).rsqrt()
     s = s * s.square().mean().rsqrt()
@@ -91,14 +91,14 @@ def test_group_norm_silu_under_autocast_keeps_bfloat16_and_computes_in_float32()
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
     assert y.dtype == torch.bfloat16
-    # rounded once, from a value that is off by a few last places of float32
+    # The result is rounded once, from a value with an error of a few units in the last place of float32.
     torch.testing.assert_close(y, expected, rtol=torch.finfo(torch.bfloat16).eps, atol=1e-6)
     assert torch.autograd.grad(y.sum(), layer.weight)[0].dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_group_norm_silu_of_values_at_the_end_of_float16(dtype):
-    """Their squares, their sums, and in float16 their differences are infinite there."""
+    """The squares and sums of such values are infinite in float16, and so are their differences."""
     layer = GroupNormSiLU(2, 8).to(dtype)
     generator = torch.Generator().manual_seed(0)
     x = (torch.rand(2, 8, 16, 16, generator=generator) * 2 - 1) * 65504
@@ -130,8 +130,8 @@ def test_group_norm_silu_compiles_whole_under_autocast(dynamic):
         for a, b in zip(actual, torch.autograd.grad(expected.sum(), [x, skip, layer.weight]), strict=True):
             assert torch.equal(a, b)
         counts.append(graphs.frame_count)
-    # dynamic: one, for which Dynamo may start over, as for nn.GroupNorm: eps is a constant to the operator
-    # static: one with the first batch as a constant, one with it as a variable
+    # If dynamic, there is one graph. Dynamo may start over for it, as for nn.GroupNorm, because eps is a constant.
+    # If static, there is one graph for the first batch size, and one for any batch size.
     assert counts[1] == counts[2] <= 2
     assert counts[0] == (counts[1] if dynamic else 1)
 
@@ -199,7 +199,7 @@ def test_smc_is_stylegans_modulated_convolution():
 
 def test_smc_is_a_conv2d_with_two_more_keys():
     layer = SelfModulatedConv2d(6, 4, 3)
-    assert isinstance(layer, nn.Conv2d)  # diffusers' layerwise casting and quantisers look for it
+    assert isinstance(layer, nn.Conv2d)  # diffusers' layerwise casting and its quantisers require it
     shapes = {name: tuple(p.shape) for name, p in layer.named_parameters()}
     assert shapes == {"weight": (4, 6, 3, 3), "bias": (4,), "scale": (6,), "gain": (1,)}
     assert (layer.scale == 1).all()
@@ -222,7 +222,7 @@ def test_smc_of_zero_filters_is_zero_with_finite_gradients(zero):
     for tensor in (x, *layer.parameters()):
         assert tensor.grad.isfinite().all()
     y = layer(x)
-    y.sum().backward()  # a gradient that is not itself zero at the zero filter
+    y.sum().backward()  # This gradient is not zero at the zero filter.
     for tensor in (x, *layer.parameters()):
         assert tensor.grad.isfinite().all()
 
@@ -236,7 +236,7 @@ def test_smc_normalises_half_precision_weights_in_float32(dtype):
     weight = layer.modulated_weight()
     assert weight.dtype == dtype
     expected = torch.from_numpy(equation_3(layer))
-    # one rounding, of the result, plus float32's
+    # The result is rounded once, in addition to the roundings in float32.
     torch.testing.assert_close(weight.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
     assert layer(torch.randn(1, 64, 4, 4, dtype=dtype)).isfinite().all()
 
@@ -276,3 +276,17 @@ def test_smc_reset_parameters_makes_a_fresh_layer():
     assert torch.equal(conv.gain, torch.ones(1))
     assert conv.weight.isfinite().all()
     assert "eps=1e-08" in repr(conv)
+
+
+def test_conv3x3_takes_no_other_options():
+    with pytest.raises(TypeError, match="stride"):
+        Conv3x3(4, 4, stride=2)
+
+
+def test_conv3x3_has_the_keys_of_conv2d():
+    plain = nn.Conv2d(4, 5, 3, padding=1)
+    layer = Conv3x3(4, 5)
+    layer.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 4, 6, 5)
+    assert torch.equal(layer(x), plain(x))
+    assert repr(Conv3x3(4, 5, bias=False, silu_input=True)).endswith("bias=False, silu_input=True)")

@@ -12,6 +12,7 @@ from litevae_kernels.tensors import (
     is_channels_last,
     memory_format_of,
     native_view,
+    scratch_memory,
     to_format,
 )
 
@@ -49,7 +50,7 @@ def test_is_channels_last(shape):
     x = torch.zeros(shape)
     assert not is_channels_last(x)
     last = x.to(memory_format=torch.channels_last)
-    if shape[2:] != (1, 1):  # otherwise the strides may be either
+    if shape[2:] != (1, 1):  # otherwise both kinds of strides are possible
         assert is_channels_last(last)
         assert is_channels_last(last[:, :2])
     assert not is_channels_last(last[:, :1])
@@ -58,7 +59,7 @@ def test_is_channels_last(shape):
 
 def test_a_single_channel_is_contiguous():
     assert not is_channels_last(torch.zeros(2, 1, 4, 5).to(memory_format=torch.channels_last))
-    # pixels that repeat the channels overlap: neither format
+    # Overlapping pixels and channels have neither format.
     assert not is_channels_last(torch.zeros(40).as_strided((2, 3, 4, 5), (10, 1, 5, 1)))
 
 
@@ -84,6 +85,12 @@ def test_native_view():
     assert native_view(None) is None
     for x in (torch.zeros(2, 3, 4, 5)[:, ::2], torch.zeros(7)[::3]):
         assert isinstance(native_view(x), core.TensorView)
+
+
+def test_scratch_memory_is_counted_in_bytes():
+    scratch = scratch_memory(24, torch.device("cpu"))
+    assert scratch.nbytes == 24
+    assert scratch_memory(0, torch.device("cpu")).nbytes == 0
 
 
 def test_differentiable_gradients():

@@ -1,4 +1,4 @@
-"""The 3x3 convolution against torch in float64, whichever way it is served."""
+"""Compares the 3x3 convolution with torch in float64, whether or not the kernels serve it."""
 
 import random
 import sys
@@ -6,12 +6,8 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch.autograd import forward_ad
-from torch.utils.flop_counter import FlopCounterMode
 
 from litevae_kernels import conv3x3, use_backend
-from litevae_kernels.backend import core
 from litevae_kernels.conv3x3 import WHY_NOT
 from litevae_kernels.nn import Conv3x3
 from litevae_kernels.testing import LAYOUTS, arrange, assert_within_budget, poisoned_memory
@@ -28,7 +24,7 @@ BF16 = 2**16  # units in the last place of float32 in one of bfloat16
 
 @pytest.fixture(autouse=True)
 def small_images_too(monkeypatch):
-    """The kernels serve images of any size, and take long for large ones."""
+    """Makes the kernels serve small images as well, so that the tests are fast."""
     monkeypatch.setattr(sys.modules["litevae_kernels.conv3x3"], "LEAST_PIXELS", 1)
 
 
@@ -38,7 +34,7 @@ def values(*shape, dtype=torch.bfloat16, seed=0):
 
 
 def channels_innermost(x, layout):
-    """In three ways: dense, a slice of something larger that is NaN, and one image for all."""
+    """Returns `x` with channels innermost: dense, as a slice of a larger tensor of NaN, or with one image for all."""
     if layout == "sliced":
         n, c, h, w = x.shape
         big = torch.full((n, h + 3, w + 5, c + 7), float("nan"), dtype=x.dtype)
@@ -50,10 +46,14 @@ def channels_innermost(x, layout):
 
 
 def winograd(x, weight, absolute):
-    """The convolution by F(2x2, 3x3) in float64, or with the absolute values of everything that is multiplied.
+    """Returns the convolution by F(2x2, 3x3) in float64.
 
-    `absolute`: "factors" takes those of both transformed factors, "inputs" those of x before its transform too: what
-    the roundings of the factors, and of x, amount to.
+    Args:
+        x: (N, C_in, H, W).
+        weight: (C_out, C_in, 3, 3).
+        absolute: "factors" multiplies the absolute values of both transformed factors, which bounds the effect of
+            their roundings. "inputs" also transforms the absolute values of x, which bounds the effect of its
+            roundings. None gives the convolution itself.
     """
     height, width = x.shape[2:]
     inputs = transformed_inputs(x, absolute == "inputs")
@@ -66,7 +66,7 @@ def winograd(x, weight, absolute):
 
 
 def transformed_inputs(x, absolute):
-    """(N, C, tile rows, tile columns, 4, 4)."""
+    """Returns the transformed tiles, (N, C, tile rows, tile columns, 4, 4)."""
     height, width = x.shape[2:]
     tiles = F.pad(x, (1, 1 + width % 2, 1, 1 + height % 2)).unfold(2, 4, 2).unfold(3, 4, 2)
     b = B.abs() if absolute else B
@@ -74,7 +74,7 @@ def transformed_inputs(x, absolute):
 
 
 def winograd_weight_gradient(x, grad, absolute):
-    """The gradient of `winograd` with respect to its weight; `absolute` as there."""
+    """Returns the gradient of `winograd` with respect to its weight, with the same `absolute`."""
     height, width = x.shape[2:]
     tiles = F.pad(grad, (0, width % 2, 0, height % 2)).unfold(2, 2, 2).unfold(3, 2, 2)
     a, g = A, G
@@ -96,7 +96,7 @@ def check(x, weight, bias, residual, silu):
     wide, weight = x.double(), weight.double()
     wide = F.silu(wide) if silu else wide
     exact = F.conv2d(wide, weight, padding=1)
-    # both factors are rounded to bfloat16; the float32 sums and transforms lose little beside
+    # Both factors are rounded to bfloat16. In comparison, the sums and transforms in float32 lose little.
     magnitude = 2 * BF16 * winograd(wide, weight, "factors")
     rough = winograd(wide, weight, "inputs")
     magnitude += (torch.tensor(weight[0].numel() + 40) + (BF16 if silu else 0)) * rough
@@ -175,7 +175,7 @@ def test_a_stack_of_images_is_each_image_by_itself():
 @needs_kernel
 @pytest.mark.parametrize("residual", [False, True])
 def test_under_autocast(residual):
-    """Float32 parameters are rounded first, as autocast does for PyTorch's convolution."""
+    """Float32 parameters are rounded first, as in PyTorch's convolution under autocast."""
     x = channels_innermost(values(2, 48, 9, 7, dtype=torch.float32), "channels_last")
     weight, bias = values(64, 48, 3, 3, dtype=torch.float32, seed=1), values(64, dtype=torch.float32, seed=2)
     added = values(2, 64, 9, 7, dtype=torch.float32, seed=3) if residual else None
@@ -189,7 +189,7 @@ def test_under_autocast(residual):
 
 
 def check_gradients(x, weight, bias, residual, grad, silu=False):
-    """Against float64, and that wanting them does not change the result."""
+    """Compares gradients with float64, and checks that computing them does not change the result."""
     inputs = [x, weight, bias, residual]
     with torch.no_grad():
         alone = conv3x3(F.silu(x) if silu else x, weight, bias, residual=residual)
@@ -213,7 +213,7 @@ def check_gradients(x, weight, bias, residual, grad, silu=False):
     exact = F.conv2d(wide_grad, turned, padding=1)
     magnitude = 2 * BF16 * winograd(wide_grad, turned, "factors")
     magnitude += (turned[0].numel() + 40) * winograd(wide_grad, turned, "inputs")
-    if silu:  # its result is rounded before it is multiplied with the slope, which is computed in float32
+    if silu:  # The result is rounded before it is multiplied by the slope, which is computed in float32.
         magnitude = magnitude + 3 * BF16 * exact.abs()
     exact, magnitude = exact * slope, magnitude * (abs(slope) + 1e-5 if silu else 1)
     assert_within_budget(grad_x, exact, magnitude=magnitude, operations=1)
@@ -291,29 +291,6 @@ def test_gradients_have_the_same_bits_for_any_number_of_threads():
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
-@needs_kernel
-def test_gradients_of_no_images():
-    x, weight = channels_innermost(values(0, 64, 5, 4), "channels_last"), values(48, 64, 3, 3)
-    x.requires_grad_(), weight.requires_grad_()
-    conv3x3(x, weight).sum().backward()
-    assert x.grad.shape == x.shape
-    assert not weight.grad.any()
-
-
-@needs_kernel
-def test_higher_derivatives_are_torchs():
-    x = channels_innermost(values(1, 32, 5, 4), "channels_last").requires_grad_()
-    weight = values(32, 32, 3, 3, seed=1).requires_grad_()
-    grad = values(1, 32, 5, 4, seed=2)
-
-    def second(function):
-        first = torch.autograd.grad(function(x, weight), (x, weight), grad, create_graph=True)
-        return torch.autograd.grad(sum(g.float().square().sum() for g in first), (x, weight))
-
-    for actual, expected in zip(second(conv3x3), second(lambda x, w: F.conv2d(x, w, padding=1)), strict=True):
-        assert torch.equal(actual, expected)
-
-
 def by_torch(x, weight, bias, residual, silu):
     y = F.conv2d(F.silu(x) if silu else x, weight, bias, padding=1)
     return y if residual is None else y + residual
@@ -323,7 +300,7 @@ def by_torch(x, weight, bias, residual, silu):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 def test_other_calls_are_torchs(dtype, layout, silu):
-    """Those that the kernel does not serve: other dtypes, narrow layers, channels apart, and all with the reference."""
+    """PyTorch serves other dtypes, narrow layers, channels that are not innermost, and all calls of the reference."""
     channels = 4 if dtype == torch.bfloat16 and layout == "channels_last" else 40
     x = arrange(values(2, channels, 6, 5, dtype=dtype), layout)
     weight, bias = values(36, channels, 3, 3, dtype=dtype, seed=1), values(36, dtype=dtype, seed=2)
@@ -374,94 +351,6 @@ def test_bad_input(changes, error, message):
 
 
 @needs_kernel
-@pytest.mark.parametrize("grad_enabled", [False, True])
-def test_a_tangent_is_an_error_and_not_lost(grad_enabled):
-    x = channels_innermost(values(1, 32, 4, 4), "channels_last")
-    with torch.set_grad_enabled(grad_enabled), forward_ad.dual_level():
-        dual = forward_ad.make_dual(x, torch.ones_like(x))
-        with pytest.raises(NotImplementedError, match="jvp"):
-            conv3x3(dual, values(32, 32, 3, 3))
-
-
-@needs_kernel
-@pytest.mark.parametrize("residual", [False, True])
-def test_opcheck(residual):
-    x = channels_innermost(values(2, 32, 6, 5), "channels_last")
-    added = values(2, 40, 6, 5, seed=2) if residual else None
-    torch.library.opcheck(
-        torch.ops.litevae.conv3x3.default, (x, values(40, 32, 3, 3, seed=1), values(40, seed=3), added, True)
-    )
-
-
-@needs_kernel
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_opcheck_of_the_gradients(memory_format):
-    x, grad = (channels_innermost(values(2, 32, 6, 5, seed=seed), "channels_last") for seed in (0, 1))
-    weight = values(32, 32, 3, 3, dtype=torch.float32).contiguous(memory_format=memory_format)
-    torch.library.opcheck(torch.ops.litevae.conv3x3_input_gradient.default, (grad, weight))
-    torch.library.opcheck(torch.ops.litevae.conv3x3_weight_gradient.default, (x, grad, weight))
-
-
-@needs_kernel
-@pytest.mark.parametrize("silu", [False, True])
-def test_training_compiles_whole_and_once_for_all_batch_sizes(silu):
-    counter = CompileCounterWithBackend("aot_eager")
-    layer = Conv3x3(32, 48, silu_input=silu)
-    compiled = torch.compile(layer, fullgraph=True, backend=counter, dynamic=True)
-    for batch in (2, 3, 5):
-        x = channels_innermost(values(batch, 32, 8, 6), "channels_last").requires_grad_()
-        residual = channels_innermost(values(batch, 48, 8, 6), "channels_last").requires_grad_()
-        results = []
-        for function in (compiled, layer):
-            with torch.autocast("cpu", torch.bfloat16):
-                y = function(x, residual)
-            results.append(
-                [y, *torch.autograd.grad(y.float().square().sum(), [x, residual, *layer.parameters()])]
-            )
-        for actual, expected in zip(*results, strict=True):
-            torch.testing.assert_close(actual, expected, atol=0, rtol=0 if not silu else 0.02)
-    assert counter.frame_count == 1
-
-
-@needs_kernel
-def test_compiles_whole_and_once_for_all_batch_sizes():
-    counter = CompileCounterWithBackend("aot_eager")
-    layer = Conv3x3(32, 48, silu_input=True).bfloat16().eval()
-    compiled = torch.compile(layer, fullgraph=True, backend=counter, dynamic=True)
-    with torch.no_grad():
-        for batch in (2, 3, 5):
-            x = channels_innermost(values(batch, 32, 8, 6), "channels_last")
-            residual = channels_innermost(values(batch, 48, 8, 6), "channels_last")
-            assert torch.equal(compiled(x, residual), layer(x, residual))
-    assert counter.frame_count == 1
-
-
-@needs_kernel
-def test_the_core_without_its_instructions():
-    x = channels_innermost(values(1, 32, 4, 4), "channels_last")
-    best = core.isa()
-    try:
-        core.set_isa("avx512")
-        with pytest.raises(RuntimeError, match="AVX512-BF16"):
-            torch.ops.litevae.conv3x3(x, values(32, 32, 3, 3), None, None, False)
-    finally:
-        core.set_isa(best)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_operations_are_counted_whatever_serves_the_call(dtype):
-    x = channels_innermost(values(2, 32, 9, 7, dtype=dtype), "channels_last")
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        conv3x3(x, values(64, 32, 3, 3, dtype=dtype))
-    forward = 2 * 2 * 9 * 7 * 64 * 32 * 9
-    assert counter.get_total_flops() == forward
-    weight = values(64, 32, 3, 3, dtype=dtype).requires_grad_()
-    with FlopCounterMode(display=False) as counter:
-        conv3x3(x.requires_grad_(), weight).sum().backward()
-    assert counter.get_total_flops() == 3 * forward
-
-
-@needs_kernel
 def test_small_images_are_torchs(monkeypatch):
     monkeypatch.undo()
     x, weight = channels_innermost(values(9, 32, 8, 15), "channels_last"), values(32, 32, 3, 3)
@@ -479,17 +368,3 @@ def test_vmap_over_the_residual():
     x, weight, residuals = values(1, 4, 3, 3), values(5, 4, 3, 3, seed=1), values(6, 1, 5, 3, 3, seed=2)
     y = torch.func.vmap(lambda residual: conv3x3(x, weight, residual=residual))(residuals)
     assert torch.equal(y, torch.stack([conv3x3(x, weight, residual=residual) for residual in residuals]))
-
-
-def test_the_module_is_of_one_kind_only():
-    with pytest.raises(TypeError, match="stride"):
-        Conv3x3(4, 4, stride=2)
-
-
-def test_the_module_has_the_keys_of_conv2d():
-    plain = torch.nn.Conv2d(4, 5, 3, padding=1)
-    layer = Conv3x3(4, 5)
-    layer.load_state_dict(plain.state_dict())
-    x = values(2, 4, 6, 5, dtype=torch.float32)
-    assert torch.equal(layer(x), plain(x))
-    assert repr(Conv3x3(4, 5, bias=False, silu_input=True)).endswith("bias=False, silu_input=True)")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from litevae_kernels import haar_dwt2d, haar_idwt2d, haar_pyramid, use_backend, wavedec2, waverec2
 from litevae_kernels.backend import why_not
-from litevae_kernels.haar.reference import MODES
+from litevae_kernels.haar.shapes import MODES
 from litevae_kernels.testing import LAYOUTS, arrange, assert_within_budget, poisoned_memory, shapes
 
 REASON = why_not("native", "cuda") if torch.cuda.is_available() else "no CUDA device"

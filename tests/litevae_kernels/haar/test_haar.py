@@ -12,7 +12,7 @@ import torch
 
 from litevae_kernels import haar_dwt2d, haar_idwt2d, haar_pyramid, use_backend, wavedec2, waverec2
 from litevae_kernels.backend import core
-from litevae_kernels.haar.reference import MODES, level_sizes
+from litevae_kernels.haar.shapes import MODES, level_sizes
 from litevae_kernels.testing import LAYOUTS, arrange, assert_within_budget, poisoned_memory, shapes
 
 BACKENDS = ("reference", "native")

@@ -6,7 +6,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from litevae_kernels import haar_dwt2d, haar_idwt2d, haar_pyramid, use_backend, wavedec2, waverec2
 from litevae_kernels.haar import op
-from litevae_kernels.haar.reference import MODES
+from litevae_kernels.haar.shapes import MODES
 from litevae_kernels.testing import LAYOUTS, arrange, assert_within_budget, poisoned_memory, shapes
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from litevae_kernels.haar import reference
+from litevae_kernels.haar.shapes import MODES, level_sizes
 
 triton = pytest.importorskip("triton")
 kernels = pytest.importorskip("litevae_kernels.haar.triton")
@@ -112,7 +113,7 @@ def check(out: Tensor, exact: Tensor, magnitude: Tensor, roundings: int, accumul
 def coeff_shapes(
     n: int, c: int, height: int, width: int, levels: int, stacked: bool
 ) -> list[tuple[int, ...]]:
-    sizes = reference.level_sizes(height, width, levels)[1:]
+    sizes = level_sizes(height, width, levels)[1:]
     if stacked:
         return [(n, 4 * c, *size) for size in sizes]
     return [(n, c, *sizes[-1])] + [(n, c, *size) for size in reversed(sizes) for _ in range(3)]
@@ -137,8 +138,8 @@ def draw(seed: int) -> dict[str, Any]:
             height, width = (step * r.randint(1, max(1, 67 // step)) for _ in range(2))
         else:
             height, width = r.randint(1, 67), r.randint(1, 67)
-        mode = r.choice(reference.MODES)
-        if mode != "reflect" or all(1 not in s for s in reference.level_sizes(height, width, levels)[:-1]):
+        mode = r.choice(MODES)
+        if mode != "reflect" or all(1 not in s for s in level_sizes(height, width, levels)[:-1]):
             break
     dtypes = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
     image_dtype = r.choice(dtypes)
@@ -239,7 +240,7 @@ def test_synthesis_equals_the_gradient_of_the_reference(device: str, group: int)
 
 
 @on_device
-@pytest.mark.parametrize("mode", reference.MODES)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("height", "width", "levels"), [(16, 24, 3), (13, 22, 2), (20, 9, 3), (3, 5, 1)])
 def test_analysis_equals_pywavelets(device: str, mode: str, height: int, width: int, levels: int) -> None:
     torch.manual_seed(height)

@@ -1,4 +1,4 @@
-"""Weight modulation on a GPU, through the public function, on every backend that serves one.
+"""Tests weight modulation on a GPU, through the public function, on every backend that serves a GPU.
 
 tests/csrc runs the CUDA C++ kernels on the CPU.
 """
@@ -20,7 +20,7 @@ on_each_backend = pytest.mark.parametrize(
     [pytest.param(b, marks=pytest.mark.skipif(r is not None, reason=str(r))) for b, r in REASONS.items()],
 )
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-CASES = {"native": 12, "triton": 2}  # a test; Triton compiles nearly each of them
+CASES = {"native": 12, "triton": 2}  # per test; Triton compiles kernels for nearly every case
 DENSE = (torch.contiguous_format, torch.channels_last)
 
 
@@ -36,7 +36,7 @@ def run(weight, scale, gain, grad, eps, dtype, memory_format):
 
 
 def exact(weight, scale, gain, grad, eps):
-    """The same by torch in float64, and a bound on what is added up on the way to each."""
+    """Returns torch's results in float64, and for each a bound on the values that are added up."""
     inputs = [t.detach().double().clone().requires_grad_() for t in (weight, scale, gain) if t is not None]
     filters, channels = weight.shape[:2]
     groups = scale.shape[0] // channels
@@ -65,13 +65,13 @@ def check(backend, weight, scale, gain, grad, eps, dtype, memory_format):
         actual = run(weight, scale, gain, grad, eps, dtype, memory_format)
     expected, bounds = exact(weight, scale, gain, grad, eps)
     taps = weight.shape[2] * weight.shape[3]
-    # products and quotients, a thread's sum of a filter, trees of partial sums, a channel's taps
+    # These are products and quotients, a thread's sum over a filter, trees of partial sums, and a channel's taps.
     operations = 12 + weight[0].numel() // 128 + 1 + 64 + taps
     wide = torch.float64 in (weight.dtype, dtype)
     for i, (a, e, bound) in enumerate(zip(actual, expected, bounds, strict=False)):
         assert a.isfinite().all()
         if not wide and a.dtype == torch.float64:
-            a = a.float()  # as exact as its arithmetic
+            a = a.float()  # judged by the dtype of the arithmetic
         assert_within_budget(a.cpu(), e.cpu(), magnitude=bound.cpu(), operations=operations * (1 + (i > 0)))
     return actual
 
@@ -98,7 +98,7 @@ def test_equals_torch_in_float64(backend, dtype, weight_dtype, layout):
 
 @on_each_backend
 @pytest.mark.parametrize("memory_format", DENSE)
-@pytest.mark.parametrize("channels", [512, 1400, 3000])  # fit into shared memory; forward only; never
+@pytest.mark.parametrize("channels", [512, 1400, 3000])  # for shared memory in both passes, forward, neither
 def test_large_filters(backend, channels, memory_format):
     weight = values((64, channels, 3, 3), torch.float32).cuda()
     scale, gain = values(channels, torch.float32, seed=1).cuda(), torch.ones(1).cuda()
@@ -145,7 +145,7 @@ def test_more_than_2_to_31_elements(backend):
         (small_grad,) = torch.autograd.grad(small, last, small.detach() + 1)
         weight.requires_grad_()
         modulated = modulate_weight(weight, scale)
-        assert torch.equal(modulated[-4:], small)  # filters do not know of each other
+        assert torch.equal(modulated[-4:], small)  # filters are independent
         (grad,) = torch.autograd.grad(modulated, weight, modulated.detach() + 1)
     assert torch.equal(grad[-4:], small_grad)
 
@@ -196,7 +196,7 @@ def test_runs_on_the_tensors_device(backend):
 
 
 @on_each_backend
-@pytest.mark.parametrize("channels", [64, 1400])  # the second one asks for more shared memory
+@pytest.mark.parametrize("channels", [64, 1400])  # the second one requests more shared memory
 def test_graph_capture_and_replay(backend, channels):
     weight = values((16, channels, 3, 3), torch.float32).cuda()
     scale, gain = values(channels, torch.float32, seed=1).cuda(), torch.ones(1).cuda()

@@ -1,4 +1,4 @@
-"""Derivatives, registration and compilation of modulate_weight and self_modulated_conv2d."""
+"""Tests derivatives, registration and compilation of modulate_weight and self_modulated_conv2d."""
 
 import pytest
 import torch
@@ -20,12 +20,12 @@ def values(shape, dtype=torch.float64, seed=0):
 
 
 def inputs(with_gain, groups=1, dtype=torch.float64):
-    """weight (4, 3, 2, 3), scale (3 groups), gain (1)."""
+    """Returns weight (4, 3, 2, 3), scale (3 groups) and gain (1)."""
     gain = values(1, dtype, seed=2) if with_gain else None
     return values((4, 3, 2, 3), dtype), values(3 * groups, dtype, seed=1), gain
 
 
-# With the gradients of all inputs and of each one alone.
+# The gradients of all inputs are tested together, and each one alone.
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("with_gain", [False, True])
@@ -131,7 +131,7 @@ def test_compiles_forward_and_backward(backend, compiler):
     torch._dynamo.reset()
     with use_backend(backend):
         compiled = torch.compile(loss, fullgraph=True, backend=compiler)
-        # a second shape is a second compilation, which takes Inductor long
+        # A second shape is compiled again, which takes a long time with Inductor.
         cases = [leaves_of(2), leaves_of(2, 7, 10, "contiguous")]
         for leaves in cases[: 1 if compiler == "inductor" else 2]:
             expected, actual = loss(*leaves), compiled(*leaves)
@@ -153,7 +153,7 @@ def test_no_new_graph_for_another_batch_size(dynamic):
         torch.testing.assert_close(value, loss(*leaves))
         value.backward()
         counts.append(counter.frame_count)
-    # the second graph is PyTorch turning to dynamic sizes; one count may be tracing begun anew for the float eps
+    # The second graph is the one with dynamic sizes. One more count may be a restart of the tracing for the float eps.
     assert counts[0 if dynamic else 1] == counts[-1]
 
 
@@ -182,7 +182,7 @@ def test_the_backward_keeps_the_backend_of_the_forward(monkeypatch, higher):
         modulated = modulate_weight(weight, scale)
     with use_backend("reference"):
         torch.autograd.grad(modulated.sum(), weight, create_graph=higher)
-    # a gradient that is to be differentiated is plain PyTorch's
+    # A gradient that will be differentiated is computed by plain PyTorch.
     assert calls == ["native"] + ["native"] * (not higher)
 
 

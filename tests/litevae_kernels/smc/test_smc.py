@@ -1,4 +1,4 @@
-"""modulate_weight and self_modulated_conv2d against Equation 3 in float64, on every backend that runs here."""
+"""Compares modulate_weight and self_modulated_conv2d with Equation 3 in float64, on every backend that runs here."""
 
 import random
 from typing import NamedTuple
@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 from litevae_kernels import modulate_weight, self_modulated_conv2d, use_backend
-from litevae_kernels.backend import core
 from litevae_kernels.tensors import memory_format_of
 from litevae_kernels.testing import LAYOUTS, arrange, assert_within_budget, poisoned_memory
 
@@ -16,19 +15,21 @@ BACKENDS = ("reference", "native")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 NAMES = ("weight", "scale", "gain")
 
-# The error budget, in units of half a last place of the arithmetic's type. First-order analysis:
+# The error budget in half units in the last place of the arithmetic's type, by a first-order analysis:
 #
-# v = scale w, three roundings with the inputs brought to the arithmetic's type; a sum of squares loses `chain` and
-#   the squares' own rounding, and its root half of that; the norm stored, + eps, the division, gain, and the product
-#   that makes w' = gain v / (norm + eps): 10 + chain / 2, relative to w' itself.
-# dv = gain (g / d - v sum(g v) / (norm d^2)), d = norm + eps: 8 for either term beside the norms (three of them, in
-#   the second) and the sum; grad_weight = scale dv, grad_scale = sum w dv and grad_gain = sum g v / d: 2 more, and
-#   the sums.
+# - v = scale w has three roundings, including those of the inputs to the arithmetic's type. A sum of squares loses
+#   `chain` and the rounding of the squares, and its root loses half of that. With the storing of the norm, + eps, the
+#   division, the gain and the product, w' = gain v / (norm + eps) loses 10 + chain / 2, relative to w' itself.
+# - dv = gain (g / d - v sum(g v) / (norm d^2)) with d = norm + eps: each term loses 8, besides the norms (three of
+#   them in the second term) and the sum. grad_weight = scale dv, grad_scale = sum w dv and grad_gain = sum g v / d lose
+#   2 more, besides their sums.
 OPERATIONS = 20
-# Roundings of the longest chain of additions.
-#   native: over a filter at most 64 in each of 16 lanes, and float64 from there on; for grad_scale the taps of one
-#   input channel, and float64 from there on.
-#   reference: one after another, at worst: vector_norm over a filter; autograd's sums over all filters and taps.
+# Roundings of the longest chain of additions:
+#
+# - native adds up at most 64 elements of a filter in each of 16 lanes, and their sums in float64. For grad_scale it
+#   adds up the taps of one input channel, and their sums in float64.
+# - The reference adds one element after another, at worst: vector_norm those of a filter, autograd those of all
+#   filters and taps.
 NATIVE_CHAIN = 64
 
 
@@ -68,7 +69,7 @@ def equation_3(weight, scale, gain, eps):
     group = torch.arange(filters) // (filters // (len(scale) // inputs))
     v = weight * scale[group[:, None] * inputs + torch.arange(inputs)][:, :, None, None]
     square = v.square().sum((1, 2, 3), keepdim=True)
-    # the root's slope at zero is infinite; that of v / (|v| + eps) is 1 / eps
+    # At zero, the slope of the root is infinite, but that of v / (|v| + eps) is 1 / eps.
     norm = square.where(square > 0, 1).sqrt() * (square > 0)
     return v / (norm + eps) * (1 if gain is None else gain)
 
@@ -81,7 +82,7 @@ def exact(call, grad):
 
 
 def budgets(call, grad, backend):
-    """For w' and each gradient: the magnitude of each of its elements, and the roundings (see above)."""
+    """Returns for w' and each gradient the magnitude of each element, and the number of roundings (see above)."""
     weight, scale, g = (t.detach().double().abs() for t in (call.weight, call.scale, grad))
     gain = 1.0 if call.gain is None else call.gain.double().abs()
     filters, inputs = weight.shape[:2]
@@ -99,7 +100,7 @@ def budgets(call, grad, backend):
         "scale": (weight * dv).sum((2, 3)).view(groups, -1, inputs).sum(1).flatten(),
         "gain": (along / d).sum().view(1),
     }
-    # no chain is longer than there are values to add
+    # A chain is not longer than the number of values.
     chain, across = min(NATIVE_CHAIN, weight[0].numel() // 16 + 1), weight[0, 0].numel()
     if backend == "reference":
         chain, across = weight[0].numel(), weight.numel()
@@ -108,12 +109,12 @@ def budgets(call, grad, backend):
 
 
 def check(call, grad, backend):
-    """Runs one call both ways and compares; gives what was computed."""
+    """Compares a call on `backend` with float64, and returns the results of `backend`."""
     before = [t.clone() for t in (*call.inputs().values(), grad)]
     with use_backend(backend), poisoned_memory():
         actual = run(call, grad)
     for a, b in zip((*call.inputs().values(), grad), before, strict=True):
-        assert torch.equal(a, b)  # inputs are not written
+        assert torch.equal(a, b)  # Inputs are not written.
     expected = exact(call, grad)
     allowed = budgets(call, grad, backend)
     in_double = torch.float64 in (call.weight.dtype, call.dtype)
@@ -122,8 +123,8 @@ def check(call, grad, backend):
         assert value.dtype == dtype
         magnitude, operations = allowed[name]
         if value.dtype == torch.float64 and not in_double:
-            value = value.float()  # its arithmetic was float32
-        # the slope of a filter of zeros is 1 / eps: beyond float16
+            value = value.float()  # The arithmetic was in float32.
+        # The slope of a filter of zeros, 1 / eps, is too large for float16.
         beyond = expected[name].abs() > 1.001 * torch.finfo(value.dtype).max
         infinite = torch.full_like(value, float("inf")).copysign(expected[name])
         assert torch.equal(value[beyond], infinite[beyond])
@@ -142,7 +143,7 @@ def check(call, grad, backend):
 
 
 def random_call(rng, dtype, layout, seed):
-    """Any sizes, groups, dtypes of the scales, the gain and the result, and layout of the gradient."""
+    """Returns a call with random sizes, groups, dtypes and values, and a gradient of random layout."""
     groups = rng.choice([1, 1, 1, 2, 3])
     filters = groups * rng.choice([1, 1, 2, 3, 5, 8, 17, 40])
     inputs = rng.choice([1, 2, 3, 4, 7, 16, 33])
@@ -166,7 +167,7 @@ def random_call(rng, dtype, layout, seed):
     return call, arrange(grad, rng.choice(LAYOUTS))
 
 
-# 320 cases a backend: 4 dtypes x 5 layouts of the weight x 16; everything else at random.
+# 320 cases per backend: 4 dtypes x 5 layouts of the weight x 16. Everything else is random.
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -236,7 +237,7 @@ def test_zero_filters_and_scales(backend, dtype):
     assert actual["weight"].isfinite().all()
     actual = check(Call(weight, torch.zeros(3), gain), grad, backend)
     assert not actual["modulated"].any()
-    assert not actual["weight"].any()  # slope: scale * gain / eps
+    assert not actual["weight"].any()  # The slope is scale * gain / eps.
     assert actual["scale"].isfinite().all()
     actual = check(Call(torch.zeros_like(weight), torch.ones(3)), grad, backend)
     assert not actual["modulated"].any()
@@ -248,7 +249,7 @@ def test_zero_filters_and_scales(backend, dtype):
     ("dtype", "size"),
     [
         (torch.float16, 1e-4),  # squares below float16, reciprocals beyond it
-        (torch.float16, 1e-7),  # the smallest there are
+        (torch.float16, 1e-7),  # the smallest numbers of float16
         (torch.float16, 6e4),
         (torch.bfloat16, 1e-4),
         (torch.bfloat16, 1e17),
@@ -289,8 +290,8 @@ def test_a_bad_value_spoils_its_own_filter_only(backend, bad):
 
 
 def stylegan3(weight, style):
-    """modulated_conv2d of StyleGAN3 with demodulation, for one sample: its filters and no convolution."""
-    # pre-normalisation of both inputs, which cancels
+    """Returns the filters of StyleGAN3's modulated_conv2d with demodulation, for one sample."""
+    # The pre-normalisation of both inputs cancels.
     w = weight * weight.square().mean((1, 2, 3), keepdim=True).rsqrt()
     s = style * style.square().mean().rsqrt()
     w = w * s[None, :, None, None]
@@ -299,16 +300,16 @@ def stylegan3(weight, style):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_equals_stylegan3s_grouped_convolution(backend):
-    # the batch laid out as groups, each with its own copy of the filters, as StyleGAN3 computes it
+    # StyleGAN3 turns the batch into groups, each of which has its own copy of the filters.
     x, weight, scale = values((3, 6, 9, 10)), values((8, 6, 3, 3), seed=1), values(6, seed=2)
     filters = stylegan3(weight, scale).repeat(3, 1, 1, 1)
     expected = F.conv2d(x.reshape(1, 18, 9, 10), filters, padding=1, groups=3).reshape(3, 8, 9, 10)
     with use_backend(backend):
         actual = self_modulated_conv2d(x, weight, scale, padding=1)
         narrow = self_modulated_conv2d(x.float(), weight.float(), scale.float(), padding=1)
-    # filters of norm 1; its eps = 1e-8 inside the root, beside a square of 54, and ours beside a norm
+    # Filters have norm 1. StyleGAN3 adds eps = 1e-8 to a squared norm of 54, this package to the norm.
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-7)
-    # 54 products and their sums, of filters that lost OPERATIONS and a chain
+    # There are 54 products and their sums; the filters have lost OPERATIONS and a chain.
     assert_within_budget(
         narrow,
         expected,
@@ -355,22 +356,22 @@ def test_convolution_equals_torch_in_float64(backend, options, silu_input):
         exact_gradients = torch.autograd.grad(expected, wide, grad.double())
         assert y.dtype == dtype
         assert y.is_contiguous(memory_format=torch.channels_last) == (layout == "channels_last")
-        # each result is a sum of products; the convolution of absolute values has their sums of magnitudes
+        # Each result is a sum of products, whose magnitude the convolution of absolute values gives.
         source, filters, bias = (t.detach().abs().requires_grad_() for t in (source, modulated, wide[4]))
         magnitude = F.conv2d(source, filters, bias, **options)
         through = torch.autograd.grad(magnitude, (source, filters, bias), grad.double().abs())
         call = Call(*(t.detach() for t in leaves[1:4]))
         allowed = budgets(call, through[1], backend)
-        # silu'(x) is below 1 + |x|, and loses as much
+        # silu'(x) is below 1 + |x|, and so is its error.
         magnitudes = [magnitude.detach(), through[0] * (1 + x.double().abs())]
         magnitudes += [allowed[name][0] for name in NAMES] + [through[2]]
-        # of the convolution and its gradients, no sum is longer than 2 * 12 * 11 products; a silu, 20
+        # No sum of the convolution and its gradients is longer than 2 * 12 * 11 products. A SiLU loses 20.
         operations = 2 * 2 * 12 * 11 + 20 + max(n for _, n in allowed.values())
         for actual, value, size in zip(
             (y, *gradients), (expected, *exact_gradients), magnitudes, strict=True
         ):
             if actual.dtype == torch.float64:
-                actual = actual.to(dtype)  # judged as what it was computed in
+                actual = actual.to(dtype)  # judged by the dtype of the arithmetic
             assert_within_budget(actual.detach(), value.detach(), magnitude=size, operations=operations)
 
 
@@ -401,8 +402,8 @@ def test_any_convolution_of_any_dtype(backend, dtype):
             y = self_modulated_conv2d(
                 x, weight, scale, gain, bias, residual=residual, silu_input=silu, **options
             )
-        # In the storage's dtype: the weight, the silu and the convolution are rounded, before the residual is added.
-        # In float32: Equation 3, a silu, and the sum of at most 45 products.
+        # The weight, the SiLU and the convolution are rounded to the storage's dtype before the residual is added.
+        # Equation 3, the SiLU and the sum of at most 45 products are computed in float32.
         computed = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
         operations = 3 * torch.finfo(dtype).eps / computed + (2 * 45 + 10) + 20 + 2 * 45
         assert y.dtype == dtype
@@ -457,7 +458,7 @@ def test_autocast(backend, dtype):
             y = self_modulated_conv2d(x, *leaves, silu_input=True)
             modulated = modulate_weight(*leaves[:3])
         assert y.dtype == (torch.float64 if dtype == torch.float64 else torch.bfloat16)
-        assert modulated.dtype == leaves[0].dtype  # the function alone keeps what it was told
+        assert modulated.dtype == leaves[0].dtype  # autocast does not change the function itself
         gradients = torch.autograd.grad(y.double().sum(), [x, *leaves])
     assert [g.dtype for g in gradients] == [dtype] + [leaves[0].dtype] * 4
     assert all(g.isfinite().all() for g in gradients)
@@ -469,7 +470,7 @@ def test_float16_is_not_rounded_through_bfloat16(backend, layout):
     weight, grad = (arrange(values((9, 20, 3, 3), torch.float16, seed=i), layout) for i in range(2))
     actual = check(Call(weight, values(20, torch.float16, seed=2)), grad, backend)
     for value in actual.values():
-        # of its 11 bits, the last three are zero in one of eight
+        # The last three of the 11 bits of float16 are zero in one of eight values.
         assert (value.bfloat16() != value).double().mean() > 0.5
 
 
@@ -511,39 +512,25 @@ def test_views(backend):
         check(Call(weight, scales[i % 3], storage[99:100]), views[i - 1], backend)
 
 
-@pytest.fixture
-def restore_isa():
-    best = core.isa()
-    yield
-    core.set_isa(best)
-
-
-def all_isas():
-    names = ("baseline", "avx2", "avx512", "avx512bf16")
-    return names[: names.index(core.isa()) + 1]
-
-
 def some_calls(count):
     rng = random.Random(5)
     for i in range(count):
         yield random_call(rng, DTYPES[i % 4], LAYOUTS[i // 4 % 5], 4 * i)
 
 
-def test_every_instruction_set(restore_isa):
-    for isa in all_isas():
-        core.set_isa(isa)
+def test_every_instruction_set(each_isa):
+    for _ in each_isa:
         for call, grad in some_calls(40):
             check(call, grad, "native")
 
 
 @pytest.mark.parametrize("taps", [(3, 3), (3, 2)])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
-def test_every_order_and_dtype_to_every_other(restore_isa, layout, taps):
-    """With channels for whole vectors and a rest, on every instruction set."""
+def test_every_order_and_dtype_to_every_other(each_isa, layout, taps):
+    """The channels fill whole vectors and a part of one, on every instruction set."""
     weight, grad = (values((3, 70, *taps), seed=i) for i in range(2))
     scale, gain = values(70, torch.float32, seed=2), values(1, torch.float32, seed=3)
-    for isa in all_isas():
-        core.set_isa(isa)
+    for _ in each_isa:
         for dtype in DTYPES:
             for out_dtype in DTYPES:
                 for order in ("contiguous", "channels_last"):
@@ -655,7 +642,7 @@ W, S, IMAGE = torch.ones(4, 6, 3, 3), torch.ones(6), torch.ones(2, 6, 8, 8)
         (
             lambda: self_modulated_conv2d(IMAGE, W, S, groups=2),
             ValueError,
-            "groups is 2; with a weight of (4, 6, 3, 3) it does not make x's 6 channels",
+            "groups is 2; with a weight of (4, 6, 3, 3) it does not give x's 6 channels",
         ),
         (lambda: self_modulated_conv2d(IMAGE, W, S, groups=0), ValueError, "groups is 0; with a weight of"),
         (lambda: self_modulated_conv2d(IMAGE, W, S, eps=-1.0), ValueError, "eps is -1.0; a positive number"),

@@ -1,7 +1,7 @@
-"""The Triton kernels: on the CPU in Triton's interpreter, on a GPU where there is one, and compiled without one.
+"""Tests the Triton kernels on the CPU in Triton's interpreter, on a GPU if there is one, and compiled without one.
 
 Triton reads TRITON_INTERPRET when a kernel is defined, so this module runs itself again in a process that has it
-set; there the tests' device is the CPU, here it is CUDA.
+set. The device of the tests is the CPU in that process, and CUDA in this one.
 """
 
 import os
@@ -29,7 +29,7 @@ on_device = pytest.mark.parametrize(
 )
 not_interpreted = pytest.mark.skipif(INTERPRETED, reason="needs the compiler's kernels")
 
-CASES = 12  # a test
+CASES = 12  # per test
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHAPES = (  # C_out, C_in / groups, K_h, K_w, groups
     (1, 1, 1, 1, 1),
@@ -53,7 +53,7 @@ def test_under_the_interpreter(under_the_interpreter: Any) -> None:
 
 
 def poisoned(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """NaN of the shape of `like`. The interpreter truncates to bfloat16, where a GPU rounds: there, float32."""
+    """Returns NaN like `like`; in the interpreter float32 for bfloat16, to which it would truncate, not round."""
     dtype = dtype or like.dtype
     if INTERPRETED and dtype == torch.bfloat16:
         dtype = torch.float32
@@ -69,7 +69,7 @@ def run(
     out: Tensor,
     grad_weight: Tensor,
 ) -> list[Tensor | None]:
-    """The modulated weight (in `out`), norms and three gradients."""
+    """Returns the modulated weight (in `out`), the norms and three gradients."""
     accumulate = accumulate_dtype(weight.dtype, out.dtype)
     norm = torch.full(weight.shape[:1], float("nan"), dtype=accumulate, device=weight.device)
     grad_scale = poisoned(scale)
@@ -88,13 +88,14 @@ def check(
     out: Tensor,
     grad_weight: Tensor,
 ) -> None:
-    """Bounds in halves of a unit in the last place, with n elements in a filter.
+    """Compares all results with the reference in float64.
 
-    Squares of rounded products and their sum: n + 2 relative to it, half of that after the root, which rounds, as
-    the sum with eps and the reciprocal do: (n + 2) / 2 + 3 in 1 / d, and 3 more in w'. The gradient of v adds
-    factor g, factor = gain / d, and along v, along = (dot / norm) / d gain / d, whose dot sums n products of three
-    roundings each, and where the norm comes three times: (n + 3) + 3 ((n + 2) / 2 + 3) + 6 bounds both. Its
-    products add 3, and sums over filters and taps their number.
+    The bounds are in half units in the last place, for n elements per filter. Squares of rounded products and their
+    sum lose n + 2, relative to the sum. The root halves that and rounds, as do the sum with eps and the reciprocal:
+    1 / d loses (n + 2) / 2 + 3, and w' loses 3 more. The gradient of v is factor g - along v, with factor = gain / d
+    and along = (dot / norm) / d gain / d. The dot product sums n products of three roundings each, and the norm occurs
+    three times, so (n + 3) + 3 ((n + 2) / 2 + 3) + 6 bounds both. The products add 3, and sums over filters and taps
+    add their number.
     """
     actual = run(grad, weight, scale, gain, eps, out, grad_weight)
     inputs = [None if t is None else t.detach().double().requires_grad_() for t in (weight, scale, gain)]
@@ -176,7 +177,7 @@ def test_equals_the_reference_in_float64(device: str, group: int, monkeypatch: p
 @on_device
 @pytest.mark.parametrize("zero", ["filter", "scales"])
 def test_zeros(device: str, zero: str) -> None:
-    """Zeros out, and the finite gradient gain / eps."""
+    """Zeros give zeros, with the finite gradient gain / eps."""
     torch.manual_seed(0)
     weight, scale, gain = (torch.randn(s, device=device) for s in ((3, 4, 3, 3), (4,), (1,)))
     (weight[1] if zero == "filter" else scale).zero_()
@@ -213,7 +214,7 @@ def test_same_bits_every_time(device: str, monkeypatch: pytest.MonkeyPatch) -> N
         assert torch.equal(first, second)
 
 
-# What a launch passes, without launching.
+# The arguments of a launch, without launching.
 
 Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
@@ -249,7 +250,7 @@ def run_both(
     groups: int = 1,
     gain: bool = True,
 ) -> list[Launch]:
-    # on the meta device, for no size takes memory; address 0 counts as aligned
+    # Tensors on the meta device take no memory, and their address 0 counts as aligned.
     weight = torch.empty(shape, dtype=dtype, device="meta", memory_format=format)
     out = torch.empty(shape, dtype=out_dtype, device="meta", memory_format=out_format or format)
     scale = torch.empty(shape[1] * groups, device="meta")
@@ -272,7 +273,7 @@ def test_grids_of_huge_sizes(
     assert run_both(monkeypatch, shape, groups=groups)
 
 
-# Ahead of time for a GPU that need not be here.
+# Kernels compiled ahead of time, for a GPU that this machine need not have.
 
 
 @not_interpreted
@@ -297,7 +298,7 @@ def test_vectors_and_no_spills(
             loads, stores = accesses(ptx, "ld"), accesses(ptx, "st")
             assert loads[16] >= 2, (name, loads)
             assert loads[2] == 0, (name, loads)
-            # all but the norm and the three factors
+            # Only the norm and the three factors are stored one by one.
             assert stores[2] == 0, (name, stores)
             assert stores[4] <= 3, (name, stores)
             assert stores[16] + stores[8] >= 2, (name, stores)

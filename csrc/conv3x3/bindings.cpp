@@ -1,0 +1,48 @@
+// Registers the 3x3 convolution and its gradients.
+#include "../common/bindings.h"
+
+#include "../common/isa.h"
+#include "conv3x3.h"
+
+LITEVAE_DISPATCH_ISA(conv3x3_forward, conv3x3::Forward)
+LITEVAE_DISPATCH_ISA(conv3x3_weight_gradient, conv3x3::WeightGradient)
+
+namespace litevae {
+namespace {
+
+void check_sizes(const TensorView& weight, const TensorView& x, const TensorView& y) {
+  check_fits(weight.size[1] == x.size[1] && weight.size[1] > 0 && weight.size[2] == 3 && weight.size[3] == 3,
+             "weight");
+  check_fits(same_size(y, x, weight.size[0]), "y");
+}
+
+void forward(const TensorView& x, bool silu, const TensorView& weight, const OptionalView& bias,
+             const OptionalView& residual, const TensorView& y, int threads) {
+  check_sizes(weight, x, y);
+  if (bias) check_fits(bias->size[1] == weight.size[0], "bias");
+  if (residual) check_fits(same_size(*residual, y), "residual");
+  const TensorView none{};
+  conv3x3_forward({x, silu, weight, false, bias.value_or(none), residual.value_or(none), y}, threads);
+}
+
+void input_gradient(const TensorView& grad, const TensorView& weight, const TensorView& grad_x, int threads) {
+  check_sizes(weight, grad_x, grad);
+  conv3x3_forward({grad, false, weight, true, {}, {}, grad_x}, threads);
+}
+
+void weight_gradient(const TensorView& x, const TensorView& grad, const TensorView& grad_weight,
+                     int threads) {
+  check_sizes(grad_weight, x, grad);
+  conv3x3_weight_gradient({x, grad, grad_weight}, threads);
+}
+
+}  // namespace
+
+void bind_conv3x3(py::module_& m) {
+  m.def("has_amx_bf16", &has_amx_bf16);
+  m.def("conv3x3_cpu", &forward, WithoutGil());
+  m.def("conv3x3_input_gradient_cpu", &input_gradient, WithoutGil());
+  m.def("conv3x3_weight_gradient_cpu", &weight_gradient, WithoutGil());
+}
+
+}  // namespace litevae

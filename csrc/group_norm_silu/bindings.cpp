@@ -1,0 +1,96 @@
+// Registers GroupNorm+SiLU and its gradient.
+#include "../common/bindings.h"
+
+#include "../common/isa.h"
+#include "group_norm_silu.h"
+
+LITEVAE_DISPATCH_ISA(group_norm_silu_forward, group_norm_silu::Forward)
+LITEVAE_DISPATCH_ISA(group_norm_silu_backward, group_norm_silu::Backward)
+
+namespace litevae {
+namespace {
+
+using group_norm_silu::Backward;
+using group_norm_silu::Forward;
+using group_norm_silu::Inputs;
+
+Inputs make_inputs(const TensorView& x, const OptionalView& skip, const OptionalView& weight,
+                   const OptionalView& bias, uintptr_t stats, int64_t groups) {
+  Inputs in{};
+  in.x = x, in.stats = pointer<double>(stats), in.groups = groups;
+  if (skip) in.skip = *skip, check_fits(skip->dtype == x.dtype && same_size(*skip, x, skip->size[1]), "skip");
+  if (weight) in.weight = *weight, check_fits(weight->size[1] == in.channels(), "weight");
+  if (bias) in.bias = *bias, check_fits(bias->size[1] == in.channels(), "bias");
+  if (groups < 1 || in.channels() % groups)
+    throw std::invalid_argument("groups do not divide the channels: " + std::to_string(groups));
+  return in;
+}
+
+Forward make_forward(const TensorView& x, const OptionalView& skip, const OptionalView& weight,
+                     const OptionalView& bias, const TensorView& y, uintptr_t stats, int64_t groups,
+                     double eps) {
+  const Inputs in = make_inputs(x, skip, weight, bias, stats, groups);
+  check_fits(y.dtype == x.dtype && same_size(y, x, in.channels()), "y");
+  return {in, y, eps};
+}
+
+Backward make_backward(const TensorView& grad, const TensorView& x, const OptionalView& skip,
+                       const OptionalView& weight, const OptionalView& bias, uintptr_t stats,
+                       const TensorView& grad_x, const OptionalView& grad_skip,
+                       const OptionalView& grad_weight, const OptionalView& grad_bias, int64_t groups) {
+  const Inputs in = make_inputs(x, skip, weight, bias, stats, groups);
+  check_fits(grad.dtype == x.dtype && same_size(grad, x, in.channels()), "grad");
+  check_fits(same_size(grad_x, x) && grad_x.dtype == x.dtype, "grad_x");
+  Backward b{in, grad, grad_x, {}, {}, {}};
+  if (grad_skip) b.grad_skip = *grad_skip, check_fits(skip && same_size(*skip, *grad_skip), "grad_skip");
+  if (grad_weight)
+    b.grad_weight = *grad_weight, check_fits(weight && same_size(*weight, *grad_weight), "grad_weight");
+  if (grad_bias) b.grad_bias = *grad_bias, check_fits(bias && same_size(*bias, *grad_bias), "grad_bias");
+  return b;
+}
+
+}  // namespace
+
+void bind_group_norm_silu(py::module_& m) {
+  m.def(
+      "group_norm_silu_cpu",
+      [](const TensorView& x, const OptionalView& skip, const OptionalView& weight, const OptionalView& bias,
+         const TensorView& y, uintptr_t stats, int64_t groups, double eps, int threads) {
+        group_norm_silu_forward(make_forward(x, skip, weight, bias, y, stats, groups, eps), threads);
+      },
+      WithoutGil());
+  m.def(
+      "group_norm_silu_backward_cpu",
+      [](const TensorView& grad, const TensorView& x, const OptionalView& skip, const OptionalView& weight,
+         const OptionalView& bias, uintptr_t stats, const TensorView& grad_x, const OptionalView& grad_skip,
+         const OptionalView& grad_weight, const OptionalView& grad_bias, int64_t groups, int threads) {
+        group_norm_silu_backward(make_backward(grad, x, skip, weight, bias, stats, grad_x, grad_skip,
+                                               grad_weight, grad_bias, groups),
+                                 threads);
+      },
+      WithoutGil());
+#ifdef LITEVAE_CUDA
+  // `y` is the result or its gradient.
+  m.def("group_norm_silu_scratch_bytes", [](const TensorView& y) {
+    return group_norm_silu_scratch_bytes(y.size[0], y.size[1], y.size[2] * y.size[3], element_size(y.dtype));
+  });
+  m.def("group_norm_silu_cuda",
+        [](const TensorView& x, const OptionalView& skip, const OptionalView& weight,
+           const OptionalView& bias, const TensorView& y, uintptr_t stats, int64_t groups, double eps,
+           uintptr_t scratch, int device, uintptr_t stream) {
+          group_norm_silu_forward_cuda(make_forward(x, skip, weight, bias, y, stats, groups, eps),
+                                       pointer(scratch), device, pointer(stream));
+        });
+  m.def("group_norm_silu_backward_cuda",
+        [](const TensorView& grad, const TensorView& x, const OptionalView& skip, const OptionalView& weight,
+           const OptionalView& bias, uintptr_t stats, const TensorView& grad_x, const OptionalView& grad_skip,
+           const OptionalView& grad_weight, const OptionalView& grad_bias, int64_t groups, uintptr_t scratch,
+           int device, uintptr_t stream) {
+          group_norm_silu_backward_cuda(make_backward(grad, x, skip, weight, bias, stats, grad_x, grad_skip,
+                                                      grad_weight, grad_bias, groups),
+                                        pointer(scratch), device, pointer(stream));
+        });
+#endif
+}
+
+}  // namespace litevae

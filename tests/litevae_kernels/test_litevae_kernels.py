@@ -1,0 +1,25 @@
+import subprocess
+import sys
+
+import litevae_kernels
+
+
+def test_public_names():
+    assert sorted(litevae_kernels.__all__) == [
+        "conv3x3",
+        "group_norm_silu",
+        "haar_dwt2d",
+        "haar_idwt2d",
+        "haar_pyramid",
+        "modulate_weight",
+        "self_modulated_conv2d",
+        "use_backend",
+        "wavedec2",
+        "waverec2",
+    ]
+
+
+def test_kernels_do_not_import_the_model():
+    code = "import sys, litevae_kernels; print(any(m == 'litevae' or m.startswith('litevae.') for m in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -1,0 +1,42 @@
+import contextlib
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+support = pytest.importorskip("litevae_kernels.triton_support")
+tl = triton.language
+
+LIMIT = support.GRID.value
+
+
+@pytest.mark.parametrize(
+    ("programs", "grid"),
+    [(1, (1, 1)), (LIMIT, (LIMIT, 1)), (LIMIT + 1, (LIMIT, 2)), (5 * LIMIT - 1, (LIMIT, 5))],
+)
+def test_a_grid_holds_any_number_of_programs(programs, grid):
+    assert support.grid_of(programs) == grid
+    assert grid[0] * grid[1] >= programs
+    assert grid[0] < 2**31  # CUDA's limits
+    assert grid[1] < 2**16
+
+
+def test_sizes_do_not_specialise_a_kernel():
+    def function(x, size: tl.int64, stride: tl.int64, BLOCK: tl.constexpr):
+        pass
+
+    compiled = support.kernel(function)
+    arguments = {p.name: p.do_not_specialize for p in compiled.params}
+    assert arguments == {"x": False, "size": True, "stride": True, "BLOCK": False}
+
+
+def test_a_tensor_on_the_cpu_changes_no_device():
+    assert isinstance(support.on_device(torch.zeros(1)), contextlib.nullcontext)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_tensor_on_a_gpu_makes_that_the_current_one():
+    with support.on_device(torch.zeros(1, device="cuda:1")):
+        assert torch.cuda.current_device() == 1
+    assert torch.cuda.current_device() == 0
