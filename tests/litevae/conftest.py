@@ -4,7 +4,7 @@ import torch
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """Threads that wait for each other on a busy machine make tiny runs a hundred times slower."""
+    """Limits PyTorch to one thread; on a busy machine, several would slow tiny runs down a hundredfold."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,7 +1,11 @@
+import os
+import signal
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from skimage import data
 
 from litevae import LiteVAE
@@ -11,9 +15,53 @@ from litevae.latents import Settings, encode_images
 SIZE = 32
 
 
+class EventfulImages:
+    """Images that call `event(index)` whenever one is loaded."""
+
+    def __init__(self, images, event):
+        self.images, self.event = images, event
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getattr__(self, name):
+        return getattr(self.images, name)
+
+    def load(self, index):
+        self.event(index)
+        return self.images.load(index)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def tiny_runs(one_thread):
-    """All here are."""
+    """Runs all tests of this folder in one thread."""
+
+
+@pytest.fixture(scope="session")
+def eventful():
+    return EventfulImages
+
+
+@pytest.fixture(scope="session")
+def interrupting():
+    """Makes images that send SIGTERM to this process when the one at `at` is loaded."""
+    return lambda images, at: EventfulImages(
+        images, lambda index: index == at and os.kill(os.getpid(), signal.SIGTERM)
+    )
+
+
+@pytest.fixture(scope="session")
+def stored():
+    """Reads a tensor of all shards of a folder, joined."""
+    return lambda folder, name="moments": torch.cat(
+        [load_file(path)[name] for path in sorted(folder.glob("*.safetensors"))]
+    )
+
+
+@pytest.fixture(scope="session")
+def readable():
+    """Lists the files of the readable photographs."""
+    return lambda photographs: [path for path in sorted(photographs.glob("*/*.png")) if path.name != "05.png"]
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +88,7 @@ def model(model_folder):
 
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory):
-    """11 images in three folders, of which one (the sixth) is broken; the others are larger than a crop."""
+    """Writes 11 images to three folders. The sixth one is broken; the others are larger than a crop."""
     folder = tmp_path_factory.mktemp("photographs")
     for i in range(11):
         path = folder / "abc"[i // 4] / f"{i:02d}.png"
@@ -54,7 +102,7 @@ def photographs(tmp_path_factory):
 
 @pytest.fixture
 def encode(model, photographs, tmp_path):
-    """Encodes the photographs, two at a time, in shards of four."""
+    """Encodes the photographs in batches of two and shards of four."""
 
     def run(out="latents", images=None, model=model, **options):
         settings = {"size": SIZE, "mirror": True, "shard_size": 4}
@@ -68,13 +116,13 @@ def encode(model, photographs, tmp_path):
 
 @pytest.fixture(scope="session")
 def contents():
-    """The files of a folder, by their names."""
+    """Reads the files of a folder, by their names."""
     return lambda folder: {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 @pytest.fixture(scope="session")
 def middle_square():
-    """What is encoded of an image, (1, 3, SIZE, SIZE) uint8, by Pillow alone."""
+    """Reads the square that is encoded of an image, (1, 3, SIZE, SIZE) uint8, with Pillow alone."""
 
     def load(path):
         image = Image.open(path)

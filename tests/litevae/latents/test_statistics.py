@@ -23,7 +23,7 @@ def model(tmp_path):
     model = LiteVAE.from_preset(
         "litevae-s", block_out_channels=(16, 16, 16), layers_per_block=1, num_groups=4
     )
-    with torch.no_grad():  # channels of different scales, far from 0
+    with torch.no_grad():  # gives the channels different scales, and means far from 0
         conv = model.encoder.feature_aggregator.conv_out
         conv.weight[1] *= 10
         conv.bias[:4] = torch.tensor([0.0, 5.0, -3.0, 1.0])
@@ -54,7 +54,7 @@ def test_statistics_are_those_of_samples(model, folder):
         samples = posterior.mean.double() + posterior.std.double() * torch.randn(
             draws, *posterior.mean.shape, dtype=torch.float64
         )
-    # five standard errors of what the noise adds; the images are the same
+    # five standard errors of the noise; the images are the same
     each = samples.transpose(0, 2).flatten(1)
     error = 5 * posterior.std.max().double() / each.shape[1] ** 0.5
     assert (torch.tensor(found.mean) - each.mean(1)).abs().max() < error
@@ -66,7 +66,7 @@ def test_count_takes_images_at_equal_distances(model, folder):
     (folder / "bad.png").unlink()
     images = open_images(str(folder))
     assert measure_latents(model, images, SIZE, count=3, workers=0).count == 3
-    with pytest.raises(UserError, match="size must be a multiple of 4, got 30"):
+    with pytest.raises(UserError, match="size must be a multiple of 4, at least 16, got 30"):
         measure_latents(model, images, 30)
 
 
@@ -86,7 +86,7 @@ def test_command_changes_nothing_else_in_the_config(model, folder, tmp_path):
     path = tmp_path / "model" / "config.json"
     before = json.loads(path.read_text())
     LiteVAE.from_pretrained(tmp_path / "model").save_pretrained(tmp_path / "model")
-    assert str(tmp_path) in path.read_text()  # diffusers notes where it loads from
+    assert str(tmp_path) in path.read_text()  # diffusers adds the folder that it loads from
     for _ in range(2):
         assert main(["scale", str(tmp_path / "model"), str(folder), "--size", "32", "--workers", "0"]) == 0
     after = json.loads(path.read_text())
@@ -107,7 +107,7 @@ class TestScaleOfARun:
         assert scale != 1.0
         train(tiny("max_steps=1", "checkpoint.every=1", "resume=auto"))
         assert LiteVAE.from_pretrained(run / "model").config.scaling_factor == scale
-        train(tiny("max_steps=2", "checkpoint.every=1", "resume=auto"))  # other latents
+        train(tiny("max_steps=2", "checkpoint.every=1", "resume=auto"))  # which changes the latents
         config = LiteVAE.from_pretrained(run / "model").config
         assert (config.scaling_factor, config.latents_mean, config.latents_std) == (1.0, None, None)
 
