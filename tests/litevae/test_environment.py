@@ -20,7 +20,7 @@ def test_commit_is_that_of_the_repository_that_holds_the_package(tmp_path, monke
         command = ["git", *settings, "-C", str(folder), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
-    root = tmp_path / "environment"  # lies within another repository
+    root = tmp_path / "lib" / "site-packages"  # lies within another repository
     (root / "litevae").mkdir(parents=True)
     monkeypatch.setattr(litevae.environment, "__file__", str(root / "litevae" / "environment.py"))
     git(tmp_path, "init", "-q")

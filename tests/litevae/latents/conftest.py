@@ -1,12 +1,8 @@
-import os
-import signal
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from skimage import data
 
 from litevae import LiteVAE
 from litevae.data.sources import open_images
@@ -15,39 +11,9 @@ from litevae.latents import Settings, encode_images
 SIZE = 32
 
 
-class EventfulImages:
-    """Images that call `event(index)` whenever one is loaded."""
-
-    def __init__(self, images, event):
-        self.images, self.event = images, event
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getattr__(self, name):
-        return getattr(self.images, name)
-
-    def load(self, index):
-        self.event(index)
-        return self.images.load(index)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def tiny_runs(one_thread):
     """Runs all tests of this folder in one thread."""
-
-
-@pytest.fixture(scope="session")
-def eventful():
-    return EventfulImages
-
-
-@pytest.fixture(scope="session")
-def interrupting():
-    """Makes images that send SIGTERM to this process when the one at `at` is loaded."""
-    return lambda images, at: EventfulImages(
-        images, lambda index: index == at and os.kill(os.getpid(), signal.SIGTERM)
-    )
 
 
 @pytest.fixture(scope="session")
@@ -64,40 +30,9 @@ def readable():
     return lambda photographs: [path for path in sorted(photographs.glob("*/*.png")) if path.name != "05.png"]
 
 
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory):
-    torch.manual_seed(0)
-    model = LiteVAE.from_preset(
-        "litevae-s",
-        block_out_channels=(16, 16, 16),
-        layers_per_block=1,
-        num_groups=4,
-        sample_size=SIZE,
-        scaling_factor=0.5,
-        shift_factor=0.25,
-    )
-    folder = tmp_path_factory.mktemp("model")
-    model.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def model(model_folder):
     return LiteVAE.from_pretrained(model_folder)
-
-
-@pytest.fixture(scope="session")
-def photographs(tmp_path_factory):
-    """Writes 11 images to three folders. The sixth one is broken; the others are larger than a crop."""
-    folder = tmp_path_factory.mktemp("photographs")
-    for i in range(11):
-        path = folder / "abc"[i // 4] / f"{i:02d}.png"
-        path.parent.mkdir(exist_ok=True)
-        if i == 5:
-            path.write_text("no image")
-        else:
-            Image.fromarray(data.chelsea()[9 * i : 9 * i + 40 + i, 20 * i : 20 * i + 60 - i]).save(path)
-    return folder
 
 
 @pytest.fixture
