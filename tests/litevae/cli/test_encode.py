@@ -34,11 +34,11 @@ def test_says_what_it_did(command, tmp_path, capsys):
         "11 images in ",
         " images/s; the encoder itself: ",
         "bottleneck: ",
-        f"1 image cannot be read: {tmp_path / 'out' / 'bad_images.txt'} lists them",
+        f"1 image cannot be read; they are listed in {tmp_path / 'out' / 'bad_images.txt'}",
         f"{tmp_path / 'out'}: all 10 images are encoded",
     ):
         assert pattern in first
-    assert "scaling_factor" not in first  # because the model has one
+    assert "scaling_factor" not in first  # no hint, because the model has one
     index = json.loads((tmp_path / "out" / "index.json").read_text())
     assert index["encoding"]["size"] == SIZE  # the model's sample_size
     assert str(tmp_path) not in json.dumps(index)
@@ -46,7 +46,7 @@ def test_says_what_it_did(command, tmp_path, capsys):
     assert again.splitlines()[-1] == f"{tmp_path / 'out'}: complete already, and undamaged: 10 images"
     assert "images/s" not in again
     assert main(["encode", "--verify", str(tmp_path / "out")]) == 0
-    assert "10 images in 1 shard, 1 bad image left out; all as it was written" in capsys.readouterr().out
+    assert "10 images in 1 shard, 1 bad image left out; all files are intact" in capsys.readouterr().out
 
 
 def test_a_flipped_bit_is_found(command, tmp_path, capsys):
@@ -83,4 +83,4 @@ def test_ctrl_c(command, photographs, monkeypatch, interrupting):
     images = open_images(str(photographs))
     monkeypatch.setattr("litevae.data.sources.open_images", lambda _: interrupting(images, 5))
     output = command("--shard-size", 4, "--batch-size", 2).out
-    assert "stopped by SIGTERM; 6 of 11 images are encoded: the same command goes on" in output
+    assert "stopped by SIGTERM; 6 of 11 images are encoded: the same command continues" in output
