@@ -1,4 +1,4 @@
-"""The software versions and the device that a result was made with."""
+"""The software versions and the device, which results are recorded with."""
 
 import functools
 import platform
@@ -12,15 +12,15 @@ import torch
 
 @functools.cache
 def versions() -> str:
-    """Of litevae, its git commit if it runs from a repository, and PyTorch."""
+    """Returns the versions of litevae and PyTorch, with litevae's git commit if it runs from a repository."""
     try:
         own = version("litevae")
     except PackageNotFoundError:  # run from a source tree
         own = "not installed"
-    package = Path(__file__).parents[1]
-    command = ["git", "-C", str(package), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    root = Path(__file__).parents[1]
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     commit = ""
-    if (package.parent / ".git").exists():  # not some repository that the environment lies in
+    if (root / ".git").exists():  # and not a repository that contains the Python environment
         try:
             commit = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
         except (OSError, subprocess.TimeoutExpired):
@@ -29,7 +29,7 @@ def versions() -> str:
 
 
 def device_name() -> str:
-    """The GPU, or the CPU's model and thread count."""
+    """Returns the name of the GPU, or else the CPU's model and thread count."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     model = platform.processor() or platform.machine()

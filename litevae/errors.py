@@ -1,9 +1,9 @@
-"""The errors that the command line shows as one line instead of a traceback."""
+"""Errors that the command line shows as one line instead of a traceback."""
 
 
 class UserError(ValueError):
-    """Something the user can put right: a missing file, an unknown setting. The message is one line."""
+    """An error that the user can correct, such as a missing file or an unknown setting. The message is one line."""
 
 
 class NonFiniteError(RuntimeError):
-    """Training went to infinity or NaN. The message says at which step and which term went first."""
+    """A loss or gradient became infinite or NaN. The message names the step and the first such term."""

@@ -1,4 +1,4 @@
-"""Files and folders that are complete as soon as they bear their final name, and downloaded weights."""
+"""Atomic writing of files and folders, file digests, and the location of downloaded weights."""
 
 import hashlib
 import os
@@ -14,15 +14,15 @@ import torch
 from litevae.errors import UserError
 
 
-def temporary_of(path: Path) -> Path:
-    """Where `replacing` has a file written."""
-    return path.with_name(f".{path.stem}.tmp{path.suffix}")  # writers go by the suffix
+def temporary_path(path: Path) -> Path:
+    """Returns the path at which `replacing` has a file written."""
+    return path.with_name(f".{path.stem}.tmp{path.suffix}")  # writers choose the format by the suffix
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write a file to; it takes `path`'s place if nothing is raised."""
-    temporary = temporary_of(path)
+    """Yields a temporary path beside `path`. Its file replaces `path` on exit, unless the context raises."""
+    temporary = temporary_path(path)
     try:
         yield temporary
         os.replace(temporary, path)
@@ -31,18 +31,24 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Writes a file through to the disk. The libraries' own writers raise what not, or crash, if it is full."""
+    """Writes a file and flushes it to the disk.
+
+    The libraries' own writers raise various exceptions, or crash, if the disk is full.
+
+    Raises:
+        OSError: The file cannot be written; the error names it.
+    """
     try:
         with open(path, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from None  # names the file
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the names in `folder` last."""
+    """Flushes the folder's entries (created and renamed files) to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -52,14 +58,15 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """A path beside `folder` to make a folder at; it takes `folder`'s place if nothing is raised."""
+    """Yields a path beside `folder` at which to create a folder. It replaces `folder` on exit, unless the context
+    raises."""
     new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
-    if old.exists() and not folder.exists():  # the last save was killed between its two renames
+    if old.exists() and not folder.exists():  # an earlier process was killed between its two renames
         os.rename(old, folder)
     shutil.rmtree(new, ignore_errors=True)
     try:
         yield new
-        if folder.exists():  # a folder that is not empty cannot be replaced in one step
+        if folder.exists():  # a non-empty folder cannot be replaced in one step
             shutil.rmtree(old, ignore_errors=True)
             os.rename(folder, old)
         try:
@@ -74,33 +81,38 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
 
 def files_in(folder: Path) -> list[Path]:
+    """Returns the files in `folder` and its subfolders, sorted."""
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def sha256(path: Path) -> str:
+    """Returns the SHA-256 of a file in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def weights_path(url: str) -> Path:
-    """Where PyTorch keeps what it downloaded from `url`."""
+    """Returns the path at which PyTorch caches a file downloaded from `url`."""
     return Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
 
 
 @contextmanager
-def explaining_weights(url: str, what: str) -> Iterator[None]:
-    """Around the download and loading of weights: UserError, naming the file, where either fails.
+def explaining_weights(url: str, description: str) -> Iterator[None]:
+    """Converts errors of downloading and loading weights to a `UserError` that names the file.
 
     Args:
-        url: of the file.
-        what: it is, for the message.
+        url: Address of the file.
+        description: Description of the weights for the message, such as "torchvision's vgg16".
+
+    Raises:
+        UserError: The download or the loading failed.
     """
     path = weights_path(url)
     try:
         yield
-    # HTTPException: the connection broke; RuntimeError: a wrong hash, or tensors of another shape
+    # HTTPException: the connection broke; RuntimeError: the hash or a tensor's shape is wrong
     except (OSError, HTTPException, RuntimeError, EOFError, pickle.UnpicklingError, KeyError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         if path.exists():
-            raise UserError(f"{path} is not {what}, or damaged ({reason}): delete it") from None
+            raise UserError(f"{path} is not {description}, or damaged ({reason}): delete it") from None
         raise UserError(f"{path} is not there and cannot be downloaded ({reason}): put {url} there") from None

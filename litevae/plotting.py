@@ -6,7 +6,7 @@ DPI = 120
 
 
 def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
-    """Exponential running mean, without the pull of its start."""
+    """Returns the exponential moving average of `values`, corrected for its bias towards the initial zero."""
     mean, total, result = 0.0, 0.0, []
     for value in values:
         mean, total = weight * mean + (1 - weight) * value, weight * total + (1 - weight)

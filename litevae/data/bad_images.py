@@ -1,4 +1,4 @@
-"""The list of images that cannot be used, and the limit on their number."""
+"""The list of unusable images, and the limit on their number."""
 
 import math
 import os
@@ -7,27 +7,26 @@ from pathlib import Path
 
 from litevae.errors import UserError
 
-BAD_IMAGES = "bad_images.txt"  # the list's name in a run's folder
+BAD_IMAGES = "bad_images.txt"  # name of the list in a run's folder
 
-
-Bad = tuple[str, str]  # an image's name, and why it cannot be used
+BadEntry = tuple[str, str]  # name of an unusable image, and the reason
 
 
 def allowed_bad(total: int, max_fraction: float) -> int:
+    """Returns how many of `total` images may be unusable."""
     return math.floor(round(total * max_fraction, 6))  # 0.29 x 100 is 28.999999999999996
 
 
 class BadImages:
-    """The list of images that a run could not use, in a file with a line for each: name, tab, reason.
+    """The list of unusable images of a run, in a text file with one line per image: name, tab, reason.
 
-    A file that is there is continued: delete it for a new run. The processes of a run may each have one of
-    these on the same file.
+    An existing file is continued; delete it before a new run. Each process of a run may open the same file.
 
     Args:
-        path: of the file; it is made when the first image fails.
-        total: number of images in the data set.
-        max_fraction: of them that may fail.
-        setting: what the user calls `max_fraction`.
+        path: Path of the file, which is created when the first image fails.
+        total: Number of images in the data set.
+        max_fraction: Fraction of the images that may be unusable.
+        setting: The user's name for `max_fraction`, for the message.
     """
 
     def __init__(
@@ -44,15 +43,15 @@ class BadImages:
     def __len__(self) -> int:
         return len(self.names)
 
-    def add(self, bad: Iterable[Bad]) -> None:
-        """Lists those not yet listed.
+    def add(self, bad: Iterable[BadEntry]) -> None:
+        """Appends the images that are not listed yet.
 
         Raises:
-            UserError: more are listed now than may fail, or the list cannot be written.
+            UserError: The list is longer than allowed, or cannot be written.
         """
         lines = {one_field(name): one_field(reason) for name, reason in bad}
         if lines.keys() - self.names:
-            self.read()  # what other processes have found
+            self.read()  # other processes may have appended to it
             new = {name: reason for name, reason in lines.items() if name not in self.names}
             text = "".join(f"{name}\t{reason}\n" for name, reason in new.items())
             try:
@@ -68,12 +67,13 @@ class BadImages:
             )
 
     def read(self) -> None:
+        """Adds the names that the file lists."""
         if self.path.exists():
             lines = self.path.read_bytes().splitlines()
             self.names |= {os.fsdecode(line).partition("\t")[0] for line in lines}
 
     def drop_unfinished_line(self) -> None:
-        """What a full disk may have left."""
+        """Removes an incomplete last line, which a full disk may have left."""
         if self.path.exists():
             content = self.path.read_bytes()
             if not content.endswith(b"\n"):
@@ -81,5 +81,5 @@ class BadImages:
 
 
 def one_field(text: str) -> str:
-    """Without the signs that end a field of the list."""
+    """Escapes the characters that separate the fields and lines of the list."""
     return text.translate({ord("\t"): r"\t", ord("\r"): r"\r", ord("\n"): r"\n"})

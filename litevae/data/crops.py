@@ -1,4 +1,4 @@
-"""Training data: crops of images, those that cannot be read, and the images to validate on."""
+"""Training data: random square crops of images, and the images that could not be used for them."""
 
 import math
 from collections.abc import Sequence
@@ -9,35 +9,37 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from litevae.data.bad_images import Bad, allowed_bad
+from litevae.data.bad_images import BadEntry, allowed_bad
 from litevae.data.config import DataConfig
 from litevae.data.images import BadImage, Pixels, resize_window
 from litevae.data.sources import ImageSource, Photographs
 from litevae.errors import UserError
 
-# of RandomResizedCrop in torchvision
+# defaults of torchvision's RandomResizedCrop
 AREA = (0.08, 1.0)
 ASPECT_RATIO = (3 / 4, 4 / 3)
 
 
-class Item(NamedTuple):
+class CropItem(NamedTuple):
     crop: Tensor  # (3, size, size) uint8
-    bad: list[Bad]  # images that could not be used on the way
+    bad: list[BadEntry]  # unusable images that were drawn before the one in `crop`
 
 
-class Batch(NamedTuple):
+class CropBatch(NamedTuple):
     images: Tensor  # (N, 3, size, size) uint8
-    bad: list[Bad]
+    bad: list[BadEntry]
 
 
-def collate(items: Sequence[Item]) -> Batch:
-    """For a DataLoader: crops become one tensor, reports of bad images one list."""
-    return Batch(torch.stack([item.crop for item in items]), [bad for item in items for bad in item.bad])
+def collate(items: Sequence[CropItem]) -> CropBatch:
+    """Stacks the crops and joins the lists of bad images; a `collate_fn` for a DataLoader."""
+    return CropBatch(torch.stack([item.crop for item in items]), [bad for item in items for bad in item.bad])
 
 
 class Order:
-    """Shuffled epochs of `count` items as one endless sequence: called with a place in it, gives the number of the
-    item there."""
+    """Shuffled epochs of `count` items as one endless sequence.
+
+    A call maps a position in the sequence to the number of the item there.
+    """
 
     def __init__(self, count: int, seed: int) -> None:
         self.count, self.seed = count, seed
@@ -45,29 +47,28 @@ class Order:
         self.order = np.empty(0, np.int64)
 
     def __call__(self, index: int) -> int:
-        epoch, place = divmod(index, self.count)
+        epoch, position = divmod(index, self.count)
         if epoch != self.epoch:
             self.epoch = epoch
             self.order = np.random.default_rng((self.seed, epoch, 1)).permutation(self.count)
-        return int(self.order[place])
+        return int(self.order[position])
 
 
-class TrainingCrops(Dataset[Item]):
+class TrainingCrops(Dataset[CropItem]):
     """Square crops of images, half of them mirrored, as one sequence over a whole run.
 
-    Item i depends on `seed`, i and the images alone: it is the same from run to run, however many workers or
-    processes share the work, and wherever a run begins. The images come in a new order each time all have
-    been used; those of the demo are drawn anew for each crop. In place of an image that cannot be read comes
-    another, and the item says so.
+    Item i depends only on `seed`, i and the images. It does not depend on the number of workers or processes, nor
+    on the step at which a run is resumed. Each epoch shuffles the images anew; the demo's photographs are instead
+    drawn independently for each crop. Another image replaces one that cannot be read, and the item reports it.
 
     Args:
-        images: to crop.
-        config: `size`, `crop`, `flip` and `max_bad_fraction` are used.
-        seed: of the order, the crops and the mirroring.
-        length: number of items: of all epochs and processes.
+        images: Source of the images.
+        config: Configuration, of which `size`, `crop`, `flip` and `max_bad_fraction` are used.
+        seed: Seed of the order, the crops and the mirroring.
+        length: Number of items over all epochs and processes.
 
     Raises:
-        UserError: a photograph of the demo smaller than a crop, where crops are not resized.
+        UserError: `config.crop` is "native", and a photograph of the demo is smaller than a crop.
     """
 
     def __init__(self, images: ImageSource, config: DataConfig, seed: int, length: int) -> None:
@@ -85,9 +86,11 @@ class TrainingCrops(Dataset[Item]):
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> Item:
-        """If more images than `max_bad_fraction` allows fail in a row, the crop is black; `BadImages.add`
-        stops the run over the item's list."""
+    def __getitem__(self, index: int) -> CropItem:
+        """Returns an item, whose crop is black if more images fail in a row than `max_bad_fraction` allows.
+
+        `BadImages.add` then stops the run because of the item's list.
+        """
         random = np.random.default_rng((self.seed, index))
         count = len(self.images)
         drawn = int(random.integers(count))
@@ -106,11 +109,13 @@ class TrainingCrops(Dataset[Item]):
             crop = resize_window(pixels, top, left, height, width, self.config.size)
             if self.config.flip and random.integers(2):
                 crop = crop[:, ::-1]
-            return Item(torch.from_numpy(crop.transpose(2, 0, 1).copy()), list(bad.items()))
-        return Item(torch.zeros(3, self.config.size, self.config.size, dtype=torch.uint8), list(bad.items()))
+            return CropItem(torch.from_numpy(crop.transpose(2, 0, 1).copy()), list(bad.items()))
+        return CropItem(
+            torch.zeros(3, self.config.size, self.config.size, dtype=torch.uint8), list(bad.items())
+        )
 
     def window(self, pixels: Pixels, random: np.random.Generator) -> tuple[int, int, int, int]:
-        """Top, left, height and width of the part of an image that becomes the crop."""
+        """Returns top, left, height and width of the part of an image that becomes the crop."""
         height, width = pixels.shape[:2]
         size = self.config.size
         if self.config.crop == "random_resized":
@@ -125,8 +130,11 @@ class TrainingCrops(Dataset[Item]):
 
 
 def random_resized_window(height: int, width: int, random: np.random.Generator) -> tuple[int, int, int, int]:
-    """A window of a random area and aspect ratio, as torchvision's RandomResizedCrop draws it by default:
-    8 % to 100 % of the image, 3/4 to 4/3."""
+    """Returns top, left, height and width of a window of random area and aspect ratio.
+
+    The distribution is that of torchvision's RandomResizedCrop with its defaults: 8 % to 100 % of the image's
+    area, and an aspect ratio of 3/4 to 4/3.
+    """
     for _ in range(10):
         area = height * width * random.uniform(*AREA)
         ratio = math.exp(random.uniform(math.log(ASPECT_RATIO[0]), math.log(ASPECT_RATIO[1])))
@@ -134,7 +142,7 @@ def random_resized_window(height: int, width: int, random: np.random.Generator) 
         if 0 < rows <= height and 0 < columns <= width:
             top, left = random.integers(height - rows + 1), random.integers(width - columns + 1)
             return int(top), int(left), rows, columns
-    # too long an image: the middle, as near to its aspect ratio as is allowed
+    # The image is too elongated: take its middle, with the nearest allowed aspect ratio.
     rows = min(height, max(1, round(width / ASPECT_RATIO[0])))
     columns = min(width, max(1, round(height * ASPECT_RATIO[1])))
     return (height - rows) // 2, (width - columns) // 2, rows, columns

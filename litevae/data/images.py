@@ -1,4 +1,4 @@
-"""Images as uint8 pixels: reading files, and the way to a model's tensors and back."""
+"""Decoding of image files to uint8 pixels, and conversion between pixels and a model's tensors."""
 
 import warnings
 from functools import cache
@@ -15,8 +15,13 @@ from litevae.errors import UserError
 
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3); embedded colour profiles are ignored
 
-ORIENTATION = 0x0112  # the EXIF tag, and what brings each of its values upright
-UPRIGHT = {
+EXTENSIONS = (
+    *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
+    *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
+)
+
+ORIENTATION = 0x0112  # the EXIF tag
+UPRIGHT = {  # by the tag's value, the operation that turns the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -28,64 +33,67 @@ UPRIGHT = {
 
 
 class BadImage(ValueError):
-    """An image without usable pixels. The message is the reason, in one line."""
+    """An image has no usable pixels. The message is the reason, in one line."""
 
 
 @cache
 def image_formats() -> list[str]:
-    """The formats that are read, by Pillow's names: pictures of pixels, as far as this Pillow knows them.
+    """Returns Pillow's names of the raster formats to decode, limited to those that this build supports.
 
-    Whatever the name of a file says, Pillow looks at its content, and for EPS it would start Ghostscript.
+    Pillow recognises a format by the content, whatever the file's name; for EPS it would start Ghostscript.
     """
     Image.init()
     known = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
     return [name for name in known if name in Image.OPEN]
 
 
-def decode(file: Path | IO[bytes]) -> Pixels:
-    """An image file, or its content, as 8-bit RGB, turned upright.
+def decode_image(file: Path | IO[bytes]) -> Pixels:
+    """Decodes an image file, or its content, to upright 8-bit RGB.
 
-    Greyscale, palette and CMYK images are converted; transparent ones are laid on white; 16 bits are scaled
-    to 8 (not clipped); of an animation this is the first frame; the EXIF orientation is applied, and EXIF
-    data that are broken are ignored.
+    Greyscale, palette and CMYK images are converted, transparent images are composited on white, 16-bit values
+    are scaled to 8 bits (not clipped), and the first frame represents an animation. The EXIF orientation is
+    applied; broken EXIF data are ignored.
 
     Raises:
-        BadImage: no such file, not an image, cut off or broken, above Pillow's limit of about 179 million
-            pixels (a decompression bomb), or of pixels whose colour is unknown (floating-point, LAB).
+        BadImage: The file does not exist, is no image, is truncated or corrupt, exceeds Pillow's limit of about
+            179 million pixels (a decompression bomb), or has pixels of unknown colour (floating-point, LAB).
     """
     try:
         if isinstance(file, Path) and not file.is_file():
             raise BadImage("is a folder, not an image" if file.is_dir() else "no such file")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata, once for each of a million files
+            warnings.simplefilter("ignore")  # Pillow would warn once per file with unusual metadata
             with Image.open(file, formats=image_formats()) as opened:
                 opened.load()
-                return to_rgb(upright(opened))
+                return to_rgb(turn_upright(opened))
     except BadImage:
         raise
     except UnidentifiedImageError:
-        raise BadImage("not an image, or of a kind that is not read") from None
+        raise BadImage("not an image, or of an unsupported format") from None
     except OSError as error:
         raise BadImage(f"cannot be read: {error.strerror or error}") from None
-    except Exception as error:  # a broken file makes Pillow's decoders raise almost anything
+    except Exception as error:  # Pillow's decoders raise almost any exception for a corrupt file
         message = " ".join(str(error).split()) or type(error).__name__
         raise BadImage(f"cannot be read: {message}") from None
 
 
-def upright(image: Image.Image) -> Image.Image:
+def turn_upright(image: Image.Image) -> Image.Image:
+    """Applies the EXIF orientation."""
     try:
         orientation = image.getexif().get(ORIENTATION)
-    except Exception:  # the picture is whole, only its EXIF data are not
+    except Exception:  # only the EXIF data are broken
         orientation = None
     return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
 
 
 def to_rgb(image: Image.Image) -> Pixels:
+    """Converts an image of any mode to (H, W, 3) uint8; `BadImage` if its colours are unknown."""
     if image.mode.startswith("I"):  # 16-bit greyscale: Pillow's own conversion would clip it
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise BadImage(f"pixel values {values.min()} to {values.max()} do not fit 16 bits")
-        grey = ((values.astype(np.int32) + 128) // 257).astype(np.uint8)  # the nearest; 257 has no halves
+        # rounds to nearest; there are no ties, because 257 is odd
+        grey = ((values.astype(np.int32) + 128) // 257).astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=2)
     if image.mode == "F":
         raise BadImage("has floating-point pixels of unknown range: convert it to 8 or 16 bits")
@@ -96,21 +104,22 @@ def to_rgb(image: Image.Image) -> Pixels:
 
 
 def read_image(path: Path) -> Pixels:
-    """`decode` for a file that the user named.
+    """Decodes an image file that the user named, as `decode_image` does.
 
     Raises:
-        UserError: what `decode` calls a bad image.
+        UserError: `decode_image` raises `BadImage`.
     """
     try:
-        return decode(path)
+        return decode_image(path)
     except BadImage as reason:
         raise UserError(f"{path}: {reason}") from None
 
 
 def resize_window(pixels: Pixels, top: int, left: int, height: int, width: int, size: int) -> Pixels:
-    """The window of (H, W, 3) `pixels` as (size, size, 3): Pillow's bicubic, antialiased where it shrinks.
+    """Resizes a window of (H, W, 3) `pixels` to (size, size, 3) with Pillow's bicubic filter.
 
-    Only the window is resized, so that an image of 1 x 60000 pixels costs no more than another.
+    The filter is antialiased where it shrinks. Only the window is resized, so that an image of 1 x 60000 pixels
+    costs no more than any other.
     """
     window = pixels[top : top + height, left : left + width]
     if (height, width) == (size, size):
@@ -119,20 +128,20 @@ def resize_window(pixels: Pixels, top: int, left: int, height: int, width: int, 
 
 
 def to_model_range(pixels: Tensor) -> Tensor:
-    """uint8 in 0..255 to float32 in [-1, 1]; any shape."""
+    """Converts uint8 in 0..255 to float32 in [-1, 1]; any shape."""
     return pixels.float() / 127.5 - 1.0
 
 
 def to_pixels(image: Tensor) -> Tensor:
-    """Floats in [-1, 1] (clamped) to uint8, rounded to the nearest; any shape."""
+    """Converts floats in [-1, 1] (clamped) to uint8, rounded to nearest; any shape."""
     return ((image.float() + 1.0) * 127.5).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def pad_image(image: Pixels, factor: int) -> Tensor:
     """Pads an (H, W, 3) uint8 image to a (1, 3, H', W') uint8 batch.
 
-    The image is mirrored at the bottom and on the right until H' and W' are multiples of `factor`, and at least
-    twice `factor`: GroupNorm cannot normalise a latent of one pixel.
+    The image is mirrored at the bottom and on the right until H' and W' are multiples of `factor`. They are at
+    least twice `factor`, because GroupNorm cannot normalise a latent of one pixel.
     """
     height, width = (max(-(-size // factor), 2) * factor - size for size in image.shape[:2])
     padded = np.pad(image, ((0, height), (0, width), (0, 0)), mode="symmetric")

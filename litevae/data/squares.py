@@ -1,4 +1,4 @@
-"""The middle squares of images, for measuring and encoding."""
+"""The middle squares of images, for validation, evaluation and encoding."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from litevae.data.bad_images import Bad
+from litevae.data.bad_images import BadEntry
 from litevae.data.config import DataConfig
 from litevae.data.images import BadImage, Pixels, resize_window
 from litevae.data.sources import HELD_OUT_PHOTOGRAPH, ImageSource, Photographs, open_images
@@ -15,15 +15,15 @@ from litevae.errors import UserError
 
 
 class Validation(NamedTuple):
-    images: list[tuple[str, Pixels]]  # name and (size, size, 3)
-    bad: list[Bad]
+    images: list[tuple[str, Pixels]]  # names and (size, size, 3) pixels
+    bad: list[BadEntry]
 
 
 def open_validation(config: DataConfig) -> ImageSource | None:
-    """The images at `config.validation`, the demo's held-out photograph for the demo, or None.
+    """Opens the validation images: those at `config.validation`, else the demo's held-out photograph, or None.
 
     Raises:
-        UserError: as `open_images`.
+        UserError: `open_images` raises it.
     """
     if config.validation == "demo" or (config.train == "demo" and not config.validation):
         return Photographs([HELD_OUT_PHOTOGRAPH])
@@ -33,62 +33,64 @@ def open_validation(config: DataConfig) -> ImageSource | None:
 class Square(NamedTuple):
     """The middle square of one image. Exactly one of `pixels` and `error` is None."""
 
-    number: int  # place of the image in the data set of squares
+    number: int  # position in the full sequence of squares
     pixels: Tensor | None  # (3, size, size) uint8
-    label: str | None
-    error: str | None  # the reason why the image cannot be read
+    label: str | None  # class of the image
+    error: str | None  # reason why the image cannot be read
 
 
 class SquareBatch(NamedTuple):
-    """A batch of squares, unreadable ones included."""
+    """A batch of squares, including the unreadable ones."""
 
     numbers: list[int]
     pixels: Tensor  # (N, 3, size, size) uint8; black where an image cannot be read
     labels: list[str | None]
-    errors: dict[int, str]  # by number: the reason why the image cannot be read
+    errors: dict[int, str]  # by number, the reason why the image cannot be read
 
     @property
     def readable(self) -> tuple[list[int], Tensor]:
-        """The numbers and the pixels of the images that can be read."""
-        places = [place for place, number in enumerate(self.numbers) if number not in self.errors]
-        return [self.numbers[place] for place in places], self.pixels[places]
+        """The numbers and the pixels of the readable images."""
+        rows = [row for row, number in enumerate(self.numbers) if number not in self.errors]
+        return [self.numbers[row] for row in rows], self.pixels[rows]
 
 
 class SquareDataset(Dataset[Square]):
     """The middle squares of evenly spaced images, for a DataLoader with `collate` as its `collate_fn`.
 
     Args:
-        images: source of the images.
-        size: side of the squares in pixels; Pillow's antialiased bicubic filter resizes them.
-        count: number of images, evenly spaced over the source; None, or more than there are, takes all.
-        share: numbers of the squares that this data set yields, in their order; None yields all.
+        images: Source of the images.
+        size: Side of the squares in pixels; Pillow's antialiased bicubic filter resizes them.
+        count: Number of images, evenly spaced over the source; None, or more than there are, takes all.
+        numbers: Numbers of the squares that this data set yields, in their order; None yields all.
     """
 
     def __init__(
-        self, images: ImageSource, size: int, count: int | None = None, share: range | None = None
+        self, images: ImageSource, size: int, count: int | None = None, numbers: range | None = None
     ) -> None:
         self.images, self.size = images, size
         self.count = len(images) if count is None else min(count, len(images))
-        self.share = range(self.count) if share is None else share
+        self.numbers = range(self.count) if numbers is None else numbers
 
     def __len__(self) -> int:
-        return len(self.share)
+        return len(self.numbers)
 
-    def __getitem__(self, place: int) -> Square:
-        number = self.share[place]
+    def __getitem__(self, position: int) -> Square:
+        number = self.numbers[position]
         index = number * len(self.images) // self.count
         try:
             square = middle_square(self.images.load(index), self.size)
+            label = self.images.label(index)
         except BadImage as error:
             return Square(number, None, None, str(error))
         pixels = torch.from_numpy(square.transpose(2, 0, 1).copy())
-        return Square(number, pixels, self.images.label(index), None)
+        return Square(number, pixels, label, None)
 
     def name(self, number: int) -> str:
-        """Name of the image that square `number` is cut from."""
+        """Returns the name of the image that square `number` is cut from."""
         return self.images.name(number * len(self.images) // self.count)
 
     def collate(self, squares: Sequence[Square]) -> SquareBatch:
+        """Stacks squares, with black pixels for the unreadable ones."""
         black = torch.zeros(3, self.size, self.size, dtype=torch.uint8)
         return SquareBatch(
             [square.number for square in squares],
@@ -102,17 +104,17 @@ def load_validation(images: ImageSource, size: int, count: int, at_least: int = 
     """Loads the middle square of each image, as large as the shorter side allows, resized to `size`.
 
     Args:
-        images: source of the images; unreadable ones are left out.
-        size: side of the squares in pixels.
-        count: maximum number of images, evenly spaced over the source.
-        at_least: number of images that must be readable.
+        images: Source of the images; unreadable ones are left out.
+        size: Side of the squares in pixels.
+        count: Maximum number of images, evenly spaced over the source.
+        at_least: Number of images that must be readable.
 
     Raises:
-        UserError: fewer than `at_least` of them can be read.
+        UserError: Fewer than `at_least` of them can be read.
     """
     result = Validation([], [])
     squares = SquareDataset(images, size, count)
-    for square in (squares[place] for place in range(len(squares))):
+    for square in (squares[position] for position in range(len(squares))):
         name = squares.name(square.number)
         if square.pixels is None:
             result.bad.append((name, square.error or ""))
@@ -125,7 +127,7 @@ def load_validation(images: ImageSource, size: int, count: int, at_least: int = 
 
 
 def middle_square(pixels: Pixels, size: int) -> Pixels:
-    """The largest square in the middle of an (H, W, 3) image, resized to `size` pixels."""
+    """Cuts the largest square from the middle of an (H, W, 3) image and resizes it to `size` pixels."""
     height, width = pixels.shape[:2]
     side = min(height, width)
     return resize_window(pixels, (height - side) // 2, (width - side) // 2, side, side, size)

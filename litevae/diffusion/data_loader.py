@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from litevae.data.bad_images import BAD_IMAGES, BadImages
 from litevae.data.config import DataConfig
-from litevae.data.crops import Batch, Order, TrainingCrops, collate
+from litevae.data.crops import CropBatch, Order, TrainingCrops, collate
 from litevae.data.sources import ImageSource, open_images
 from litevae.diffusion.config import DiffusionConfig
 from litevae.errors import UserError
@@ -69,7 +69,7 @@ class LatentData:
         self.bad_images: BadImages | None = None
         self.images: ImageSource | None = None
         self.dataset: Dataset[Any]
-        self.collate: Callable[[list[Any]], Batch | Tensor]
+        self.collate: Callable[[list[Any]], CropBatch | Tensor]
         if config.data.latents:
             self.open_latents(Path(config.data.latents))
         else:
@@ -112,14 +112,14 @@ class LatentData:
         self.accelerator.wait_for_everyone()
         self.bad_images = BadImages(bad, len(self.images), config.max_bad_fraction)
 
-    def batches(self, done: int) -> Iterator[Batch | Tensor]:
+    def batches(self, done: int) -> Iterator[CropBatch | Tensor]:
         """Yields this process's share of each batch after step `done`, for `note_bad` and `moments`."""
         config = self.config
         steps = Stage(
             1, config.max_steps, size=self.pixels, batch_size=config.data.batch_size, first_sample=0
         )
         processes = self.accelerator.num_processes
-        loader: DataLoader[Batch | Tensor] = DataLoader(
+        loader: DataLoader[CropBatch | Tensor] = DataLoader(
             self.dataset,
             batch_sampler=ShareSampler(steps, done, self.accelerator.process_index, processes),
             collate_fn=self.collate,
@@ -130,16 +130,16 @@ class LatentData:
         )
         return iter(loader)
 
-    def note_bad(self, batch: Batch | Tensor) -> None:
+    def note_bad(self, batch: CropBatch | Tensor) -> None:
         """Lists the images that could not be used; raises UserError if there are too many."""
-        if isinstance(batch, Batch) and self.bad_images is not None:
+        if isinstance(batch, CropBatch) and self.bad_images is not None:
             self.bad_images.add(batch.bad)
 
     @torch.no_grad()
-    def moments(self, batch: Batch | Tensor) -> Tensor:
+    def moments(self, batch: CropBatch | Tensor) -> Tensor:
         """Returns the moments of a batch's latents, (N, 2 n_z, h, w) float32, on the run's device."""
         device = self.accelerator.device
-        if not isinstance(batch, Batch):
+        if not isinstance(batch, CropBatch):
             return batch.to(device, non_blocking=True)
         with self.accelerator.autocast():
             posterior = encode_pixels(self.autoencoder, batch.images)

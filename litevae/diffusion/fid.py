@@ -80,7 +80,9 @@ def measure_fid(
     """
     state = PartialState(cpu=not torch.accelerator.is_available())
     fid = make_fid(features).to(pipeline.device)
-    squares = SquareDataset(images, size, share=range(state.process_index, len(images), state.num_processes))
+    squares = SquareDataset(
+        images, size, numbers=range(state.process_index, len(images), state.num_processes)
+    )
     numbers = range(state.process_index, config.fid.count, state.num_processes)
     loader = DataLoader(
         squares,

@@ -1,4 +1,4 @@
-"""Encoded data sets: a folder of posterior moments, made once and read for every epoch."""
+"""Encoded data sets: folders of posterior moments, which are encoded once and read in every epoch."""
 
 from litevae.latents.encode import Encoding, encode_images
 from litevae.latents.folder import Settings

@@ -1,7 +1,7 @@
-"""Encoding a data set: images decoded by worker processes while the model encodes and a thread writes.
+"""Encoding of a data set: worker processes decode images while the model encodes and a thread writes.
 
-Several processes share the shards. They go in rounds of a batch each, in which they tell each other how far they
-are, and whether to stop.
+Several processes divide the shards between them. They run in rounds of one batch each, in which they exchange their
+progress and whether to stop.
 """
 
 import sys
@@ -16,25 +16,34 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from litevae.data.sources import ImageSource
 from litevae.errors import UserError
 from litevae.latents.encoder import DTYPES
-from litevae.latents.folder import LatentFolder, Settings, describe
-from litevae.latents.processes import ProcessDied, Processes, error_message, locked, raise_first
+from litevae.latents.folder import LatentFolder, Settings, locked, make_header
+from litevae.latents.processes import ProcessDied, Processes, error_message, raise_first
+from litevae.latents.shard_encoder import ShardEncoder, combine_times
 from litevae.latents.shards import Shard
-from litevae.latents.share import Share, times_of_all
 from litevae.models.interface import Autoencoder
 from litevae.signals import StopRequest
 
-NOTICEABLE = 0.1  # share of the time that is worth a hint
+NOTICEABLE = 0.1  # fraction of the time from which waiting counts as a bottleneck
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """What `encode_images` did.
+    """The outcome of `encode_images`.
 
-    `total`: images in the data; `before`: those that earlier runs had done; `done`: those of this run; `bad`:
-    those of all runs that cannot be read. `seconds`: from the first batch on; `encoder_seconds` of them in the
-    model, `waited` for images and `waited_to_write` for the disk. `stopped_by`: the signal that ended the run
-    early, else None. Of several processes, the images are those of all, `seconds` is the time of the slowest,
-    and the other times are means over those that had images to encode.
+    With several processes, the images are those of all, `seconds` is the time of the slowest, and the other times are
+    means over the processes that had images to encode.
+
+    Attributes:
+        folder: Folder of the encoded data set.
+        total: Images in the data.
+        before: Images that earlier runs had encoded.
+        done: Images that this run has encoded.
+        bad: Images that cannot be read, of all runs.
+        seconds: Time from the first batch on.
+        encoder_seconds: Time in the model.
+        waited: Time spent waiting for images.
+        waited_to_write: Time spent waiting for the disk.
+        stopped_by: Name of the signal that ended the run early, or None.
     """
 
     folder: Path
@@ -50,6 +59,7 @@ class Encoding:
 
     @property
     def bottleneck(self) -> Literal["decoding images", "writing", "the encoder"]:
+        """The part of the run that limits its speed."""
         if self.waited >= max(NOTICEABLE * self.seconds, self.waited_to_write):
             return "decoding images"
         return "writing" if self.waited_to_write >= NOTICEABLE * self.seconds else "the encoder"
@@ -65,30 +75,34 @@ def encode_images(
     max_bad_fraction: float = 0.01,
     compile: bool = False,
 ) -> Encoding:
-    """Writes the posteriors of all images to `folder`, as `litevae.latents.shards` describes.
+    """Writes the posteriors of all images to `folder`, in the format that `litevae.latents.shards` describes.
 
-    Goes on where an earlier run on the same folder, with the same model, images and settings, ended in whatever
-    way; its shards are checked, and encoded again where they are damaged. On one machine the files do not
-    depend on how often it was ended, nor on `workers`. SIGINT or SIGTERM ends the run after the current batch;
-    what is encoded of a shard by then is kept, and the next run with the same batch size goes on behind it.
-    After anything worse, the shard is encoded again.
-    Images that cannot be read are left out and listed in bad_images.txt. Shows a progress bar on stderr.
+    A run continues an earlier one on the same folder, with the same model, images and settings, however that ended.
+    It checks the existing shards and encodes damaged ones again. On one machine the files depend neither on the
+    number of interruptions nor on `workers`. SIGINT or SIGTERM ends the run after the current batch. The encoded
+    images of an unfinished shard are then kept for the next run with the same batch size; after any other end, the
+    shard is encoded again. Images that cannot be read are left out and listed in bad_images.txt. A progress bar
+    appears on stderr.
 
-    Under `torchrun` the processes share the shards, and all return the same. The files are those of one
-    process; how many there are may change from run to run. A signal to one of them ends all, two batches later.
+    Under `torchrun` the processes divide the shards between them, and all return the same result. The files are those
+    of a single process, and the number of processes may change from run to run. A signal to one process ends all of
+    them, two batches later.
 
     Args:
-        model: of 3 channels, on the device to run on. It is converted to the settings' precision, in place.
-        batch_size: images at a time.
-        workers: processes that decode images; 0: this one.
-        max_bad_fraction: of the images that may be bad.
-        compile: use `torch.compile` on the encoder.
+        model: Autoencoder of 3 channels on the device to run on. It is converted to the settings' precision, in place.
+        images: Source of the images.
+        folder: Folder to write to.
+        settings: Settings of the encoded data set.
+        batch_size: Images per batch.
+        workers: Number of processes that decode images; 0 decodes in this one.
+        max_bad_fraction: Fraction of the images that may be unreadable.
+        compile: Whether to compile the encoder with `torch.compile`.
 
     Raises:
-        UserError: a size that the model does not take, a folder of something else or with other settings, or
-            one that another run is writing to; too many images that cannot be read, or latents that are not
-            finite. In all processes, whichever of them found it.
-        OSError: the disk is full, for example, or another process has failed or died.
+        UserError: The model does not take images of this size; the folder has other content or other settings, or
+            another run writes to it; too many images cannot be read; or a latent is not finite. All processes raise
+            the error of any one of them.
+        OSError: A file cannot be written, or another process has failed or died.
     """
     processes = Processes()
     try:
@@ -97,7 +111,7 @@ def encode_images(
                 until_end.enter_context(torch.cuda.device(model.device))
             target = LatentFolder(folder, images, settings, batch_size, max_bad_fraction)
             open_folder(target, model, processes, until_end)
-            # diffusers' own `to` warns about modules to keep in float32, and there are none
+            # diffusers' own `to` warns about modules to keep in float32, although there are none
             torch.nn.Module.to(model, DTYPES[settings.precision])
             model.to(memory_format=torch.channels_last)
             model.eval()
@@ -107,23 +121,23 @@ def encode_images(
 
 
 def open_folder(folder: LatentFolder, model: Autoencoder, processes: Processes, until_end: ExitStack) -> None:
-    """Makes or continues the folder, and locks it until `until_end` closes.
+    """Creates or continues the folder, and locks it until `until_end` closes.
 
     Raises:
-        UserError: as `LatentFolder.begin`, or the processes differ in their models or images.
+        UserError: `LatentFolder.begin` fails, or the processes have different models or images.
     """
 
     def begin() -> tuple[dict[str, Any], dict[int, Shard]]:
-        folder.head = describe(model, folder.images, folder.settings)
-        return folder.head, folder.begin(until_end)
+        folder.header = make_header(model, folder.images, folder.settings)
+        return folder.header, folder.begin(until_end)
 
-    # The first process goes alone: only one prints what is wrong, and only one writes.
-    first_head, folder.shards = processes.first_does(begin)
+    # The first process goes ahead, so that only one prints warnings and only one writes.
+    first_header, folder.shards = processes.first_does(begin)
     if processes.index:
-        folder.head = describe(model, folder.images, folder.settings)
+        folder.header = make_header(model, folder.images, folder.settings)
         until_end.enter_context(locked(folder.path, processes.index))
     compared = ("model", "images", "encoding", "latents")
-    same = [folder.head[name] for name in compared] == [first_head[name] for name in compared]
+    same = [folder.header[name] for name in compared] == [first_header[name] for name in compared]
     if not all(processes.gather(same)):
         raise UserError("the processes have different models or images, or computers of different precision")
 
@@ -137,17 +151,17 @@ def encode_shards(
     processes: Processes,
     stop: StopRequest,
 ) -> Encoding:
-    """Encodes the shards that are missing, in rounds of one batch per process, and completes the index."""
+    """Encodes the missing shards, in rounds of one batch per process, and completes the index."""
     missing = [number for number in range(folder.count_shards()) if number not in folder.shards]
-    bad_images = folder.list_bad()
-    share = Share(model, folder, bad_images, missing[processes.index :: processes.count], workers, compile)
-    kept = sum(processes.gather(sum(share.kept.values())))
+    bad_images = folder.open_bad_images()
+    numbers = missing[processes.index :: processes.count]
+    encoder = ShardEncoder(model, folder, bad_images, numbers, workers, compile)
+    kept = sum(processes.gather(sum(encoder.kept.values())))
     before = sum(shard.images for shard in folder.shards.values()) + kept
     done = finished = 0
     stopped = False
     failure: Exception | None = None
-    # A line now and then is enough for a file or a pipe.
-    interval = 0.5 if sys.stderr.isatty() else 10
+    interval = 0.5 if sys.stderr.isatty() else 10  # fewer lines in a file or a pipe
     with tqdm(
         total=len(folder.images),
         initial=before,
@@ -159,7 +173,7 @@ def encode_shards(
             count = 0
             if failure is None:
                 try:
-                    count = share.step()
+                    count = encoder.step()
                 except Exception as error:
                     failure = error
             try:
@@ -172,14 +186,14 @@ def encode_shards(
                 stopped, images, failure = True, 0, failure or error
             done += images
             bar.update(images)
-            bar.set_postfix_str(f"{share.waiting:.0%} waiting for images", refresh=False)
+            bar.set_postfix_str(f"{encoder.waiting_fraction:.0%} waiting for images", refresh=False)
     try:
-        share.finish(keep=failure is None or isinstance(failure, ProcessDied))
+        encoder.finish(keep=failure is None or isinstance(failure, ProcessDied))
     except Exception as error:
         failure = failure or error
     if isinstance(failure, ProcessDied):
         raise failure
-    reports = processes.gather((error_message(failure), share.shards, share.times(), stop.signal))
+    reports = processes.gather((error_message(failure), encoder.shards, encoder.times(), stop.signal))
     raise_first([message for message, *_ in reports], failure)
     for _, shards, *_ in reports:
         folder.shards |= shards
@@ -193,16 +207,16 @@ def encode_shards(
 
     bad = processes.first_does(finish)
     signals = [signal for *_, signal in reports if signal]
-    seconds, encoder, waited, to_write = times_of_all([times for _, _, times, _ in reports])
+    times = combine_times([times for _, _, times, _ in reports])
     return Encoding(
-        folder.path,
-        len(folder.images),
-        before,
-        done,
-        bad,
-        seconds,
-        encoder,
-        waited,
-        to_write,
-        signals[0] if signals and not complete else None,
+        folder=folder.path,
+        total=len(folder.images),
+        before=before,
+        done=done,
+        bad=bad,
+        seconds=times.total,
+        encoder_seconds=times.encoder,
+        waited=times.waited,
+        waited_to_write=times.waited_to_write,
+        stopped_by=signals[0] if signals and not complete else None,
     )

@@ -1,4 +1,4 @@
-"""Encoding batches of images, with the precision that the device computes fast in."""
+"""Encoding of image batches, in the precision that is fast on the device."""
 
 import time
 from collections import deque
@@ -12,15 +12,13 @@ from litevae.models.interface import Autoencoder, encode_pixels
 
 Precision = Literal["bf16", "fp32"]
 
-
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
-
-AHEAD = 2  # batches that a GPU is given ahead, and shards that may wait to be written
+MAX_PENDING_BATCHES = 2  # batches that may be queued on a GPU
 
 
 def choose_precision(device: torch.device) -> Precision:
-    """bf16 where the hardware multiplies it: a GPU that has it, a CPU with AVX512-BF16 or AMX; else fp32."""
+    """Returns "bf16" for a GPU with bfloat16 arithmetic or a CPU with AVX512-BF16 or AMX, else "fp32"."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
@@ -28,19 +26,31 @@ def choose_precision(device: torch.device) -> Precision:
 
 
 class BatchedEncoder:
-    """Moments of batches; on a GPU a few of them are under way when a call returns.
+    """Encodes batches to posterior moments. On a GPU, a call returns before its batch is done.
 
-    `seconds` of the device's time so far, after `finish`.
+    Args:
+        model: Autoencoder on the device to run on.
+        mirror: Whether the mirrored images are encoded as well.
+
+    Attributes:
+        seconds: Time that the device took, complete after `finish`.
     """
 
     def __init__(self, model: Autoencoder, mirror: bool) -> None:
         self.model, self.mirror = model, mirror
         self.seconds = 0.0
-        self.under_way: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        self.pending: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """(N, 3, H, W) uint8 on the CPU to (N, 2 n_z, h, w) float16 on the model's device, stacked with those of
-        the mirrored images to (1 or 2, N, 2 n_z, h, w)."""
+        """Encodes a batch.
+
+        Args:
+            pixels: (N, 3, H, W) uint8 on the CPU.
+
+        Returns:
+            (1 or 2, N, 2 n_z, h, w) float16 on the model's device: the moments of the images, and with `mirror` those
+            of the mirrored images.
+        """
         device = self.model.device
         if device.type != "cuda":
             start = time.perf_counter()
@@ -54,18 +64,19 @@ class BatchedEncoder:
         begin.record()
         moments = self.encode(pixels)
         end.record()
-        self.under_way.append((begin, end))
-        self.finish(AHEAD)
+        self.pending.append((begin, end))
+        self.finish(MAX_PENDING_BATCHES)
         return moments
 
-    def finish(self, but: int = 0) -> None:
-        """Waits until all batches are done but so many."""
-        while len(self.under_way) > but:
-            begin, end = self.under_way.popleft()
+    def finish(self, max_pending: int = 0) -> None:
+        """Waits until at most `max_pending` batches are pending."""
+        while len(self.pending) > max_pending:
+            begin, end = self.pending.popleft()
             end.synchronize()
             self.seconds += begin.elapsed_time(end) / 1000
 
     def encode(self, pixels: Tensor) -> Tensor:
+        """Encodes a batch that is on the model's device."""
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         moments = []
         for copy in (pixels, pixels.flip(-1)) if self.mirror else (pixels,):
@@ -75,7 +86,11 @@ class BatchedEncoder:
 
 
 def to_host(parts: Sequence[Tensor]) -> tuple[Tensor, torch.cuda.Event | None]:
-    """The parts of a shard, joined along the images, in the CPU's memory; from a GPU when the event is over."""
+    """Joins the parts of a shard along the images, in the CPU's memory.
+
+    Returns:
+        The moments, and for a copy from a GPU the event after which they are valid.
+    """
     moments = torch.cat(list(parts), dim=1)
     if moments.device.type != "cuda":
         return moments.cpu(), None

@@ -1,10 +1,11 @@
 """The folder of an encoded data set: its settings, index, lock and shard ranges."""
 
+import errno
 import hashlib
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,37 +14,37 @@ from litevae.data.bad_images import BAD_IMAGES, BadImages
 from litevae.data.sources import ImageSource
 from litevae.environment import versions
 from litevae.errors import UserError
-from litevae.files import temporary_of
+from litevae.files import temporary_path
 from litevae.latents.encoder import Precision
-from litevae.latents.processes import LOCK, locked
 from litevae.latents.shards import (
     FORMAT,
     INDEX,
     Shard,
     Unfinished,
     find_damage,
-    note_of,
-    read_head,
-    read_note,
+    marker_path,
+    read_index,
+    read_marker,
     read_unfinished,
-    unfinished_of,
+    unfinished_path,
     write_index,
 )
 from litevae.models.interface import Autoencoder, check_size, spatial_compression
 from litevae.models.weights import hash_encoder
 
 CROP = "the middle square, resized by Pillow's antialiased bicubic"
+LOCK = ".lock"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What an encoded data set depends on beside the model and the images; a folder keeps to its own.
+    """The settings of an encoded data set, which are fixed for a folder.
 
     Args:
-        size: side of the squares in pixels: the middle of each image, resized.
-        precision: "bf16" or "fp32", which the model runs in.
-        mirror: also encode each image mirrored from left to right.
-        shard_size: images for a file.
+        size: Side in pixels to which the middle square of each image is resized.
+        precision: Precision of the model, "bf16" or "fp32".
+        mirror: Whether each image is also encoded mirrored from left to right.
+        shard_size: Images per shard.
     """
 
     size: int = 256
@@ -52,11 +53,11 @@ class Settings:
     shard_size: int = 1024
 
 
-def describe(model: Autoencoder, images: ImageSource, settings: Settings) -> dict[str, Any]:
-    """The content of index.json without the shards.
+def make_header(model: Autoencoder, images: ImageSource, settings: Settings) -> dict[str, Any]:
+    """Returns the content of index.json without the shards.
 
     Raises:
-        UserError: the model does not take images of this size.
+        UserError: The model does not take images of this size.
     """
     check_size(model, settings.size)
     factor = spatial_compression(model)
@@ -87,15 +88,16 @@ def describe(model: Autoencoder, images: ImageSource, settings: Settings) -> dic
 class LatentFolder:
     """The folder that a run encodes to: its index, shards and list of unreadable images.
 
-    `head`: the content of index.json without the shards, as `describe` returns it; to be set before `begin`.
-    `shards`: the complete shards by number.
-
     Args:
-        path: folder of the encoded data set.
-        images: source of the images.
-        settings: settings of the encoded data set.
-        batch_size: images per batch.
-        max_bad_fraction: fraction of the images that may be unreadable.
+        path: Folder of the encoded data set.
+        images: Source of the images.
+        settings: Settings of the encoded data set.
+        batch_size: Images per batch.
+        max_bad_fraction: Fraction of the images that may be unreadable.
+
+    Attributes:
+        header: Content of index.json without the shards, from `make_header`; to be set before `begin`.
+        shards: Complete shards by number.
     """
 
     def __init__(
@@ -108,49 +110,53 @@ class LatentFolder:
     ) -> None:
         self.path, self.images, self.settings = path, images, settings
         self.batch_size, self.max_bad_fraction = batch_size, max_bad_fraction
-        self.head: dict[str, Any] = {}
+        self.header: dict[str, Any] = {}
         self.shards: dict[int, Shard] = {}
 
-    def list_bad(self) -> BadImages:
-        """The list of the images that cannot be read, which all processes continue."""
+    def open_bad_images(self) -> BadImages:
+        """Opens the list of unreadable images, which all processes continue."""
         path = self.path / BAD_IMAGES
         return BadImages(path, len(self.images), self.max_bad_fraction, setting="--max-bad-fraction")
 
-    def rewrite_bad(self) -> BadImages:
-        """The list as of the shards that are complete, in their order; UserError if there are too many."""
+    def rewrite_bad_images(self) -> BadImages:
+        """Writes the list anew from the complete shards, in their order; `UserError` if it is too long."""
         (self.path / BAD_IMAGES).unlink(missing_ok=True)
-        bad = self.list_bad()
-        bad.add(pair for _, shard in sorted(self.shards.items()) for pair in shard.bad.items())
+        bad = self.open_bad_images()
+        bad.add(entry for _, shard in sorted(self.shards.items()) for entry in shard.bad.items())
         return bad
 
     def begin(self, until_end: ExitStack) -> dict[int, Shard]:
-        """Makes the folder and locks it, or finds its complete shards.
+        """Creates and locks the folder, or locks an existing one and finds its complete shards.
 
         Args:
-            until_end: gets the lock, which it holds until it is closed.
+            until_end: Stack that receives the lock, and holds it until it is closed.
+
+        Returns:
+            Complete shards by number.
 
         Raises:
-            UserError: the folder has other files, cannot be written, or is another data set's.
+            UserError: The folder holds other files, cannot be written, is in use by another run, or was begun with
+                another model, other images or other settings.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            # left by a run that has not written its index yet, or was killed before
-            own = {LOCK, temporary_of(self.path / INDEX).name}
-            if read_head(self.path) is None and any(path.name not in own for path in self.path.iterdir()):
+            # files of a run that has not written its index yet
+            own = {LOCK, temporary_path(self.path / INDEX).name}
+            if read_index(self.path) is None and any(path.name not in own for path in self.path.iterdir()):
                 raise UserError(f"{self.path}: has files, and no encoded images: give another folder")
             until_end.enter_context(locked(self.path))
             for path in self.path.glob(".*.tmp.*"):  # left by a run that was killed
                 path.unlink(missing_ok=True)
-            there = read_head(self.path)
-            if there is None:
-                write_index(self.path, self.head, [])
+            index = read_index(self.path)
+            if index is None:
+                write_index(self.path, self.header, [])
                 return {}
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written: {error.strerror}") from None
-        self.compare(there)
-        listed = dict(enumerate(there["shards"]))
+        self.check_unchanged(index)
+        listed = dict(enumerate(index["shards"]))
         for number in range(self.count_shards()):
-            shard = read_note(self.path, number) or listed.get(number)
+            shard = read_marker(self.path, number) or listed.get(number)
             if shard is None:
                 continue
             damage = find_damage(self.path, shard)
@@ -158,22 +164,22 @@ class LatentFolder:
                 self.shards[number] = shard
             else:
                 warn(f"{self.path / shard.file}: {damage}; it is encoded again")
-        self.rewrite_bad()
+        self.rewrite_bad_images()
         return self.shards
 
-    def compare(self, there: dict[str, Any]) -> None:
-        """UserError unless the folder was begun with the same model, images and settings."""
+    def check_unchanged(self, index: dict[str, Any]) -> None:
+        """Raises `UserError` unless the folder was begun with the same model, images and settings."""
         changes = [
-            f"{name.replace('_', ' ')} {there['encoding'].get(name)}, not {value}"
-            for name, value in self.head["encoding"].items()
-            if there["encoding"].get(name) != value
+            f"{name.replace('_', ' ')} {index['encoding'].get(name)}, not {value}"
+            for name, value in self.header["encoding"].items()
+            if index["encoding"].get(name) != value
         ]
-        count, now = there["images"]["count"], len(self.images)
+        count, now = index["images"]["count"], len(self.images)
         if count != now:
             changes.append(f"{count} images, not {now}")
-        elif there["images"] != self.head["images"]:
+        elif index["images"] != self.header["images"]:
             changes.append("images of other names")
-        if there["model"]["sha256"] != self.head["model"]["sha256"]:
+        if index["model"]["sha256"] != self.header["model"]["sha256"]:
             changes.append("another model")
         if changes:
             raise UserError(
@@ -184,41 +190,97 @@ class LatentFolder:
         return -(-len(self.images) // self.settings.shard_size)
 
     def shard_range(self, number: int) -> range:
-        """The images of a shard, by their numbers in the data."""
+        """Returns the numbers in the data of a shard's images."""
         first = number * self.settings.shard_size
         return range(first, min(first + self.settings.shard_size, len(self.images)))
 
     def batches(self, number: int, start: int) -> Iterator[range]:
-        """The images of a shard after `start` of them, which must be whole batches."""
+        """Yields a shard's images in batches, without the first `start`, which must be whole batches."""
         numbers = self.shard_range(number)
         return (numbers[i : i + self.batch_size] for i in range(start, len(numbers), self.batch_size))
 
     def identity(self, number: int) -> dict[str, Any]:
-        """What a shard's first images must have been encoded as, to go on behind them."""
+        """Returns all that must not change between two runs for the second to continue an unfinished shard."""
         names = ("format", "model", "images", "encoding")
-        return {**{name: self.head[name] for name in names}, "batch_size": self.batch_size, "shard": number}
+        return {**{name: self.header[name] for name in names}, "batch_size": self.batch_size, "shard": number}
 
     def read_unfinished(self, number: int) -> Unfinished | None:
-        """What an earlier run has encoded of a shard; None, and a line on stderr, where it is of no use."""
+        """Reads the first images of a shard that a stopped run has encoded.
+
+        Returns:
+            The images, or None if there are none. A useless file is removed, and a line on stderr says so.
+        """
         try:
             return read_unfinished(self.path, number, self.identity(number))
         except ValueError as reason:
-            path = unfinished_of(self.path, number)
+            path = unfinished_path(self.path, number)
             warn(f"{path}: {reason}; its images are encoded again")
             path.unlink(missing_ok=True)
             return None
 
     def complete(self) -> int:
-        """Lists the shards in the index, and takes the notes of them away; the number of bad images."""
-        bad = self.rewrite_bad()
+        """Lists all shards in the index and removes their completion markers.
+
+        Returns:
+            Number of unreadable images.
+
+        Raises:
+            UserError: No image can be read, or too many cannot.
+        """
+        bad = self.rewrite_bad_images()
         numbers = range(self.count_shards())
         if not any(shard.count for shard in self.shards.values()):
             raise UserError(f"none of the images can be read: {bad.path} lists them")
-        write_index(self.path, {**self.head, "complete": True}, [self.shards[i] for i in numbers])
+        write_index(self.path, {**self.header, "complete": True}, [self.shards[i] for i in numbers])
         for number in numbers:
-            note_of(self.path, number).unlink(missing_ok=True)
-            unfinished_of(self.path, number).unlink(missing_ok=True)  # of a shard that was mended, say
+            marker_path(self.path, number).unlink(missing_ok=True)
+            unfinished_path(self.path, number).unlink(
+                missing_ok=True
+            )  # left where a damaged shard was redone
         return len(bad)
+
+
+@contextmanager
+def locked(folder: Path, process: int = 0) -> Iterator[None]:
+    """Locks `folder` for one run until the context or the process ends.
+
+    The lock is an advisory POSIX lock on the file .lock, which remains in the folder. Unlike a lock of `flock`, it is
+    not inherited by worker processes, which outlive a killed run for seconds. The first process locks all bytes of the
+    file, and then releases all but byte 0; process i locks byte i. A new run therefore waits for all processes of an
+    old one. If the system or the file system does not support such locks, a line on stderr says so.
+
+    Args:
+        folder: Folder to lock.
+        process: Number of this process. The others must enter after the first one.
+
+    Raises:
+        UserError: Another run has locked the folder.
+        OSError: The file cannot be opened.
+    """
+    with open(folder / LOCK, "ab") as file:
+        try:
+            lock_file(file.fileno(), process)
+        except (OSError, ImportError) as error:
+            if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EAGAIN):
+                raise UserError(
+                    f"{folder}: another litevae encode is writing there: wait until it has ended, "
+                    "or give another folder"
+                ) from None
+            if process == 0:
+                reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
+                warn(f"{folder}: cannot be locked here ({reason}): make sure that no other run writes there")
+        yield
+
+
+def lock_file(descriptor: int, process: int) -> None:
+    """Takes the lock of process number `process`, as `locked` describes; `ImportError` on Windows."""
+    import fcntl
+
+    if process:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, process)
+    else:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(descriptor, fcntl.LOCK_UN, 0, 1)
 
 
 def warn(message: str) -> None:
@@ -226,7 +288,7 @@ def warn(message: str) -> None:
 
 
 def hash_keys(images: ImageSource) -> str:
-    """SHA-256 of the names of the images, in their order."""
+    """Returns the SHA-256 of the images' keys, in their order."""
     digest = hashlib.sha256()
     for index in range(len(images)):
         digest.update(os.fsencode(images.key(index)) + b"\0")

@@ -1,9 +1,10 @@
-"""The folder of an encoded data set: its shards, its index, and a dataset that reads them.
+"""The files of an encoded data set, its shards and its index, and a dataset that reads them.
 
-`shard-00000.safetensors` and so on hold `moments` (N, 2 n_z, h, w) in float16, a posterior's mean and then its
-log-variance in [-30, 20] for each image, where asked for `moments_mirrored` of the mirrored images, and as metadata
-"images" a JSON list of [name, label]. `index.json` lists them, and says what they were made of and with. A shard is
-of a fixed stretch of the data; images that could not be read are left out of it and listed in the index.
+Each shard, `shard-00000.safetensors` and so on, holds `moments` (N, 2 n_z, h, w) in float16: per image the posterior's
+mean, then its log-variance in [-30, 20]. It optionally holds `moments_mirrored` of the mirrored images. Its metadata
+"images" is a JSON list of [name, label]. `index.json` lists the shards and records the model, the images and the
+settings. A shard covers a fixed range of the data; images that could not be read are left out of it and listed in the
+index.
 
 float16 holds every bfloat16 between 6e-5 and 65504 exactly, and a float32 to 11 bits.
 """
@@ -24,21 +25,29 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from litevae.data.sources import PackedStrings
+from litevae.data.paths import PackedStrings
 from litevae.errors import UserError
-from litevae.files import replacing, sync_folder, write
+from litevae.files import replacing, sha256, sync_folder, write
 
 FORMAT = "litevae latents, version 1"
 INDEX = "index.json"
 MOMENTS, MIRRORED, IMAGES = "moments", "moments_mirrored", "images"
+
+CHANGED = "its content is not what was written (SHA-256)"
 
 
 @dataclass(frozen=True)
 class Shard:
     """A file of latents, as the index lists it.
 
-    The data's images `first` to `first` + `images` - 1 in their order, of which `count` are in it; `bad` has
-    the names of the others, and why they could not be read.
+    Attributes:
+        file: Name of the file.
+        first: Number in the data of the shard's first image.
+        images: Number of images that the shard covers.
+        count: Number of images that the file holds.
+        bytes: Length of the file.
+        sha256: SHA-256 of the file, in hexadecimal.
+        bad: Names of the images that could not be read, with the reasons.
     """
 
     file: str
@@ -51,25 +60,28 @@ class Shard:
 
 
 def name_shard(number: int) -> str:
+    """Returns the file name of shard `number`."""
     return f"shard-{number:05d}.safetensors"
 
 
-def note_of(folder: Path, number: int) -> Path:
-    """The file that says that shard `number` is complete, until the index does."""
+def marker_path(folder: Path, number: int) -> Path:
+    """Returns the path of the completion marker of shard `number`, which exists until the index lists the shard."""
     return folder / f".shard-{number:05d}.json"
 
 
-def unfinished_of(folder: Path, number: int) -> Path:
-    """The file with what a run that was stopped had encoded of shard `number`."""
+def unfinished_path(folder: Path, number: int) -> Path:
+    """Returns the path of the file with the first images of shard `number`, which a stopped run had encoded."""
     return folder / f".shard-{number:05d}.unfinished"
 
 
 @dataclass(frozen=True)
 class Unfinished:
-    """The first images of a shard, as they are encoded.
+    """The first images of a shard, in the state in which a run was stopped.
 
-    `moments` (1 or 2, N, 2 n_z, h, w) float16, the second the mirrored images'; also those of bad images,
-    which `bad` lists by their number in the data. `labels` of all.
+    Attributes:
+        moments: (1 or 2, N, 2 n_z, h, w) float16, the second of the mirrored images; bad images are included.
+        labels: Labels of all N images.
+        bad: Numbers in the data of the bad images, with the reasons.
     """
 
     moments: Tensor
@@ -78,30 +90,32 @@ class Unfinished:
 
 
 def write_unfinished(folder: Path, number: int, identity: dict[str, Any], unfinished: Unfinished) -> None:
-    """Writes a file for `read_unfinished` through to the disk: the SHA-256 of what follows, and a dict as
-    `torch.save` writes it."""
+    """Writes a file for `read_unfinished` and flushes it to the disk.
+
+    The file holds the SHA-256 of the rest, followed by a dict in the format of `torch.save`.
+    """
     content = io.BytesIO()
     torch.save({"identity": identity, **vars(unfinished)}, content)
-    with replacing(unfinished_of(folder, number)) as path:
+    with replacing(unfinished_path(folder, number)) as path:
         write(path, hashlib.sha256(content.getvalue()).digest() + content.getvalue())
     sync_folder(folder)
 
 
 def read_unfinished(folder: Path, number: int, identity: dict[str, Any]) -> Unfinished | None:
-    """What `write_unfinished` has written, or None if there is no such file.
+    """Reads the file that `write_unfinished` has written; None if it does not exist.
 
     Raises:
-        ValueError: it is damaged, or was written for another identity.
+        ValueError: The file is damaged, or was written for another identity.
     """
     try:
-        content = unfinished_of(folder, number).read_bytes()
+        content = unfinished_path(folder, number).read_bytes()
     except FileNotFoundError:
         return None
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror}") from None
     digest, content = content[:32], content[32:]
     if hashlib.sha256(content).digest() != digest:
-        raise ValueError("its content is not what was written (SHA-256)")
+        raise ValueError(CHANGED)
     saved = torch.load(io.BytesIO(content), weights_only=True)
     if saved.pop("identity") != identity:
         raise ValueError("was left by a run with another --batch-size, or of something else")
@@ -116,42 +130,47 @@ def write_shard(
     tensors: dict[str, Tensor],
     bad: dict[str, str],
 ) -> Shard:
-    """Writes a shard through to the disk, and then a note of it.
+    """Writes a shard and then its completion marker, and flushes both to the disk.
 
     Args:
-        first: the number of its first image in the data.
-        images: names and labels of those in it.
-        tensors: `moments` and perhaps `moments_mirrored`.
-        bad: names of the images left out, and why.
+        folder: Folder of the encoded data set.
+        number: Number of the shard.
+        first: Number in the data of the shard's first image.
+        images: Names and labels of the images in the shard.
+        tensors: `moments`, and optionally `moments_mirrored`.
+        bad: Names of the images that are left out, with the reasons.
     """
-    # one entry of metadata: safetensors writes several in no fixed order
+    # The metadata have a single entry, because safetensors writes several in no fixed order.
     content = save(tensors, {IMAGES: json.dumps(images)})
     target = folder / name_shard(number)
     with replacing(target) as path:
         write(path, content)
     digest = hashlib.sha256(content).hexdigest()
     shard = Shard(target.name, first, len(images) + len(bad), len(images), len(content), digest, bad)
-    with replacing(note_of(folder, number)) as path:
+    with replacing(marker_path(folder, number)) as path:
         write(path, json.dumps(asdict(shard)).encode())
     sync_folder(folder)
     return shard
 
 
-def write_index(folder: Path, head: dict[str, Any], shards: Iterable[Shard]) -> None:
-    """Writes index.json: `head`, and the shards if they are all there."""
+def write_index(folder: Path, header: dict[str, Any], shards: Iterable[Shard]) -> None:
+    """Writes index.json: `header` and the list of shards, which is empty until all are complete."""
     with replacing(folder / INDEX) as path:
         write(
             path,
-            (json.dumps({**head, "shards": [asdict(each) for each in shards]}, indent=1) + "\n").encode(),
+            (json.dumps({**header, "shards": [asdict(each) for each in shards]}, indent=1) + "\n").encode(),
         )
     sync_folder(folder)
 
 
-def read_head(folder: Path) -> dict[str, Any] | None:
-    """What is in index.json, of a complete folder or not; None if there is no such file.
+def read_index(folder: Path) -> dict[str, Any] | None:
+    """Reads index.json of a complete or incomplete folder.
+
+    Returns:
+        Its content, with `Shard`s in "shards"; None if the file does not exist.
 
     Raises:
-        UserError: not an index, or of another version.
+        UserError: The file is no index, or is of another version.
     """
     path = folder / INDEX
     try:
@@ -172,60 +191,57 @@ def read_head(folder: Path) -> dict[str, Any] | None:
     return index
 
 
-def read_index(folder: Path) -> dict[str, Any]:
-    """index.json of a complete folder, with `Shard`s in "shards"; UserError if it is not one."""
-    index = read_head(folder)
+def read_complete_index(folder: Path) -> dict[str, Any]:
+    """Reads index.json as `read_index` does; `UserError` unless the folder is complete."""
+    index = read_index(folder)
     if index is None:
         raise UserError(
             f"{folder}: {'has no index.json: not encoded images' if folder.is_dir() else 'no such folder'}"
         )
     if not index["complete"]:
-        raise UserError(
-            f"{folder}: not complete: the litevae encode command that began it goes on when run again"
-        )
+        raise UserError(f"{folder}: not complete: run the same litevae encode command again to continue it")
     return index
 
 
-def read_note(folder: Path, number: int) -> Shard | None:
-    """The shard that a run which did not end has completed, or None."""
+def read_marker(folder: Path, number: int) -> Shard | None:
+    """Reads the completion marker of a shard; None if there is no valid one."""
     try:
-        return Shard(**json.loads(note_of(folder, number).read_text(encoding="utf-8")))
+        return Shard(**json.loads(marker_path(folder, number).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 
 
 def find_damage(folder: Path, shard: Shard) -> str | None:
-    """What is wrong with a shard's bytes: missing, another length or other content; None if nothing is."""
+    """Returns the reason why a shard's file is unusable (missing, wrong length or content), or None."""
     path = folder / shard.file
     try:
         if path.stat().st_size != shard.bytes:
             return f"has {path.stat().st_size} bytes, not {shard.bytes}"
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = sha256(path)
     except FileNotFoundError:
         return "is missing"
     except OSError as error:
         return f"cannot be read: {error.strerror}"
-    return None if digest == shard.sha256 else "its content is not what was written (SHA-256)"
+    return None if digest == shard.sha256 else CHANGED
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """Checks an encoded data set as a whole: that it is complete, and the SHA-256 and tensors of each shard.
+    """Checks that an encoded data set is complete, and the SHA-256 and the tensors of each shard.
 
     Returns:
-        index.json, with `Shard`s in "shards".
+        Content of index.json, with `Shard`s in "shards".
 
     Raises:
-        UserError: the first thing that is wrong.
+        UserError: The message names the first fault.
     """
-    index = read_index(folder)
+    index = read_complete_index(folder)
     shape = tuple(index["latents"]["shape"])
     names = {MOMENTS, *([MIRRORED] if index["encoding"]["mirror"] else [])}
     end = 0
     for shard in index["shards"]:
-        damage, mend = find_damage(folder, shard), "the same litevae encode command mends it"
+        damage, remedy = find_damage(folder, shard), "the same litevae encode command repairs it"
         if damage is None:
-            mend = f"delete it, and {mend}"  # which looks at the bytes alone
+            remedy = f"delete it, and {remedy}"  # the command checks only the bytes
             try:
                 with safe_open(folder / shard.file, framework="pt") as file:
                     tensors = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
@@ -240,7 +256,7 @@ def verify(folder: Path) -> dict[str, Any]:
         if damage is None and (shard.first != end or shard.count + len(shard.bad) != shard.images):
             damage = f"is listed in {INDEX} with numbers that do not fit"
         if damage is not None:
-            raise UserError(f"{folder / shard.file}: {damage}; {mend}")
+            raise UserError(f"{folder / shard.file}: {damage}; {remedy}")
         end += shard.images
     if end != index["images"]["count"]:
         raise UserError(f"{folder / INDEX}: lists {end} of {index['images']['count']} images")
@@ -248,36 +264,35 @@ def verify(folder: Path) -> dict[str, Any]:
 
 
 class Latent(NamedTuple):
-    """An encoded image: `moments` (2 n_z, h, w) in float32, for `sample_latents`, and the number of its label in
-    `LatentDataset.labels`, -1 if it has none."""
+    """An encoded image."""
 
-    moments: Tensor
-    label: int
+    moments: Tensor  # (2 n_z, h, w) float32, for `sample_latents`
+    label: int  # position in `LatentDataset.labels`; -1 without a label
 
 
 class LatentDataset(Dataset[Latent]):
     """The images of a folder that `litevae encode` has written.
 
-    Where mirrored copies were encoded, they follow: item i + `count` is the mirrored item i, unless `mirrored` is
-    False. The files are mapped into memory, so that items in any order cost what they hold, also in worker
-    processes.
-
-    Attributes: `count` of images; `labels`, the names of the classes, in numerical order if they are numbers,
-    else in alphabetical; `index`, what is in index.json.
+    Mirrored copies follow the images: item i + `count` is the mirrored item i. The files are mapped into memory, so
+    that random access reads only the items themselves, also in worker processes.
 
     Args:
-        folder: of `litevae encode`.
-        mirrored: also the mirrored copies, if there are any.
-        check: the content of all files against the index, which reads them once. Their lengths are checked
-            in any case.
+        folder: Folder that `litevae encode` has written.
+        mirrored: Whether to include the mirrored copies, if there are any.
+        check: Whether to check the content of all files, which reads them once. Their lengths are always checked.
+
+    Attributes:
+        count: Number of images.
+        labels: Names of the classes, in numerical order if all are numbers, else in alphabetical order.
+        index: Content of index.json.
 
     Raises:
-        UserError: no such folder, one that is not complete, or a file that is damaged.
+        UserError: The folder does not exist or is incomplete, or a file is damaged.
     """
 
     def __init__(self, folder: str | os.PathLike[str], mirrored: bool = True, check: bool = True) -> None:
         self.folder = Path(folder)
-        self.index = verify(self.folder) if check else read_index(self.folder)
+        self.index = verify(self.folder) if check else read_complete_index(self.folder)
         self.shards: list[Shard] = self.index["shards"]
         names: list[str] = []
         labels: list[str | None] = []
@@ -291,10 +306,10 @@ class LatentDataset(Dataset[Latent]):
                     labels.append(label)
         self.names = PackedStrings(names)
         known = {label for label in labels if label is not None}
-        numbers = all(label.isdecimal() for label in known)
-        self.labels = sorted(known, key=(lambda label: (int(label), label)) if numbers else None)
-        number = {label: i for i, label in enumerate(self.labels)}
-        self.targets = torch.tensor([-1 if label is None else number[label] for label in labels])
+        numeric = all(label.isdecimal() for label in known)
+        self.labels = sorted(known, key=(lambda label: (int(label), label)) if numeric else None)
+        targets = {label: i for i, label in enumerate(self.labels)}
+        self.targets = torch.tensor([-1 if label is None else targets[label] for label in labels])
         self.ends = torch.tensor([shard.count for shard in self.shards]).cumsum(0)
         self.count = len(self.names)
         self.copies = 2 if mirrored and self.index["encoding"]["mirror"] else 1
@@ -306,23 +321,23 @@ class LatentDataset(Dataset[Latent]):
     def __getitem__(self, index: int) -> Latent:
         if not 0 <= index < len(self):
             raise IndexError(f"item {index} of {len(self)}")
-        copy, place = divmod(index, self.count)
-        number = int(torch.searchsorted(self.ends, place, right=True))
+        copy, position = divmod(index, self.count)
+        number = int(torch.searchsorted(self.ends, position, right=True))
         if number not in self.files:
             self.files[number] = load_file(self.folder / self.shards[number].file)
-        row = place - int(self.ends[number]) + self.shards[number].count
+        row = position - int(self.ends[number]) + self.shards[number].count
         moments = self.files[number][MIRRORED if copy else MOMENTS][row]
-        return Latent(moments.float(), int(self.targets[place]))
+        return Latent(moments.float(), int(self.targets[position]))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "files": {}}  # each process maps them itself
+        return {**self.__dict__, "files": {}}  # each process maps the files itself
 
     def name(self, index: int) -> str:
-        """The image's name within the data it was encoded from."""
+        """Returns the image's name within the data that it was encoded from."""
         return self.names[index % self.count]
 
     def sample(self, moments: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """`sample_latents` with the scale and shift of the model that encoded."""
+        """Calls `sample_latents` with the scaling and shift factors of the model that encoded the images."""
         latents = self.index["latents"]
         return sample_latents(moments, latents["scaling_factor"], latents["shift_factor"], generator)
 
@@ -334,16 +349,17 @@ def sample_latents(
     generator: torch.Generator | None = None,
     noise: Tensor | None = None,
 ) -> Tensor:
-    """A draw from each posterior, as diffusion models take it: (sample - shift_factor) * scaling_factor.
+    """Draws a sample from each posterior and normalises it: (sample - shift_factor) * scaling_factor.
 
     Args:
-        moments: (N, 2 n_z, h, w), float32.
-        scaling_factor, shift_factor: of the model's configuration.
-        generator: of the noise, on the moments' device.
-        noise: standard normal of the result's shape, instead of what the generator draws.
+        moments: Posterior moments, (N, 2 n_z, h, w) float32.
+        scaling_factor: Factor of the model's configuration.
+        shift_factor: Shift of the model's configuration; None is 0.
+        generator: Generator of the noise, on the moments' device.
+        noise: Standard normal noise of the result's shape; None draws it with `generator`.
 
     Returns:
-        (N, n_z, h, w), float32.
+        Latents for a diffusion model, (N, n_z, h, w) float32.
     """
     posterior = DiagonalGaussianDistribution(moments)
     sample = posterior.sample(generator) if noise is None else posterior.mean + posterior.std * noise

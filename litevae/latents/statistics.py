@@ -1,4 +1,4 @@
-"""The mean and the spread of a model's latents, which diffusion models normalise them with."""
+"""Mean and standard deviation of a model's latents, with which diffusion models normalise them."""
 
 import json
 from dataclasses import dataclass
@@ -18,8 +18,14 @@ from litevae.models.interface import Autoencoder, check_size, encode_pixels
 
 @dataclass(frozen=True)
 class LatentStatistics:
-    """Of the latents of `count` images, sampled from their posteriors: the mean and standard deviation of each
-    channel, and 1 / the standard deviation of all elements together, as in LDM (Rombach et al., 2022)."""
+    """Statistics of latents that are sampled from the images' posteriors.
+
+    Attributes:
+        mean: Mean per channel.
+        std: Standard deviation per channel.
+        scaling_factor: 1 / the standard deviation of all elements together, as in LDM (Rombach et al., 2022).
+        count: Number of images.
+    """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -36,18 +42,21 @@ def measure_latents(
     batch_size: int = 16,
     workers: int = 4,
 ) -> LatentStatistics:
-    """The statistics of the latents of images, of which the middle square is resized to `size` pixels.
+    """Measures the statistics of the latents of images, whose middle squares are resized to `size` pixels.
 
-    The posterior's variance is added to its mean's, so that nothing is drawn: the same images give the same
-    numbers. Shows a progress bar on stderr.
+    Nothing is sampled: the variance of a posterior is added to that of the means, so that the same images give the
+    same result. A progress bar appears on stderr.
 
     Args:
-        model: of 3 channels; it runs on its own device and in its own dtype.
-        images: of which `count` are taken at equal distances, or all if there are fewer; those that cannot
-            be read are left out.
+        model: Autoencoder of 3 channels, which runs on its own device and in its own dtype.
+        images: Source of the images; unreadable ones are left out.
+        size: Side of the squares in pixels.
+        count: Maximum number of images, evenly spaced over the source.
+        batch_size: Images per batch.
+        workers: Number of processes that decode images; 0 decodes in this one.
 
     Raises:
-        UserError: a size that the model does not take, or no image that can be read.
+        UserError: The model does not take this size, no image can be read, or the latents are constant or not finite.
     """
     check_size(model, size)
     channels = model.config.latent_channels
@@ -81,13 +90,13 @@ def store_scale(config: Path, found: LatentStatistics) -> None:
         "latents_mean": found.mean,
         "latents_std": found.std,
     }
-    settings.pop("_name_or_path", None)  # diffusers' note of the folder that it was loaded from
+    settings.pop("_name_or_path", None)  # diffusers adds the folder that the model was loaded from
     with replacing(config) as path:
         path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def latent_statistics(latents: Tensor) -> LatentStatistics:
-    """Of (N, n_z, h, w) latents, as `litevae.latents.statistics.measure_latents`; UserError if all are equal."""
+    """Returns the statistics of (N, n_z, h, w) latents; `UserError` if all elements are equal."""
     channels = latents.double().transpose(0, 1).flatten(1)
     total = channels.std(correction=0).item()
     if not total > 0:

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from litevae.data.bad_images import BAD_IMAGES, BadImages
-from litevae.data.crops import Batch, TrainingCrops, collate
+from litevae.data.crops import CropBatch, TrainingCrops, collate
 from litevae.data.images import Pixels
 from litevae.data.sources import ImageSource, Photographs, open_images
 from litevae.data.squares import load_validation, open_validation
@@ -84,7 +84,7 @@ class TrainingData:
             tqdm.write(f"{len(validation.bad)} validation images cannot be read: {names}", file=sys.stderr)
         return validation.images
 
-    def batches(self, stage: Stage, done: int) -> Iterator[Batch]:
+    def batches(self, stage: Stage, done: int) -> Iterator[CropBatch]:
         """Yields this process's share of each batch of the stage after step `done`."""
         crops = TrainingCrops(
             self.images,

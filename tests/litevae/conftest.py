@@ -1,11 +1,111 @@
+import os
+import signal
+
 import pytest
 import torch
+from PIL import Image
+from skimage import data
+
+SIZE = 32
 
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """Threads that wait for each other on a busy machine make tiny runs a hundred times slower."""
+    """Limits PyTorch to one thread; on a busy machine, several would slow tiny runs down a hundredfold."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """Saves a tiny untrained model."""
+    from litevae import LiteVAE  # slow to import
+
+    torch.manual_seed(0)
+    model = LiteVAE.from_preset(
+        "litevae-s",
+        block_out_channels=(16, 16, 16),
+        layers_per_block=1,
+        num_groups=4,
+        sample_size=SIZE,
+        scaling_factor=0.5,
+        shift_factor=0.25,
+    )
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory):
+    """Writes 11 images to three folders. The sixth one is broken; the others are larger than a crop."""
+    folder = tmp_path_factory.mktemp("photographs")
+    for i in range(11):
+        path = folder / "abc"[i // 4] / f"{i:02d}.png"
+        path.parent.mkdir(exist_ok=True)
+        if i == 5:
+            path.write_text("no image")
+        else:
+            Image.fromarray(data.chelsea()[9 * i : 9 * i + 40 + i, 20 * i : 20 * i + 60 - i]).save(path)
+    return folder
+
+
+class EventfulImages:
+    """Images that call `event(index)` whenever one is loaded."""
+
+    def __init__(self, images, event):
+        self.images, self.event = images, event
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getattr__(self, name):
+        return getattr(self.images, name)
+
+    def load(self, index):
+        self.event(index)
+        return self.images.load(index)
+
+
+@pytest.fixture(scope="session")
+def eventful():
+    return EventfulImages
+
+
+@pytest.fixture(scope="session")
+def interrupting():
+    """Makes images that send SIGTERM to this process when the one at `at` is loaded."""
+    return lambda images, at: EventfulImages(
+        images, lambda index: index == at and os.kill(os.getpid(), signal.SIGTERM)
+    )
+
+
+@pytest.fixture
+def uneven_model(tmp_path):
+    """A tiny model whose latent channels have different scales, and means far from 0; it lies in tmp_path/model."""
+    from litevae import LiteVAE
+
+    torch.manual_seed(0)
+    model = LiteVAE.from_preset(
+        "litevae-s", block_out_channels=(16, 16, 16), layers_per_block=1, num_groups=4
+    )
+    with torch.no_grad():
+        conv = model.encoder.feature_aggregator.conv_out
+        conv.weight[1] *= 10
+        conv.bias[:4] = torch.tensor([0.0, 5.0, -3.0, 1.0])
+    model.save_pretrained(tmp_path / "model")
+    return model
+
+
+@pytest.fixture
+def square_images(tmp_path):
+    """Writes five squares, which need not be resized, and a broken file."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(5):
+        square = data.chelsea()[20 * i : 20 * i + SIZE, 30 * i : 30 * i + SIZE]
+        Image.fromarray(square).save(folder / f"{i}.png")
+    (folder / "bad.png").write_text("no image")
+    return folder

@@ -1,6 +1,7 @@
-"""For the scripts that tests start by path: child processes, some of which are to die.
+"""Child processes, some of which are killed, for the scripts that tests start by path.
 
-Importing PyTorch takes seconds, so they are forks of the script's process, which computes nothing itself.
+Importing PyTorch takes seconds. The children are therefore forks of the script's process, which computes nothing
+itself.
 """
 
 import os
@@ -11,9 +12,14 @@ from collections.abc import Callable, Sequence
 
 
 def run_jobs(jobs: Sequence[Sequence], work: Callable) -> None:
-    """Each job, one after the other, in its number of processes; `work(rank, *rest of the job)` in each of them.
+    """Runs the jobs one after the other, each in its own number of processes.
 
-    Prints "JOB RANK STATUS" as each of them ends, and what `work` returns, if anything, or raises on stderr.
+    Each process of a job calls `work(rank, *arguments)`. "JOB RANK STATUS" is printed when a process ends; the result
+    of `work`, if any, or its exception goes to stderr.
+
+    Args:
+        jobs: Per job the number of processes, followed by the arguments of `work`.
+        work: Function to call.
     """
     for job, (count, *arguments) in enumerate(jobs):
         with socket.socket() as free:
@@ -27,15 +33,15 @@ def run_jobs(jobs: Sequence[Sequence], work: Callable) -> None:
                 continue
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), LOCAL_RANK=str(rank))
             os.environ.update(WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count))
-            status, told = 1, None
+            status, result = 1, None
             try:
-                told = work(rank, *arguments)
+                result = work(rank, *arguments)
                 status = 0
             except BaseException as error:
-                told = repr(error)
+                result = repr(error)
             finally:
-                if told is not None:
-                    os.write(sys.stderr.fileno(), f"job {job}, rank {rank}: {told}\n".encode())
+                if result is not None:
+                    os.write(sys.stderr.fileno(), f"job {job}, rank {rank}: {result}\n".encode())
                 os._exit(status)
         while children:
             child, status = os.wait()
@@ -47,7 +53,7 @@ def kill() -> None:
 
 
 def die_at_sync(writes: int) -> None:
-    """This process kills itself when it has written through to the disk so many times."""
+    """Makes this process kill itself after its flush number `writes` + 1 to the disk."""
     sync, count = os.fsync, iter(range(writes))
 
     def fsync(descriptor):

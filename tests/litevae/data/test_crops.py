@@ -11,36 +11,13 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop, functio
 from litevae.cli import main
 from litevae.data.bad_images import BadImages
 from litevae.data.config import DataConfig
-from litevae.data.crops import Batch, Item, TrainingCrops, collate, random_resized_window
-from litevae.data.images import BadImage
-from litevae.data.sources import TRAINING_PHOTOGRAPHS, open_images
-from litevae.data.squares import load_validation, open_validation
+from litevae.data.crops import CropBatch, CropItem, TrainingCrops, collate, random_resized_window
+from litevae.data.sources import open_images
+from litevae.data.squares import load_validation
 from litevae.errors import UserError
 from litevae.training.config import load_config
 
 CHELSEA = data.chelsea()
-
-
-class Images:
-    """A source of given pixels; None for one that cannot be read."""
-
-    def __init__(self, *pixels):
-        self.pixels = pixels
-
-    def __len__(self):
-        return len(self.pixels)
-
-    def name(self, index):
-        return f"image {index}"
-
-    def load(self, index):
-        if self.pixels[index] is None:
-            raise BadImage(f"reason {index}")
-        return self.pixels[index]
-
-
-def plain(*levels, size=(20, 30)):
-    return Images(*(None if level is None else np.full((*size, 3), level, np.uint8) for level in levels))
 
 
 def levels(crops, indices):
@@ -48,7 +25,7 @@ def levels(crops, indices):
 
 
 def where(rows=20, columns=30):
-    """A pixel that says where it is."""
+    """Makes an image whose pixels hold their own coordinates."""
     row, column = np.mgrid[:rows, :columns].astype(np.uint8)
     return np.stack([row, column, row], axis=2)
 
@@ -57,7 +34,7 @@ CONFIG = DataConfig(size=8)
 
 
 def test_demo_crops_are_windows_of_photographs_drawn_anew():
-    # the random numbers behind the demo's published figures, in their order
+    # The demo's published figures depend on these random numbers and their order.
     photographs, crops = (
         open_images("demo"),
         TrainingCrops(open_images("demo"), load_config("demo").data, 7, 30),
@@ -77,8 +54,8 @@ def test_demo_crop_larger_than_a_photograph_is_refused():
 
 
 @pytest.mark.parametrize("crop", ["random", "random_resized", "native"])
-def test_item_depends_on_seed_and_index_alone(crop):
-    images = Images(*(CHELSEA[i : i + 100, i : i + 150] for i in range(7)), None)
+def test_item_depends_on_seed_and_index_alone(crop, given_images):
+    images = given_images(*(CHELSEA[i : i + 100, i : i + 150] for i in range(7)), None)
     config = replace(CONFIG, crop=crop, max_bad_fraction=0.5)
     first, second = (TrainingCrops(images, config, 3, length) for length in (50, 99))
     again = {i: second[i] for i in torch.randperm(50).tolist()}
@@ -100,12 +77,12 @@ def test_workers_share_the_same_items(tmp_path, workers):
     assert [len(batch.images) for batch in batches] == [4, 4, 4, 2]
     expected = torch.stack([crops[i].crop for i in range(14)])
     assert torch.equal(torch.cat([batch.images for batch in batches]), expected)
-    bad = (str(tmp_path / "5.png"), "not an image, or of a kind that is not read")
+    bad = (str(tmp_path / "5.png"), "not an image, or of an unsupported format")
     assert {entry for batch in batches for entry in batch.bad} == {bad}
 
 
-def test_every_epoch_has_each_image_once_in_a_new_order():
-    crops = TrainingCrops(plain(*range(50)), CONFIG, seed=0, length=200)
+def test_every_epoch_has_each_image_once_in_a_new_order(plain_images):
+    crops = TrainingCrops(plain_images(*range(50)), CONFIG, seed=0, length=200)
     epochs = [tuple(levels(crops, range(start, start + 50))) for start in range(0, 200, 50)]
     assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
     assert len(set(epochs)) == 4
@@ -113,16 +90,16 @@ def test_every_epoch_has_each_image_once_in_a_new_order():
 
 
 def test_collate_keeps_the_reports_apart_from_the_images():
-    items = [Item(torch.full((3, 8, 8), i, dtype=torch.uint8), [("x", "why")] * i) for i in range(3)]
+    items = [CropItem(torch.full((3, 8, 8), i, dtype=torch.uint8), [("x", "why")] * i) for i in range(3)]
     batch = collate(items)
-    assert isinstance(batch, Batch)
+    assert isinstance(batch, CropBatch)
     assert batch.images.dtype == torch.uint8
     assert batch.images[:, 0, 0, 0].tolist() == [0, 1, 2]
     assert batch.bad == [("x", "why")] * 3
 
 
-def test_native_crops_are_windows_half_of_them_mirrored():
-    crops = TrainingCrops(Images(where()), replace(CONFIG, crop="native"), 0, 200)
+def test_native_crops_are_windows_half_of_them_mirrored(given_images):
+    crops = TrainingCrops(given_images(where()), replace(CONFIG, crop="native"), 0, 200)
     steps, corners = [], set()
     for crop in (crops[i].crop.int() for i in range(200)):
         assert crop.shape == (3, 8, 8)
@@ -135,9 +112,9 @@ def test_native_crops_are_windows_half_of_them_mirrored():
     assert (min(tops), max(tops), min(lefts), max(lefts)) == (0, 12, 0, 22)
 
 
-def test_random_crop_is_a_square_of_the_shorter_side_resized():
+def test_random_crop_is_a_square_of_the_shorter_side_resized(given_images):
     image = CHELSEA[:60, :90]
-    crops = TrainingCrops(Images(image), replace(CONFIG, size=20, flip=False), 0, 100)
+    crops = TrainingCrops(given_images(image), replace(CONFIG, size=20, flip=False), 0, 100)
     resized = {}
     for left in range(31):
         square = Image.fromarray(image[:, left : left + 60])
@@ -148,14 +125,14 @@ def test_random_crop_is_a_square_of_the_shorter_side_resized():
     assert max(found) > 25
 
 
-def test_without_flip_nothing_is_mirrored():
-    crops = TrainingCrops(Images(where()), replace(CONFIG, crop="native", flip=False), 0, 50)
+def test_without_flip_nothing_is_mirrored(given_images):
+    crops = TrainingCrops(given_images(where()), replace(CONFIG, crop="native", flip=False), 0, 50)
     assert all((crops[i].crop[1].int().diff(dim=1) == 1).all() for i in range(50))
 
 
 @pytest.mark.parametrize("size", [(40, 60), (60, 40), (7, 5)])
 def test_resized_windows_are_distributed_as_torchvisions(size):
-    """Means of the sides and the place over 4000 draws, within 5 standard errors of torchvision's."""
+    """The means of position and size over 4000 draws lie within 5 standard errors of torchvision's."""
     torch.manual_seed(0)
     random = np.random.default_rng(0)
     blank = torch.zeros(3, *size)
@@ -170,18 +147,18 @@ def test_resized_windows_are_distributed_as_torchvisions(size):
 
 @pytest.mark.parametrize("crop", ["random", "random_resized"])
 @pytest.mark.parametrize("size", [(1, 1), (1, 30000), (30000, 1), (2, 3), (7, 700)])
-def test_thin_and_small_images_are_enlarged(crop, size):
+def test_thin_and_small_images_are_enlarged(crop, size, given_images):
     pixels = np.full((*size, 3), 9, np.uint8)
-    crops = TrainingCrops(Images(pixels), replace(CONFIG, crop=crop, size=64), 0, 20)
+    crops = TrainingCrops(given_images(pixels), replace(CONFIG, crop=crop, size=64), 0, 20)
     for i in range(20):
         assert (crops[i].crop == 9).all()
         assert crops[i].crop.shape == (3, 64, 64)
-    ((_, square),) = load_validation(Images(pixels), 64, 1).images
+    ((_, square),) = load_validation(given_images(pixels), 64, 1).images
     assert (square == 9).all()
 
 
-def test_bad_image_is_replaced_and_reported():
-    images = plain(*[None if i % 4 == 1 else i for i in range(40)])
+def test_bad_image_is_replaced_and_reported(plain_images):
+    images = plain_images(*[None if i % 4 == 1 else i for i in range(40)])
     crops = TrainingCrops(images, replace(CONFIG, max_bad_fraction=0.3), 0, 40)
     reported = []
     for i in range(40):
@@ -191,128 +168,31 @@ def test_bad_image_is_replaced_and_reported():
     assert set(reported) == {(f"image {i}", f"reason {i}") for i in range(1, 40, 4)}
 
 
-def test_replacements_are_not_always_the_same():
-    images = plain(None, *range(1, 100))
+def test_replacements_are_not_always_the_same(plain_images):
+    images = plain_images(None, *range(1, 100))
     crops = TrainingCrops(images, CONFIG, 0, 3000)
     replacements = [item.crop[0, 0, 0].item() for item in (crops[i] for i in range(3000)) if item.bad]
-    assert len(replacements) >= 30  # once an epoch at least
+    assert len(replacements) >= 30  # at least once per epoch
     assert len(set(replacements)) > 15
 
 
-def test_native_crop_larger_than_an_image_is_a_bad_image():
-    images = Images(CHELSEA[:7, :30], CHELSEA[:20, :30])
+def test_native_crop_larger_than_an_image_is_a_bad_image(given_images):
+    images = given_images(CHELSEA[:7, :30], CHELSEA[:20, :30])
     item = TrainingCrops(images, replace(CONFIG, crop="native", max_bad_fraction=0.5), 0, 2)
     reports = {report for i in range(2) for report in item[i].bad}
     assert reports == {("image 0", "30x7 pixels, smaller than a crop of 8")}
 
 
 @pytest.mark.parametrize(("count", "fraction"), [(1, 0), (3, 0.99), (300, 0.01), (100, 0.29)])
-def test_only_bad_images_stop_the_run(tmp_path, count, fraction):
-    item = TrainingCrops(plain(*[None] * count), replace(CONFIG, max_bad_fraction=fraction), 0, 1)[0]
+def test_only_bad_images_stop_the_run(tmp_path, count, fraction, plain_images):
+    item = TrainingCrops(plain_images(*[None] * count), replace(CONFIG, max_bad_fraction=fraction), 0, 1)[0]
     assert item.crop.shape == (3, 8, 8)
     with pytest.raises(UserError, match=f"of {count} images cannot be used"):
         BadImages(tmp_path / "bad_images.txt", count, fraction).add(item.bad)
 
 
-def test_bad_images_are_listed_once(tmp_path):
-    path = tmp_path / "bad_images.txt"
-    bad = BadImages(path, 100, 0.03)
-    bad.add([])
-    assert not path.exists()
-    bad.add([("a", "one"), ("b\tc\n", "two\nlines"), ("a", "one")])
-    bad.add([("a", "again"), ("é\udcff", "three")])
-    assert len(bad) == 3
-    assert path.read_bytes() == b"a\tone\nb\\tc\\n\ttwo\\nlines\n\xc3\xa9\xff\tthree\n"
-    bad.add([("b\tc\n", "again")])
-    with pytest.raises(UserError) as caught:
-        bad.add([("d", "four")])
-    message = str(caught.value)
-    assert "4 of 100 images cannot be used" in message
-    assert "data.max_bad_fraction=0.03" in message
-    assert str(path) in message
-    assert "\n" not in message
-    assert path.read_text(errors="replace").count("\n") == 4
-
-
-def test_list_is_continued_by_a_resumed_run_and_by_other_processes(tmp_path):
-    path = tmp_path / "bad_images.txt"
-    first, second = BadImages(path, 100, 0.03), BadImages(path, 100, 0.03)
-    first.add([("a", "x"), ("é\udcff", "y")])
-    second.add([("a", "x"), ("b", "z")])
-    assert len(second) == 3
-    resumed = BadImages(path, 100, 0.03)
-    assert len(resumed) == 3
-    resumed.add([("a", "x"), ("b", "z"), ("é\udcff", "y")])
-    assert len(path.read_bytes().splitlines()) == 3
-    with pytest.raises(UserError, match="4 of 100"):
-        first.add([("c", "x")])
-
-
-def test_line_cut_off_by_a_full_disk_is_dropped(tmp_path):
-    path = tmp_path / "bad_images.txt"
-    path.write_bytes(b"a\tone\nimage/0")
-    bad = BadImages(path, 100, 0.03)
-    assert len(bad) == 1
-    bad.add([("image/007", "two")])
-    assert path.read_text() == "a\tone\nimage/007\ttwo\n"
-
-
-def test_list_that_cannot_be_written_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"bad_images\.txt: cannot be written"):
-        BadImages(tmp_path / "nowhere" / "bad_images.txt", 1, 0.5).add([("a", "x")])
-
-
-def test_limit_is_a_count_of_images_not_a_rounded_product(tmp_path):
-    bad = BadImages(tmp_path / "bad_images.txt", 100, 0.29)  # 0.29 x 100 is 28.999999999999996
-    bad.add([(str(i), "x") for i in range(29)])
-    with pytest.raises(UserError, match="30 of 100"):
-        bad.add([("29", "x")])
-
-
-def test_validation_is_the_middle_of_torchvisions_resized_image():
-    image = CHELSEA[:200, :300]
-    ((name, square),) = load_validation(Images(image), 100, 64).images
-    assert name == "image 0"
-    resized = functional.resize(Image.fromarray(image), [100], InterpolationMode.BICUBIC, antialias=True)
-    expected = np.asarray(functional.center_crop(resized, [100]))
-    # at its left and right edge, 4 source pixels (bicubic at 2:1) lie outside the square
-    np.testing.assert_array_equal(square[:, 2:-2], expected[:, 2:-2])
-    assert square.shape == expected.shape
-
-
-@pytest.mark.parametrize(
-    ("count", "expected"), [(100, range(10)), (10, range(10)), (5, [0, 2, 4, 6, 8]), (1, [0])]
-)
-def test_validation_takes_images_at_equal_distances(count, expected):
-    result = load_validation(plain(*range(10)), 8, count)
-    assert [pixels[0, 0, 0] for _, pixels in result.images] == list(expected)
-    assert result.bad == []
-
-
-def test_bad_images_are_left_out_of_the_validation():
-    result = load_validation(plain(0, None, 2), 8, 3)
-    assert [name for name, _ in result.images] == ["image 0", "image 2"]
-    assert result.bad == [("image 1", "reason 1")]
-    with pytest.raises(UserError, match="none of the 2 images to validate on can be read; image 0: reason 0"):
-        load_validation(plain(None, None), 8, 3)
-    assert load_validation(plain(None, None), 8, 3, at_least=0).images == []
-
-
-def test_validation_of_the_demo_is_chelsea(tmp_path):
-    for config in (DataConfig(), DataConfig(train="elsewhere", validation="demo")):
-        source = open_validation(config)
-        assert [source.name(i) for i in range(len(source))] == ["chelsea"]
-        np.testing.assert_array_equal(source.load(0), CHELSEA)
-        assert source.name(0) not in TRAINING_PHOTOGRAPHS
-    assert open_validation(DataConfig(train="elsewhere")) is None
-    Image.fromarray(CHELSEA).save(tmp_path / "x.png")
-    assert len(open_validation(DataConfig(validation=str(tmp_path)))) == 1
-    with pytest.raises(UserError, match="no such file or folder"):
-        open_validation(DataConfig(validation=str(tmp_path / "nowhere")))
-
-
 def write_hard_folder(folder):
-    """Images of every unusual kind, and two files that are none."""
+    """Writes images of unusual kinds, and two files that are not images."""
     image = Image.fromarray(CHELSEA[:90, :80])
     for mode, name in {
         "L": "png",

@@ -14,7 +14,7 @@ from torchvision.transforms import functional
 
 from litevae.data.images import (
     BadImage,
-    decode,
+    decode_image,
     pad_image,
     read_image,
     resize_window,
@@ -55,13 +55,13 @@ def test_colours_are_kept(tmp_path, mode):
 
 def test_cmyk_jpeg_is_no_negative(tmp_path):
     pixels = saved(tmp_path, Image.fromarray(RGB).convert("CMYK"), "x.jpg", quality=95)
-    assert np.abs(pixels.astype(int) - RGB).mean() < 8  # a negative would be 46 away
+    assert np.abs(pixels.astype(int) - RGB).mean() < 8  # the negative image would differ by 46
 
 
 def test_16_bit_colour_is_scaled_not_clipped(tmp_path):
     values = np.linspace(0, 65535, 31 * 45 * 3).reshape(31, 45, 3).astype(np.uint16)
     tifffile.imwrite(tmp_path / "x.tif", values, photometric="rgb")
-    # Pillow keeps the upper byte: at most one level below the nearest
+    # Pillow keeps the upper byte, at most one level below the nearest
     assert np.abs(read_image(tmp_path / "x.tif") - values / 257).max() <= 1
 
 
@@ -107,7 +107,7 @@ def test_big_endian_16_bits(tmp_path):
 
 def test_exif_orientation_is_applied(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # show it turned clockwise
+    exif[0x0112] = 6  # to be turned clockwise for display
     pixels = saved(tmp_path, Image.fromarray(RGB), exif=exif)
     np.testing.assert_array_equal(pixels, np.rot90(RGB, -1))
 
@@ -171,7 +171,7 @@ def test_unreadable_file_is_named(tmp_path, make, message):
 
 
 def png(width, height, content=b""):
-    """A PNG of 8-bit RGB that claims to have this size."""
+    """Makes an 8-bit RGB PNG file whose header states this size."""
     chunks = [
         (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
         (b"IDAT", zlib.compress(content)),
@@ -189,28 +189,28 @@ SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="20" height="20"/>'
 @pytest.mark.parametrize("content", [b"", b"\0" * 5000, SVG, EPS, b"\xff\xd8\xff\xe0", b"GIF89a"])
 def test_what_is_no_image_is_refused(content):
     with pytest.raises(BadImage, match="not an image"):
-        decode(io.BytesIO(content))
+        decode_image(io.BytesIO(content))
 
 
 @pytest.mark.parametrize("content", [png(100_000, 100_000), png(2**31 - 1, 1)])
 def test_decompression_bomb_is_refused(content):
     with pytest.raises(BadImage, match=r"cannot be read.*exceeds limit"):
-        decode(io.BytesIO(content))
+        decode_image(io.BytesIO(content))
 
 
 def test_large_image_that_is_no_bomb_raises_no_warning(tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 31 * 45 - 1)  # Pillow refuses twice that
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 31 * 45 - 1)  # Pillow refuses more than twice as many
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         np.testing.assert_array_equal(saved(tmp_path, Image.fromarray(RGB)), RGB)
 
 
 def test_files_that_cannot_be_opened(tmp_path, monkeypatch):
-    os.mkfifo(tmp_path / "pipe.png")  # opening it would wait for ever
+    os.mkfifo(tmp_path / "pipe.png")  # opening it would block
     (tmp_path / "link.png").symlink_to(tmp_path / "gone.png")
     for name in ("pipe.png", "link.png", "gone.png"):
         with pytest.raises(BadImage, match="no such file"):
-            decode(tmp_path / name)
+            decode_image(tmp_path / name)
     Image.fromarray(RGB).save(tmp_path / "x.png")
 
     def refuse(*_, **__):
@@ -218,7 +218,7 @@ def test_files_that_cannot_be_opened(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Image, "open", refuse)
     with pytest.raises(BadImage, match="cannot be read: Permission denied"):
-        decode(tmp_path / "x.png")
+        decode_image(tmp_path / "x.png")
 
 
 FORMATS = {"JPEG": {}, "PNG": {}, "WEBP": {}, "GIF": {}, "TIFF": {}, "BMP": {}, "JPEG2000": {}}
@@ -234,11 +234,11 @@ def encoded(kind):
 @pytest.mark.parametrize("kind", FORMATS)
 def test_file_cut_off_anywhere_is_refused_or_whole(kind):
     content = encoded(kind)
-    whole = decode(io.BytesIO(content))
+    whole = decode_image(io.BytesIO(content))
     refused = 0
     for cut in np.random.default_rng(0).integers(0, len(content), 50):
         try:
-            pixels = decode(io.BytesIO(content[:cut]))
+            pixels = decode_image(io.BytesIO(content[:cut]))
         except BadImage as reason:
             assert "\n" not in str(reason)  # noqa: PT017
             refused += 1
@@ -255,7 +255,7 @@ def test_broken_bytes_give_pixels_or_a_bad_image(kind):
         broken = content.copy()
         broken[random.integers(0, len(broken), 8)] = random.integers(0, 256, 8)
         try:
-            pixels = decode(io.BytesIO(broken.tobytes()))
+            pixels = decode_image(io.BytesIO(broken.tobytes()))
         except BadImage:
             continue
         assert pixels.dtype == np.uint8

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from skimage import data
+from safetensors.torch import load_file
 
 from litevae import LiteVAE
 from litevae.data.sources import open_images
@@ -13,24 +13,21 @@ SIZE = 32
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny_runs(one_thread):
-    """All here are."""
+    """Runs all tests of this folder in one thread."""
 
 
 @pytest.fixture(scope="session")
-def model_folder(tmp_path_factory):
-    torch.manual_seed(0)
-    model = LiteVAE.from_preset(
-        "litevae-s",
-        block_out_channels=(16, 16, 16),
-        layers_per_block=1,
-        num_groups=4,
-        sample_size=SIZE,
-        scaling_factor=0.5,
-        shift_factor=0.25,
+def stored():
+    """Reads a tensor of all shards of a folder, joined."""
+    return lambda folder, name="moments": torch.cat(
+        [load_file(path)[name] for path in sorted(folder.glob("*.safetensors"))]
     )
-    folder = tmp_path_factory.mktemp("model")
-    model.save_pretrained(folder)
-    return folder
+
+
+@pytest.fixture(scope="session")
+def readable():
+    """Lists the files of the readable photographs."""
+    return lambda photographs: [path for path in sorted(photographs.glob("*/*.png")) if path.name != "05.png"]
 
 
 @pytest.fixture
@@ -38,23 +35,9 @@ def model(model_folder):
     return LiteVAE.from_pretrained(model_folder)
 
 
-@pytest.fixture(scope="session")
-def photographs(tmp_path_factory):
-    """11 images in three folders, of which one (the sixth) is broken; the others are larger than a crop."""
-    folder = tmp_path_factory.mktemp("photographs")
-    for i in range(11):
-        path = folder / "abc"[i // 4] / f"{i:02d}.png"
-        path.parent.mkdir(exist_ok=True)
-        if i == 5:
-            path.write_text("no image")
-        else:
-            Image.fromarray(data.chelsea()[9 * i : 9 * i + 40 + i, 20 * i : 20 * i + 60 - i]).save(path)
-    return folder
-
-
 @pytest.fixture
 def encode(model, photographs, tmp_path):
-    """Encodes the photographs, two at a time, in shards of four."""
+    """Encodes the photographs in batches of two and shards of four."""
 
     def run(out="latents", images=None, model=model, **options):
         settings = {"size": SIZE, "mirror": True, "shard_size": 4}
@@ -68,13 +51,13 @@ def encode(model, photographs, tmp_path):
 
 @pytest.fixture(scope="session")
 def contents():
-    """The files of a folder, by their names."""
+    """Reads the files of a folder, by their names."""
     return lambda folder: {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 @pytest.fixture(scope="session")
 def middle_square():
-    """What is encoded of an image, (1, 3, SIZE, SIZE) uint8, by Pillow alone."""
+    """Reads the square that is encoded of an image, (1, 3, SIZE, SIZE) uint8, with Pillow alone."""
 
     def load(path):
         image = Image.open(path)

@@ -1,6 +1,6 @@
 """Encodes in child processes that are killed. Arguments: model, images, output folder, number of kills, seed.
 
-Importing PyTorch takes seconds, so the children are forks of this process, which computes nothing itself.
+Importing PyTorch takes seconds. The children are therefore forks of this process, which computes nothing itself.
 """
 
 import os
@@ -25,8 +25,8 @@ random = random.Random(int(seed))
 
 
 def start(writes=None, die_after=None, workers=0):
-    """Forks a run. It kills itself when it has written through to the disk `writes` times, or `die_after`
-    seconds after it has first renamed a file, whatever it does then."""
+    """Forks a run, which kills itself after its flush number `writes` + 1 to the disk, or `die_after` seconds after its
+    first renaming of a file."""
     child = os.fork()
     if child:
         return child
@@ -58,10 +58,10 @@ def start(writes=None, die_after=None, workers=0):
 
 
 for number in range(int(kills)):
-    # a shard is three writes
+    # a shard takes three flushes
     when = {"writes": random.randrange(6)} if number % 2 else {"die_after": random.uniform(0, 0.02)}
     _, status = os.waitpid(start(**when, workers=number % 4 // 2), 0)
-    if not os.WIFSIGNALED(status):  # there was little left to do
+    if not os.WIFSIGNALED(status):  # the run had ended before
         break
     print("killed at", *sorted(path.name for path in folder.iterdir()), flush=True)
 _, status = os.waitpid(start(), 0)

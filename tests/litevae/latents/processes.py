@@ -1,8 +1,8 @@
-"""Encodes in several processes with gloo. Arguments: model, images, and a JSON list of jobs: how many processes,
-an event, the output folder, and settings. Events: at its first image the second process "dies" or gets a "term";
-it has "other" images; all run the "command".
+"""Encodes in several processes with gloo. Arguments: model, images, and a JSON list of jobs.
 
-Prints what `forks.run_jobs` does.
+A job consists of the number of processes, an event, the output folder, and settings. The event is empty or one of
+"dies" and "term" (the second process gets SIGKILL or SIGTERM at its first image), "other" (the second process has other
+images) and "command" (all processes run `litevae encode`). The output is that of `forks.run_jobs`.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ torch.set_num_threads(1)
 
 
 class Images:
-    """Images of which the first that is loaded brings a signal with it."""
+    """Images that send a signal to this process when the first one is loaded."""
 
     def __init__(self, signal):
         self.images, self.signal = open_images(photographs), signal

@@ -11,7 +11,17 @@ from litevae import LiteVAE
 from litevae.data.sources import open_images
 from litevae.errors import UserError
 from litevae.latents import LatentDataset, Settings, encode_images, sample_latents, verify
-from litevae.latents.shards import write_shard
+from litevae.latents.shards import (
+    MOMENTS,
+    Unfinished,
+    find_damage,
+    marker_path,
+    read_marker,
+    read_unfinished,
+    unfinished_path,
+    write_shard,
+    write_unfinished,
+)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +71,7 @@ def test_samples_are_scaled_draws_from_the_posterior(folder):
     moments = torch.stack([dataset[i].moments for i in range(3)])
     mean, logvar = moments.double().chunk(2, dim=1)
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(5)).double()
-    expected = (mean + (logvar / 2).exp() * noise - 0.25) * 0.5  # the model's shift and scale
+    expected = (mean + (logvar / 2).exp() * noise - 0.25) * 0.5  # the shift and scaling factors of the model
     found = dataset.sample(moments, torch.Generator().manual_seed(5))
     torch.testing.assert_close(
         found.double(), expected, rtol=0, atol=8 * 2**-24 * expected.abs().max().item()
@@ -90,7 +100,7 @@ def cut(folder):
 
 
 def swap(folder):
-    """Another shard with a digest that fits, but of other tensors."""
+    """Writes another shard, whose digest is listed but whose tensors do not fit."""
     shard = write_shard(
         folder, 1, 4, [("x", None)] * 3, {"moments": torch.zeros(3, 8, 8, 8).half()}, {"b/05.png": ""}
     )
@@ -149,3 +159,29 @@ def test_lengths_are_checked_in_any_case(folder):
 def test_no_such_folder(tmp_path):
     with pytest.raises(UserError, match="nowhere: no such folder"):
         LatentDataset(tmp_path / "nowhere")
+
+
+def test_completion_marker_describes_the_shard(tmp_path):
+    tensors = {MOMENTS: torch.zeros(2, 8, 4, 4).half()}
+    shard = write_shard(tmp_path, 3, 9, [("a", "x"), ("b", None)], tensors, {"c": "broken"})
+    assert (shard.first, shard.images, shard.count, shard.bad) == (9, 3, 2, {"c": "broken"})
+    assert read_marker(tmp_path, 3) == shard
+    assert find_damage(tmp_path, shard) is None
+    assert read_marker(tmp_path, 4) is None
+    marker_path(tmp_path, 3).write_text("{")
+    assert read_marker(tmp_path, 3) is None
+
+
+def test_unfinished_shard_is_read_as_it_was_written(tmp_path):
+    unfinished = Unfinished(torch.randn(2, 3, 8, 4, 4).half(), ["x", None, "y"], {1: "broken"})
+    assert read_unfinished(tmp_path, 0, {"model": "m"}) is None
+    write_unfinished(tmp_path, 0, {"model": "m"}, unfinished)
+    found = read_unfinished(tmp_path, 0, {"model": "m"})
+    assert torch.equal(found.moments, unfinished.moments)
+    assert (found.labels, found.bad) == (unfinished.labels, unfinished.bad)
+    with pytest.raises(ValueError, match="was left by a run with another --batch-size"):
+        read_unfinished(tmp_path, 0, {"model": "other"})
+    path = unfinished_path(tmp_path, 0)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="its content is not what was written"):
+        read_unfinished(tmp_path, 0, {"model": "m"})

@@ -23,7 +23,6 @@ from litevae.data.squares import middle_square
 from litevae.errors import NonFiniteError, UserError
 from litevae.evaluation.metrics import psnr, ssim
 from litevae.evaluation.reconstruction import reconstruct
-from litevae.files import replacing
 from litevae.models.weights import save_model
 from litevae.training import load_config, train
 
@@ -189,21 +188,6 @@ def test_output_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write to"):
         train(short(tmp_path / "file" / "run"))
-
-
-def test_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "x.json"
-    path.write_text("old")
-
-    def write():
-        with replacing(path) as temporary:
-            temporary.write_text("new")
-            raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write()
-    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
-    assert path.read_text() == "old"
 
 
 def test_failed_save_leaves_the_old_model(tmp_path, monkeypatch):

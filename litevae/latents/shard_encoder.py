@@ -1,9 +1,10 @@
-"""One process's share of the shards of an encoding run."""
+"""Encoding of one process's shards: batches are decoded, encoded and written concurrently."""
 
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,33 +13,46 @@ from torch.utils.data import DataLoader
 from litevae.data.bad_images import BadImages
 from litevae.data.squares import SquareBatch, SquareDataset
 from litevae.errors import UserError
-from litevae.latents.encoder import AHEAD, BatchedEncoder, to_host
+from litevae.latents.encoder import BatchedEncoder, to_host
 from litevae.latents.folder import LatentFolder
 from litevae.latents.shards import (
     MIRRORED,
     MOMENTS,
     Shard,
     Unfinished,
-    unfinished_of,
+    unfinished_path,
     write_shard,
     write_unfinished,
 )
 from litevae.models.interface import Autoencoder
 from litevae.signals import obey_parent_only
 
+MAX_PENDING_WRITES = 2  # shards that may wait to be written
 
-class Share:
-    """A process's share of the shards of a run: `step` encodes a batch, `finish` writes what is left.
 
-    `kept`: by number of the shard, how many of its images an earlier run has left. `shards`: those written by now.
+class Times(NamedTuple):
+    """Seconds that a process took in all, in the encoder, waiting for images, and waiting to write."""
+
+    total: float
+    encoder: float
+    waited: float
+    waited_to_write: float
+
+
+class ShardEncoder:
+    """Encodes a process's shards of a run: `step` encodes one batch, and `finish` writes the rest.
 
     Args:
-        model: autoencoder on the device to run on.
-        folder: folder to write to.
-        bad_images: list of unreadable images, shared by all processes.
-        todo: numbers of the shards to encode.
-        workers: number of processes that decode images; 0 decodes in this one.
-        compile: whether to compile the encoder.
+        model: Autoencoder on the device to run on.
+        folder: Folder to write to.
+        bad_images: List of unreadable images, which all processes share.
+        numbers: Numbers of the shards to encode.
+        workers: Number of processes that decode images; 0 decodes in this one.
+        compile: Whether to compile the encoder.
+
+    Attributes:
+        kept: By number of the shard, how many of its images an earlier run has encoded.
+        shards: Shards written so far, by number.
     """
 
     def __init__(
@@ -46,16 +60,18 @@ class Share:
         model: Autoencoder,
         folder: LatentFolder,
         bad_images: BadImages,
-        todo: Sequence[int],
+        numbers: Sequence[int],
         workers: int,
         compile: bool,
     ) -> None:
         self.folder, self.bad_images, self.device = folder, bad_images, model.device
         self.shards: dict[int, Shard] = {}
-        unfinished = ((number, folder.read_unfinished(number)) for number in todo)
+        unfinished = ((number, folder.read_unfinished(number)) for number in numbers)
         self.kept = {number: len(each.labels) for number, each in unfinished if each is not None}
         self.plan = deque(
-            (number, batch) for number in todo for batch in folder.batches(number, self.kept.get(number, 0))
+            (number, batch)
+            for number in numbers
+            for batch in folder.batches(number, self.kept.get(number, 0))
         )
         self.encoder = BatchedEncoder(model, folder.settings.mirror)
         if compile and self.plan:
@@ -71,12 +87,18 @@ class Share:
         )
         self.images: Iterator[SquareBatch] = iter(loader) if self.plan else iter(())
         self.writer = ThreadPoolExecutor(1)
-        self.writing: deque[Future[None]] = deque()
+        self.pending_writes: deque[Future[None]] = deque()
         self.begin_shard(None)
-        self.waited = self.waited_to_write = self.seconds = 0.0
-        self.begun: float | None = None
+        self.seconds = self.waited = self.waited_to_write = 0.0
+        self.start_time: float | None = None
 
     def begin_shard(self, number: int | None) -> None:
+        """Makes `number` the current shard, with the images that an earlier run has encoded.
+
+        Raises:
+            UserError: There are too many bad images.
+            OSError: The file of the earlier run has changed since the constructor read it.
+        """
         self.number = number
         self.parts: list[Tensor] = []
         self.labels: list[str | None] = []
@@ -84,67 +106,72 @@ class Share:
         if number in self.kept:
             kept = self.folder.read_unfinished(number)
             if kept is None:
-                raise OSError(f"{unfinished_of(self.folder.path, number)}: has changed meanwhile")
+                raise OSError(f"{unfinished_path(self.folder.path, number)}: has changed meanwhile")
             self.parts.append(kept.moments.to(self.device))
             self.labels += kept.labels
-            self.note_bad(kept.bad)
+            self.add_bad(kept.bad)
 
-    def note_bad(self, bad: dict[int, str]) -> None:
-        """UserError if there are too many now."""
+    def add_bad(self, bad: dict[int, str]) -> None:
+        """Lists bad images of the current shard; `UserError` if there are too many."""
         self.bad |= bad
         self.bad_images.add((self.folder.images.key(index), reason) for index, reason in bad.items())
 
     @property
-    def waiting(self) -> float:
-        """Share of the time so far in which images were waited for."""
-        return self.waited / (time.perf_counter() - self.begun) if self.begun else 0.0
+    def waiting_fraction(self) -> float:
+        """Fraction of the time so far that was spent waiting for images."""
+        return self.waited / (time.perf_counter() - self.start_time) if self.start_time else 0.0
 
     def step(self) -> int:
-        """Encodes a batch; returns its number of images, 0 when all are done.
+        """Encodes a batch.
+
+        Returns:
+            Number of images of the batch, 0 when all shards are encoded.
 
         Raises:
-            UserError, OSError: as `encode_images`.
+            UserError, OSError: `encode_images` lists the reasons.
         """
         if not self.plan:
             return 0
-        number, numbers = self.plan.popleft()
+        number, batch_range = self.plan.popleft()
         if number != self.number:
             self.begin_shard(number)
         start = time.perf_counter()
         batch = next(self.images)
-        if self.begun is None:  # the workers' start is no measure of them
-            self.begun = time.perf_counter()
+        if self.start_time is None:  # excludes the time that the workers take to start
+            self.start_time = time.perf_counter()
         else:
             self.waited += time.perf_counter() - start
-        self.note_bad(batch.errors)
+        self.add_bad(batch.errors)
         self.parts.append(self.encoder(batch.pixels))
         self.labels += batch.labels
-        if numbers.stop == self.folder.shard_range(number).stop:
-            self.writing.append(
+        if batch_range.stop == self.folder.shard_range(number).stop:
+            self.pending_writes.append(
                 self.writer.submit(self.write, number, *to_host(self.parts), self.labels, self.bad)
             )
             self.begin_shard(None)
             start = time.perf_counter()
-            while self.writing and (len(self.writing) > AHEAD or self.writing[0].done()):
-                self.writing.popleft().result()
+            while self.pending_writes and (
+                len(self.pending_writes) > MAX_PENDING_WRITES or self.pending_writes[0].done()
+            ):
+                self.pending_writes.popleft().result()
             self.waited_to_write += time.perf_counter() - start
-        return len(numbers)
+        return len(batch_range)
 
     def finish(self, keep: bool) -> None:
-        """Waits for what is being encoded and written. The workers end here.
+        """Waits until all batches are encoded and all complete shards are written, and ends the workers.
 
         Args:
-            keep: what is encoded of an unfinished shard.
+            keep: Whether to save the encoded images of an unfinished shard for the next run.
         """
         try:
             with self.writer:
                 self.encoder.finish()
                 start = time.perf_counter()
-                for each in self.writing:
+                for each in self.pending_writes:
                     each.result()
                 self.waited_to_write += time.perf_counter() - start
-            if self.begun is not None:
-                self.seconds = time.perf_counter() - self.begun
+            if self.start_time is not None:
+                self.seconds = time.perf_counter() - self.start_time
         finally:
             self.images = iter(())
         if keep and self.number is not None:
@@ -154,9 +181,9 @@ class Share:
             unfinished = Unfinished(moments, self.labels, self.bad)
             write_unfinished(self.folder.path, self.number, self.folder.identity(self.number), unfinished)
 
-    def times(self) -> tuple[float, float, float, float]:
-        """Seconds: of all, in the encoder, waited for images, and waited to write."""
-        return self.seconds, self.encoder.seconds, self.waited, self.waited_to_write
+    def times(self) -> Times:
+        """Returns the times from the first batch on, which are complete after `finish`."""
+        return Times(self.seconds, self.encoder.seconds, self.waited, self.waited_to_write)
 
     def write(
         self,
@@ -166,13 +193,18 @@ class Share:
         labels: list[str | None],
         bad: dict[int, str],
     ) -> None:
-        """Writes a shard, in the writing thread."""
+        """Writes a shard, in the writer thread.
+
+        Raises:
+            UserError: A latent is not finite in float16.
+            OSError: The shard cannot be written.
+        """
         if ready is not None:
             ready.synchronize()
         folder, indices = self.folder, self.folder.shard_range(number)
-        keep = [place for place, index in enumerate(indices) if index not in bad]
-        moments = moments[:, keep]
-        images = [(folder.images.key(indices[place]), labels[place]) for place in keep]
+        readable = [row for row, index in enumerate(indices) if index not in bad]
+        moments = moments[:, readable]
+        images = [(folder.images.key(indices[row]), labels[row]) for row in readable]
         finite = moments.isfinite().flatten(2).all(2).all(0)
         if not finite.all():
             name = images[int(finite.int().argmin())][0]
@@ -186,11 +218,11 @@ class Share:
             dict(zip((MOMENTS, MIRRORED), moments.contiguous().unbind(), strict=False)),
             {folder.images.key(index): reason for index, reason in bad.items()},
         )
-        unfinished_of(folder.path, number).unlink(missing_ok=True)
+        unfinished_path(folder.path, number).unlink(missing_ok=True)
 
 
-def times_of_all(times: Sequence[Sequence[float]]) -> list[float]:
-    """The time of the slowest process, and the means of the other times over those with anything to do."""
-    busy = [each for each in times if each[0]] or times
-    seconds, *others = zip(*busy, strict=True)
-    return [max(seconds), *(sum(each) / len(busy) for each in others)]
+def combine_times(times: Sequence[Times]) -> Times:
+    """Returns the total time of the slowest process, and means of the other times over the processes with work."""
+    busy = [each for each in times if each.total] or times
+    total, *others = zip(*busy, strict=True)
+    return Times(max(total), *(sum(each) / len(busy) for each in others))

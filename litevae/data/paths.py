@@ -1,0 +1,89 @@
+"""Paths of image files and shards: search in folders, expansion of patterns, and compact storage."""
+
+import glob
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from litevae.data.images import EXTENSIONS
+from litevae.errors import UserError
+
+
+def find_images(folder: Path) -> Iterator[str]:
+    """Yields the paths of the files below `folder` that have an image's extension, in sorted order.
+
+    Hidden files and folders are left out. Links to folders are followed, but no folder is visited twice, because
+    links may form cycles.
+
+    Raises:
+        UserError: A folder cannot be listed.
+    """
+
+    def fail(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be read: {error.strerror}")
+
+    visited = set()
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=fail):
+        status = os.stat(parent)
+        if (status.st_dev, status.st_ino) in visited:
+            folders.clear()
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
+                yield os.path.join(parent, name)
+
+
+def expand_pattern(pattern: str) -> list[str]:
+    """Lists the files that a pattern with braces, wildcards and "::" matches.
+
+    Returns:
+        The files in the order of the pattern's parts, without duplicates. The list is empty if the pattern has one
+        part, which matches no file.
+
+    Raises:
+        UserError: The braces are unbalanced, or one of several parts matches no file.
+    """
+    from webdataset.shardlists import expand_urls  # slow to import
+
+    try:
+        parts = expand_urls(pattern)
+    except ValueError as error:
+        raise UserError(f"{pattern}: {error}") from None
+    files: list[str] = []
+    for part in parts:
+        found = sorted(glob.glob(part, recursive=True))
+        if not found and len(parts) > 1:
+            raise UserError(f"{part}: no such file (of {pattern})")
+        files += found
+    return list(dict.fromkeys(files))
+
+
+def name_files(files: Sequence[str]) -> str:
+    """Returns the name that messages give to several files: the first one and the number of the others."""
+    return files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
+
+
+class PackedStrings:
+    """A sequence of strings in one array of bytes.
+
+    A list of a million paths would take 100 MB, and as much again in each worker process: reading a Python object
+    changes its reference count, and thereby copies its memory page.
+    """
+
+    def __init__(self, strings: Iterable[str]) -> None:
+        data, ends = bytearray(), [0]
+        for string in strings:
+            data += os.fsencode(string)  # also encodes file names that are not valid UTF-8
+            ends.append(len(data))
+        self.data = np.frombuffer(bytes(data), np.uint8)
+        self.ends = np.array(ends)
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, index: int) -> str:
+        return os.fsdecode(self.data[self.ends[index] : self.ends[index + 1]].tobytes())

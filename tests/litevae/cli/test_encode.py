@@ -1,0 +1,86 @@
+import json
+
+import pytest
+
+from litevae.cli import main
+from litevae.data.sources import open_images
+
+SIZE = 32
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def command(model_folder, photographs, tmp_path, capsys):
+    def run(*options, status=0):
+        arguments = [
+            "encode",
+            model_folder,
+            photographs,
+            tmp_path / "out",
+            "--max-bad-fraction",
+            0.1,
+            *options,
+        ]
+        assert main([str(argument) for argument in [*arguments, "--workers", 0, "--device", "cpu"]]) == status
+        return capsys.readouterr()
+
+    return run
+
+
+def test_says_what_it_did(command, tmp_path, capsys):
+    first = command("--precision", "fp32").out
+    for pattern in (
+        "11 images in ",
+        " images/s; the encoder itself: ",
+        "bottleneck: ",
+        f"1 image cannot be read; they are listed in {tmp_path / 'out' / 'bad_images.txt'}",
+        f"{tmp_path / 'out'}: all 10 images are encoded",
+    ):
+        assert pattern in first
+    assert "scaling_factor" not in first  # no hint, because the model has one
+    index = json.loads((tmp_path / "out" / "index.json").read_text())
+    assert index["encoding"]["size"] == SIZE  # the model's sample_size
+    assert str(tmp_path) not in json.dumps(index)
+    again = command("--precision", "fp32").out
+    assert again.splitlines()[-1] == f"{tmp_path / 'out'}: complete already, and undamaged: 10 images"
+    assert "images/s" not in again
+    assert main(["encode", "--verify", str(tmp_path / "out")]) == 0
+    assert "10 images in 1 shard, 1 bad image left out; all files are intact" in capsys.readouterr().out
+
+
+def test_a_flipped_bit_is_found(command, tmp_path, capsys):
+    command()
+    shard = tmp_path / "out" / "shard-00000.safetensors"
+    flipped = bytearray(shard.read_bytes())
+    flipped[len(flipped) // 2] ^= 8
+    shard.write_bytes(flipped)
+    assert main(["encode", "--verify", str(tmp_path / "out")]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"litevae: error: {shard}: its content is not what was written (SHA-256);")
+    assert message.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--size", "30"], "multiple of 4"),
+        (["--device", "nonsense"], "--device nonsense: "),
+        (["--precision", "fp8"], "'fp8' is not one of 'auto', 'bf16', 'fp32'"),
+        (["--batch-size", "0"], "--batch-size"),
+        (["--verify", "nowhere"], "nowhere: no such folder"),
+    ],
+)
+def test_mistakes_are_one_line(model_folder, photographs, tmp_path, capsys, options, message):
+    arguments = ["encode", str(model_folder), str(photographs), str(tmp_path / "out"), *options]
+    assert main(arguments) == 2
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert errors.count("\n") == 1
+
+
+def test_ctrl_c(command, photographs, monkeypatch, interrupting):
+    images = open_images(str(photographs))
+    monkeypatch.setattr("litevae.data.sources.open_images", lambda _: interrupting(images, 5))
+    output = command("--shard-size", 4, "--batch-size", 2).out
+    assert "stopped by SIGTERM; 6 of 11 images are encoded: the same command continues" in output

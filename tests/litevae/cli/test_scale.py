@@ -1,0 +1,50 @@
+import json
+
+import pytest
+
+from litevae import LiteVAE
+from litevae.cli import main
+
+SIZE = 32
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def scale(uneven_model, square_images, tmp_path):
+    def run(status=0):
+        command = ["scale", tmp_path / "model", square_images, "--size", SIZE, "--workers", 0]
+        assert main([str(argument) for argument in command]) == status
+
+    return run
+
+
+def test_stores_them_in_the_config(scale, tmp_path, capsys):
+    scale()
+    assert "5 images of 32 x 32 pixels" in capsys.readouterr().out
+    loaded = LiteVAE.from_pretrained(tmp_path / "model").config
+    assert len(loaded.latents_mean) == len(loaded.latents_std) == 4
+    assert loaded.latents_std[1] > 2 * loaded.latents_std[0]
+    stored = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert stored["scaling_factor"] == loaded.scaling_factor != 1.0
+    assert stored["_class_name"] == "LiteVAE"
+
+
+def test_changes_nothing_else_in_the_config(scale, tmp_path):
+    path = tmp_path / "model" / "config.json"
+    before = json.loads(path.read_text())
+    LiteVAE.from_pretrained(tmp_path / "model").save_pretrained(tmp_path / "model")
+    assert str(tmp_path) in path.read_text()  # diffusers adds the folder that it loads from
+    for _ in range(2):
+        scale()
+    after = json.loads(path.read_text())
+    changed = {"scaling_factor", "latents_mean", "latents_std"}
+    assert {name for name in after.keys() | before.keys() if after.get(name) != before.get(name)} == changed
+    assert str(tmp_path) not in path.read_text()
+
+
+def test_nothing_readable_is_one_line(scale, square_images, capsys):
+    for path in square_images.glob("[0-9].png"):
+        path.unlink()
+    scale(status=2)
+    assert "none of the images can be read" in capsys.readouterr().err.splitlines()[-1]
