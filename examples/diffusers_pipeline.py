@@ -6,8 +6,8 @@
     python examples/diffusers_pipeline.py runs/demo latents
 
 The last command takes less than a minute on two CPU cores and leaves `samples.png` and the pipeline in
-`runs/dit`. The demo has eight photographs, so that the transformer learns them by heart: the samples show that
-the parts fit together, and nothing about quality. Take your own model and folder of latents for that.
+`runs/dit`. With eight photographs and a few hundred steps, the samples are coloured shapes: they show that the
+parts fit together, and nothing about quality. Take your own model and folder of latents for that.
 
 A LiteVAE takes the place of `AutoencoderKL` in any pipeline. A denoiser that was trained on the latents of another
 autoencoder has to be trained again: the latent space is a different one.
