@@ -4,8 +4,8 @@
     python examples/train_on_a_folder.py path/to/images --steps 2000 --output runs/photographs
 
 The first command takes less than a minute on two CPU cores, needs no download, and leaves `reconstructions.png`,
-`curves.png` and the model in `runs/folder`. A minute is enough to see blurred shapes; colours and details come
-with more steps. For a model of the paper's size, start from `imagenet-b` instead of `demo`, on a GPU:
+`curves.png` and the model in `runs/folder`. That is enough to see blurred shapes; details come with more
+steps. For a model of the paper's size, start from `imagenet-b` instead of `demo`, on a GPU:
 
     litevae train imagenet-b data.train=path/to/images
 """
@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("images", help="a folder of images, or anything else that data.train takes")
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--size", type=int, default=64, help="side of the square crops in pixels")
     parser.add_argument("--output", type=Path, default=Path("runs/folder"))
     args = parser.parse_args(arguments)
