@@ -1,15 +1,21 @@
 """LiteVAE: lightweight autoencoders for latent diffusion models."""
 
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from litevae.models import LiteVAE
 
-__all__ = ["LiteVAE"]
+__all__ = ["LiteVAE", "__version__"]
+
+try:
+    __version__ = version("litevae")
+except PackageNotFoundError:  # Python runs in a source tree, and the package is not installed.
+    __version__ = "unknown"
 
 
 def __getattr__(name: str) -> Any:
-    # diffusers takes seconds to import, which `litevae --help` need not wait for
+    # The import of diffusers takes seconds, which `litevae --help` need not wait for.
     if name == "LiteVAE":
         from litevae.models import LiteVAE
 
