@@ -87,7 +87,10 @@ SHORT = {
 REPLACED = {
     r"\bmax_steps=\S+": "max_steps=1",
     r"\bdata\.workers=\S+": "data.workers=0",
-    r"--workers \d+": "--workers 0",
+    r"--workers \S+": "--workers 0",
+    r"--size \S+": "--size 32",
+    r"--sizes \S+": "--sizes 32,64",
+    r"--batch-size \S+": "--batch-size 2",
     r"\bgradient_ratio_every=\S+": "gradient_ratio_every=1 loss.adversarial=0.1 loss.adversarial_start=1 "
     "discriminator.width=S",
     r"\bstages=\S+": "",
