@@ -1,10 +1,10 @@
 """Runs every Python block and every command of README.md, CONTRIBUTING.md and docs/.
 
-The steps of a page run in their order, in a folder of its own that holds what the pages call FOLDER, SD_VAE,
-runs/demo and so on, in a small form (`prepared`). A page's Python blocks share their names. A command runs as it
-stands, but for `SHORT` and `SHORTER`, which make training and measuring brief; a command that cannot run here is in
-`NOT_RUN` with the reason, and its arguments and settings are checked instead. A block of YAML that begins with
-"# NAME.yaml" becomes that file. `<!-- slow -->` in the line above a block leaves the block to `pytest -m slow`.
+The steps of a page run in order, in a folder that holds small stand-ins for FOLDER, SD_VAE, runs/demo and the other
+names that the pages use (`prepared`). The Python blocks of a page share their variables. Commands and blocks run as
+written, except for `SHORT`, `REPLACED` and `SMALLER_IMAGES`, which make them brief. A command that cannot run here is
+listed in `NOT_RUN` with the reason; its arguments and settings are still checked. A YAML block that begins with
+"# NAME.yaml" is written to that file. The comment `<!-- slow -->` above a block leaves it to `pytest -m slow`.
 """
 
 import contextlib
@@ -43,12 +43,12 @@ from litevae.training import load_config
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
-# Languages of blocks. Only python and sh are executed; a page that calls a shell block "bash" would escape.
+# Allowed languages of blocks: a shell block that is called "bash" would not be executed.
 LANGUAGES = {"python", "sh", "yaml", "text", "cpp", "cmake", "bibtex", "toml"}
 
-# Commands that are not run (patterns of their beginnings), and why not.
+# Commands that are not run, by patterns of their beginnings, and the reasons.
 NOT_RUN = {
-    r"torchrun ": "several processes; tests/litevae/*/test_processes.py start them",
+    r"torchrun ": "starts several processes, as the tests of training, latents and evaluation do",
     r"litevae experiment \w+ --scale (medium|paper)": "takes days on a GPU",
     r"pip install ": "needs the network; .ci/run installs the package",
     r"python3 -m venv |\. \.venv/": "makes an environment, which needs the network; .ci/run makes one",
@@ -60,8 +60,8 @@ NOT_RUN = {
     r"python docs/draw_architecture\.py": "writes into the repository",
 }
 
-# Replacements in Python blocks: smaller images.
-SHORTER = {
+# Replacements in Python blocks.
+SMALLER_IMAGES = {
     "torch.rand(4, 3, 256, 256)": "torch.rand(1, 3, 64, 64)",
     "torch.randn(4, 96, 64, 64)": "torch.randn(1, 96, 16, 16)",
 }
@@ -70,7 +70,7 @@ SMALL_MODEL = (
     "model.preset=litevae-s model.block_out_channels=[16,16,16,16] model.layers_per_block=1 "
     "model.num_groups=8"
 )
-# Arguments put in front of a command's own, which win, and replacements in its own (`REPLACED`).
+# Arguments that are put before those of the command, which win.
 SHORT = {
     "litevae train": f"{SMALL_MODEL} data.size=32 data.batch_size=2 data.workers=0 data.validation_count=2 "
     "loss.lpips=0 loss.pretrained=false loss.adversarial=0 precision=fp32 tracker=none max_steps=1 checkpoint.every=0",
@@ -85,6 +85,7 @@ SHORT = {
     "litevae experiment": "max_steps=1",
     "litevae complexity": "--size 32 --batch-size 1 --rounds 1",
 }
+# Replacements in the arguments of the command, by pattern.
 REPLACED = {
     r"\bmax_steps=\S+": "max_steps=1",
     r"\bdata\.workers=\S+": "data.workers=0",
@@ -96,7 +97,7 @@ REPLACED = {
     "discriminator.width=S",
     r"\bstages=\S+": "",
 }
-# Folders of training runs that the pages' commands name, beside runs/demo; all hold the same small model.
+# Training runs that the pages name, besides runs/demo. All hold the same small model.
 RUNS = (
     "imagenet-b",
     "imagenet-sd-vae",
@@ -108,7 +109,7 @@ RUNS = (
     "adaptive",
 )
 
-# Commands that take more than a few seconds even so (patterns of their beginnings).
+# Commands that take more than a few seconds all the same, as a pattern of their beginnings.
 SLOW = (
     r"litevae (complexity|resolution|features|info|experiment (?!list)|train (demo|imagenet-(sd-vae|vae)))\b"
     r"|python examples/"
@@ -150,8 +151,8 @@ class Page:
 def parse(path: Path) -> Page:
     page = Page(str(path.relative_to(ROOT)))
     text = path.read_text(encoding="utf-8")
-    for long, short in SHORTER.items():
-        text = text.replace(long, short)
+    for written, smaller in SMALLER_IMAGES.items():
+        text = text.replace(written, smaller)
     document = Document(text, str(path))
     for region in FencedCodeBlockLexer(r".*")(document):
         region.parsed = region.lexemes["source"]
@@ -164,13 +165,13 @@ def parse(path: Path) -> Page:
             page.steps.append(Step(page, example.line, kind, source, slow, example))
         elif kind == "sh":
             for line, command in commands(source, example.line + 1):
-                long = slow or re.match(SLOW, command) is not None
-                page.steps.append(Step(page, line, kind, command, long, example))
+                takes_long = slow or re.match(SLOW, command) is not None
+                page.steps.append(Step(page, line, kind, command, takes_long, example))
     return page
 
 
 def commands(source: str, first_line: int) -> Iterator[tuple[int, str]]:
-    """The commands of a shell block with their lines, without comments; && joins several in one line."""
+    """Yields each command of a shell block with its line, without comments. `&&` separates commands, too."""
     continued = re.sub(r"\\\n\s*", "", source)
     for line, text in enumerate(continued.split("\n"), first_line):
         for command in re.sub(r"(^|\s)#.*", "", text).split(" && "):
@@ -179,8 +180,10 @@ def commands(source: str, first_line: int) -> Iterator[tuple[int, str]]:
 
 
 def run_command(command: str) -> None:
-    """Runs a command in the current folder: the packages' own in this process, which spares their start; others in
-    bash."""
+    """Runs a command in the current folder.
+
+    The packages' own commands run in this process, which saves the seconds of their start, and others in bash.
+    """
     module = re.fullmatch(r"python -m (litevae[\w.]*)", command)
     if module:
         runpy.run_module(module[1], run_name="__main__")
@@ -189,16 +192,16 @@ def run_command(command: str) -> None:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         subprocess.run(["bash", "-euc", command], check=True, env={**os.environ, "PATH": path}, timeout=300)
         return
-    for long, short in REPLACED.items():
-        command = re.sub(long, short, command)
+    for pattern, brief in REPLACED.items():
+        command = re.sub(pattern, brief, command)
     words = shlex.split(command)
-    place = 3 if words[1].startswith(("train", "experiment")) else 2  # behind the configuration's name
-    short = SHORT.get(" ".join(words[:2]), "")
-    assert main([*words[1:place], *shlex.split(short), *words[place:]]) == 0
+    place = 3 if words[1].startswith(("train", "experiment")) else 2  # after the name of the configuration
+    short = shlex.split(SHORT.get(" ".join(words[:2]), ""))
+    assert main([*words[1:place], *short, *words[place:]]) == 0
 
 
 def check(command: str) -> None:
-    """Checks the arguments and settings of a command as it is written, without running it."""
+    """Checks the arguments and settings of a command as written, without running it."""
     if command.startswith("pip install "):
         known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         for extras in re.findall(r"\[(.*?)\]", command):
@@ -224,7 +227,7 @@ STEPS = [step for page in PARSED for step in page.steps]
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """What the pages' commands find: images, models and runs, and an encoded data set."""
+    """A folder with images, models, training runs and an encoded data set, under the names that the pages use."""
     folder = tmp_path_factory.mktemp("prepared")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -263,14 +266,14 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder_of(prepared, tmp_path_factory):
-    """The folder in which a page's steps run."""
+    """The folder in which the steps of a page run."""
 
     @functools.cache
     def make(name: str) -> Path:
         folder = tmp_path_factory.mktemp("page") / "work"
         shutil.copytree(prepared, folder, symlinks=True)
         if any(step.text.startswith("litevae encode ") for step in STEPS if step.page.name == name):
-            shutil.rmtree(folder / "latents")  # the page makes its own
+            shutil.rmtree(folder / "latents")  # the page encodes its own
         return folder
 
     return make
@@ -291,7 +294,7 @@ def each(steps: list[Step]) -> list[Any]:
 @pytest.mark.parametrize("step", each([step for step in STEPS if not step.not_run]))
 def test_runs(step, folder_of):
     with contextlib.chdir(folder_of(step.page.name)):
-        for earlier in step.page.steps:  # there are some if this test is selected alone
+        for earlier in step.page.steps:  # they have not run yet if this test is selected alone
             if earlier is step:
                 break
             if not (earlier.done or earlier.slow or earlier.not_run):
@@ -300,7 +303,7 @@ def test_runs(step, folder_of):
 
 
 @pytest.mark.parametrize("page", PARSED, ids=[page.name for page in PARSED])
-def test_commands_are_valid_as_they_are_written(page, folder_of):
+def test_commands_are_valid_as_written(page, folder_of):
     with contextlib.chdir(folder_of(page.name)):
         for step in page.steps:
             if step.kind == "yaml":
