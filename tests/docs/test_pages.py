@@ -210,8 +210,11 @@ def check(command: str) -> None:
     if not command.startswith("litevae "):
         return
     name, *arguments = shlex.split(command)[1:]
-    assert name in typer.main.get_command(app).commands, f"{command}: no such command"
-    cli = typer.main.get_command(app).commands[name]
+    if "--help" in (name, *arguments):
+        return
+    known_commands = typer.main.get_command(app).commands
+    assert name in known_commands, f"{command}: no such command"
+    cli = known_commands[name]
     given = cli.make_context(f"litevae {name}", arguments, resilient_parsing="--verify" in arguments).params
     if name == "train":
         load_config(given["config"], given["overrides"] or ())
