@@ -13,10 +13,14 @@ import os
 import re
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import ParamSpec, TypeVar
 
 import torch
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 BACKENDS = ("reference", "native", "triton")
 
@@ -64,6 +68,22 @@ _latest: str | None = _from_environment
 def forced_backend() -> str | None:
     """What `use_backend` or the environment forces in this thread."""
     return _choice.forced
+
+
+def keep_backend(function: Callable[P, T]) -> Callable[P, T]:
+    """Returns `function` bound to the backend that is forced now, so that it can run in another thread.
+
+    Gradient checkpointing needs this, because the recomputation runs in the thread of the backward pass.
+    """
+    forced = None if torch.compiler.is_compiling() else forced_backend()
+    if forced is None:
+        return function
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        with use_backend(forced):
+            return function(*args, **kwargs)
+
+    return call
 
 
 @contextlib.contextmanager

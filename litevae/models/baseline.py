@@ -8,18 +8,22 @@ from diffusers.models.autoencoders.vae import Encoder
 
 
 class SmallEncoderVAE(AutoencoderKL):
-    """An `AutoencoderKL` whose encoder has widths of its own: VAE-Small of Table 2b.
+    """An `AutoencoderKL` whose encoder and decoder differ in width: VAE-Small of Table 2b.
 
-    The rest of the encoder stays Stable Diffusion's, whatever the decoder is: two ResBlocks in a block, and
+    Whatever the decoder is, the rest of the encoder is Stable Diffusion's: two ResBlocks per block, and
     GroupNorms of 32 groups.
 
-    The paper gives the size of its encoder, 6.75 M parameters, and not its widths. These give 6,793,032, with
-    half of Stable Diffusion's widths at the image's side.
+    The paper gives the number of the encoder's parameters, 6.75 M, but not its widths. The default widths
+    give 6,793,032, with half of Stable Diffusion's width in the first block.
 
     Args:
-        encoder_block_out_channels: widths of the encoder's blocks.
+        encoder_block_out_channels: Widths of the encoder's blocks.
         latent_channels, block_out_channels, layers_per_block, norm_num_groups, use_quant_conv,
-            use_post_quant_conv, sample_size, scaling_factor, latents_mean, latents_std: as in `AutoencoderKL`.
+            use_post_quant_conv, sample_size, scaling_factor, latents_mean, latents_std: Arguments of
+            `AutoencoderKL`.
+
+    Raises:
+        ValueError: Encoder and decoder have different numbers of blocks.
     """
 
     @register_to_config
