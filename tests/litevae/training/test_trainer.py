@@ -25,7 +25,6 @@ from litevae.evaluation.metrics import psnr, ssim
 from litevae.evaluation.pictures import latents_as_rgb
 from litevae.evaluation.reconstruction import reconstruct
 from litevae.files import replacing
-from litevae.models.weights import save_model
 from litevae.training import load_config, train
 
 SHORT = ["max_steps=20", "data.size=32", "data.batch_size=2", "log_every=5", "validate_every=10"]
@@ -207,20 +206,6 @@ def test_failed_write_leaves_the_old_file(tmp_path):
     assert path.read_text() == "old"
 
 
-def test_failed_save_leaves_the_old_model(tmp_path, monkeypatch):
-    def fail(_):
-        raise OSError("disk full")
-
-    model = LiteVAE.from_preset("litevae-s", block_out_channels=(16, 16, 16, 16), num_groups=4)
-    save_model(model, tmp_path / "model")
-    before = (tmp_path / "model" / "config.json").read_text()
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
-        save_model(model, tmp_path / "model")
-    assert [p.name for p in tmp_path.iterdir()] == ["model"]
-    assert (tmp_path / "model" / "config.json").read_text() == before
-
-
 class TestLatentsAsRGB:
     def test_shows_the_directions_of_most_variance(self):
         generator = torch.Generator().manual_seed(0)
@@ -264,40 +249,6 @@ def test_a_folder_called_model_that_is_none_is_not_deleted(tmp_path):
     with pytest.raises(UserError, match="is there and is not a model"):
         train(short(tmp_path))
     assert precious.read_text() == "mine"
-
-
-class TestSavingOverAModel:
-    @pytest.fixture
-    def folder(self, tmp_path):
-        self.model = LiteVAE.from_preset("litevae-s", block_out_channels=(16, 16, 16, 16), num_groups=4)
-        save_model(self.model, tmp_path / "model")
-        return tmp_path / "model"
-
-    def test_the_old_one_survives_a_rename_that_fails(self, folder, monkeypatch):
-        original = os.rename
-
-        def rename(source, target):
-            if str(source).endswith(".new"):
-                raise OSError("disk")
-            original(source, target)
-
-        monkeypatch.setattr(os, "rename", rename)
-        with pytest.raises(OSError, match="disk"):
-            save_model(self.model, folder)
-        monkeypatch.undo()
-        LiteVAE.from_pretrained(folder)
-        assert [path.name for path in folder.parent.iterdir()] == ["model"]
-
-    def test_the_old_one_survives_a_kill_and_a_failing_save(self, folder, monkeypatch):
-        os.rename(folder, folder.with_name(".model.old"))  # killed between the two renames
-
-        def fail(_):
-            raise OSError("full")
-
-        monkeypatch.setattr(os, "fsync", fail)
-        with pytest.raises(OSError, match="full"):
-            save_model(self.model, folder)
-        LiteVAE.from_pretrained(folder)
 
 
 class TestTinyRun:
