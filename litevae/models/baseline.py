@@ -1,6 +1,8 @@
 """The paper's baselines: Stable Diffusion's VAE (diffusers' `AutoencoderKL`), and one with a small encoder."""
 
+import inspect
 from collections.abc import Sequence
+from typing import Any
 
 from diffusers import AutoencoderKL
 from diffusers.configuration_utils import register_to_config
@@ -70,3 +72,10 @@ class SmallEncoderVAE(AutoencoderKL):
             norm_num_groups=32,
             double_z=True,
         )
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Leaves out the settings of `AutoencoderKL` that are fixed here; diffusers would warn about them."""
+        fixed = inspect.signature(AutoencoderKL).parameters.keys() - inspect.signature(cls).parameters.keys()
+        own = {name: value for name, value in config_dict.items() if name not in fixed}
+        return super().extract_init_dict(own, **kwargs)

@@ -1,3 +1,7 @@
+import json
+import logging
+from typing import Any
+
 import pytest
 import torch
 from diffusers import AutoencoderKL
@@ -10,6 +14,10 @@ WIDTHS = (32, 32, 64)
 @pytest.fixture
 def image() -> torch.Tensor:
     return torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def settings(model: SmallEncoderVAE) -> dict[str, Any]:
+    return {name: value for name, value in json.loads(model.to_json_string()).items() if name[0] != "_"}
 
 
 def test_default_encoder_has_the_size_of_vae_small():
@@ -46,7 +54,8 @@ def test_the_encoder_does_not_follow_the_decoder(image):
 
 
 @pytest.mark.parametrize("use_1x1_conv", [False, True])
-def test_round_trip_through_a_folder(image, tmp_path, use_1x1_conv):
+def test_round_trip_through_a_folder(image, tmp_path, use_1x1_conv, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
     model = SmallEncoderVAE(
         WIDTHS,
         block_out_channels=(8, 8, 16),
@@ -57,6 +66,8 @@ def test_round_trip_through_a_folder(image, tmp_path, use_1x1_conv):
     )
     model.save_pretrained(tmp_path)
     loaded = SmallEncoderVAE.from_pretrained(tmp_path)
+    assert not caplog.records  # diffusers does not warn about settings of the base class
+    assert settings(loaded) == settings(model)
     assert loaded.config.scaling_factor == 0.7
     assert (loaded.quant_conv is not None) == use_1x1_conv
     with torch.no_grad():
