@@ -19,9 +19,6 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
 BACKENDS = ("reference", "native", "triton")
 
 INTERFACE = 4  # of the compiled core; csrc/bindings.cpp names the same
@@ -70,22 +67,6 @@ def forced_backend() -> str | None:
     return _choice.forced
 
 
-def keep_backend(function: Callable[P, T]) -> Callable[P, T]:
-    """Returns `function` bound to the backend that is forced now, so that it can run in another thread.
-
-    Gradient checkpointing needs this, because the recomputation runs in the thread of the backward pass.
-    """
-    forced = None if torch.compiler.is_compiling() else forced_backend()
-    if forced is None:
-        return function
-
-    def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        with use_backend(forced):
-            return function(*args, **kwargs)
-
-    return call
-
-
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Force one backend for every operator that this thread calls inside the ``with`` block.
@@ -108,6 +89,26 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _choice.forced = _latest = previous
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def keep_backend(function: Callable[P, T]) -> Callable[P, T]:
+    """Returns `function` bound to the backend that is forced now, so that it can run in another thread.
+
+    Gradient checkpointing needs this, because the recomputation runs in the thread of the backward pass.
+    """
+    forced = None if torch.compiler.is_compiling() else forced_backend()
+    if forced is None:
+        return function
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        with use_backend(forced):
+            return function(*args, **kwargs)
+
+    return call
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Tests of a run's model: the baselines, and weights to start from."""
+"""Models of a run: the baselines, and weights to start from."""
 
 import pytest
 import torch
