@@ -13,8 +13,9 @@ import os
 import re
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import ParamSpec, TypeVar
 
 import torch
 
@@ -97,6 +98,26 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _choice.forced = _latest = previous
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def keep_backend(function: Callable[P, T]) -> Callable[P, T]:
+    """Returns `function` bound to the backend that is forced now, so that it can run in another thread.
+
+    Gradient checkpointing needs this, because the recomputation runs in the thread of the backward pass.
+    """
+    forced = None if torch.compiler.is_compiling() else forced_backend()
+    if forced is None:
+        return function
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        with use_backend(forced):
+            return function(*args, **kwargs)
+
+    return call
 
 
 @functools.cache

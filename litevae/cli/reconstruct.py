@@ -43,11 +43,11 @@ def reconstruct(
     from litevae.evaluation.metrics import psnr
     from litevae.evaluation.reconstruction import reconstruct as run
     from litevae.files import replacing
-    from litevae.models.interface import only_size, spatial_compression
+    from litevae.models.interface import fixed_size, spatial_compression
 
     make_folder(output)
     autoencoder.enable_tiling()
-    tile = only_size(autoencoder) or TILE
+    tile = fixed_size(autoencoder) or TILE
     autoencoder.tile_sample_min_size = tile
     autoencoder.tile_latent_min_size = tile // spatial_compression(autoencoder)
 

@@ -1,8 +1,8 @@
 """Discriminators for adversarial training: `build_discriminator`.
 
-Each takes images (N, 3, H, W) in [-1, 1] and returns a tuple of logits, one tensor a head; larger means real.
-Adversarial losses are means over a head's logits. None depends on the size of the images it was built for:
-one can train at 128 and go on at 256.
+Each takes images (N, 3, H, W) in [-1, 1] and returns a tuple of logits, one tensor per head; a larger logit means
+"real". Adversarial losses are means over a head's logits. No discriminator is tied to the image size that it was
+built for: training can begin at 128 and continue at 256.
 """
 
 from dataclasses import dataclass
@@ -30,36 +30,33 @@ class DiscriminatorConfig:
 Discriminator: TypeAlias = UNetDiscriminator | PatchGANDiscriminator | StyleGANDiscriminator
 
 
-def build_discriminator(config: DiscriminatorConfig, size: int, *later: int) -> Discriminator:
-    """A discriminator with fresh weights, drawn from PyTorch's global generator.
+def build_discriminator(config: DiscriminatorConfig, size: int, *later_sizes: int) -> Discriminator:
+    """Returns a discriminator with random weights, drawn from PyTorch's global generator.
 
     Args:
-        config: which one.
-        size: side in pixels of the images to begin with.
-        later: sides of those to go on with.
+        config: Kind and width.
+        size: Side in pixels of the images that training begins with.
+        later_sizes: Sides of the images that training continues with.
 
     Raises:
-        ValueError: an unknown kind or width, or a size that this discriminator does not take.
+        ValueError: The kind or width is unknown, or the discriminator does not take one of the sizes.
     """
-    discriminator = fresh(config, size)
-    for side in (size, *later):
-        discriminator.check_size(side, side)
-    return discriminator
-
-
-def fresh(config: DiscriminatorConfig, size: int) -> Discriminator:
     if config.width not in CHANNELS:
         raise ValueError(f"width must be one of {', '.join(CHANNELS)}, got {config.width!r}")
     channels = CHANNELS[config.width]
+    discriminator: Discriminator
     match config.kind:
         case "unet":
-            return UNetDiscriminator(size, channels)
+            discriminator = UNetDiscriminator(size, channels)
         case "patchgan":
-            return PatchGANDiscriminator(channels)
+            discriminator = PatchGANDiscriminator(channels)
         case "stylegan":
-            return StyleGANDiscriminator(size, channels)
+            discriminator = StyleGANDiscriminator(size, channels)
         case _:
             raise ValueError(f"kind must be one of unet, patchgan, stylegan, got {config.kind!r}")
+    for side in (size, *later_sizes):
+        discriminator.check_size(side, side)
+    return discriminator
 
 
 __all__ = [

@@ -1,22 +1,26 @@
-"""The PatchGAN discriminator: logits for overlapping patches."""
+"""The PatchGAN discriminator, with logits for overlapping patches."""
 
 from torch import Tensor, nn
 
-MIN_SIZE = 24  # three halvings, and two 4x4 convolutions that lose a pixel each
+MIN_SIZE = 24  # pixels; three halvings leave 3, and two 4x4 convolutions of stride 1 remove one each
 LAYERS = ((1, 2), (2, 2), (4, 2), (8, 1))  # width as a multiple of `channels`, and stride
 
 
 class PatchGANDiscriminator(nn.Module):
     """The 70x70 PatchGAN of pix2pix (Isola et al., 2017), with which Stable Diffusion's VAE was trained.
 
-    4x4 convolutions, three of stride 2 and one of stride 1, leaky ReLU of slope 0.2, BatchNorm in all but
-    the first; weights start as N(0, 0.02²), BatchNorm's as N(1, 0.02²).
+    It has 4x4 convolutions, three of stride 2 and then two of stride 1. A leaky ReLU of slope 0.2 follows all
+    but the last, and BatchNorm all but the first and the last. Weights start as N(0, 0.02²), BatchNorm's as
+    N(1, 0.02²).
 
-    BatchNorm takes its statistics from the batch at hand, so real and generated images go through in
-    separate calls, and the module stays in training mode.
+    BatchNorm uses the statistics of the current batch. Real and generated images therefore need separate
+    calls, and the module must stay in training mode.
 
     Args:
-        channels: width of the first layer, 64 in the paper.
+        channels: Width of the first layer, 64 in the paper.
+
+    Raises:
+        ValueError: The width is below 1.
     """
 
     def __init__(self, channels: int = 64) -> None:
@@ -43,17 +47,17 @@ class PatchGANDiscriminator(nn.Module):
                 nn.init.normal_(layer.weight, 1.0, 0.02)
 
     def check_size(self, height: int, width: int) -> None:
-        """ValueError unless images of this size leave at least one patch."""
+        """Raises ValueError unless images of this size give at least one logit."""
         if min(height, width) < MIN_SIZE:
             raise ValueError(
                 f"PatchGAN takes images of at least {MIN_SIZE} pixels a side, got {height}x{width}"
             )
 
     def forward(self, image: Tensor) -> tuple[Tensor]:
-        """(N, 3, H, W) in [-1, 1] to logits (N, 1, ⌊H/8⌋ - 2, ⌊W/8⌋ - 2).
+        """Returns logits (N, 1, ⌊H/8⌋ - 2, ⌊W/8⌋ - 2) of images (N, 3, H, W) in [-1, 1].
 
         Raises:
-            ValueError: H or W below 24.
+            ValueError: H or W is below 24.
         """
         self.check_size(*image.shape[2:])
         return (self.layers(image),)

@@ -1,4 +1,4 @@
-"""The residual discriminator of StyleGAN2: one logit for the image."""
+"""The residual discriminator of StyleGAN2, with one logit per image."""
 
 from itertools import pairwise
 
@@ -8,32 +8,32 @@ from torch import Tensor, nn
 
 MAX_CHANNELS = 512
 FINAL_SIZE = 4  # side of the last feature map
-GROUP_SIZE = 4  # images that share a minibatch standard deviation
+GROUP_SIZE = 4  # number of images that share a minibatch standard deviation
 MIN_SIZE = 2 * FINAL_SIZE
 
 
 class StyleGANDiscriminator(nn.Module):
     """The discriminator of StyleGAN2 (Karras et al., 2020), written from the paper.
 
-    Residual blocks halve the image down to 4x4, then come the minibatch standard deviation (Karras et al.,
-    2018), a convolution and two fully connected layers. Learning rates are equalised: weights start as
-    N(0, 1) and are divided by the root of their fan-in when used. Activations are leaky ReLUs of slope 0.2
-    with gain √2, and [1, 3, 3, 1] blurs before every downsampling.
+    Residual blocks halve the image down to 4x4; the minibatch standard deviation (Karras et al., 2018), a
+    convolution and two fully connected layers follow. Learning rates are equalised: weights start as N(0, 1)
+    and are divided by the square root of their fan-in when used. Activations are leaky ReLUs of slope 0.2 with
+    gain √2, and a [1, 3, 3, 1] blur precedes every downsampling.
 
-    The number of blocks is fixed by `size`. Where an image of another size leaves a feature map that is not
-    4x4, averages over 4x4 cells of it go to the fully connected layers; at `size`, if that is a power of two,
-    this is the network of the paper.
+    `size` determines the number of blocks. If an image of another size leaves a feature map that is not 4x4,
+    it is averaged over a 4x4 grid of cells. At `size`, if that is a power of two, this is the network of the
+    paper.
 
-    The minibatch standard deviation is over groups of 4 consecutive images, of 2 in a batch that 4 does not
-    divide; an odd batch has none to speak of.
+    The minibatch standard deviation is taken over groups of 4 consecutive images, or of 2 if the batch size
+    is even but no multiple of 4. In an odd batch each image is a group of its own.
 
     Args:
-        size: side in pixels of the images to begin with.
-        channels: width at 512 pixels; it doubles with each halving, up to 512. 64 is the paper's large
+        size: Side in pixels of the images that training begins with.
+        channels: Width at 512 pixels, which doubles with each halving, up to 512. 64 is the paper's large
             network (config F), 32 its config E.
 
     Raises:
-        ValueError: a width below 1, or a size below 8 or with too few factors of two.
+        ValueError: The width is below 1, or the size is below 8 or has too few factors of two.
     """
 
     def __init__(self, size: int, channels: int = 64) -> None:
@@ -46,7 +46,7 @@ class StyleGANDiscriminator(nn.Module):
         self.multiple = 2**blocks
         self.check_size(size, size)
 
-        # a side that is no power of two has the widths of the power of two below it
+        # A side that is not a power of two has the widths of the next lower power of two.
         sides = [FINAL_SIZE * 2**i for i in range(blocks, -1, -1)]
         widths = [max(1, min(MAX_CHANNELS, channels * 512 // side)) for side in sides]
         last = widths[-1]
@@ -57,7 +57,7 @@ class StyleGANDiscriminator(nn.Module):
         self.linear2 = EqualisedLinear(last, 1)
 
     def check_size(self, height: int, width: int) -> None:
-        """ValueError unless the blocks can halve both sides."""
+        """Raises ValueError unless the blocks can halve both sides."""
         if height % self.multiple or width % self.multiple:
             raise ValueError(
                 f"this StyleGAN discriminator takes images whose sides are multiples of {self.multiple}, "
@@ -65,10 +65,10 @@ class StyleGANDiscriminator(nn.Module):
             )
 
     def forward(self, image: Tensor) -> tuple[Tensor]:
-        """(N, 3, H, W) in [-1, 1] to logits (N, 1).
+        """Returns logits (N, 1) of images (N, 3, H, W) in [-1, 1].
 
         Raises:
-            ValueError: H or W is not a multiple of 2 to the number of blocks: of 32 if built for 128.
+            ValueError: H or W is not a multiple of 2^(number of blocks), which is 32 if built for 128.
         """
         self.check_size(*image.shape[2:])
         x = self.blocks(activate(self.from_rgb(image)))
@@ -79,7 +79,7 @@ class StyleGANDiscriminator(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """(N, in_channels, H, W) to (N, out_channels, H/2, W/2): two 3x3 convolutions, and a 1x1 one beside."""
+    """Two 3x3 convolutions and a 1x1 shortcut, (N, in_channels, H, W) -> (N, out_channels, H/2, W/2)."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class ResBlock(nn.Module):
 
 
 class Blur(nn.Module):
-    """Each channel filtered by [1, 3, 3, 1]/8 in both directions, with `padding` zeros at each border."""
+    """Filters each channel by [1, 3, 3, 1]/8 in both directions, with `padding` zeros at each border."""
 
     taps: Tensor
 
@@ -106,7 +106,7 @@ class Blur(nn.Module):
         self.register_buffer("taps", torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        # made anew in each call: DDP writes to buffers between two calls that share a backward pass
+        # Computed in each call, because DDP writes to buffers between two calls that share a backward pass.
         kernel = (self.taps[:, None] * self.taps).expand(x.shape[1], 1, 4, 4)
         return F.conv2d(x, kernel, stride=self.stride, padding=self.padding, groups=x.shape[1])
 
@@ -140,11 +140,11 @@ def activate(x: Tensor) -> Tensor:
 
 
 def minibatch_std(x: Tensor) -> Tensor:
-    """The standard deviation over each group of images, averaged over (C, H, W): a channel (N, 1, H, W)."""
+    """Returns each group's standard deviation over images, averaged over (C, H, W), as a channel (N, 1, H, W)."""
     n, _, height, width = x.shape
     group = GROUP_SIZE if n % GROUP_SIZE == 0 else 2 if n % 2 == 0 else 1
     precise = x.to(torch.promote_types(x.dtype, torch.float32))
     variance = precise.unflatten(0, (n // group, group)).var(dim=1, correction=0)
-    # inside the root, so that equal images have a finite gradient
+    # The constant is inside the root, so that equal images have a finite gradient.
     std = (variance + 1e-8).sqrt().mean((1, 2, 3))
     return std.to(x.dtype).repeat_interleave(group).view(n, 1, 1, 1).expand(n, 1, height, width)

@@ -1,4 +1,4 @@
-"""Training losses: every term is a mean per element, so its weight means the same at every resolution."""
+"""Training losses. Each is a mean per element, so that its weight means the same at every resolution."""
 
 from litevae.losses.adversarial import adaptive_weight, discriminator_loss, generator_loss
 from litevae.losses.gaussian import gaussian_loss

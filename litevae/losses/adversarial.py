@@ -1,4 +1,4 @@
-"""The adversarial losses of Appendix D.1, and the weight of Equation 2."""
+"""The adversarial losses of Appendix D.1, and the adaptive weight of Equation 2."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,53 +12,58 @@ AdversarialLoss = Literal["hinge", "logistic"]
 
 
 def generator_loss(fake_logits: Sequence[Tensor], kind: AdversarialLoss) -> Tensor:
-    """-f for hinge, softplus(-f) for logistic (non-saturating): the mean within a head, summed over heads.
+    """Returns the generator's loss: -f for hinge, softplus(-f) for logistic (non-saturating).
 
     Args:
-        fake_logits: a discriminator's logits of the reconstruction, one tensor of any shape a head.
+        fake_logits: Logits of the reconstruction, one tensor of any shape per head of the discriminator.
+        kind: Name of the loss.
 
     Returns:
-        A scalar.
+        A scalar, the mean within each head, summed over the heads.
     """
     if kind == "hinge":
-        return over_heads(lambda fake: -fake, fake_logits)
-    return over_heads(lambda fake: F.softplus(-fake), fake_logits)
+        return sum_over_heads(lambda fake: -fake, fake_logits)
+    return sum_over_heads(lambda fake: F.softplus(-fake), fake_logits)
 
 
 def discriminator_loss(
     real_logits: Sequence[Tensor], fake_logits: Sequence[Tensor], kind: AdversarialLoss
 ) -> Tensor:
-    """½[relu(1 - r) + relu(1 + f)] for hinge, ½[softplus(-r) + softplus(f)] for logistic.
+    """Returns the discriminator's loss.
+
+    This is ½[relu(1 - r) + relu(1 + f)] for hinge and ½[softplus(-r) + softplus(f)] for logistic.
 
     Args:
-        real_logits, fake_logits: logits of the image and of the detached reconstruction, one tensor of any
-            shape a head.
+        real_logits, fake_logits: Logits of the image and of the detached reconstruction, one tensor of any
+            shape per head.
+        kind: Name of the loss.
 
     Returns:
-        A scalar, the mean within a head, summed over heads.
+        A scalar, the mean within each head, summed over the heads.
     """
     if kind == "hinge":
-        return over_heads(
+        return sum_over_heads(
             lambda real, fake: 0.5 * (F.relu(1 - real) + F.relu(1 + fake)), real_logits, fake_logits
         )
-    return over_heads(
+    return sum_over_heads(
         lambda real, fake: 0.5 * (F.softplus(-real) + F.softplus(fake)), real_logits, fake_logits
     )
 
 
-def over_heads(loss: Callable[..., Tensor], *logits: Sequence[Tensor]) -> Tensor:
-    """The mean of `loss` within each head, summed over the heads."""
+def sum_over_heads(loss: Callable[..., Tensor], *logits: Sequence[Tensor]) -> Tensor:
+    """Returns the mean of `loss` within each head, summed over the heads."""
     return torch.stack([loss(*head).mean() for head in zip(*logits, strict=True)]).sum()
 
 
 def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_weight: Tensor) -> Tensor:
-    """|∇ reconstruction loss| / (|∇ adversarial loss| + 1e-4), at most 1e4: Equation 2 without its ½.
+    """Returns the weight of Equation 2 without its factor ½.
 
-    The bounds and the 1e-4 are those of VQGAN (Esser et al., 2021), on which the paper builds.
+    This is |∇ reconstruction loss| / (|∇ adversarial loss| + 1e-4), at most 1e4. The bounds and the 1e-4 are
+    those of VQGAN (Esser et al., 2021), which proposed the weight.
 
     Args:
-        reconstruction_loss, adversarial_loss: scalars whose graph holds `last_weight`, and is kept.
-        last_weight: what the gradients are of, the weight of the decoder's last convolution.
+        reconstruction_loss, adversarial_loss: Scalars that depend on `last_weight`. Their graph is kept.
+        last_weight: Weight of the decoder's last convolution, with respect to which the gradients are taken.
 
     Returns:
         A scalar without a gradient.
@@ -72,7 +77,7 @@ def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """What `module` computes inside gives its parameters no gradient, whenever backward runs."""
+    """Freezes the parameters of `module` in the block: what it computes there never gives them a gradient."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)

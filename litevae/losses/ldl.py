@@ -8,19 +8,19 @@ RADIUS = 3  # of the 7x7 window
 
 
 def ldl_loss(image: Tensor, reconstruction: Tensor, ema_reconstruction: Tensor) -> Tensor:
-    """mean of w·|x - x̂|, where w marks what looks like an artifact of the discriminator.
+    """Returns the mean of w·|x - x̂|, where the weight w marks likely artifacts of adversarial training.
 
-    With R a pixel's residual Σ_c |x - x̂|, w = var(R)^(1/5) · var_7x7(R): the whole image's variance and
-    that of the window around the pixel, mirrored at the borders, both unbiased. w is 0 where R is smaller
-    than the EMA model's residual. It is a constant: no gradient goes through it.
+    With the residual R = Σ_c |x - x̂| of a pixel, w = var(R)^(1/5) · var_7x7(R), the unbiased variances over
+    the whole image and over the window around the pixel, with mirrored borders. w is 0 where R is smaller
+    than the EMA model's residual. No gradient flows through w.
 
     Args:
-        image, reconstruction: (N, C, H, W), H and W at least 4.
-        ema_reconstruction: of the same shape, from the exponential moving average of the model.
+        image, reconstruction: Images (N, C, H, W) with H and W at least 4.
+        ema_reconstruction: Reconstruction by the exponential moving average of the model, in the same shape.
 
     Returns:
-        A scalar, the mean over all elements. Zero where the images are equal. The LDL paper's images are in
-        [0, 1]; in [-1, 1] the residual is twice as large and the loss 2^3.4 = 10.6 times.
+        A scalar, the mean over all elements. It is zero if the images are equal. The LDL paper's images are
+        in [0, 1]; in [-1, 1] the residual is twice as large and the loss 2^3.4 = 10.6 times as large.
     """
     with torch.no_grad():
         residual = (image - reconstruction).abs().sum(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""The training objective: the weighted sum of the losses."""
+"""The training objective, the weighted sum of the losses."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -55,8 +55,14 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class Loss:
-    """`total`: the weighted sum, a float32 scalar to differentiate. `terms`, `weighted`: each term by name,
-    without and with its weight, detached. `parts`: the weighted terms again, to differentiate one by one."""
+    """A weighted sum of terms.
+
+    Attributes:
+        total: Weighted sum, a differentiable float32 scalar.
+        terms: Terms by name, without their weights, detached.
+        weighted: Terms by name, times their weights, detached.
+        parts: The same as `weighted`, but differentiable.
+    """
 
     total: Tensor
     terms: dict[str, Tensor]
@@ -65,16 +71,17 @@ class Loss:
 
 
 class Objective(nn.Module):
-    """Computes the generator's and the discriminator's `Loss`.
+    """Computes the `Loss` of the generator and of the discriminator.
 
-    Has no parameters and an empty state dict; `.to(device)` moves the VGG networks of lpips and esrgan.
+    The module has no parameters and an empty state dict; `.to(device)` moves the VGG networks of lpips and
+    esrgan.
 
     Args:
-        config: weights and settings.
+        config: Weights and settings of the terms.
 
     Raises:
-        ValueError: no reconstruction term has a weight.
-        UserError: a VGG network's weights are neither there nor to be downloaded.
+        ValueError: No reconstruction term has a weight.
+        UserError: The weights of a VGG network are missing and cannot be downloaded.
     """
 
     def __init__(self, config: LossConfig) -> None:
@@ -95,11 +102,11 @@ class Objective(nn.Module):
 
     @property
     def needs_ema(self) -> bool:
-        """Whether `generator` needs the EMA model's reconstruction."""
+        """Returns whether `generator` needs the EMA model's reconstruction."""
         return "ldl" in self.weights
 
     def uses_discriminator(self, step: int) -> bool:
-        """Whether the generator's adversarial term and the discriminator's update are on at `step`."""
+        """Returns whether the adversarial term and the discriminator's update are active at `step`."""
         return "adversarial" in self.weights and step >= self.config.adversarial_start
 
     def generator(
@@ -114,21 +121,22 @@ class Objective(nn.Module):
         last_weight: Tensor | None = None,
         ema_reconstruction: Tensor | None = None,
     ) -> Loss:
-        """The autoencoder's loss on one batch, in float32 whatever autocast does.
+        """Returns the autoencoder's loss on one batch, computed in float32 even under autocast.
 
         Args:
-            image, reconstruction: (N, 3, H, W), the image in [-1, 1].
-            mean, logvar: (N, n_z, h, w), the posterior's.
-            step: at which the batch is trained on.
-            discriminator: for a step that `uses_discriminator`: gives a tuple of logits, one tensor a head.
-                Its parameters get no gradient. Of a DistributedDataParallel the module inside is called.
-            last_weight: for the adaptive weight: the decoder's last convolution's, a leaf of the
-                reconstruction's graph.
-            ema_reconstruction: for `needs_ema`: (N, 3, H, W), the EMA model's.
+            image, reconstruction: Image in [-1, 1] and its reconstruction, (N, 3, H, W).
+            mean, logvar: Mean and log-variance of the posterior, (N, n_z, h, w).
+            step: Number of the training step.
+            discriminator: Module that returns a tuple of logits, one tensor per head; needed if
+                `uses_discriminator(step)`. Its parameters get no gradient. If it is a
+                DistributedDataParallel, the wrapped module is called.
+            last_weight: Weight of the decoder's last convolution, a leaf of the reconstruction's graph;
+                needed for the adaptive weight.
+            ema_reconstruction: Reconstruction by the EMA model, (N, 3, H, W); needed if `needs_ema`.
 
         Raises:
             ValueError: `discriminator`, `last_weight` or `ema_reconstruction` is needed and missing.
-            TypeError: the logits are a tensor, not a tuple.
+            TypeError: The discriminator returns a tensor instead of a tuple.
         """
         adversarial = self.uses_discriminator(step)
         adaptive = adversarial and self.config.adversarial_weight == "adaptive"
@@ -136,9 +144,9 @@ class Objective(nn.Module):
         if adversarial:
             inner = required(discriminator, "discriminator")
             if isinstance(inner, DistributedDataParallel):
-                inner = inner.module  # DDP's forward gets ready for gradients, and none will come
+                inner = inner.module  # DDP would wait for gradients that frozen parameters never get
             with frozen(inner):
-                logits = in_float32(inner(reconstruction.float()))
+                logits = to_float32(inner(reconstruction.float()))
 
         with torch.autocast(image.device.type, enabled=False):
             image, reconstruction = image.float(), reconstruction.float()
@@ -159,28 +167,31 @@ class Objective(nn.Module):
             terms = {name: compute[name]() for name in active}
             weighted = {name: self.weights[name] * term for name, term in terms.items()}
             if adaptive:
-                to_match = torch.stack(
+                reconstruction_loss = torch.stack(
                     [weighted[name] for name in RECONSTRUCTION_TERMS if name in weighted]
                 ).sum()
                 weighted["adversarial"] = weighted["adversarial"] * adaptive_weight(
-                    to_match, terms["adversarial"], required(last_weight, "last_weight")
+                    reconstruction_loss, terms["adversarial"], required(last_weight, "last_weight")
                 )
-            return summed(terms, weighted)
+            return sum_terms(terms, weighted)
 
     def discriminator(self, real_logits: Sequence[Tensor], fake_logits: Sequence[Tensor]) -> Loss:
-        """The discriminator's loss, in float32 whatever autocast does; its one term is "discriminator".
+        """Returns the discriminator's loss, computed in float32 even under autocast.
+
+        Its only term is "discriminator".
 
         Args:
-            real_logits, fake_logits: of the image and of the detached reconstruction, one tensor a head.
+            real_logits, fake_logits: Logits of the image and of the detached reconstruction, one tensor per
+                head.
 
         Raises:
-            TypeError: the logits are a tensor, not a tuple.
+            TypeError: The logits are a tensor instead of a tuple.
         """
         with torch.autocast(real_logits[0].device.type, enabled=False):
             loss = discriminator_loss(
-                in_float32(real_logits), in_float32(fake_logits), self.config.adversarial_loss
+                to_float32(real_logits), to_float32(fake_logits), self.config.adversarial_loss
             )
-        return summed({"discriminator": loss}, {"discriminator": loss})
+        return sum_terms({"discriminator": loss}, {"discriminator": loss})
 
 
 def required(argument: T | None, name: str) -> T:
@@ -189,14 +200,14 @@ def required(argument: T | None, name: str) -> T:
     return argument
 
 
-def in_float32(logits: Sequence[Tensor]) -> list[Tensor]:
-    if isinstance(logits, Tensor):  # each image would pass for a head
-        raise TypeError("a discriminator must return a tuple of logits, one tensor a head; got a tensor")
+def to_float32(logits: Sequence[Tensor]) -> list[Tensor]:
+    if isinstance(logits, Tensor):  # iterating over it would take each image for a head
+        raise TypeError("a discriminator must return a tuple of logits, one tensor per head; got a tensor")
     return [head.float() for head in logits]
 
 
-def summed(terms: dict[str, Tensor], weighted: dict[str, Tensor]) -> Loss:
-    """The `Loss` of terms that still have their graph."""
+def sum_terms(terms: dict[str, Tensor], weighted: dict[str, Tensor]) -> Loss:
+    """Returns the `Loss` of terms that are not detached yet."""
     return Loss(
         torch.stack(list(weighted.values())).sum(),
         {name: term.detach() for name, term in terms.items()},

@@ -1,4 +1,4 @@
-"""Perceptual losses on VGG's features: LPIPS, and ESRGAN's from before the activation (Appendix D.1)."""
+"""Perceptual losses on VGG's features: LPIPS, and ESRGAN's on features before the activation (Appendix D.1)."""
 
 import importlib.resources
 from collections.abc import Sequence
@@ -11,21 +11,21 @@ from torch import Tensor, nn
 
 from litevae.files import explaining_weights
 
-# Inside the root of LPIPS's norm, so that a position where all features are 0 has a gradient. lpips adds the
-# same number outside of the root.
+# This is added inside the root of LPIPS's norm, so that a position where all features are 0 has a finite gradient.
+# The lpips package adds the same number outside the root.
 EPS = 1e-10
 
 
 class LPIPS(nn.Module):
-    """LPIPS 0.1 with VGG16 (Zhang et al., 2018), with the calibration that comes with the `lpips` package.
+    """LPIPS 0.1 with VGG16 (Zhang et al., 2018), with the calibration of the `lpips` package.
 
-    Holds no parameters and nothing in its state dict.
+    The module has no parameters and an empty state dict.
 
     Args:
-        pretrained: as in `VGGFeatures`.
+        pretrained: Whether to load ImageNet's weights, as in `VGGFeatures`.
 
     Raises:
-        UserError: VGG16's weights are neither there nor to be downloaded.
+        UserError: VGG16's weights are missing and cannot be downloaded.
     """
 
     shift: Tensor
@@ -35,22 +35,26 @@ class LPIPS(nn.Module):
         super().__init__()
         # relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3
         self.features = VGGFeatures("vgg16", (3, 8, 15, 22, 29), pretrained)
-        # the ImageNet normalisation for images in [-1, 1], as rounded by lpips
+        # ImageNet's normalisation for images in [-1, 1], rounded as in lpips.
         buffers = {
             "shift": torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1),
             "scale": torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1),
         }
         with importlib.resources.as_file(importlib.resources.files("lpips") / "weights/v0.1/vgg.pth") as path:
             calibration = torch.load(path, map_location="cpu", weights_only=True)
-        for index in range(len(self.features.taps)):
+        for index in range(len(self.features.output_indices)):
             buffers[f"calibration{index}"] = calibration[f"lin{index}.model.1.weight"]
         for name, buffer in buffers.items():
             self.register_buffer(name, buffer, persistent=False)
 
     def forward(self, image: Tensor, reconstruction: Tensor) -> Tensor:
-        """Two (N, 3, H, W) tensors in [-1, 1], H and W at least 16, to a scalar: the mean over the images.
+        """Returns the mean LPIPS distance, computed in float32 even under autocast.
 
-        Float32 whatever autocast does. Zero where the images are equal.
+        Args:
+            image, reconstruction: Images (N, 3, H, W) in [-1, 1] with H and W at least 16.
+
+        Returns:
+            A scalar, the mean over the images. It is zero if they are equal.
         """
         with torch.autocast(image.device.type, enabled=False):
             layers = zip(*(self.features(self.normalise(x)) for x in (image, reconstruction)), strict=True)
@@ -65,20 +69,20 @@ class LPIPS(nn.Module):
 
 
 def unit_vectors(features: Tensor) -> Tensor:
-    """(N, C, H, W) with each position's C features scaled to length 1."""
+    """Returns features (N, C, H, W) with the C features of each position scaled to length 1."""
     return features * (features.square().sum(1, keepdim=True) + EPS).rsqrt()
 
 
 class ESRGANLoss(nn.Module):
-    """mean |φ(x) - φ(x̂)| with φ VGG19's conv5_4 before the activation (Wang et al., 2018, Section 3.3).
+    """Mean |φ(x) - φ(x̂)|, where φ is VGG19's conv5_4 before the activation (Wang et al., 2018, Section 3.3).
 
-    Holds no parameters and nothing in its state dict.
+    The module has no parameters and an empty state dict.
 
     Args:
-        pretrained: as in `VGGFeatures`.
+        pretrained: Whether to load ImageNet's weights, as in `VGGFeatures`.
 
     Raises:
-        UserError: VGG19's weights are neither there nor to be downloaded.
+        UserError: VGG19's weights are missing and cannot be downloaded.
     """
 
     mean: Tensor
@@ -87,14 +91,18 @@ class ESRGANLoss(nn.Module):
     def __init__(self, pretrained: bool = True) -> None:
         super().__init__()
         self.features = VGGFeatures("vgg19", (34,), pretrained)
-        # torchvision's, for images in [0, 1]
+        # torchvision's normalisation, for images in [0, 1].
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
 
     def forward(self, image: Tensor, reconstruction: Tensor) -> Tensor:
-        """Two (N, 3, H, W) tensors in [-1, 1], H and W at least 16, to a scalar: the mean over all features.
+        """Returns the mean distance of the features, computed in float32 even under autocast.
 
-        Float32 whatever autocast does. Zero where the images are equal.
+        Args:
+            image, reconstruction: Images (N, 3, H, W) in [-1, 1] with H and W at least 16.
+
+        Returns:
+            A scalar, the mean over all features. It is zero if the images are equal.
         """
         with torch.autocast(image.device.type, enabled=False):
             (a,), (b,) = (self.features(self.normalise(x)) for x in (image, reconstruction))
@@ -105,26 +113,28 @@ class ESRGANLoss(nn.Module):
 
 
 class VGGFeatures(nn.Module):
-    """torchvision's VGG up to the last of `taps`, frozen.
+    """The frozen layers of torchvision's VGG up to the last one in `output_indices`.
 
-    The weights are buffers that no state dict holds: constants, which a checkpoint need not carry.
+    The weights are non-persistent buffers: they are constants, which a checkpoint need not contain.
 
     Args:
-        name: of the network.
-        taps: indices of the layers, in order, whose output `forward` returns.
-        pretrained: ImageNet's weights, which torchvision downloads. False, for tests: random weights, the
-            same every time, drawn without the global random state.
+        name: Name of the network.
+        output_indices: Indices of the layers whose output `forward` returns, in ascending order.
+        pretrained: Whether to load ImageNet's weights, which torchvision downloads. Otherwise, for tests,
+            the weights are random but always the same, and do not change the global random state.
 
     Raises:
-        UserError: the weights are neither there nor to be downloaded.
+        UserError: The weights are missing and cannot be downloaded.
     """
 
-    def __init__(self, name: Literal["vgg16", "vgg19"], taps: Sequence[int], pretrained: bool) -> None:
+    def __init__(
+        self, name: Literal["vgg16", "vgg19"], output_indices: Sequence[int], pretrained: bool
+    ) -> None:
         super().__init__()
-        self.taps = tuple(taps)
-        with torch.device("meta"):  # the classifier, most of a VGG's weights, never exists
+        self.output_indices = tuple(output_indices)
+        with torch.device("meta"):  # allocates nothing for the classifier, which has most of a VGG's weights
             network = torchvision.models.get_model(name, weights=None, init_weights=False)
-        self.layers: nn.Sequential = network.features[: self.taps[-1] + 1]
+        self.layers: nn.Sequential = network.features[: self.output_indices[-1] + 1]
         if pretrained:
             load_pretrained(self.layers, name)
         else:
@@ -135,17 +145,21 @@ class VGGFeatures(nn.Module):
                 layer.register_buffer(key, parameter.detach(), persistent=False)
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """(N, 3, H, W), normalised as ImageNet's images, to the tapped features, (N, C_i, H_i, W_i) each."""
+        """Returns the chosen features, (N, C_i, H_i, W_i) each.
+
+        Args:
+            image: Images (N, 3, H, W) with ImageNet's normalisation.
+        """
         outputs = []
         for index, layer in enumerate(self.layers):
             image = layer(image)
-            if index in self.taps:
+            if index in self.output_indices:
                 outputs.append(image)
         return outputs
 
 
 def load_pretrained(layers: nn.Sequential, name: str) -> None:
-    """Gives `layers`, the first of VGG `name`, ImageNet's weights, which are downloaded where need be."""
+    """Loads ImageNet's weights into `layers`, the first ones of VGG `name`, and downloads them if needed."""
     source = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
     with explaining_weights(source.url, f"torchvision's {name}"):
         weights = source.get_state_dict(map_location="cpu", check_hash=True, weights_only=True)
@@ -154,7 +168,7 @@ def load_pretrained(layers: nn.Sequential, name: str) -> None:
 
 
 def randomise(layers: nn.Sequential) -> None:
-    """Gives `layers` He-initialised weights and no biases, always the same."""
+    """Fills `layers` with He-initialised weights, always the same, and zero biases."""
     generator = torch.Generator().manual_seed(0)
     layers.to_empty(device="cpu")
     for layer in layers:

@@ -5,10 +5,10 @@ from torch import Tensor
 
 
 def l1_loss(image: Tensor, reconstruction: Tensor) -> Tensor:
-    """mean |reconstruction - image|: two (N, C, H, W) tensors to a scalar. Zero where they are equal."""
+    """Returns mean |reconstruction - image| over two (N, C, H, W) tensors, a scalar."""
     return F.l1_loss(reconstruction, image)
 
 
 def l2_loss(image: Tensor, reconstruction: Tensor) -> Tensor:
-    """mean (reconstruction - image)²: two (N, C, H, W) tensors to a scalar. Zero where they are equal."""
+    """Returns mean (reconstruction - image)² over two (N, C, H, W) tensors, a scalar."""
     return F.mse_loss(reconstruction, image)

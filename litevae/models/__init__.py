@@ -10,7 +10,8 @@ __all__ = ["PRESETS", "LiteVAE"]
 
 
 def __getattr__(name: str) -> Any:
-    # Commands import `litevae.models.loading`; diffusers, which takes seconds to import, must not come with it.
+    # The import is deferred because diffusers takes seconds to import, and commands that only import
+    # `litevae.models.loading` must not wait for it.
     if name == "LiteVAE":
         from litevae.models.autoencoder import LiteVAE
 

@@ -17,6 +17,7 @@ from litevae.models.decoder import Decoder
 from litevae.models.encoder import Aggregator, Encoder, Extractor, WaveletEncoder
 from litevae.models.layers import Norm, ResBlock, autocast_enabled, compute_dtype
 from litevae.models.presets import get_preset
+from litevae.models.tiling import apply_by_tiles
 from litevae_kernels import haar_idwt2d
 
 OutputType = Literal["image", "wavelet"]
@@ -24,51 +25,54 @@ EncoderType = Literal["learned", "dwt", "dwt-2"]
 
 
 class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
-    """LiteVAE (Sadat et al., 2024): a Haar pyramid, light U-Nets, and Stable Diffusion's decoder.
+    """LiteVAE (Sadat et al., 2024): a Haar pyramid, light U-Nets and Stable Diffusion's decoder.
 
-    Images are (N, in_channels, H, W) in [-1, 1], with H and W multiples of
+    Images are (N, in_channels, H, W) in [-1, 1], where H and W are multiples of
     f = 2^(len(block_out_channels) - 1), 8 by default; latents are (N, latent_channels, H / f, W / f). The
     defaults are LiteVAE-B; `from_preset` has all sizes of the paper.
 
     Args:
-        in_channels: channels of the image.
-        latent_channels: channels of the latent, n_z in the paper.
-        extractor_channels, extractor_multipliers: width of the feature-extraction U-Nets, and each of their
-            levels' multiple of it (Table 23).
-        aggregator_channels, aggregator_multipliers: the same for the feature-aggregation U-Net (Table 24).
-        encoder_num_groups: groups of the encoder's GroupNorms.
-        block_out_channels: widths of the decoder's blocks, from the image's side to the latent's. There is
-            one more of them than there are wavelet levels.
-        layers_per_block: one less than the ResBlocks in each of the decoder's blocks, as in diffusers.
-        num_groups: groups of the decoder's GroupNorms.
-        decoder_norm: "group", Stable Diffusion's decoder; "smc", self-modulated convolutions (Section 4.2);
-            "none", plain convolutions, what `fold` makes of "smc".
-        output_type: "image"; "wavelet": the decoder ends at half resolution with the image's sub-bands,
-            scaled like the encoder's first level, and the inverse transform makes the image (Appendix G).
-        use_1x1_conv: a 1x1 convolution after the encoder and one before the decoder (Section D.2).
-        encoder_type: "learned"; or without parameters (Appendix B), for a deterministic posterior: "dwt", the
-            coarsest sub-bands alone, for latent_channels = 4 in_channels, "dwt-2", those of the level before it
-            and space-to-depth, for 16 in_channels.
-        extractor: of the features of each level, "unet" or "nafnet" (Section D.3, `NAFNet`).
-        shared_extractor: one extractor for all levels (Section D.4).
-        aggregator: of the levels' features, "unet" or "vit" (Section D.5, `ViT`), which takes images of
-            sample_size x sample_size alone.
-        finest_level: the first level whose features are used (Section D.6): with 2, not the largest sub-bands.
-        encoder_norm: of the encoder's U-Nets, as `decoder_norm`.
-        sample_size: side of the images it is trained on; the default size of tiles.
-        scaling_factor, shift_factor: what diffusion pipelines normalise latents with,
-            (latent - shift_factor) * scaling_factor. Not applied here.
-        latents_mean, latents_std: of each latent channel, as in diffusers. Not applied here.
-        force_upcast: read by the SDXL pipelines: run the model in float32 where the rest is float16.
+        in_channels: Number of image channels.
+        latent_channels: Number of latent channels, n_z in the paper.
+        extractor_channels, extractor_multipliers: Base width of the feature-extraction U-Nets, and each
+            level's multiple of it (Table 23).
+        aggregator_channels, aggregator_multipliers: The same for the feature-aggregation U-Net (Table 24).
+        encoder_num_groups: Number of groups in the encoder's GroupNorms.
+        block_out_channels: Widths of the decoder's blocks, from the image's side to the latent's: one more
+            than there are wavelet levels.
+        layers_per_block: Number of ResBlocks in each decoder block minus one, as in diffusers.
+        num_groups: Number of groups in the decoder's GroupNorms.
+        decoder_norm: "group" for Stable Diffusion's decoder; "smc" for self-modulated convolutions
+            (Section 4.2); "none" for plain convolutions, which `fold` makes of "smc".
+        output_type: "image"; or "wavelet", where the decoder ends at half resolution with the image's
+            sub-bands, scaled like the encoder's first level, and the inverse transform produces the image
+            (Appendix G).
+        use_1x1_conv: Whether a 1x1 convolution follows the encoder and another precedes the decoder
+            (Appendix D.2).
+        encoder_type: "learned"; or, without parameters and with a deterministic posterior (Appendix B),
+            "dwt", which keeps the coarsest sub-bands and needs latent_channels = 4 in_channels, or "dwt-2",
+            which rearranges those of the next finer level by space-to-depth and needs 16 in_channels.
+        extractor: Network that extracts each level's features, "unet" or "nafnet" (Appendix D.3, `NAFNet`).
+        shared_extractor: Whether one extractor serves all levels (Appendix D.4).
+        aggregator: Network that combines the levels' features, "unet" or "vit" (Appendix D.5, `ViT`). The
+            latter takes only images of sample_size x sample_size.
+        finest_level: First level whose features are used (Appendix D.6); 2 leaves out the largest sub-bands.
+        encoder_norm: Normalisation in the encoder's U-Nets, with the values of `decoder_norm`.
+        sample_size: Side of the training images in pixels, which is also the default size of tiles.
+        scaling_factor, shift_factor: Constants by which diffusion pipelines normalise latents,
+            (latent - shift_factor) * scaling_factor. The model does not apply them.
+        latents_mean, latents_std: Statistics of each latent channel, as in diffusers. The model does not
+            apply them.
+        force_upcast: Whether the SDXL pipelines run the model in float32 when the rest is float16.
 
     Raises:
-        ValueError: an unknown value of an argument that has names for values, fewer than two
-            `block_out_channels`, a width that its number of groups does not divide, a `finest_level` that does not
-            exist, or arguments that do not go together.
+        ValueError: An argument has an unknown value, `block_out_channels` has fewer than two entries, a width
+            is not divisible by its number of groups, `finest_level` does not exist, or arguments do not go
+            together.
     """
 
     _supports_gradient_checkpointing = True
-    # the encoder concatenates its U-Nets' outputs, so it stays on one device
+    # The encoder concatenates its U-Nets' outputs, so it stays on one device.
     _no_split_modules = ("Encoder", "ResBlock", "Attention")
 
     @register_to_config
@@ -146,14 +150,14 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
                 image_size=sample_size,
             )
         else:
-            side = 1 if encoder_type == "dwt" else 2  # of the squares that become channels
-            if side == 2 and levels < 2:
+            factor = 1 if encoder_type == "dwt" else 2  # of space-to-depth
+            if factor == 2 and levels < 2:
                 raise ValueError(
                     "block_out_channels must have at least three entries for encoder_type='dwt-2'"
                 )
             for name, given, only in (
-                ("latent_channels", latent_channels, 4 * in_channels * side**2),
-                ("use_1x1_conv", use_1x1_conv, False),  # would mix the mean with the log-variance
+                ("latent_channels", latent_channels, 4 * in_channels * factor**2),
+                ("use_1x1_conv", use_1x1_conv, False),  # it would mix the mean with the log-variance
                 ("extractor", extractor, "unet"),
                 ("shared_extractor", shared_extractor, False),
                 ("aggregator", aggregator, "unet"),
@@ -164,7 +168,7 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
                     raise ValueError(
                         f"{name} must be {only!r} for encoder_type={encoder_type!r}, got {given!r}"
                     )
-            self.encoder = WaveletEncoder(levels + 1 - side, side)
+            self.encoder = WaveletEncoder(levels + 1 - factor, factor)
         self.decoder = Decoder(
             latent_channels,
             4 * in_channels if wavelet else in_channels,
@@ -186,25 +190,30 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     @classmethod
     def from_preset(cls, name: str, latent_channels: int = 4, **overrides: Any) -> Self:
-        """A freshly initialised model of the paper's size `name`: litevae-s, -b, -m or -l (Tables 23 and 24).
+        """Returns a new model with random weights, in one of the paper's sizes (Tables 23 and 24).
 
-        `overrides` are any other constructor arguments. Raises ValueError, naming the nearest, for an
-        unknown preset.
+        Args:
+            name: Preset: "litevae-s", "litevae-b", "litevae-m" or "litevae-l".
+            latent_channels: Number of latent channels, n_z in the paper.
+            overrides: Other constructor arguments.
+
+        Raises:
+            ValueError: There is no such preset. The message names the nearest one.
         """
         return cls(**{**get_preset(name), "latent_channels": latent_channels, **overrides})
 
     def fold(self) -> Self:
-        """A copy for inference and export, whose self-modulated convolutions are plain ones of equal outputs.
+        """Returns a copy for inference and export with plain instead of self-modulated convolutions.
 
-        Their scales and gains are part of the model and not of the image, so the weights need no normalising
-        at each call: they are computed here once, in float32, and stored in their dtype. The copy's
-        configuration has "none" for a norm of "smc": it is saved, loaded, compiled and exported like any other.
-        It shares no memory with this model, which stays as it is, and is not for training, which needs the
-        normalisation. A model without self-modulated convolutions, a folded one too, gives a plain copy.
+        The copy's outputs are the same. The modulation does not depend on the image, so the normalised
+        weights are computed once, in float32, and stored in their dtype. In the copy's configuration the norm
+        "smc" becomes "none"; it is saved, loaded, compiled and exported like any other model. It shares no
+        memory with this model, which stays unchanged. It is not meant for training, which needs the
+        normalisation. A model without self-modulated convolutions gives a plain copy.
 
         Raises:
-            RuntimeError: weights are offloaded; fold before `enable_model_cpu_offload` and the like.
-            TypeError: weights are stored in 8 bits (layerwise casting); fold before enabling that.
+            RuntimeError: Weights are offloaded. Fold before `enable_model_cpu_offload` and the like.
+            TypeError: Weights are stored in 8 bits (layerwise casting). Fold before enabling it.
         """
         if any(parameter.is_meta for parameter in self.parameters()):
             raise RuntimeError("fold needs all weights in memory, and some are offloaded (on device 'meta')")
@@ -220,21 +229,22 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
     def encode(
         self, x: Tensor, return_dict: bool = True
     ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
-        """The distribution of the latent, given the image.
+        """Returns the posterior distribution of the latent.
 
         Args:
-            x: images (N, in_channels, H, W) in [-1, 1], of any floating dtype, on the model's device; H and W
-                multiples of 8 (of f, see the class).
-            return_dict: return an `AutoencoderKLOutput` with `latent_dist`, rather than a tuple.
+            x: Images (N, in_channels, H, W) in [-1, 1], of any floating dtype, on the model's device, where H
+                and W are multiples of f (see the class).
+            return_dict: Whether to return an `AutoencoderKLOutput` with `latent_dist` instead of a tuple.
 
         Returns:
-            A `DiagonalGaussianDistribution` over (N, latent_channels, H / f, W / f), in the dtype that the
-            convolutions run in: the parameters', or autocast's.
+            A `DiagonalGaussianDistribution` over (N, latent_channels, H / f, W / f), in the dtype of the
+            convolutions: the parameters', or autocast's.
 
         Raises:
-            ValueError: not 4-D, wrong number of channels, a size that is no multiple of f, or with
-                ``aggregator="vit"`` an image or a tile of another size than `sample_size`, or another device.
-            TypeError: images that are not floating point.
+            ValueError: The images are not 4-D, have another number of channels, a size that is not a multiple
+                of f or are on another device; or, with ``aggregator="vit"``, an image or a tile does not have
+                the size `sample_size`.
+            TypeError: The images are not floating point.
         """
         self._check_image(x)
         moments = self._sliced(self._encode, x)
@@ -245,20 +255,20 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
     def decode(
         self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
     ) -> DecoderOutput | tuple[Tensor]:
-        """The image of a latent.
+        """Returns the images that latents stand for.
 
         Args:
-            z: latents (N, latent_channels, h, w), in the parameters' dtype (in any floating dtype under
-                autocast), on the model's device.
-            return_dict: return a `DecoderOutput` with `sample`, rather than a tuple.
-            generator: unused; diffusers' pipelines pass it.
+            z: Latents (N, latent_channels, h, w) on the model's device, in the parameters' dtype, or in any
+                floating dtype under autocast.
+            return_dict: Whether to return a `DecoderOutput` with `sample` instead of a tuple.
+            generator: Unused; diffusers' pipelines pass it.
 
         Returns:
-            Images (N, in_channels, f h, f w), about in [-1, 1], not clamped.
+            Images (N, in_channels, f h, f w), roughly in [-1, 1] but not clamped.
 
         Raises:
-            ValueError: not 4-D, wrong number of channels, or another device.
-            TypeError: another dtype.
+            ValueError: The latents are not 4-D, have another number of channels or are on another device.
+            TypeError: The latents have another dtype.
         """
         self._check_latent(z)
         image = self._sliced(self._decode, z)
@@ -271,17 +281,23 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         return_dict: bool = True,
         generator: torch.Generator | None = None,
     ) -> DecoderOutput | tuple[Tensor]:
-        """The reconstruction of images (N, in_channels, H, W) in [-1, 1], of the same shape.
+        """Returns reconstructions of images (N, in_channels, H, W) in [-1, 1], in the same shape.
 
-        Decodes the posterior's mode, or where `sample_posterior` is set a draw from it with `generator`.
-        Raises what `encode` raises.
+        Args:
+            sample: Images, as `encode` takes them.
+            sample_posterior: Whether to decode a sample of the posterior instead of its mode.
+            return_dict: Whether to return a `DecoderOutput` with `sample` instead of a tuple.
+            generator: Source of randomness for the posterior's sample.
+
+        Raises:
+            ValueError, TypeError: As in `encode`.
         """
         posterior = self.encode(sample).latent_dist
         z = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
         return self.decode(z, return_dict=return_dict)
 
     def _encode(self, image: Tensor) -> Tensor:
-        """Image to moments (N, 2 latent_channels, h, w), by tiles where they are enabled and it is large."""
+        """Returns the moments (N, 2 latent_channels, h, w) of an image, by tiles if enabled and it is large."""
         if self.use_tiling and max(image.shape[-2:]) > self.tile_sample_min_size:
             tile = max(self.tile_sample_min_size // self.spatial_compression_ratio, 1)
             return self._tiled(self._encode_tile, image, tile, self.spatial_compression_ratio, 1)
@@ -292,7 +308,7 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         return moments if self.quant_conv is None else self.quant_conv(moments)
 
     def _decode(self, z: Tensor) -> Tensor:
-        """Latent to image, by tiles where they are enabled and it is large."""
+        """Returns the image of a latent, by tiles if they are enabled and it is large."""
         if self.use_tiling and max(z.shape[-2:]) > self.tile_latent_min_size:
             return self._tiled(
                 self._decode_tile, z, self.tile_latent_min_size, 1, self.spatial_compression_ratio
@@ -303,31 +319,20 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         if self.post_quant_conv is not None:
             z = self.post_quant_conv(z)
         decoded = self.decoder(z)
-        # the wavelet decoder's sub-bands are scaled by 1/2, as haar_pyramid's first level is
+        # The wavelet decoder's sub-bands are scaled by 1/2, like haar_pyramid's first level.
         return haar_idwt2d(2 * decoded) if self.config.output_type == "wavelet" else decoded
 
     def _sliced(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """`function(x)`, one sample at a time where slicing is enabled."""
+        """Returns `function(x)`, computed one sample at a time if slicing is enabled."""
         if self.use_slicing and x.shape[0] > 1:
             return torch.cat([function(sample) for sample in x.split(1)])
         return function(x)
 
     def _tiled(
-        self, function: Callable[[Tensor], Tensor], x: Tensor, tile: int, in_step: int, out_step: int
+        self, function: Callable[[Tensor], Tensor], x: Tensor, tile: int, input_scale: int, output_scale: int
     ) -> Tensor:
-        """`function` on overlapping tiles of `x`, blended.
-
-        A tile is `tile` latent pixels wide; a latent pixel is `in_step` pixels of x and `out_step` of the
-        result.
-        """
         overlap = int(tile * self.tile_overlap_factor)
-        tops, lefts = (tile_starts(size // in_step, tile, overlap) for size in x.shape[-2:])
-        rows = []
-        for top in tops:
-            band = x[:, :, top * in_step : (top + tile) * in_step]
-            row = [function(band[..., left * in_step : (left + tile) * in_step]) for left in lefts]
-            rows.append(blend(row, [left * out_step for left in lefts], dim=3))
-        return blend(rows, [top * out_step for top in tops], dim=2)
+        return apply_by_tiles(function, x, tile, overlap, input_scale, output_scale)
 
     def _check_image(self, x: Tensor) -> None:
         channels, factor = self.config.in_channels, self.spatial_compression_ratio
@@ -350,55 +355,29 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         conv = self.decoder.conv_in
         check_device("latent", z, self, conv.weight.device)
         dtype = compute_dtype(conv, z.device)
-        # autocast casts any floating dtype by itself
+        # Autocast converts any floating dtype.
         if z.dtype != dtype and not (autocast_enabled(z.device) and z.is_floating_point()):
             raise TypeError(f"latent must have the model's dtype {dtype}, got {z.dtype}")
 
 
-def check_channels(what: str, x: Tensor, channels: int) -> None:
-    """ValueError unless `x` is (N, channels, H, W)."""
+def check_channels(name: str, x: Tensor, channels: int) -> None:
+    """Raises ValueError unless `x` is (N, channels, H, W)."""
     if x.ndim != 4:
-        raise ValueError(f"{what} must be 4-D, (N, {channels}, H, W), got shape {tuple(x.shape)}")
+        raise ValueError(f"{name} must be 4-D, (N, {channels}, H, W), got shape {tuple(x.shape)}")
     if x.shape[1] != channels:
-        raise ValueError(f"{what} must have {channels} channels, got {x.shape[1]} in {tuple(x.shape)}")
+        raise ValueError(f"{name} must have {channels} channels, got {x.shape[1]} in {tuple(x.shape)}")
 
 
-def check_device(what: str, x: Tensor, model: nn.Module, device: torch.device) -> None:
-    """ValueError unless `x` is on `device`, where a weight of `model` is, or where that will be to run."""
-    if device == x.device or device.type == "meta":  # meta: accelerate's offloading brings the weights later
+def check_device(name: str, x: Tensor, model: nn.Module, device: torch.device) -> None:
+    """Raises ValueError unless `x` is on `device`, a weight's, or on the device that `model` will run on."""
+    if device == x.device or device.type == "meta":  # accelerate's offloading loads weights on "meta" later
         return
-    device = get_parameter_device(model)  # sees through diffusers' group offloading
+    device = get_parameter_device(model)  # this accounts for diffusers' group offloading
     if device != x.device:
-        raise ValueError(f"{what} must be on the model's device {device}, got {x.device}")
+        raise ValueError(f"{name} must be on the model's device {device}, got {x.device}")
 
 
 def nearest_multiples(size: int, factor: int) -> str:
-    """The positive multiples of `factor` around `size`, in words."""
+    """Returns the positive multiples of `factor` around `size` as text."""
     below, above = size // factor * factor, math.ceil(size / factor) * factor
     return " and ".join(str(multiple) for multiple in sorted({below or factor, above or factor}))
-
-
-def tile_starts(size: int, tile: int, overlap: int) -> list[int]:
-    """Where to put the fewest tiles of one size that cover `size` and overlap by at least `overlap`.
-
-    They are spread evenly, so that no tile is a sliver with little context.
-    """
-    if size <= tile:
-        return [0]
-    gaps = math.ceil((size - tile) / max(tile - overlap, 1))
-    return [(size - tile) * i // gaps for i in range(gaps + 1)]
-
-
-def blend(tiles: list[Tensor], starts: list[int], dim: int) -> Tensor:
-    """Joins tiles that begin at `starts` along `dim`, crossfading where they overlap."""
-    merged = tiles[0]
-    for tile, start in zip(tiles[1:], starts[1:], strict=True):
-        overlap = merged.shape[dim] - start
-        ramp = torch.linspace(0, 1, overlap + 2, device=tile.device, dtype=tile.dtype)[1:-1]
-        # a tile is at its worst in its last few pixels; flat ends hide them better than a straight line
-        ramp = ramp * ramp * (3 - 2 * ramp)
-        ramp = ramp.view([-1 if d == dim else 1 for d in range(tile.ndim)])
-        fade = torch.lerp(merged.narrow(dim, start, overlap), tile.narrow(dim, 0, overlap), ramp)
-        rest = tile.narrow(dim, overlap, tile.shape[dim] - overlap)
-        merged = torch.cat([merged.narrow(dim, 0, start), fade, rest], dim=dim)
-    return merged

@@ -1,6 +1,8 @@
 """The paper's baselines: Stable Diffusion's VAE (diffusers' `AutoencoderKL`), and one with a small encoder."""
 
+import inspect
 from collections.abc import Sequence
+from typing import Any
 
 from diffusers import AutoencoderKL
 from diffusers.configuration_utils import register_to_config
@@ -8,18 +10,22 @@ from diffusers.models.autoencoders.vae import Encoder
 
 
 class SmallEncoderVAE(AutoencoderKL):
-    """An `AutoencoderKL` whose encoder has widths of its own: VAE-Small of Table 2b.
+    """An `AutoencoderKL` whose encoder and decoder differ in width: VAE-Small of Table 2b.
 
-    The rest of the encoder stays Stable Diffusion's, whatever the decoder is: two ResBlocks in a block, and
+    Whatever the decoder is, the rest of the encoder is Stable Diffusion's: two ResBlocks per block, and
     GroupNorms of 32 groups.
 
-    The paper gives the size of its encoder, 6.75 M parameters, and not its widths. These give 6,793,032, with
-    half of Stable Diffusion's widths at the image's side.
+    The paper gives the number of the encoder's parameters, 6.75 M, but not its widths. The default widths
+    give 6,793,032, with half of Stable Diffusion's width in the first block.
 
     Args:
-        encoder_block_out_channels: widths of the encoder's blocks.
+        encoder_block_out_channels: Widths of the encoder's blocks.
         latent_channels, block_out_channels, layers_per_block, norm_num_groups, use_quant_conv,
-            use_post_quant_conv, sample_size, scaling_factor, latents_mean, latents_std: as in `AutoencoderKL`.
+            use_post_quant_conv, sample_size, scaling_factor, latents_mean, latents_std: Arguments of
+            `AutoencoderKL`.
+
+    Raises:
+        ValueError: Encoder and decoder have different numbers of blocks.
     """
 
     @register_to_config
@@ -66,3 +72,10 @@ class SmallEncoderVAE(AutoencoderKL):
             norm_num_groups=32,
             double_z=True,
         )
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Leaves out the settings of `AutoencoderKL` that are fixed here; diffusers would warn about them."""
+        fixed = inspect.signature(AutoencoderKL).parameters.keys() - inspect.signature(cls).parameters.keys()
+        own = {name: value for name, value in config_dict.items() if name not in fixed}
+        return super().extract_init_dict(own, **kwargs)

@@ -1,4 +1,4 @@
-"""Models with fresh weights, built from their configuration."""
+"""Models with random weights, built from their configuration."""
 
 from dataclasses import asdict
 
@@ -12,19 +12,27 @@ from litevae.models.interface import Autoencoder
 
 
 def with_fresh_weights(config: ModelConfig, size: int) -> Autoencoder:
-    """A model to train from nothing; ValueError for settings it does not take."""
+    """Returns a model with the weights that training starts from.
+
+    Args:
+        config: Kind and settings of the model.
+        size: Side of the training images in pixels.
+
+    Raises:
+        ValueError: The model does not take these settings.
+    """
     if config.kind == "litevae":
         settings = asdict(config)
         for name in ("kind", "preset", "encoder_block_out_channels"):
             del settings[name]
         model: Autoencoder = LiteVAE.from_preset(config.preset, sample_size=size, **settings)
     else:
-        model = baseline(config, size)
+        model = build_baseline(config, size)
     initialise(model)
     return model
 
 
-def baseline(config: ModelConfig, size: int) -> AutoencoderKL:
+def build_baseline(config: ModelConfig, size: int) -> AutoencoderKL:
     settings = {
         "latent_channels": config.latent_channels,
         "block_out_channels": tuple(config.block_out_channels),

@@ -1,4 +1,4 @@
-"""The decoder: Stable Diffusion's, with diffusers' parameter names (Section 4.1), or with SMC (4.2)."""
+"""The decoder: Stable Diffusion's with diffusers' parameter names (Section 4.1), or one with SMC (Section 4.2)."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from litevae_kernels.nn import Conv3x3
 
 
 class Upsample(nn.Module):
-    """(N, C, H, W) -> (N, C, 2H, 2W): nearest neighbour, then a 3x3 convolution."""
+    """Nearest-neighbour upsampling and a 3x3 convolution: (N, C, H, W) -> (N, C, 2H, 2W)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -21,7 +21,7 @@ class Upsample(nn.Module):
 
 
 class UpBlock(CheckpointedModule):
-    """`num_layers` ResBlocks, and the upsampler if wanted."""
+    """`num_layers` ResBlocks, followed by an upsampler if `upsample` is set."""
 
     def __init__(
         self,
@@ -49,12 +49,13 @@ class UpBlock(CheckpointedModule):
 
 
 class Decoder(nn.Module):
-    """Latent to image, or to whatever `out_channels` are.
+    """Network from the latent to the image, or to the image's sub-bands.
 
     Takes (N, in_channels, h, w), returns (N, out_channels, 2^num_upsamplers h, 2^num_upsamplers w).
     With `norm="group"` the parameters' names and the outputs equal those of diffusers'
-    `models.autoencoders.vae.Decoder`. With `norm="smc"` the ResBlocks' and the output norm go and the
-    ResBlocks' convolutions are self-modulated, or plain with `norm="none"`; the attention keeps its GroupNorm.
+    `models.autoencoders.vae.Decoder`. Otherwise the ResBlocks and the output have no norm, and the ResBlocks'
+    convolutions are self-modulated with `norm="smc"` and plain with `norm="none"`; the attention always keeps
+    its GroupNorm.
     """
 
     def __init__(

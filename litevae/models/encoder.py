@@ -1,4 +1,7 @@
-"""LiteVAE's encoder (Section 4.1, Figure 2, Appendix G with its errors corrected), and encoders of Appendix B."""
+"""LiteVAE's encoder (Section 4.1, Figure 1), and the encoders without parameters (Appendix B).
+
+The encoder follows the pseudocode of Appendix G, with its errors corrected.
+"""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -16,13 +19,14 @@ from litevae_kernels import haar_pyramid
 Extractor = Literal["unet", "nafnet"]
 Aggregator = Literal["unet", "vit"]
 
-# Pixels of a level at once, without gradients: the finest level's features would otherwise be the peak of the
-# memory. On a CPU that is one image of 256 pixels a side, which costs 2 to 7% of the time; a GPU's 16 are a guess.
+# Without gradients, at most this many pixels of a level are processed at once, because the finest level's features
+# would otherwise dominate peak memory. A CPU's limit is one 256x256 image, which costs 2 to 7% of the time; a GPU's
+# limit, 16 such images, is an estimate.
 SLICE_PIXELS = {"cpu": 2**14, "cuda": 2**18}
 
 
 class Downsample(nn.Module):
-    """(N, C, H, W) -> (N, C, H / factor, W / factor): the mean of each square, then a 3x3 convolution."""
+    """Average pooling and a 3x3 convolution: (N, C, H, W) -> (N, C, H / factor, W / factor)."""
 
     def __init__(self, channels: int, factor: int) -> None:
         super().__init__()
@@ -34,18 +38,23 @@ class Downsample(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Image to features: one network for each level of the Haar pyramid, and one that joins them.
+    """Network from the image to the latent's moments.
+
+    One network extracts features from each level of the Haar pyramid, and another aggregates them.
 
     Takes (N, in_channels, H, W) in [-1, 1], of any floating dtype, with H and W multiples of 2^levels;
-    returns (N, out_channels, H / 2^levels, W / 2^levels) in the dtype the convolutions run in and in the
-    image's memory format. `out_channels` counts mean and log-variance.
+    returns (N, out_channels, H / 2^levels, W / 2^levels) in the dtype of the convolutions and in the image's
+    memory format.
 
     Args:
-        levels: of the pyramid.
-        extractor_channels, extractor_multipliers, aggregator_channels, aggregator_multipliers, num_groups: of
-            the U-Nets. The other networks take from them what they need.
-        extractor, shared_extractor, aggregator, finest_level, norm: as in `LiteVAE`, which checks them.
-        image_size: H and W, for the "vit" aggregator: a multiple of 2^levels.
+        in_channels: Number of image channels.
+        out_channels: Number of channels of mean and log-variance together.
+        levels: Number of the pyramid's levels.
+        extractor_channels, extractor_multipliers, aggregator_channels, aggregator_multipliers, num_groups:
+            Sizes of the U-Nets. Other networks derive their own sizes from these.
+        extractor, shared_extractor, aggregator, finest_level, norm: Variants, as in `LiteVAE`, which
+            validates them.
+        image_size: Height and width of the image for the "vit" aggregator, a multiple of 2^levels.
     """
 
     def __init__(
@@ -70,16 +79,16 @@ class Encoder(nn.Module):
         self.levels = levels
         self.finest_level = finest_level
         self.image_size = image_size if aggregator == "vit" else None
-        bands = 4 * in_channels  # a sub-band each for the mean and the three directions of detail
+        bands = 4 * in_channels  # the local mean and three directions of detail
         used = levels + 1 - finest_level
         self.feature_extractors = nn.ModuleList(
             NAFNet(bands, bands, extractor_channels, extractor_multipliers)
             if extractor == "nafnet"
             else FeatureUNet(bands, bands, extractor_channels, extractor_multipliers, num_groups, norm)
-            # what is shared is held once: safetensors stores no weight under two names
+            # A shared extractor is held once, because safetensors stores no weight under two names.
             for _ in range(1 if shared_extractor else used)
         )
-        # from the finest level, by 4 and by 2; the coarsest has the latent's size already
+        # The coarsest level has the latent's size already.
         self.downsamplers = nn.ModuleList(
             Downsample(bands, 2 ** (levels - level)) for level in range(finest_level, levels)
         )
@@ -96,7 +105,11 @@ class Encoder(nn.Module):
         return self.feature_aggregator.conv_in.weight.device
 
     def forward(self, image: Tensor) -> Tensor:
-        """Raises ValueError for another size than `image_size`, with the "vit" aggregator."""
+        """Returns the moments of images.
+
+        Raises:
+            ValueError: The aggregator is "vit" and the images do not have the size `image_size`.
+        """
         size = self.image_size
         if size is not None and image.shape[2:] != (size, size):
             raise ValueError(
@@ -109,7 +122,14 @@ class Encoder(nn.Module):
         return self.feature_aggregator(torch.cat(features, dim=1))
 
     def extract(self, index: int, level: Tensor) -> Tensor:
-        """One level of the pyramid to its features at the latent's size; without gradients slice by slice."""
+        """Returns the features of one level at the latent's size.
+
+        Without gradients, the batch is processed in slices if it is large.
+
+        Args:
+            index: Position of the level, 0 for the finest one in use.
+            level: Sub-bands (N, 4 in_channels, H, W).
+        """
         images = len(level)
         if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):  # a compiler plans memory itself
             pixels = max(1, level.shape[2] * level.shape[3])
@@ -122,13 +142,17 @@ class Encoder(nn.Module):
 
 
 class WaveletEncoder(nn.Module):
-    """Image to moments without parameters (Appendix B): the coarsest sub-bands of a Haar pyramid.
+    """Encoder without parameters (Appendix B): the moments are the coarsest sub-bands of a Haar pyramid.
 
     Takes (N, C, H, W) in [-1, 1], of any floating dtype; returns (N, 8 C s^2, H / f, W / f) with
-    f = 2^levels s, in the model's dtype, or autocast's, and in the image's memory format. The first half is the
-    mean: sub-bands scaled by 2^-levels, by space-to-depth of factor s at the latent's size. The second
-    half is the log-variance, the least that `DiagonalGaussianDistribution` knows: a sample is the mean to within
-    a few float32 roundings.
+    f = 2^levels s, in the model's dtype, or autocast's, and in the image's memory format. The first half is
+    the mean: the sub-bands, scaled by 2^-levels and rearranged by space-to-depth. The second half is the
+    log-variance, the lowest that `DiagonalGaussianDistribution` allows: a sample equals the mean to within a
+    few float32 roundings.
+
+    Args:
+        levels: Number of the pyramid's levels.
+        space_to_depth: Factor s of space-to-depth.
     """
 
     logvar: Tensor
@@ -137,7 +161,7 @@ class WaveletEncoder(nn.Module):
         super().__init__()
         self.levels = levels
         self.space_to_depth = space_to_depth
-        # a buffer also has the model's dtype and device, which nothing else here has
+        # A buffer, because it also tells the model's dtype and device.
         self.register_buffer("logvar", torch.tensor(-30.0), persistent=False)
 
     @property
@@ -147,5 +171,5 @@ class WaveletEncoder(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         bands = haar_pyramid(image, self.levels, dtype=compute_dtype(self, image.device))[-1]
         mean = F.pixel_unshuffle(bands, self.space_to_depth)
-        logvar = torch.empty_like(mean).copy_(self.logvar)  # an expanded one would cost the memory format
+        logvar = torch.empty_like(mean).copy_(self.logvar)  # an expanded tensor would lose the memory format
         return torch.cat([mean, logvar], dim=1)

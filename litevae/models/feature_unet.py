@@ -7,14 +7,20 @@ from torch import Tensor
 
 from litevae.models.layers import CheckpointedModule, MidBlock, Norm, ResBlock
 
-RES_BLOCKS = 2  # a level, on the way down and up; with it the parameter counts are the paper's
+RES_BLOCKS = 2  # per level and direction, which gives the paper's parameter counts
 
 
 class FeatureUNet(CheckpointedModule):
-    """An ADM-style U-Net with no spatial down- or upsampling: its levels differ in width only.
+    """An ADM-style U-Net without spatial down- or upsampling: its levels differ only in width.
 
-    Takes (N, in_channels, H, W), returns (N, out_channels, H, W). `multipliers` gives each level's width as
-    a multiple of `channels`; `norm` is the ResBlocks'.
+    Takes (N, in_channels, H, W), returns (N, out_channels, H, W).
+
+    Args:
+        in_channels, out_channels: Numbers of input and output channels.
+        channels: Base width.
+        multipliers: Width of each level as a multiple of `channels`.
+        num_groups: Number of groups of the GroupNorms.
+        norm: Normalisation of the ResBlocks.
     """
 
     def __init__(
@@ -34,13 +40,13 @@ class FeatureUNet(CheckpointedModule):
             for before, width in zip([channels, *widths], widths, strict=False)
         )
         self.mid_block = MidBlock(widths[-1], num_groups, norm, attention=False)
-        # block i of the way up gets the output of block -1-i of the way down beside its own input
-        up = widths[::-1]
+        # Decoder block i takes its own input and the output of encoder block -1-i.
+        up_widths = widths[::-1]
         self.decoder_blocks = nn.ModuleList(
             ResBlock(before + skip, width, num_groups, norm)
-            for before, skip, width in zip([widths[-1], *up], up, up, strict=False)
+            for before, skip, width in zip([widths[-1], *up_widths], up_widths, up_widths, strict=False)
         )
-        self.conv_out = nn.Conv2d(up[-1], out_channels, kernel_size=3, padding=1)
+        self.conv_out = nn.Conv2d(up_widths[-1], out_channels, kernel_size=3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)

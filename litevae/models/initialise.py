@@ -1,4 +1,4 @@
-"""How a model that is trained from nothing begins."""
+"""The weights that training from scratch starts with."""
 
 from typing import cast
 
@@ -19,13 +19,14 @@ INITIAL_LOGVAR = -4.0
 
 @torch.no_grad()
 def initialise(model: Autoencoder) -> None:
-    """Makes `model`, in place, a linear map that keeps the size of what goes through.
+    """Initialises `model` in place, so that LiteVAE's encoder is linear and preserves the signal's scale.
 
-    PyTorch's own start shrinks the signal in each convolution that no residual goes around, and adds
-    normalised branches, which know nothing of brightness and colour, at full strength: for hundreds of
-    steps the latent is noise and the reconstruction brown. Here the branches start at zero, as in ADM
-    (Dhariwal & Nichol, 2021), whose U-Nets the encoder follows, the other convolutions keep the variance,
-    and the posterior's standard deviation starts at exp(-2) instead of 1. The baselines start alike.
+    PyTorch's default initialisation shrinks the signal in each convolution outside the residual branches and
+    adds normalised branches, which ignore brightness and colour, at full strength: for hundreds of steps the
+    latent is noise and the reconstruction brown. Here the branches start at zero, as in ADM
+    (Dhariwal & Nichol, 2021), whose U-Nets the encoder follows; the other convolutions preserve the variance;
+    and the posterior's standard deviation starts at exp(-2) instead of 1. The baselines are initialised in the
+    same way.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
@@ -41,7 +42,7 @@ def initialise(model: Autoencoder) -> None:
         elif isinstance(module, NAFBlock):
             nn.init.zeros_(module.beta)
             nn.init.zeros_(module.gamma)
-            nn.init.ones_(cast(Tensor, module.attention.bias))  # at zero it would shut its branch
+            nn.init.ones_(cast(Tensor, module.attention.bias))  # zero would close its branch
         elif isinstance(module, TransformerBlock):
             for linear in (module.to_out, module.linear2):
                 nn.init.zeros_(linear.weight)

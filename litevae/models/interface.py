@@ -1,4 +1,4 @@
-"""What all autoencoders have in common, and one check of image sizes."""
+"""Functions that work with every kind of autoencoder."""
 
 from typing import TypeAlias
 
@@ -12,16 +12,16 @@ from litevae.models.autoencoder import LiteVAE
 
 Autoencoder: TypeAlias = LiteVAE | AutoencoderKL
 
-MIN_SIZE = 16  # pixels; VGG16 and SSIM's window need as many
+MIN_SIZE = 16  # pixels, the least that VGG16 and SSIM's window need
 
 
 def spatial_compression(model: Autoencoder) -> int:
-    """f: pixels of the image for one of the latent, along a side."""
+    """Returns f, the number of image pixels per latent pixel along a side."""
     return 2 ** (len(model.config.block_out_channels) - 1)
 
 
-def only_size(model: Autoencoder) -> int | None:
-    """Side of the only square images, or tiles, that the model encodes, where it does not take all sizes."""
+def fixed_size(model: Autoencoder) -> int | None:
+    """Returns the side of the only images, or tiles, that the model encodes; None if it is not limited to one."""
     return model.config.sample_size if model.config.get("aggregator") == "vit" else None
 
 
@@ -29,18 +29,18 @@ def check_size(model: Autoencoder, size: int, name: str = "size") -> None:
     """Checks that the model takes RGB images of `size` x `size` pixels.
 
     Args:
-        model: autoencoder that is to encode them.
-        size: side in pixels.
-        name: name of the setting, for the message.
+        model: Autoencoder that will encode the images.
+        size: Side of the images in pixels.
+        name: Name of the setting in error messages.
 
     Raises:
-        UserError: the model takes other channels, one other size alone, or only multiples of its factor f that
-            are at least 2 f and 16.
+        UserError: The model does not take RGB images, it takes only one other size, or the size is not a
+            multiple of its factor f, or is below 2 f or 16.
     """
     if model.config.in_channels != 3:
         raise UserError(f"the model takes {model.config.in_channels} channels; images here have 3")
-    if only_size(model) not in (None, size):
-        raise UserError(f"{name} must be {only_size(model)}, the only one that this model takes, got {size}")
+    if fixed_size(model) not in (None, size):
+        raise UserError(f"{name} must be {fixed_size(model)}, the only size this model takes, got {size}")
     factor = spatial_compression(model)
     minimum = max(MIN_SIZE, 2 * factor)
     if size % factor or size < minimum:
@@ -48,13 +48,13 @@ def check_size(model: Autoencoder, size: int, name: str = "size") -> None:
 
 
 def encode_pixels(model: Autoencoder, pixels: Tensor) -> DiagonalGaussianDistribution:
-    """The posterior of (N, 3, H, W) uint8 pixels, on the model's device and in its dtype.
+    """Returns the posterior of (N, 3, H, W) uint8 pixels, on the model's device and in its dtype.
 
     Raises:
-        UserError: the model does not take images of this size.
+        UserError: The model does not take images of this size.
     """
     image = to_model_range(pixels.to(model.device, non_blocking=True))
-    if not isinstance(model, LiteVAE):  # LiteVAE's first operator converts the dtype itself
+    if not isinstance(model, LiteVAE):  # LiteVAE's first operator converts the dtype
         image = image.to(model.dtype)
     try:
         return model.encode(image).latent_dist

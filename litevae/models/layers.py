@@ -1,16 +1,15 @@
-"""The blocks that the encoder's U-Nets and the decoder share. Parameter names are diffusers'."""
+"""Blocks that the encoder's U-Nets and the decoder share. Parameters have diffusers' names."""
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.modeling_utils import get_parameter_dtype
 from torch import Tensor, nn
 
-from litevae_kernels import use_backend
-from litevae_kernels.backend import forced_backend
+from litevae_kernels.backend import keep_backend
 from litevae_kernels.nn import Conv3x3, GroupNormSiLU, SelfModulatedConv2d
 
 Norm = Literal["group", "smc", "none"]
@@ -19,12 +18,12 @@ EPS = 1e-6  # of every GroupNorm, as in the Stable Diffusion VAE
 
 
 def autocast_enabled(device: torch.device) -> bool:
-    """Whether autocast is on for `device`; for the meta device PyTorch does not say."""
+    """Returns whether autocast is enabled for `device`; PyTorch has no autocast for the meta device."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def compute_dtype(module: nn.Module, device: torch.device) -> torch.dtype:
-    """The dtype `module` computes in on `device`: autocast's where that is on, else its parameters'.
+    """Returns the dtype in which `module` computes on `device`: autocast's if enabled, else its parameters'.
 
     Under diffusers' layerwise casting this is the compute dtype, not the storage dtype.
     """
@@ -35,48 +34,42 @@ def compute_dtype(module: nn.Module, device: torch.device) -> torch.dtype:
 
 
 def norm_silu(channels: int, num_groups: int, norm: Norm) -> nn.Module:
-    """What stands before a plain convolution. Where no layer normalises, that is the activation only."""
+    """Returns the layer before a plain convolution: GroupNorm and SiLU, or SiLU alone without a norm."""
     return GroupNormSiLU(num_groups, channels, eps=EPS) if norm == "group" else nn.SiLU()
 
 
 class CheckpointedModule(nn.Module):
-    """A module that can recompute its blocks in backward: see `ModelMixin.enable_gradient_checkpointing`."""
+    """A module whose blocks can be recomputed in backward; see `ModelMixin.enable_gradient_checkpointing`."""
 
     gradient_checkpointing: bool = False
     _gradient_checkpointing_func: Callable[..., Tensor]  # set by ModelMixin
 
     def run(self, block: nn.Module, *args: Tensor) -> Tensor:
-        """`block(*args)`, checkpointed where that is enabled and gradients are wanted."""
+        """Returns `block(*args)`, checkpointed if that and gradients are enabled."""
         if not (self.gradient_checkpointing and torch.is_grad_enabled()):
             return block(*args)
-        forced = None if torch.compiler.is_compiling() else forced_backend()
-        call: Callable[..., Tensor] = block
-        if forced is not None:  # a GPU's backward pass, which recomputes, runs in another thread
-
-            def call(*args: Tensor) -> Tensor:
-                with use_backend(forced):
-                    return cast(Tensor, block(*args))
-
-        return self._gradient_checkpointing_func(call, *args)
+        # The recomputation runs in the thread of the backward pass, which on a GPU is another one.
+        return self._gradient_checkpointing_func(keep_backend(block), *args)
 
 
 class ShortcutConv2d(nn.Conv2d):
-    """A 1x1 convolution of one input, or of two side by side, which it reads where they are."""
+    """A 1x1 convolution of one input, or of two inputs as if they were concatenated."""
 
     def forward(self, input: Tensor, skip: Tensor | None = None) -> Tensor:
         if skip is None:
             return super().forward(input)
         weight, weight_skip = self.weight.tensor_split([input.shape[1]], dim=1)
-        # in place: the backward pass of a convolution does not need its result
+        # The sum can be in place, because the backward pass of a convolution does not need its result.
         return F.conv2d(input, weight, self.bias).add_(F.conv2d(skip, weight_skip))
 
 
 class ResBlock(nn.Module):
-    """x + conv2(silu(norm2(conv1(silu(norm1(x)))))): 3x3 convolutions, a 1x1 one on x where widths differ.
+    """A residual block with two 3x3 convolutions: x + conv2(silu(norm2(conv1(silu(norm1(x)))))).
 
-    `norm="smc"` replaces both pairs of GroupNorm and convolution by self-modulated convolutions
-    (Section 4.2), `norm="none"` by plain ones. Takes (N, in_channels, H, W), or two tensors with that many
-    channels together, as a U-Net has them; returns (N, out_channels, H, W).
+    A 1x1 convolution is applied to x if the widths differ. `norm="smc"` replaces both pairs of GroupNorm and
+    convolution by self-modulated convolutions (Section 4.2), `norm="none"` by plain ones. Takes
+    (N, in_channels, H, W), or a U-Net's input and skip that have in_channels together; returns
+    (N, out_channels, H, W).
     """
 
     def __init__(self, in_channels: int, out_channels: int, num_groups: int, norm: Norm = "group") -> None:
@@ -98,14 +91,14 @@ class ResBlock(nn.Module):
         if skip is not None and not (
             isinstance(self.norm1, GroupNormSiLU) and self.conv_shortcut is not None
         ):
-            inputs = [torch.cat(inputs, dim=1)]  # not every layer that reads them takes two
+            inputs = [torch.cat(inputs, dim=1)]  # some layer takes only one input
         h = self.norm2(self.conv1(self.norm1(*inputs)))
-        # no sooner, or it would be there while the most memory is needed
+        # Computed only now, so that it does not add to peak memory in conv1.
         residual = inputs[0] if self.conv_shortcut is None else self.conv_shortcut(*inputs)
         return self.conv2(h, residual)
 
     def fold(self) -> None:
-        """Replace self-modulated convolutions by plain ones with the modulated weights: the same outputs."""
+        """Replaces self-modulated convolutions by plain ones that have the modulated weights."""
         for name in ("conv1", "conv2"):
             layer = getattr(self, name)
             if isinstance(layer, SelfModulatedConv2d):
@@ -124,7 +117,7 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # a list in diffusers too: to_out.0
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # named to_out.0, as in diffusers
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.group_norm(x).flatten(2).transpose(1, 2).unsqueeze(1)  # (N, 1, HW, C)
@@ -133,7 +126,7 @@ class Attention(nn.Module):
 
 
 class MidBlock(CheckpointedModule):
-    """ResBlock, attention if wanted, ResBlock; (N, channels, H, W) in and out."""
+    """Two ResBlocks with optional attention in between, (N, channels, H, W) -> (N, channels, H, W)."""
 
     def __init__(self, channels: int, num_groups: int, norm: Norm = "group", *, attention: bool) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Autoencoders by the folder that they lie in, or by name."""
+"""Loading autoencoders from a folder or by name."""
 
 import json
 import os
@@ -12,20 +12,20 @@ from litevae.errors import UserError
 if TYPE_CHECKING:
     from litevae.models.interface import Autoencoder
 
-MODELS: tuple[str, ...] = ("LiteVAE", "AutoencoderKL", "SmallEncoderVAE")  # their class names
+MODELS: tuple[str, ...] = ("LiteVAE", "AutoencoderKL", "SmallEncoderVAE")  # class names
 DIFFUSERS = "diffusers:"
 
 
 def model_folder(path: Path) -> Path:
-    """Finds the folder that holds config.json and the weights of a model.
+    """Returns the folder that holds config.json and the weights of a model.
 
     Args:
-        path: folder of a model; of a training run, whose model is in `model/`; of a checkpoint, whose averaged
-            weights in `ema/` are preferred to those in `model/`; or "diffusers:" and the folder of an
+        path: Folder of a model; of a training run, whose model is in `model/`; of a checkpoint, whose averaged
+            weights in `ema/` are preferred to those in `model/`; or "diffusers:" followed by the folder of an
             AutoencoderKL or of a pipeline with one.
 
     Raises:
-        UserError: there is no such folder, or no model in it.
+        UserError: There is no such folder, or it holds no model.
     """
     within = ("", "vae") if str(path).startswith(DIFFUSERS) else ("", "ema", "model")
     path = Path(str(path).removeprefix(DIFFUSERS))
@@ -37,24 +37,24 @@ def model_folder(path: Path) -> Path:
     raise UserError(f"{path}: not a model: there is no config.json in it")
 
 
-def say_which(path: Path, folder: Path) -> None:
-    """Prints to stderr which weights are loaded where `path` holds several; in the first process only."""
-    if folder.name == "ema" and folder != path and os.environ.get("RANK", "0") == "0":
+def report_averaged(path: Path, folder: Path) -> None:
+    """Prints to stderr, in the first process, that `folder` holds averaged weights found in `path`."""
+    if folder == path / "ema" and os.environ.get("RANK", "0") == "0":
         print(f"{path}: loading the averaged weights, {folder}", file=sys.stderr)
 
 
 def load_model(path: Path) -> "Autoencoder":
-    """Loads the autoencoder in a folder, and prints to stderr which weights it takes where there are several.
+    """Loads the autoencoder in a folder, and prints to stderr if it takes a checkpoint's averaged weights.
 
     Args:
-        path: folder of a model, a run or a checkpoint, as `model_folder` takes it.
+        path: Folder of a model, a run or a checkpoint, as `model_folder` takes it.
 
     Raises:
-        UserError: there is no such folder, its model is neither a LiteVAE nor a baseline, or files are missing
-            or broken.
+        UserError: There is no such folder, its model is neither a LiteVAE nor a baseline, or files are missing
+            or damaged.
     """
     folder = model_folder(path)
-    say_which(path, folder)
+    report_averaged(path, folder)
     config = folder / "config.json"
     wanted, name = MODELS, "a LiteVAE"
     if str(path).startswith(DIFFUSERS):

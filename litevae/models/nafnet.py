@@ -1,4 +1,4 @@
-"""NAFNet for feature extraction (Section D.3; Chen et al., 2022, "Simple Baselines for Image Restoration")."""
+"""NAFNet for feature extraction (Appendix D.3; Chen et al., 2022, "Simple Baselines for Image Restoration")."""
 
 from collections.abc import Sequence
 
@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from litevae.models.layers import EPS, CheckpointedModule
 
-BLOCKS = 8  # for each level of the U-Net that it stands for
+BLOCKS = 8  # per level of the U-Net that it replaces
 
 
 class LayerNorm2d(nn.LayerNorm):
-    """Layer normalisation over the channels of (N, C, H, W), which keeps the memory format.
+    """Layer normalisation over the channels of (N, C, H, W) that keeps the memory format.
 
     Its statistics are float32 (float64 for float64), whatever the input's dtype.
     """
@@ -25,17 +25,18 @@ class LayerNorm2d(nn.LayerNorm):
 
 
 def gate(x: Tensor) -> Tensor:
-    """SimpleGate: the product of the two halves of the channels, (N, 2 C, H, W) -> (N, C, H, W)."""
+    """Returns the product of the two halves of the channels (SimpleGate): (N, 2 C, H, W) -> (N, C, H, W)."""
     first, second = x.chunk(2, dim=1)
     return first * second
 
 
 class NAFBlock(nn.Module):
-    """Two residual branches without activation functions; (N, channels, H, W) in and out.
+    """Two residual branches without activation functions, (N, channels, H, W) -> (N, channels, H, W).
 
-    The first: norm, 1x1 convolution to twice the channels, 3x3 depthwise convolution, gate, simplified
-    channel attention, 1x1 convolution. The second: norm, 1x1 to twice the channels, gate, 1x1. Each branch has
-    a learned scale for each channel, `beta` and `gamma`, at first zero.
+    The first branch is a norm, a 1x1 convolution to twice the channels, a 3x3 depthwise convolution, a gate,
+    simplified channel attention and a 1x1 convolution. The second is a norm, a 1x1 convolution to twice the
+    channels, a gate and a 1x1 convolution. Each branch has a learned scale per channel, `beta` and `gamma`,
+    which starts at zero.
     """
 
     def __init__(self, channels: int) -> None:
@@ -55,17 +56,17 @@ class NAFBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = gate(self.depthwise(self.expand1(self.norm1(x))))
         h = self.project1(h * self.attention(h.mean(dim=(2, 3), keepdim=True)))
-        x = x + h * self.beta.to(h.dtype)  # else autocast's stream would be float32
+        x = x + h * self.beta.to(h.dtype)  # under autocast, a float32 factor would give float32
         h = self.project2(gate(self.expand2(self.norm2(x))))
         return x + h * self.gamma.to(h.dtype)
 
 
 class NAFNet(CheckpointedModule):
-    """NAFBlocks of one width between two 3x3 convolutions, with no spatial down- or upsampling.
+    """NAFBlocks of one width between two 3x3 convolutions, without spatial down- or upsampling.
 
     Takes (N, in_channels, H, W), returns (N, out_channels, H, W). The paper prints neither width nor depth.
-    Ours: the width of the U-Net's widest level, `channels` times the largest of `multipliers`, and eight
-    blocks for each of its levels. LiteVAE-B's have 1.65 M parameters each; its U-Nets have 1.69 M.
+    Here the width is that of the U-Net's widest level, `channels` times the largest of `multipliers`, and
+    there are eight blocks per level. In LiteVAE-B each network has 1.65 M parameters, and each U-Net 1.69 M.
     """
 
     def __init__(

@@ -9,7 +9,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "extractor_multipliers": (1, 2, 2),
         "aggregator_channels": 16,
         "aggregator_multipliers": (1, 2, 2),
-        # 16 channels, and 48 after a concatenation, do not divide into the usual 32 groups
+        # The usual 32 groups do not divide 16 channels, nor the 48 after a concatenation.
         "encoder_num_groups": 16,
     },
     "litevae-b": {
@@ -34,8 +34,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def get_preset(name: str) -> dict[str, Any]:
-    """Constructor arguments of preset `name`; ValueError naming the nearest preset if there is none."""
+    """Returns the constructor arguments of a preset, or raises ValueError that names the nearest preset."""
     if name in PRESETS:
         return dict(PRESETS[name])
     nearest = difflib.get_close_matches(name.lower(), PRESETS, n=1, cutoff=0.0)[0]
-    raise ValueError(f"unknown preset {name!r}: did you mean {nearest!r}? (there are {', '.join(PRESETS)})")
+    raise ValueError(f"unknown preset {name!r}: did you mean {nearest!r}? (presets: {', '.join(PRESETS)})")

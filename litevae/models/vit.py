@@ -1,4 +1,4 @@
-"""A vision transformer for feature aggregation (Section D.5; Dosovitskiy et al., 2021)."""
+"""A vision transformer for feature aggregation (Appendix D.5; Dosovitskiy et al., 2021)."""
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +11,9 @@ HEADS = 4
 
 
 class TransformerBlock(nn.Module):
-    """x + attention(norm1(x)), then x + mlp(norm2(x)), with a hidden layer of 4 `channels`.
+    """A pre-norm transformer block, (N, tokens, channels) -> (N, tokens, channels).
 
-    (N, tokens, channels) in and out.
+    Computes x + attention(norm1(x)), then x + mlp(norm2(x)) with a hidden layer of width 4 `channels`.
     """
 
     def __init__(self, channels: int) -> None:
@@ -33,13 +33,13 @@ class TransformerBlock(nn.Module):
 
 
 class ViT(CheckpointedModule):
-    """A transformer with a token for each latent pixel and a learned position embedding.
+    """A transformer with one token per latent pixel and a learned position embedding.
 
-    Takes (N, in_channels, size, size) and no other size, returns (N, out_channels, size, size), in the
-    input's memory format. The paper prints the number of parameters alone, 0.84 M (Table 20). Ours: a 3x3
-    convolution to 4 `channels`, four blocks of four heads, and a 1x1 convolution. In LiteVAE-B that is 835,720
-    with 4 latent channels and 837,784 with 12, without the position embedding, of 128 size^2 more. There
-    is no norm after the last block, as there is none in the U-Net: the latent keeps the features' size.
+    Takes (N, in_channels, size, size) and no other size, returns (N, out_channels, size, size) in the input's
+    memory format. The paper prints only the number of parameters, 0.84 M (Table 20). This network has a 3x3
+    convolution to 4 `channels`, four blocks with four heads, and a 1x1 convolution. In LiteVAE-B these have
+    835,720 parameters with 4 latent channels and 837,784 with 12; the position embedding has 128 size^2 more.
+    As in the U-Net, no norm follows the last block, so the latent keeps the features' scale.
     """
 
     def __init__(self, in_channels: int, out_channels: int, channels: int, size: int) -> None:

@@ -1,4 +1,4 @@
-"""A model's files: one resolver of a run's folder, loading, saving and hashing of weights."""
+"""Saving, loading and hashing the weights of models."""
 
 import hashlib
 import json
@@ -16,55 +16,72 @@ from litevae.errors import UserError
 from litevae.files import replacing_folder, write
 from litevae.models.interface import Autoencoder
 
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+# Entries of a model's config.json that do not belong to its architecture.
+NOT_ARCHITECTURE = frozenset(
+    {"sample_size", "scaling_factor", "shift_factor", "force_upcast", "latents_mean", "latents_std"}
+)
+
 
 def write_model(model: ModelMixin, folder: Path) -> None:
-    """Writes what `from_pretrained` reads, config.json and the weights as safetensors, to a new folder."""
+    """Writes config.json and the weights as safetensors to a new folder, for `from_pretrained` to read."""
     folder.mkdir()
     write(folder / "config.json", model.to_json_string().encode())
     write_tensors(folder / WEIGHTS, model.state_dict())
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes tensors to a safetensors file."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write(path, safetensors.torch.save(contiguous, {"format": "pt"}))
 
 
 def save_model(model: ModelMixin, folder: Path) -> None:
-    """Writes `model` (config.json and safetensors) to `folder`, replacing a model that is there."""
+    """Writes config.json and the weights of `model` to `folder`, replacing any model that is there."""
     with replacing_folder(folder) as new:
         write_model(model, new)
 
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+def load_weights(model: ModelMixin, folder: Path, setting: str) -> None:
+    """Copies the weights in `folder` into `model`.
 
+    Args:
+        model: Model of the same architecture.
+        folder: Folder with config.json and the weights, as `write_model` writes it.
+        setting: Name of the setting that gave the folder, for error messages.
 
-# what a model's config.json holds besides its architecture
-NOT_ARCHITECTURE = frozenset(
-    {"sample_size", "scaling_factor", "shift_factor", "force_upcast", "latents_mean", "latents_std"}
-)
-
-
-def load_weights(model: ModelMixin, folder: Path, what: str) -> None:
-    """Gives `model` the weights in `folder`; UserError, naming the difference, for another architecture."""
+    Raises:
+        UserError: A file is missing or damaged, or the architecture differs; the message names the difference.
+    """
+    config = folder / "config.json"
     try:
-        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        saved = json.loads(config.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{what}: {folder}/config.json: cannot be read: {error}") from None
-    mine = json.loads(model.to_json_string())
-    for key, value in mine.items():
+        raise UserError(f"{setting}: {config}: cannot be read: {error}") from None
+    if not isinstance(saved, dict):
+        raise UserError(f"{setting}: {config}: not a model's configuration")
+    for key, value in json.loads(model.to_json_string()).items():
         if (key.startswith("_") and key != "_class_name") or key in NOT_ARCHITECTURE:
             continue
         if saved.get(key, value) != value:
             raise UserError(
-                f"{what}: {folder} has another architecture: {key} is {saved[key]} there and {value} here"
+                f"{setting}: {folder} has another architecture: {key} is {saved[key]} there and {value} here"
             )
-    copy_weights(model, read_weights(folder / WEIGHTS, what), folder, what)
+    copy_weights(model, read_weights(folder / WEIGHTS, setting), folder, setting)
 
 
 def load_decoder(model: Autoencoder, folder: Path) -> None:
-    """Gives the decoder the weights of a diffusers AutoencoderKL's, such as Stable Diffusion's.
+    """Copies the decoder of a diffusers AutoencoderKL, such as Stable Diffusion's, into `model`.
 
-    Its post_quant_conv comes along where the model has one.
+    If the model has a post_quant_conv, that of the AutoencoderKL is copied too.
+
+    Args:
+        model: Model whose decoder has the same architecture.
+        folder: Folder of the AutoencoderKL, or of a pipeline with one.
+
+    Raises:
+        UserError: A file is missing or damaged, or the architecture differs.
     """
     if (folder / "vae" / "config.json").is_file():  # a whole pipeline
         folder = folder / "vae"
@@ -78,33 +95,34 @@ def load_decoder(model: Autoencoder, folder: Path) -> None:
             copy_weights(part, own, folder, "init_decoder")
 
 
-def read_weights(path: Path, what: str) -> dict[str, Tensor]:
+def read_weights(path: Path, setting: str) -> dict[str, Tensor]:
+    """Reads a safetensors file. Raises UserError that begins with `setting` if that fails."""
     if not path.is_file():
-        raise UserError(f"{what}: {path}: no such file")
+        raise UserError(f"{setting}: {path}: no such file")
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{what}: {path}: cannot be read: {error}") from None
+        raise UserError(f"{setting}: {path}: cannot be read: {error}") from None
 
 
-def copy_weights(module: nn.Module, weights: dict[str, Tensor], source: Path, what: str) -> None:
-    """Copies `weights` into a module; UserError unless names and shapes are the same."""
+def copy_weights(module: nn.Module, weights: dict[str, Tensor], source: Path, setting: str) -> None:
+    """Copies `weights`, read from `source`, into a module. Raises UserError if names or shapes differ."""
     own: dict[str, Tensor] = module.state_dict()
     for name in sorted(own.keys() | weights.keys()):
         if name not in weights:
-            raise UserError(f"{what}: {source} has no {name}: another architecture")
+            raise UserError(f"{setting}: {source} has another architecture: it lacks {name}")
         if name not in own:
-            raise UserError(f"{what}: {source} has a {name} that this model has not: another architecture")
+            raise UserError(f"{setting}: {source} has another architecture: this model lacks its {name}")
         if own[name].shape != weights[name].shape:
             raise UserError(
-                f"{what}: {source} has another architecture: {name} is {tuple(weights[name].shape)} there "
+                f"{setting}: {source} has another architecture: {name} is {tuple(weights[name].shape)} there "
                 f"and {tuple(own[name].shape)} here"
             )
     module.load_state_dict(weights)
 
 
 def hash_encoder(model: Autoencoder) -> str:
-    """SHA-256 of what decides a model's latents: its architecture and its encoder's weights."""
+    """Returns the SHA-256 of all that determines a model's latents: its architecture and encoder weights."""
     config = {
         name: value
         for name, value in model.config.items()

@@ -140,6 +140,23 @@ def test_threads_do_not_see_each_other():
     assert backend.choose("cpu") == "native"
 
 
+def test_a_function_that_keeps_its_backend_runs_on_it_in_another_thread(monkeypatch):
+    calls = []
+    original = reference.analysis
+    monkeypatch.setattr(reference, "analysis", lambda *a: calls.append(1) or original(*a))
+    image = torch.zeros(1, 1, 4, 4)
+    assert backend.keep_backend(haar_dwt2d) is haar_dwt2d  # nothing is forced
+    with use_backend("reference"):
+        kept = backend.keep_backend(haar_dwt2d)
+    results = []
+    for function in (kept, haar_dwt2d):
+        thread = threading.Thread(target=lambda function=function: results.append(function(image)))
+        thread.start()
+        thread.join()
+    assert torch.equal(*results)
+    assert len(calls) == 1
+
+
 def test_a_compiled_function_follows_the_choice():
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")

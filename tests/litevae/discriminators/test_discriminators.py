@@ -1,4 +1,4 @@
-"""What all discriminators have in common."""
+"""Properties of all discriminators, and `build_discriminator`."""
 
 import copy
 from functools import partial
@@ -16,7 +16,7 @@ from litevae.discriminators import (
 )
 
 KINDS = ["unet", "patchgan", "stylegan"]
-# few channels: the number of layers, and so the code that runs, is that of the full width
+# With few channels, the layers are the same as at full width.
 SMALL = {
     "unet": partial(UNetDiscriminator, channels=4),
     "patchgan": lambda size: PatchGANDiscriminator(channels=4),
@@ -76,7 +76,7 @@ def test_equal_images_of_one_colour_have_finite_gradients(kind, value):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_real_and_generated_images_share_one_backward_pass(kind):
-    """Its gradient is that of two backward passes: the second forward pass spoils nothing of the first."""
+    """The gradient equals that of two backward passes: the second forward pass does not affect the first."""
     together, apart = small(kind).double(), small(kind).double()
     real, generated = (images(4, 3, 64, 64, seed=seed).double() for seed in (1, 2))
     logits = together(real), together(generated)
@@ -99,7 +99,7 @@ def test_generator_step_through_frozen_parameters(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradient_of_the_gradient_penalty_is_finite(kind):
-    """R1 (Mescheder et al., 2018), with which StyleGAN2 trains, differentiates twice."""
+    """R1 (Mescheder et al., 2018), which StyleGAN2's training uses, differentiates twice."""
     discriminator = small(kind)
     real = images(2, 3, 64, 64).requires_grad_()
     (gradient,) = torch.autograd.grad(mean_of(discriminator(real)), real, create_graph=True)
@@ -115,7 +115,7 @@ def test_compiles_whole(kind):
     discriminator = small(kind).double()
     eager = copy.deepcopy(discriminator)
     compiled = torch.compile(discriminator, fullgraph=True, backend="aot_eager")
-    for seed in (1, 2):  # the second sees the buffers that the first wrote
+    for seed in (1, 2):  # the second call reads the buffers that the first wrote
         image = images(4, 3, 64, 64, seed=seed).double()
         mean_of(compiled(image)).backward()
         mean_of(eager(image)).backward()
@@ -133,7 +133,7 @@ def test_autocast_stays_near_float64(kind):
         heads = discriminator(image)
     mean_of(heads).backward()
     exact_heads = exact_discriminator(image.double())
-    # two dozen layers that each round to 2^-9 or less: 0.05 if all go one way
+    # Two dozen layers have relative rounding errors of 2^-9 at most: 0.05 if all have the same sign.
     for head, exact in zip(heads, exact_heads, strict=True):
         assert head.dtype == torch.bfloat16
         assert (head.double() - exact).norm() <= 0.05 * exact.norm()
@@ -169,7 +169,7 @@ def test_weights_depend_on_the_global_seed_alone(kind):
 def test_state_dict_restores_the_outputs(kind):
     saved, fresh = small(kind), small(kind, seed=1)
     image = images(4, 3, 64, 64)
-    saved(image)  # moves the buffers on
+    saved(image)  # updates the buffers
     fresh.load_state_dict(saved.state_dict())
     torch.testing.assert_close(fresh(image), saved(image), rtol=0, atol=0)
 
@@ -188,7 +188,7 @@ def test_learns_to_tell_sharp_from_blurred(kind):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    # half of what a discriminator that answers 0 has
+    # This is half the loss of a discriminator that returns 0.
     assert losses[-1] < min(losses[0], len(real))
 
 

@@ -1,4 +1,4 @@
-"""PatchGAN against its layer table, a plain forward pass and its receptive field."""
+"""Tests of PatchGAN against its layer table, a plain forward pass and its receptive field."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def images(*shape):
 def expected_count(channels, image_channels=3):
     c = channels
     first = 16 * image_channels * c + c
-    # BatchNorm's weight and bias stand in for the convolution's bias
+    # BatchNorm's weight and bias replace the convolution's bias.
     rest = (16 * c * 2 * c + 2 * 2 * c) + (16 * 2 * c * 4 * c + 2 * 4 * c) + (16 * 4 * c * 8 * c + 2 * 8 * c)
     return first + rest + (16 * 8 * c + 1)
 
@@ -32,7 +32,7 @@ def test_parameter_count(channels):
 
 
 def test_published_parameter_count():
-    # pix2pix prints 2.769 M: there the input image comes beside the output, which makes six channels
+    # pix2pix prints 2.769 M, because its input has six channels: the input and the output image.
     assert expected_count(64, image_channels=6) == 2_768_705
     assert sum(p.numel() for p in PatchGANDiscriminator().parameters()) == 2_765_633
 
@@ -52,7 +52,7 @@ def test_outputs_equal_a_plain_forward_pass():
 
 
 def test_receptive_field_is_70_pixels():
-    discriminator = small().double().eval()  # in training BatchNorm would join all patches
+    discriminator = small().double().eval()  # in training mode BatchNorm connects all patches
     image = images(1, 3, 160, 160).requires_grad_()
     (logits,) = discriminator(image)
     logits[0, 0, 9, 9].backward()
@@ -70,7 +70,7 @@ def test_initial_weights():
             expected_mean = 1.0
         else:
             continue
-        # 5 standard errors of the mean and of the standard deviation
+        # The bounds are 5 standard errors of the mean and of the standard deviation.
         n = module.weight.numel()
         assert abs(module.weight.mean().item() - expected_mean) < 5 * 0.02 / n**0.5
         assert abs(module.weight.std().item() - 0.02) < 5 * 0.02 / (2 * n) ** 0.5

@@ -1,4 +1,4 @@
-"""StyleGAN2's discriminator against its layer table, SciPy's filters and a plain forward pass."""
+"""Tests of StyleGAN2's discriminator against its layer table, SciPy's filters and a plain forward pass."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def images(*shape):
     return torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1
 
 
-# Table of the widths at each side: config F of the paper, and half and twice as wide, up to 512
+# Widths at each side, up to 512: half of config F of the paper, config F, and twice config F.
 WIDTHS = {
     32: {4: 512, 8: 512, 16: 512, 32: 512, 64: 256, 128: 128, 256: 64, 512: 32, 1024: 16},
     64: {4: 512, 8: 512, 16: 512, 32: 512, 64: 512, 128: 256, 256: 128, 512: 64, 1024: 32},
@@ -34,7 +34,7 @@ def expected_count(widths, size):
         count += (9 * i * i + i) + (9 * i * o + o) + i * o
         size //= 2
     last = widths[4]
-    count += 9 * (last + 1) * last + last  # one channel more: the minibatch standard deviation
+    count += 9 * (last + 1) * last + last  # the minibatch standard deviation adds a channel
     return count + (16 * last * last + last) + (last + 1)
 
 
@@ -47,14 +47,14 @@ def test_parameter_count(size, channels):
 
 
 def test_published_parameter_count():
-    """What the authors' code prints for config F at 1024 pixels."""
+    """The authors' code prints this number for config F at 1024 pixels."""
     assert expected_count(WIDTHS[64], 1024) == 29_012_513
     with torch.device("meta"):
         assert sum(p.numel() for p in StyleGANDiscriminator(1024).parameters()) == 29_012_513
 
 
 def scipy_blur(x, padding, stride=1):
-    """Full convolution with the taps pads by 3; what is over is cut off before every `stride`-th is taken."""
+    """A full convolution pads by 3, so the excess is cropped before every `stride`-th sample is taken."""
     taps = np.array([1, 3, 3, 1]) / 8
     for axis in (2, 3):
         x = signal.upfirdn(taps, x, axis=axis)
@@ -82,7 +82,7 @@ def test_minibatch_std_equals_numpy():
 
 @pytest.mark.parametrize(("n", "group"), [(1, 1), (2, 2), (3, 1), (6, 2), (12, 4)])
 def test_groups_of_the_minibatch_std(n, group):
-    """A change in one image reaches the images of its group and no other."""
+    """A change in one image affects the images of its group and no others."""
     features = images(n, 2, 4, 4)
     changed = features.clone()
     changed[0] += images(2, 4, 4) * 3
@@ -106,7 +106,7 @@ def plain_forward(discriminator, image):
     for block in discriminator.blocks:
         h = act(F.conv2d(x, weight(block.conv1), block.conv1.bias, padding=1))
         h = act(F.conv2d(blurred(h, padding=2), weight(block.conv2), block.conv2.bias)[..., ::2, ::2])
-        # the blur at full size, and then every second pixel of the convolution
+        # The blur and the convolution have full size here; every second pixel is taken afterwards.
         skip = F.conv2d(blurred(x, padding=1), weight(block.conv_shortcut))[..., ::2, ::2]
         x = (h + skip) / root2
     std = np.sqrt(x.detach().numpy().var(axis=0) + 1e-8).mean()
@@ -145,7 +145,7 @@ def test_state_dict_holds_parameters_only():
 
 
 def test_real_and_generated_images_do_not_mix_in_one_batch():
-    """In groups of four consecutive images, a batch of both gives what two batches give."""
+    """A batch of groups of four consecutive images equals separate batches of the groups."""
     discriminator = small().double()
     real, generated = images(4, 3, 32, 32), images(4, 3, 32, 32) * 0.5
     together = discriminator(torch.cat([real, generated]))[0]

@@ -1,4 +1,4 @@
-"""The U-Net discriminator against its layer table and a plain float64 forward pass."""
+"""Tests of the U-Net discriminator against its layer table and a plain float64 forward pass."""
 
 import copy
 from functools import partial
@@ -21,8 +21,8 @@ def images(*shape):
     return torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1
 
 
-# in and out of every block, as multiples of the width; the image has three channels. Beside what comes from below,
-# a block on the way up gets what the block on the way down put out at its resolution.
+# Input and output channels of every block, as multiples of the width; the image has three channels. A block of the
+# decoder path gets the output of the coarser block and that of the encoder block at its own resolution.
 TABLE_128 = {
     "down": [("rgb", 1), (1, 2), (2, 4), (4, 8), (8, 16)],
     "up": [(16, 8), (8 + 8, 4), (4 + 4, 2), (2 + 2, 1), (1 + 1, 1)],
@@ -60,7 +60,7 @@ def test_parameter_count(size, table, channels):
 
 
 def plain_forward(discriminator, image):
-    """The network in the order of the paper: 1x1 convolutions after upsampling and before pooling."""
+    """Computes the network in the paper's order: 1x1 convolutions after upsampling and before pooling."""
 
     def conv(layer, x):
         return F.conv2d(x, layer.weight, layer.bias, padding=layer.weight.shape[-1] // 2)
@@ -86,7 +86,7 @@ def test_outputs_equal_a_plain_forward_pass(size):
     discriminator = small(size).double().eval()
     with torch.no_grad():
         for parameter in discriminator.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)  # biases that are not zero
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)  # makes the biases non-zero
     image = images(1, 3, size, size)
     torch.testing.assert_close(
         discriminator(image), plain_forward(discriminator, image), rtol=1e-9, atol=1e-9
@@ -105,7 +105,7 @@ def test_every_layer_is_spectrally_normalised_and_starts_orthogonal():
 
 
 def test_power_iteration_follows_the_weights():
-    """The layers' largest singular value, from LAPACK, is 1 again some forward passes after a change."""
+    """Some forward passes after a change, the layers' largest singular value (from LAPACK) is 1 again."""
     discriminator = small()
     with torch.no_grad():
         for name, parameter in discriminator.named_parameters():
@@ -115,7 +115,7 @@ def test_power_iteration_follows_the_weights():
         discriminator(images(1, 3, 8, 8).float())
     discriminator.eval()
     for layer in (discriminator.down_blocks[2].conv1, discriminator.up_blocks[1].conv_shortcut):
-        # the estimate is from below, and nears the value as (second / first)^(2 · 60)
+        # The estimate approaches the value from below, as (second / first)^(2 · 60).
         values = torch.linalg.svdvals(layer.parametrizations.weight.original.detach().flatten(1))
         bound = 1 / (1 - (values[1] / values[0]) ** 120) + 1e-4
         assert 1 - 1e-4 <= torch.linalg.matrix_norm(layer.weight.flatten(1), 2) <= bound
@@ -123,7 +123,7 @@ def test_power_iteration_follows_the_weights():
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_spectral_norm_is_pytorchs(memory_format):
-    """Results and gradients of torch.nn.utils.parametrizations.spectral_norm, once both found the singular value."""
+    """Results and gradients equal those of torch's spectral_norm once both have converged."""
     torch.manual_seed(0)
     ours, theirs = (torch.nn.Conv2d(5, 7, 3, padding=1).double() for _ in range(2))
     normalised(ours)
@@ -147,7 +147,7 @@ def test_spectral_norm_is_pytorchs(memory_format):
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_spectral_norm_before_it_has_found_the_singular_value(memory_format):
-    """Against autograd of the definition, with the vectors of one step of the power iteration."""
+    """The oracle is autograd of the definition, with the vectors of one step of the power iteration."""
     weight = images(7, 5, 3, 3).contiguous(memory_format=memory_format).requires_grad_()
     norm = SpectralNorm(weight).train()
     u, grad = norm.u.clone(), images(7, 5, 3, 3).flip(0)
@@ -165,7 +165,7 @@ def test_spectral_norm_before_it_has_found_the_singular_value(memory_format):
 
 
 def test_spectral_norm_of_two_passes_with_one_backward_pass():
-    """The vectors of the first are not those that the second left behind."""
+    """The backward pass of the first call uses its own vectors, not those of the second call."""
     layer = normalised(torch.nn.Linear(4, 3)).double()
     with torch.no_grad():
         layer.parametrizations.weight.original.normal_()
@@ -197,7 +197,7 @@ def test_any_size(height, width):
 
 
 def test_logits_of_the_bottleneck_keep_their_scale_at_other_sizes():
-    """An image tiled twice each way has the same features, borders apart, and a periodic one all the same."""
+    """With periodic borders, an image that is repeated twice in each direction has the same features."""
     discriminator = small().double().eval()
     with torch.no_grad():
         for module in discriminator.modules():

@@ -4,7 +4,7 @@ import torch
 
 @pytest.fixture(scope="session")
 def pair():
-    """Makes two float64 tensors of a shape, uniform in [-1, 1]."""
+    """Returns a function that makes two float64 tensors, uniform in [-1, 1]."""
 
     def make(shape):
         generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""The adversarial losses and their adaptive weight against NumPy, in float64."""
+"""Tests of the adversarial losses and their adaptive weight against NumPy, in float64."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from litevae.losses import adaptive_weight, discriminator_loss, generator_loss
 from litevae.losses.adversarial import frozen
 
 KINDS = ["hinge", "logistic"]
-# what the loss makes of one logit: of the reconstruction in the generator, of the image, of the reconstruction
+# Losses of one logit: for the generator, and for the discriminator of a real and of a generated image.
 GENERATOR = {"hinge": lambda f: -f, "logistic": lambda f: np.log(1 + np.exp(-f))}
 REAL = {"hinge": lambda r: np.maximum(1 - r, 0), "logistic": lambda r: np.log(1 + np.exp(-r))}
 FAKE = {"hinge": lambda f: np.maximum(1 + f, 0), "logistic": lambda f: np.log(1 + np.exp(f))}
@@ -17,7 +17,7 @@ FAKE = {"hinge": lambda f: np.maximum(1 + f, 0), "logistic": lambda f: np.log(1 
 
 @pytest.fixture
 def logits():
-    """Of the image and of the reconstruction: a head for each pixel and one for each image."""
+    """Returns logits of the image and of the reconstruction, from one head per pixel and one per image."""
     generator = torch.Generator().manual_seed(0)
     return [
         tuple(
@@ -69,7 +69,7 @@ def test_number_of_heads_must_agree(logits):
 
 
 class TestAdaptiveWeight:
-    """On a decoder that is one matrix: x̂ = W z, reconstruction loss mean (x̂ - x)², adversarial mean c·x̂."""
+    """The decoder is one matrix, x̂ = W z; the losses are mean (x̂ - x)² and mean c·x̂."""
 
     def weight(self, x, c, scale=1.0):
         z, w = np.random.default_rng(0).normal(size=(2, 4, 4))
@@ -79,7 +79,7 @@ class TestAdaptiveWeight:
         result = adaptive_weight(losses[0] * scale, losses[1], decoder)
         assert not result.requires_grad
         assert decoder.grad is None
-        sum(losses).backward()  # the graph is still there
+        sum(losses).backward()  # the graph still exists
         norms = [np.linalg.norm(outer @ z.T / 16) for outer in (2 * scale * (w @ z - x), c)]
         return result, norms
 
@@ -109,7 +109,7 @@ class TestFrozen:
         module, x = self.module(), torch.randn(2, 3, requires_grad=True)
         with frozen(module):
             y = module(x)
-        y.sum().backward()  # outside, as a trainer does it
+        y.sum().backward()  # outside the block, as in the trainer
         assert x.grad.any()
         assert all(parameter.grad is None for parameter in module.parameters())
 

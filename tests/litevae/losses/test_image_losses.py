@@ -1,4 +1,4 @@
-"""What holds of every loss between two images that has no network."""
+"""Properties of all losses between two images that use no network."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""LDL against NumPy, in float64."""
+"""Tests of LDL against NumPy, in float64."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ SHAPES = [(2, 3, 16, 24), (1, 3, 9, 7), (3, 1, 8, 8)]
 
 @pytest.fixture
 def triple(pair):
-    """Makes image, reconstruction and the EMA model's, whose error is the smaller one in half of the pixels."""
+    """Returns a function that makes image, reconstruction and EMA reconstruction, better in half the pixels."""
 
     def make(shape):
         image, reconstruction = pair(shape)
@@ -54,7 +54,7 @@ def test_weight_is_a_constant_to_the_gradient(shape, triple):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("shift", [0, 0.25])  # a constant residual has no variance either
+@pytest.mark.parametrize("shift", [0, 0.25])  # a constant residual has no variance
 def test_no_variance_has_a_zero_gradient(shift, dtype):
     image = torch.full((2, 3, 8, 8), 0.5, dtype=dtype)
     reconstruction = (image + shift).requires_grad_()

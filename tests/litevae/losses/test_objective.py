@@ -1,4 +1,4 @@
-"""The objective against its terms."""
+"""Tests of the objective against its terms."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ SIZE = 16
 
 
 class Discriminator(nn.Module):
-    """Two heads, as the U-Net has."""
+    """A discriminator with two heads, like the U-Net."""
 
     def __init__(self):
         super().__init__()
@@ -36,7 +36,7 @@ class Discriminator(nn.Module):
 
 @pytest.fixture
 def inputs(pair):
-    """Image, reconstruction, mean and log-variance."""
+    """Returns image, reconstruction, mean and log-variance."""
     return [tensor.float() for shape in [(2, 3, SIZE, SIZE), (2, 4, 2, 2)] for tensor in pair(shape)]
 
 
@@ -62,7 +62,7 @@ def test_total_is_the_weighted_sum_of_unweighted_terms(inputs):
 
 
 def test_term_of_weight_zero_is_left_out(inputs, monkeypatch):
-    monkeypatch.setattr("litevae.losses.objective.LPIPS", None)  # not even built
+    monkeypatch.setattr("litevae.losses.objective.LPIPS", None)  # the network is not built
     objective = Objective(LossConfig(**ONLY_L1))
     assert list(objective.generator(*inputs, step=0).terms) == ["l1"]
     assert (objective.needs_ema, objective.uses_discriminator(10**6)) == (False, False)
@@ -237,7 +237,7 @@ def test_is_float32_under_autocast(inputs, discriminator):
         logits = discriminator(half[1].float())
         loss = objective.generator(*half, step=0, discriminator=discriminator)
         own = objective.discriminator(logits, logits)
-    assert logits[0].dtype == torch.bfloat16  # autocast is left to the discriminator
+    assert logits[0].dtype == torch.bfloat16  # the discriminator runs under autocast
     logits = [head.float() for head in logits]
     assert loss.terms["adversarial"] == generator_loss(logits, "logistic")
     assert own.total == discriminator_loss(logits, logits, "logistic")

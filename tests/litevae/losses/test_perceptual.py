@@ -1,4 +1,4 @@
-"""LPIPS against the lpips package and ESRGAN's loss against torchvision's VGG19, in float64."""
+"""Tests of LPIPS against the lpips package and of ESRGAN's loss against torchvision's VGG19, in float64."""
 
 import copy
 import io
@@ -19,11 +19,10 @@ from litevae.losses import LPIPS, ESRGANLoss
 from litevae.losses.perceptual import EPS, unit_vectors
 
 SHAPE = (2, 3, 32, 48)
-# A product of 3x3 and up to 512 channels, rounded in turn, is off by sqrt(4608) half units in the last place
-# (a random walk), and there are at most 16 layers.
+# A sum over 3x3 taps and up to 512 channels has a rounding error of sqrt(4608) half units in the last place (a random
+# walk), and there are at most 16 layers.
 FLOAT32 = 16 * 4608**0.5 * 2**-24
-# In float64 there remain the normalisation's two constants, which are rounded to float32, and their use in two
-# images.
+# In float64 the only errors are those of the normalisation's two constants, rounded to float32, for two images.
 CONSTANTS = 4 * 2**-24
 
 LOSSES = pytest.mark.parametrize("name", ["lpips", "esrgan"])
@@ -35,7 +34,7 @@ def losses():
 
 
 def weights_of(features):
-    """With the keys of torchvision's checkpoints."""
+    """Returns the weights with the keys of torchvision's checkpoints."""
     return {f"features.{key}": value for key, value in features.layers.named_buffers()}
 
 
@@ -100,7 +99,7 @@ def test_equals_the_library(name, losses, oracles, pair):
 
     single = value_and_gradient(losses[name], image.float(), reconstruction.float())
     torch.testing.assert_close(single[0], value, rtol=FLOAT32, atol=0)
-    # a ReLU or a pooling that decides otherwise for a rounding error changes single elements
+    # Single elements differ where a rounding error changes the decision of a ReLU or of a pooling.
     assert (single[1] - gradient).norm() < 1e-2 * gradient.norm()
 
 
@@ -123,7 +122,7 @@ def test_gradient_is_finite_between_constant_images(name, losses):
 
 def test_zero_features_have_a_finite_gradient(losses, pair):
     features = torch.zeros(1, 4, 2, 2)
-    features[0, 1, 0, 0] = 1e-15  # its own length would give a slope of 1e15
+    features[0, 1, 0, 0] = 1e-15  # without EPS its slope would be 1e15
     features.requires_grad_()
     (unit_vectors(features) - 0.5).square().sum().backward()
     assert 0 < features.grad.abs().max() < 10 / EPS**0.5
@@ -168,7 +167,7 @@ def test_random_weights_repeat_and_leave_the_global_state(losses):
 
 
 class TestDownload:
-    """Of VGG16, whose file is vgg16-397923af.pth."""
+    """The file of VGG16 is vgg16-397923af.pth."""
 
     @pytest.fixture(autouse=True)
     def folder(self, tmp_path, monkeypatch):

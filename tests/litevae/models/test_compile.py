@@ -1,4 +1,4 @@
-"""Training steps under torch.compile, and the model in CUDA graphs. (`test_autoencoder.py` compiles inference.)"""
+"""The model under torch.compile, in inference and training, and in CUDA graphs."""
 
 import copy
 from functools import partial
@@ -6,21 +6,23 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 from litevae import LiteVAE
 
 VARIANTS = {"group": {}, "smc": {"decoder_norm": "smc", "output_type": "wavelet"}}
+FOUR_BLOCKS = {"block_out_channels": (8, 8, 16, 16)}
 
-# The compiled model runs the same operators as the eager one, in other places fused and added up in another order. So
-# its distance from float64 is another draw of the same rounding errors, and is compared with the largest of eager
-# PyTorch's: a few times that is chance, and an error of substance is orders of magnitude.
+
+# The compiled model runs the same operators as the eager one, but fuses them elsewhere and sums in another order. Its
+# distance from float64 is therefore another sample of the same rounding errors, and is compared with the largest one
+# of eager PyTorch. A few times that is chance; a real error would be larger by orders of magnitude.
 CHANCE = 4
 
 
 @pytest.fixture
 def make_small(tiny_config):
-    """A LiteVAE with few layers to trace, always of the same weights, and nothing compiled before."""
+    """Returns a function that makes a LiteVAE with few layers to trace; no earlier compilation is cached."""
     torch._dynamo.reset()
 
     def make(**options) -> LiteVAE:
@@ -48,6 +50,53 @@ def images(*shape: int, seed: int = 0) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
+# Inference
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_encode_and_decode_compile_whole_for_all_batch_sizes(make_small, variant):
+    vae = make_small(**FOUR_BLOCKS, **VARIANTS[variant])
+    encode_graphs, decode_graphs = CompileCounter(), CompileCounter()
+    encode = torch.compile(lambda x: vae.encode(x).latent_dist.mode(), fullgraph=True, backend=encode_graphs)
+    decode = torch.compile(lambda z: vae.decode(z).sample, fullgraph=True, backend=decode_graphs)
+    with torch.no_grad():
+        for batch in (2, 3, 5, 7):
+            image = torch.randn(batch, 3, 16, 24)
+            z = encode(image)
+            assert torch.equal(z, vae.encode(image).latent_dist.mode())
+            assert torch.equal(decode(z), vae.decode(z).sample)
+    # One graph has the first batch size as a constant, the other has it as a variable.
+    assert encode_graphs.frame_count == decode_graphs.frame_count == 2
+
+
+def test_checks_allow_dynamic_image_sizes(make_small):
+    vae = make_small(**FOUR_BLOCKS)
+    graphs = CompileCounter()
+    compiled = torch.compile(lambda x: vae(x).sample, fullgraph=True, backend=graphs, dynamic=True)
+    with torch.no_grad():
+        for size in [(2, 3, 16, 24), (3, 3, 32, 16), (5, 3, 40, 48)]:
+            assert compiled(torch.randn(size)).shape == size
+    assert graphs.frame_count == 1
+
+
+# Training
+
+
+def test_training_step_compiles_whole_under_autocast(make_small, image):
+    vae = make_small(**FOUR_BLOCKS)
+
+    def loss(image):
+        with torch.autocast("cpu", torch.bfloat16):
+            return vae(image).sample.float().square().mean()
+
+    loss(image).backward()
+    expected = [parameter.grad.clone() for parameter in vae.parameters()]
+    vae.zero_grad()
+    torch.compile(loss, fullgraph=True, backend="aot_eager")(image).backward()
+    for parameter, gradient in zip(vae.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, atol=1e-3, rtol=5e-2)
+
+
 @pytest.mark.parametrize(("variant", "autocast"), [("group", False), ("smc", True)])
 def test_training_step_compiles_whole_for_all_batch_sizes(make_small, variant, autocast):
     vae = make_small(**VARIANTS[variant])
@@ -61,7 +110,7 @@ def test_training_step_compiles_whole_for_all_batch_sizes(make_small, variant, a
         error = (gradients(compiled, vae, image) - exact).norm()
         assert error <= CHANCE * (gradients(loss, vae, image) - exact).norm()
         assert error < 0.1 * exact.norm()
-    # one with the first batch size as a constant, one with it as a variable
+    # One graph has the first batch size as a constant, the other has it as a variable.
     assert graphs.frame_count == 2
 
 
@@ -73,7 +122,7 @@ def test_training_step_compiles_whole_for_all_sizes_at_once(make_small, variant)
     compiled = torch.compile(loss, fullgraph=True, backend=graphs, dynamic=True)
     expected = gradients(loss, vae, images(2, 3, 12, 20))
     torch.testing.assert_close(gradients(compiled, vae, images(2, 3, 12, 20)), expected, atol=1e-5, rtol=1e-3)
-    # Dynamo may start over once: nn.GroupNorm's eps, a float, turns out to be a constant
+    # Dynamo may recompile once, when it finds that nn.GroupNorm's eps, a float, is a constant.
     first = graphs.frame_count
     assert first <= 2
     for size in [(3, 3, 12, 20), (5, 3, 20, 12), (2, 3, 16, 36)]:
@@ -84,7 +133,7 @@ def test_training_step_compiles_whole_for_all_sizes_at_once(make_small, variant)
 
 
 def train(vae: LiteVAE, steps: int, compiled: bool = False) -> Tensor:
-    """The losses of `steps` steps of training on one batch."""
+    """Returns the losses of `steps` training steps on one batch."""
     dtype = vae.dtype
     loss_of = partial(training_loss, vae)
     if compiled:
@@ -104,8 +153,8 @@ def train(vae: LiteVAE, steps: int, compiled: bool = False) -> Tensor:
 def test_losses_of_20_compiled_steps_are_those_of_eager_ones(make_small, variant):
     vae = make_small(**VARIANTS[variant])
     exact = train(copy.deepcopy(vae).double(), 20)
-    # AdamW divides by the gradient's own size: what is rounding alone moves the weights as far as what is not, and
-    # two orders of summation (contiguous and channels_last) sample how far that carries
+    # AdamW divides by the gradient's magnitude, so pure rounding errors move the weights as far as real gradients do.
+    # Two orders of summation (contiguous and channels_last) sample the effect.
     eager = [
         train(copy.deepcopy(vae).to(memory_format=memory_format), 20)
         for memory_format in (torch.contiguous_format, torch.channels_last)
@@ -158,7 +207,7 @@ def test_cuda_graph_replays_the_model_on_other_images(make_small, cuda, variant,
 @pytest.mark.gpu
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_reduce_overhead_on_a_gpu(make_small, cuda, variant):
-    """torch.compile's own CUDA graphs, forward and backward."""
+    """Runs the CUDA graphs that torch.compile itself records, forward and backward."""
     vae = make_small(**VARIANTS[variant]).to(cuda)
     loss = partial(training_loss, vae)
     compiled = torch.compile(loss, fullgraph=True, mode="reduce-overhead")

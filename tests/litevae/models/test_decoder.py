@@ -26,7 +26,7 @@ def test_group_norm_decoder_is_diffusers_decoder(widths, num_groups, size):
     )
     generator = torch.Generator().manual_seed(0)
     for parameter in oracle.parameters():
-        if parameter.ndim == 1:  # norms and biases would be ones and zeros
+        if parameter.ndim == 1:  # norms and biases start as ones and zeros
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
     ours = decoder(num_groups=num_groups, **widths)
     ours.load_state_dict(oracle.state_dict(), strict=True)
@@ -47,7 +47,7 @@ def test_smc_replaces_the_norms_of_res_blocks_and_output():
     assert all(name.endswith(("conv1", "conv2")) for name in modulated)
     assert len(modulated) == 2 * (2 + 4 * 2)
     assert not any(name.endswith(("conv1", "conv2")) for name in plain)
-    # apart from the norms, a Stable Diffusion decoder's weights fit
+    # Apart from the norms, the weights of a Stable Diffusion decoder fit.
     rest = {key for key in decoder(**SMALL).state_dict() if ".norm" not in key and "conv_norm_out" not in key}
     assert rest <= keys
     assert {key.rsplit(".", 1)[1] for key in keys - rest} == {"scale", "gain"}
@@ -70,7 +70,7 @@ def test_shapes_and_gradients(norm, num_upsamplers):
     assert out.shape == (2, 12, 3 * 2**num_upsamplers, 5 * 2**num_upsamplers)
     out.square().sum().backward()
     for name, parameter in model.named_parameters():
-        # a bias of the keys shifts every logit of a query alike, so its gradient is zero but for rounding
+        # A bias of the keys shifts all logits of a query equally, so its gradient is zero up to rounding.
         assert parameter.grad.abs().sum() > 0 or name.endswith("to_k.bias"), name
     assert z.grad.abs().sum() > 0
 

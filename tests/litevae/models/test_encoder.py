@@ -1,4 +1,4 @@
-"""The encoder against Appendix G, written out again with PyWavelets and the paper's own names."""
+"""Tests of the encoder against Appendix G, reimplemented with PyWavelets and the paper's names."""
 
 import re
 
@@ -7,10 +7,14 @@ import pytest
 import pywt
 import torch
 import torch.nn.functional as F
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
+from litevae import LiteVAE
 from litevae.models import encoder as encoder_module
 from litevae.models.encoder import Encoder
+from litevae.models.layers import ResBlock
+from litevae_kernels.nn import SelfModulatedConv2d
 
 CONFIG = {
     "extractor_channels": 8,
@@ -19,6 +23,8 @@ CONFIG = {
     "aggregator_multipliers": (1, 3),
     "num_groups": 4,
 }
+DWT = {"encoder_type": "dwt", "latent_channels": 12}
+DWT_2 = {"encoder_type": "dwt-2", "latent_channels": 48}
 
 
 class PaperResBlock(nn.Module):
@@ -94,13 +100,13 @@ class PaperEncoder(nn.Module):
 
 
 def pywt_level(image: np.ndarray, level: int) -> np.ndarray:
-    """The coarsest sub-bands of a `level`-level transform, LL, H, V, D one after the other."""
+    """Returns the coarsest sub-bands of a `level`-level transform in the order LL, H, V, D."""
     low, high = pywt.wavedec2(image, "haar", mode="symmetric", level=level)[:2]
     return np.concatenate([low, *high], axis=1)
 
 
 def paper_name(name: str) -> str:
-    """The name in Appendix G of one of our parameters."""
+    """Returns the name that Appendix G gives to one of our parameters."""
     for ours, theirs in [
         (r"feature_extractors\.(\d)", lambda m: f"feature_extractor_L{int(m[1]) + 1}"),
         (r"downsamplers\.(\d)\.conv", lambda m: f"downsample_block_L{int(m[1]) + 1}"),
@@ -162,7 +168,7 @@ def test_pyramid_is_written_in_autocasts_dtype():
         out = model(image)
     assert seen == [torch.bfloat16]
     expected = model(image)
-    in_bfloat16 = model.bfloat16()(image)  # weights in bfloat16 too: the same roundings and more
+    in_bfloat16 = model.bfloat16()(image)  # the same roundings and more
     assert (out - expected).norm() < 2 * (in_bfloat16 - expected).norm()
     assert (in_bfloat16 - expected).norm() < 0.2 * expected.norm()
 
@@ -176,7 +182,7 @@ def test_fine_levels_are_extracted_slice_by_slice(monkeypatch, memory_format):
         extractor.register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape[::2]))
     monkeypatch.setitem(encoder_module.SLICE_PIXELS, "cpu", 2 * 16 * 24)
     model(image)
-    assert sizes == [(5, 16), (5, 8), (5, 4)]  # the gradient keeps the features in any case
+    assert sizes == [(5, 16), (5, 8), (5, 4)]  # the backward pass needs the features anyway
     sizes.clear()
     with torch.no_grad():
         sliced = model(image)
@@ -198,3 +204,91 @@ def test_compiles_whole():
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(image), model(image))
+
+
+# Variants of the encoder
+
+
+def moments(vae: LiteVAE, image: Tensor) -> Tensor:
+    return vae.encode(image).latent_dist.parameters
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [DWT, DWT_2], ids=["dwt", "dwt-2"])
+def test_wavelet_encoders_match_pywavelets(make_variant, square_image, options, dtype):
+    """The mean is the coarsest sub-bands of three levels, or of two with squares of 2x2 as channels."""
+    levels, side = (3, 1) if options is DWT else (2, 2)
+    posterior = make_variant(**options).to(dtype).encode(square_image).latent_dist
+    low, high, *_ = pywt.wavedec2(square_image.double().numpy(), "haar", level=levels)
+    bands = np.concatenate([low, *high], axis=1) / 2**levels
+    n, c, h, w = bands.shape
+    squares = bands.reshape(n, c, h // side, side, w // side, side).transpose(0, 1, 3, 5, 2, 4)
+    expected = torch.from_numpy(squares.reshape(n, c * side**2, h // side, w // side).copy())
+    eps = torch.finfo(dtype).eps
+    # Up to 3 levels of 3 additions each round values of at most 1 up to 9 times; the dtype rounds once more.
+    torch.testing.assert_close(
+        posterior.mean.double(), expected, atol=9 * min(eps, torch.finfo(torch.float32).eps), rtol=eps
+    )
+    assert posterior.mean.dtype == dtype
+    assert (posterior.logvar == -30).all()
+
+
+@pytest.mark.parametrize("options", [DWT, DWT_2], ids=["dwt", "dwt-2"])
+def test_wavelet_encoders_sample_is_the_mode(make_variant, square_image, options):
+    posterior = make_variant(**options).encode(square_image).latent_dist
+    sample = posterior.sample(torch.Generator().manual_seed(0))
+    # None of a few thousand draws is beyond 5 standard deviations of exp(-15), which are 13 roundings at 1.
+    torch.testing.assert_close(sample, posterior.mode(), atol=5 * np.exp(-15), rtol=1e-6)
+
+
+def test_shared_extractor_is_three_equal_ones(make_variant, square_image, tmp_path):
+    shared, separate = make_variant(shared_extractor=True), make_variant()
+    weights = shared.encoder.feature_extractors[0].state_dict()
+    for extractor in separate.encoder.feature_extractors:
+        extractor.load_state_dict(weights)
+    separate.encoder.downsamplers.load_state_dict(shared.encoder.downsamplers.state_dict())
+    separate.encoder.feature_aggregator.load_state_dict(shared.encoder.feature_aggregator.state_dict())
+    assert torch.equal(moments(shared, square_image), moments(separate, square_image))
+    shared.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
+    assert stored.keys() == shared.state_dict().keys()  # each weight is stored once
+    assert not any(name.startswith("encoder.feature_extractors.1") for name in stored)
+
+
+@pytest.mark.parametrize("finest_level", [2, 3])
+def test_without_the_finest_levels(make_variant, square_image, finest_level):
+    encoder = make_variant(finest_level=finest_level).encoder.double()
+    features = []
+    for index, level in enumerate(range(finest_level, 4)):
+        low, high, *_ = pywt.wavedec2(square_image.double().numpy(), "haar", level=level)
+        bands = torch.from_numpy(np.concatenate([low, *high], axis=1) / 2**level)
+        feature = encoder.feature_extractors[index](bands)
+        if level < 3:
+            convolution = encoder.downsamplers[index].conv
+            feature = F.conv2d(F.avg_pool2d(feature, 2), convolution.weight, convolution.bias, padding=1)
+        features.append(feature)
+    assert len(encoder.feature_extractors) == len(features)
+    expected = encoder.feature_aggregator(torch.cat(features, dim=1))
+    torch.testing.assert_close(encoder(square_image.double()), expected, atol=1e-12, rtol=1e-12)
+
+
+def test_self_modulated_encoder_is_equation_3(make_variant, square_image, unfused):
+    vae = make_variant(encoder_norm="smc").double()
+    blocks = [module for module in vae.encoder.modules() if isinstance(module, ResBlock)]
+    assert all(isinstance(block.conv1, SelfModulatedConv2d) for block in blocks)
+    assert not any(isinstance(module, nn.GroupNorm) for module in vae.encoder.modules())
+    expected = moments(unfused(vae), square_image.double())
+    torch.testing.assert_close(moments(vae, square_image.double()), expected, atol=1e-11, rtol=1e-11)
+
+
+def test_wavelet_encoder_is_checked_against_the_images_device(make_variant):
+    with pytest.raises(ValueError, match="image must be on the model's device cpu, got meta"):
+        make_variant(**DWT).encode(torch.zeros(1, 3, 16, 16, device="meta"))
+
+
+def test_shared_features_are_extracted_slice_by_slice(make_variant, square_image, monkeypatch):
+    monkeypatch.setitem(encoder_module.SLICE_PIXELS, "cpu", 16 * 16)
+    vae = make_variant(extractor="nafnet", shared_extractor=True).double()
+    whole = moments(vae, square_image.double())
+    with torch.no_grad():
+        torch.testing.assert_close(moments(vae, square_image.double()), whole, atol=1e-12, rtol=1e-12)

@@ -16,7 +16,7 @@ def test_keeps_the_size_of_its_input(size):
     assert unet(torch.randn(2, 6, *size)).shape == (2, 5, *size)
 
 
-def test_two_blocks_a_level_each_way_and_two_in_the_middle():
+def test_two_blocks_per_level_and_direction_and_two_in_the_middle():
     unet = FeatureUNet(6, 5, channels=4, multipliers=(1, 2, 4), num_groups=2)
     down = [block.conv1.out_channels for block in unet.encoder_blocks]
     up = [(block.conv1.in_channels, block.conv1.out_channels) for block in unet.decoder_blocks]

@@ -31,7 +31,7 @@ def test_encoder_starts_linear_at_the_scale_of_its_input(options):
     torch.manual_seed(0)
     model = LiteVAE.from_preset("litevae-s", **SMALL, **options)
     initialise(model)
-    # smooth, so that the coarse sub-bands hold all of it
+    # The image is smooth, so that the coarse sub-bands contain all of it.
     image = torch.nn.functional.interpolate(torch.rand(2, 3, 4, 4) * 2 - 1, size=64, mode="bilinear")
     with torch.no_grad():
         posterior = model.encode(image).latent_dist
@@ -77,7 +77,9 @@ def test_the_baselines_start_alike(use_1x1_conv):
     model = with_fresh_weights(config, 32)
     image = torch.rand(2, 3, 32, 32) * 2 - 1
     before = model.encoder.conv_in(image)
-    torch.testing.assert_close(model.encoder.down_blocks[0].resnets[0](before, None), before)  # no branch yet
+    torch.testing.assert_close(
+        model.encoder.down_blocks[0].resnets[0](before, None), before
+    )  # the branch is zero
     with torch.no_grad():
         posterior = model.encode(image).latent_dist
         assert (posterior.logvar + 4).abs().max() < 2

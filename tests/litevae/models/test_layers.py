@@ -34,7 +34,7 @@ def test_res_block_joins_a_skip(norm, out_channels):
 @pytest.mark.parametrize("norm", ["group", "smc", "none"])
 @pytest.mark.parametrize("out_channels", [8, 12])
 def test_res_block_changes_no_input_and_second_derivatives_are_right(norm, out_channels):
-    """Its residual is added in place, into what no derivative needs."""
+    """The residual is added in place, into a tensor that no derivative needs."""
     block = ResBlock(12, out_channels, num_groups=4, norm=norm).double().requires_grad_(False)
     x, skip = (torch.randn(1, c, 3, 2, dtype=torch.float64, requires_grad=True) for c in (8, 4))
     before = x.detach().clone(), skip.detach().clone()
@@ -45,7 +45,7 @@ def test_res_block_changes_no_input_and_second_derivatives_are_right(norm, out_c
 
 
 def test_group_norm_res_block_concatenates_nothing():
-    """Both layers that read a skip read it where it is; a 1x1 convolution of two inputs is a sum of two."""
+    """Both layers that take a skip read it directly: a 1x1 convolution of two inputs is a sum of two."""
     block = ResBlock(12, 8, num_groups=4)
     seen = []
     for layer in (block.norm1, block.conv_shortcut):
@@ -76,7 +76,7 @@ def test_folded_res_block_is_the_self_modulated_one():
     block.fold()
     assert set(block.state_dict()) == set(ResBlock(4, 8, num_groups=4, norm="none").state_dict())
     torch.testing.assert_close(block(x), expected)
-    block.fold()  # there is nothing left to do
+    block.fold()  # folding again changes nothing
     torch.testing.assert_close(block(x), expected)
 
 

@@ -1,4 +1,4 @@
-"""What the fused operators and half precision cost in accuracy: against float64, and on photographs."""
+"""Accuracy of the fused operators and of half precision, against float64 and on photographs."""
 
 import copy
 import math
@@ -15,17 +15,17 @@ from litevae_kernels.nn import SelfModulatedConv2d
 
 VARIANTS = {"group": {}, "smc": {"decoder_norm": "smc", "output_type": "wavelet"}}
 
-# In a ResBlock of two inputs the model without fusions rounds six tensors to the storage dtype: two activations, three
-# convolutions and the sum. Ours has two more, the skip's share of the shortcut and the sum of the shares, and fewer
-# inside the norms. Independent errors add up in squares, so the error is expected to be at most sqrt(8 / 6) = 1.15
-# times the other's; it is itself a random figure (a mean over channels whose errors depend on one another), for which
-# the rest of this is.
+# In a ResBlock with two inputs the unfused model rounds six tensors to the storage dtype: two activations, three
+# convolutions and the sum. The fused model rounds two more, the skip's share of the shortcut and the sum of the
+# shares, but fewer inside the norms. Independent errors add up in squares, so its error is expected to be at most
+# sqrt(8 / 6) = 1.15 times as large. The rest of this factor allows for chance: the error is a mean over channels whose
+# errors depend on one another.
 MORE_THAN_UNFUSED = 1.5
 
 
 @pytest.fixture(params=VARIANTS)
 def vae(request, tiny_config) -> LiteVAE:
-    """A model with nothing at its start."""
+    """Returns a model whose parameters all differ from their initial values."""
     torch.manual_seed(0)
     vae = LiteVAE(**{**tiny_config, **VARIANTS[request.param]})
     for name, parameter in vae.named_parameters():
@@ -39,7 +39,7 @@ def vae(request, tiny_config) -> LiteVAE:
 
 
 def step(vae: nn.Module, image: Tensor) -> list[Tensor]:
-    """The reconstruction, the moments, and a loss's gradients, laid end to end."""
+    """Returns the reconstruction, the moments and the concatenated gradients of a loss."""
     vae.zero_grad()
     moments = vae.encode(image).latent_dist.parameters
     sample = vae.decode(moments[:, : moments.shape[1] // 2]).sample
@@ -67,7 +67,7 @@ def test_fused_model_is_as_near_to_float64_as_the_unfused_one(vae, unfused, auto
     for a, b, truth in zip(ours, theirs, exact, strict=True):
         assert a.dtype == b.dtype
         error, error_unfused = distance(a, truth), distance(b, truth)
-        assert 0.1 * eps < error_unfused < 200 * eps  # it is rounding that is compared
+        assert 0.1 * eps < error_unfused < 200 * eps  # the errors are roundings
         assert error <= MORE_THAN_UNFUSED * error_unfused
 
 
@@ -79,15 +79,15 @@ def test_folded_model_is_as_near_to_float64_as_the_self_modulated_one(vae, unfus
         assert folded <= MORE_THAN_UNFUSED * distance(unfused(vae)(image).sample, exact)
 
 
-# Where the 3x3 convolutions have a kernel of their own, their error is 2.5 times a direct one's
-# (csrc/conv3x3/conv3x3.h). With two of a block's six roundings, squares add up to sqrt((4 + 2 * 2.5^2) / 6) = 1.7
-# times the error, of which the rest is chance.
+# The Winograd kernel of the 3x3 convolutions has 2.5 times the error of a direct convolution
+# (csrc/conv3x3/conv3x3.h). It affects two of a block's six roundings, so squares add up to
+# sqrt((4 + 2 * 2.5^2) / 6) = 1.7 times the error. The rest of this factor allows for chance.
 MORE_WITH_WINOGRAD = 2.0
 
 
 @pytest.fixture(params=VARIANTS)
 def wide(request, tiny_config) -> LiteVAE:
-    """A model whose layers are wide enough for every kernel."""
+    """Returns a model whose layers are wide enough for every kernel."""
     torch.manual_seed(0)
     widths = {"extractor_channels": 32, "aggregator_channels": 32, "block_out_channels": (32, 32, 64, 64)}
     return LiteVAE(**{**tiny_config, **widths, **VARIANTS[request.param]}).to(
@@ -131,7 +131,7 @@ def test_wide_model_compiles_whole(wide):
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """In dB, of images in [-1, 1]."""
+    """Returns the PSNR in dB of images in [-1, 1]."""
     return -10 * math.log10(((a.double().clamp(-1, 1) - b.double().clamp(-1, 1)) / 2).square().mean())
 
 
@@ -141,7 +141,7 @@ def photograph(name: str) -> Tensor:
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def trained(request) -> LiteVAE:
-    """LiteVAE-S with a narrow decoder, trained for a few seconds on crops of two photographs."""
+    """Returns LiteVAE-S with a narrow decoder, trained for a few seconds on crops of two photographs."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     vae = LiteVAE.from_preset(
@@ -168,9 +168,9 @@ def trained(request) -> LiteVAE:
     return vae.eval().requires_grad_(False)
 
 
-# The paper's best reconstructions have 30.91 dB (Table 1). For rounding errors, which know nothing of the error of
-# the reconstruction, to cost 0.1 dB there, they must lie this far below the image; a model as briefly trained as ours
-# here loses fewer of its own 15 dB.
+# The paper's best reconstructions have a PSNR of 30.91 dB (Table 1). Rounding errors, which are independent of the
+# reconstruction error, cost 0.1 dB there if their own PSNR has this value. The briefly trained model here has only
+# 15 dB, and loses less.
 NOISE = 30.91 - 10 * math.log10(10**0.01 - 1)
 
 
@@ -199,7 +199,7 @@ def test_half_precision_on_photographs(trained, dtype, how):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_large_activations_in_half_precision(trained, dtype):
-    """A residual stream at the end of float16's range, as some Stable Diffusion decoders have."""
+    """The residual stream nears the limit of float16's range, as in some Stable Diffusion decoders."""
     if trained.config.decoder_norm == "smc":
         pytest.skip("no norm: a large stream is a large image")
     image = photograph("chelsea")[None, :, 50:178, 100:228]
@@ -209,11 +209,11 @@ def test_large_activations_in_half_precision(trained, dtype):
     def note(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
         largest.append(float(output.abs().max()))
 
-    for layer in vae.decoder.modules():  # each of them writes the stream, or what is added to it
+    for layer in vae.decoder.modules():  # each writes the stream or is added to it
         if isinstance(layer, nn.Conv2d) and layer is not vae.decoder.conv_out:
             layer.register_forward_hook(note)
     vae(image)
-    # what the norms see is larger by this factor, and they take it out
+    # The inputs of the norms grow by this factor, which the norms remove.
     factor = 30_000 / max(largest)
     for name, layer in vae.decoder.named_modules():
         if isinstance(layer, nn.Conv2d | nn.Linear) and name.endswith(("conv_in", "conv2", "to_out.0")):

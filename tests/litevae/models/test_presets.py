@@ -4,7 +4,7 @@ import torch
 from litevae import LiteVAE
 from litevae.models.presets import PRESETS, get_preset
 
-# the paper prints 1.03, 6.75, 32.75 and 41.425 million
+# The paper prints 1.03, 6.75, 32.75 and 41.425 million.
 ENCODER_PARAMETERS = {
     "litevae-s": 1_038_308,
     "litevae-b": 6_753_252,

@@ -23,7 +23,6 @@ from litevae.data.squares import middle_square
 from litevae.errors import NonFiniteError, UserError
 from litevae.evaluation.metrics import psnr, ssim
 from litevae.evaluation.reconstruction import reconstruct
-from litevae.models.weights import save_model
 from litevae.training import load_config, train
 
 SHORT = ["max_steps=20", "data.size=32", "data.batch_size=2", "log_every=5", "validate_every=10"]
@@ -190,20 +189,6 @@ def test_output_folder_that_cannot_be_made(tmp_path):
         train(short(tmp_path / "file" / "run"))
 
 
-def test_failed_save_leaves_the_old_model(tmp_path, monkeypatch):
-    def fail(_):
-        raise OSError("disk full")
-
-    model = LiteVAE.from_preset("litevae-s", block_out_channels=(16, 16, 16, 16), num_groups=4)
-    save_model(model, tmp_path / "model")
-    before = (tmp_path / "model" / "config.json").read_text()
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
-        save_model(model, tmp_path / "model")
-    assert [p.name for p in tmp_path.iterdir()] == ["model"]
-    assert (tmp_path / "model" / "config.json").read_text() == before
-
-
 def test_a_run_that_really_diverges_ends_in_one_error_with_its_files(tmp_path):
     settings = [
         "data.size=16",
@@ -228,40 +213,6 @@ def test_a_folder_called_model_that_is_none_is_not_deleted(tmp_path):
     with pytest.raises(UserError, match="exists and is not a model"):
         train(short(tmp_path))
     assert precious.read_text() == "mine"
-
-
-class TestSavingOverAModel:
-    @pytest.fixture
-    def folder(self, tmp_path):
-        self.model = LiteVAE.from_preset("litevae-s", block_out_channels=(16, 16, 16, 16), num_groups=4)
-        save_model(self.model, tmp_path / "model")
-        return tmp_path / "model"
-
-    def test_the_old_one_survives_a_rename_that_fails(self, folder, monkeypatch):
-        original = os.rename
-
-        def rename(source, target):
-            if str(source).endswith(".new"):
-                raise OSError("disk")
-            original(source, target)
-
-        monkeypatch.setattr(os, "rename", rename)
-        with pytest.raises(OSError, match="disk"):
-            save_model(self.model, folder)
-        monkeypatch.undo()
-        LiteVAE.from_pretrained(folder)
-        assert [path.name for path in folder.parent.iterdir()] == ["model"]
-
-    def test_the_old_one_survives_a_kill_and_a_failing_save(self, folder, monkeypatch):
-        os.rename(folder, folder.with_name(".model.old"))  # killed between the two renames
-
-        def fail(_):
-            raise OSError("full")
-
-        monkeypatch.setattr(os, "fsync", fail)
-        with pytest.raises(OSError, match="full"):
-            save_model(self.model, folder)
-        LiteVAE.from_pretrained(folder)
 
 
 class TestTinyRun:

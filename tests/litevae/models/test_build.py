@@ -1,0 +1,110 @@
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from diffusers.models.resnet import ResnetBlock2D
+
+from litevae import LiteVAE
+from litevae.models.baseline import SmallEncoderVAE
+from litevae.models.build import with_fresh_weights
+from litevae.models.config import ModelConfig
+from litevae.training import load_config
+
+SMALL = {"block_out_channels": [32, 32, 64], "layers_per_block": 1, "num_groups": 16}
+
+
+def parameters(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_baselines_have_the_sizes_of_the_paper():
+    with torch.device("meta"):
+        sd, small, lite = (
+            with_fresh_weights(load_config(name).model, 256)
+            for name in ("imagenet-sd-vae", "imagenet-vae-small", "imagenet-b")
+        )
+    assert parameters(sd.encoder) == 34_163_592
+    assert parameters(small.encoder) == pytest.approx(6.75e6, rel=0.03)
+    assert parameters(lite.encoder) == 6_753_252
+    assert {parameters(model.decoder) for model in (sd, small, lite)} == {49_490_179}
+    assert (sd.quant_conv is None, lite.quant_conv is None) == (False, True)
+
+
+def test_preset_sizes_remain_by_override():
+    config = load_config("imagenet-b", ["model.preset=litevae-l", "model.latent_channels=12"])
+    with torch.device("meta"):
+        model = with_fresh_weights(config.model, 256)
+    assert isinstance(model, LiteVAE)
+    assert model.config.latent_channels == 12
+    assert parameters(model.encoder) > 41e6
+
+
+def test_settings_reach_litevae():
+    config = ModelConfig(
+        preset="litevae-s",
+        latent_channels=6,
+        decoder_norm="smc",
+        output_type="wavelet",
+        aggregator="vit",
+        finest_level=2,
+        **SMALL,
+    )
+    with torch.device("meta"):
+        model = with_fresh_weights(config, 64)
+    assert isinstance(model, LiteVAE)
+    settings = {"latent_channels": 6, "decoder_norm": "smc", "output_type": "wavelet", "finest_level": 2}
+    assert settings.items() <= model.config.items()
+    assert (model.config.extractor_channels, model.config.sample_size) == (16, 64)
+    assert model.encoder.image_size == 64
+
+
+@pytest.mark.parametrize("use_1x1_conv", [False, True])
+def test_sd_vae_is_diffusers_autoencoder(use_1x1_conv):
+    config = ModelConfig(kind="sd-vae", latent_channels=5, use_1x1_conv=use_1x1_conv, **SMALL)
+    with torch.device("meta"):
+        model = with_fresh_weights(config, 64)
+        oracle = AutoencoderKL(
+            block_out_channels=(32, 32, 64),
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            layers_per_block=1,
+            norm_num_groups=16,
+            latent_channels=5,
+            use_quant_conv=use_1x1_conv,
+            use_post_quant_conv=use_1x1_conv,
+        )
+    assert type(model) is AutoencoderKL
+    shapes, expected = ({k: v.shape for k, v in each.state_dict().items()} for each in (model, oracle))
+    assert shapes == expected
+    assert (model.config.sample_size, model.config.scaling_factor) == (64, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "widths"),
+    [
+        ({"kind": "vae-small", "block_out_channels": [32, 32, 64, 64]}, [64, 128, 224, 224]),
+        ({"kind": "vae-small", "encoder_block_out_channels": [32, 64, 96]}, [32, 64, 96]),
+        ({"kind": "sd-vae", "encoder_block_out_channels": [32, 64, 96]}, [32, 64, 96]),
+    ],
+    ids=str,
+)
+def test_baselines_with_an_encoder_of_other_widths(settings, widths):
+    with torch.device("meta"):
+        model = with_fresh_weights(ModelConfig(**{**SMALL, **settings}), 64)
+    assert isinstance(model, SmallEncoderVAE)
+    assert [block.resnets[0].conv1.out_channels for block in model.encoder.down_blocks] == widths
+
+
+@pytest.mark.parametrize("kind", ["litevae", "sd-vae"])
+def test_weights_are_initialised_for_training(kind):
+    model = with_fresh_weights(ModelConfig(kind=kind, preset="litevae-s", **SMALL), 64)
+    blocks = [module for module in model.modules() if type(module).__name__ in ("ResBlock", "ResnetBlock2D")]
+    assert blocks
+    assert all(isinstance(block, ResnetBlock2D) == (kind == "sd-vae") for block in blocks)
+    assert not any(block.conv2.weight.any() for block in blocks)
+
+
+def test_settings_that_do_not_go_together():
+    with pytest.raises(ValueError, match="latent_channels must be 12 for encoder_type='dwt', got 4"):
+        with_fresh_weights(ModelConfig(preset="litevae-s", encoder_type="dwt", **SMALL), 64)
+    with pytest.raises(ValueError, match="unknown preset 'litevae-xl'"):
+        with_fresh_weights(ModelConfig(preset="litevae-xl"), 64)

@@ -1,0 +1,82 @@
+"""The autoencoder in diffusers' pipelines, casting and offloading."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, DiTPipeline, DiTTransformer2DModel
+from diffusers.schedulers import DDIMScheduler
+from torch import nn
+
+from litevae import LiteVAE
+
+
+def test_stands_in_for_autoencoder_kl():
+    """The configuration has all entries of an AutoencoderKL's that image pipelines read."""
+    with torch.device("meta"):
+        ours = LiteVAE()
+        theirs = AutoencoderKL(block_out_channels=(32,) * 4, down_block_types=("DownEncoderBlock2D",) * 4)
+    needed = {
+        "in_channels",
+        "latent_channels",
+        "block_out_channels",
+        "scaling_factor",
+        "shift_factor",
+        "sample_size",
+        "force_upcast",
+    }
+    assert needed <= set(theirs.config)
+    assert needed <= set(ours.config)
+    assert len(ours.config.block_out_channels) == 4
+    assert not ours.config.force_upcast  # otherwise pipelines read the dtype of a post_quant_conv
+
+
+def test_runs_in_a_pipeline(make, tmp_path):
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=1,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=1,
+        sample_size=4,
+        num_embeds_ada_norm=1000,
+    )
+    vae = make(scaling_factor=0.5)
+    pipeline = DiTPipeline(transformer, vae, DDIMScheduler(num_train_timesteps=10))
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline([1], num_inference_steps=2, output_type="np").images
+    assert images.shape == (1, 32, 32, 3)
+    pipeline.save_pretrained(tmp_path)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path, vae=vae)
+    assert loaded.vae is vae
+    assert LiteVAE.from_pretrained(tmp_path, subfolder="vae").config.scaling_factor == 0.5
+
+
+@pytest.mark.parametrize("decoder_norm", ["group", "smc"])
+def test_layerwise_casting(make, image, decoder_norm):
+    vae = make(decoder_norm=decoder_norm)
+    rounded = copy.deepcopy(vae)
+    for name, module in rounded.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear) and "norm" not in name:
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(torch.float8_e4m3fn).float()
+    vae.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert vae.encoder.feature_aggregator.conv_in.weight.dtype == torch.float8_e4m3fn
+    assert vae.decoder.conv_in.weight.dtype == torch.float8_e4m3fn
+    with torch.no_grad():
+        assert torch.equal(vae(image).sample, rounded(image).sample)
+    with pytest.raises(TypeError, match=r"dtype torch\.float32, got torch\.float8_e4m3fn"):
+        vae.decode(torch.zeros(1, 4, 4, 4).to(torch.float8_e4m3fn))
+
+
+@pytest.mark.parametrize("decoder_norm", ["group", "smc"])
+def test_weights_that_are_offloaded_between_layers(make, image, decoder_norm):
+    from accelerate import cpu_offload
+
+    vae = make(decoder_norm=decoder_norm)
+    with torch.no_grad():
+        expected = vae(image).sample
+        cpu_offload(vae, execution_device="cpu")
+        assert vae.decoder.conv_in.weight.device.type == "meta"
+        assert torch.equal(vae(image).sample, expected)
+        assert torch.equal(vae.decode(vae.encode(image).latent_dist.mode()).sample, expected)
