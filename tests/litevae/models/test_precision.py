@@ -117,14 +117,21 @@ def test_wide_model_folds_to_equal_outputs(wide, autocast):
         assert torch.equal(vae.fold().decode(latent).sample, vae.decode(latent).sample)
 
 
-def test_wide_model_compiles_whole(wide):
+def test_wide_model_compiles_whole(wide, unfused):
+    """The compiled model rounds at other places: it may add a bias to a product that is rounded already."""
     torch._dynamo.reset()
     vae = wide.bfloat16().eval()
     with torch.no_grad():
+        exact = unfused(vae).double()
         decode = torch.compile(lambda z: vae.decode(z).sample, fullgraph=True, backend="aot_eager")
         for batch in (1, 2, 3):
             z = torch.randn(batch, 4, 4, 5).bfloat16().contiguous(memory_format=torch.channels_last)
-            torch.testing.assert_close(decode(z), vae.decode(z).sample)
+            truth = exact.decode(z.double()).sample
+            error, error_eager = (
+                distance(call(z), truth) for call in (decode, lambda z: vae.decode(z).sample)
+            )
+            assert error_eager < 0.1
+            assert error <= MORE_THAN_UNFUSED * error_eager
 
 
 # Half precision on photographs
