@@ -1,5 +1,5 @@
-// Runs every thread of the CUDA Haar kernels on the CPU, in a loop. test_haar_cuda_on_host.py compiles and
-// calls it.
+// Runs every thread of the CUDA Haar kernels in a loop on the CPU. test_haar_cuda_on_host.py compiles and
+// calls this file.
 #include <cstdio>
 
 #include "../../csrc/haar/plan.cuh"
@@ -8,9 +8,9 @@ namespace litevae {
 namespace {
 
 int64_t misaligned, inside_threads, edge_threads;
-int64_t kinds;  // bit k: some pass took Kind k
+int64_t kinds;  // bit k: at least one pass used Kind k
 
-// A GPU stops at a vector access that is not aligned.
+// A misaligned vector access is an error on a GPU.
 void check_alignment(const void* address, int64_t bytes) {
   if (reinterpret_cast<uintptr_t>(address) % bytes != 0) ++misaligned;
 }
@@ -33,8 +33,8 @@ struct Loop {
 }  // namespace
 }  // namespace litevae
 
-// `tensors`: address and four strides of the image and then of LL, H, V, D of each level, finest first;
-// address 0: no such band. `report`: misaligned accesses, fast threads, slow threads, kinds of kernels.
+// `tensors`: address and four strides of the image, then of LL, H, V, D of each level, finest first; address
+// 0: there is no such band. `report`: misaligned accesses, fast threads, slow threads, kinds of kernels.
 extern "C" void run_haar(int analysis, const int64_t* size, int levels, int mode, double factor,
                          int image_dtype, int coeff_dtype, const int64_t* tensors, void* scratch,
                          int64_t* report) {
