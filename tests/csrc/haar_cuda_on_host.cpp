@@ -33,8 +33,8 @@ struct Loop {
 }  // namespace
 }  // namespace litevae
 
-// `tensors`: address and four strides of the image, then of LL, H, V, D of each level, finest first; address
-// 0: there is no such band. `report`: misaligned accesses, fast threads, slow threads, kinds of kernels.
+// `tensors`: address and four strides of the image and then of LL, H, V, D of each level, finest first;
+// address 0: no such band. `report`: misaligned accesses, fast threads, slow threads, kinds of kernels.
 extern "C" void run_haar(int analysis, const int64_t* size, int levels, int mode, double factor,
                          int image_dtype, int coeff_dtype, const int64_t* tensors, void* scratch,
                          int64_t* report) {

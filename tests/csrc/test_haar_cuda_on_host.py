@@ -178,7 +178,7 @@ def check_case(on_host, rng: random.Random, case: Case) -> tuple[set[str], int]:
         report,
     )
     assert report[0] == 0, f"{report[0]} misaligned vector accesses"
-    assert bool(scratch[elements:].isnan().all()), "written beyond the scratch memory"
+    assert bool(scratch[elements:].isnan().all()), "written behind the scratch"
     f64 = torch.float64
     if analysis:
         expected = reference.analysis(image.view.double(), levels, mode, scale, stacked, f64, False)
