@@ -123,20 +123,20 @@ void launch_levels(const Pass& p, const Launch& launch) {
   }
 }
 
-// `One` loads one type, for the layouts that are worth a kernel per type. `Shared` loads either 16-bit type.
-template <bool kAnalysis, class One, class Shared, class Launch>
+// `Exact` loads one type, for layouts that are worth a kernel per type. `Either` loads both 16-bit types.
+template <bool kAnalysis, class Exact, class Either, class Launch>
 void launch_kind(const Pass& p, Kind kind, const Launch& launch) {
   switch (kind) {
     case Kind::planar:
-      return launch_levels<kAnalysis, One, float, Kind::planar>(p, launch);
+      return launch_levels<kAnalysis, Exact, float, Kind::planar>(p, launch);
     case Kind::pixels_planar:
-      return launch_levels<kAnalysis, One, float, Kind::pixels_planar>(p, launch);
+      return launch_levels<kAnalysis, Exact, float, Kind::pixels_planar>(p, launch);
     case Kind::pixels_interleaved:
-      return launch_levels<kAnalysis, One, float, Kind::pixels_interleaved>(p, launch);
+      return launch_levels<kAnalysis, Exact, float, Kind::pixels_interleaved>(p, launch);
     case Kind::channels:
-      return launch_levels<kAnalysis, Shared, float, Kind::channels>(p, launch);
+      return launch_levels<kAnalysis, Either, float, Kind::channels>(p, launch);
     default:
-      return launch_levels<kAnalysis, Shared, float, Kind::any>(p, launch);
+      return launch_levels<kAnalysis, Either, float, Kind::any>(p, launch);
   }
 }
 

@@ -103,8 +103,8 @@ def check(out: Tensor, exact: Tensor, magnitude: Tensor, roundings: int, accumul
     """
     budget = roundings * 0.5 * torch.finfo(accumulate).eps * magnitude.double()
     store = torch.finfo(out.dtype)
-    truncates = INTERPRETED and out.dtype == torch.bfloat16  # as the interpreter does
-    steps = 1.0 if truncates else 0.5
+    to_bfloat16 = INTERPRETED and out.dtype == torch.bfloat16  # the interpreter truncates
+    steps = 1.0 if to_bfloat16 else 0.5
     budget += steps * store.eps * (exact.abs() + budget) + store.smallest_normal * store.eps
     if accumulate == torch.float64 and out.dtype in (torch.float16, torch.bfloat16):
         budget += torch.finfo(torch.float32).eps * exact.abs()  # the conversion goes through float32
@@ -122,7 +122,7 @@ def coeff_shapes(
 
 
 def magnitudes(image: Tensor, levels: int, mode: str, scale: float, stacked: bool) -> list[Tensor]:
-    """Bounds of the terms' sums: each sub-band's is the LL of the absolute values at its level."""
+    """Returns a bound of each coefficient's sum of absolute terms: the LL of the absolute image at its level."""
     out = reference.analysis(image.abs(), levels, mode, scale, True, torch.float64, False)
     c = image.shape[1]
     bounds = [x[:, :c] for x in out]
