@@ -1,11 +1,12 @@
-// Haar analysis and synthesis on the CPU: one pass, any number of levels, row by row.
+// Haar analysis and synthesis on the CPU: one pass over the image for any number of levels, row by row.
 //
 // Both directions are recursions over rows, so a block of 2^levels image rows stays in the first-level cache
-// while all its coefficients are made. A row is `pixels x lanes` values, dense: lanes is 1 for planar tensors
-// and the channel count where channels are innermost. Rows whose storage is already such values are used in
-// place; others (half types, strided) pass through a scratch row.
+// while all its coefficients are computed. A row is a dense array of `pixels x lanes` values: lanes is 1 for
+// planar tensors, and the number of channels where channels are innermost. Rows that are stored in this form
+// are used in place; others (half types, strided) are copied through a scratch row.
 //
-// Compiled once an instruction set: only internal linkage and no library templates below.
+// This file is compiled once per instruction set, so everything below has internal linkage, and no library
+// templates are used.
 #include <cstdlib>
 #include <new>
 
@@ -22,13 +23,13 @@ namespace {
 
 using namespace haar;
 
-// Where a row of the four sub-bands goes. `keep` is a second copy of LL, for the next level to read; either
-// may be null.
+// Destination of one row of the four sub-bands. `keep` is a second copy of LL that the next level reads; both
+// to[kLL] and `keep` may be null.
 template <class T>
 struct BandRows {
   T* to[4];
   T* keep;
-  bool stream;  // write `to` past the cache
+  bool stream;  // stores to `to` bypass the cache
 };
 
 template <class T>
@@ -39,14 +40,14 @@ void put_quad(const BandRows<T>& rows, int64_t at, const Quad<T>& q) {
 }
 
 #if LITEVAE_SIMD
-// Two passes over the rows (the second reads the first-level cache): one of sums for LL and V, one of
-// differences for H and D. Two streams of stores at a time run faster than four.
+// There are two passes over the rows, and the second reads from the first-level cache: sums give LL and V,
+// differences give H and D. Two streams of stores at a time are faster than four.
 template <bool kStream>
 int64_t analysis_vectors(const float* r0, const float* r1, const BandRows<float>& rows, int64_t pairs,
                          float factor) {
   const auto write = [](VecF value, float* to) { kStream ? value.stream(to) : value.store(to); };
   const VecF f = VecF::set(factor);
-  // Copies, because vector stores may alias anything.
+  // Local copies, because the compiler assumes that vector stores alias `rows`.
   float *const to_ll = rows.to[kLL], *const to_h = rows.to[kH], *const to_v = rows.to[kV];
   float *const to_d = rows.to[kD], *const keep = rows.keep;
   const int64_t end = pairs / VecF::width * VecF::width;
@@ -100,7 +101,8 @@ int64_t synthesis_vectors(const float* ll, const float* h, const float* v, const
 }
 #endif
 
-// How many of the pairs the vector code did; types and machines without vector code: none.
+// The vector functions return the number of pairs that they did. Types and machines without vector code do
+// none.
 template <class T>
 int64_t analysis_vectors(const T*, const T*, const BandRows<T>&, int64_t, T) {
   return 0;
@@ -134,18 +136,18 @@ void synthesis_pairs(const T* ll, const T* h, const T* v, const T* d, T* r0, T* 
   }
 }
 
-// One channel's plane (or with several lanes one image) of a stored tensor.
+// One channel of a stored tensor, or with several lanes one image of it.
 struct Plane {
-  char* first;      // its first row; null: none
+  char* first;      // the first row; null: there is no such band
   int64_t row;      // bytes from row to row
   int64_t pixel;    // elements from pixel to pixel
-  bool in_place;    // rows are dense values of the type computed in, and used as they are
-  bool streamable;  // in place, and every row is a number of whole cache lines
+  bool in_place;    // rows are dense, of the arithmetic's type, and used without a copy
+  bool streamable;  // in place, and every row consists of whole cache lines
 
   char* at(int64_t y) const { return first + y * row; }
 };
 
-// What both directions need: level sizes, the plane at hand, and scratch rows.
+// The parts that both directions share: level sizes, the current plane, and scratch rows.
 template <class T>
 class Rows {
  public:
@@ -167,14 +169,14 @@ class Rows {
   Rows(const Rows&) = delete;
   Rows& operator=(const Rows&) = delete;
 
-  // Room for `rows` rows as long as the image's, cache-line aligned; every row has one pixel to spare.
+  // Allocates `rows` scratch rows, aligned to cache lines; each holds an image row and one more pixel.
   void reserve(int64_t rows) {
     pitch = ((p.width + 1) * lanes * sizeof(T) + 127) / 64 * 64 + 64;
     arena = static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(pitch * rows)));
   }
   T* take() { return arena == nullptr ? nullptr : reinterpret_cast<T*>(arena + pitch * taken++); }
 
-  // Whether this is another plane than the last one.
+  // Makes this the current plane. Returns whether it was another one before.
   bool select(int64_t n, int64_t c) {
     if (n == selected_n && c == selected_c) return false;
     selected_n = n, selected_c = c;
@@ -226,22 +228,22 @@ class Analysis : public Rows<T> {
     for (int band = 0; band < 4; ++band) discard.first[band] = scratch[band];
   }
 
-  // All coefficients that come from row `row` of the coarsest level.
+  // Stores row `row` of the coarsest level and all finer coefficients under it.
   void run(int64_t n, int64_t c, int64_t row) {
-    if (this->select(n, c)) aim();
+    if (this->select(n, c)) set_targets();
     ll_row(p.levels, row, 0, true);
   }
 
  private:
-  // Where the rows of a level's bands are computed: in place, or all in one scratch row (pitch 0) to be
-  // stored from there. A band that is not wanted has no address, except that scratch rows do no harm.
+  // Where the rows of a level's bands are computed: in place, or each in one scratch row (pitch 0) from which
+  // it is stored (`staged`). A band that is not wanted has a null address.
   struct Target {
     T* first[4];
     int64_t pitch[4];
     bool staged, stream;
   };
 
-  void aim() {
+  void set_targets() {
     for (int level = 1; level <= p.levels; ++level) {
       Target& target = targets[level];
       target.staged = false, target.stream = true;
@@ -263,7 +265,8 @@ class Analysis : public Rows<T> {
     return ll[0][slot];
   }
 
-  // Row `row` of level `level`'s LL (level 0: the image); with `store`, its bands are written as well.
+  // Returns row `row` of level `level`'s LL (level 0: the image). With `store`, all sub-bands under it are
+  // stored as well; otherwise they go to scratch rows.
   const T* ll_row(int level, int64_t row, int slot, bool store) {
     if (level == 0) return image_row(row, slot);
     const T* top = ll_row(level - 1, 2 * row, 0, store);
@@ -301,10 +304,10 @@ class Analysis : public Rows<T> {
   T *ll[kMaxLevels + 1][2], *scratch[4], *zeros;
 };
 
-// The adjoint of Analysis, and with mode `zero` and factor 1/2 its inverse. Rows are pulled: an image row
-// asks for the coefficient row below it, which asks for the LL row of the next level. The last pair made at
-// each level is kept, so that each is made once; the fold of an odd axis' missing sample may ask for another
-// row of the plane (reflect, periodic), and has a place of its own.
+// The adjoint of Analysis; with mode `zero` and factor 1/2 also its inverse. Rows are pulled: an image row
+// needs the coefficient row that covers it, which needs the LL row of the next level. Each level keeps the
+// last pair of rows that it computed, so that no pair is computed twice. The fold of an odd axis' missing
+// sample may need another row of the plane (reflect, periodic), so it has a second pair.
 template <class T>
 class Synthesis : public Rows<T> {
   using Rows<T>::p;
@@ -322,7 +325,7 @@ class Synthesis : public Rows<T> {
     for (T*& row : band_row) row = this->take();
   }
 
-  // All image rows that come from row `row` of the coarsest level.
+  // Stores all image rows under row `row` of the coarsest level.
   void run(int64_t n, int64_t c, int64_t row) {
     this->select(n, c);
     for (int level = 0; level <= p.levels; ++level) pairs[level][0].row = pairs[level][1].row = -1;
@@ -332,8 +335,8 @@ class Synthesis : public Rows<T> {
     for (int64_t i = first; i < last && i < height[1]; ++i) {
       const int64_t y = 2 * i;
       if (in_place && y + 1 < height[0] && !receives_fold(0, y) && !receives_fold(0, y + 1)) {
-        make(1, i, reinterpret_cast<T*>(image.at(y)), reinterpret_cast<T*>(image.at(y + 1)),
-             image.streamable);
+        compute_pair(1, i, reinterpret_cast<T*>(image.at(y)), reinterpret_cast<T*>(image.at(y + 1)),
+                     image.streamable);
         continue;
       }
       for (int64_t r = y; r < y + 2 && r < height[0]; ++r)
@@ -358,7 +361,7 @@ class Synthesis : public Rows<T> {
     return band_row[band];
   }
 
-  // Row `row` of level `level`'s LL: what was given plus what comes from the coarser levels.
+  // Row `row` of level `level`'s LL: the given coefficients plus the share of the coarser levels.
   const T* ll_row(int level, int64_t row) {
     const T* coarser = level < p.levels ? level_row(level, row) : nullptr;
     if (this->bands[level][kLL].first == nullptr) return coarser;
@@ -369,8 +372,9 @@ class Synthesis : public Rows<T> {
     return sum;
   }
 
-  // The two rows of level `level - 1` under coefficient row `row` of level `level`, columns folded.
-  void make(int level, int64_t row, T* upper, T* lower, bool stream) {
+  // Computes the two rows of level `level - 1` under coefficient row `row` of level `level`, and folds the
+  // missing column.
+  void compute_pair(int level, int64_t row, T* upper, T* lower, bool stream) {
     const T* ll = ll_row(level, row);
     const T* h = coefficients(level, kH, row);
     const T* v = coefficients(level, kV, row);
@@ -385,18 +389,21 @@ class Synthesis : public Rows<T> {
     }
   }
 
-  const T* half(int level, int64_t row, Pair& pair) {
+  // Row `row` of level `level`'s LL as the coefficients of level + 1 give it, without the fold of a missing
+  // row.
+  const T* row_of_pair(int level, int64_t row, Pair& pair) {
     if (pair.row != row / 2) {
-      make(level + 1, row / 2, pair.upper, pair.lower, false);
+      compute_pair(level + 1, row / 2, pair.upper, pair.lower, false);
       pair.row = row / 2;
     }
     return row % 2 == 0 ? pair.upper : pair.lower;
   }
 
+  // Row `row` of level `level`'s LL (level 0: the image) from the coarser levels.
   const T* level_row(int level, int64_t row) {
-    const T* own = half(level, row, pairs[level][0]);
+    const T* own = row_of_pair(level, row, pairs[level][0]);
     if (!receives_fold(level, row)) return own;
-    const T* missing = half(level, height[level], pairs[level][1]);
+    const T* missing = row_of_pair(level, height[level], pairs[level][1]);
     T* __restrict sum = folded[level];
     for (int64_t i = 0; i < width[level] * lanes; ++i) sum[i] = own[i] + missing[i];
     return sum;
@@ -406,7 +413,7 @@ class Synthesis : public Rows<T> {
   T *total[kMaxLevels + 1], *folded[kMaxLevels + 1], *band_row[4];
 };
 
-// Channels are the lanes of a row where they are innermost in the image and in every band.
+// Lanes per pixel: the channels where they are innermost in the image and in every band, otherwise 1.
 int64_t lanes_of(const Transform& p) {
   if (p.channels == 1 || p.image.c != 1) return 1;
   for (int level = 0; level < p.levels; ++level)
@@ -415,7 +422,7 @@ int64_t lanes_of(const Transform& p) {
   return p.channels;
 }
 
-// Results this large leave the caches before anyone reads them; writing past the caches spares reading the
+// Results of this size leave the caches before they are read. Stores that bypass the caches save reading the
 // lines first.
 constexpr int64_t kStreamBytes = int64_t{8} << 20;
 
@@ -424,20 +431,21 @@ void run(const Transform& p, int threads) {
   const int64_t lanes = lanes_of(p), channels = p.channels / lanes;
   int64_t rows = p.height;
   for (int level = 0; level < p.levels; ++level) rows = half_up(rows);
-  // Rows innermost for planar tensors; channels innermost where several channels share a cache line.
-  const bool shared = p.image.c == 1 || p.bands[p.levels - 1][kH].c == 1;
-  const int64_t inner = shared ? channels : rows;
+  // Tasks run along the rows of a plane, or along channels where several channels share a cache line.
+  const bool channels_inner = p.image.c == 1 || p.bands[p.levels - 1][kH].c == 1;
+  const int64_t inner = channels_inner ? channels : rows;
   const int64_t elements = p.batch * p.channels * p.height * p.width;
-  if (elements < 1 << 15) threads = 1;  // a thread's start costs more
+  if (elements < 1 << 15) threads = 1;  // starting a thread would cost more
   const bool stream = lanes == 1 && elements * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
-  bool out_of_memory = false;  // an exception must not leave a thread of the team
+  bool out_of_memory = false;  // an exception must not leave a thread of the team, so it is thrown afterwards
   parallel_for(p.batch * channels * rows, threads, [&](int64_t begin, int64_t end) {
     Direction<T> direction(p, lanes, stream);
     if (!direction.ready()) return __atomic_store_n(&out_of_memory, true, __ATOMIC_RELAXED);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t n = task / (channels * rows), rest = task % (channels * rows);
       const int64_t outer_index = rest / inner, inner_index = rest % inner;
-      direction.run(n, shared ? inner_index : outer_index, shared ? outer_index : inner_index);
+      direction.run(n, channels_inner ? inner_index : outer_index,
+                    channels_inner ? outer_index : inner_index);
     }
   });
   if (out_of_memory) throw std::bad_alloc();

@@ -1,5 +1,5 @@
-// Cuts a transform into passes of up to three levels, and picks the kernel of each. Plain host code; `launch`
-// decides what running a kernel means, so that tests can do it on the CPU.
+// Divides a transform into passes of up to three levels, and picks the kernel of each. This is plain host
+// code; `launch` runs a kernel, so that tests can run it on the CPU.
 #pragma once
 
 #include "tile.cuh"
@@ -17,7 +17,7 @@ struct Shape {
   int64_t batch, channels;
 };
 
-// Which kernels can serve a pass. Strides of axes that are one long mean nothing.
+// Decides which kernel can run a pass. The stride of an axis of length 1 is never used, so it is not checked.
 class Layouts {
  public:
   Layouts(const Pass& p, const Shape& shape) : p(p), shape(shape) {}
@@ -37,13 +37,13 @@ class Layouts {
   int64_t coeff_size() const { return element_size(p.coeff_dtype); }
   int64_t height(int level) const { return (p.height + (int64_t{1} << level) - 1) >> level; }
   int64_t width(int level) const { return (p.width + (int64_t{1} << level) - 1) >> level; }
-  // Rows of whole vectors from every n and h; c and w as asked.
+  // Whether vectors are aligned for every n and h, and with `c` and `w` for every channel and column.
   bool rows_fit(const Band& b, int64_t element, int level, int64_t bytes, bool c, bool w) const {
     return aligned(b, element, vector_bytes(bytes), shape.batch > 1, c && shape.channels > 1,
                    height(level) > 1, w && width(level) > 1);
   }
 
-  // The kernels of vectors take the strides of a level's H for all its bands.
+  // Kernels that use vectors take the strides of a level's H for all its bands.
   template <class Fits>
   bool each_band(const Fits& fits) const {
     for (int level = 1; level <= p.levels; ++level)
@@ -70,7 +70,7 @@ class Layouts {
     return p.image.c == 1 && p.image.w == 3 &&
            rows_fit(p.image, image_size(), 0, 3 * kTileWidth * image_size(), false, false);
   }
-  // All 12 coefficients of a pixel adjacent, and the pixels of a row too.
+  // Whether the 12 coefficients of a pixel are adjacent, and the pixels of a row too.
   bool coeffs_are_pixels() const {
     for (int level = 0; level < p.levels; ++level)
       for (int band = 0; band < 4; ++band) {
@@ -96,10 +96,10 @@ class Layouts {
   const Shape& shape;
 };
 
-// Which tiles of an axis lie inside: whole, and for synthesis without part in the fold of a missing sample,
-// at every level. Level sizes are even as long as 2^levels divides the length. Otherwise the last tile is
-// cut, and the fold of a missing sample goes to it, or for reflect perhaps to the tile before; for periodic
-// to the first.
+// Finds the tiles of an axis that lie inside: they are whole, and for synthesis they take no part in the fold
+// of a missing sample at any level. If 2^levels divides the length, all level sizes are even and there is no
+// fold. Otherwise the last tile is incomplete, and the fold goes to that tile; for reflect it may go to the
+// tile before, and for periodic it goes to the first.
 template <bool kAnalysis>
 void inside(int64_t length, int64_t tile, const Pass& p, int64_t& first, int64_t& count) {
   int64_t end = length / tile;
@@ -123,20 +123,20 @@ void launch_levels(const Pass& p, const Launch& launch) {
   }
 }
 
-// `Precise`: for kernels that are worth one for each type; `Coarse`: the two 16-bit types together.
-template <bool kAnalysis, class Precise, class Coarse, class Launch>
+// `Exact` loads one type, for layouts that are worth a kernel per type. `Either` loads both 16-bit types.
+template <bool kAnalysis, class Exact, class Either, class Launch>
 void launch_kind(const Pass& p, Kind kind, const Launch& launch) {
   switch (kind) {
     case Kind::planar:
-      return launch_levels<kAnalysis, Precise, float, Kind::planar>(p, launch);
+      return launch_levels<kAnalysis, Exact, float, Kind::planar>(p, launch);
     case Kind::pixels_planar:
-      return launch_levels<kAnalysis, Precise, float, Kind::pixels_planar>(p, launch);
+      return launch_levels<kAnalysis, Exact, float, Kind::pixels_planar>(p, launch);
     case Kind::pixels_interleaved:
-      return launch_levels<kAnalysis, Precise, float, Kind::pixels_interleaved>(p, launch);
+      return launch_levels<kAnalysis, Exact, float, Kind::pixels_interleaved>(p, launch);
     case Kind::channels:
-      return launch_levels<kAnalysis, Coarse, float, Kind::channels>(p, launch);
+      return launch_levels<kAnalysis, Either, float, Kind::channels>(p, launch);
     default:
-      return launch_levels<kAnalysis, Coarse, float, Kind::any>(p, launch);
+      return launch_levels<kAnalysis, Either, float, Kind::any>(p, launch);
   }
 }
 
@@ -154,7 +154,7 @@ void run_pass(Pass p, const Shape& shape, bool in_double, const Launch& launch) 
 
   const DType from = kAnalysis ? p.image_dtype : p.coeff_dtype;
   const Kind kind = Layouts(p, shape).kind();
-  // Float64 that is not planar, or mixed, is for checking derivatives: the slow path takes all of it.
+  // Float64 that is mixed or not planar serves to check derivatives, so the slow path takes all of it.
   const bool all_slow = in_double && (kind != Kind::planar || p.image_dtype != p.coeff_dtype);
   if (p.nx == 0 || p.ny == 0 || all_slow) p.x0 = p.nx = p.y0 = p.ny = 0;
   const Band& to = kAnalysis ? p.bands[p.levels - 1][kH] : p.image;
@@ -185,8 +185,8 @@ void run_pass(Pass p, const Shape& shape, bool in_double, const Launch& launch) 
   }
 }
 
-// `scratch` holds the LL of every third level but the last, one behind the other, in the type of the
-// arithmetic.
+// `scratch` holds the LL between passes, that of every third level but the last, one after the other, in the
+// type of the arithmetic.
 template <bool kAnalysis, class Launch>
 void run(const Transform& call, void* scratch, const Launch& launch) {
   constexpr int kPasses = (kMaxLevels + kPassLevels - 1) / kPassLevels;

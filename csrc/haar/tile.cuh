@@ -1,6 +1,6 @@
-// What one GPU thread does: one tile of the image, 8 pixels wide and 2^levels high, and all its coefficients,
-// up to three levels deep. Tiles that reach over the border or take part in an extension go through a slow
-// path of their own, which follows every value through the levels by itself.
+// The work of one GPU thread: one tile of the image, 8 pixels wide and 2^levels high, and all its
+// coefficients, up to three levels deep. Tiles that cross the border or take part in an extension take a slow
+// path, which follows every value through the levels separately.
 #pragma once
 
 #include "../common/device.cuh"
@@ -12,14 +12,14 @@ namespace haar {
 constexpr int kPassLevels = 3;
 constexpr int kTileWidth = 1 << kPassLevels;
 
-// One launch: up to three levels of a transform. Strides are in bytes when kernels see them: addresses then
-// do not depend on the element type.
+// One launch: up to three levels of a transform. Kernels get strides in bytes, so that addresses do not
+// depend on the element type.
 struct Pass {
   int64_t threads;
-  int64_t channel_groups;    // what one thread handles of the channels, and how many of those there are
-  int64_t x0, y0, nx, ny;    // the tiles inside (fast) ...
-  int64_t tiles_x, tiles_y;  // ... and all tiles; the slow path handles the difference
-  bool channels_first;       // neighbouring threads take neighbouring channels, not neighbouring tiles
+  int64_t channel_groups;    // number of groups of channels; one thread handles one group
+  int64_t x0, y0, nx, ny;    // first tile and number of tiles of the fast path
+  int64_t tiles_x, tiles_y;  // number of all tiles; the slow path handles the others
+  bool channels_first;       // neighbouring threads take neighbouring channels rather than neighbouring tiles
 
   int64_t height, width;
   int levels;
@@ -28,17 +28,17 @@ struct Pass {
   DType image_dtype, coeff_dtype;
   Band image;
   Band bands[kPassLevels][4];
-  Band carry;  // the last level's LL on its way to or from the next pass, in the type of the arithmetic; or
+  Band carry;  // the last level's LL, on its way to or from the next pass, in the arithmetic's type; may be
                // null
 };
 
-// How the elements that a thread reads and writes lie in memory.
+// Memory layout of the elements that a thread reads and writes.
 enum class Kind {
   any,                // any strides: single elements
-  planar,             // rows of pixels: vectors along a row
-  channels,           // channels innermost, an even number: two channels a thread
-  pixels_planar,      // three channels: rows of pixels in the image, all 12 coefficients of a pixel together
-  pixels_interleaved  // three channels: both with the channels innermost
+  planar,             // contiguous rows: vectors along a row
+  channels,           // channels innermost, an even number of them: two channels per thread
+  pixels_planar,      // three channels: contiguous rows in the image, the 12 coefficients of a pixel adjacent
+  pixels_interleaved  // three channels: channels innermost in the image and in the coefficients
 };
 
 LITEVAE_CONSTEXPR int lanes_of(Kind kind) {
@@ -47,11 +47,11 @@ LITEVAE_CONSTEXPR int lanes_of(Kind kind) {
 
 namespace {
 
-// What the arithmetic runs in is float or double.
+// The arithmetic uses float or double.
 template <class T>
 constexpr DType kDTypeOf = sizeof(T) == 8 ? DType::f64 : DType::f32;
 
-// --- Moving runs of N adjacent elements.
+// --- Loads and stores of N adjacent elements.
 
 template <class S>
 struct Load {
@@ -80,8 +80,8 @@ struct Store {
   }
 };
 
-// Calls body with the Store of a type known at run time: a third of the kernels to compile. Only float64 goes
-// with float64 on the fast path.
+// Calls body with the Store of a type known at run time, which saves two thirds of the kernels. On the fast
+// path float64 is stored only by kernels that compute in float64.
 template <class T, class Body>
 LITEVAE_DEVICE void with_store(DType dtype, const Body& body) {
   if constexpr (sizeof(T) == 8)
@@ -94,20 +94,20 @@ LITEVAE_DEVICE void with_store(DType dtype, const Body& body) {
     body(Store<BFloat16>());
 }
 
-// --- Where a thread works.
+// --- The position of a thread.
 
 struct Place {
   int64_t n, c, y, x;  // c: first channel; y, x: tile
 };
 
-// Divides `rest` in place and returns the remainder.
-LITEVAE_DEVICE int64_t split(int64_t& rest, int64_t by) {
-  if (((rest | by) >> 32) == 0) {
-    const uint32_t a = static_cast<uint32_t>(rest), b = static_cast<uint32_t>(by), quotient = a / b;
+// Takes the innermost index, of an axis of length `size`, out of the flat index `rest`.
+LITEVAE_DEVICE int64_t pop_index(int64_t& rest, int64_t size) {
+  if (((rest | size) >> 32) == 0) {  // 32-bit division is much faster
+    const uint32_t a = static_cast<uint32_t>(rest), b = static_cast<uint32_t>(size), quotient = a / b;
     rest = quotient;
     return a - quotient * b;
   }
-  const int64_t quotient = rest / by, remainder = rest - quotient * by;
+  const int64_t quotient = rest / size, remainder = rest - quotient * size;
   rest = quotient;
   return remainder;
 }
@@ -116,7 +116,7 @@ LITEVAE_DEVICE int64_t offset(const Band& b, int64_t n, int64_t c, int64_t y, in
   return n * b.n + c * b.c + y * b.h + x * b.w;
 }
 
-// --- Rows of N pixels, from the first channel of the first pixel on; `b` has the strides.
+// --- Rows of N pixels. `first` is the first channel of the first pixel, and `b` has the strides.
 
 template <Kind kKind, int N, class T, class Move>
 LITEVAE_DEVICE void move_row(char* first, const Band& b, const Move& move, T (&v)[lanes_of(kKind)][N]) {
@@ -150,7 +150,7 @@ LITEVAE_DEVICE void move_row(char* first, const Band& b, const Move& move, T (&v
   }
 }
 
-// One place in each of the four sub-bands of a level. Only `any` lets their strides differ.
+// One position in each of the four sub-bands of a level. Their strides may differ only for Kind::any.
 template <Kind kKind>
 struct BandPlaces {
   const Band (&bands)[4];
@@ -166,7 +166,7 @@ struct BandPlaces {
   LITEVAE_DEVICE bool has_ll() const { return bands[kLL].data != nullptr; }
 };
 
-// Row r of all four sub-bands, counted from `places`. A load leaves the values of a missing LL as they are.
+// Moves row r of all four sub-bands, counted from `places`. Without an LL, a load leaves v[kLL] unchanged.
 template <Kind kKind, int N, class T, class Move>
 LITEVAE_DEVICE void move_bands(const BandPlaces<kKind>& places, int r, const Move& move,
                                T (&v)[4][lanes_of(kKind)][N]) {
@@ -192,17 +192,16 @@ LITEVAE_DEVICE void move_bands(const BandPlaces<kKind>& places, int r, const Mov
   }
 }
 
-// The carry is small, and takes single elements everywhere.
+// The carry is small, so single elements are fast enough.
 template <Kind kKind, int N, class T, class Move>
-LITEVAE_DEVICE void move_carry(const Band& b, const Place& at, int64_t x, const Move& move,
-                               T (&v)[lanes_of(kKind)][N]) {
+LITEVAE_DEVICE void move_carry(const Band& b, const Place& at, const Move& move, T (&v)[lanes_of(kKind)][N]) {
   constexpr int kLanes = lanes_of(kKind);
 #pragma unroll
   for (int k = 0; k < kLanes; ++k)
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       T value[1] = {v[k][i]};
-      move(b.data + offset(b, at.n, at.c + k, at.y, x + i), value);
+      move(b.data + offset(b, at.n, at.c + k, at.y, at.x * N + i), value);
       v[k][i] = value[0];
     }
 }
@@ -215,186 +214,135 @@ LITEVAE_DEVICE Place place_of(const Pass& p, int64_t thread) {
   Place at;
   const bool channels_first = kKind == Kind::channels || (kKind == Kind::any && p.channels_first);
   at.c = 0;
-  if (channels_first) at.c = split(thread, p.channel_groups);
-  at.x = p.x0 + split(thread, p.nx);
-  at.y = p.y0 + split(thread, p.ny);
-  if (!channels_first) at.c = split(thread, p.channel_groups);
+  if (channels_first) at.c = pop_index(thread, p.channel_groups);
+  at.x = p.x0 + pop_index(thread, p.nx);
+  at.y = p.y0 + pop_index(thread, p.ny);
+  if (!channels_first) at.c = pop_index(thread, p.channel_groups);
   at.c *= kLanes;
   at.n = thread;
   return at;
 }
 
-// Tiles are worked on in groups of 2^F rows: all loads of a group, then its arithmetic, then all stores
-// behind one look at their type. The more loads in flight the better, until the values fill the registers.
+// A tile is processed in groups of 2^kGroupLevels pixel rows: first all loads of a group, then its
+// arithmetic, then all stores, whose type is looked up once. More loads in flight are faster until the values
+// fill the registers.
 template <int kLevels, Kind kKind>
 constexpr int kGroupLevels = kLevels >= 2 && lanes_of(kKind) == 1 ? 2 : 1;
 
-// One row of a level's four sub-bands from two rows of the level below, and back.
-template <int kLanes, int N, class T>
-LITEVAE_DEVICE void analyse(const T (&top)[kLanes][2 * N], const T (&bottom)[kLanes][2 * N],
-                            T (&q)[4][kLanes][N], T factor) {
+// Analysis: makes one row of a level's sub-bands, and `ll` once more, from two rows of the level below.
+// Synthesis: makes the two rows from the sub-bands, to whose LL it adds `ll`. The butterfly is its own
+// adjoint, so there its four results are the pixels.
+template <bool kAnalysis, int kLanes, int N, class T>
+LITEVAE_DEVICE void transform(T (&top)[kLanes][2 * N], T (&bottom)[kLanes][2 * N], T (&bands)[4][kLanes][N],
+                              T (&ll)[kLanes][N], T factor) {
 #pragma unroll
   for (int k = 0; k < kLanes; ++k)
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      const Quad<T> quad =
-          butterfly(top[k][2 * j], top[k][2 * j + 1], bottom[k][2 * j], bottom[k][2 * j + 1], factor);
-      q[kLL][k][j] = quad.ll, q[kH][k][j] = quad.h, q[kV][k][j] = quad.v, q[kD][k][j] = quad.d;
+      T &a = top[k][2 * j], &b = top[k][2 * j + 1], &c = bottom[k][2 * j], &d = bottom[k][2 * j + 1];
+      if constexpr (kAnalysis) {
+        const Quad<T> quad = butterfly(a, b, c, d, factor);
+        bands[kLL][k][j] = ll[k][j] = quad.ll;
+        bands[kH][k][j] = quad.h, bands[kV][k][j] = quad.v, bands[kD][k][j] = quad.d;
+      } else {
+        const Quad<T> quad =
+            butterfly(bands[kLL][k][j] + ll[k][j], bands[kH][k][j], bands[kV][k][j], bands[kD][k][j], factor);
+        a = quad.ll, b = quad.h, c = quad.v, d = quad.d;
+      }
     }
 }
 
-// `more` adds to LL. The butterfly again: its results are a, b, c, d.
-template <int kLanes, int N, class T>
-LITEVAE_DEVICE void synthesise(const T (&q)[4][kLanes][N], const T (&more)[kLanes][N],
-                               T (&top)[kLanes][2 * N], T (&bottom)[kLanes][2 * N], T factor) {
-#pragma unroll
-  for (int k = 0; k < kLanes; ++k)
-#pragma unroll
-    for (int j = 0; j < N; ++j) {
-      const Quad<T> quad =
-          butterfly(q[kLL][k][j] + more[k][j], q[kH][k][j], q[kV][k][j], q[kD][k][j], factor);
-      top[k][2 * j] = quad.ll, top[k][2 * j + 1] = quad.h;
-      bottom[k][2 * j] = quad.v, bottom[k][2 * j + 1] = quad.d;
-    }
-}
+// One thread's tile in either direction. Analysis goes from the pixels up, and synthesis from the coarsest
+// level down.
+template <bool kAnalysis, class From, class T, int kLevels, Kind kKind>
+struct Tile {
+  static constexpr int kLanes = lanes_of(kKind), kGroup = kGroupLevels<kLevels, kKind>;
+  template <int kLevel>
+  using Row = T[kLanes][kTileWidth >> kLevel];
 
-template <int kLanes, int N, class T>
-LITEVAE_DEVICE void copy(const T (&from)[kLanes][N], T (&to)[kLanes][N]) {
-#pragma unroll
-  for (int k = 0; k < kLanes; ++k)
-#pragma unroll
-    for (int j = 0; j < N; ++j) to[k][j] = from[k][j];
-}
-
-template <class From, class T, int kLevels, Kind kKind>
-struct Analysis {
-  static constexpr int kLanes = lanes_of(kKind), F = kGroupLevels<kLevels, kKind>;
   const Pass& p;
   const From load;
   const T factor;
   const Place at;
 
-  // Row i of the tile at a level, in the level's bands or (level 0) the image.
+  // Row i of the tile in a level's sub-bands.
   template <int kLevel>
   LITEVAE_DEVICE BandPlaces<kKind> places(int i) const {
     return {p.bands[kLevel - 1], at, at.y * (1 << (kLevels - kLevel)) + i, at.x * (kTileWidth >> kLevel)};
   }
-  LITEVAE_DEVICE char* pixels(int i) const {
-    return p.image.data + offset(p.image, at.n, at.c, at.y * (1 << kLevels) + i, at.x * kTileWidth);
-  }
 
-  LITEVAE_DEVICE void group(int i, T (&ll)[kLanes][kTileWidth >> F]) const {
-    T x[1 << F][kLanes][kTileWidth];
-    T one[1 << (F - 1)][4][kLanes][kTileWidth / 2], two[4][kLanes][kTileWidth / 4];
-    char* const from = pixels(i << F);
+  // Everything under row i of level kGroup; `ll` is that row of LL.
+  LITEVAE_DEVICE void group(int i, Row<kGroup>(&ll)) const {
+    constexpr int kRows = 1 << kGroup;
+    Row<0> pixels[kRows];
+    Row<1> level1[kRows / 2][4] = {};  // zeros stand for an LL that is not stored
+    Row<2> level2[4] = {};
+    char* const first =
+        p.image.data + offset(p.image, at.n, at.c, at.y * (1 << kLevels) + i * kRows, at.x * kTileWidth);
+    const BandPlaces<kKind> places1 = places<1>(i * kRows / 2), places2 = places<kGroup>(i);
+    const auto image = [&](auto move) {
 #pragma unroll
-    for (int r = 0; r < 1 << F; ++r) move_row<kKind>(from + r * p.image.h, p.image, load, x[r]);
+      for (int r = 0; r < kRows; ++r) move_row<kKind>(first + r * p.image.h, p.image, move, pixels[r]);
+    };
+    const auto coefficients = [&](auto move) {
 #pragma unroll
-    for (int r = 0; r < 1 << (F - 1); ++r) analyse(x[2 * r], x[2 * r + 1], one[r], factor);
-    if constexpr (F == 2) {
-      analyse(one[0][kLL], one[1][kLL], two, factor);
-      copy(two[kLL], ll);
+      for (int r = 0; r < kRows / 2; ++r) move_bands(places1, r, move, level1[r]);
+      if constexpr (kGroup == 2) move_bands(places2, 0, move, level2);
+    };
+
+    if constexpr (kAnalysis)
+      image(load);
+    else
+      coefficients(load);
+    if constexpr (kGroup == 1) {
+      transform<kAnalysis>(pixels[0], pixels[1], level1[0], ll, factor);
     } else {
-      copy(one[0][kLL], ll);
-    }
-    const BandPlaces<kKind> to_one = places<1>(i << (F - 1)), to_two = places<F>(i);
-    with_store<T>(p.coeff_dtype, [&](auto store) {
+      Row<1> ll1[2];
+      if constexpr (!kAnalysis) transform<kAnalysis>(ll1[0], ll1[1], level2, ll, factor);
 #pragma unroll
-      for (int r = 0; r < 1 << (F - 1); ++r) move_bands(to_one, r, store, one[r]);
-      if constexpr (F == 2) move_bands(to_two, 0, store, two);
-    });
+      for (int r = 0; r < 2; ++r)
+        transform<kAnalysis>(pixels[2 * r], pixels[2 * r + 1], level1[r], ll1[r], factor);
+      if constexpr (kAnalysis) transform<kAnalysis>(ll1[0], ll1[1], level2, ll, factor);
+    }
+    if constexpr (kAnalysis)
+      with_store<T>(p.coeff_dtype, coefficients);
+    else
+      with_store<T>(p.image_dtype, image);
   }
 
-  // Row i of the tile's part of a level's LL, after storing everything under it.
+  // Everything under row i of level kLevel. `ll` is that row of LL: a result of analysis; for synthesis, what
+  // the coarser levels add to the stored LL.
   template <int kLevel>
-  LITEVAE_DEVICE void row(int i, T (&ll)[kLanes][kTileWidth >> kLevel]) const {
-    if constexpr (kLevel == F) {
+  LITEVAE_DEVICE void row(int i, Row<kLevel>(&ll)) const {
+    if constexpr (kLevel == kGroup) {
       group(i, ll);
     } else {
-      constexpr int N = kTileWidth >> kLevel;
-      T top[kLanes][2 * N], bottom[kLanes][2 * N], q[4][kLanes][N];
+      Row<kLevel - 1> top, bottom;
+      Row<kLevel> bands[4] = {};
+      if constexpr (!kAnalysis) {
+        move_bands(places<kLevel>(i), 0, load, bands);
+        transform<kAnalysis>(top, bottom, bands, ll, factor);
+      }
       row<kLevel - 1>(2 * i, top);
       row<kLevel - 1>(2 * i + 1, bottom);
-      analyse(top, bottom, q, factor);
-      copy(q[kLL], ll);
-      const BandPlaces<kKind> to = places<kLevel>(i);
-      with_store<T>(p.coeff_dtype, [&](auto store) { move_bands(to, 0, store, q); });
+      if constexpr (kAnalysis) {
+        transform<kAnalysis>(top, bottom, bands, ll, factor);
+        const BandPlaces<kKind> to = places<kLevel>(i);
+        with_store<T>(p.coeff_dtype, [&](auto store) { move_bands(to, 0, store, bands); });
+      }
     }
   }
 
   LITEVAE_DEVICE void run() const {
-    constexpr int N = kTileWidth >> kLevels;
-    T ll[kLanes][N];
+    const bool has_carry = kLevels == kPassLevels && p.carry.data != nullptr;
+    Row<kLevels> ll = {};
+    if (!kAnalysis && has_carry) move_carry<kKind>(p.carry, at, Load<T>(), ll);
     row<kLevels>(0, ll);
-    if (kLevels == kPassLevels && p.carry.data != nullptr)
-      move_carry<kKind>(p.carry, at, at.x * N, Store<T>(), ll);
+    if (kAnalysis && has_carry) move_carry<kKind>(p.carry, at, Store<T>(), ll);
   }
 };
 
-template <class From, class T, int kLevels, Kind kKind>
-struct Synthesis {
-  static constexpr int kLanes = lanes_of(kKind), F = kGroupLevels<kLevels, kKind>;
-  const Pass& p;
-  const From load;
-  const T factor;
-  const Place at;
-
-  // Row i of the tile at a level, in the level's bands or (level 0) the image.
-  template <int kLevel>
-  LITEVAE_DEVICE BandPlaces<kKind> places(int i) const {
-    return {p.bands[kLevel - 1], at, at.y * (1 << (kLevels - kLevel)) + i, at.x * (kTileWidth >> kLevel)};
-  }
-  LITEVAE_DEVICE char* pixels(int i) const {
-    return p.image.data + offset(p.image, at.n, at.c, at.y * (1 << kLevels) + i, at.x * kTileWidth);
-  }
-
-  LITEVAE_DEVICE void group(int i, const T (&ll)[kLanes][kTileWidth >> F]) const {
-    T x[1 << F][kLanes][kTileWidth];
-    T one[1 << (F - 1)][4][kLanes][kTileWidth / 2] = {}, two[4][kLanes][kTileWidth / 4] = {};
-    const BandPlaces<kKind> from_one = places<1>(i << (F - 1));
-    if constexpr (F == 2) move_bands(places<2>(i), 0, load, two);
-#pragma unroll
-    for (int r = 0; r < 1 << (F - 1); ++r) move_bands(from_one, r, load, one[r]);
-    if constexpr (F == 2) {
-      T above[2][kLanes][kTileWidth / 2];
-      synthesise(two, ll, above[0], above[1], factor);
-      synthesise(one[0], above[0], x[0], x[1], factor);
-      synthesise(one[1], above[1], x[2], x[3], factor);
-    } else {
-      synthesise(one[0], ll, x[0], x[1], factor);
-    }
-    char* const to = pixels(i << F);
-    with_store<T>(p.image_dtype, [&](auto store) {
-#pragma unroll
-      for (int r = 0; r < 1 << F; ++r) move_row<kKind>(to + r * p.image.h, p.image, store, x[r]);
-    });
-  }
-
-  // Everything under row i of the tile's part of a level's LL, to which `ll` comes from the coarser levels.
-  template <int kLevel>
-  LITEVAE_DEVICE void row(int i, const T (&ll)[kLanes][kTileWidth >> kLevel]) const {
-    if constexpr (kLevel == F) {
-      group(i, ll);
-    } else {
-      constexpr int N = kTileWidth >> kLevel;
-      T top[kLanes][2 * N], bottom[kLanes][2 * N], q[4][kLanes][N] = {};
-      move_bands(places<kLevel>(i), 0, load, q);
-      synthesise(q, ll, top, bottom, factor);
-      row<kLevel - 1>(2 * i, top);
-      row<kLevel - 1>(2 * i + 1, bottom);
-    }
-  }
-
-  LITEVAE_DEVICE void run() const {
-    constexpr int N = kTileWidth >> kLevels;
-    T ll[kLanes][N] = {};
-    if (kLevels == kPassLevels && p.carry.data != nullptr)
-      move_carry<kKind>(p.carry, at, at.x * N, Load<T>(), ll);
-    row<kLevels>(0, ll);
-  }
-};
-
-// --- The slow path. Functions that are called, not inlined: it is small and rarely runs.
+// --- The slow path. It rarely runs, so its functions are not inlined, which keeps the code small.
 
 template <class T>
 LITEVAE_DEVICE_CALL T load_one(const Band& b, DType dtype, int64_t n, int64_t c, int64_t y, int64_t x) {
@@ -431,13 +379,13 @@ LITEVAE_DEVICE_CALL void store_one(const Band& b, DType dtype, int64_t n, int64_
 // The size of an axis after `level` halvings.
 LITEVAE_DEVICE int64_t size_at(int64_t n, int level) { return (n + (int64_t{1} << level) - 1) >> level; }
 
-// Where position i of an axis of length n is stored; -1: it is a zero.
+// Index of the stored sample at position i of an axis of length n; -1: the sample is zero.
 LITEVAE_DEVICE int64_t source(int64_t i, int64_t n, Mode mode) { return i < n ? i : extension(n, mode); }
 
 template <class T, int kLevel>
 LITEVAE_DEVICE_CALL Quad<T> pull_quad(const Pass& p, int64_t n, int64_t c, int64_t y, int64_t x);
 
-// A level's LL at y, x, made from the image.
+// A level's LL at y, x, computed from the image.
 template <class T, int kLevel>
 LITEVAE_DEVICE T pull_ll(const Pass& p, int64_t n, int64_t c, int64_t y, int64_t x) {
   if (y < 0 || x < 0) return 0;
@@ -478,10 +426,10 @@ LITEVAE_DEVICE void pull_bands(const Pass& p, const Place& at) {
 template <class T, int kLevel>
 LITEVAE_DEVICE_CALL T pull_pixel(const Pass& p, int64_t n, int64_t c, int64_t y, int64_t x);
 
-// What the coefficients of the level above say about position y, x of level kLevel's LL (level 0: the image),
-// which may be one past the end.
+// The share that the coefficients of level kLevel + 1 have in position y, x of level kLevel's LL (level 0:
+// the image). The position may be one past the end.
 template <class T, int kLevel>
-LITEVAE_DEVICE_CALL T pull_part(const Pass& p, int64_t n, int64_t c, int64_t y, int64_t x) {
+LITEVAE_DEVICE_CALL T pull_share(const Pass& p, int64_t n, int64_t c, int64_t y, int64_t x) {
   const Band(&bands)[4] = p.bands[kLevel];
   const int64_t i = y / 2, j = x / 2;
   T ll = 0;
@@ -497,17 +445,17 @@ LITEVAE_DEVICE_CALL T pull_part(const Pass& p, int64_t n, int64_t c, int64_t y, 
   return y % 2 == 0 ? (x % 2 == 0 ? q.ll : q.h) : (x % 2 == 0 ? q.v : q.d);
 }
 
-// Position y, x of level kLevel's LL: its own part and those of the missing samples that it stands for.
+// Position y, x of level kLevel's LL: its own share, and the shares of the missing samples that it replaces.
 template <class T, int kLevel>
 LITEVAE_DEVICE_CALL T pull_pixel(const Pass& p, int64_t n, int64_t c, int64_t y, int64_t x) {
   const int64_t height = size_at(p.height, kLevel), width = size_at(p.width, kLevel);
   const bool fold_y = height % 2 != 0 && extension(height, p.mode) == y;
   const bool fold_x = width % 2 != 0 && extension(width, p.mode) == x;
-  T value = pull_part<T, kLevel>(p, n, c, y, x);
-  if (fold_x) value += pull_part<T, kLevel>(p, n, c, y, width);
+  T value = pull_share<T, kLevel>(p, n, c, y, x);
+  if (fold_x) value += pull_share<T, kLevel>(p, n, c, y, width);
   if (fold_y) {
-    T missing = pull_part<T, kLevel>(p, n, c, height, x);
-    if (fold_x) missing += pull_part<T, kLevel>(p, n, c, height, width);
+    T missing = pull_share<T, kLevel>(p, n, c, height, x);
+    if (fold_x) missing += pull_share<T, kLevel>(p, n, c, height, width);
     value += missing;
   }
   return value;
@@ -516,33 +464,29 @@ LITEVAE_DEVICE_CALL T pull_pixel(const Pass& p, int64_t n, int64_t c, int64_t y,
 LITEVAE_DEVICE Place edge_place_of(const Pass& p, int64_t thread) {
   Place at;
   const int64_t full_rows = p.tiles_y - p.ny;
-  int64_t edge = split(thread, p.tiles_x * p.tiles_y - p.nx * p.ny);
+  int64_t edge = pop_index(thread, p.tiles_x * p.tiles_y - p.nx * p.ny);
   if (edge < full_rows * p.tiles_x) {
-    at.x = split(edge, p.tiles_x);
+    at.x = pop_index(edge, p.tiles_x);
     at.y = edge < p.y0 ? edge : edge + p.ny;
   } else {
     edge -= full_rows * p.tiles_x;
-    at.x = split(edge, p.tiles_x - p.nx);
+    at.x = pop_index(edge, p.tiles_x - p.nx);
     if (at.x >= p.x0) at.x += p.nx;
     at.y = p.y0 + edge;
   }
-  at.c = split(thread, p.channel_groups);
+  at.c = pop_index(thread, p.channel_groups);
   at.n = thread;
   return at;
 }
 
-// --- What is launched: one type a kernel.
+// --- The kernels: one type each.
 
 template <bool kIsAnalysis, class From, class T, int kLevels, Kind kKind>
 struct Inside {
   static constexpr bool kAnalysis = kIsAnalysis;
   static LITEVAE_DEVICE void run(const Pass& p, int64_t thread) {
-    const T factor = static_cast<T>(p.factor);
     const Place at = place_of<kKind>(p, thread);
-    if constexpr (kAnalysis)
-      Analysis<From, T, kLevels, kKind>{p, load_of(p), factor, at}.run();
-    else
-      Synthesis<From, T, kLevels, kKind>{p, load_of(p), factor, at}.run();
+    Tile<kAnalysis, From, T, kLevels, kKind>{p, load_of(p), static_cast<T>(p.factor), at}.run();
   }
 
  private:

@@ -2,13 +2,14 @@
 
 For the pixels ``a b / c d`` of a 2x2 block the orthonormal coefficients are LL=(a+b+c+d)/2, H=(a+b-c-d)/2,
 V=(a-b+c-d)/2 and D=(a-b-c+d)/2, as PyWavelets' ``(cA, (cH, cV, cD))`` of wavelet ``haar``. An axis of odd length
-n gives ceil(n/2) coefficients; the missing last sample comes from the extension mode, at every level:
-``symmetric`` and ``constant`` repeat the last sample, ``reflect`` takes the one before it, ``periodic`` the
-first, ``zero`` a zero.
+n gives ceil(n/2) coefficients. The extension mode supplies the missing last sample at every level: ``symmetric``
+and ``constant`` repeat the last sample, ``reflect`` takes the one before it, ``periodic`` takes the first, and
+``zero`` takes a zero.
 
-All functions take float64, float32, bfloat16 and float16, compute in float32 (float64 for float64), keep the
+All functions accept float64, float32, bfloat16 and float16, compute in float32 (float64 for float64), keep the
 input's memory format (contiguous or channels_last), are differentiable any number of times, and run on the backends
-of `litevae_kernels.use_backend`. `torch.func`'s transforms and forward-mode derivatives need the reference backend.
+of `litevae_kernels.use_backend`. The transforms of `torch.func` and forward-mode derivatives need the reference
+backend.
 """
 
 from collections.abc import Sequence
@@ -27,18 +28,18 @@ Details = tuple[Tensor, Tensor, Tensor]
 
 
 def haar_dwt2d(image: Tensor, *, mode: str = "symmetric") -> Tensor:
-    """One level of the orthonormal 2-D Haar transform.
+    """Computes one level of the orthonormal 2-D Haar transform.
 
     Args:
         image: (N, C, H, W), any strides.
-        mode: extension of odd sizes: symmetric, reflect, zero, periodic or constant.
+        mode: extension mode for odd sizes: symmetric, reflect, zero, periodic or constant.
 
     Returns:
-        (N, 4C, ceil(H/2), ceil(W/2)), sub-band-major: the C channels of LL, then of H, V and D. Dtype and memory
-        format of `image`.
+        (N, 4C, ceil(H/2), ceil(W/2)), sub-band-major: the C channels of LL, then those of H, V and D. The dtype
+        and memory format are those of `image`.
 
     Raises:
-        TypeError: `image` is no floating-point tensor of a supported dtype.
+        TypeError: `image` is not a floating-point tensor of a supported dtype.
         ValueError: wrong number of dimensions, empty height or width, unknown mode, or ``reflect`` on a length
             of 1.
     """
@@ -48,20 +49,20 @@ def haar_dwt2d(image: Tensor, *, mode: str = "symmetric") -> Tensor:
 
 
 def haar_idwt2d(coeffs: Tensor, *, output_size: tuple[int, int] | None = None) -> Tensor:
-    """Inverse of `haar_dwt2d`.
+    """Computes the inverse of `haar_dwt2d`.
 
     Args:
         coeffs: (N, 4C, h, w), sub-band-major LL, H, V, D, any strides.
-        output_size: (H, W) of the image, each 2h or 2h-1 (2w or 2w-1); the odd sizes crop the sample that the
+        output_size: size (H, W) of the image: 2h or 2h-1, and 2w or 2w-1. An odd size crops the sample that the
             transform appended. Default: (2h, 2w).
 
     Returns:
-        (N, C, H, W), dtype and memory format of `coeffs`.
+        (N, C, H, W), with the dtype and memory format of `coeffs`.
 
     Raises:
-        TypeError: `coeffs` is no floating-point tensor of a supported dtype.
-        ValueError: wrong number of dimensions, channels not a multiple of 4, or an `output_size` that no image
-            with these coefficients has.
+        TypeError: `coeffs` is not a floating-point tensor of a supported dtype.
+        ValueError: wrong number of dimensions, channels not a multiple of 4, or an `output_size` that does not
+            match the size of the coefficients.
     """
     _check_image(coeffs, "coeffs")
     if coeffs.shape[1] % 4 != 0:
@@ -78,20 +79,21 @@ def haar_pyramid(
     dtype: torch.dtype | None = None,
     memory_format: torch.memory_format | None = None,
 ) -> tuple[Tensor, ...]:
-    """All levels of LiteVAE's input from one pass over the image (paper Section 4.1 and Appendix G).
+    """Computes all levels of LiteVAE's input in one pass over the image (paper Section 4.1 and Appendix G).
 
-    Level l is the transform of level l-1's LL, and all of it is scaled by 2^-l, so that LL is the mean of the
-    2^l x 2^l pixels under it and stays in the image's range.
+    Level l is the transform of level l-1's LL, scaled by 2^-l in total, so that LL is the mean of the 2^l x 2^l
+    pixels under it and stays in the range of the image.
 
     Args:
         image: (N, C, H, W), any strides.
-        levels: 1 to 16.
-        mode: extension of odd sizes: symmetric, reflect, zero, periodic or constant.
-        dtype: of the outputs; default: the image's. Rounding happens once, when the result is stored.
-        memory_format: `torch.contiguous_format` or `torch.channels_last`; default: the image's.
+        levels: number of levels, 1 to 16.
+        mode: extension mode for odd sizes: symmetric, reflect, zero, periodic or constant.
+        dtype: dtype of the outputs; default: the image's. Results are rounded once, when they are stored.
+        memory_format: memory format of the outputs, `torch.contiguous_format` or `torch.channels_last`; default:
+            the image's.
 
     Returns:
-        One tensor a level, finest first: (N, 4C, ceil(H/2^l), ceil(W/2^l)), sub-band-major LL, H, V, D.
+        One tensor per level, finest first: (N, 4C, ceil(H/2^l), ceil(W/2^l)), sub-band-major LL, H, V, D.
 
     Raises:
         TypeError: `image` or `dtype` is not float32, float64, float16 or bfloat16.
@@ -107,19 +109,19 @@ def haar_pyramid(
 
 
 def wavedec2(image: Tensor, level: int, *, mode: str = "symmetric") -> tuple[Tensor | Details, ...]:
-    """Multi-level orthonormal 2-D Haar decomposition, laid out as `pywt.wavedec2` with wavelet ``haar``.
+    """Computes a multi-level orthonormal 2-D Haar decomposition in the layout of `pywt.wavedec2`.
 
     Args:
         image: (..., H, W), any leading dimensions, any strides.
-        level: 1 to 16.
-        mode: extension of odd sizes: symmetric, reflect, zero, periodic or constant.
+        level: number of levels, 1 to 16.
+        mode: extension mode for odd sizes: symmetric, reflect, zero, periodic or constant.
 
     Returns:
-        ``(cA_n, (cH_n, cV_n, cD_n), ..., (cH_1, cV_1, cD_1))``, coarsest level first; level l's tensors are
+        ``(cA_n, (cH_n, cV_n, cD_n), ..., (cH_1, cV_1, cD_1))``, coarsest level first. The tensors of level l are
         (..., ceil(H/2^l), ceil(W/2^l)).
 
     Raises:
-        TypeError: `image` is no floating-point tensor of a supported dtype.
+        TypeError: `image` is not a floating-point tensor of a supported dtype.
         ValueError: fewer than 2 dimensions, empty height or width, level out of range, unknown mode, or
             ``reflect`` on a length of 1.
     """
@@ -135,19 +137,19 @@ def wavedec2(image: Tensor, level: int, *, mode: str = "symmetric") -> tuple[Ten
 def waverec2(
     coeffs: Sequence[Tensor | Sequence[Tensor]], *, output_size: tuple[int, int] | None = None
 ) -> Tensor:
-    """Inverse of `wavedec2`; takes the coefficients of `pywt.wavedec2` with wavelet ``haar`` as tensors.
+    """Computes the inverse of `wavedec2`, from coefficients in the layout of `pywt.wavedec2`.
 
     Args:
-        coeffs: ``(cA_n, (cH_n, cV_n, cD_n), ..., (cH_1, cV_1, cD_1))``, each (..., h, w).
-        output_size: (H, W) of the image, each twice the finest level's or one less. Default: twice, as
-            PyWavelets.
+        coeffs: ``(cA_n, (cH_n, cV_n, cD_n), ..., (cH_1, cV_1, cD_1))``, each a tensor (..., h, w).
+        output_size: size (H, W) of the image; each is twice the finest level's size, or one less. Default: twice,
+            as in PyWavelets.
 
     Returns:
-        (..., H, W), dtype and memory format of the coefficients.
+        (..., H, W), with the dtype and memory format of the coefficients.
 
     Raises:
-        TypeError: the layout is not the one above (details that are None, which PyWavelets takes as zeros, and cA
-            alone included), or dtypes or devices differ or are not supported.
+        TypeError: the layout is not the one above (cA alone and details that are None, which PyWavelets takes as
+            zeros, are not allowed), or dtypes or devices differ or are not supported.
         ValueError: sizes that do not belong to one decomposition.
     """
     flat, leading = _flatten_coeffs(coeffs)
@@ -175,7 +177,7 @@ def _analysis(
 
 
 def _synthesis(coeffs: Sequence[Tensor], height: int, width: int, stacked: bool) -> Tensor:
-    """The inverse: zero extension makes the adjoint crop (see `op`)."""
+    """Computes the inverse: with zero extension the adjoint crops (see `op`)."""
     first = coeffs[0]
     channels_last = is_channels_last(first)
     backend = choose(first.device.type)
@@ -218,7 +220,7 @@ def _check_output_size(output_size: tuple[int, int] | None, h: int, w: int) -> t
         return 2 * h, 2 * w
     if not isinstance(output_size, Sequence) or len(output_size) != 2:
         raise ValueError(f"output_size is {output_size!r}; two whole numbers are needed: (height, width)")
-    if any(isinstance(size, (float, complex, str, Tensor)) for size in output_size):  # not: torch.SymInt
+    if any(isinstance(size, (float, complex, str, Tensor)) for size in output_size):  # SymInt is allowed
         raise TypeError(f"output_size is {output_size!r}; two whole numbers are needed: (height, width)")
     height, width = output_size
     if height not in (2 * h, 2 * h - 1) or width not in (2 * w, 2 * w - 1):
@@ -256,7 +258,7 @@ def _flatten_coeffs(coeffs: Sequence[Tensor | Sequence[Tensor]]) -> tuple[list[T
             raise TypeError(
                 f"the details of level {level} must be three tensors (cH, cV, cD); coeffs is {layout}"
             )
-        # The coarser level's inverse is 2h x 2w, or one less where it came from an odd size.
+        # The inverse of the coarser level is 2h x 2w, or one less where the size was odd.
         size = bands[0].shape[-2:] if isinstance(bands[0], Tensor) else ()
         for name, band in zip(("cH", "cV", "cD"), bands, strict=True):
             check_tensor(band, f"{name} of level {level}")

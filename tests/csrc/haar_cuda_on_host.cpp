@@ -1,5 +1,5 @@
-// Runs every thread of the CUDA Haar kernels on the CPU, in a loop. test_haar_cuda_on_host.py compiles and
-// calls it.
+// Runs every thread of the CUDA Haar kernels in a loop on the CPU. test_haar_cuda_on_host.py compiles and
+// calls this file.
 #include <cstdio>
 
 #include "../../csrc/haar/plan.cuh"
@@ -9,9 +9,9 @@ namespace litevae {
 namespace {
 
 int64_t misaligned, inside_threads, edge_threads;
-int64_t kinds;  // bit k: some pass took Kind k
+int64_t kinds;  // bit k: at least one pass used Kind k
 
-// A GPU stops at a vector access that is not aligned.
+// A misaligned vector access is an error on a GPU.
 void check_alignment(const void* address, int64_t bytes) {
   if (reinterpret_cast<uintptr_t>(address) % bytes != 0) ++misaligned;
 }

@@ -1,7 +1,7 @@
-"""The CUDA Haar kernels without a GPU: g++ compiles them, and every thread of a grid runs on the CPU in a loop.
+"""The CUDA Haar kernels without a GPU: g++ compiles them, and every thread of a grid runs in a loop on the CPU.
 
-Inputs are small integers, so float32 arithmetic is exact in any order and results must be equal to the bit.
-Everything lies in NaN-poisoned memory: reading outside a tensor shows in the result, writing outside in the poison.
+Inputs are small integers, so float32 arithmetic is exact in any order, and results must be bit-identical. All tensors
+lie in memory filled with NaN: a read outside a tensor shows in the result, a write outside in the NaNs.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ from torch import Tensor
 from litevae_kernels.haar import reference
 from litevae_kernels.haar.shapes import MODES, level_sizes
 
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # by the core's codes
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # in the order of the core's codes
 KINDS = ("any", "planar", "channels", "pixels_planar", "pixels_interleaved")
 LAYOUTS = ("planar", "interleaved", "planar_sliced", "interleaved_sliced", "transposed", "misaligned", "wild")
 SOURCE = Path(__file__).with_name("haar_cuda_on_host.cpp")
@@ -39,7 +39,7 @@ def on_host(tmp_path_factory):
 
 
 class Poisoned:
-    """A tensor of any strides in a buffer of NaN."""
+    """A tensor of any strides in a buffer that is filled with NaN."""
 
     def __init__(self, rng: random.Random, shape: Sequence[int], dtype: torch.dtype, layout: str) -> None:
         order = {"planar": (3, 2, 1, 0), "interleaved": (1, 3, 2, 0), "transposed": (2, 3, 1, 0)}.get(
@@ -77,7 +77,7 @@ class Poisoned:
 def bands_of(
     coeffs: Sequence[Tensor], levels: int, stacked: bool, order: Sequence[int]
 ) -> list[Tensor | None]:
-    """LL, H, V, D of each level, finest first. Stacked bands may lie in another `order`."""
+    """Returns LL, H, V, D of each level, finest first. Stacked bands may have another `order` in memory."""
     if stacked:
         return [level.chunk(4, 1)[i] for level in coeffs for i in order]
     bands: list[Tensor | None] = []
@@ -97,9 +97,9 @@ class Case:
     image_dtype: torch.dtype
     coeff_dtype: torch.dtype
     image_layout: str
-    coeff_layout: str  # empty: each tensor its own
-    order: tuple[int, ...] = (0, 1, 2, 3)  # of stacked sub-bands
-    expanded: float = 0.0  # the share of inputs with a stride of 0
+    coeff_layout: str  # empty: each tensor has its own
+    order: tuple[int, ...] = (0, 1, 2, 3)  # order of stacked sub-bands
+    expanded: float = 0.0  # share of inputs with a stride of 0
 
 
 def random_case(rng: random.Random) -> Case:
@@ -123,7 +123,7 @@ def random_case(rng: random.Random) -> Case:
     return case
 
 
-# Image layout, coefficient layout and channels that a kernel is for.
+# Image layout, coefficient layout and number of channels that select each kind of kernel.
 MADE_FOR = {
     "any": ("transposed", "planar", 2),
     "planar": ("planar", "planar_sliced", 2),
@@ -141,7 +141,7 @@ def case_for(rng: random.Random, kind: str, analysis: bool, load: torch.dtype, s
 
 
 def check_case(on_host, rng: random.Random, case: Case) -> tuple[set[str], int]:
-    """Returns the kernels that ran, and how many threads took the slow path."""
+    """Returns the kernels that ran and the number of threads on the slow path."""
     (n, c, height, width), levels, mode, stacked = case.shape, case.levels, case.mode, case.stacked
     image_dtype, coeff_dtype, analysis = case.image_dtype, case.coeff_dtype, case.analysis
     sizes, scale = level_sizes(height, width, levels), rng.choice((0.5, 1.0))
@@ -218,7 +218,7 @@ def test_each_kernel(on_host, analysis: bool, kind: str, load: torch.dtype) -> N
     for store in stores * 4:
         kinds, slow_threads = check_case(on_host, rng, case_for(rng, kind, analysis, load, store))
         if load == torch.float64 and kind != "planar":
-            assert not kinds  # all on the slow path
+            assert not kinds  # every thread took the slow path
             assert slow_threads
         else:
             assert kinds == {kind}

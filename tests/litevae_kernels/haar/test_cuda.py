@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels on a GPU, through the public functions. tests/csrc runs the same kernels on the CPU."""
+"""The CUDA C++ kernels on a GPU through the public functions; tests/csrc runs the same kernels on the CPU."""
 
 import random
 
@@ -20,7 +20,7 @@ PAIRS = [(a, b) for a in DTYPES for b in DTYPES] + [
     (torch.float32, torch.float64),
     (torch.float64, torch.bfloat16),
 ]
-# What the fast paths want, beside the odd sizes of `shapes`.
+# Sizes for the fast paths, in addition to the odd sizes of `shapes`.
 FAST_SHAPES = [(2, 3, 64, 64), (1, 3, 40, 264), (2, 4, 32, 24), (3, 1, 16, 136), (1, 6, 72, 8)]
 
 
@@ -113,7 +113,7 @@ def test_runs_are_identical(memory_format):
 
 
 def small_integers(shape, dtype):
-    """Sums of few of these are exact in float32, and the first levels in bfloat16 too."""
+    """Sums of a few of these are exact in float32, and those of the first levels in bfloat16 too."""
     return torch.randint(-2, 3, shape, dtype=torch.int8, device="cuda").to(dtype)
 
 
@@ -138,7 +138,7 @@ def test_more_than_2_to_31_elements(shape, memory_format):
     assert image.numel() > 2**31
     with use_backend("native"):
         whole = haar_pyramid(image, 3)
-        # The corner is behind element 2^31; its size is odd like the whole's.
+        # The corner lies beyond element 2^31; its sizes are odd where those of the whole image are.
         height, width = shape[2] % 128 + 128, shape[3] % 128 + 128
         corner = haar_pyramid(image[1:, :, -height:, -width:].contiguous(memory_format=memory_format), 3)
         for a, b in zip(whole, corner, strict=True):
@@ -176,7 +176,7 @@ def test_runs_on_the_current_stream(levels):
         torch.cuda.synchronize()
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
-            spin()  # a kernel on another stream would read the zeros
+            spin()  # a kernel on another stream would still read the zeros
             late.copy_(image)
             actual = haar_pyramid(late, levels)
         stream.synchronize()
@@ -224,7 +224,7 @@ def test_graph_capture_and_replay(shape):
 
 
 def test_strides_of_every_kind():
-    """Coefficients and images between poisoned neighbours, at every alignment."""
+    """Images and coefficients have poisoned neighbours and every alignment."""
     rng = random.Random(0)
     for case in range(60):
         n, c = rng.randint(1, 3), rng.choice((1, 2, 3, 4))

@@ -25,7 +25,7 @@ def random_image(shape, dtype=torch.float64, seed=0):
 
 
 def pywt_wavedec2(image, level, mode):
-    """PyWavelets in float64; None where it refuses the image (reflect on a length of 1)."""
+    """PyWavelets in float64; None where it does not allow the image (reflect on a length of 1)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "level value is too high": small images are the point
         try:
@@ -44,13 +44,13 @@ def pywt_stacked(image, levels, mode, scale):
     return out
 
 
-# At least 640 cases: 2 backends x 5 modes x 4 levels x 16 shapes, layouts in turn.
+# At least 640 cases: 2 backends x 5 modes x 4 levels x 16 shapes; the layouts take turns.
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("levels", [1, 2, 3, 4])
 def test_equals_pywavelets(backend, mode, levels):
     compared = 0
-    # reflect refuses the shapes that shrink to a length of 1
+    # reflect does not allow shapes that shrink to a length of 1
     for i, shape in enumerate(shapes(120 if mode == "reflect" else 20, seed=levels)):
         image = arrange(random_image(shape, seed=i), LAYOUTS[i % len(LAYOUTS)])
         expected = pywt_wavedec2(image, levels, mode)
@@ -219,9 +219,7 @@ def test_thread_count_does_not_change_the_bits(threads):
 
 
 def test_streamed_stores_give_the_same_values():
-    image = random_image(
-        (16, 3, 256, 256), torch.float32
-    )  # over the size from which stores bypass the caches
+    image = random_image((16, 3, 256, 256), torch.float32)  # large enough for stores that bypass the caches
     with poisoned_memory():
         large = haar_pyramid(image)
         restored = haar_idwt2d(haar_dwt2d(image))
@@ -276,15 +274,15 @@ def test_every_instruction_set_and_layout_gives_the_same_bits(restore_isa):
 def test_every_instruction_set_rounds_as_torch(restore_isa, dtype):
     bits = (
         torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).view(1, 1, 256, 256)
-    )  # every value there is
+    )  # every value of the dtype
     generator = torch.Generator().manual_seed(0)
     floats = torch.randn(1, 1, 256, 256, generator=generator) * torch.logspace(-9, 4, 256)
     for isa in all_isas():
         core.set_isa(isa)
-        # a 2x2 block of four equal values has them as its mean, exactly
+        # the mean of a 2x2 block of four equal values is exact
         widened = bits.repeat_interleave(2, 2).repeat_interleave(2, 3)
         ours = haar_pyramid(widened, 1, dtype=torch.float32)[0][:, :1]
-        finite = bits.float().abs() < 8e37  # four times more overflows
+        finite = bits.float().abs() < 8e37  # the sum of four larger values overflows
         assert torch.equal(ours[finite], bits.float()[finite])
         assert ours[bits.isnan()].isnan().all()
         rounded = haar_pyramid(floats.repeat_interleave(2, 2).repeat_interleave(2, 3), 1, dtype=dtype)[0][

@@ -32,7 +32,7 @@ FUNCTIONS = {
 }
 
 
-# 600 cases: 3 functions x 5 modes x 5 gradient layouts x 8 shapes; input layouts in turn.
+# 600 cases: 3 functions x 5 modes x 5 gradient layouts x 8 shapes; the input layouts take turns.
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -41,7 +41,7 @@ def test_backward_equals_autograd_of_the_reference(name, mode, layout):
     for i, shape in enumerate(shapes(24 if mode == "reflect" else 8, seed=len(name))):
         levels = 1 + i % 4
         if mode == "reflect" and (min(shape[2:]) - 1) >> (levels - 1) == 0:
-            continue  # shrinks to a length of 1, which reflect refuses
+            continue  # shrinks to a length of 1, which reflect does not allow
         image = arrange(random_tensor(shape, seed=i), LAYOUTS[i % len(LAYOUTS)])
         function = FUNCTIONS[name](levels, mode)
         with use_backend("native"), poisoned_memory():
@@ -49,7 +49,7 @@ def test_backward_equals_autograd_of_the_reference(name, mode, layout):
         with use_backend("reference"):
             exact = gradient(function, image, layout)
         assert actual.shape == image.shape
-        # incoming gradients below 8, four bands at half weight, up to four folded samples a level
+        # incoming gradients are below 8; four bands at half weight, up to four folded samples per level
         assert_within_budget(actual, exact, magnitude=16.0 * 4**levels, operations=5 * levels)
         compared += 1
     assert compared >= 8
@@ -64,7 +64,7 @@ def test_backward_in_other_dtypes(layout, dtype):
             actual = gradient(lambda x: haar_pyramid(x, 3), image, layout)
             from_float = gradient(lambda x: haar_pyramid(x, 3, dtype=dtype), image.float(), layout)
         with use_backend("reference"):
-            # the incoming gradients are the rounded ones, all else is float64
+            # the incoming gradients are rounded, everything else is float64
             exact = gradient(lambda x: [g.to(dtype) for g in haar_pyramid(x, 3)], image.double(), layout)
         assert actual.dtype == dtype
         assert from_float.dtype == torch.float32
@@ -174,7 +174,7 @@ def test_no_new_graph_for_another_batch_size(dynamic):
         value = compiled(image)
         torch.testing.assert_close(value, loss(image))
         value.backward()
-    assert counter.frame_count <= (1 if dynamic else 2)  # the second one is PyTorch turning to dynamic sizes
+    assert counter.frame_count <= (1 if dynamic else 2)  # the second one is for dynamic sizes
 
 
 def test_the_backward_keeps_the_backend_of_the_forward(monkeypatch):

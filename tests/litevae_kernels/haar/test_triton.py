@@ -1,7 +1,7 @@
-"""The Triton kernels: on the CPU in Triton's interpreter, on a GPU where there is one, and compiled without one.
+"""The Triton kernels: in Triton's interpreter on the CPU, on a GPU where there is one, and compiled without one.
 
-Triton reads TRITON_INTERPRET when a kernel is defined, so this module runs itself again in a process that has it
-set; there the tests' device is the CPU, here it is CUDA.
+Triton reads TRITON_INTERPRET when a kernel is defined, so this module runs itself again in a process where it is
+set. There the tests use the CPU; here they use CUDA.
 """
 
 import os
@@ -28,7 +28,7 @@ on_device = pytest.mark.parametrize(
     "device", ["cpu"] if INTERPRETED else [pytest.param("cuda", marks=needs_gpu)]
 )
 
-CASES = 4  # a group; on a GPU nearly each compiles kernels of its own
+CASES = 4  # cases per group; on a GPU almost every case compiles its own kernels
 LAYOUTS = (
     "contiguous",
     "channels_last",
@@ -50,7 +50,7 @@ def test_under_the_interpreter(under_the_interpreter: Any) -> None:
 
 @pytest.fixture(autouse=True)
 def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter's time goes by programs, whatever their size."""
+    """The interpreter's time depends on the number of programs, not on their size."""
     if INTERPRETED:
         monkeypatch.setattr(kernels, "BLOCK", 256)
 
@@ -72,7 +72,7 @@ def strides_of(shape: tuple[int, ...], layout: str) -> tuple[int, int, int, int]
 
 
 class Poisoned:
-    """A tensor of any layout inside a larger buffer full of NaN."""
+    """A tensor of any layout inside a larger buffer that is filled with NaN."""
 
     def __init__(self, shape: tuple[int, ...], layout: str, dtype: torch.dtype, device: str) -> None:
         strides = strides_of(shape, layout)
@@ -97,12 +97,15 @@ def filled(shape: tuple[int, ...], layout: str, dtype: torch.dtype, device: str)
 
 
 def check(out: Tensor, exact: Tensor, magnitude: Tensor, roundings: int, accumulate: torch.dtype) -> None:
-    """Each arithmetic rounding costs half a step of `magnitude`, the sum of what was added; the store half of one."""
+    """Compares within the rounding budget.
+
+    Each arithmetic rounding costs half a step of `magnitude`, the sum of the terms' absolute values. The store costs
+    half a step of the result.
+    """
     budget = roundings * 0.5 * torch.finfo(accumulate).eps * magnitude.double()
     store = torch.finfo(out.dtype)
-    steps = (
-        1.0 if INTERPRETED and out.dtype == torch.bfloat16 else 0.5
-    )  # the interpreter truncates to bfloat16
+    to_bfloat16 = INTERPRETED and out.dtype == torch.bfloat16  # the interpreter truncates
+    steps = 1.0 if to_bfloat16 else 0.5
     budget += steps * store.eps * (exact.abs() + budget) + store.smallest_normal * store.eps
     if accumulate == torch.float64 and out.dtype in (torch.float16, torch.bfloat16):
         budget += torch.finfo(torch.float32).eps * exact.abs()  # the conversion goes through float32
@@ -120,7 +123,7 @@ def coeff_shapes(
 
 
 def magnitudes(image: Tensor, levels: int, mode: str, scale: float, stacked: bool) -> list[Tensor]:
-    """Of the absolute values: the LL of its level bounds every sub-band's sum."""
+    """Returns a bound of each coefficient's sum of absolute terms: the LL of the absolute image at its level."""
     out = reference.analysis(image.abs(), levels, mode, scale, True, torch.float64, False)
     c = image.shape[1]
     bounds = [x[:, :c] for x in out]
@@ -133,7 +136,7 @@ def draw(seed: int) -> dict[str, Any]:
     r = random.Random(seed)
     levels = r.randint(1, 5)
     while True:
-        if r.random() < 0.6:  # sizes that fused passes serve
+        if r.random() < 0.6:  # sizes for the fused passes
             step = 1 << r.randint(1, min(levels, 4))
             height, width = (step * r.randint(1, max(1, 67 // step)) for _ in range(2))
         else:
@@ -205,7 +208,7 @@ def check_synthesis(device: str, case: dict[str, Any]) -> None:
         out = reference.analysis(image, *options, torch.float64, False)
         return torch.autograd.grad(out, image, [g.double() for g in grads])[0]
 
-    # The sum of absolute values of what makes a sample: all sub-bands' in LL's place, where signs are all plus.
+    # The sum of the absolute values of a sample's terms: all sub-bands add up in LL, whose signs are all plus.
     bounds = [torch.zeros(x.shape, dtype=torch.float64, device=device) for x in coeffs]
     if case["stacked"]:
         for bound, x in zip(bounds, coeffs, strict=True):
@@ -251,7 +254,7 @@ def test_analysis_equals_pywavelets(device: str, mode: str, height: int, width: 
     theirs = pywt.wavedec2(image.cpu().numpy(), "haar", mode=mode, level=levels)
     flat = [theirs[0], *(band for level in theirs[1:] for band in level)]
     for got, want in zip(out, flat, strict=True):
-        # PyWavelets multiplies by 1/sqrt(2) twice a level.
+        # PyWavelets multiplies by 1/sqrt(2) twice per level.
         torch.testing.assert_close(got.cpu(), torch.from_numpy(want), rtol=0, atol=2e-15 * 2**levels * levels)
 
 
@@ -295,7 +298,7 @@ def test_infinities_stay_where_they_belong(device: str) -> None:
     assert torch.equal(back, reference.synthesis(coeffs, 5, 7, "zero", 1.0, True, torch.float32, False))
 
 
-# What a launch passes, without launching.
+# The arguments of launches, without launching.
 
 Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
@@ -356,6 +359,8 @@ def test_sizes_share_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         ):
             assert kernel is other
             assert kwargs == other_kwargs
+            # Triton would specialise integers in a tuple.
+            assert not any(isinstance(x, int) for arg in args if isinstance(arg, tuple) for x in arg)
             for parameter, x, y in zip(kernel.params, args, other_args, strict=False):
                 assert type(x) is type(y)
                 if isinstance(x, int):
@@ -366,9 +371,9 @@ def test_sizes_share_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_levels_go_in_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     def names(shape: tuple[int, int, int, int], levels: int) -> list[str]:
         both = run_both(monkeypatch, shape, levels)
-        analysis = [(k.__name__, kw.get("LEVELS")) for k, _, kw in both if "analysis" in k.__name__]
-        synthesis = [(k.__name__, kw.get("LEVELS")) for k, _, kw in both if "synthesis" in k.__name__]
-        assert [(n.replace("synthesis", "analysis"), x) for n, x in reversed(synthesis)] == analysis
+        analysis = [(k.__name__, kw.get("LEVELS")) for k, _, kw in both if kw["ANALYSIS"]]
+        synthesis = [(k.__name__, kw.get("LEVELS")) for k, _, kw in both if not kw["ANALYSIS"]]
+        assert synthesis[::-1] == analysis
         return [f"{'level' if x is None else x}" for _, x in analysis]
 
     assert names((1, 3, 256, 256), 3) == ["3"]
@@ -377,7 +382,7 @@ def test_levels_go_in_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert names((1, 3, 37, 40), 3) == ["level", "level", "1"]
 
 
-# Ahead of time for a GPU that need not be here.
+# Compiled ahead of time, for which no GPU is needed.
 
 
 @not_interpreted
@@ -466,7 +471,7 @@ def _last_rows_agree(image: Tensor, coeffs: list[Tensor], levels: int) -> None:
         ((1, 1, 65536, 32776), 3),  # one plane
         ((3, 1, 32769, 21847), 1),  # odd
         ((2, 700, 1240, 1240), 3),  # across batch and channels
-        ((2, 1, 65537, 65601), 1),  # more than 2^31 threads, too
+        ((2, 1, 65537, 65601), 1),  # more than 2^31 threads as well
     ],
 )
 def test_more_than_2_31_elements(shape: tuple[int, int, int, int], levels: int) -> None:
@@ -486,7 +491,7 @@ def test_more_than_2_31_elements(shape: tuple[int, int, int, int], levels: int) 
         top = got[:1].unflatten(1, (4, -1))[:, :, 0, : want.shape[2]]
         torch.testing.assert_close(top, want.to(top.dtype), rtol=2**-7, atol=1e-6)
     del image, first
-    # The adjoint, whose last rows depend on the last rows of the coefficients alone.
+    # The last rows of the adjoint depend only on the last rows of the coefficients.
     back = torch.full(shape, float("nan"), dtype=torch.bfloat16, device="cuda")
     kernels.synthesis(back, coeffs, levels, "symmetric", 0.5, True)
     rows = shape[2] % (1 << levels) or 1 << levels
@@ -549,7 +554,7 @@ def test_no_compilation_for_a_new_size() -> None:
     call(16, 256)
     call(17, 255)
     before = compiled()
-    # 239 is odd and has the passes of 255; a size that fused passes serve from another level on has other kernels
+    # 239 is odd and has the same passes as 255; a size whose fused passes begin at another level has other kernels
     for n, size in [(15, 256), (18, 256), (20, 512), (16, 239), (19, 255)]:
         call(n, size)
     assert compiled() == before
