@@ -1,7 +1,16 @@
 """The second stage (Tables 7 and 13): diffusion models on latents."""
 
-from litevae.diffusion.config import DiffusionConfig, load_config
+from litevae.diffusion.config import DiffusionConfig, load_diffusion_config
 from litevae.diffusion.pipeline import LatentDiffusionPipeline
 from litevae.diffusion.trainer import Result, train
 
-__all__ = ["DiffusionConfig", "LatentDiffusionPipeline", "Result", "load_config", "train"]
+load_config = load_diffusion_config
+
+__all__ = [
+    "DiffusionConfig",
+    "LatentDiffusionPipeline",
+    "Result",
+    "load_config",
+    "load_diffusion_config",
+    "train",
+]
