@@ -5,15 +5,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from itertools import zip_longest
 from pathlib import Path
-from textwrap import wrap
-from typing import Annotated, Any, Literal
+from textwrap import fill, wrap
+from typing import Annotated, Any, Literal, cast
 
 import typer
 
 from litevae import settings
 from litevae.errors import UserError
 
-# Widths of the table's columns. With two spaces before each, they add up to 110.
+WIDTH = 110
+# Widths of the table's columns. With two spaces before each, they add up to WIDTH.
 COLUMNS = {"setting": 26, "value": 21, "allowed": 20, "meaning": 35}
 
 
@@ -30,7 +31,10 @@ def config(
     ] = None,
     diffusion: Annotated[
         bool,
-        typer.Option("--diffusion", help="Only litevae train-diffusion's; needed for its .yaml files."),
+        typer.Option(
+            "--diffusion",
+            help="Use the configurations of litevae train-diffusion; needed for its .yaml files.",
+        ),
     ] = False,
 ) -> None:
     """List the configurations, or show every setting of one.
@@ -54,13 +58,13 @@ def config(
         raise UserError(settings.unknown_config(name, names))
     chosen: Any = settings.load(command.schema, name, overrides or (), command.folder)
     summary = describe_file(settings.find_config(name, command.folder))
-    print(f"litevae {command.name} {name}" + (f": {summary}" if summary else ""))
+    print(fill(f"litevae {command.name} {name}" + (f": {summary}" if summary else ""), WIDTH))
     print()
     print("\n".join(settings_table(chosen)))
     try:
         command.check(chosen)
     except UserError as error:
-        print(f"\nlitevae {command.name} needs another setting: {error}")
+        print("\n" + fill(f"litevae {command.name} would refuse these settings: {error}", WIDTH))
 
 
 @dataclass(frozen=True)
@@ -93,11 +97,12 @@ def all_names(commands: list[Command]) -> list[str]:
 
 
 def list_configurations(command: Command) -> str:
-    """Returns a heading, and one line for each configuration of a command."""
+    """Returns a heading, and the name and summary of each configuration of a command."""
     names = settings.shipped(command.folder)
     width = max(map(len, names))
-    lines = [f"{name:{width}}  {describe_file(command.folder / f'{name}.yaml')}" for name in names]
-    return "\n  ".join([f"litevae {command.name} NAME ({command.summary}):", *lines])
+    lines = [f"  {name:{width}}  {describe_file(command.folder / f'{name}.yaml')}" for name in names]
+    wrapped = [fill(line, WIDTH, subsequent_indent=" " * (width + 4)) for line in lines]
+    return "\n".join([f"litevae {command.name} NAME ({command.summary}):", *wrapped])
 
 
 def describe_file(path: Path) -> str:
@@ -136,14 +141,10 @@ def sections(
         name = f"{key}.{entry.name}" if key else entry.name
         if is_dataclass(value):
             yield from sections(value, getattr(default, entry.name), name, about)
-        elif typing.get_origin(hints[entry.name]) is list and is_dataclass(
-            typing.get_args(hints[entry.name])[0]
-        ):
-            schema = typing.get_args(hints[entry.name])[0]
-            for index, item in enumerate(value):
-                yield from sections(item, schema(), f"{name}[{index}]", about)
-            if not value:
-                yield from sections(schema(), schema(), f"{name}[0], if given", about)
+        elif isinstance(value, list) and is_dataclass(schema := typing.get_args(hints[entry.name])[0]):
+            names = [f"{name}[{index}]" for index in range(len(value))] or [f"{name}[0], if given"]
+            for each, item in zip(names, value or [cast(type, schema)()], strict=True):
+                yield from sections(item, type(item)(), each, about)
 
 
 def shown(value: Any, default: Any) -> list[str]:
@@ -156,9 +157,8 @@ def as_yaml(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"[{', '.join(as_yaml(item) for item in value)}]"
     if is_dataclass(value):
-        return (
-            f"{{{', '.join(f'{each.name}: {as_yaml(getattr(value, each.name))}' for each in fields(value))}}}"
-        )
+        entries = (f"{each.name}: {as_yaml(getattr(value, each.name))}" for each in fields(value))
+        return f"{{{', '.join(entries)}}}"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(value) if value != "" else '""'
@@ -178,10 +178,10 @@ def allowed_values(kind: Any, limits: settings.Limits) -> str:
         return " or ".join(args)
     if origin is tuple:
         return f"{len(args)} values, each {allowed_values(args[0], limits)}"
+    if is_dataclass(args[0] if args else None):
+        return "list of sections"
     if origin is list:
-        return (
-            "list of sections" if is_dataclass(args[0]) else f"list, each {allowed_values(args[0], limits)}"
-        )
+        return f"list, each {allowed_values(args[0], limits)}"
     return str(limits) or settings.describe_type(kind)
 
 

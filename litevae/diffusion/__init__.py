@@ -4,7 +4,7 @@ from litevae.diffusion.config import DiffusionConfig, load_diffusion_config
 from litevae.diffusion.pipeline import LatentDiffusionPipeline
 from litevae.diffusion.trainer import Result, train
 
-load_config = load_diffusion_config
+load_config = load_diffusion_config  # the name until version 0.1
 
 __all__ = [
     "DiffusionConfig",
