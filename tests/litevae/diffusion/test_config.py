@@ -18,8 +18,8 @@ def test_each_command_finds_its_own_kind():
         load_diffusion_config("demo")
 
 
-def test_ldm_ffhq_is_ldms():
-    """Rombach et al. (2022), Table 12, and their configuration of it."""
+def test_ldm_ffhq_has_the_settings_of_ldm():
+    """The settings are those of Rombach et al. (2022), Table 12, and of their configuration file."""
     config = load_diffusion_config("ldm-ffhq", GIVEN)
     assert (config.unet.block_out_channels, config.unet.layers_per_block) == ([224, 448, 672, 896], 2)
     assert (config.data.batch_size, config.max_steps, config.optimizer.learning_rate) == (42, 635_000, 8.4e-5)
@@ -44,13 +44,18 @@ def test_ldm_ffhq_is_ldms():
         (["optimizer.accumulation=3"], "optimizer.accumulation must divide the batch of 32"),
         (["optimizer.betas=[0.9,1]"], "optimizer.betas must all be below 1, got [0.9, 1.0]"),
         (["noise.beta_start=0.5"], "noise.beta_start must be 0.0195 or less"),
+        (["noise.beta_end=1"], "noise.beta_end must be 0.999 or less"),
+        (["noise.sigma_min=90"], "noise.sigma_min must be 80.0 or less, got 90.0"),
+        (["unet.dropout=1"], "unet.dropout must be 0.999 or less"),
+        (["unet.block_out_channels=[0,64]"], "unet.block_out_channels must all be 1 or more, got [0, 64]"),
+        (["data.latents=", "data.train=demo", "data.size=8"], "data.size must be 16 or more, got 8"),
         (["fid.count=1"], "fid.count must be 2 or more"),
         (["fid.measure=maybe"], "fid.measure must be auto or always or never"),
         (["ema_decay=1"], "ema_decay must be below 1"),
         (["output_dir="], "output_dir is empty"),
     ],
 )
-def test_senseless_settings_are_refused(settings, message):
+def test_invalid_settings_are_refused(settings, message):
     with pytest.raises(UserError) as caught:
         load_diffusion_config("small", [*GIVEN, *settings])
     assert message in str(caught.value)
