@@ -7,7 +7,7 @@ from typing import Literal
 from litevae import settings
 from litevae.errors import UserError
 from litevae.settings import section, setting
-from litevae.training.config import CONFIGS, CheckpointConfig, OptimizerConfig, check_batch_size
+from litevae.training.config import CONFIGS, CheckpointConfig, OptimizerConfig, RunConfig, check_batch_size
 
 FOLDER = CONFIGS / "diffusion"
 
@@ -130,32 +130,11 @@ class FIDConfig:
 
 
 @dataclass
-class DiffusionConfig:
+class DiffusionConfig(RunConfig):
     """Configuration of a diffusion model's training run."""
 
     output_dir: str = setting("runs/diffusion", "Folder that the run writes to.")
     model: str = setting("", "Folder of the autoencoder, as litevae encode takes it.")
-    seed: int = setting(0, "Seed of the random number generators.", minimum=0, maximum=2**32 - 1)
-    max_steps: int = setting(100_000, "Number of steps to train for.", minimum=1, maximum=10**9)
-    log_every: int = setting(100, "Steps between two lines of metrics.jsonl.", minimum=1)
-    max_bad_steps: int = setting(
-        10, "Steps in a row with a non-finite loss or gradient that end the run.", minimum=1
-    )
-    precision: Literal["fp32", "bf16", "fp16"] = setting(
-        "fp32", "Data type of autocast; weights stay in float32."
-    )
-    ema_decay: float = setting(
-        0.9999,
-        "Decay of the averaged (EMA) model, at most (1 + n) / (10 + n) at step n; 0 keeps no averaged model.",
-        minimum=0,
-        below=1,
-    )
-    tracker: Literal["tensorboard", "wandb", "none"] = setting(
-        "tensorboard", "Where metrics are logged besides metrics.jsonl."
-    )
-    resume: str = setting(
-        "", "Folder of a checkpoint to resume from; auto for the newest in output_dir, if there is one."
-    )
     data: DiffusionDataConfig = section(DiffusionDataConfig, "Latents or images to train on.")
     unet: UNetConfig = section(UNetConfig, "The network, diffusers' UNet2DModel.")
     noise: NoiseConfig = section(NoiseConfig, "Noise levels and prediction target of the diffusion model.")

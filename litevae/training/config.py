@@ -79,28 +79,19 @@ class CheckpointConfig:
 
 
 @dataclass
-class Config:
-    """Configuration of an autoencoder's training run."""
+class RunConfig:
+    """Settings that the training runs of autoencoders and of diffusion models share."""
 
     output_dir: str = setting("runs/train", "Folder that the run writes to.")
     seed: int = setting(0, "Seed of the random number generators.", minimum=0, maximum=2**32 - 1)
     max_steps: int = setting(100_000, "Number of steps to train for.", minimum=1, maximum=10**9)
     log_every: int = setting(100, "Steps between two lines of metrics.jsonl.", minimum=1)
-    validate_every: int = setting(1000, "Steps between two measurements on the validation images.", minimum=1)
-    gradient_ratio_every: int = setting(
-        0,
-        "Steps between two measurements of the adversarial gradient relative to the reconstruction's (Figure 7). "
-        "Each costs two more backward passes; 0 turns them off.",
-        minimum=0,
-    )
     max_bad_steps: int = setting(
         10, "Steps in a row with a non-finite loss or gradient that end the run.", minimum=1
     )
     precision: Literal["fp32", "bf16", "fp16"] = setting(
         "fp32", "Data type of autocast; weights stay in float32."
     )
-    channels_last: bool = setting(True, "Keep models and images in the channels_last memory format.")
-    compile: bool = setting(False, "Compile the models with torch.compile.")
     ema_decay: float = setting(
         0.9999,
         "Decay of the averaged (EMA) model, at most (1 + n) / (10 + n) at step n; 0 keeps no averaged model.",
@@ -113,6 +104,21 @@ class Config:
     resume: str = setting(
         "", "Folder of a checkpoint to resume from; auto for the newest in output_dir, if there is one."
     )
+
+
+@dataclass
+class Config(RunConfig):
+    """Configuration of an autoencoder's training run."""
+
+    validate_every: int = setting(1000, "Steps between two measurements on the validation images.", minimum=1)
+    gradient_ratio_every: int = setting(
+        0,
+        "Steps between two measurements of the adversarial gradient relative to the reconstruction's (Figure 7). "
+        "Each costs two more backward passes; 0 turns them off.",
+        minimum=0,
+    )
+    channels_last: bool = setting(True, "Keep models and images in the channels_last memory format.")
+    compile: bool = setting(False, "Compile the models with torch.compile.")
     init: str = setting("", "Folder of a model, run or checkpoint that provides the initial weights.")
     init_decoder: str = setting(
         "", "Folder of a diffusers AutoencoderKL that provides the decoder's initial weights."
