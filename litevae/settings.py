@@ -1,9 +1,13 @@
-"""Typed settings: a dataclass filled from YAML and `key=value` overrides, with errors of one line."""
+"""Typed settings: dataclasses filled from YAML and `key=value` overrides, with one-line error messages.
+
+Each field of a configuration dataclass is declared with `setting` or `section`, which keep its range and meaning.
+"""
 
 import difflib
+import math
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
@@ -14,30 +18,89 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from litevae.errors import UserError
 
 Schema = TypeVar("Schema")
-Keys = Mapping[str, Any]  # dotted key to type
+Value = TypeVar("Value")
+Keys = Mapping[str, Any]  # maps each dotted key to its type
 
 
-def load(schema: type[Schema], name: str | None, overrides: Sequence[str], folder: Path) -> Schema:
-    """The defaults of `schema`, then the file, then the overrides.
+@dataclass(frozen=True)
+class Limits:
+    """The range of a number: minimum <= number <= maximum, and number < below. None stands for no limit."""
+
+    minimum: float | None = None
+    maximum: float | None = None
+    below: float | None = None
+
+    def violation(self, number: float) -> str | None:
+        """Returns the limit that a number violates, such as "1 or more", or None.
+
+        NaN violates every limit; infinity violates a minimum too, because no setting may be infinite.
+        """
+        if self.minimum is not None and not self.minimum <= number < math.inf:
+            return f"{self.minimum} or more"
+        if self.maximum is not None and not number <= self.maximum:
+            return f"{self.maximum} or less"
+        if self.below is not None and not number < self.below:
+            return f"below {self.below}"
+        return None
+
+    def __str__(self) -> str:
+        if self.minimum is not None and self.maximum is not None:
+            return f"{self.minimum:.12g} to {self.maximum:.12g}"
+        limits = [] if self.minimum is None else [f"{self.minimum:.12g} or more"]
+        limits += [] if self.maximum is None else [f"{self.maximum:.12g} or less"]
+        limits += [] if self.below is None else [f"below {self.below:.12g}"]
+        return ", ".join(limits)
+
+
+def setting(
+    default: Value,
+    meaning: str,
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    below: float | None = None,
+) -> Value:
+    """Declares a setting as a dataclass field.
+
+    Args:
+        default: Default value. Each instance gets a copy of a list.
+        meaning: Description in one or two sentences, which `litevae config` prints.
+        minimum: Smallest allowed number. For lists and tuples, the limits hold for each element.
+        maximum: Largest allowed number.
+        below: Upper limit that is not itself allowed.
+    """
+    metadata = {"meaning": meaning, "limits": Limits(minimum, maximum, below)}
+    if isinstance(default, list):
+        return cast(Value, field(default_factory=default.copy, metadata=metadata))
+    return field(default=default, metadata=metadata)
+
+
+def section(schema: type[Schema], meaning: str) -> Schema:
+    """Declares a section, whose settings are the fields of the dataclass `schema`, as a dataclass field."""
+    return field(default_factory=schema, metadata={"meaning": meaning})
+
+
+def load(schema: type[Schema], name: str | None, overrides: Sequence[str], folder: Path = Path()) -> Schema:
+    """Returns the defaults of `schema`, replaced first by the file's settings and then by the overrides.
 
     A file with `extends: NAME` replaces settings of the configuration NAME.
 
     Args:
-        schema: a dataclass with a default for each field. Its sections are dataclasses; its values int,
-            float, bool, str, Literals of str, lists, tuples, or lists of dataclasses, each of which shows in
-            `example: ClassVar[str]` how one is written.
-        name: of a configuration shipped in `folder`, or a path that ends in .yaml; None for the defaults.
-        overrides: such as "max_steps=20" or "data.size=64", in YAML's notation after the sign.
-        folder: holds the shipped configurations of this schema as NAME.yaml.
+        schema: Dataclass with a default for each field. Its sections are dataclasses. Its values are int,
+            float, bool, str, Literals of str, lists, tuples, or lists of dataclasses; each of these dataclasses
+            has an `example: ClassVar[str]` that shows how to write one.
+        name: Name of a configuration shipped in `folder`, or a path that ends in .yaml; None for the defaults.
+        overrides: Settings such as "max_steps=20" or "data.size=64", with the value in YAML notation.
+        folder: Folder that holds the shipped configurations of this schema as NAME.yaml.
 
     Raises:
-        UserError: no such configuration, broken YAML, an unknown key (the message names the nearest), or a
-            value of the wrong type.
+        UserError: There is no such configuration, its YAML is broken, a key is unknown (the message names the
+            nearest), or a value has the wrong type or is out of range.
     """
     keys = dict(all_keys(schema))
     config = OmegaConf.structured(schema)
-    for file, settings in reversed([] if name is None else read_files(find_config(name, folder), folder)):
-        apply(config, settings, keys, f"{file}: ")
+    for file, values in reversed([] if name is None else read_files(find_config(name, folder), folder)):
+        apply(config, values, keys, f"{file}: ")
 
     for override in overrides:
         key, sign, _ = override.partition("=")
@@ -51,35 +114,47 @@ def load(schema: type[Schema], name: str | None, overrides: Sequence[str], folde
             raise UserError(f"{override}: {key} must be {expected(key, keys)}") from None
 
     try:
-        return cast(Schema, OmegaConf.to_object(config))
-    except OmegaConfBaseException as error:  # an interpolation to nowhere
+        loaded = cast(Schema, OmegaConf.to_object(config))
+    except OmegaConfBaseException as error:  # an interpolation of a key that does not exist
         raise UserError(f"{name or 'settings'}: {one_line(error)}") from None
+    check_ranges(loaded)
+    return loaded
 
 
 def shipped(folder: Path) -> list[str]:
-    """Names of the configurations in `folder`, not of those in folders below it, which are of other kinds."""
+    """Returns the names of the configurations in `folder`; its subfolders hold configurations of other kinds."""
     return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
 def find_config(name: str, folder: Path) -> Path:
-    """The file that `name` means: a path that ends in .yaml, or a configuration shipped in `folder`."""
-    if name.endswith((".yaml", ".yml")):
+    """Returns the file for `name`: a path that ends in .yaml, or the name of a configuration in `folder`."""
+    if is_path(name):
         path = Path(name)
         if not path.is_file():
             raise UserError(f"{name}: no such file")
         return path
     names = shipped(folder)
     if name not in names:
-        nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
-        raise UserError(
-            f"no configuration named {name!r}: did you mean {nearest!r}? "
-            f"(there are: {', '.join(names)}; or give the path of a .yaml file)"
-        )
+        raise UserError(unknown_config(name, names))
     return folder / f"{name}.yaml"
 
 
+def is_path(name: str) -> bool:
+    """Returns whether `name` is the path of a YAML file rather than the name of a shipped configuration."""
+    return name.endswith((".yaml", ".yml"))
+
+
+def unknown_config(name: str, names: Sequence[str]) -> str:
+    """Returns the message for a configuration that does not exist, with the most similar one that does."""
+    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+    return (
+        f"no configuration named {name!r}: did you mean {nearest!r}? "
+        f"(there are: {', '.join(names)}; or give the path of a .yaml file)"
+    )
+
+
 def read_files(path: Path, folder: Path) -> list[tuple[Path, Any]]:
-    """The file's settings, then those of the file that it `extends`, and so on."""
+    """Returns the settings of the file, then those of the file that it `extends`, and so on."""
     files: list[tuple[Path, Any]] = []
     following: str | None = str(path)
     while following is not None:
@@ -87,32 +162,32 @@ def read_files(path: Path, folder: Path) -> list[tuple[Path, Any]]:
         if path in [file for file, _ in files]:
             raise UserError(f"{path}: extends itself")
         try:
-            settings = OmegaConf.load(path)
+            values = OmegaConf.load(path)
         except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
             raise UserError(f"{path}: cannot be read: {one_line(error)}") from None
-        following = settings.pop("extends", None) if isinstance(settings, DictConfig) else None
-        files.append((path, settings))
+        following = values.pop("extends", None) if isinstance(values, DictConfig) else None
+        files.append((path, values))
     return files
 
 
-def apply(config: DictConfig, settings: Any, keys: Keys, where: str) -> None:
-    """Sets each of `settings` in `config`; UserError, beginning with `where`, for one that does not fit."""
-    if not isinstance(settings, DictConfig):
+def apply(config: DictConfig, values: Any, keys: Keys, where: str) -> None:
+    """Sets each of `values` in `config`; a UserError for one that does not fit begins with `where`."""
+    if not isinstance(values, DictConfig):
         raise UserError(f"{where}must be a mapping of settings")
-    # one at a time: OmegaConf's own errors do not always say which key they are about
-    for key, value in leaves(OmegaConf.to_container(settings, resolve=False), keys):
+    # Keys are set one by one, because OmegaConf's own errors do not always name the key.
+    for key, value in leaves(OmegaConf.to_container(values, resolve=False), keys):
         if key not in keys:
             raise UserError(where + unknown_key(key, keys))
         try:
-            # YAML takes nothing after the sign for null
+            # YAML reads an empty value as null.
             OmegaConf.update(config, key, "" if value is None and keys[key] is str else value)
         except OmegaConfBaseException:
             raise UserError(f"{where}{key} must be {expected(key, keys)}") from None
 
 
-def leaves(settings: Any, keys: Keys, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values, down to where the sections of the schema end."""
-    for name, value in settings.items():
+def leaves(values: Any, keys: Keys, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields dotted keys and values, descending into the sections of the schema."""
+    for name, value in values.items():
         key = f"{prefix}{name}"
         if isinstance(value, dict) and is_dataclass(keys.get(key)):
             yield from leaves(value, keys, f"{key}.")
@@ -120,70 +195,82 @@ def leaves(settings: Any, keys: Keys, prefix: str = "") -> Iterator[tuple[str, A
             yield key, value
 
 
-def all_keys(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every dotted key under a dataclass with its type, sections included."""
-    hints = typing.get_type_hints(cls)
-    for entry in fields(cls):
+def all_keys(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields every dotted key of a dataclass with its type, sections included."""
+    hints = typing.get_type_hints(schema)
+    for entry in fields(schema):
         yield prefix + entry.name, hints[entry.name]
         if is_dataclass(hints[entry.name]):
             yield from all_keys(cast(type, hints[entry.name]), f"{prefix}{entry.name}.")
 
 
 def unknown_key(key: str, keys: Keys) -> str:
-    """The message for a key that does not exist, with the most similar one that does."""
+    """Returns the message for a key that does not exist, with the most similar one that does."""
 
     def similarity(candidate: str) -> float:
         whole = difflib.SequenceMatcher(None, key, candidate).ratio()
-        # a right name without its section, or in the wrong one
+        # This finds a correct name whose section is missing or wrong.
         leaf = difflib.SequenceMatcher(None, key.split(".")[-1], candidate.split(".")[-1]).ratio()
         return max(whole, 0.95 * leaf)
 
-    single = [each for each in keys if not is_dataclass(keys[each])]  # a section cannot be set
+    single = [each for each in keys if not is_dataclass(keys[each])]  # a section itself cannot be set
     return f"unknown setting {key!r}: did you mean {max(single, key=similarity)!r}?"
 
 
 def expected(key: str, keys: Keys) -> str:
-    """What may stand behind `key=`, in words."""
+    """Returns a description of the values that `key` takes, for "KEY must be ..."."""
     kind = keys[key]
     if is_dataclass(kind):
         return f"set key by key, such as {key}.{fields(kind)[0].name}=..."
-    return in_words(kind)
+    return describe_type(kind)
 
 
-def in_words(kind: Any) -> str:
+def describe_type(kind: Any) -> str:
+    """Returns the name of a type for users, such as "a whole number"."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if type(None) in args:
-        return in_words(args[0])
+        return describe_type(args[0])
     if is_dataclass(kind):
         return "with the settings " + ", ".join(entry.name for entry in fields(kind))
     if origin is Literal:
         return " or ".join(args)
     if origin is list:
         example = cast(Any, args[0]).example if is_dataclass(args[0]) else "1,2"
-        return f"a list such as [{example}], each {in_words(args[0])}"
+        return f"a list such as [{example}], each {describe_type(args[0])}"
     if origin is tuple:
-        return f"{len(args)} values such as [{','.join('0.5' for _ in args)}], each {in_words(args[0])}"
+        return f"{len(args)} values such as [{','.join('0.5' for _ in args)}], each {describe_type(args[0])}"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     return words[kind]
 
 
-def check_range(config: Any, least: Mapping[str, float], most: Mapping[str, float]) -> None:
-    """UserError for a number below its least value, not finite, or above its greatest, by dotted key."""
-    for key, minimum in least.items():
-        value = setting(config, key)
-        if not minimum <= value < float("inf"):
-            raise UserError(f"{key} must be {minimum} or more, got {value}")
-    for key, maximum in most.items():
-        if setting(config, key) > maximum:
-            raise UserError(f"{key} must be {maximum} or less, got {setting(config, key)}")
+def check_ranges(config: Any, prefix: str = "") -> None:
+    """Checks each number in a configuration, sections and lists included, against the limits of its field.
+
+    Args:
+        config: Dataclass whose fields may be declared with `setting`; those without limits may hold anything.
+        prefix: Key of `config` itself, with a dot at its end, for the message.
+
+    Raises:
+        UserError: A number is out of range.
+    """
+    for entry in fields(config):
+        key, value = f"{prefix}{entry.name}", getattr(config, entry.name)
+        if is_dataclass(value):
+            check_ranges(value, f"{key}.")
+        elif isinstance(value, list | tuple):
+            for index, item in enumerate(value):
+                if is_dataclass(item):
+                    check_ranges(item, f"{key}[{index}].")
+                elif (allowed := violation(entry, item)) is not None:
+                    raise UserError(f"{key} must all be {allowed}, got {list(value)}")
+        elif (allowed := violation(entry, value)) is not None:
+            raise UserError(f"{key} must be {allowed}, got {value}")
 
 
-def setting(config: Any, key: str) -> Any:
-    """The value of a dotted key."""
-    value: Any = config
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
+def violation(entry: "Field[Any]", value: Any) -> str | None:
+    """Returns the limit of a field that its value violates, or None; only numbers have limits."""
+    limits = entry.metadata.get("limits")
+    return limits.violation(value) if limits and isinstance(value, int | float) else None
 
 
 def one_line(error: Exception) -> str:

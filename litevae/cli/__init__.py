@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from litevae.cli.complexity import complexity
+from litevae.cli.config import config
 from litevae.cli.encode import encode
 from litevae.cli.eval import evaluate
 from litevae.cli.experiment import experiment
@@ -27,6 +28,7 @@ app = typer.Typer(rich_markup_mode=None, add_completion=False)
 # A setting written as an option reaches the command, whose message explains settings.
 app.command(context_settings={"ignore_unknown_options": True})(train)
 app.command("train-diffusion", context_settings={"ignore_unknown_options": True})(train_diffusion)
+app.command(context_settings={"ignore_unknown_options": True})(config)
 app.command()(reconstruct)
 app.command()(info)
 app.command()(scale)
@@ -60,6 +62,7 @@ def callback(
 
     \b
     Example: litevae train demo
+             litevae config demo
              litevae reconstruct runs/demo photo.jpg -o reconstructed
              litevae info litevae-b
              litevae scale runs/demo path/to/images

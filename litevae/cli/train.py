@@ -12,7 +12,7 @@ def train(
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Settings that replace the configuration's."),
+        typer.Argument(metavar="KEY=VALUE", help="Settings that replace those of the configuration."),
     ] = None,
 ) -> None:
     """Train an autoencoder.
@@ -24,43 +24,47 @@ def train(
              litevae train imagenet-b data.train=FOLDER resume=auto
              torchrun --nproc-per-node 2 --no-python litevae train imagenet-b data.train=FOLDER
 
-    The demo trains a LiteVAE-S with a small decoder on scikit-image's photographs, in about 4 minutes on 2
-    CPU cores and without any download, and holds out chelsea the cat to measure on. The other shipped
-    configurations are the paper's: imagenet-b (256 x 256), imagenet-128-b, imagenet-b-tuned (128, then 256),
-    ffhq-b, and the baselines imagenet-sd-vae and imagenet-vae-small. model.preset=litevae-s, -m or -l and
-    model.latent_channels=12 make its other models of them; the encoders of its ablations are model.encoder_type,
-    extractor, shared_extractor, aggregator, finest_level and encoder_norm. data.train is a folder of images, WebDataset
-    shards, a Hugging Face dataset on disk, .parquet files, or demo.
+    litevae config lists the shipped configurations, and litevae config CONFIG shows every setting of one with its
+    default, range and meaning.
 
-    A run's folder holds:
+    The demo trains a LiteVAE-S with a small decoder on scikit-image's photographs. It takes about 4 minutes on 2
+    CPU cores, downloads nothing, and holds out one photograph, chelsea the cat, for validation. The other
+    configurations are the paper's: imagenet-b (256 x 256), imagenet-128-b, imagenet-b-tuned (128, then 256), ffhq-b,
+    and the baselines imagenet-sd-vae and imagenet-vae-small. The paper's other models are settings of these:
+    model.preset=litevae-s, -m or -l, and model.latent_channels=12. The encoders of its ablations are
+    model.encoder_type, extractor, shared_extractor, aggregator, finest_level and encoder_norm. data.train is a folder
+    of images, WebDataset shards, a Hugging Face dataset on disk, .parquet files, or demo.
+
+    A run writes these files to its folder:
 
     \b
       reconstructions.png  input, reconstruction and latent of some images
       validation/          the validation images beside their reconstructions, for each measurement
       curves.png           the losses, and PSNR and SSIM of the validation images
       metrics.json         the same PSNR and SSIM as numbers
-      metrics.jsonl        a line for each logged step: loss is what is minimised, the sum of the
-                           weighted/NAME; NAME is that term without its weight; discriminator its own loss
+      metrics.jsonl        one line per logged step: loss is the minimised sum of the weighted/NAME,
+                           NAME is that term without its weight, and discriminator is its own loss
       config.yaml          every setting: litevae train runs/demo/config.yaml repeats the run
-      model/               for litevae reconstruct, or LiteVAE.from_pretrained
-      checkpoints/         one every checkpoint.every steps and at each new best PSNR, of which the last
-                           checkpoint.keep and the best stay (not the demo's)
+      model/               the model, for litevae reconstruct or LiteVAE.from_pretrained
+      checkpoints/         one every checkpoint.every steps and one at each new best PSNR; the last
+                           checkpoint.keep and the best are kept (the demo writes none)
       tensorboard/         unless tracker is wandb or none
 
-    resume=auto goes on from the newest checkpoint, if there is one, and passes over those that are damaged by
-    their SHA-256; resume=PATH from another run's. init=PATH starts from a model's weights, init_decoder=PATH
-    from a diffusers AutoencoderKL's decoder, and freeze_encoder=true trains the decoder alone.
+    resume=auto continues from the newest checkpoint, if there is one, and skips checkpoints that are damaged
+    according to their SHA-256. resume=PATH continues from a checkpoint of another run. init=PATH starts from the
+    weights of a model, init_decoder=PATH from the decoder of a diffusers AutoencoderKL, and freeze_encoder=true
+    trains only the decoder.
 
-    Ctrl-C (or SIGTERM) ends the run after the current step, saves all of this and exits with status 0; a
-    second one quits at once. A step whose loss or gradient is not finite is skipped; after max_bad_steps in a
-    row the run saves what was before the first of them and exits with status 1. So it does, with status 2, when
-    more than data.max_bad_fraction of the images cannot be used.
+    Ctrl-C (or SIGTERM) ends the run after the current step, saves all of these files and exits with status 0; a
+    second one quits at once. A step with a non-finite loss or gradient is skipped. After max_bad_steps such steps in
+    a row, the run saves the state before the first of them and exits with status 1. If more than
+    data.max_bad_fraction of the images are unusable, the run also saves its state, and exits with status 2.
     """
     from litevae.training import load_config
     from litevae.training import train as run
 
     result = run(load_config(config, overrides or ()))
-    if int(os.environ.get("RANK", "0")):  # the first process speaks for all
+    if int(os.environ.get("RANK", "0")):  # only the first process prints
         return
     if result.stopped_by:
         print(f"stopped by {result.stopped_by} after {result.steps} steps; everything is saved")

@@ -10,12 +10,10 @@ from litevae.models.loading import load_model
 
 
 def train_diffusion(
-    config: Annotated[
-        str, typer.Argument(metavar="CONFIG", help="small, ldm-ffhq, or the path of a .yaml file.")
-    ],
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="small, ldm-ffhq, or a .yaml file.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Settings that replace the configuration's."),
+        typer.Argument(metavar="KEY=VALUE", help="Settings that replace those of the configuration."),
     ] = None,
 ) -> None:
     """Train a diffusion model on an autoencoder's latents.
@@ -27,37 +25,39 @@ def train_diffusion(
              litevae train-diffusion ldm-ffhq model=runs/ffhq-b data.latents=latents resume=auto
              torchrun --nproc-per-node 2 --no-python litevae train-diffusion ldm-ffhq ...
 
-    model is the folder of an autoencoder, whose latents litevae scale has measured. data.latents is a folder
-    that litevae encode has written with it; data.train are images, as in litevae train, which are encoded at
-    each step instead. ldm-ffhq is the U-Net of LDM (Rombach et al., 2022) for FFHQ, of 274 M parameters, with
-    its noise (ddpm) and optimizer; small has 7 M and EDM's noise (Karras et al., 2022; noise.kind=edm).
+    litevae config CONFIG shows every setting of a configuration with its default, range and meaning.
 
-    A run's folder holds:
+    model is the folder of an autoencoder whose latents litevae scale has measured. data.latents is a folder that
+    litevae encode has written with this autoencoder. data.train takes images instead, as in litevae train, which are
+    encoded at each step. ldm-ffhq is the U-Net of LDM (Rombach et al., 2022) for FFHQ, with 274 M parameters and
+    LDM's noise (ddpm) and optimizer. small has 7 M parameters and EDM's noise (Karras et al., 2022; noise.kind=edm).
+
+    A run writes these files to its folder:
 
     \b
-      pipeline/      for litevae.diffusion.LatentDiffusionPipeline.from_pretrained, a diffusers pipeline
-      samples.png    sample.count images, by sample.steps steps of Euler's method (edm), or ancestral ones (ddpm)
+      pipeline/      a diffusers pipeline, for litevae.diffusion.LatentDiffusionPipeline.from_pretrained
+      samples.png    sample.count images, drawn in sample.steps Euler (edm) or ancestral (ddpm) steps
       loss.png       the loss over the steps
       metrics.json   FID, or why it was not measured, and what was trained
-      metrics.jsonl  a line for each logged step
+      metrics.jsonl  one line per logged step
       config.yaml    every setting: litevae train-diffusion runs/NAME/config.yaml repeats the run
-      checkpoints/   one every checkpoint.every steps, of which the last checkpoint.keep stay
+      checkpoints/   one every checkpoint.every steps; the last checkpoint.keep are kept
 
-    FID compares fid.count samples with all of fid.images (data.train by default), if the weights of Inception
-    are there; with fid.measure=always they are downloaded, and the run does not begin without them. A run that
-    has ended can be measured later: the same command with fid.measure=always resume=auto.
+    FID compares fid.count samples with all images of fid.images (data.train by default), if Inception's weights are
+    present. fid.measure=always downloads the weights, and the run does not begin without them. To measure the FID of
+    a run that has ended, repeat its command with fid.measure=always resume=auto.
 
-    resume=auto goes on from the newest checkpoint, if there is one, with the same losses as if the run had not
-    been interrupted. Ctrl-C (or SIGTERM) ends the run after the current step, saves all of this but FID and
-    exits with status 0; a second one quits at once. A step whose loss or gradient is not finite is skipped; after
-    max_bad_steps in a row the run saves what was before the first of them and exits with status 1.
+    resume=auto continues from the newest checkpoint, if there is one, with the same losses as if the run had not
+    been interrupted. Ctrl-C (or SIGTERM) ends the run after the current step, saves all of these files except FID
+    and exits with status 0; a second one quits at once. A step with a non-finite loss or gradient is skipped. After
+    max_bad_steps such steps in a row, the run saves the state before the first of them and exits with status 1.
     """
-    from litevae.diffusion import load_config
+    from litevae.diffusion import load_diffusion_config
     from litevae.diffusion import train as run
 
-    settings = load_config(config, overrides or ())
+    settings = load_diffusion_config(config, overrides or ())
     result = run(settings, load_model(Path(settings.model)))
-    if int(os.environ.get("RANK", "0")):  # the first process speaks for all
+    if int(os.environ.get("RANK", "0")):  # only the first process prints
         return
     if result.stopped_by:
         print(f"stopped by {result.stopped_by} after {result.steps} steps; everything is saved")
@@ -70,5 +70,5 @@ def train_diffusion(
     else:
         print(f"FID of {settings.fid.count} samples and {result.fid.images} images: {result.fid.value:.2f}")
         if result.fid.unreadable:
-            print(f"images that cannot be read, left out: {result.fid.unreadable}")
+            print(f"unreadable images left out: {result.fid.unreadable}")
     print(f"see {result.output_dir / 'samples.png'} and {result.output_dir / 'loss.png'}")

@@ -3,29 +3,42 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from litevae.settings import setting
+
 
 @dataclass
 class DataConfig:
     """Images to train and to validate on.
 
-    `train` is a folder of images, searched through all its folders; WebDataset shards on local disks, as a
-    folder, a file or a pattern such as "train-{000..146}.tar"; a folder that Hugging Face's `save_to_disk`
-    has written; .parquet files with a column of images; or "demo", scikit-image's photographs.
-    `validation` is another of these; empty, it is the demo's held-out photograph for the demo and none
-    otherwise.
+    `train` is a folder of images, searched recursively; WebDataset shards on local disks, given as a folder, a
+    file or a pattern such as "train-{000..146}.tar"; a folder that Hugging Face's `save_to_disk` has written;
+    .parquet files with a column of images; or "demo", scikit-image's photographs. `validation` takes the same
+    values; if it is empty, the demo is validated on its held-out photograph, and other data on nothing.
 
-    `crop` says how an image becomes a square. random: a square of the shorter side's length at a random
+    `crop` says how an image becomes a square. random: a square as large as the shorter side, at a random
     place, resized (as in the code of Esser et al., arXiv:2012.09841; the paper does not say).
-    random_resized: torchvision's RandomResizedCrop, a window of 8 % to 100 % of the image with sides of 3:4
-    to 4:3. native: a square of `size` at a random place, not resized; smaller images count as bad.
+    random_resized: torchvision's RandomResizedCrop, a window of 8 % to 100 % of the image with an aspect ratio
+    of 3:4 to 4:3. native: a square of `size` at a random place, not resized; smaller images count as unusable.
     """
 
-    train: str = "demo"
-    validation: str = ""
-    validation_count: int = 64  # images measured on, at most
-    size: int = 256  # side of the square crops, in pixels
-    batch_size: int = 16  # crops a step, of all processes together
-    crop: Literal["random", "random_resized", "native"] = "random"
-    flip: bool = True  # mirrors half of the crops
-    workers: int = 4  # processes that read images, for each process that trains; 0: none
-    max_bad_fraction: float = 0.01  # of the images may be unusable; the run stops at more
+    train: str = setting(
+        "demo",
+        "Training images: a folder, WebDataset shards, a Hugging Face dataset on disk, .parquet files, or demo.",
+    )
+    validation: str = setting(
+        "", "Validation images, given like data.train; empty for none, or for the demo's held-out photograph."
+    )
+    validation_count: int = setting(64, "Largest number of validation images to measure on.", minimum=1)
+    size: int = setting(256, "Side of the square crops, in pixels.", minimum=16)
+    batch_size: int = setting(16, "Crops per step, over all processes together.", minimum=1, maximum=10**5)
+    crop: Literal["random", "random_resized", "native"] = setting(
+        "random",
+        "How crops are taken: the largest square, resized; a random window, resized; or unscaled pixels.",
+    )
+    flip: bool = setting(True, "Mirror half of the crops.")
+    workers: int = setting(
+        4, "Processes that read images, per training process; 0 reads in the training process.", minimum=0
+    )
+    max_bad_fraction: float = setting(
+        0.01, "Fraction of the images that may be unusable; the run stops at more.", minimum=0, below=1
+    )

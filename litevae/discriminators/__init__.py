@@ -11,20 +11,23 @@ from typing import Literal, TypeAlias
 from litevae.discriminators.patchgan import PatchGANDiscriminator
 from litevae.discriminators.stylegan import StyleGANDiscriminator
 from litevae.discriminators.unet import UNetDiscriminator
+from litevae.settings import setting
 
 CHANNELS = {"S": 32, "M": 64, "L": 128}
 
 
 @dataclass
 class DiscriminatorConfig:
-    """Table 10 of the paper compares the three kinds; it does not print their widths.
+    """Configuration of a discriminator. Table 10 of the paper compares the three kinds; it does not print widths.
 
-    M is pix2pix's PatchGAN, StyleGAN2's config F, and 64 channels at the outermost level of the U-Net. S has
-    half as many channels, L twice; StyleGAN2's stop at 512.
+    M is pix2pix's PatchGAN, StyleGAN2's config F, or a U-Net with 64 channels at its outermost level. S has half
+    as many channels and L twice as many; StyleGAN2's stop at 512.
     """
 
-    kind: Literal["unet", "patchgan", "stylegan"] = "unet"
-    width: Literal["S", "M", "L"] = "M"
+    kind: Literal["unet", "patchgan", "stylegan"] = setting("unet", "Architecture of the discriminator.")
+    width: Literal["S", "M", "L"] = setting(
+        "M", "Number of channels relative to the published network (M): half for S, twice for L."
+    )
 
 
 Discriminator: TypeAlias = UNetDiscriminator | PatchGANDiscriminator | StyleGANDiscriminator

@@ -7,8 +7,7 @@ import torch
 from accelerate import PartialState
 
 from litevae.data.sources import open_images
-from litevae.diffusion import DiffusionConfig
-from litevae.diffusion import load_config as load_diffusion_config
+from litevae.diffusion import DiffusionConfig, load_diffusion_config
 from litevae.diffusion.fid import prepare_fid
 from litevae.discriminators import build_discriminator
 from litevae.errors import UserError

@@ -22,6 +22,7 @@ from litevae.losses.ldl import ldl_loss
 from litevae.losses.perceptual import LPIPS, ESRGANLoss
 from litevae.losses.reconstruction import l1_loss, l2_loss
 from litevae.losses.wavelet import wavelet_loss
+from litevae.settings import setting
 
 RECONSTRUCTION_TERMS = ("l1", "l2", "lpips", "esrgan", "wavelet", "gaussian", "ldl")
 TERMS = (*RECONSTRUCTION_TERMS, "kl", "adversarial")
@@ -32,25 +33,32 @@ T = TypeVar("T")
 
 @dataclass
 class LossConfig:
-    """The weight of each term, then the settings. A term of weight 0 is neither computed nor reported.
+    """Weights and settings of the losses. A term of weight 0 is neither computed nor reported.
 
-    The paper does not print its weights. 0.01, 1.0 and 0.5 for kl, wavelet and gaussian are what the public
-    re-implementation reports. With the adaptive weight, adversarial=0.5 is Equation 2.
+    The paper does not print its weights. For kl, wavelet and gaussian, 0.01, 1.0 and 0.5 are the weights that the
+    public re-implementation reports. With the adaptive weight, adversarial=0.5 is Equation 2.
     """
 
-    l1: float = 1.0
-    l2: float = 0.0
-    lpips: float = 0.0
-    esrgan: float = 0.0
-    wavelet: float = 1.0
-    gaussian: float = 0.5
-    ldl: float = 0.0
-    kl: float = 0.01
-    adversarial: float = 0.0
-    adversarial_loss: AdversarialLoss = "hinge"
-    adversarial_weight: Literal["constant", "adaptive"] = "constant"
-    adversarial_start: int = 0  # the first step with a discriminator
-    pretrained: bool = True  # VGG of lpips and esrgan; false, for tests only: random weights
+    l1: float = setting(1.0, "Weight of the L1 loss.", minimum=0)
+    l2: float = setting(0.0, "Weight of the L2 loss.", minimum=0)
+    lpips: float = setting(0.0, "Weight of LPIPS, a perceptual loss.", minimum=0)
+    esrgan: float = setting(0.0, "Weight of ESRGAN's perceptual loss.", minimum=0)
+    wavelet: float = setting(1.0, "Weight of the wavelet loss.", minimum=0)
+    gaussian: float = setting(0.5, "Weight of the Gaussian loss.", minimum=0)
+    ldl: float = setting(0.0, "Weight of the LDL loss, which needs ema_decay above 0.", minimum=0)
+    kl: float = setting(
+        0.01, "Weight of the KL divergence of the posterior from a standard Gaussian.", minimum=0
+    )
+    adversarial: float = setting(0.0, "Weight of the adversarial loss; 0 trains no discriminator.", minimum=0)
+    adversarial_loss: AdversarialLoss = setting("hinge", "Kind of the adversarial loss.")
+    adversarial_weight: Literal["constant", "adaptive"] = setting(
+        "constant",
+        "Use the weight as it is, or scale it at each step to balance the gradients (Equation 2).",
+    )
+    adversarial_start: int = setting(0, "First step that uses the discriminator.", minimum=0)
+    pretrained: bool = setting(
+        True, "Pretrained VGG weights for lpips and esrgan; random ones if false, for tests only."
+    )
 
 
 @dataclass(frozen=True)

@@ -86,37 +86,40 @@ def load_model(path: Path) -> "Autoencoder":
 
 
 def find_model(name: str, size: int = 256) -> "Autoencoder":
-    """The model in a folder, as `load_model`, or an untrained one by its name.
+    """Loads the model in a folder, as `load_model` does, or builds an untrained one by its name.
 
     Args:
-        name: of a folder; or of a preset, or sd-vae, and settings of `ModelConfig` after it, as in
+        name: Path of a folder; or the name of a preset, or sd-vae, with settings of `ModelConfig` after it, as in
             "litevae-b,latent_channels=12,aggregator=vit".
-        size: of the images that an untrained one is for.
+        size: Side of the images that an untrained model is for, in pixels.
 
     Raises:
-        UserError: as `load_model`; neither a folder nor such a name; or settings that the model does not take.
+        UserError: `load_model` raised it, `name` is neither a folder nor such a name, or the model does not take
+            the settings.
     """
     if Path(name).exists() or name.startswith(DIFFUSERS):
         return load_model(Path(name))
 
+    from litevae import settings
     from litevae.models.build import with_fresh_weights
+    from litevae.models.config import ModelConfig, check_model_config
     from litevae.models.presets import get_preset
-    from litevae.training.config import load_config
 
-    kind, *settings = re.split(r",(?=\w+=)", name)  # a list's commas have no key behind them
+    kind, *overrides = re.split(r",(?=\w+=)", name)  # no key follows the commas in a list
     if kind == "sd-vae":
-        chosen = ["model.kind=sd-vae", "model.use_1x1_conv=true"]
+        base = ["kind=sd-vae", "use_1x1_conv=true"]
     else:
-        chosen = [f"model.preset={kind}"]
+        base = [f"preset={kind}"]
         try:
             get_preset(kind)
         except ValueError as error:
             raise UserError(f"{name}: no such folder, and {error}") from None
-    chosen += [f"model.{setting}" for setting in settings]
-    for setting in settings:
-        if setting.startswith(("kind=", "preset=")):
-            raise UserError(f"{name}: {kind} says this already, got {setting}")
+    for override in overrides:
+        if override.startswith(("kind=", "preset=")):
+            raise UserError(f"{name}: {kind} determines this already, got {override}")
     try:
-        return with_fresh_weights(load_config(None, [*chosen, "loss.kl=0"]).model, size)
+        config = settings.load(ModelConfig, None, [*base, *overrides])
+        check_model_config(config)
+        return with_fresh_weights(config, size)
     except (UserError, ValueError) as error:
         raise UserError(f"{name}: {error}") from None

@@ -5,6 +5,7 @@ import pytest
 
 from litevae import settings
 from litevae.errors import UserError
+from litevae.settings import section, setting
 
 
 @dataclass
@@ -27,6 +28,25 @@ class Settings:
     parts: list[Part] = field(default_factory=list)
 
 
+@dataclass
+class Inner:
+    example: ClassVar[str] = "{depth: 3}"
+    depth: int = setting(1, "Depth.", minimum=1)
+
+
+@dataclass
+class Ranges:
+    steps: int = setting(5, "Steps.", minimum=1, maximum=9)
+    fraction: float = setting(0.5, "Fraction.", minimum=0, below=1)
+    ceiling: float = setting(1.0, "Number with an upper limit only.", maximum=5)
+    optional: int | None = setting(None, "Optional number.", minimum=1)
+    widths: list[int] = setting([4, 8], "Widths.", minimum=1)
+    betas: tuple[float, float] = setting((0.5, 0.9), "Betas.", minimum=0, below=1)
+    inner: Inner = section(Inner, "Inner section.")
+    entries: list[Inner] = setting([], "Entries.")
+    other: dict[str, float] = field(default_factory=dict)  # without limits
+
+
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "shipped" / "other").mkdir(parents=True)
@@ -47,7 +67,7 @@ def test_file_then_overrides(folder):
     assert loaded == Settings(7, "", Section(2.0, "b"), [Part(4)])
 
 
-def test_folders_below_hold_other_kinds(folder):
+def test_subfolders_hold_other_kinds(folder):
     assert settings.shipped(folder) == ["plain"]
     assert "no configuration named 'other/hidden'" in fails(folder, "other/hidden")
     assert "did you mean 'plain'? (there are: plain; or give" in fails(folder, "plian")
@@ -90,13 +110,48 @@ def test_mistake_in_a_file_names_the_file(folder, tmp_path, text, expected):
     assert expected in message
 
 
-def test_numbers_out_of_range_are_refused():
-    config = Settings(section=Section(weight=3.0))
-    settings.check_range(config, {"steps": 5}, {"section.weight": 3})
-    with pytest.raises(UserError, match=r"steps must be 6 or more, got 5"):
-        settings.check_range(config, {"steps": 6}, {})
-    with pytest.raises(UserError, match=r"section.weight must be 2 or less, got 3.0"):
-        settings.check_range(config, {}, {"section.weight": 2})
-    config.section.weight = float("nan")
-    with pytest.raises(UserError, match=r"section.weight must be 0 or more, got nan"):
-        settings.check_range(config, {"section.weight": 0}, {})
+def test_a_copy_of_a_list_is_the_default():
+    Ranges().widths.append(5)
+    assert Ranges().widths == [4, 8]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("steps=0", "steps must be 1 or more, got 0"),
+        ("steps=10", "steps must be 9 or less, got 10"),
+        ("fraction=1", "fraction must be below 1, got 1.0"),
+        ("fraction=nan", "fraction must be 0 or more, got nan"),
+        ("fraction=inf", "fraction must be 0 or more, got inf"),
+        ("ceiling=nan", "ceiling must be 5 or less, got nan"),
+        ("optional=0", "optional must be 1 or more, got 0"),
+        ("widths=[4,0]", "widths must all be 1 or more, got [4, 0]"),
+        ("betas=[0.5,1]", "betas must all be below 1, got [0.5, 1.0]"),
+        ("inner.depth=0", "inner.depth must be 1 or more, got 0"),
+        ("entries=[{depth: 1}, {depth: 0}]", "entries[1].depth must be 1 or more, got 0"),
+    ],
+)
+def test_number_out_of_range_is_refused(override, message):
+    with pytest.raises(UserError) as caught:
+        settings.load(Ranges, None, [override])
+    assert str(caught.value) == message
+
+
+def test_numbers_at_the_limits_are_allowed():
+    overrides = ["steps=9", "fraction=0", "ceiling=-1e300", "optional=null", "widths=[]", "betas=[0,0.99]"]
+    loaded = settings.load(Ranges, None, [*overrides, "entries=[{depth: 1}]", "other={a: -inf}"])
+    assert (loaded.steps, loaded.optional, loaded.widths) == (9, None, [])
+
+
+@pytest.mark.parametrize(
+    ("limits", "text"),
+    [
+        (settings.Limits(1, 4096), "1 to 4096"),
+        (settings.Limits(minimum=1e-6), "1e-06 or more"),
+        (settings.Limits(maximum=10**9), "1000000000 or less"),
+        (settings.Limits(minimum=0, below=1), "0 or more, below 1"),
+        (settings.Limits(), ""),
+    ],
+)
+def test_range_in_words(limits, text):
+    assert str(limits) == text

@@ -10,7 +10,7 @@ from litevae import LiteVAE
 from litevae.data.images import read_image
 from litevae.models.baseline import SmallEncoderVAE
 
-COMMANDS = ["train", "reconstruct", "info", "scale", "encode", "eval", "complexity", "latents"]
+COMMANDS = ["train", "config", "reconstruct", "info", "scale", "encode", "eval", "complexity", "latents"]
 COMMANDS += ["resolution", "features", "gradients", "train-diffusion", "experiment"]
 
 
@@ -41,11 +41,11 @@ def test_version(litevae):
         (["train", "demo", "output_dir=/proc/nowhere"], "cannot write to /proc/nowhere"),
         (["info", "litevae-x"], "did you mean 'litevae-"),
         (["info", "litevae-s", "--size", "250"], "multiples of 8"),
-        (["info", "litevae-s,agregator=vit"], "did you mean 'model.aggregator'"),
-        (["info", "litevae-s,preset=litevae-m"], "litevae-s says this already, got preset=litevae-m"),
-        (["info", "litevae-s,aggregator=mlp"], "model.aggregator must be unet or vit"),
+        (["info", "litevae-s,agregator=vit"], "did you mean 'aggregator'"),
+        (["info", "litevae-s,preset=litevae-m"], "litevae-s determines this already, got preset=litevae-m"),
+        (["info", "litevae-s,aggregator=mlp"], "aggregator must be unet or vit"),
         (["info", "litevae-s,encoder_type=dwt"], "latent_channels must be 12 for encoder_type='dwt', got 4"),
-        (["info", "sd-vae,extractor=nafnet"], "model.extractor must be unet for model.kind=sd-vae"),
+        (["info", "sd-vae,extractor=nafnet"], "extractor must be unet for kind=sd-vae"),
         (["complexity", "litevae-s,finest_level=9"], "finest_level must be from 1 to 3, got 9"),
         (["info", "litevae-s", "--size", "0"], "greater than or equal to 16"),
         (["info", "litevae-s", "--size", "big"], "Invalid value for '--size'"),

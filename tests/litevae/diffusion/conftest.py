@@ -7,7 +7,7 @@ from skimage import data
 
 from litevae import LiteVAE
 from litevae.data.sources import open_images
-from litevae.diffusion import load_config
+from litevae.diffusion import load_diffusion_config
 from litevae.latents import Settings, encode_images
 from litevae.latents.statistics import measure_latents
 from litevae.models.initialise import initialise
@@ -84,7 +84,7 @@ def tiny(tmp_path, tiny_settings):
     """A function that returns the configuration of a tiny run in tmp_path/run."""
 
     def make(*overrides, name="run"):
-        return load_config("small", [*tiny_settings, f"output_dir={tmp_path / name}", *overrides])
+        return load_diffusion_config("small", [*tiny_settings, f"output_dir={tmp_path / name}", *overrides])
 
     return make
 

@@ -14,7 +14,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 import litevae.diffusion.fid as fid_module
 import litevae.diffusion.trainer as trainer_module
-from litevae.diffusion import load_config, train
+from litevae.diffusion import load_diffusion_config, train
 from litevae.models import LiteVAE
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -40,7 +40,7 @@ def work(_, writes, settings):
     """The run of one process."""
     if writes is not None:
         die_at_sync(writes)
-    config = load_config("small", settings)
+    config = load_diffusion_config("small", settings)
     train(config, LiteVAE.from_pretrained(config.model))
 
 

@@ -1,26 +1,26 @@
 import pytest
 
-from litevae.diffusion.config import DiffusionConfig, load_config, shipped_configs
+from litevae.diffusion.config import DiffusionConfig, load_diffusion_config, shipped_diffusion_configs
 from litevae.errors import UserError
-from litevae.training.config import shipped_configs as of_autoencoders
+from litevae.training.config import shipped_configs
 
 GIVEN = ("model=runs/demo", "data.latents=latents")
 
 
 def test_each_command_finds_its_own_kind():
-    assert shipped_configs() == ["ldm-ffhq", "small"]
-    assert not set(shipped_configs()) & set(of_autoencoders())
-    for name in shipped_configs():
-        assert isinstance(load_config(name, GIVEN), DiffusionConfig)
+    assert shipped_diffusion_configs() == ["ldm-ffhq", "small"]
+    assert not set(shipped_diffusion_configs()) & set(shipped_configs())
+    for name in shipped_diffusion_configs():
+        assert isinstance(load_diffusion_config(name, GIVEN), DiffusionConfig)
     with pytest.raises(
         UserError, match=r"no configuration named 'demo': did you mean .*there are: ldm-ffhq, small"
     ):
-        load_config("demo")
+        load_diffusion_config("demo")
 
 
-def test_ldm_ffhq_is_ldms():
-    """The values are those of Rombach et al. (2022), Table 12, and of their configuration file."""
-    config = load_config("ldm-ffhq", GIVEN)
+def test_ldm_ffhq_has_the_settings_of_ldm():
+    """The settings are those of Rombach et al. (2022), Table 12, and of their configuration file."""
+    config = load_diffusion_config("ldm-ffhq", GIVEN)
     assert (config.unet.block_out_channels, config.unet.layers_per_block) == ([224, 448, 672, 896], 2)
     assert (config.data.batch_size, config.max_steps, config.optimizer.learning_rate) == (42, 635_000, 8.4e-5)
     noise = config.noise
@@ -33,7 +33,7 @@ def test_ldm_ffhq_is_ldms():
         (["data.train=demo"], "give one of data.latents"),
         (["data.latents="], "give one of data.latents"),
         (["model="], "model is empty"),
-        (["data.size=64"], "data.size is of data.train"),
+        (["data.size=64"], "data.size is only for data.train"),
         (["noise.kind=flow"], "noise.kind must be edm or ddpm"),
         (["noise.sigma=3"], "did you mean 'noise.sigma_m"),
         (["unet.block_out_channels=[48,96]"], "multiples of unet.num_groups=32, got"),
@@ -42,16 +42,21 @@ def test_ldm_ffhq_is_ldms():
         (["unet.attention_from=4"], "unet.attention_from must be 3 or less"),
         (["noise.kind=ddpm", "sample.steps=2000"], "sample.steps must be noise.steps=1000 or less"),
         (["optimizer.accumulation=3"], "optimizer.accumulation must divide the batch of 32"),
-        (["optimizer.betas=[0.9,1]"], "optimizer.betas must be at least 0 and below 1"),
+        (["optimizer.betas=[0.9,1]"], "optimizer.betas must all be below 1, got [0.9, 1.0]"),
         (["noise.beta_start=0.5"], "noise.beta_start must be 0.0195 or less"),
+        (["noise.beta_end=1"], "noise.beta_end must be 0.999 or less"),
+        (["noise.sigma_min=90"], "noise.sigma_min must be 80.0 or less, got 90.0"),
+        (["unet.dropout=1"], "unet.dropout must be 0.999 or less"),
+        (["unet.block_out_channels=[0,64]"], "unet.block_out_channels must all be 1 or more, got [0, 64]"),
+        (["data.latents=", "data.train=demo", "data.size=8"], "data.size must be 16 or more, got 8"),
         (["fid.count=1"], "fid.count must be 2 or more"),
         (["fid.measure=maybe"], "fid.measure must be auto or always or never"),
-        (["ema_decay=1"], "ema_decay must be"),
+        (["ema_decay=1"], "ema_decay must be below 1"),
         (["output_dir="], "output_dir is empty"),
     ],
 )
-def test_senseless_settings_are_refused(settings, message):
+def test_invalid_settings_are_refused(settings, message):
     with pytest.raises(UserError) as caught:
-        load_config("small", [*GIVEN, *settings])
+        load_diffusion_config("small", [*GIVEN, *settings])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)

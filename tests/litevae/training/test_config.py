@@ -99,10 +99,18 @@ def test_wrong_type_names_key_and_type(override, expected):
         ("stages=[{start: 1, size: 32}]", "stages[0].start must be above 1, got 1"),
         ("stages=[{start: 9, size: 32}, {start: 9, size: 64}]", "stages[1].start must be above 9, got 9"),
         ("stages=[{start: 9, size: 8}]", "stages[0].size must be 16 or more"),
-        ("stages=[{start: 9, size: 32, batch_size: 0}]", "stages[0].batch_size must be 1 to 100000"),
+        ("stages=[{start: 9, size: 32, batch_size: 0}]", "stages[0].batch_size must be 1 or more, got 0"),
+        (
+            "stages=[{start: 9, batch_size: 100001}]",
+            "stages[0].batch_size must be 100000 or less, got 100001",
+        ),
         ("optimizer.accumulation=3", "optimizer.accumulation must divide the batch of 4, got 3"),
-        ("discriminator.betas=[0,1]", "discriminator.betas must be at least 0 and below 1"),
-        ("discriminator.learning_rate=-1", "discriminator.learning_rate must be between 0 and 1e6, got -1"),
+        ("discriminator.betas=[0,1]", "discriminator.betas must all be below 1, got [0.0, 1.0]"),
+        ("discriminator.learning_rate=-1", "discriminator.learning_rate must be 0 or more, got -1"),
+        ("discriminator.learning_rate=1e7", "discriminator.learning_rate must be 1000000.0 or less"),
+        ("optimizer.learning_rate=1e7", "optimizer.learning_rate must be 1000000.0 or less"),
+        ("seed=4294967296", "seed must be 4294967295 or less"),
+        ("model.block_out_channels=[]", "model.block_out_channels is empty"),
         ("loss.ldl=1", "ema_decay must be above 0"),
         ("gradient_ratio_every=-1", "gradient_ratio_every must be 0 or more"),
         ("gradient_ratio_every=5", "loss.adversarial must be above 0"),
@@ -122,7 +130,7 @@ def test_wrong_type_names_key_and_type(override, expected):
         ("output_dir=${nowhere}", "nowhere"),
     ],
 )
-def test_senseless_value_is_refused(override, expected):
+def test_invalid_value_is_refused(override, expected):
     assert expected in fails(override)
 
 
@@ -138,7 +146,7 @@ def test_stages_follow_each_other():
     ]
     stages = [Stage(1, 5, 32, 4, 0), Stage(6, 10, 48, 4, 20), Stage(11, 20, 64, 2, 40)]
     assert list_stages(load_config("demo", settings)) == stages
-    # max_steps ends the run wherever it is
+    # max_steps ends the run at any stage
     assert list_stages(load_config("demo", [*settings, "max_steps=7"])) == [stages[0], Stage(6, 7, 48, 4, 20)]
     tuned = list_stages(load_config("imagenet-b-tuned"))
     assert [(stage.last - stage.first + 1, stage.size) for stage in tuned] == [(100_000, 128), (50_000, 256)]
@@ -162,7 +170,7 @@ def test_a_stage_keeps_what_it_does_not_set():
         ("encoder_norm=smc", "group"),
     ],
 )
-def test_variants_are_litevaes_alone(setting, only):
+def test_only_litevae_has_variants(setting, only):
     baseline = ["model.kind=sd-vae", "model.decoder_norm=group", "model.output_type=image"]
     load_config("demo", baseline)
     message = f"model.{setting.split('=')[0]} must be {only} for model.kind=sd-vae"
@@ -170,7 +178,7 @@ def test_variants_are_litevaes_alone(setting, only):
         load_config("demo", [*baseline, f"model.{setting}"])
 
 
-def test_vit_is_trained_at_one_size():
+def test_vit_is_trained_at_only_one_size():
     vit = ["model.aggregator=vit", "data.size=64"]
     load_config("demo", [*vit, "stages=[{start: 9, batch_size: 8}, {start: 20, size: 64}]"])
     with pytest.raises(UserError, match=r"stages\[0\]\.size must be data\.size, 64, .* got 128"):
