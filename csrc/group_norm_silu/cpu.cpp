@@ -2,22 +2,22 @@
 // go through both passes at a time, so that the second pass finds their data in the cache.
 //
 // Either the channels or the pixels are innermost in all tensors of a call. Both layouts share one traversal,
-// which divides the work as follows, from the largest piece to the smallest:
-//   part   x or skip, or the same channels of another tensor.
-//   block  Successive pixels of an image.
-//   task   One block with all channels where channels are innermost, and with one channel elsewhere. A thread
-//          takes whole tasks. Their size depends on the shape alone, so that any number of threads gives the
-//          same bits.
-//   chunk  Successive pixels of one image row in a task, with the channels of one part. Sums over a chunk
-//   have the
-//          type of the arithmetic; sums over several chunks have float64.
-//   strip  Up to four adjacent vectors, repeated at equal distances, that share their coefficients. Where
-//   channels
-//          are innermost, each lane has a channel of its own and the strip goes from pixel to pixel.
-//          Elsewhere, all lanes have the same channel and the strip goes on to the pixels behind.
+// which divides the work as follows:
+//   part    The channels of x or those of skip, in any of the tensors.
+//   block   Successive pixels of an image.
+//   task    One block, with all channels if channels are innermost and with one channel otherwise. A thread
+//           takes whole tasks. Their size depends on the shape alone, so the number of threads does not
+//           change the result.
+//   chunk   Successive pixels of one image row in a task, with the channels of one part. Sums over a chunk
+//   have
+//           the type of the arithmetic, and sums over several chunks are float64.
+//   strip   Up to four adjacent vectors, repeated at equal distances, that share coefficients. If channels
+//   are
+//           innermost, each lane has its own channel and the strip repeats at each pixel of the chunk.
+//           Otherwise all lanes have the same channel and the strip repeats along the pixels.
 //
-// The file is compiled once per instruction set, so everything below has internal linkage and uses no library
-// templates.
+// This file is compiled once per instruction set. Everything below therefore has internal linkage and uses no
+// library templates.
 #include <math.h>
 
 #include <stdexcept>
@@ -71,8 +71,8 @@ struct Strip {
   int lanes;            // elements in each
 };
 
-// The number of vectors side by side in a strip, as a type. Only a single vector may have lanes without
-// elements.
+// The number of adjacent vectors in a strip, as a type. Only a single vector may have unused lanes (not
+// whole).
 template <int U, bool W>
 struct Width {
   static constexpr int value = U;
@@ -192,8 +192,8 @@ TwoSums<V, W::value> moment_strip(Cursor<const S> x, const Strip& strip, const V
   return sums;
 }
 
-// The coefficients of a channel. The mean is the sum of a number of the arithmetic's type and of a remainder,
-// which goes into another coefficient, so that x - mean keeps its digits at any mean.
+// The coefficients of a channel. The mean is the sum of a number of the arithmetic's type and a remainder
+// that goes into another coefficient, so that x - mean keeps its digits at any mean.
 enum ForwardCoefficient { kMean, kFactor, kOffset, kForwardCoefficients };
 enum BackwardCoefficient {
   kMeanB,
@@ -272,16 +272,18 @@ void backward_strip(Cursor<const S> x, Cursor<const S> grad, Cursor<S> dx, const
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// The layouts. Each one says how many pixels a chunk has at most, which strips make a chunk (`use` takes a
-// Width and a Strip), how a coefficient fills the lanes, and how sums over lanes become sums of channels.
+// The layouts. Each one defines the most pixels that a chunk has where it is summed and where it is written,
+// the strips of a chunk (`use` takes a Width and a Strip), the coefficients of the lanes, and how the sums of
+// the lanes become sums of channels. The moments are the one calculation that differs: sums of a lane stay in
+// the type of the arithmetic where the lane has its own channel, and become float64 where lanes are added up.
 //
 // A chunk's values are summed about the mean of its first eighth. The sum of squares is then at most nine
-// times what it is about the mean, whatever the values are, so that little cancels.
+// times the sum about the mean of the chunk, so that little cancels whatever the values are.
 
 int64_t sample_size(int64_t pixels) { return ceil_div(pixels, 8); }
 
 // Means and sums of squared differences of `more` values join those of `count` (Chan, Golub and LeVeque
-// 1983). The mean that joins is the sum of two numbers, of which the second may be missing.
+// 1983). The mean that joins is the sum of two numbers, and the second may be missing.
 template <class T>
 void merge(double count, double* mean, double* m2, double more, const T* more_mean, const T* rest,
            const T* more_m2, int64_t channels) {
@@ -293,6 +295,15 @@ void merge(double count, double* mean, double* m2, double more, const T* more_me
     mean[c] += delta * share;
     m2[c] += static_cast<double>(more_m2[c]) + delta * delta * weight;
   }
+}
+
+template <class V>
+double sum_of_lanes(V v) {
+  typename V::Scalar lane[V::width];
+  v.store(lane);
+  double sum = 0;
+  for (int i = 0; i < V::width; ++i) sum += static_cast<double>(lane[i]);
+  return sum;
 }
 
 template <class V>
@@ -313,14 +324,17 @@ struct ChannelsInnermost {
   static V coefficient(const T* channels, int u) { return V::load(channels + u * V::width); }
 
   template <int U>
-  static void add(const V (&values)[U], const Strip& strip, double* sums) {
-    T lane[U * V::width];
-    for (int u = 0; u < U; ++u) values[u].store(lane + u * V::width);
-    for (int i = 0; i < strip.lanes; ++i) sums[i] += static_cast<double>(lane[i]);
+  static void add(const TwoSums<V, U>& sums, const Strip& strip, double* first, double* second) {
+    T lanes[2][U * V::width];
+    for (int u = 0; u < U; ++u)
+      sums.first[u].store(lanes[0] + u * V::width), sums.second[u].store(lanes[1] + u * V::width);
+    for (int i = 0; i < strip.lanes; ++i) {
+      first[i] += static_cast<double>(lanes[0][i]);
+      second[i] += static_cast<double>(lanes[1][i]);
+    }
   }
 
-  // The chunk joins the `count` values that the mean and the sum of squared differences of each channel have
-  // seen.
+  // Joins a chunk to each channel's mean and sum of squared differences, which are those of `count` values.
   template <class S>
   static void add_moments(const Chunk& chunk, Cursor<const S> from, double count, double* mean, double* m2) {
     for_strips(chunk, [&](auto width, const Strip& strip) {
@@ -361,16 +375,11 @@ struct PixelsInnermost {
 
   static V coefficient(const T* channel, int) { return V::set(*channel); }
 
-  // Lanes without elements must be zero.
+  // Unused lanes must be zero.
   template <int U>
-  static void add(const V (&values)[U], const Strip&, double* sum) {
-    for (const V& v : values) {
-      T lane[V::width];
-      v.store(lane);
-      double all = 0;
-      for (const T one : lane) all += static_cast<double>(one);
-      *sum += all;
-    }
+  static void add(const TwoSums<V, U>& sums, const Strip&, double* first, double* second) {
+    for (int u = 0; u < U; ++u)
+      *first += sum_of_lanes(sums.first[u]), *second += sum_of_lanes(sums.second[u]);
   }
 
   template <class S>
@@ -379,16 +388,15 @@ struct PixelsInnermost {
     Chunk some = chunk;
     some.pixels = sample_size(chunk.pixels);
     for_strips(some, [&](auto width, const Strip& strip) {
-      add(add_strip<V, decltype(width)>(from.to(strip), strip).v, strip, &shift);
+      for (const V& v : add_strip<V, decltype(width)>(from.to(strip), strip).v) shift += sum_of_lanes(v);
     });
     const T k = static_cast<T>(shift / static_cast<double>(some.pixels));
-    some.pixels = chunk.pixels / V::width * V::width;  // in other lanes, 0 - shift would count
+    some.pixels = chunk.pixels / V::width * V::width;  // an unused lane would add 0 - shift
     for_strips(some, [&](auto width, const Strip& strip) {
       using W = decltype(width);
       Vectors<V, W::value> shifts;
       for (V& v : shifts.v) v = V::set(k);
-      const auto sums = moment_strip<V, W>(from.to(strip), strip, shifts);
-      add(sums.first, strip, &sum), add(sums.second, strip, &square);
+      add(moment_strip<V, W>(from.to(strip), strip, shifts), strip, &sum, &square);
     });
     for (int64_t i = some.pixels; i < chunk.pixels; ++i) {
       const double d = static_cast<double>(to_float(from.at[i])) - static_cast<double>(k);
@@ -457,7 +465,7 @@ class Passes {
         threads_(s.batch * s.channels * s.pixels < kMinElementsForThreads ? 1 : threads),
         images_(most(1, least(s.batch, threads_ * kInputBytesPerThread /
                                            (input_bytes_per_element * s.channels * s.pixels)))),
-        // a whole vector may be read at the last channel
+        // a whole vector is read at the last channel
         stride_(ceil_div(s.channels, V::width) * V::width + V::width),
         coefficients_(coefficients),
         buffer_(images_ * (2 * s.blocks * s.channels * static_cast<int64_t>(sizeof(double)) +
@@ -471,8 +479,8 @@ class Passes {
     for (int64_t first = 0; first < s_.batch; first += images_) pass(first, least(s_.batch, first + images_));
   }
 
-  // Two sums per channel and block of the i-th of these images: for each block all of the first, then all of
-  // the second.
+  // Two sums per channel and block of the i-th of these images. Each block has all first sums, then all
+  // second.
   double* sums(int64_t i) const { return first_sum_ + i * 2 * s_.blocks * s_.channels; }
   Coefficients<T> coefficients(int64_t i) const {
     return {first_coefficient_ + i * coefficients_ * stride_, stride_};
@@ -486,8 +494,8 @@ class Passes {
     });
   }
 
-  // Calls use(task, the block's sums, coefficients) for each task, which is on the same thread in each pass.
-  // The second pass goes backwards, because what the first one read last may still be in the cache.
+  // Calls use(task, the block's sums, coefficients) for each task, on the same thread in each pass. The
+  // second pass goes backwards, because the data that the first one read last may still be in the cache.
   template <class Use>
   void for_tasks(int64_t first, int64_t last, bool backwards, const Use& use) const {
     parallel_for((last - first) * s_.tasks, threads_, [&](int64_t begin, int64_t end) {
@@ -652,8 +660,7 @@ void backward(const Backward& call, const Shape& s, int threads) {
             using W = decltype(width);
             const auto sums = sums_strip<V, W>(in.to(chunk, strip), grad.to(chunk, strip), strip,
                                                coefficients.template load<Layout, W, kSlope, V>(strip));
-            Layout::add(sums.first, strip, sum + strip.channel);
-            Layout::add(sums.second, strip, product + strip.channel);
+            Layout::add(sums, strip, sum + strip.channel, product + strip.channel);
           });
     });
     passes.for_images(first, last, [&](int64_t n, double* sum, auto coefficients) {
