@@ -170,11 +170,11 @@ void store(V value, S* to, int lanes) {
 }
 
 template <class V, class W, class S>
-Vectors<V, W::value> add_strip(Cursor<const S> x, const Strip& strip) {
+Vectors<V, W::value> add_strip(Cursor<const S> x, int64_t count, int lanes) {
   Vectors<V, W::value> sum;
   for (V& v : sum.v) v = V::set(0);
-  for (int64_t i = 0; i < strip.count; ++i, x.at += x.step)
-    for (int u = 0; u < W::value; ++u) sum.v[u] = sum.v[u] + load<V, W>(x.at + u * V::width, strip.lanes);
+  for (int64_t i = 0; i < count; ++i, x.at += x.step)
+    for (int u = 0; u < W::value; ++u) sum.v[u] = sum.v[u] + load<V, W>(x.at + u * V::width, lanes);
   return sum;
 }
 
@@ -340,10 +340,9 @@ struct ChannelsInnermost {
     for_strips(chunk, [&](auto width, const Strip& strip) {
       using W = decltype(width);
       constexpr int U = W::value;
-      Strip sample = strip;
-      sample.count = sample_size(strip.count);
-      auto shift = add_strip<V, W>(from.to(strip), sample);
-      for (V& v : shift.v) v = v * V::set(T(1) / static_cast<T>(sample.count));
+      const int64_t sampled = sample_size(strip.count);
+      auto shift = add_strip<V, W>(from.to(strip), sampled, strip.lanes);
+      for (V& v : shift.v) v = v * V::set(T(1) / static_cast<T>(sampled));
       const auto sums = moment_strip<V, W>(from.to(strip), strip, shift);
       const V share = V::set(T(1) / static_cast<T>(strip.count));
       T start[U * V::width], rest[U * V::width], chunk_m2[U * V::width];
@@ -365,12 +364,16 @@ struct PixelsInnermost {
 
   template <class Use>
   static void for_strips(const Chunk& chunk, const Use& use) {
-    const int64_t wide = chunk.pixels / (4 * V::width), left = chunk.pixels - wide * 4 * V::width;
-    const int64_t narrow = left / V::width, c = chunk.channel;
+    for_strips(chunk.channel, chunk.pixels, use);
+  }
+  template <class Use>
+  static void for_strips(int64_t channel, int64_t pixels, const Use& use) {
+    const int64_t wide = pixels / (4 * V::width), left = pixels - wide * 4 * V::width,
+                  narrow = left / V::width;
     const int rest = static_cast<int>(left - narrow * V::width);
-    if (wide > 0) use(Width<4, true>(), Strip{0, c, 4 * V::width, wide, 4 * V::width});
-    if (narrow > 0) use(Width<1, true>(), Strip{chunk.pixels - left, c, V::width, narrow, V::width});
-    if (rest > 0) use(Width<1, false>(), Strip{chunk.pixels - rest, c, V::width, 1, rest});
+    if (wide > 0) use(Width<4, true>(), Strip{0, channel, 4 * V::width, wide, 4 * V::width});
+    if (narrow > 0) use(Width<1, true>(), Strip{pixels - left, channel, V::width, narrow, V::width});
+    if (rest > 0) use(Width<1, false>(), Strip{pixels - rest, channel, V::width, 1, rest});
   }
 
   static V coefficient(const T* channel, int) { return V::set(*channel); }
@@ -385,20 +388,20 @@ struct PixelsInnermost {
   template <class S>
   static void add_moments(const Chunk& chunk, Cursor<const S> from, double count, double* mean, double* m2) {
     double shift = 0, sum = 0, square = 0;
-    Chunk some = chunk;
-    some.pixels = sample_size(chunk.pixels);
-    for_strips(some, [&](auto width, const Strip& strip) {
-      for (const V& v : add_strip<V, decltype(width)>(from.to(strip), strip).v) shift += sum_of_lanes(v);
+    const int64_t sampled = sample_size(chunk.pixels), whole = chunk.pixels / V::width * V::width;
+    for_strips(chunk.channel, sampled, [&](auto width, const Strip& strip) {
+      const auto sums = add_strip<V, decltype(width)>(from.to(strip), strip.count, strip.lanes);
+      for (const V& v : sums.v) shift += sum_of_lanes(v);
     });
-    const T k = static_cast<T>(shift / static_cast<double>(some.pixels));
-    some.pixels = chunk.pixels / V::width * V::width;  // an unused lane would add 0 - shift
-    for_strips(some, [&](auto width, const Strip& strip) {
+    const T k = static_cast<T>(shift / static_cast<double>(sampled));
+    // Only whole vectors, because an unused lane would add 0 - shift.
+    for_strips(chunk.channel, whole, [&](auto width, const Strip& strip) {
       using W = decltype(width);
       Vectors<V, W::value> shifts;
       for (V& v : shifts.v) v = V::set(k);
       add(moment_strip<V, W>(from.to(strip), strip, shifts), strip, &sum, &square);
     });
-    for (int64_t i = some.pixels; i < chunk.pixels; ++i) {
+    for (int64_t i = whole; i < chunk.pixels; ++i) {
       const double d = static_cast<double>(to_float(from.at[i])) - static_cast<double>(k);
       sum += d, square += d * d;
     }
