@@ -1,4 +1,4 @@
-// GroupNorm+SiLU on a GPU: entry points. plan.cuh says what is launched, kernels.cuh what a block does.
+// The entry points of GroupNorm+SiLU on a GPU. plan.cuh launches the kernels, and kernels.cuh defines them.
 #include "../common/launch.cuh"
 #include "plan.cuh"
 

@@ -1,4 +1,4 @@
-// GroupNorm+SiLU as the core sees it: y = z sigmoid(z), z = (x - mean) rstd weight + bias.
+// The calls of GroupNorm+SiLU in the core: y = z sigmoid(z) with z = (x - mean) rstd weight + bias.
 #pragma once
 
 #include <cstdint>
@@ -8,11 +8,11 @@
 namespace litevae {
 namespace group_norm_silu {
 
-// A tensor that is not there has no data. The channels are those of x, then those of skip.
+// A missing tensor has a null `data`. The channels are those of x, followed by those of skip.
 struct Inputs {
   TensorView x;             // (N, C_x, H, W)
-  TensorView skip;          // (N, C_skip, H, W), of x's dtype
-  TensorView weight, bias;  // (1, C, 1, 1), each of any dtype
+  TensorView skip;          // (N, C_skip, H, W), same dtype as x
+  TensorView weight, bias;  // (1, C, 1, 1), each with any dtype
   double* stats;            // (N, groups, 2): mean and rstd = 1 / sqrt(var + eps) of each group
   int64_t groups;
 
@@ -24,15 +24,15 @@ struct Inputs {
 
 struct Forward {
   Inputs in;
-  TensorView y;  // (N, C, H, W), of x's dtype; written, as are the statistics
+  TensorView y;  // (N, C, H, W), same dtype as x; written, as are the statistics
   double eps;
 };
 
 struct Backward {
   Inputs in;
-  TensorView grad;                    // (N, C, H, W), of x's dtype
+  TensorView grad;                    // (N, C, H, W), same dtype as x
   TensorView grad_x, grad_skip;       // written
-  TensorView grad_weight, grad_bias;  // (1, C, 1, 1), written, of weight's and bias's dtypes
+  TensorView grad_weight, grad_bias;  // (1, C, 1, 1), written, same dtypes as weight and bias
 };
 
 }  // namespace group_norm_silu

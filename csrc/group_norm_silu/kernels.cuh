@@ -1,13 +1,23 @@
-// What one block of threads does in each kernel of GroupNorm+SiLU. plan.cuh cuts the work and picks the
-// kernels.
+// The work of one thread block in each kernel of GroupNorm+SiLU. plan.cuh divides the tensors among the
+// blocks and picks the kernels.
 //
-// Forward: Statistics (mean and sum of squared deviations of each channel in each chunk of pixels), Combine
-// (statistics of each group), Apply. Backward: Sums (of dz and of dz xhat, for each channel and chunk),
-// Reduce (over chunks, then over a group's channels), ApplyBackward, and Parameters (over the batch) for the
-// gradients of weight and bias.
+// Forward: Statistics computes the mean and the sum of squared deviations of each channel in each chunk,
+// Combine computes the statistics of each group, and Apply writes y. Backward: Sums adds up dz and dz xhat of
+// each channel in each chunk, Reduce adds these up over chunks and over the channels of a group,
+// ApplyBackward writes the gradient of x, and Parameters adds up the gradients of weight and bias over the
+// batch.
 //
 // With dz = dy/dz grad and xhat = (x - mean) rstd, the gradient of x is
 // rstd (weight dz - mean over the group of weight dz - xhat mean over the group of weight dz xhat).
+//
+// The words for pieces of a tensor:
+//   unit    The elements that a thread loads at once: 16 bytes of channels or of pixels, or one element.
+//   slab    Successive channels, as many as one block works on.
+//   chunk   Successive units along the pixels of an image, as many as one block works on.
+//   table   The threads of a block. Each column takes the channels of one unit, and the rows of a column
+//   share
+//           the units of the chunk.
+//   part    The x or the skip half of a tensor. A class Part is one block's share: a slab and a chunk.
 #pragma once
 
 #include "../common/block.cuh"
@@ -16,16 +26,16 @@
 namespace litevae {
 namespace group_norm_silu {
 
-// How the elements that a thread moves at once lie in memory.
+// How the elements of a unit lie in memory.
 enum class Kind {
-  channels,  // channels innermost: 16 bytes of one pixel's channels
-  pixels,    // pixels innermost: 16 bytes of one channel's pixels
-  single     // any strides, any type: single elements
+  channels,  // channels are innermost: 16 bytes of one pixel's channels
+  pixels,    // pixels are innermost: 16 bytes of one channel's pixels
+  single     // one element; serves any strides and any type
 };
 
-constexpr int kThreads = 128;        // of a block that streams pixels
-constexpr int kReduceThreads = 512;  // at most, of one that adds up what those found
-constexpr int kParameterColumns = 8;
+constexpr int kThreads = 128;         // per block of a kernel that goes through the pixels
+constexpr int kReduceThreads = 512;   // per block of a kernel that adds up their results, at most
+constexpr int kParameterColumns = 8;  // channels per block of Parameters
 
 namespace {
 
@@ -33,32 +43,32 @@ struct alignas(16) Pair {
   double first, second;
 };
 
-// One launch. A unit is what a thread moves at once along the pixels: a pixel, or 16 bytes of pixels.
+// The arguments of one launch.
 struct Pass {
   int64_t blocks;
   int threads;
 
-  Strided x[2];             // x and skip ...
-  Strided grad[2], out[2];  // ... and the parts of the other tensors with the same channels
-  int64_t x_channels;       // how many of the channels x has
-  bool flat;                // pixels are evenly spaced in all tensors: width counts them all
+  Strided x[2];             // x and skip
+  Strided grad[2], out[2];  // the parts of the other tensors with the same channels
+  int64_t x_channels;       // number of channels of x
+  bool flat;                // all pixels of an image are evenly spaced in all tensors
   int64_t pixels, width, channels, groups, group_channels, batch;
   Strided weight, bias;
   Strided grad_weight, grad_bias;
   double* stats;
   double eps;
 
-  Table table;            // of threads: columns of channels, rows of units
-  int64_t slabs, chunks;  // into which channels and units are cut
-  int64_t chunk;          // units in a chunk
-  double chunk_pixels;    // the same in pixels ...
-  double last_pixels;     // ... and of the last chunk
-  Pair* partial;          // (N, chunks, C): of a chunk
-  Pair* sums;             // (N, C): of all pixels, backward only
+  Table table;
+  int64_t slabs, chunks;  // per image
+  int64_t chunk;          // units per chunk
+  double chunk_pixels;    // pixels per chunk
+  double last_pixels;     // pixels of the last chunk
+  Pair* partial;          // (N, chunks, C): results of each chunk
+  Pair* sums;             // (N, C): sums over all pixels, backward only
   Pair* group_means;      // (N, groups)
 };
 
-// The 16-bit and 32-bit types together, which one is known at run time.
+// Any 16-bit or 32-bit type, known at run time only.
 struct AnyType {
   float widest;
 };
@@ -70,8 +80,8 @@ LITEVAE_CONSTEXPR int lanes_of(Kind kind) {
 
 LITEVAE_DEVICE float sigmoid(float z) {
 #if defined(__CUDACC__)
-  // exp overflows to infinity, and 1 / infinity is 0. PTX because the intrinsics also handle subnormal
-  // numbers.
+  // exp overflows to infinity, and 1 / infinity is 0. This is PTX because the intrinsics also spend time on
+  // subnormal numbers.
   float e, s;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(z * -1.4426950408889634f));
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(s) : "f"(1.f + e));
@@ -89,19 +99,19 @@ LITEVAE_DEVICE double parameter(const Strided& of, int64_t channel, double missi
   return of.data == nullptr ? missing : load_one<double>(of.data + channel * of.c, of.dtype);
 }
 
-// --- What the kernels that stream pixels share.
+// --- Code shared by the kernels that go through the pixels.
 
-// One block's part of the tensors, in units and channels.
+// The part of the tensors that one block works on.
 template <class S, Kind kKind>
 struct Part {
   static constexpr bool kAny = std::is_same<S, AnyType>::value;
   using T = std::conditional_t<std::is_same<S, double>::value, double, float>;
-  static constexpr int V = lanes_of<S>(kKind);               // elements that a thread moves at once: of
-  static constexpr int K = kKind == Kind::channels ? V : 1;  // so many channels
+  static constexpr int V = lanes_of<S>(kKind);               // elements per unit
+  static constexpr int K = kKind == Kind::channels ? V : 1;  // channels per unit
 
   const Pass& p;
   int64_t n, chunk, first_channel, begin;
-  int count;  // of units
+  int count;  // number of units
 
   LITEVAE_DEVICE Part(const Pass& p, int64_t block) : p(p) {
     int64_t slab;
@@ -121,11 +131,11 @@ struct Part {
     const int64_t rest = p.channels - first_channel, columns = p.table.columns * K;
     return static_cast<int>(rest < columns ? rest : columns);
   }
-  // Whether a thread has channels to work on; the last column may not.
+  // Returns whether a thread has channels to work on, which the last columns may lack.
   LITEVAE_DEVICE bool has(int thread) const {
     return p.table.has(thread) && p.table.column(thread) * K < channels();
   }
-  // Number of the group of a channel of all tensors.
+  // Returns the index, over the whole batch, of the group that a channel belongs to.
   LITEVAE_DEVICE int64_t group(int64_t channel) const {
     take(channel, p.group_channels);
     return n * p.groups + channel;
@@ -134,7 +144,7 @@ struct Part {
     return p.partial[(n * p.chunks + chunk) * p.channels + first_channel + channel];
   }
 
-  // One unit as it was loaded: unpacked it takes more registers.
+  // A unit as it was loaded, which takes fewer registers than its unpacked values.
   struct Packed {
     uint32_t words[V * sizeof(S) / 4];
     LITEVAE_DEVICE void unpack(T (&to)[V]) const { litevae::unpack<S>(words, to); }
@@ -145,7 +155,7 @@ struct Part {
   };
   using Unit = std::conditional_t<kAny, Value, Packed>;
 
-  // A column's units of one tensor, counted from the beginning of the chunk.
+  // The units of one tensor that a column of threads works on, counted from the beginning of the chunk.
   struct Units {
     char* first;
     std::conditional_t<kKind == Kind::single, int64_t, int> step;
@@ -188,7 +198,7 @@ struct Part {
   }
 };
 
-// use(unit, values of each tensor) for a thread's units below `end`; kBatch of them are on their way at once.
+// Calls use(unit, values of each tensor) for a thread's units below `end`, and loads kBatch of them at once.
 template <int kBatch, int kTensors, class Part, class Use>
 LITEVAE_DEVICE void stream(const Part& part, int thread, int end,
                            const typename Part::Units (&from)[kTensors], const Use& use) {
@@ -212,14 +222,15 @@ LITEVAE_DEVICE void stream(const Part& part, int thread, int end,
   }
 }
 
-// z = (x - mean) a + b for each channel of a block. The mean is cut in two, the second half in b, so that the
-// difference keeps its digits at any mean. Backward, the gradient of x is a dz - (x - mean) c - d.
+// The coefficients of z = (x - mean) a + b for each channel of a block. The mean is split in two, and the
+// second half goes into b, so that the difference keeps its digits at any mean. Backward, the gradient of x
+// is a dz - (x - mean) c - d.
 template <class T, int kChannels, bool kGradient>
 struct Coefficients {
   T mean[kChannels], a[kChannels], b[kChannels];
   T c[kGradient ? kChannels : 1], d[kGradient ? kChannels : 1];
 
-  // For a block.
+  // Computes those of a block.
   template <class Part>
   LITEVAE_DEVICE void fill(const Block& block, const Part& part) {
     const Pass& p = part.p;
@@ -240,7 +251,7 @@ struct Coefficients {
     });
   }
 
-  // A thread's, from those of its block.
+  // Takes a thread's from those of its block.
   template <int kAll>
   LITEVAE_DEVICE void take(const Coefficients<T, kAll, kGradient>& all, int first) {
 #pragma unroll
@@ -251,14 +262,14 @@ struct Coefficients {
   }
 };
 
-// dz of an element. d: x - mean.
+// Returns dz of an element, with d = x - mean.
 template <class T>
 LITEVAE_DEVICE T gradient_of_z(T d, T a, T b, T grad) {
   const T z = multiply_add(d, a, b), s = sigmoid(z);
   return grad * s * multiply_add(z, 1 - s, T(1));
 }
 
-// A thread's sums over V lanes to those over its K channels.
+// Reduces a thread's sums over V lanes to sums over its K channels.
 template <int K, int V, class T>
 LITEVAE_DEVICE void add_lanes(T (&first)[V], T (&second)[V]) {
   if constexpr (K < V) {
@@ -276,8 +287,8 @@ struct Statistics {
   struct Shared {
     T values[K][kThreads], sums[kThreads], shift[kThreads];
   };
-  // What a thread found in its units: of each channel a shift, how far the mean is from that, and the sum of
-  // the squared deviations from the mean. Their sum would round the mean.
+  // A thread's statistics of its units: for each channel a shift, the mean minus the shift, and the sum of
+  // squared deviations from the mean. A single number for the mean would round it.
   struct Found {
     T count, shift[K], mean[K], squares[K];
   };
@@ -288,8 +299,8 @@ struct Statistics {
     if (!part.has(thread) || first >= part.count) return found;
     const typename Part::Units from[] = {part.units(part.p.x, thread)};
     const auto count = [&](int end) { return static_cast<T>((end - first + rows - 1) / rows * (V / K)); };
-    // Deviations from the mean of the first units, at least an eighth of all: their squares add up to at most
-    // nine times what those from the mean do.
+    // The shift is the mean of the first units, at least an eighth of all. The squared deviations from it add
+    // up to at most nine times those from the mean.
     const int some = smaller(part.count, kBatch * rows);
     stream<kBatch>(part, thread, some, from, [&](int, const T(&x)[1][V]) {
 #pragma unroll
@@ -310,7 +321,7 @@ struct Statistics {
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       found.mean[k] = sum[k] * share;
-      // in one rounding: a square that overflows must not meet another
+      // with one rounding, because two squares that overflow would give a NaN
       found.squares[k] = multiply_add(-sum[k], found.mean[k], squares[k]);
     }
     return found;
@@ -371,7 +382,7 @@ struct Apply {
   using Shared = Coefficients<T, kThreads, false>;
 
   static LITEVAE_DEVICE void run(const Pass& p, int64_t index, const Block& block, Shared& shared) {
-    // From the end, which the statistics read last: it may still be in the cache.
+    // Starts from the end, which the statistics read last and which may still be in the cache.
     const Part part(p, p.blocks - 1 - index);
     shared.fill(block, part);
     block.each([&](int thread) {
@@ -473,7 +484,8 @@ struct ApplyBackward {
   }
 };
 
-// --- The kernels between. A block for each group of each image (Parameters: for a few channels).
+// --- The kernels that add up partial results. A block works on one group of one image (in Parameters, on
+// kParameterColumns channels).
 
 struct Combine {
   static constexpr int kMaxThreads = kReduceThreads, kMinBlocks = 1;

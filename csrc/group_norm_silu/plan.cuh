@@ -1,5 +1,5 @@
-// Cuts GroupNorm+SiLU into blocks, and picks the kernels. Plain host code; `launch` decides what running a
-// kernel means, so that tests can do it on the CPU.
+// Divides GroupNorm+SiLU among thread blocks and picks the kernels; kernels.cuh explains the words. This is
+// plain host code. The argument `launch` runs a kernel, so that tests can run it on the CPU.
 #pragma once
 
 #include <algorithm>
@@ -11,18 +11,18 @@ namespace litevae {
 namespace group_norm_silu {
 namespace {
 
-// --- How a tensor of a shape is cut. A function of the shape alone: every GPU gives the same bits.
+// --- The division of a tensor. It depends on the shape alone, so that every GPU gives the same bits.
 
-struct Cut {
+struct Division {
   Table table;
   int64_t slabs, chunks, chunk;
 };
 
-// `columns`: of channels, `units`: of pixels, as a thread moves them.
-Cut cut(int64_t batch, int64_t columns, int64_t units, bool channels_first) {
-  // Runs of 256 bytes: wider ones would leave fewer pixels to a block, and more partial sums to add up.
+// `columns` and `units` count units along the channels and along the pixels.
+Division divide_work(int64_t batch, int64_t columns, int64_t units, bool channels_first) {
+  // 16 units are 256 bytes. More would leave fewer pixels per block, and more partial sums to add up.
   constexpr int64_t kMaxColumns = 16;
-  Cut result;
+  Division result;
   int64_t width, rows;
   if (channels_first) {
     result.slabs = (columns + kMaxColumns - 1) / kMaxColumns;
@@ -35,7 +35,7 @@ Cut cut(int64_t batch, int64_t columns, int64_t units, bool channels_first) {
   result.slabs = (columns + width - 1) / width;
   result.table = {static_cast<int>(width), static_cast<int>(rows),
                   channels_first ? 1 : static_cast<int>(rows), channels_first ? static_cast<int>(width) : 1};
-  // As many units a thread as leave enough blocks to fill the largest GPUs evenly.
+  // The most units per thread that leave enough blocks to fill the largest GPUs evenly.
   constexpr struct {
     int64_t units, blocks;
   } kChoices[] = {{32, 4096}, {16, 512}, {8, 264}, {4, 132}, {2, 0}};
@@ -49,8 +49,8 @@ Cut cut(int64_t batch, int64_t columns, int64_t units, bool channels_first) {
   return result;
 }
 
-// Bytes of scratch memory that a call needs at most, whatever the strides: partial sums of the chunks, and
-// backward those of whole channels and groups.
+// Returns the bytes of scratch memory that a call needs at most, whatever the strides. They hold the partial
+// sums of the chunks and, backward, the sums of whole channels and groups.
 int64_t scratch_bytes(int64_t batch, int64_t channels, int64_t pixels, int64_t element) {
   int64_t chunks = 0;
   for (const int64_t lanes : {int64_t{1}, 16 / element})
@@ -58,19 +58,20 @@ int64_t scratch_bytes(int64_t batch, int64_t channels, int64_t pixels, int64_t e
       const int64_t along_channels = channels_first ? lanes : 1, along_pixels = channels_first ? 1 : lanes;
       if (channels % along_channels != 0 || pixels % along_pixels != 0 || batch * channels * pixels == 0)
         continue;
-      chunks = std::max(chunks,
-                        cut(batch, channels / along_channels, pixels / along_pixels, channels_first).chunks);
+      chunks = std::max(
+          chunks,
+          divide_work(batch, channels / along_channels, pixels / along_pixels, channels_first).chunks);
     }
   return batch * channels * (chunks + 2) * static_cast<int64_t>(sizeof(Pair));
 }
 
-// --- Which kernels serve a call.
+// --- The choice of kernels.
 
 class Layout {
  public:
   Layout(const Pass& p, int64_t element) : p(p), lanes(16 / element), element(element) {}
 
-  // `count` of the tensors, in pairs of the channels of x and those of skip.
+  // Returns the kind that serves `count` tensors, each with its x and its skip part.
   Kind kind(const Strided (*const* tensors)[2], int count) const {
     if (!p.flat || lanes == 2) return Kind::single;
     bool channels = true, pixels = p.pixels % lanes == 0;
@@ -96,8 +97,8 @@ class Layout {
   const int64_t lanes, element;
 };
 
-// The parts of a tensor of all channels that belong to x and to skip.
-void divide(const TensorView& t, int64_t x_channels, Strided (&parts)[2]) {
+// Splits a tensor that has all channels into its x and its skip part.
+void split(const TensorView& t, int64_t x_channels, Strided (&parts)[2]) {
   parts[0] = parts[1] = in_bytes(t);
   parts[1].data += x_channels * parts[1].c;
 }
@@ -129,8 +130,8 @@ Kind prepare(Pass& p, const Inputs& in, bool backward, void* scratch) {
   if (kind == Kind::single) channels_first = p.channels > 1 && (p.pixels == 1 || p.x[0].c < p.x[0].w);
   const int64_t lanes = kind == Kind::single ? 1 : 16 / element;
   const int64_t along_pixels = kind == Kind::pixels ? lanes : 1;
-  const Cut how = cut(p.batch, kind == Kind::channels ? p.channels / lanes : p.channels,
-                      p.pixels / along_pixels, channels_first);
+  const Division how = divide_work(p.batch, kind == Kind::channels ? p.channels / lanes : p.channels,
+                                   p.pixels / along_pixels, channels_first);
   p.table = how.table, p.slabs = how.slabs, p.chunks = how.chunks, p.chunk = how.chunk;
   p.chunk_pixels = static_cast<double>(how.chunk * along_pixels);
   p.last_pixels = static_cast<double>(p.pixels - (how.chunks - 1) * how.chunk * along_pixels);
@@ -165,12 +166,12 @@ void launch_groups(Pass& p, const Launch& launch) {
   launch(Body(), p);
 }
 
-// `scratch`: scratch_bytes() of it, aligned to 16 bytes.
+// `scratch` has scratch_bytes() bytes and is aligned to 16 bytes.
 template <class Launch>
 void run(const Forward& call, void* scratch, const Launch& launch) {
   Pass p = pass_of(call.in);
   if (p.batch * p.channels * p.pixels == 0) return;
-  divide(call.y, p.x_channels, p.out);
+  split(call.y, p.x_channels, p.out);
   p.eps = call.eps;
   const Kind kind = prepare(p, call.in, false, scratch);
   launch_streaming<Statistics>(p, call.in.x.dtype, kind, launch);
@@ -182,7 +183,7 @@ template <class Launch>
 void run(const Backward& call, void* scratch, const Launch& launch) {
   Pass p = pass_of(call.in);
   if (p.batch * p.channels * p.pixels == 0) return;
-  divide(call.grad, p.x_channels, p.grad);
+  split(call.grad, p.x_channels, p.grad);
   p.out[0] = in_bytes(call.grad_x);
   if (call.grad_skip.data != nullptr) p.out[1] = in_bytes(call.grad_skip);
   p.grad_weight = in_bytes(call.grad_weight), p.grad_bias = in_bytes(call.grad_bias);

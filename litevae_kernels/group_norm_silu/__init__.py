@@ -1,12 +1,13 @@
 """Group normalisation followed by SiLU, in one operator.
 
-y = z * sigmoid(z) with z = (x - mean) / sqrt(var + eps) * weight + bias, mean and (biased) variance over each
-group's channels and pixels: `torch.nn.functional.group_norm` and `torch.nn.functional.silu`, the sequence in front of
-every convolution of the Stable Diffusion VAE and of LiteVAE's U-Nets (paper Appendix G, ResBlock).
+The result is y = z * sigmoid(z) with z = (x - mean) / sqrt(var + eps) * weight + bias, where the mean and the (biased)
+variance are those of each group's channels and pixels. This equals `torch.nn.functional.group_norm` followed by
+`torch.nn.functional.silu`, which precede every convolution of the Stable Diffusion VAE and of LiteVAE's U-Nets (paper
+Appendix G, ResBlock).
 
-Takes float64, float32, bfloat16 and float16, computes in float32 (float64 for float64) with statistics that hold for
-any mean, keeps the input's dtype (under autocast too) and memory format, and is differentiable any number of times.
-`torch.func`'s transforms and forward-mode derivatives need the reference backend.
+The operator takes float64, float32, bfloat16 and float16. It computes in float32 (float64 for float64), and its
+statistics are accurate at any mean. The result keeps the input's dtype, under autocast too, and its memory format. All
+orders of derivatives exist. The transforms of `torch.func` and forward-mode derivatives need the reference backend.
 """
 
 from torch import Tensor
@@ -25,24 +26,24 @@ def group_norm_silu(
     eps: float = 1e-6,
     skip: Tensor | None = None,
 ) -> Tensor:
-    """SiLU of the group normalisation of `x`, or of `x` and `skip` side by side.
+    """Returns the SiLU of the group normalisation of `x`, or of `x` and `skip` concatenated along the channels.
 
     Args:
-        x: (N, C, *), any strides; channels_last is the fastest.
-        num_groups: into which the channels are divided; must divide their number.
-        weight: (C), of any supported dtype; default: ones.
-        bias: (C), of any supported dtype; default: zeros.
-        eps: added to the variance.
-        skip: a second input (N, C_skip, *) of the same dtype, whose channels follow x's: the result is that of
-            ``torch.cat([x, skip], 1)``, without the copy. `weight` and `bias` are (C + C_skip) then.
+        x: input (N, C, *) with any strides; channels_last is the fastest.
+        num_groups: number of groups, a divisor of the number of channels.
+        weight: scale (C), any supported dtype; default: ones.
+        bias: offset (C), any supported dtype; default: zeros.
+        eps: positive number added to the variance.
+        skip: second input (N, C_skip, *), same dtype as `x`. Its channels follow those of `x`, as in
+            ``torch.cat([x, skip], 1)`` but without the copy. `weight` and `bias` then are (C + C_skip).
 
     Returns:
-        (N, C, *), or (N, C + C_skip, *); dtype and memory format of `x`.
+        result (N, C, *), or (N, C + C_skip, *), with the dtype and memory format of `x`.
 
     Raises:
-        TypeError: a tensor is not float32, float64, float16 or bfloat16, or `skip` differs in dtype from `x`.
-        ValueError: fewer than 2 dimensions, a `num_groups` that does not divide the channels, `weight` or `bias`
-            of another length, a `skip` of another size, an `eps` that is not positive, or tensors on several
+        TypeError: if a tensor is not float32, float64, float16 or bfloat16, or `skip` and `x` differ in dtype.
+        ValueError: if `x` has fewer than 2 dimensions, `num_groups` does not divide the channels, `weight` or `bias`
+            has another length, `skip` has another size, `eps` is not positive, or the tensors are on several
             devices.
     """
     check_tensor(x, "x")
@@ -81,6 +82,6 @@ def group_norm_silu(
 def _as_4d(x: Tensor) -> Tensor:
     if x.ndim == 4:
         return x
-    if x.ndim > 4:  # pixels are pixels; (D, H) merge without a copy in channels_last_3d, too
+    if x.ndim > 4:  # any pixel axes will do, and (D, H) merge without a copy even in channels_last_3d
         return x.flatten(2, -2)
     return x[:, :, None, None] if x.ndim == 2 else x[:, :, None]

@@ -1,7 +1,7 @@
 """Registration of GroupNorm+SiLU with PyTorch, and its derivatives.
 
-The forward pass also gives what backward needs: each group's mean and 1 / sqrt(var + eps), (N, num_groups, 2), in
-float64, so that the difference x - mean keeps its digits at any mean.
+The forward pass also returns the statistics that the backward pass needs: the mean and 1 / sqrt(var + eps) of each
+group, (N, num_groups, 2). They are float64, so that the difference x - mean keeps its digits at any mean.
 """
 
 from types import ModuleType
@@ -16,7 +16,7 @@ from litevae_kernels.tensors import differentiable_gradients, is_channels_last, 
 
 def _backend(name: str) -> ModuleType:
     if name == "triton":
-        from litevae_kernels.group_norm_silu import triton  # needs Triton, which not every platform has
+        from litevae_kernels.group_norm_silu import triton  # some platforms have no Triton
 
         return triton
     return native
@@ -39,7 +39,7 @@ def _outputs(x: Tensor, skip: Tensor | None, num_groups: int) -> tuple[Tensor, T
 def _gradients(
     x: Tensor, skip: Tensor | None, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Where an input is None, its gradient has no elements: an operator cannot return None."""
+    """Returns empty gradients of the inputs. Those of missing inputs have no elements, as None is not allowed."""
     none = [0]
     return (
         _empty_like(x, x.shape[1]),
@@ -154,7 +154,7 @@ class _GroupNormSiLU(torch.autograd.Function):
         num_groups, eps, backend = ctx.rest
         needed = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # a derivative of this derivative is wanted: autograd of plain PyTorch has all orders
+            # the caller wants a derivative of this derivative, and autograd of plain PyTorch has all orders
             gradients = differentiable_gradients(
                 lambda x, s, w, b: reference.forward(x, s, w, b, num_groups, eps), inputs, needed, grad
             )
@@ -173,8 +173,8 @@ def group_norm_silu(
     eps: float,
     backend: str,
 ) -> Tensor:
-    """Differentiable `litevae::group_norm_silu`, without the statistics."""
-    # spares the Function's microseconds; under no_grad there may be forward-mode tangents
+    """Returns the result of `litevae::group_norm_silu`, differentiable and without the statistics."""
+    # This saves the microseconds of the Function. Under no_grad it would lose forward-mode tangents.
     if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         return torch.ops.litevae.group_norm_silu(x, skip, weight, bias, num_groups, eps, backend)[0]
     return _GroupNormSiLU.apply(x, skip, weight, bias, num_groups, eps, backend)

@@ -1,4 +1,4 @@
-"""GroupNorm+SiLU in plain PyTorch: the oracle, and the fallback. Differentiable by autograd as it stands."""
+"""GroupNorm+SiLU in plain PyTorch: the oracle, and the fallback. Autograd differentiates it."""
 
 import torch
 import torch.nn.functional as F
@@ -10,13 +10,13 @@ from litevae_kernels.tensors import accumulate_dtype, is_channels_last, to_forma
 def forward(
     x: Tensor, skip: Tensor | None, weight: Tensor | None, bias: Tensor | None, num_groups: int, eps: float
 ) -> Tensor:
-    """(N, C, H, W) and (N, C_skip, H, W) to (N, C + C_skip, H, W)."""
+    """Returns (N, C + C_skip, H, W) for `x` (N, C, H, W) and `skip` (N, C_skip, H, W)."""
     wide = accumulate_dtype(x.dtype)
     joined = x if skip is None else torch.cat([x, skip], 1)
     if joined.numel() == 0:
         z = joined.to(wide)
     else:
-        # mean and variance by hand: F.group_norm refuses one value a group, and loses digits at a large mean
+        # not F.group_norm, which refuses groups of one value and loses digits at a large mean
         groups = joined.to(wide).reshape(x.shape[0], num_groups, -1)
         centred = groups - groups.mean(2, keepdim=True)
         z = (centred * torch.rsqrt(centred.square().mean(2, keepdim=True) + eps)).view(joined.shape)

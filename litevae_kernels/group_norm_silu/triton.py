@@ -1,12 +1,15 @@
-"""GroupNorm+SiLU in Triton: any CUDA device, and the CPU under Triton's interpreter.
+"""GroupNorm+SiLU in Triton, for any CUDA device and for the CPU under Triton's interpreter.
 
-Both functions fill tensors that the caller allocated, and take any strides. A tile is (pixels, channels); programs
-reduce chunks of pixels to partial results for each channel, a small kernel joins those of a group, and another
-pass over the pixels applies the result. x and skip get launches of their own, so groups may lie across both.
-The partition depends on shapes and layouts only: the same inputs give the same bits.
+Both functions fill tensors that the caller allocated, and take any strides. A tile is (pixels, channels). Each program
+reduces a chunk, which is one or more tiles along the pixels, to partial results for each channel. A small kernel joins
+those of a group, and another pass over the pixels applies the result. x and skip have separate launches, so a group
+may have channels of both. The partition depends on shapes and layouts only, so the same inputs give the same bits.
+
+Strides and sizes are separate parameters of a kernel because Triton types the elements of a tuple by their values and
+specialises on them, whatever `do_not_specialize` says, so that new shapes would compile new kernels.
 """
 
-# Kernels are typed by Triton, which also gives a name another type where a branch is compiled away.
+# Triton types the kernels, and a name may have different types where a branch is compiled away.
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment,misc"
 
 from typing import Any, NamedTuple
@@ -19,22 +22,33 @@ from torch import Tensor
 from litevae_kernels.tensors import accumulate_dtype
 from litevae_kernels.triton_support import grid_of, kernel, on_device, program_index
 
-TILE = 2048  # elements: 16 a thread
-PROGRAMS = 4096  # are enough to fill a GPU; only then does a program take several tiles
-# Tiles that share a shift: their squares add up to at most MAX_STEPS + 1 times the squares about the mean.
+TILE = 2048  # elements, 16 per thread
+PROGRAMS = 4096  # number that fills a GPU; a program takes several tiles only if that many remain
+# The most tiles that share a shift: their squares add up to at most MAX_STEPS + 1 times the squares about the mean.
 MAX_STEPS = 64
 
 
 @triton.jit
+def _place(program, channels, chunks, TILE_C: tl.constexpr):
+    """Returns the image, the chunk, the channels and a mask of those that exist, for a program."""
+    blocks = tl.cdiv(channels, TILE_C)
+    channel = program % blocks * TILE_C + tl.arange(0, TILE_C)
+    return program // blocks // chunks, program // blocks % chunks, channel, channel < channels
+
+
+@triton.jit
 def _offsets(
-    n, channel, pixel, s_n, s_c, s_h, s_w, width,
-    INNER: tl.constexpr, PIXELS: tl.constexpr, VEC: tl.constexpr,
+    n, channel, pixel, strides, width, INNER: tl.constexpr, PIXELS: tl.constexpr, VEC: tl.constexpr
 ):  # fmt: skip
-    """(pixels, channels), int64; visibly contiguous along INNER, and multiples of VEC along the rest."""
+    """Returns offsets (pixels, channels) in int64, for strides (n, c, h, w) in units of VEC elements.
+
+    The compiler can see that they are contiguous along INNER and multiples of VEC along the other axes.
+    """
+    s_n, s_c, s_h, s_w = strides
     if PIXELS == "flat":
         down = pixel if INNER == "pixels" else pixel * (s_w * VEC)
     else:
-        # int32 division is several times faster; "rows" have fewer than 2^31 pixels
+        # int32 division is several times faster, and "rows" have fewer than 2^31 pixels
         index = tl.int32 if PIXELS == "rows" else tl.int64
         row = (pixel.to(index) // width.to(index)).to(tl.int64)
         down = row * (s_h * VEC) + (pixel - row * width) * (s_w * VEC)
@@ -46,7 +60,7 @@ def _offsets(
 def _parameters(
     n, channel, mask, first, groups, group_channels, weight, bias, weight_c, bias_c, stats, ACC: tl.constexpr
 ):
-    """A channel's mean in two parts, rstd, weight and bias; each (1, channels)."""
+    """Returns the two parts of each channel's mean, rstd, weight and bias, each (1, channels)."""
     at = first + channel
     group = n * groups + at // group_channels
     mean = tl.load(stats + 2 * group, mask=mask, other=0)
@@ -64,7 +78,7 @@ def _parameters(
 
 @triton.jit
 def _slope(x, grad, high, low, rstd, w, b):
-    """The normalised x, and grad times the derivative of SiLU."""
+    """Returns the normalised x, and grad times the derivative of SiLU."""
     normal = ((x - high) - low) * rstd
     z = normal * w + b
     sigmoid = 1 / (1 + tl.exp(-z))
@@ -77,29 +91,23 @@ def group_norm_silu_stats_kernel(
     x_n: tl.int64, x_c: tl.int64, x_h: tl.int64, x_w: tl.int64,
     batch: tl.int64, channels: tl.int64, pixels: tl.int64, width: tl.int64, first: tl.int64,
     all_channels: tl.int64, chunks: tl.int64, steps: tl.int64,
-    INNER: tl.constexpr, PIXELS: tl.constexpr, X_VEC: tl.constexpr, C_VEC: tl.constexpr, P_VEC: tl.constexpr,
+    X_INNER: tl.constexpr, X_PIXELS: tl.constexpr, X_VEC: tl.constexpr, C_VEC: tl.constexpr, P_VEC: tl.constexpr,
     ACC: tl.constexpr, TILE_P: tl.constexpr, TILE_C: tl.constexpr,
 ):  # fmt: skip
-    """Partials (3, batch, chunks, all_channels): a reference value, the mean less that, squares about the mean.
+    """Writes partials (3, batch, chunks, all_channels): a reference, the mean minus it, squares about the mean.
 
-    `channels` and `pixels` come in units of C_VEC and P_VEC. Each place of the tile is shifted by the value it meets
-    first, so that no mean, however large, costs digits.
+    `channels` and `pixels` are in units of C_VEC and P_VEC. Each place of the tile subtracts the first value that it
+    meets, so that a large mean costs no digits.
     """
     channels *= C_VEC
     pixels *= P_VEC
-    blocks = tl.cdiv(channels, TILE_C)
-    program = program_index()
-    block = program % blocks
-    chunk = program // blocks % chunks
-    n = program // blocks // chunks
+    n, chunk, channel, has_channel = _place(program_index(), channels, chunks, TILE_C)
     if n >= batch:
         return
-    channel = block * TILE_C + tl.arange(0, TILE_C)
-    has_channel = channel < channels
     start = chunk * (steps * TILE_P)
     pixel = start + tl.arange(0, TILE_P)
     mask = (pixel < pixels)[:, None] & has_channel[None, :]
-    at = _offsets(n, channel, pixel, x_n, x_c, x_h, x_w, width, INNER, PIXELS, X_VEC)
+    at = _offsets(n, channel, pixel, (x_n, x_c, x_h, x_w), width, X_INNER, X_PIXELS, X_VEC)
     shift = tl.load(x + at, mask=mask, other=0).to(ACC)
     reference = tl.sum(tl.where((tl.arange(0, TILE_P) == 0)[:, None], shift, 0), 0)
     total = tl.zeros((TILE_P, TILE_C), ACC)
@@ -107,11 +115,11 @@ def group_norm_silu_stats_kernel(
     for step in tl.range(1, steps, loop_unroll_factor=4):
         now = pixel + step * TILE_P
         mask = (now < pixels)[:, None] & has_channel[None, :]
-        at = _offsets(n, channel, now, x_n, x_c, x_h, x_w, width, INNER, PIXELS, X_VEC)
+        at = _offsets(n, channel, now, (x_n, x_c, x_h, x_w), width, X_INNER, X_PIXELS, X_VEC)
         change = tl.where(mask, tl.load(x + at, mask=mask, other=0).to(ACC) - shift, 0)
         total += change
         squares += change * change
-    # Each place has seen `count` pixels.
+    # `count` is the number of pixels that each place has seen.
     valid = tl.minimum(pixels - start, steps * TILE_P).to(tl.int32)
     count = tl.maximum(valid - tl.arange(0, TILE_P) + (TILE_P - 1), 0) // TILE_P
     share = total / tl.maximum(count, 1).to(ACC)[:, None]
@@ -135,7 +143,7 @@ def group_norm_silu_stats_join_kernel(
     chunks: tl.int64, chunk_pixels: tl.int64,
     EPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Stats (batch, groups, 2) from partials (3, batch, chunks, all_channels); a program a group."""
+    """Writes stats (batch, groups, 2), one group per program, from partials (3, batch, chunks, all_channels)."""
     program = program_index()
     n = program // groups
     if n >= batch:
@@ -171,24 +179,18 @@ def group_norm_silu_apply_kernel(
     weight_c: tl.int64,
     bias_c: tl.int64, batch: tl.int64, channels: tl.int64, pixels: tl.int64, width: tl.int64, first: tl.int64,
     groups: tl.int64, group_channels: tl.int64, chunks: tl.int64, steps: tl.int64,
-    INNER: tl.constexpr, PIXELS: tl.constexpr, X_VEC: tl.constexpr, Y_INNER: tl.constexpr,
+    X_INNER: tl.constexpr, X_PIXELS: tl.constexpr, X_VEC: tl.constexpr, Y_INNER: tl.constexpr,
     Y_PIXELS: tl.constexpr, Y_VEC: tl.constexpr, C_VEC: tl.constexpr, P_VEC: tl.constexpr, ACC: tl.constexpr,
     TILE_P: tl.constexpr, TILE_C: tl.constexpr,
 ):  # fmt: skip
-    """y (batch, channels, pixels) = silu((x - mean) rstd weight + bias)."""
+    """Writes y (batch, channels, pixels) = silu((x - mean) rstd weight + bias)."""
     channels *= C_VEC
     pixels *= P_VEC
-    blocks = tl.cdiv(channels, TILE_C)
-    program = (
-        batch * chunks * blocks - 1 - program_index()
-    )  # backwards: the end of x may still be in the cache
+    # backwards, because the end of x may still be in the cache
+    program = batch * chunks * tl.cdiv(channels, TILE_C) - 1 - program_index()
     if program < 0:
         return
-    block = program % blocks
-    chunk = program // blocks % chunks
-    n = program // blocks // chunks
-    channel = block * TILE_C + tl.arange(0, TILE_C)
-    has_channel = channel < channels
+    n, chunk, channel, has_channel = _place(program, channels, chunks, TILE_C)
     high, low, rstd, w, b = _parameters(
         n, channel, has_channel, first, groups, group_channels, weight, bias, weight_c, bias_c, stats, ACC
     )
@@ -197,9 +199,9 @@ def group_norm_silu_apply_kernel(
     for step in tl.range(0, steps, loop_unroll_factor=2):
         now = pixel + step * TILE_P
         mask = (now < pixels)[:, None] & has_channel[None, :]
-        at = _offsets(n, channel, now, x_n, x_c, x_h, x_w, width, INNER, PIXELS, X_VEC)
+        at = _offsets(n, channel, now, (x_n, x_c, x_h, x_w), width, X_INNER, X_PIXELS, X_VEC)
         z = ((tl.load(x + at, mask=mask, other=0).to(ACC) - high) - low) * slope + b
-        at = _offsets(n, channel, now, y_n, y_c, y_h, y_w, width, Y_INNER, Y_PIXELS, Y_VEC)
+        at = _offsets(n, channel, now, (y_n, y_c, y_h, y_w), width, Y_INNER, Y_PIXELS, Y_VEC)
         tl.store(y + at, z / (1 + tl.exp(-z)), mask=mask)
 
 
@@ -211,22 +213,16 @@ def group_norm_silu_sums_kernel(
     weight_c: tl.int64,
     bias_c: tl.int64, batch: tl.int64, channels: tl.int64, pixels: tl.int64, width: tl.int64, first: tl.int64,
     all_channels: tl.int64, groups: tl.int64, group_channels: tl.int64, chunks: tl.int64, steps: tl.int64,
-    INNER: tl.constexpr, PIXELS: tl.constexpr, X_VEC: tl.constexpr, GRAD_INNER: tl.constexpr,
+    X_INNER: tl.constexpr, X_PIXELS: tl.constexpr, X_VEC: tl.constexpr, GRAD_INNER: tl.constexpr,
     GRAD_PIXELS: tl.constexpr, GRAD_VEC: tl.constexpr, C_VEC: tl.constexpr, P_VEC: tl.constexpr,
     ACC: tl.constexpr, TILE_P: tl.constexpr, TILE_C: tl.constexpr,
 ):  # fmt: skip
-    """Partials (2, batch, chunks, all_channels): sums of z's gradient, and of that times the normalised x."""
+    """Writes partials (2, batch, chunks, all_channels): sums of z's gradient, and of its product with normalised x."""
     channels *= C_VEC
     pixels *= P_VEC
-    blocks = tl.cdiv(channels, TILE_C)
-    program = program_index()
-    block = program % blocks
-    chunk = program // blocks % chunks
-    n = program // blocks // chunks
+    n, chunk, channel, has_channel = _place(program_index(), channels, chunks, TILE_C)
     if n >= batch:
         return
-    channel = block * TILE_C + tl.arange(0, TILE_C)
-    has_channel = channel < channels
     high, low, rstd, w, b = _parameters(
         n, channel, has_channel, first, groups, group_channels, weight, bias, weight_c, bias_c, stats, ACC
     )
@@ -236,10 +232,10 @@ def group_norm_silu_sums_kernel(
     for step in tl.range(0, steps, loop_unroll_factor=2):
         now = pixel + step * TILE_P
         mask = (now < pixels)[:, None] & has_channel[None, :]
-        at = _offsets(n, channel, now, x_n, x_c, x_h, x_w, width, INNER, PIXELS, X_VEC)
+        at = _offsets(n, channel, now, (x_n, x_c, x_h, x_w), width, X_INNER, X_PIXELS, X_VEC)
         value = tl.load(x + at, mask=mask, other=0).to(ACC)
         at = _offsets(
-            n, channel, now, grad_n, grad_c, grad_h, grad_w, width, GRAD_INNER, GRAD_PIXELS, GRAD_VEC
+            n, channel, now, (grad_n, grad_c, grad_h, grad_w), width, GRAD_INNER, GRAD_PIXELS, GRAD_VEC
         )
         incoming = tl.load(grad + at, mask=mask, other=0).to(ACC)
         normal, dz = _slope(value, incoming, high, low, rstd, w, b)
@@ -258,9 +254,9 @@ def group_norm_silu_sums_join_kernel(
     chunks: tl.int64,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Totals (2, batch, all_channels) of partials (2, batch, chunks, all_channels); coefficients (batch, groups, 2).
+    """Writes totals (2, batch, all_channels) of partials (2, batch, chunks, all_channels), and coefficients.
 
-    The latter say what to subtract from x's gradient, as a constant and as a multiple of the normalised x.
+    The coefficients (batch, groups, 2) are subtracted from x's gradient: a constant and a multiple of the normalised x.
     """
     program = program_index()
     n = program // groups
@@ -308,7 +304,7 @@ def group_norm_silu_parameters_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Gradients (all_channels) of weight and bias from totals (2, batch, all_channels)."""
+    """Writes the gradients (all_channels) of weight and bias from totals (2, batch, all_channels)."""
     channel = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     has_channel = channel < all_channels
     total = tl.zeros((ROWS, BLOCK), tl.float64)
@@ -343,23 +339,18 @@ def group_norm_silu_grad_kernel(
     weight_c: tl.int64,
     bias_c: tl.int64, batch: tl.int64, channels: tl.int64, pixels: tl.int64, width: tl.int64, first: tl.int64,
     groups: tl.int64, group_channels: tl.int64, chunks: tl.int64, steps: tl.int64,
-    INNER: tl.constexpr, PIXELS: tl.constexpr, X_VEC: tl.constexpr, GRAD_INNER: tl.constexpr,
+    X_INNER: tl.constexpr, X_PIXELS: tl.constexpr, X_VEC: tl.constexpr, GRAD_INNER: tl.constexpr,
     GRAD_PIXELS: tl.constexpr, GRAD_VEC: tl.constexpr, OUT_INNER: tl.constexpr, OUT_PIXELS: tl.constexpr,
     OUT_VEC: tl.constexpr, C_VEC: tl.constexpr, P_VEC: tl.constexpr, ACC: tl.constexpr, TILE_P: tl.constexpr,
     TILE_C: tl.constexpr,
 ):  # fmt: skip
-    """Out (batch, channels, pixels), the gradient of x."""
+    """Writes out (batch, channels, pixels), the gradient of x."""
     channels *= C_VEC
     pixels *= P_VEC
-    blocks = tl.cdiv(channels, TILE_C)
-    program = batch * chunks * blocks - 1 - program_index()  # backwards, as in forward
+    program = batch * chunks * tl.cdiv(channels, TILE_C) - 1 - program_index()  # backwards, as in forward
     if program < 0:
         return
-    block = program % blocks
-    chunk = program // blocks % chunks
-    n = program // blocks // chunks
-    channel = block * TILE_C + tl.arange(0, TILE_C)
-    has_channel = channel < channels
+    n, chunk, channel, has_channel = _place(program, channels, chunks, TILE_C)
     high, low, rstd, w, b = _parameters(
         n, channel, has_channel, first, groups, group_channels, weight, bias, weight_c, bias_c, stats, ACC
     )
@@ -371,19 +362,19 @@ def group_norm_silu_grad_kernel(
     for step in tl.range(0, steps, loop_unroll_factor=2):
         now = pixel + step * TILE_P
         mask = (now < pixels)[:, None] & has_channel[None, :]
-        at = _offsets(n, channel, now, x_n, x_c, x_h, x_w, width, INNER, PIXELS, X_VEC)
+        at = _offsets(n, channel, now, (x_n, x_c, x_h, x_w), width, X_INNER, X_PIXELS, X_VEC)
         value = tl.load(x + at, mask=mask, other=0).to(ACC)
         at = _offsets(
-            n, channel, now, grad_n, grad_c, grad_h, grad_w, width, GRAD_INNER, GRAD_PIXELS, GRAD_VEC
+            n, channel, now, (grad_n, grad_c, grad_h, grad_w), width, GRAD_INNER, GRAD_PIXELS, GRAD_VEC
         )
         incoming = tl.load(grad + at, mask=mask, other=0).to(ACC)
         normal, dz = _slope(value, incoming, high, low, rstd, w, b)
-        at = _offsets(n, channel, now, out_n, out_c, out_h, out_w, width, OUT_INNER, OUT_PIXELS, OUT_VEC)
+        at = _offsets(n, channel, now, (out_n, out_c, out_h, out_w), width, OUT_INNER, OUT_PIXELS, OUT_VEC)
         tl.store(out + at, dz * slope - (constant + normal * multiple), mask=mask)
 
 
 def _power_of_two(*values: int) -> int:
-    """The largest power of two that divides all of them, 16 at most."""
+    """Returns the largest power of two, at most 16, that divides all values."""
     bits = 16
     for value in values:
         bits |= value
@@ -391,11 +382,16 @@ def _power_of_two(*values: int) -> int:
 
 
 class _View(NamedTuple):
-    """A tensor as the kernels take it; strides in units of an access."""
+    """The strides and the layout of a tensor, as the kernels take them."""
 
-    strides: tuple[int, int, int, int]
-    # the axis that is visibly contiguous, how to find a pixel, elements of an access
-    layout: tuple[str, str, int]
+    strides: tuple[int, int, int, int]  # in units of `vector` elements
+    inner: str  # contiguous axis, "channels", "pixels" or "none"
+    pixels: str  # "flat" if evenly spaced, otherwise "rows", or "wide rows" if there are too many pixels for int32
+    vector: int  # elements per access
+
+    def constants(self, name: str) -> dict[str, str | int]:
+        """Returns the constexpr arguments for the tensor that a kernel calls `name`."""
+        return {f"{name}_INNER": self.inner, f"{name}_PIXELS": self.pixels, f"{name}_VEC": self.vector}
 
 
 def _view(x: Tensor) -> _View:
@@ -411,11 +407,11 @@ def _view(x: Tensor) -> _View:
     elif pixels == "flat" and s_w == 1:
         inner, vector = "pixels", _power_of_two(height * width, s_n, s_c)
     vector = 1 if x.data_ptr() % 16 else min(vector, 16 // x.element_size())
-    return _View((s_n // vector, s_c // vector, s_h // vector, s_w // vector), (inner, pixels, vector))
+    return _View((s_n // vector, s_c // vector, s_h // vector, s_w // vector), inner, pixels, vector)
 
 
 def _tile(inner: str, channels: int, pixels: int) -> tuple[int, int]:
-    """(pixels, channels) of a tile, powers of two."""
+    """Returns the (pixels, channels) of a tile, both powers of two."""
     most = triton.next_power_of_2(channels)
     tile_p = triton.next_power_of_2(pixels)
     if inner == "channels":
@@ -429,7 +425,7 @@ def _tile(inner: str, channels: int, pixels: int) -> tuple[int, int]:
 
 
 def _steps(batch: int, channels: int, pixels: int, tile: tuple[int, int], most: int) -> int:
-    """How many tiles, one after the other, a program takes: more where there are programs enough."""
+    """Returns the number of tiles per program: more than one only if enough programs remain."""
     rest = batch * triton.cdiv(channels, tile[1])
     steps = 1
     while steps < most and rest * triton.cdiv(pixels, 2 * steps * tile[0]) >= PROGRAMS:
@@ -438,7 +434,7 @@ def _steps(batch: int, channels: int, pixels: int, tile: tuple[int, int], most: 
 
 
 class _Part(NamedTuple):
-    """x or skip: the tensor, its view, its first channel and its tiles."""
+    """The launch parameters of x or skip: the tensor, its view, its first channel, and (pixels, channels) of a tile."""
 
     x: Tensor
     view: _View
@@ -454,7 +450,7 @@ class _Part(NamedTuple):
         return _power_of_two(self.x.shape[1]), _power_of_two(self.x.shape[2] * self.x.shape[3])
 
     def tiling(self, chunk: int) -> tuple[tuple[int, int], tuple[int, int], dict[str, Any]]:
-        """The grid, (chunks, steps), and the options of a launch whose programs take `chunk` pixels each."""
+        """Returns the grid, (chunks, steps) and the options of a launch with `chunk` pixels per program."""
         n, c, height, width = self.x.shape
         tile_p = min(self.tile[0], chunk)
         chunks = triton.cdiv(height * width, chunk)
@@ -466,7 +462,7 @@ class _Part(NamedTuple):
             "TILE_P": tile_p,
             "TILE_C": self.tile[1],
             "num_warps": max(1, min(4, tile_p * self.tile[1] // 512)),
-            "enable_fp_fusion": True,  # where Triton's own default is changing
+            "enable_fp_fusion": True,  # the default of Triton is changing
         }
         return grid_of(n * chunks * triton.cdiv(c, self.tile[1])), (chunks, chunk // tile_p), options
 
@@ -481,7 +477,7 @@ def _parts(x: Tensor, skip: Tensor | None) -> list[_Part]:
     for part in (x, skip):
         if part is not None and part.shape[1] > 0:
             view = _view(part)
-            tile = _tile(view.layout[0], part.shape[1], part.shape[2] * part.shape[3])
+            tile = _tile(view.inner, part.shape[1], part.shape[2] * part.shape[3])
             out.append(_Part(part, view, first, tile))
             first += part.shape[1]
     return out
@@ -514,7 +510,7 @@ def forward(
             grid, tiling, options = part.tiling(chunk)
             group_norm_silu_stats_kernel[grid](
                 part.x, partials, *part.view.strides, *part.sizes(), channels, *tiling,
-                **dict(zip(("INNER", "PIXELS", "X_VEC"), part.view.layout, strict=True)), **options,
+                **part.view.constants("X"), **options,
             )  # fmt: skip
         group_norm_silu_stats_join_kernel[grid_of(n * num_groups)](
             partials, stats, n, channels, pixels, *groups, chunks, chunk,
@@ -527,8 +523,7 @@ def forward(
             group_norm_silu_apply_kernel[grid](
                 part.x, weight, bias, stats, out, *part.view.strides, *view.strides, _step(weight), _step(bias),
                 *part.sizes(), *groups, *tiling,
-                **dict(zip(("INNER", "PIXELS", "X_VEC"), part.view.layout, strict=True)),
-                **dict(zip(("Y_INNER", "Y_PIXELS", "Y_VEC"), view.layout, strict=True)), **options,
+                **part.view.constants("X"), **view.constants("Y"), **options,
             )  # fmt: skip
 
 
@@ -561,18 +556,14 @@ def backward(
     for part in parts:
         incoming = grad.narrow(1, part.first, part.x.shape[1])
         view = _view(incoming)
-        layouts = zip(
-            ("INNER", "PIXELS", "X_VEC", "GRAD_INNER", "GRAD_PIXELS", "GRAD_VEC"),
-            part.view.layout + view.layout,
-            strict=True,
-        )
-        inputs.append((part, incoming, part.view.strides + view.strides, dict(layouts)))
+        constants = part.view.constants("X") | view.constants("GRAD")
+        inputs.append((part, incoming, part.view.strides + view.strides, constants))
     with on_device(x):
-        for part, incoming, strides, layout in inputs:
+        for part, incoming, strides, constants in inputs:
             grid, tiling, options = part.tiling(chunk)
             group_norm_silu_sums_kernel[grid](
                 part.x, incoming, weight, bias, stats, partials, *strides, *steps,
-                *part.sizes(), channels, *groups, *tiling, **layout, **options,
+                *part.sizes(), channels, *groups, *tiling, **constants, **options,
             )  # fmt: skip
         group_norm_silu_sums_join_kernel[grid_of(n * num_groups)](
             partials, weight, stats, totals, coefficients, steps[0], n, channels, height * width, *groups, chunks,
@@ -583,14 +574,13 @@ def backward(
                 totals, grad_weight, grad_bias, n, channels,
                 ROWS=32, BLOCK=16, num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
-        for part, incoming, strides, layout in inputs:
+        for part, incoming, strides, constants in inputs:
             out = grad_x if part.x is x else grad_skip
             if out is None:
                 continue
             grid, tiling, options = part.tiling(part.chunk(8))
             view = _view(out)
-            layout |= zip(("OUT_INNER", "OUT_PIXELS", "OUT_VEC"), view.layout, strict=True)
             group_norm_silu_grad_kernel[grid](
                 part.x, incoming, weight, bias, stats, coefficients, out, *strides, *view.strides, *steps,
-                *part.sizes(), *groups, *tiling, **layout, **options,
+                *part.sizes(), *groups, *tiling, **constants, **view.constants("OUT"), **options,
             )  # fmt: skip

@@ -1,4 +1,5 @@
-// The CUDA kernels of GroupNorm+SiLU on the CPU. test_group_norm_silu_cuda_on_host.py compiles and calls it.
+// Runs the CUDA kernels of GroupNorm+SiLU on the CPU. test_group_norm_silu_cuda_on_host.py compiles and calls
+// this.
 #include "../../csrc/group_norm_silu/plan.cuh"
 #include "blocks_on_host.h"
 
@@ -16,7 +17,7 @@ extern "C" int64_t scratch_bytes(int64_t batch, int64_t channels, int64_t pixels
   return group_norm_silu::scratch_bytes(batch, channels, pixels, element);
 }
 
-// `tensors`: x, skip, weight, bias, y. Returns the number of misaligned accesses.
+// `tensors` are x, skip, weight, bias and y. Returns the number of misaligned accesses.
 extern "C" int64_t forward(const int64_t* tensors, double* stats, int64_t groups, double eps, void* scratch) {
   misaligned = 0;
   group_norm_silu::run(group_norm_silu::Forward{inputs(tensors, stats, groups), view(tensors + 40), eps},
@@ -24,7 +25,7 @@ extern "C" int64_t forward(const int64_t* tensors, double* stats, int64_t groups
   return misaligned;
 }
 
-// `tensors`: x, skip, weight, bias, grad, grad_x, grad_skip, grad_weight, grad_bias.
+// `tensors` are x, skip, weight, bias, grad, grad_x, grad_skip, grad_weight and grad_bias.
 extern "C" int64_t backward(const int64_t* tensors, double* stats, int64_t groups, void* scratch) {
   misaligned = 0;
   group_norm_silu::Backward call{inputs(tensors, stats, groups),

@@ -1,4 +1,4 @@
-"""The CUDA kernels of GroupNorm+SiLU without a GPU: g++ compiles them, and every block of a grid runs on the CPU."""
+"""The CUDA kernels of GroupNorm+SiLU without a GPU: g++ compiles them, and every thread block runs on the CPU."""
 
 import ctypes
 import random
@@ -11,9 +11,9 @@ import torch.nn.functional as F
 
 from litevae_kernels.testing import assert_within_budget
 
-# Half units in the last place, of what budgets() bounds. z: 8 roundings; sigmoid 10; the statistics: at most 32 units
-# of 8 values a thread, about a shift that costs a factor of 9 in the worst case and 2 in the usual one, a tree of
-# 128 / 16 + 16 additions twice. Everything between the blocks is float64.
+# Errors in half units in the last place of the bounds of magnitudes(). z has 8 roundings and the sigmoid 10. The
+# statistics have at most 32 units of 8 values per thread, about a shift that costs a factor of 9 in the worst case and
+# 2 usually, and twice a tree of 128 / 16 + 16 additions. Everything between the blocks is float64.
 FORWARD = 20
 CHAIN = 256 + 32
 GRADIENT = 38
@@ -51,7 +51,7 @@ def values(rng, shape):
 
 
 def magnitudes(joined, weight, bias, grad, groups, eps, spread):
-    """Bounds on what is added up on the way to y and each gradient."""
+    """Returns bounds on the magnitudes of the sums in y and in each gradient."""
     n, c = joined.shape[:2]
     by_group = joined.reshape(n, groups, -1)
     centred = by_group - by_group.mean(2, keepdim=True)
@@ -71,7 +71,7 @@ def magnitudes(joined, weight, bias, grad, groups, eps, spread):
 
 
 def check(host, rng, case):
-    """Forward and backward; the names of the kernels that ran."""
+    """Checks forward and backward, and returns the names and the kinds of the kernels that ran."""
     n, cx, cs, h, w = case.batch, case.channels, case.skip_channels, case.height, case.width
     c = cx + cs
 
@@ -88,7 +88,7 @@ def check(host, rng, case):
         joined.flatten(2)[..., :1] = case.outlier
     x = tensor(cx, case.layouts[0], joined[:, :cx])
     skip = tensor(cs, case.layouts[1], joined[:, cx:]) if cs else None
-    # partly along x, so that the mean of dz xhat matters
+    # the part along x makes the mean of dz xhat matter
     grad = tensor(c, case.layouts[2], values(rng, (n, c, h, w)) + (joined - case.mean) / case.std)
     y, grad_x = tensor(c, case.layouts[2]), tensor(cx, case.layouts[3])
     grad_skip = tensor(cs, case.layouts[3]) if cs else None
@@ -103,12 +103,12 @@ def check(host, rng, case):
     size = host.core.scratch_bytes(*map(ctypes.c_int64, (n, c, h * w, x.view.element_size())))
     assert size % 16 == 0
     scratch = torch.full((size // 8 + 2,), torch.nan, dtype=torch.float64)
-    first = scratch[scratch.data_ptr() // 8 % 2 :]  # 16 bytes aligned
+    first = scratch[scratch.data_ptr() // 8 % 2 :]  # aligned to 16 bytes
 
     def run(function, *arguments):
         scratch.fill_(torch.nan)
         assert function(*arguments, ctypes.c_void_p(first.data_ptr())) == 0, "misaligned, or an unfit block"
-        assert bool(first[size // 8 :].isnan().all()), "written behind the scratch"
+        assert bool(first[size // 8 :].isnan().all()), "written beyond the scratch memory"
 
     views = [None if t is None else t.view for t in (x, skip)]
     address = ctypes.c_void_p(stats.data_ptr())
@@ -131,7 +131,7 @@ def check(host, rng, case):
     wide = {"x": x.view, "skip": views[1], "weight": weight, "bias": bias}
     wide = {k: t.double().clone().contiguous().requires_grad_() for k, t in wide.items() if t is not None}
     inputs = torch.cat([wide[k] for k in ("x", "skip") if k in wide], 1)
-    # a group's mean changes nothing but torch's digits
+    # the mean of a group changes only the accuracy of torch
     mean = inputs.detach().reshape(n, case.groups, -1).mean(2, keepdim=True)
     centred = (inputs.reshape(n, case.groups, -1) - mean).view(inputs.shape)
     z = torch.group_norm(centred, case.groups, wide.get("weight"), wide.get("bias"), case.eps)
@@ -146,7 +146,7 @@ def check(host, rng, case):
 
     def compare(name, actual, expected, magnitude, operations):
         if case.dtype != torch.float64 and actual.dtype == torch.float64:
-            actual = actual.float()  # as exact as its arithmetic
+            actual = actual.float()  # only as exact as its arithmetic
         try:
             assert_within_budget(actual, expected, magnitude=magnitude, operations=operations)
         except AssertionError as error:
@@ -191,7 +191,7 @@ def random_case(rng, host):
     if c < 20 and rng.random() < 0.5:
         height, width = rng.choice(((67, 61), (64, 48), (1, 1021), (128, 1)))
     layouts = tuple(rng.choice(host.LAYOUTS) for _ in range(4))
-    if rng.random() < 0.6:  # mostly what the fast kernels take
+    if rng.random() < 0.6:  # mostly layouts of the fast kernels
         layout = rng.choice(("contiguous", "channels_last", "channels_last_sliced"))
         layouts = (layout,) * 4
     case = Case(rng.randint(1, 3), c - skip, skip, groups, height, width, dtype, layouts)
@@ -219,7 +219,7 @@ def test_equals_torch_in_float64(host, seed):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 def test_each_kernel(host, dtype, layout, kind):
-    # 32 groups of 5 channels, one of which straddles the border
+    # 32 groups of 5 channels, one of which has channels of x and of skip
     case = Case(2, 96, 64, 32, 8, 12, dtype, (layout,) * 4)
     kernels, kinds = check(host, random.Random(0), case)
     assert kernels == {"Statistics", "Combine", "Apply", "Sums", "Reduce", "ApplyBackward", "Parameters"}

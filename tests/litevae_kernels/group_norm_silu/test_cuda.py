@@ -21,7 +21,7 @@ on_each_backend = pytest.mark.parametrize(
     [pytest.param(b, marks=pytest.mark.skipif(r is not None, reason=str(r))) for b, r in REASONS.items()],
 )
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-CASES = {"native": 30, "triton": 3}  # a test; Triton compiles nearly each of them
+CASES = {"native": 30, "triton": 3}  # per test; Triton compiles kernels for nearly every case
 DENSE = (torch.contiguous_format, torch.channels_last)
 
 # Half units in the last place of what `bounds` gives, as tests/csrc counts them: 8 roundings of z and 10 of its
@@ -35,7 +35,7 @@ def values(shape, dtype=torch.float64, seed=0):
 
 
 def run(x, groups, weight, bias, skip, grad, eps=1e-6):
-    """y and the gradients of the inputs that are there."""
+    """Returns y and the gradients of the given inputs."""
     inputs = [None if t is None else t.detach().requires_grad_() for t in (x, skip, weight, bias)]
     y = group_norm_silu(inputs[0], groups, inputs[2], inputs[3], eps=eps, skip=inputs[1])
     wanted = [t for t in inputs if t is not None]
@@ -43,17 +43,17 @@ def run(x, groups, weight, bias, skip, grad, eps=1e-6):
 
 
 def exact(x, groups, weight, bias, skip, grad, eps=1e-6):
-    """The same by torch in float64, and a bound on what is added up on the way to each."""
+    """Returns the same from torch in float64, and for each a bound on the magnitudes of its sums."""
     inputs = [
         None if t is None else t.detach().double().clone().requires_grad_() for t in (x, skip, weight, bias)
     ]
     joined = inputs[0] if skip is None else torch.cat(inputs[:2], 1)
     n, c = joined.shape[:2]
     by_group = joined.reshape(n, groups, -1)
-    mean = by_group.detach().mean(2, keepdim=True)  # changes nothing but torch's digits
+    mean = by_group.detach().mean(2, keepdim=True)  # changes only the accuracy of torch
     centred = (by_group - mean).view(joined.shape)
     z = torch.group_norm(centred.contiguous(), groups, None, None, eps)
-    # by hand: torch 2.11 has no gradient where one of them is missing
+    # applied by hand, because torch 2.11 has no gradient where one of them is missing
     z = z if inputs[2] is None else z * inputs[2][:, None, None]
     z = z if inputs[3] is None else z + inputs[3][:, None, None]
     y, grad = F.silu(z), grad.double()
@@ -82,7 +82,7 @@ def check(backend, x, groups, weight, bias, skip, grad, eps=1e-6):
     expected, bounds = exact(*call)
     for i, (a, e, bound) in enumerate(zip(actual, expected, bounds, strict=True)):
         if x.dtype != torch.float64 and a.dtype == torch.float64:
-            a = a.float()  # as exact as its arithmetic
+            a = a.float()  # only as exact as its arithmetic
         operations = FORWARD + CHAIN if i == 0 else GRADIENT + 2 * CHAIN
         assert_within_budget(a.cpu(), e.cpu(), magnitude=bound.cpu(), operations=operations)
     return actual
@@ -196,7 +196,7 @@ def test_more_than_2_to_31_elements(backend, shape, memory_format):
     groups = 32 if shape[1] % 32 == 0 else 7
     bias = values(shape[1], torch.float32).cuda()
     with use_backend(backend):
-        # Images do not know of each other: the last ones are behind element 2^31.
+        # Images are independent, and the last ones lie beyond element 2^31.
         last = x[-1:].clone(memory_format=torch.preserve_format).requires_grad_()
         small = group_norm_silu(last, groups, bias=bias)
         (small_grad,) = torch.autograd.grad(small, last, small.detach())
@@ -208,7 +208,7 @@ def test_more_than_2_to_31_elements(backend, shape, memory_format):
 
 
 def close(actual, expected):
-    """Two cuts of the same image add up in another order: results may differ by one rounding."""
+    """Compares results that may differ by one rounding, because the image is divided in two ways."""
     torch.testing.assert_close(actual, expected, rtol=2**-7, atol=2**-9)
 
 

@@ -15,7 +15,7 @@ BACKENDS = ("reference", "native")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 NAMES = ("x", "skip", "weight", "bias")
 
-# The error budget, in units of half a last place of the arithmetic's type. First-order analysis:
+# The error budget of a first-order analysis, in units of half a last place of the arithmetic's type:
 #
 # z = (x - mean) rstd weight + bias: 2 roundings of the difference (of the mean kept as two floats, or of the
 #   difference), 2 for the factor rstd weight, 2 for the weight and the bias brought to the arithmetic's type, the
@@ -31,13 +31,13 @@ FORWARD = 20
 # grad_x = rstd (weight h - mean(weight h) - xhat mean(weight h xhat)): 8 for the products, 3 for the sums, 2 for
 #   the divisions.
 BACKWARD = 25 + 13
-# Roundings of the longest chain of additions, which weigh on the mean, on rstd (by half) and on the gradients' sums.
+# Roundings of the longest chain of additions. They affect the mean, rstd (by half) and the sums of the gradients.
 #   reference: torch.sum adds in cascades, four levels of at most 16 up to 2^20 values, 4 vectors of 8 lanes at the
 #   end, and the images (at most 16) after one another; plus the division. Its mean loses digits of |mean|.
 #   native: at most 128 additions before the sums become float64; a chunk's mean and its square, 4 more. They are
-#   sums about a shift, for which the sum of squares is up to `spread` times what it is about the mean: 2 where the
-#   eighth of the chunk that the shift is the mean of is like the rest, 9 whatever it is. So |x - shift| is
-#   sqrt(spread) standard deviations on average, which is what the error of the mean is made of.
+#   sums about a shift, the mean of an eighth of the chunk. The sum of squares about the shift is up to `spread` times
+#   the sum about the mean: 2 if that eighth is like the rest, and at most 9. So |x - shift|, on which the error of
+#   the mean depends, is sqrt(spread) standard deviations on average.
 CHAIN = {"reference": 64 + 12 + 16 + 1, "native": 128 + 4}
 
 
@@ -66,7 +66,7 @@ def values(shape, dtype=torch.float64, seed=0):
 
 
 def run(call, grad):
-    """y and the gradients by name; the inputs keep their strides."""
+    """Returns y and the gradients by name; the inputs keep their strides."""
     leaves = {n: t.detach().requires_grad_() for n, t in zip(call.names(), call.inputs(), strict=True)}
     y = group_norm_silu(
         leaves["x"],
@@ -85,11 +85,11 @@ def wide(t):
 
 
 def exact(call, grad):
-    """The same by torch in float64."""
+    """Returns the same from torch in float64."""
     leaves = {n: wide(t).requires_grad_() for n, t in zip(call.names(), call.inputs(), strict=True)}
     joined = torch.cat([leaves[n] for n in ("x", "skip") if n in leaves], 1)
-    # what F.group_norm calls, which refuses a group of one value in its training; weight and bias by hand, because
-    # torch 2.11 has no gradient where one of them is missing
+    # F.group_norm calls this function too, but refuses groups of one value. Weight and bias are applied by hand,
+    # because torch 2.11 has no gradient where one of them is missing.
     z = torch.group_norm(joined, call.groups, None, None, call.eps)
     shape = (-1,) + (1,) * (joined.ndim - 2)
     if "weight" in leaves:
@@ -102,7 +102,7 @@ def exact(call, grad):
 
 
 def budgets(call, grad, backend, spread=2):
-    """For y and each gradient: the magnitude of each of its elements, and the roundings (see above)."""
+    """Returns, for y and each gradient, the magnitude of each element and the number of roundings (see above)."""
     joined = torch.cat([wide(t) for t in (call.x, call.skip) if t is not None], 1)
     n, c = joined.shape[:2]
     groups = joined.reshape(n, call.groups, -1)
@@ -132,8 +132,8 @@ def budgets(call, grad, backend, spread=2):
         "weight": (h * xhat.view_as(h)).sum((0, 2, 3)),
         "bias": h.sum((0, 2, 3)),
     }
-    # rstd loses half of what its sum of squares does, and grad_x both that and its own sums
-    # and no chain is longer than there are values to add, or pixels to a channel where the rest is float64
+    # rstd has half of the error of its sum of squares, and grad_x has that error and those of its own sums.
+    # No chain is longer than the number of values, or of pixels per channel where the other sums are float64.
     chain = min(CHAIN[backend], h[0, 0].numel() + 4 if backend == "native" else h.numel() + 1)
     statistics = int(chain * max(1, spread / 2))
     return {
@@ -143,12 +143,12 @@ def budgets(call, grad, backend, spread=2):
 
 
 def stored(actual, x):
-    """A float64 gradient of a call whose arithmetic was float32 is judged as float32."""
+    """Returns a float64 gradient as float32 if the arithmetic of the call was float32."""
     return actual.float() if actual.dtype == torch.float64 and x.dtype != torch.float64 else actual
 
 
 def check(call, grad, backend, spread=2):
-    """Runs one call both ways and compares; gives what was computed."""
+    """Compares a call with torch, and returns its results."""
     before = [t.clone() for t in (*call.inputs(), grad)]
     with use_backend(backend), poisoned_memory():
         actual = run(call, grad)
@@ -175,7 +175,7 @@ def check(call, grad, backend, spread=2):
 
 
 def random_call(rng, dtype, layout, seed):
-    """Any number of groups, of any size, that end anywhere in x or skip; any layouts and dtypes of the rest."""
+    """Returns a random call, with groups of any number and size that end anywhere in x or skip, and a gradient."""
     ((n, _, h, w),) = shapes(1, seed=seed)
     per_group, groups = rng.choice([(1, 1), (1, 5), (2, 1), (3, 2), (4, 4), (5, 3), (7, 1), (2, 16), (1, 32)])
     c = per_group * groups
@@ -202,7 +202,7 @@ def random_call(rng, dtype, layout, seed):
     return call, grad
 
 
-# 400 cases a backend: 4 dtypes x 5 layouts of x x 20; everything else at random.
+# There are 400 cases per backend: 4 dtypes x 5 layouts of x x 20, with everything else at random.
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -270,7 +270,7 @@ def test_a_large_mean(backend, layout, dtype, mean, std):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("outlier", [1e4, -1e6])
 def test_first_pixels_that_are_far_from_the_rest(backend, layout, outlier):
-    # what defeats a shift taken from the first values: the sum of squares around it keeps no digit of the variance
+    # A shift taken from the first values would fail: the sum of squares about it keeps no digit of the variance.
     for shape, groups, count in [((2, 8, 24, 20), 2, 1), ((1, 16, 33, 40), 4, 20), ((1, 2, 100, 70), 2, 1)]:
         x = values(shape)
         x.flatten(2)[..., :count] = outlier
@@ -296,7 +296,7 @@ def test_constant_groups(backend, dtype, layout):
         for name in ("x", "weight", "bias"):
             assert actual[name].isfinite().all()
         if backend == "native" and dtype != torch.float64:
-            # the mean of equal values is that value, and what is left is the bias
+            # the mean of equal values is that value, so only the bias remains
             assert_within_budget(
                 actual["y"],
                 F.silu(bias.double())[:, None, None].expand(shape),
@@ -311,7 +311,7 @@ def test_constant_groups(backend, dtype, layout):
 def test_small_and_huge_values(backend, dtype, size):
     if backend == "reference" and dtype == torch.float32 and size > 1e12:
         pytest.skip("autograd's rstd^3 is below float32, in torch.nn.functional.group_norm as well")
-    # 90 values a group: the sum of their squares, 1e38, is within float32
+    # with 90 values per group, the sum of their squares is 1e38, within float32
     x = values((2, 4, 5, 9), dtype) * size
     call = Call(x, 2, values(4, torch.float32, seed=1), values(4, torch.float32, seed=2))
     check(call, values(x.shape, dtype, seed=3), backend)
@@ -319,7 +319,7 @@ def test_small_and_huge_values(backend, dtype, size):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_values_whose_squares_overflow_are_right_or_vanish(backend):
-    # torch's variance is infinite here, and the normalised values are zero; better ones are welcome
+    # torch's variance is infinite here and the normalised values are zero; better results are allowed
     x = values((1, 4, 32, 32), torch.float32) * 3e19
     bias = values(4, torch.float32, seed=2)
     with use_backend(backend):
@@ -406,8 +406,8 @@ DEGENERATE = [  # shape, groups, channels of x
     ((2, 13, 11, 1), 13, 6),
     ((1, 2, 1, 1), 1, 1),
     ((5, 31, 3, 5), 1, 30),
-    ((1, 64, 3, 3), 32, 1),  # the border in the first group
-    ((1, 64, 3, 3), 32, 63),  # and in the last
+    ((1, 64, 3, 3), 32, 1),  # x ends in the first group
+    ((1, 64, 3, 3), 32, 63),  # x ends in the last group
     ((4, 33, 2, 2), 11, 16),
     ((1, 257, 2, 3), 257, 100),
     ((16, 4, 2, 1), 2, 3),
@@ -561,7 +561,7 @@ def test_only_some_inputs_want_gradients(backend, given):
 
 
 def some_calls(count):
-    """Calls of every kind, a few for each dtype, with their incoming gradients."""
+    """Returns calls of every kind, a few for each dtype, with their incoming gradients."""
     rng = random.Random(7)
     for i in range(count):
         dtype, layout = DTYPES[i % 4], LAYOUTS[i // 4 % 5]
@@ -644,7 +644,7 @@ def test_float16_is_not_rounded_through_bfloat16(backend, layout):
     x, skip = (arrange(values((2, 8, 6, 7), torch.float16, seed=i), layout) for i in range(2))
     call = Call(x, 2, values(16, torch.float16, seed=2), values(16, torch.float16, seed=3), skip)
     for value in check(call, arrange(values((2, 16, 6, 7), torch.float16, seed=4), layout), backend).values():
-        # of its 11 bits, the last three are zero in one of eight
+        # the last three of its 11 bits are zero in one of eight cases
         assert (value.bfloat16() != value).double().mean() > 0.5
 
 

@@ -23,7 +23,7 @@ def values(shape, dtype=torch.float64, seed=0):
 
 
 def inputs(given, dtype=torch.float64, layout="contiguous"):
-    """x (2, 4, 3, 5), and those of skip (2, 2, 3, 5), weight and bias (6 or 4) that are given."""
+    """Returns x (2, 4, 3, 5), and skip (2, 2, 3, 5), weight and bias (6 or 4) if `given` says so, otherwise None."""
     with_skip, with_weight, with_bias = given
     channels = 6 if with_skip else 4
     return (
@@ -37,7 +37,7 @@ def inputs(given, dtype=torch.float64, layout="contiguous"):
 COMBINATIONS = list(itertools.product([False, True], repeat=3))
 
 
-# All combinations of the optional inputs, with the gradients of all inputs and of each one alone.
+# This covers all combinations of the optional inputs, with the gradients of all inputs and of each one alone.
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("given", COMBINATIONS)
 def test_gradcheck_twice(backend, given):
@@ -133,7 +133,7 @@ def test_compiles_forward_and_backward(backend, compiler):
     torch._dynamo.reset()
     with use_backend(backend):
         compiled = torch.compile(loss, fullgraph=True, backend=compiler)
-        # a second shape is a second compilation, which takes Inductor long
+        # a second shape would be a second compilation, and Inductor takes long for each
         cases = [((2, 4, 7, 9), "channels_last"), ((2, 4, 8, 6), "contiguous")]
         for shape, layout in cases[: 1 if compiler == "inductor" else 2]:
             leaves = leaves_of(shape, layout)
@@ -152,13 +152,13 @@ def test_no_new_graph_for_another_batch_size(dynamic):
     compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend=counter)
     counts = []
     for batch in (2, 3, 5, 8, 13):
-        # no two sizes are equal, lest the compiler take them for one
+        # no two sizes are equal, because the compiler would treat them as one
         leaves = leaves_of((batch, 24, 17, 19), "channels_last")
         value = compiled(*leaves)
         torch.testing.assert_close(value, loss(*leaves))
         value.backward()
         counts.append(counter.frame_count)
-    # the second graph is PyTorch turning to dynamic sizes; one count may be tracing begun anew for the float eps
+    # PyTorch turns to dynamic sizes in the second graph, and may start tracing again once for the float eps
     assert counts[0 if dynamic else 1] == counts[-1]
 
 
@@ -192,12 +192,12 @@ def test_the_backward_keeps_the_backend_of_the_forward(monkeypatch, higher):
         y = group_norm_silu(x, 1)
     with use_backend("reference"):
         torch.autograd.grad(y.sum(), x, create_graph=higher)
-    # a gradient that is to be differentiated is plain PyTorch's
+    # plain PyTorch computes a gradient that will be differentiated
     assert calls == ["native"] + ["native"] * (not higher)
 
 
 def test_saved_statistics_hold_after_other_calls():
-    # what backward needs is its own call's, not the latest one's
+    # backward needs the statistics of its own call, not those of the latest one
     a, b = (values((1, 2, 4, 4), seed=i).requires_grad_() for i in range(2))
     y, z = group_norm_silu(a, 1), group_norm_silu(b * 100, 1)
     together = torch.autograd.grad(y.cos().sum() + z.cos().sum(), (a, b))

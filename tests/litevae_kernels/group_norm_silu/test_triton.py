@@ -1,7 +1,7 @@
-"""The Triton kernels: on the CPU in Triton's interpreter, on a GPU where there is one, and compiled without one.
+"""The Triton kernels in Triton's interpreter on the CPU, on a GPU if there is one, and compiled without one.
 
-Triton reads TRITON_INTERPRET when a kernel is defined, so this module runs itself again in a process that has it
-set; there the tests' device is the CPU, here it is CUDA.
+Triton reads TRITON_INTERPRET when a kernel is defined, so this module runs itself again in a process that sets it.
+There the device of the tests is the CPU, and here it is CUDA.
 """
 
 import os
@@ -28,9 +28,9 @@ on_device = pytest.mark.parametrize(
 )
 not_interpreted = pytest.mark.skipif(INTERPRETED, reason="needs the compiler's kernels")
 
-CASES = 13  # a test
+CASES = 13  # per test
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-SHAPES = (  # N, C, C_skip, groups, H, W; few groups, for the interpreter's time goes by programs
+SHAPES = (  # N, C, C_skip, groups, H, W; few groups, because the interpreter's time grows with the programs
     (1, 1, 0, 1, 1, 1),
     (3, 4, 0, 4, 1, 1),  # one value a group
     (2, 6, 0, 1, 5, 7),
@@ -57,9 +57,9 @@ def test_under_the_interpreter(under_the_interpreter: Any) -> None:
 
 
 def poisoned(like: Tensor | None, channels: int | None = None) -> Tensor | None:
-    """NaN of the shape, dtype and order of `like`, or of other channels.
+    """Returns NaN with the shape, dtype and order of `like`, or with another number of channels.
 
-    The interpreter truncates to bfloat16, where a GPU rounds: there it writes float32.
+    Under the interpreter float32 replaces bfloat16, because the interpreter truncates where a GPU rounds.
     """
     if like is None:
         return None
@@ -86,7 +86,7 @@ def exact(
     groups: int,
     eps: float,
 ) -> tuple[Tensor, list[Tensor | None], Tensor, Tensor]:
-    """PyTorch's own operators in float64: y, the four gradients, the normalised input, rstd."""
+    """Returns y, the four gradients, the normalised input and rstd from PyTorch's own operators in float64."""
     inputs = [double(t) for t in (x, skip, weight, bias)]
     for t in inputs:
         if t is not None:
@@ -95,12 +95,12 @@ def exact(
     assert first is not None
     joined = first if second is None else torch.cat([first, second], 1)
     n = joined.shape[0]
-    # PyTorch's group_norm subtracts squares, which costs digits at a large mean, in float64 too; the mean of a
-    # group changes neither its value nor its gradients.
+    # PyTorch's group_norm subtracts squares, which costs digits at a large mean even in float64. Subtracting the mean
+    # of a group changes neither its value nor its gradients.
     mean = joined.detach().reshape(n, groups, -1).mean(2, keepdim=True)
     centred = (joined.reshape(n, groups, -1) - mean).reshape(joined.shape)
-    # torch.group_norm takes one value a group, which F.group_norm refuses; weight and bias by hand, because torch
-    # 2.11 has no gradient where one of them is missing
+    # torch.group_norm accepts one value per group, which F.group_norm refuses. Weight and bias are applied by hand,
+    # because torch 2.11 has no gradient where one of them is missing.
     z = torch.group_norm(centred, groups, None, None, eps)
     z = z if w is None else z * w[:, None, None]
     z = z if b is None else z + b[:, None, None]
@@ -122,7 +122,7 @@ def run(
     groups: int,
     eps: float,
 ) -> list[Tensor | None]:
-    """y, stats and the four gradients."""
+    """Returns y, the statistics and the four gradients."""
     y = poisoned(x, grad.shape[1])
     stats = torch.full((x.shape[0], groups, 2), float("nan"), dtype=torch.float64, device=x.device)
     gradients = [poisoned(t) for t in (x, skip, weight, bias)]
@@ -140,13 +140,15 @@ def check(
     groups: int,
     eps: float,
 ) -> None:
-    """Bounds, to first order in half a unit in the last place, with the maxima X of the normalised input, W and B of
-    the parameters, Z = X W + B of SiLU's input, G of the gradient.
+    """Compares with PyTorch, within bounds of first order in half a unit in the last place.
+
+    The bounds use the maxima X of the normalised input, W and B of the parameters, Z = X W + B of SiLU's input, and G
+    of the gradient.
 
     A chunk's mean comes from up to S additions at one place of the tile, then of up to P places: S + P + 4 roundings
     of differences of at most 2 X. Squares are at most S + 1 times what is left of them, after S products and
-    additions and a subtraction, then P more places; rstd takes half of the variance's error. Six roundings make z,
-    eight SiLU (whose slope is at most 1.1): so many in y, of magnitude Z.
+    additions and a subtraction, then P more places; rstd has half of the variance's error. z has six roundings and
+    SiLU (whose slope is at most 1.1) eight, which makes the roundings of y, of magnitude Z.
     The slope of SiLU changes by at most 0.5 |z's error| and has 12 roundings of its own, of magnitude 1 + Z; the sums
     add S + P + 1, the one with the normalised input that one's as well. x's gradient has all of those, and
     the magnitudes 1, 1 of the mean and X^2 of the projection, times W rstd.
@@ -185,7 +187,7 @@ def draw(seed: int, device: str) -> tuple[Any, ...]:
     torch.manual_seed(seed)
     n, c, c_skip, groups, h, w = SHAPES[seed % len(SHAPES)]
     dtype = r.choice(DTYPES)
-    # half precision would leave nothing but the mean, and the mean of float64 has no wider type
+    # half precision would keep only the mean, and no type is wider than float64
     mean = r.choice((0, 0, 3, 1e4, 1e6)) if dtype == torch.float32 else r.choice((0, 0, 3))
     spread = 10 ** r.uniform(-1, 1)
 
@@ -209,7 +211,7 @@ def draw(seed: int, device: str) -> tuple[Any, ...]:
 def test_equals_pytorch_in_float64(device: str, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for seed in range(group * CASES, (group + 1) * CASES):
         with monkeypatch.context() as patch:
-            # many chunks, or many tiles in one, where the GPU's sizes would make one tile of all
+            # several chunks, or several tiles per chunk, where the sizes for a GPU would give a single tile
             patch.setattr(kernels, "TILE", (512, 1024, 256)[seed % 3])
             patch.setattr(kernels, "PROGRAMS", (1, 4, 10**9)[seed // 13 % 3])
             patch.setattr(kernels, "MAX_STEPS", 4)
@@ -239,7 +241,7 @@ def test_an_outlier_as_the_shift(device: str) -> None:
 
 @on_device
 def test_extreme_activations(device: str) -> None:
-    """SiLU of -1000 is -0 and not NaN, of 1000 it is 1000; the slopes are 0 and 1."""
+    """SiLU is -0 (not NaN) at -1000 and 1000 at 1000, with slopes 0 and 1."""
     bias = torch.tensor([-1000.0, 1000.0, -100.0, 88.0], device=device)
     x = torch.zeros(1, 4, 2, 2, device=device)
     y, _, grad_x, _, _, grad_bias = run(torch.ones_like(x), x, None, None, bias, 4, 1e-6)
@@ -285,7 +287,7 @@ def test_bfloat16_is_the_rounded_float32() -> None:
     assert torch.equal(outputs[1].float(), truncated)
 
 
-# What a launch passes, without launching.
+# The arguments of launches, without launching.
 
 Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
@@ -325,7 +327,7 @@ def run_both(
     n, c, h, w = shape
 
     def empty(channels: int, memory_format: torch.memory_format) -> Tensor:
-        # on the meta device, for no size takes memory; address 0 counts as aligned
+        # on the meta device, where no size takes memory and address 0 counts as aligned
         out = torch.empty(n, channels, h, w + crop, dtype=dtype, device="meta", memory_format=memory_format)
         return out[..., :w]
 
@@ -387,7 +389,7 @@ def test_one_image_fills_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert min(grids) >= 132 * 16
 
 
-# Ahead of time for a GPU that need not be here.
+# Kernels compiled ahead of time, without a GPU.
 
 
 @not_interpreted
@@ -449,7 +451,7 @@ def test_kernels_compile(
             compiled = compile_for_sm90(launch)
             assert len(compiled.asm["cubin"]) > 0
             if case.get("dtype") != torch.float64 and "join" not in key[0] and "parameters" not in key[0]:
-                # float64 only to split the mean: no Python float makes arithmetic wider
+                # only the split of the mean is float64, and no Python float makes arithmetic wider
                 assert not re.search(r"\b(mul|fma|div)\.(\w+\.)*f64", compiled.asm["ptx"]), key
 
 
