@@ -1,4 +1,4 @@
-"""A run whose model `litevae scale` has changed."""
+"""A run whose model has been changed by `litevae scale`."""
 
 import pytest
 
@@ -15,7 +15,7 @@ def run(tiny, square_images, tmp_path, no_pictures):
     return tmp_path / "run"
 
 
-def test_resuming_keeps_it_until_the_model_is_trained_further(run, tiny):
+def test_the_scale_is_kept_until_the_model_is_trained_further(run, tiny):
     scale = LiteVAE.from_pretrained(run / "model").config.scaling_factor
     assert scale != 1.0
     train(tiny("max_steps=1", "checkpoint.every=1", "resume=auto"))
