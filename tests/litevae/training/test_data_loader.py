@@ -57,7 +57,7 @@ def test_unreadable_validation_images_are_named(folder, tmp_path, capsys):
     validation = folder("validation", 1, None, 3)
     loaded = load(tmp_path, f"data.train={folder('train', 1, 2)}", f"data.validation={validation}")
     assert [pixels[0, 0, 0] for _, pixels in loaded.validation] == [1, 3]
-    assert f"1 validation images cannot be read: {validation / '01.png'}" in capsys.readouterr().err
+    assert f"1 of the validation images cannot be read: {validation / '01.png'}" in capsys.readouterr().err
 
 
 def test_a_run_without_a_readable_validation_image_is_refused(folder, tmp_path):

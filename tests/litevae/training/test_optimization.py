@@ -74,7 +74,7 @@ def test_update_sets_the_learning_rate_of_its_step():
 def test_gradient_norm_is_the_norm_before_clipping():
     optimizer = NetworkOptimizer(nn.Linear(1, 1, bias=False), 0.1, (0.9, 0.99), 0.0, lambda _: 1.0)
     optimizer.network.weight.grad = torch.full((1, 1), -8.0)
-    assert optimizer.gradient_norm(2.0, None) == 8.0
+    assert optimizer.clip_gradients(2.0, None) == 8.0
     torch.testing.assert_close(optimizer.network.weight.grad, torch.full((1, 1), -2.0))
     optimizer.zero_grad()
     assert optimizer.network.weight.grad is None

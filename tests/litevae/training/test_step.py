@@ -139,7 +139,7 @@ def test_a_finite_step_changes_everything(make):
     step = make()
     before = snapshot(step)
     outcome = step(*inputs(), 1, False)
-    assert (outcome.bad, outcome.stop) == (None, False)
+    assert (outcome.non_finite, outcome.stop) == (None, False)
     assert {"model", "ema", "discriminator", "updates"} <= changed(before, snapshot(step))
     assert {"discriminator", "discriminator_gradient_norm", "adversarial"} <= outcome.values.keys()
 
@@ -149,7 +149,7 @@ def test_a_share_that_must_not_be_trained_on_changes_nothing(make):
     step(*inputs(), 1, False)
     before = snapshot(step)
     outcome = step(*inputs(2), 2, False, unusable=True)
-    assert (outcome.bad, outcome.unusable) == (None, True)
+    assert (outcome.non_finite, outcome.unusable) == (None, True)
     assert changed(before, snapshot(step)) == set()
 
 
@@ -172,12 +172,12 @@ def test_a_step_that_is_not_finite_changes_nothing(make, source):
         "autoencoder's gradient": "the gradient's norm is",
         "discriminator's gradient": "the discriminator's gradient's norm is",
     }
-    assert outcome.bad is not None
-    assert outcome.bad.startswith(reasons[source])
+    assert outcome.non_finite is not None
+    assert outcome.non_finite.startswith(reasons[source])
     assert changed(before, snapshot(step)) == set()
     for handle in handles:
         handle.remove()
-    assert step(image, noise, 3, False).bad is None
+    assert step(image, noise, 3, False).non_finite is None
     assert "model" in changed(before, snapshot(step))
 
 
@@ -286,7 +286,7 @@ class TestGradientRatio:
             step.model.decoder.conv_out.bias.zero_()
         image, noise = inputs()
         outcome = step(torch.zeros_like(image), noise, 1, False)
-        assert outcome.bad is None
+        assert outcome.non_finite is None
         assert "gradient_ratio" not in outcome.values
 
 
@@ -315,12 +315,12 @@ class TestLossScaling:
         step = make(scaler=scaler)
         before = snapshot(step)
         outcome = step(*inputs(), 1, False)
-        assert outcome.bad is not None
-        assert "gradient's norm is" in outcome.bad
+        assert outcome.non_finite is not None
+        assert "gradient's norm is" in outcome.non_finite
         assert changed(before, snapshot(step)) == set()
         assert scaler.get_scale() == 2.0**126
         scaler.update(2.0**10)
-        assert step(*inputs(), 2, False).bad is None
+        assert step(*inputs(), 2, False).non_finite is None
 
 
 EVERYTHING = [
@@ -340,7 +340,7 @@ EVERYTHING = [
 def test_every_loss_and_discriminator_trains(make, settings):
     step = make(*settings, "loss.pretrained=false", "channels_last=true")
     outcomes = [step(*inputs(seed), seed, False) for seed in (1, 2)]
-    assert [outcome.bad for outcome in outcomes] == [None] * 2
+    assert [outcome.non_finite for outcome in outcomes] == [None] * 2
     assert len(outcomes[0].values) == 2 * len(step.objective.weights) + 5
     assert step.optimizers["discriminator"].optimizer.param_groups[0]["betas"] == (
         (0.0, 0.99) if "stylegan" in settings[0] else (0.9, 0.99)
