@@ -79,8 +79,8 @@ def save_checkpoint(
         }
         content = {"step": step, **manifest, "files": files}
         write(temporary / MANIFEST, (json.dumps(content, indent=2) + "\n").encode())
-        for written in (*(temporary / name for name in models), temporary):
-            sync_folder(written)
+        for path in (*(temporary / name for name in models), temporary):
+            sync_folder(path)
         shutil.rmtree(target, ignore_errors=True)  # it exists only if it is incomplete
         os.rename(temporary, target)
         sync_folder(folder)
@@ -106,9 +106,7 @@ def find_damage(checkpoint: Checkpoint) -> str | None:
 def find_checkpoints(folder: Path) -> list[Checkpoint]:
     """Returns the complete checkpoints in `folder`, oldest first."""
     found = [open_checkpoint(path) for path in folder.glob("step-*")]
-    return sorted(
-        (checkpoint for checkpoint in found if checkpoint is not None), key=lambda checkpoint: checkpoint.step
-    )
+    return sorted(filter(None, found), key=lambda checkpoint: checkpoint.step)
 
 
 def read_manifest(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -173,7 +171,7 @@ def choose_checkpoint(resume: str, folder: Path) -> Checkpoint | None:
     if resume:
         path = Path(resume)
         candidates = [open_checkpoint(path), *reversed(find_checkpoints(path / "checkpoints"))]
-        chosen = next((candidate for candidate in candidates if candidate is not None), None)
+        chosen = next(filter(None, candidates), None)
         if chosen is None:
             raise UserError(
                 f"resume: {path}: {'no complete checkpoint' if path.exists() else 'no such folder'}"

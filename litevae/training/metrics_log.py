@@ -47,7 +47,7 @@ class MetricsLog:
         self.seconds += time.perf_counter() - self.last
 
     def write(self, step: int, values: dict[str, float], skipped: int) -> dict[str, Any]:
-        """Writes a line with `values`, the number of steps `skipped` so far and the speed; returns it."""
+        """Writes a line with `values`, the number of steps `skipped` so far and the speed; returns the line."""
         speed = {
             "images_per_second": self.images / self.seconds,
             "data_wait": min(self.wait_seconds / self.seconds, 1.0),  # as a fraction of the time
