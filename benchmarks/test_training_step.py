@@ -69,7 +69,7 @@ def check_gradients(name: str, size: int, image: Tensor, noise: Tensor) -> None:
     def run(backend: str | None, *more: str) -> list[Tensor]:
         step = make_step(config, [*overrides, *more], size, adversarial=True)
         call = step if backend is None else with_backend(backend, step)
-        assert call(image, noise, 1, False).bad is None
+        assert call(image, noise, 1, False).non_finite is None
         return gradients(step)
 
     ours, plain = run(None), run("reference")
@@ -95,7 +95,7 @@ def test_step(benchmark: Any, session: Session, device: str, size: int, adversar
     def provider(step: TrainingStep, layout: torch.memory_format) -> Provider:
         def run(i: int) -> None:
             outcome = step(images[layout][i], noise, 1, False)
-            assert outcome.bad is None, outcome.bad
+            assert outcome.non_finite is None, outcome.non_finite
 
         return run
 

@@ -46,13 +46,13 @@ class LatentData:
         config: settings of the run.
         autoencoder: model that encodes the images of `config.data.train` on its device, in float32 or under
             autocast.
-        accelerator: Accelerator, which tells the number of this process.
+        accelerator: Accelerator, which knows the rank of this process.
         folder: output folder, for bad_images.txt.
         resuming: whether to continue that list.
 
     Raises:
-        UserError: there is no such data, the latents have another model or another scale, the folder holds no
-            latents, or the model does not take the size.
+        UserError: there is no such data, the folder holds no latents, they were encoded with another model or with
+            another scale, or the model does not take the size.
     """
 
     def __init__(
@@ -82,19 +82,19 @@ class LatentData:
             raise UserError(f"{folder}: holds no latents")
         if latents.index["model"]["sha256"] != hash_encoder(self.autoencoder):
             raise UserError(f"{folder}: was encoded with another model than model={self.config.model}")
-        noted = latents.index["latents"]
-        for name, mine in (("scaling_factor", self.scaling_factor), ("shift_factor", self.shift_factor)):
-            if noted[name] != mine:
+        recorded = latents.index["latents"]
+        for name, current in (("scaling_factor", self.scaling_factor), ("shift_factor", self.shift_factor)):
+            if recorded[name] != current:
                 raise UserError(
-                    f"{folder}: was encoded when the model's {name} was {noted[name]}, and it is {mine} now: "
+                    f"{folder}: was encoded when the model's {name} was {recorded[name]}, and it is {current} now: "
                     "run the same litevae encode command again to record it"
                 )
-        channels, height, width = noted["shape"]
+        channels, height, width = recorded["shape"]
         self.shape = (channels // 2, height, width)
         self.pixels = height * spatial_compression(self.autoencoder)
         self.dataset, self.collate = ShuffledLatents(latents, self.config.seed), torch.stack
 
-    def open_images(self, bad: Path, resuming: bool) -> None:
+    def open_images(self, bad_list: Path, resuming: bool) -> None:
         config, factor = self.config.data, spatial_compression(self.autoencoder)
         size = config.size or self.autoencoder.config.sample_size
         check_size(self.autoencoder, size, "data.size")
@@ -108,9 +108,9 @@ class LatentData:
         self.dataset = TrainingCrops(self.images, crops, self.config.seed, length)
         self.collate = collate
         if self.accelerator.is_main_process and not resuming:
-            bad.unlink(missing_ok=True)  # left by an earlier run
+            bad_list.unlink(missing_ok=True)  # left by an earlier run
         self.accelerator.wait_for_everyone()
-        self.bad_images = BadImages(bad, len(self.images), config.max_bad_fraction)
+        self.bad_images = BadImages(bad_list, len(self.images), config.max_bad_fraction)
 
     def batches(self, done: int) -> Iterator[CropBatch | Tensor]:
         """Yields this process's share of each batch after step `done`, for `note_bad` and `moments`."""
@@ -125,7 +125,7 @@ class LatentData:
             collate_fn=self.collate,
             num_workers=config.data.workers,
             pin_memory=self.accelerator.device.type == "cuda",
-            generator=torch.Generator(),  # the default, the global one, would be drawn from again by a resumed run
+            generator=torch.Generator(),  # a resumed run would draw once more from the global one
             worker_init_fn=obey_parent_only,
         )
         return iter(loader)
@@ -150,7 +150,7 @@ class LatentData:
         return sample_latents(moments, self.scaling_factor, self.shift_factor, noise=noise)
 
     def check_spread(self, expected: float) -> None:
-        """Raises UserError if the first latents' standard deviation differs from `expected` by more than 2 times."""
+        """Raises UserError if the first latents' standard deviation is not within a factor of 2 of `expected`."""
         count = min(MEASURED, self.config.data.batch_size)
         moments = self.moments(self.collate([self.dataset[i] for i in range(count)]))
         generator = torch.Generator(moments.device).manual_seed(0)

@@ -19,7 +19,7 @@ from litevae.files import weights_path
 
 
 def prepare_fid(config: DiffusionConfig) -> ImageSource | str:
-    """Returns the images to compare samples with, or the reason why FID is not measured.
+    """Returns the images to compare samples with, or the reason for not measuring FID.
 
     Raises:
         UserError: `fid.measure` is "always" and there are no images, or the weights are missing and cannot be
@@ -40,13 +40,13 @@ def prepare_fid(config: DiffusionConfig) -> ImageSource | str:
     images = open_images(path)
     if len(images) < 2:
         raise UserError(f"fid.images: {path} has {len(images)} image, and FID needs at least two")
-    make_fid(None)  # so that it fails now rather than after the training
+    make_fid(None)  # any failure should come before the training, not after it
     return images
 
 
 @dataclass(frozen=True)
 class FID:
-    """The distance (0 or more) from `images` images; `unreadable` ones were left out."""
+    """The FID, at least 0, from `images` images; `unreadable` others were left out."""
 
     value: float
     images: int

@@ -14,7 +14,7 @@ EDM_SIGMA_DATA = 0.5  # standard deviation of the data in Karras et al., for the
 
 
 class Noise(Protocol):
-    """How latents are noised. `data_std` is the standard deviation of the latents that it is made for."""
+    """The noise process. `data_std` is the standard deviation of the latents that it is made for."""
 
     data_std: float
 

@@ -30,8 +30,8 @@ def draw_samples(samples: Tensor, path: Path) -> None:
 
 def draw_loss(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Plots the loss in a run's log over the steps."""
-    having = [line for line in lines if "loss" in line]
-    steps, losses = [line["step"] for line in having], [line["loss"] for line in having]
+    logged = [line for line in lines if "loss" in line]
+    steps, losses = [line["step"] for line in logged], [line["loss"] for line in logged]
     figure = Figure(figsize=(6, 4), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     axes.plot(steps, losses, color="C0", alpha=0.3, linewidth=0.8)

@@ -86,7 +86,7 @@ def save_pipeline(pipeline: LatentDiffusionPipeline, folder: Path) -> None:
     """Saves a pipeline through to the disk; an existing one is replaced only when the new one is complete.
 
     Raises:
-        OSError: it cannot be written, for example because the disk is full.
+        OSError: the pipeline cannot be written, for example because the disk is full.
     """
     with replacing_folder(folder) as new:
         new.mkdir()

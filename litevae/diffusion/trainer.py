@@ -27,23 +27,20 @@ from litevae.evaluation.fid import INCEPTION_NAME
 from litevae.files import replacing
 from litevae.models.interface import Autoencoder
 from litevae.signals import StopRequest
-from litevae.training.checkpoint import (
-    Checkpoint,
-    random_state,
-)
+from litevae.training.checkpoint import Checkpoint, random_state
 from litevae.training.config import check_batch_size
 from litevae.training.loop import Loop, SavedState, make_accelerator, make_output_dir
 from litevae.training.optimization import EMA, NetworkOptimizer, learning_rate_factor
-from litevae.training.step import Outcome, first_bad
+from litevae.training.step import Outcome, first_non_finite
 
 
 @dataclass(frozen=True)
 class DiffusionResult:
-    """What a run came to.
+    """The result of a run.
 
-    `loss` is the last one that was logged; `fid` is None where it was not measured, and `no_fid` says why;
-    `seconds` is wall-clock time without the start; `stopped_by` is the signal that ended the run early, such as
-    "SIGINT", else None.
+    `loss` is the last one that was logged. `fid` is None if it was not measured, and `no_fid` is then the reason.
+    `seconds` is wall-clock time without the start. `stopped_by` is the signal that ended the run early, such as
+    "SIGINT", otherwise None.
     """
 
     output_dir: Path
@@ -73,8 +70,8 @@ def train(config: DiffusionConfig, autoencoder: Autoencoder) -> DiffusionResult:
         autoencoder: model that `config.model` names. It is not trained; it is moved to the run's device.
 
     Raises:
-        UserError: settings do not fit together or the model; the latents are another model's or not scaled; a
-            checkpoint does not fit; FID is required and cannot be measured; or more than
+        UserError: settings contradict each other or do not fit the model; the latents are another model's or not
+            scaled; a checkpoint does not fit; FID is required and cannot be measured; or more than
             `config.data.max_bad_fraction` of the images cannot be used, in which case all files are written as of
             the step before.
         NonFiniteError: `config.max_bad_steps` steps in a row had a loss or a gradient that is not finite. All
@@ -90,7 +87,7 @@ def train(config: DiffusionConfig, autoencoder: Autoencoder) -> DiffusionResult:
 
 
 class DiffusionTrainer(Loop[DiffusionResult]):
-    """One training run: `__init__` builds or restores everything, `run` performs the steps."""
+    """One training run: `__init__` builds or restores everything, and `run` performs the steps."""
 
     network_name = "unet"
     decisive_settings = ("seed", "model", "data", "noise")
@@ -140,12 +137,12 @@ class DiffusionTrainer(Loop[DiffusionResult]):
             for step in range(self.step + 1, self.config.max_steps + 1):
                 start = time.perf_counter()
                 batch = next(batches)
-                waited = time.perf_counter() - start
+                wait_seconds = time.perf_counter() - start
                 try:
                     self.data.note_bad(batch)
                 except UserError as error:
                     self.unusable = error
-                yield step, self.data.moments(batch), waited
+                yield step, self.data.moments(batch), wait_seconds
         finally:
             del batches  # ends its workers, which the traceback of an error would keep alive
 
@@ -155,11 +152,11 @@ class DiffusionTrainer(Loop[DiffusionResult]):
         count, index = accelerator.num_processes, accelerator.process_index
         # Every process draws the noise of the whole batch, so that a run does not depend on their number.
         whole = (count * len(moments), *self.data.shape)
-        of_posterior, noise = (
+        posterior_noise, noise = (
             torch.randn(whole, device=moments.device).chunk(count)[index] for _ in range(2)
         )
         level = self.noise.draw(whole[0], moments.device).chunk(count)[index]
-        latents = self.data.sample(moments, of_posterior)
+        latents = self.data.sample(moments, posterior_noise)
 
         losses = []
         for part, inputs in enumerate(zip(*(x.chunk(parts) for x in (latents, noise, level)), strict=True)):
@@ -172,21 +169,21 @@ class DiffusionTrainer(Loop[DiffusionResult]):
         flags = torch.tensor([float(stop), float(self.unusable is not None)], device=moments.device)
         # A loss that is not finite on one process makes the mean not finite, so all processes decide alike.
         means = accelerator.reduce(torch.cat([torch.stack(losses).mean()[None], flags]), "mean")
-        norm = self.optimizer.gradient_norm(
+        norm = self.optimizer.clip_gradients(
             self.config.optimizer.max_gradient_norm or math.inf, accelerator.scaler
         )
         # This is the only wait for a GPU in the step.
-        norm_value, loss_value, stopped, unusable = torch.cat([norm[None], means]).tolist()
-        bad = first_bad({"loss": loss_value}, [norm_value])
+        norm_value, loss_value, stop_mean, unusable_mean = torch.cat([norm[None], means]).tolist()
+        non_finite = first_non_finite({"loss": loss_value}, [norm_value])
         values = {"loss": loss_value, "gradient_norm": norm_value}
-        if bad is None and not unusable:
+        if non_finite is None and not unusable_mean:
             values["learning_rate"] = self.optimizer.update(step, accelerator.scaler)
             if self.ema is not None:
                 self.ema.update(self.unet)
         if accelerator.scaler is not None:
             accelerator.scaler.update()
         self.optimizer.zero_grad()
-        return Outcome(values, bad, stopped > 0, unusable > 0)
+        return Outcome(values, non_finite, stop_mean > 0, unusable_mean > 0)
 
     def after(self, step: int) -> None:
         """Saves if that is due after `step`."""
@@ -244,12 +241,12 @@ class DiffusionTrainer(Loop[DiffusionResult]):
             draw_loss(self.lines, path)
 
     def write_metrics(self, result: DiffusionResult, complete: bool) -> None:
-        found = result.fid
-        measured: dict[str, Any] = {"fid": found and found.value, "not_measured": result.no_fid}
-        if found is not None:
+        fid = result.fid
+        measured: dict[str, Any] = {"fid": fid and fid.value, "not_measured": result.no_fid}
+        if fid is not None:
             measured |= {
-                "images": found.images,
-                "unreadable": found.unreadable,
+                "images": fid.images,
+                "unreadable": fid.unreadable,
                 "samples": self.config.fid.count,
                 "sampler_steps": self.config.sample.steps,
                 "compared_with": self.config.fid.images or self.config.data.train,

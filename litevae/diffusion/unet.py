@@ -23,7 +23,7 @@ def build_unet(config: UNetConfig, latent_channels: int, side: int) -> UNet2DMod
         side: height and width of a latent.
 
     Raises:
-        UserError: the side cannot be halved between the blocks.
+        UserError: `side` cannot be halved between all blocks.
     """
     blocks = len(config.block_out_channels)
     factor = 2 ** (blocks - 1)

@@ -17,7 +17,8 @@ def build_model(config: Config) -> Autoencoder:
         config: settings of the run.
 
     Raises:
-        UserError: the model does not take a setting, or weights are missing, damaged or another architecture's.
+        UserError: the model does not take a setting, or weights are missing, are damaged or belong to another
+            architecture.
     """
     try:
         model = with_fresh_weights(config.model, config.data.size)

@@ -57,7 +57,7 @@ def save_checkpoint(
         manifest: further entries of manifest.json, such as "psnr".
 
     Raises:
-        OSError: the checkpoint cannot be written, for example because the disk is full. Nothing is left of it,
+        OSError: the checkpoint cannot be written, for example because the disk is full. No part of it is left,
             and the other checkpoints stay.
     """
     target = folder / f"step-{step:08d}"
@@ -77,23 +77,23 @@ def save_checkpoint(
             path.relative_to(temporary).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
             for path in files_in(temporary)
         }
-        note = {"step": step, **manifest, "files": files}
-        write(temporary / MANIFEST, (json.dumps(note, indent=2) + "\n").encode())
-        for each in (*(temporary / name for name in models), temporary):
-            sync_folder(each)
-        shutil.rmtree(target, ignore_errors=True)  # it exists only if it is not complete
+        content = {"step": step, **manifest, "files": files}
+        write(temporary / MANIFEST, (json.dumps(content, indent=2) + "\n").encode())
+        for path in (*(temporary / name for name in models), temporary):
+            sync_folder(path)
+        shutil.rmtree(target, ignore_errors=True)  # it exists only if it is incomplete
         os.rename(temporary, target)
         sync_folder(folder)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        others = "; earlier ones are intact" if find_checkpoints(folder) else ""
+        others = "; earlier checkpoints are intact" if find_checkpoints(folder) else ""
         raise OSError(f"checkpoint {target}: cannot be written: {error.strerror or error}{others}") from None
     return Checkpoint(target, step, manifest.get("psnr"))
 
 
-def damage(checkpoint: Checkpoint) -> str | None:
+def find_damage(checkpoint: Checkpoint) -> str | None:
     """Reads all files of a complete checkpoint; returns a description of the first damaged one, or None."""
-    for name, file in read_note(checkpoint)["files"].items():
+    for name, file in read_manifest(checkpoint)["files"].items():
         path = checkpoint.path / name
         try:
             if sha256(path) != file["sha256"]:
@@ -105,22 +105,23 @@ def damage(checkpoint: Checkpoint) -> str | None:
 
 def find_checkpoints(folder: Path) -> list[Checkpoint]:
     """Returns the complete checkpoints in `folder`, oldest first."""
-    found = [read_manifest(path) for path in folder.glob("step-*")]
-    return sorted((each for each in found if each is not None), key=lambda each: each.step)
+    found = [open_checkpoint(path) for path in folder.glob("step-*")]
+    return sorted(filter(None, found), key=lambda checkpoint: checkpoint.step)
 
 
-def read_note(checkpoint: Checkpoint) -> dict[str, Any]:
+def read_manifest(checkpoint: Checkpoint) -> dict[str, Any]:
     """Returns the manifest of a complete checkpoint."""
-    note: dict[str, Any] = json.loads((checkpoint.path / MANIFEST).read_text(encoding="utf-8"))
-    return note
+    manifest: dict[str, Any] = json.loads((checkpoint.path / MANIFEST).read_text(encoding="utf-8"))
+    return manifest
 
 
-def read_manifest(path: Path) -> Checkpoint | None:
-    """Returns the checkpoint at `path`, or None if a file is missing or not of its full length."""
+def open_checkpoint(path: Path) -> Checkpoint | None:
+    """Returns the checkpoint at `path`, or None if a file is missing or does not have its full length."""
     try:
-        note = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        complete = all((path / name).stat().st_size == file["bytes"] for name, file in note["files"].items())
-        return Checkpoint(path, int(note["step"]), note.get("psnr")) if complete else None
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        files = manifest["files"].items()
+        complete = all((path / name).stat().st_size == file["bytes"] for name, file in files)
+        return Checkpoint(path, int(manifest["step"]), manifest.get("psnr")) if complete else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -128,18 +129,18 @@ def read_manifest(path: Path) -> Checkpoint | None:
 def remove_old(folder: Path, keep: int) -> None:
     """Deletes all checkpoints except the last `keep` and the one with the highest PSNR."""
     checkpoints = find_checkpoints(folder)
-    measured = [each for each in checkpoints if each.psnr is not None]
-    best = max(measured, key=lambda each: each.psnr or 0.0, default=None)
-    for each in checkpoints[:-keep]:
-        if each != best:
+    measured = [checkpoint for checkpoint in checkpoints if checkpoint.psnr is not None]
+    best = max(measured, key=lambda checkpoint: checkpoint.psnr or 0.0, default=None)
+    for checkpoint in checkpoints[:-keep]:
+        if checkpoint != best:
             # A half-deleted checkpoint must not look like a checkpoint.
-            trash = each.path.with_name(f".{each.path.name}.old")
-            os.rename(each.path, trash)
+            trash = checkpoint.path.with_name(f".{checkpoint.path.name}.old")
+            os.rename(checkpoint.path, trash)
             shutil.rmtree(trash, ignore_errors=True)
 
 
-def remove_remains(folder: Path) -> None:
-    """Deletes what is left of saving or deleting a checkpoint in a run that was killed."""
+def remove_temporary(folder: Path) -> None:
+    """Deletes the temporary folders of a run that was killed while it saved or deleted a checkpoint."""
     for pattern in (".step-*.new", ".step-*.old"):
         for path in folder.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
@@ -160,23 +161,23 @@ def choose_checkpoint(resume: str, folder: Path) -> Checkpoint | None:
     """
     own = find_checkpoints(folder)
     chosen: Checkpoint | None = None
-    broken = sorted(folder.glob("step-*")) if not own and resume in ("", "auto") else []
-    if broken:  # only complete checkpoints are given that name
+    damaged = sorted(folder.glob("step-*")) if not own and resume in ("", "auto") else []
+    if damaged:  # only a complete checkpoint is given such a name
         raise UserError(
-            f"{broken[-1]}: damaged, and {folder} has none that is intact: delete them, or give another output_dir"
+            f"{damaged[-1]}: damaged, and {folder} has none that is intact: delete them, or give another output_dir"
         )
     if resume == "auto":
         return newest_intact(own)
     if resume:
         path = Path(resume)
-        candidates = [read_manifest(path), *reversed(find_checkpoints(path / "checkpoints"))]
-        chosen = next((each for each in candidates if each is not None), None)
+        candidates = [open_checkpoint(path), *reversed(find_checkpoints(path / "checkpoints"))]
+        chosen = next(filter(None, candidates), None)
         if chosen is None:
             raise UserError(
                 f"resume: {path}: {'no complete checkpoint' if path.exists() else 'no such folder'}"
             )
-        if wrong := damage(chosen):
-            raise UserError(f"resume: {wrong}")
+        if problem := find_damage(chosen):
+            raise UserError(f"resume: {problem}")
     if own and (chosen is None or own[-1].step > chosen.step):
         raise UserError(
             f"{folder} has a checkpoint of step {own[-1].step}: continue with resume=auto, or give another "
@@ -186,18 +187,23 @@ def choose_checkpoint(resume: str, folder: Path) -> Checkpoint | None:
 
 
 def newest_intact(checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:
-    """Returns the last undamaged checkpoint; renames those after it, so that they do not count as ones to keep."""
-    damaged: list[tuple[Checkpoint, str]] = []
+    """Returns the newest intact checkpoint; renames damaged newer ones, so that they do not count as ones to keep.
+
+    Raises:
+        UserError: all checkpoints are damaged.
+    """
+    damaged: list[tuple[Path, str]] = []
     for checkpoint in reversed(checkpoints):
-        if wrong := damage(checkpoint):
-            damaged.append((checkpoint, wrong))
+        if problem := find_damage(checkpoint):
+            damaged.append((checkpoint.path, problem))
             continue
-        for each, why in damaged:
-            aside = each.path.with_name(f"damaged-{each.path.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            os.rename(each.path, aside)
+        for path, problem in damaged:
+            renamed = path.with_name(f"damaged-{path.name}")
+            shutil.rmtree(renamed, ignore_errors=True)
+            os.rename(path, renamed)
             tqdm.write(
-                f"resume: {why}; moved to {aside.name}, continuing from {checkpoint.path}", file=sys.stderr
+                f"resume: {problem}; renamed to {renamed.name}, continuing from {checkpoint.path}",
+                file=sys.stderr,
             )
         return checkpoint
     if damaged:
@@ -206,12 +212,12 @@ def newest_intact(checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:
 
 
 def load_state(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Returns the `state` that `save_checkpoint` was given, on the CPU; raises UserError if it cannot be read."""
+    """Returns the `state` that `save_checkpoint` wrote, on the CPU; raises UserError if it cannot be read."""
     path = checkpoint.path / STATE
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         return state
-    except Exception as error:  # on a damaged file the unpickler can raise almost anything
+    except Exception as error:  # the unpickler can raise almost anything if a file is damaged
         raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
 
 

@@ -27,8 +27,8 @@ def draw_curves(
     left, right = figure.subplots(1, 2)
 
     for name in ("loss", *terms):
-        having = [line for line in lines if name in line]
-        steps, values = [line["step"] for line in having], [line[name] for line in having]
+        logged = [line for line in lines if name in line]
+        steps, values = [line["step"] for line in logged], [line[name] for line in logged]
         (curve,) = left.plot(steps, smooth(values), label="total" if name == "loss" else name, linewidth=1.6)
         left.plot(steps, values, color=curve.get_color(), alpha=0.2, linewidth=0.8)
     left.set(title="losses (unweighted terms, weighted total)", xlabel="step")
@@ -38,10 +38,10 @@ def draw_curves(
         left.set_yscale("symlog", linthresh=1e-2)
     left.legend(fontsize=9, frameon=False, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.16))
 
-    at = [point["step"] for point in history]
+    steps = [point["step"] for point in history]
     ssim_axes = right.twinx()
-    right.plot(at, [point["psnr"] for point in history], "o-", markersize=3, color="C0")
-    ssim_axes.plot(at, [point["ssim"] for point in history], "s-", markersize=3, color="C1")
+    right.plot(steps, [point["psnr"] for point in history], "o-", markersize=3, color="C0")
+    ssim_axes.plot(steps, [point["ssim"] for point in history], "s-", markersize=3, color="C1")
     right.set(title="validation images", xlabel="step")
     right.set_ylabel("PSNR (dB)", color="C0")
     ssim_axes.set_ylabel("SSIM", color="C1")

@@ -32,7 +32,7 @@ class TrainingData:
         config: settings of the run.
         stages: stages of the run. Validation images have the size of the last one; those of the demo stay whole
             unless the model takes one size only.
-        accelerator: Accelerator, which tells the number of this process.
+        accelerator: Accelerator, which knows the rank of this process.
         folder: output folder, for bad_images.txt.
         resuming: whether to continue that list.
 
@@ -44,12 +44,12 @@ class TrainingData:
         self, config: Config, stages: Sequence[Stage], accelerator: Accelerator, folder: Path, resuming: bool
     ) -> None:
         self.seed, self.config, self.accelerator = config.seed, config.data, accelerator
-        self.one_size = config.model.aggregator == "vit"
-        # PyTorch's loader draws from a generator when it starts; a resumed run starts it once more.
+        self.takes_one_size = config.model.aggregator == "vit"
+        # PyTorch's loader draws from its generator when it starts, and a resumed run starts it once more.
         self.random = torch.Generator().manual_seed(int(torch.empty((), dtype=torch.int64).random_()))
         self.open(stages[-1].size, folder / BAD_IMAGES, resuming)
 
-    def open(self, size: int, bad: Path, resuming: bool) -> None:
+    def open(self, size: int, bad_list: Path, resuming: bool) -> None:
         config = self.config
         if not config.train:
             raise UserError(
@@ -58,16 +58,16 @@ class TrainingData:
         self.images = open_images(config.train)
         source = open_validation(config)
         if self.accelerator.is_main_process and not resuming:
-            bad.unlink(missing_ok=True)  # left by an earlier run
+            bad_list.unlink(missing_ok=True)  # left by an earlier run
         self.accelerator.wait_for_everyone()
-        self.bad_images = BadImages(bad, len(self.images), config.max_bad_fraction)
-        if isinstance(source, Photographs) and not self.one_size:  # they stay whole
+        self.bad_images = BadImages(bad_list, len(self.images), config.max_bad_fraction)
+        if isinstance(source, Photographs) and not self.takes_one_size:  # the demo's stay whole
             self.validation = list(zip(source.names, source.pixels, strict=True))
         else:
             self.validation = self.load(source, size, config.validation_count) if source else []
         # The demo also shows three of its training photographs, no larger than the held-out one.
         self.shown = self.validation[:SHOWN]
-        if isinstance(self.images, Photographs) and not self.one_size:
+        if isinstance(self.images, Photographs) and not self.takes_one_size:
             height, width = self.shown[0][1].shape[:2] if self.shown else (size, size)
             photographs = zip(self.images.names, self.images.pixels, strict=True)
             training = [(name, centre_crop(pixels, height, width)) for name, pixels in photographs]
@@ -81,7 +81,9 @@ class TrainingData:
         validation = load_validation(source, size, count)
         if validation.bad and self.accelerator.is_main_process:
             names = ", ".join(name for name, _ in validation.bad)
-            tqdm.write(f"{len(validation.bad)} validation images cannot be read: {names}", file=sys.stderr)
+            tqdm.write(
+                f"{len(validation.bad)} of the validation images cannot be read: {names}", file=sys.stderr
+            )
         return validation.images
 
     def batches(self, stage: Stage, done: int) -> Iterator[CropBatch]:

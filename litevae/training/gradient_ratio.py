@@ -34,7 +34,7 @@ class GradientRatios:
 
 
 def read_gradient_ratios(run: Path) -> GradientRatios:
-    """Reads the ratios that a run with `gradient_ratio_every` has logged; those of 0 are left out.
+    """Reads the ratios that a run with `gradient_ratio_every` has logged, without those that are 0.
 
     Args:
         run: output folder of the run, with metrics.jsonl.

@@ -30,9 +30,9 @@ from litevae.training.checkpoint import (
     choose_checkpoint,
     load_state,
     random_state,
-    read_note,
+    read_manifest,
     remove_old,
-    remove_remains,
+    remove_temporary,
     restore_random_state,
     save_checkpoint,
 )
@@ -46,10 +46,10 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class SavedState:
-    """What a trainer adds to a checkpoint.
+    """The part of a checkpoint that depends on the trainer.
 
-    `state`: entries of state.pt. `discriminator`: state dict of the discriminator, if there is one. `manifest`:
-    entries of manifest.json.
+    `state` has entries of state.pt, `manifest` has entries of manifest.json, and `discriminator` is the state dict of
+    the discriminator, if there is one.
     """
 
     state: dict[str, Any]
@@ -70,14 +70,14 @@ class LoopConfig(Protocol):
 
 
 class Loop(ABC, Generic[Result]):
-    """One run: a subclass builds or restores everything, `run` performs the steps.
+    """One run: a subclass builds or restores everything, and `run` performs the steps.
 
     `step` is the last step that updated the weights, and `random` the state of the random generators after it. A
     checkpoint always holds the run as of that step.
     """
 
     network_name: ClassVar[str]  # name of the network's folder in a checkpoint
-    decisive_settings: ClassVar[tuple[str, ...]]  # sections whose change makes a resumed run another one
+    decisive_settings: ClassVar[tuple[str, ...]]  # a resumed run that changes these sections is another run
 
     random: dict[str, Any]
     network: ModelMixin
@@ -88,8 +88,8 @@ class Loop(ABC, Generic[Result]):
         self.loop_config = config
         self.is_main: bool = accelerator.is_main_process
         self.lines: list[dict[str, Any]] = []
-        self.bad: list[str] = []  # latest steps without an update, each with the reason
-        self.unusable: UserError | None = None  # set if too many images of this process's share are bad
+        self.skipped_since_update: list[str] = []  # the reasons, one per step
+        self.unusable: UserError | None = None  # set if too many images of this process's share are unusable
         self.step = self.skipped = 0
         self.seconds_before, self.start = 0.0, time.perf_counter()
         self.saved_step: int | None = None
@@ -114,7 +114,7 @@ class Loop(ABC, Generic[Result]):
 
     @abstractmethod
     def after(self, step: int) -> None:
-        """Does what is due after `step`, except for the last step, after which `finish` is called."""
+        """Validates or saves if that is due after `step`; after the last step, `finish` is called instead."""
 
     @abstractmethod
     def finish(
@@ -130,18 +130,18 @@ class Loop(ABC, Generic[Result]):
 
     @abstractmethod
     def state_to_save(self) -> SavedState:
-        """Returns what a checkpoint holds beside the network, its average and what the loop itself saves."""
+        """Returns what the trainer adds to a checkpoint of the network, its average and the loop's own state."""
 
     @abstractmethod
     def restore_state(self, checkpoint: Checkpoint, state: dict[str, Any]) -> None:
-        """Restores what `state_to_save` returned.
+        """Restores the result of `state_to_save`.
 
         Args:
             checkpoint: checkpoint to restore from.
             state: content of its state.pt.
 
         Raises:
-            UserError: the checkpoint is another architecture's.
+            UserError: the checkpoint belongs to another architecture.
         """
 
     def save(self) -> None:
@@ -151,29 +151,29 @@ class Loop(ABC, Generic[Result]):
             return
         random = gather_object([self.random])
         if self.is_main:
-            scaler, own = self.accelerator.scaler, self.state_to_save()
+            scaler, added = self.accelerator.scaler, self.state_to_save()
             state = {
                 "random": random,
                 "scaler": scaler.state_dict() if scaler else None,
                 "ema_updates": self.ema.updates if self.ema else 0,
-                "skipped": self.skipped - len(self.bad),
+                "skipped": self.skipped - len(self.skipped_since_update),
                 "seconds": self.seconds,
-                **own.state,
+                **added.state,
             }
             save_checkpoint(
                 self.checkpoint_folder,
                 self.step,
                 {self.network_name: self.network} | ({"ema": self.ema.model} if self.ema else {}),
-                own.discriminator,
+                added.discriminator,
                 state,
-                {**own.manifest, "versions": versions(), "config": asdict(config)},
+                {**added.manifest, "versions": versions(), "config": asdict(config)},
             )
             remove_old(self.checkpoint_folder, config.checkpoint.keep)
         self.saved_step = self.step
         self.accelerator.wait_for_everyone()
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Goes back to a checkpoint; UserError if it is another architecture's."""
+        """Restores the run from a checkpoint; raises UserError if it belongs to another architecture."""
         path = checkpoint.path
         load_weights(self.network, path / self.network_name, "resume")
         if (path / "ema").is_dir() != (self.ema is not None):
@@ -192,8 +192,8 @@ class Loop(ABC, Generic[Result]):
         restore_random_state(state["random"][self.accelerator.process_index % len(state["random"])])
 
     def warn_of_changes(self, checkpoint: Checkpoint) -> None:
-        """Prints to stderr which settings make the resumed run differ from the run that was begun."""
-        before, now = read_note(checkpoint)["config"], asdict(self.loop_config)
+        """Prints to stderr which of the decisive settings differ from those of the checkpoint."""
+        before, now = read_manifest(checkpoint)["config"], asdict(self.loop_config)
         changed = [key for key in self.decisive_settings if before.get(key) != now[key]]
         if changed and self.is_main:
             tqdm.write(
@@ -211,7 +211,7 @@ class Loop(ABC, Generic[Result]):
         return self.seconds_before + time.perf_counter() - self.start
 
     def choose_checkpoint(self) -> Checkpoint | None:
-        """Returns the checkpoint to resume from, which the first process reads and chooses for all."""
+        """Returns the checkpoint to resume from, which the main process chooses for all processes."""
         chosen: list[Checkpoint | UserError | None] = [None]
         if self.is_main:
             try:
@@ -230,13 +230,13 @@ class Loop(ABC, Generic[Result]):
             with replacing(self.output_dir / "config.yaml") as path:
                 text = OmegaConf.to_yaml(OmegaConf.structured(config))
                 path.write_text(f"# {versions()}\n{text}", encoding="utf-8")
-            remove_remains(self.checkpoint_folder)
+            remove_temporary(self.checkpoint_folder)
         self.start = time.perf_counter()
         stopped = False
         failure: NonFiniteError | UserError | None = None
         with (
             MetricsLog(self.output_dir / "metrics.jsonl", self.lines, self.accelerator) as log,
-            # A line now and then is enough for a file or a pipe.
+            # A file or a pipe gets fewer lines than a terminal.
             tqdm(
                 total=config.max_steps,
                 initial=self.step,
@@ -245,7 +245,7 @@ class Loop(ABC, Generic[Result]):
                 disable=not self.is_main,
             ) as bar,
         ):
-            for step, batch, waited in self.steps():
+            for step, batch, wait_seconds in self.steps():
                 outcome = self.update(batch, step, stop.signal is not None)
                 if outcome.unusable:
                     # All processes write the same list.
@@ -253,28 +253,27 @@ class Loop(ABC, Generic[Result]):
                         "another process found too many images that cannot be used: "
                         f"{self.output_dir / BAD_IMAGES} lists them"
                     )
-                    if self.step == 0:  # there is nothing to save yet
+                    if self.step == 0:  # there is nothing to save
                         raise failure
                     break
                 stopped = outcome.stop and step < config.max_steps
                 bar.update()
-                log.count(len(batch) * self.accelerator.num_processes, waited)
-                if outcome.bad is None:
-                    self.step, self.random, self.bad = step, random_state(), []
+                log.count(len(batch) * self.accelerator.num_processes, wait_seconds)
+                if outcome.non_finite is None:
+                    self.step, self.random, self.skipped_since_update = step, random_state(), []
                     due = step == 1 or step % config.log_every == 0 or step == config.max_steps
                     if due or stopped or GRADIENT_RATIO in outcome.values:
                         line = log.write(step, outcome.values, self.skipped)
                         bar.set_postfix_str(format_progress(line))
                 else:
                     self.skipped += 1
-                    self.bad.append(f"step {step}: {outcome.bad}")
-                    log.write_skipped(step, outcome.bad, self.skipped)
-                    bar.write(f"{self.bad[-1]}: the step is skipped", file=sys.stderr)
-                    if len(self.bad) == config.max_bad_steps:
-                        failure = NonFiniteError(
-                            self.bad[0]
-                            + f"; {len(self.bad)} steps in a row were skipped" * (len(self.bad) > 1)
-                        )
+                    reasons = self.skipped_since_update
+                    reasons.append(f"step {step}: {outcome.non_finite}")
+                    log.write_skipped(step, outcome.non_finite, self.skipped)
+                    bar.write(f"{reasons[-1]}: the step is skipped", file=sys.stderr)
+                    if len(reasons) == config.max_bad_steps:
+                        count = f"; {len(reasons)} steps in a row were skipped" if len(reasons) > 1 else ""
+                        failure = NonFiniteError(reasons[0] + count)
                 if stopped or failure:
                     break
                 self.after(step)
@@ -301,7 +300,7 @@ def make_accelerator(precision: str, tracker: str, settings: dict[str, Any], fol
         folder: output folder, for the tracker's files.
 
     Raises:
-        UserError: this machine does not have the precision, or the tracker is not installed.
+        UserError: this machine does not support the precision, or the tracker is not installed.
     """
     has_device = torch.accelerator.is_available()
     if precision == "fp16" and not has_device:
@@ -324,13 +323,13 @@ def make_accelerator(precision: str, tracker: str, settings: dict[str, Any], fol
     return accelerator
 
 
-def make_output_dir(folder: Path, result: str = "model", mark: str = "config.json") -> Path:
+def make_output_dir(folder: Path, result: str = "model", marker: str = "config.json") -> Path:
     """Creates the output folder of a run, and returns it.
 
     Args:
         folder: output folder.
         result: name of the folder in it that the run will replace.
-        mark: file that such a folder holds if a run has written it.
+        marker: name of a file that `result` holds if a run has written it.
 
     Raises:
         UserError: files cannot be written there, or `result` exists and no run has written it.
@@ -341,7 +340,7 @@ def make_output_dir(folder: Path, result: str = "model", mark: str = "config.jso
             pass
     except OSError as error:
         raise UserError(f"output_dir: cannot write to {folder}: {error.strerror}") from None
-    there = folder / result  # it will be replaced as a whole
-    if there.exists() and any(there.iterdir()) and not (there / mark).is_file():
-        raise UserError(f"output_dir: {there} exists and is not a {result}; give another folder")
+    existing = folder / result  # it will be replaced as a whole
+    if existing.exists() and any(existing.iterdir()) and not (existing / marker).is_file():
+        raise UserError(f"output_dir: {existing} exists and is not a {result}; give another folder")
     return folder

@@ -29,7 +29,7 @@ class MetricsLog:
             with replacing(self.path) as path:
                 path.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
             self.file = open(self.path, "a", encoding="utf-8")
-        self.images, self.waited, self.seconds = 0, 0.0, 0.0
+        self.images, self.wait_seconds, self.seconds = 0, 0.0, 0.0
         self.restart()
         return self
 
@@ -38,23 +38,25 @@ class MetricsLog:
             self.file.close()
 
     def restart(self) -> None:
-        """Leaves the time since the last step out, because validating and saving are not training."""
+        """Leaves out the time since the last step, because validating and saving are not training."""
         self.last = time.perf_counter()
 
-    def count(self, images: int, waited: float) -> None:
-        """Counts a step on `images` images of all processes, of which `waited` seconds were spent waiting."""
-        self.images, self.waited = self.images + images, self.waited + waited
+    def count(self, images: int, wait_seconds: float) -> None:
+        """Counts a step on `images` images of all processes, which waited `wait_seconds` for its data."""
+        self.images, self.wait_seconds = self.images + images, self.wait_seconds + wait_seconds
         self.seconds += time.perf_counter() - self.last
 
     def write(self, step: int, values: dict[str, float], skipped: int) -> dict[str, Any]:
+        """Writes a line with `values`, the number of steps `skipped` so far and the speed; returns the line."""
         speed = {
             "images_per_second": self.images / self.seconds,
-            "data_wait": min(self.waited / self.seconds, 1.0),  # as a fraction of the time
+            "data_wait": min(self.wait_seconds / self.seconds, 1.0),  # as a fraction of the time
         }
-        self.images, self.waited, self.seconds = 0, 0.0, 0.0
+        self.images, self.wait_seconds, self.seconds = 0, 0.0, 0.0
         return self.append({"step": step, **values, "skipped_steps": skipped, **speed})
 
     def write_skipped(self, step: int, reason: str, skipped: int) -> None:
+        """Writes a line about a step that was skipped for `reason`."""
         self.append({"step": step, "skipped": reason, "skipped_steps": skipped})
 
     def append(self, line: dict[str, Any]) -> dict[str, Any]:
@@ -68,14 +70,14 @@ class MetricsLog:
 
 
 def read_log(path: Path, step: int) -> list[dict[str, Any]]:
-    """Returns the lines of metrics.jsonl up to `step`; none if there is no such file."""
+    """Returns the lines of metrics.jsonl up to `step`, or an empty list if there is no such file."""
     lines = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
             line = json.loads(text)
             if line["step"] <= step:
                 lines.append(line)
-        except (ValueError, TypeError, KeyError):  # the last line of a run that was killed
+        except (ValueError, TypeError, KeyError):  # a killed run may have cut its last line
             break
     return lines
 
@@ -83,11 +85,11 @@ def read_log(path: Path, step: int) -> list[dict[str, Any]]:
 def format_progress(line: dict[str, Any]) -> str:
     """Formats a log line for the progress bar."""
     norms = ("gradient_norm", "discriminator_gradient_norm", GRADIENT_RATIO)
-    about = ("step", *norms, "learning_rate", "skipped_steps")
+    omitted = ("step", *norms, "learning_rate", "skipped_steps")
     speed = f"{line['images_per_second']:.0f} images/s, {line['data_wait']:.0%} waiting for data"
     losses = [
         f"{name} {value:.3g}"
         for name, value in line.items()
-        if name not in (*about, "images_per_second", "data_wait") and not name.startswith(WEIGHTED)
+        if name not in (*omitted, "images_per_second", "data_wait") and not name.startswith(WEIGHTED)
     ]
     return ", ".join([*losses, speed])

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 import torch
-import torch._functorch.config
 from torch import Tensor, nn
 
 from litevae.training.config import OptimizerConfig
@@ -17,8 +16,8 @@ Model = TypeVar("Model", bound=nn.Module)
 class EMA(Generic[Model]):
     """An exponential moving average of a model's weights.
 
-    After the n-th update (from 0) the decay is min(decay, (1 + n) / (10 + n)), as in TensorFlow and diffusers, so
-    that the first weights are soon forgotten.
+    The decay of update n, counted from 0, is min(decay, (1 + n) / (10 + n)), as in TensorFlow and diffusers, so that
+    the first weights are soon forgotten.
     """
 
     def __init__(self, model: Model, decay: float) -> None:
@@ -35,14 +34,14 @@ class EMA(Generic[Model]):
 
 
 class NetworkOptimizer:
-    """A network that is wrapped for training, with its optimizer.
+    """A network, wrapped for training, with its optimizer.
 
     Args:
         network: network, as Accelerate prepared it.
         learning_rate: base learning rate.
         betas: decay rates of AdamW's moments.
         weight_decay: weight decay of AdamW.
-        factor: multiplier of the learning rate as a function of the number of steps before.
+        factor: multiplier of the learning rate as a function of the number of earlier steps.
     """
 
     def __init__(
@@ -61,14 +60,14 @@ class NetworkOptimizer:
             self.parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=True
         )
 
-    def gradient_norm(self, maximum: float, scaler: torch.amp.GradScaler | None) -> Tensor:
-        """Clips the gradients to the norm `maximum`; returns the norm before."""
+    def clip_gradients(self, maximum: float, scaler: torch.amp.GradScaler | None) -> Tensor:
+        """Clips the gradients to the norm `maximum`; returns their norm before that."""
         if scaler is not None:
             scaler.unscale_(self.optimizer)
         return torch.nn.utils.clip_grad_norm_(self.parameters, maximum)
 
     def update(self, step: int, scaler: torch.amp.GradScaler | None) -> float:
-        """Takes the optimizer's step; returns the learning rate."""
+        """Updates the weights in step `step`, from 1; returns the learning rate."""
         rate = self.learning_rate * self.factor(step - 1)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -87,18 +86,18 @@ class NetworkOptimizer:
         return state
 
     def load_moments(self, state: dict[int, dict[str, Tensor]]) -> bool:
-        """Restores the moments; learning rate, betas and weight decay stay as they are set.
+        """Restores the moments, but not the learning rate, the betas and the weight decay.
 
         Returns:
-            Whether the moments are those of these weights.
+            Whether the moments fit the weights; if not, nothing is restored.
         """
         shapes = {index: moments["exp_avg"].shape for index, moments in state.items()}
-        # Before the first update there are none.
+        # There are no moments before the first update.
         if shapes and shapes != {index: p.shape for index, p in enumerate(self.parameters)}:
             return False
-        # The fused optimizer reads each tensor's memory in order and ignores the strides.
+        # The fused optimizer reads the memory of each tensor in order and ignores the strides.
         state = {
-            index: {key: in_layout_of(self.parameters[index], value) for key, value in moments.items()}
+            index: {key: match_strides(value, self.parameters[index]) for key, value in moments.items()}
             for index, moments in state.items()
         }
         groups = self.optimizer.state_dict()["param_groups"]
@@ -106,7 +105,7 @@ class NetworkOptimizer:
         return True
 
 
-def in_layout_of(parameter: Tensor, value: Tensor) -> Tensor:
+def match_strides(value: Tensor, parameter: Tensor) -> Tensor:
     """Returns `value` with the strides of `parameter`, if their shapes are the same."""
     if value.shape != parameter.shape:
         return value

@@ -59,21 +59,22 @@ class Discriminate(nn.Module):
         if not isinstance(self.discriminator, UNetDiscriminator):
             return self.discriminator(real), self.discriminator(fake)
         heads = self.discriminator(torch.cat([real, fake]))
-        of_real, of_fake = zip(*(head.split([len(real), len(fake)]) for head in heads), strict=True)
-        return of_real, of_fake
+        parts = (head.split([len(real), len(fake)]) for head in heads)
+        real_logits, fake_logits = zip(*parts, strict=True)
+        return real_logits, fake_logits
 
 
 @dataclass(frozen=True)
 class Outcome:
     """The outcome of a step, the same on all processes.
 
-    `values`: values for the log. `bad`: description of the first value that was not finite, otherwise None.
-    `unusable`: whether a process's share must not be trained on. Nothing is updated if `bad` or `unusable` is set.
-    `stop`: whether a process was asked to stop.
+    `values` go to the log. `non_finite` describes the first value that was not finite, if there was one. `unusable`
+    says whether a process's share must not be trained on. Nothing is updated in either of these cases. `stop` says
+    whether a process was asked to stop.
     """
 
     values: dict[str, float]
-    bad: str | None
+    non_finite: str | None
     stop: bool
     unusable: bool
 
@@ -91,7 +92,7 @@ class TrainingStep:
         discriminator: discriminator, if `objective` uses one.
         objective: losses, on the accelerator's device.
         ema: average that is updated with the model.
-        factor: multiplier of the learning rates as a function of the number of steps before.
+        factor: multiplier of the learning rates as a function of the number of earlier steps.
     """
 
     def __init__(
@@ -132,14 +133,14 @@ class TrainingStep:
             )
         }
         if discriminator is not None:
-            own = config.discriminator
+            adversary = config.discriminator
             discriminate = Discriminate(discriminator)
             if config.compile:
                 discriminate.compile()
             self.optimizers["discriminator"] = NetworkOptimizer(
                 accelerator.prepare_model(discriminate),
-                settings.learning_rate if own.learning_rate is None else own.learning_rate,
-                own.betas or settings.betas,
+                settings.learning_rate if adversary.learning_rate is None else adversary.learning_rate,
+                adversary.betas or settings.betas,
                 settings.weight_decay,
                 factor,
             )
@@ -172,26 +173,26 @@ class TrainingStep:
             with self.synchronised(active, index == self.accumulation - 1):
                 losses.append(self.backward(images, noises, step, adversarial, gradients))
 
-        own = losses[0][0]
-        names = [*own.terms, *(WEIGHTED + name for name in own.weighted), "loss"]
+        first = losses[0][0]
+        names = [*first.terms, *(WEIGHTED + name for name in first.weighted), "loss"]
         names += ["discriminator"] * adversarial
         # A loss that is not finite on one process makes the mean not finite, so all processes decide alike.
         flags = torch.tensor([float(stop), float(unusable)], device=image.device)
         means = self.accelerator.reduce(torch.cat([mean_losses(losses), flags]), "mean")
-        norms = [optimizer.gradient_norm(self.max_norm, self.scaler) for optimizer in active]
+        norms = [optimizer.clip_gradients(self.max_norm, self.scaler) for optimizer in active]
         ratios = means.new_empty(0) if gradients is None else self.gradient_ratio(gradients)
         # This is the only wait for a GPU in the step.
         numbers = torch.cat([torch.stack(norms), means, ratios]).tolist()
         norm_values, rest = numbers[: len(norms)], numbers[len(norms) :]
         loss_values = dict(zip(names, rest, strict=False))
-        stopped, not_usable, *ratio = rest[len(names) :]
-        bad = first_bad(loss_values, norm_values)
-        good = bad is None and not not_usable
+        stop_mean, unusable_mean, *ratio = rest[len(names) :]
+        non_finite = first_non_finite(loss_values, norm_values)
+        updating = non_finite is None and not unusable_mean
 
-        rates = [optimizer.update(step, self.scaler) for optimizer in active] if good else []
-        if good and self.ema is not None:
+        rates = [optimizer.update(step, self.scaler) for optimizer in active] if updating else []
+        if updating and self.ema is not None:
             self.ema.update(self.model)
-        elif not good and buffers:
+        elif not updating and buffers:
             torch._foreach_copy_(buffers, before)
         if self.scaler is not None:
             self.scaler.update()
@@ -205,7 +206,7 @@ class TrainingStep:
             values[GRADIENT_RATIO] = ratio[0]
         if rates:
             values["learning_rate"] = rates[0]
-        return Outcome(values, bad, stopped > 0, not_usable > 0)
+        return Outcome(values, non_finite, stop_mean > 0, unusable_mean > 0)
 
     def backward(
         self, image: Tensor, noise: Tensor, step: int, adversarial: bool, gradients: Tensor | None
@@ -242,15 +243,15 @@ class TrainingStep:
             return [loss]
         with self.accelerator.autocast():
             logits = self.optimizers["discriminator"].network(image, reconstruction.detach().float())
-            of_discriminator = self.objective.discriminator(*logits)
-        self.accelerator.backward(of_discriminator.total / self.accumulation)
-        return [loss, of_discriminator]
+            discriminator_loss = self.objective.discriminator(*logits)
+        self.accelerator.backward(discriminator_loss.total / self.accumulation)
+        return [loss, discriminator_loss]
 
     def add_gradients(self, loss: Loss, gradients: Tensor) -> None:
         """Adds the gradients of the weighted adversarial term and of the sum of the weighted reconstruction terms.
 
-        They are scaled as `backward` scales the loss, because float16 would lose small ones. The parameters' own
-        gradients and DDP's hooks are not touched.
+        They are scaled like the loss in a backward pass, because float16 would lose small ones. The gradients that
+        the parameters hold do not change, and DDP's hooks do not run.
 
         Args:
             loss: loss of the autoencoder.
@@ -262,8 +263,8 @@ class TrainingStep:
             gradients, (loss.parts["adversarial"], torch.stack(reconstruction).sum()), strict=True
         ):
             scaled = term if self.scaler is None else self.scaler.scale(term)
-            own = torch.autograd.grad(scaled, parameters, retain_graph=True, materialize_grads=True)
-            row += torch.cat([gradient.flatten() for gradient in own])
+            found = torch.autograd.grad(scaled, parameters, retain_graph=True, materialize_grads=True)
+            row += torch.cat([gradient.flatten() for gradient in found])
 
     def gradient_ratio(self, gradients: Tensor) -> Tensor:
         """Returns |∇ adversarial| / |∇ reconstruction| as in Figure 7: (1,), the same on all processes.
@@ -291,18 +292,19 @@ class TrainingStep:
 def mean_losses(losses: Sequence[Sequence[Loss]]) -> Tensor:
     """Averages the autoencoder's terms, weighted terms and total, and the discriminator's loss, over the parts."""
     rows = []
-    for own, *other in losses:
-        totals = [loss.total.detach() for loss in (own, *other)]
-        rows.append(torch.stack([*own.terms.values(), *own.weighted.values(), *totals]))
+    for part in losses:
+        autoencoder = part[0]
+        totals = [loss.total.detach() for loss in part]
+        rows.append(torch.stack([*autoencoder.terms.values(), *autoencoder.weighted.values(), *totals]))
     return torch.stack(rows).mean(dim=0)
 
 
-def first_bad(losses: dict[str, float], norms: Sequence[float]) -> str | None:
+def first_non_finite(losses: dict[str, float], norms: Sequence[float]) -> str | None:
     """Describes the first value in the order of computation that is infinite or NaN; None if there is none."""
     for name, value in losses.items():
         if not math.isfinite(value):
             return f"the loss is {value}" if name == "loss" else f"the {name} loss is {value}"
-    for whose, norm in zip(("gradient", "discriminator's gradient"), norms, strict=False):
+    for name, norm in zip(("gradient", "discriminator's gradient"), norms, strict=False):
         if not math.isfinite(norm):
-            return f"the {whose}'s norm is {norm}, though every loss is finite"
+            return f"the {name}'s norm is {norm}, though every loss is finite"
     return None

@@ -25,11 +25,7 @@ from litevae.models.interface import Autoencoder, check_size, spatial_compressio
 from litevae.models.weights import copy_weights, read_weights, save_model
 from litevae.signals import StopRequest
 from litevae.training.build import build_model
-from litevae.training.checkpoint import (
-    DISCRIMINATOR,
-    Checkpoint,
-    random_state,
-)
+from litevae.training.checkpoint import DISCRIMINATOR, Checkpoint, random_state
 from litevae.training.config import Config, check_batch_size, list_stages
 from litevae.training.curves import draw_curves
 from litevae.training.data_loader import TrainingData
@@ -89,7 +85,7 @@ def train(config: Config) -> TrainingResult:
 
 
 class Trainer(Loop[TrainingResult]):
-    """One training run: `__init__` builds or restores everything, `run` performs the steps."""
+    """One training run: `__init__` builds or restores everything, and `run` performs the steps."""
 
     network_name = "model"
     decisive_settings = ("seed", "data", "stages", "loss")
@@ -245,7 +241,7 @@ class Trainer(Loop[TrainingResult]):
         self, signal_name: str | None, stopped: bool, failure: NonFiniteError | UserError | None
     ) -> TrainingResult:
         """Validates once more and writes the checkpoint, the model, the metrics and the pictures."""
-        if stopped or failure:  # first, because whoever stopped the run may kill it soon
+        if stopped or failure:  # at once, because the sender of a signal may soon kill the run
             self.save()
         if self.data.validation and (not self.history or self.history[-1]["step"] != self.step):
             self.validate(self.step)
@@ -260,7 +256,7 @@ class Trainer(Loop[TrainingResult]):
         return result
 
     def write_results(self, result: TrainingResult, complete: bool) -> None:
-        # A model that was not trained further may have been given its scaling factor.
+        # A model that was not trained further stays, because `litevae scale` may have changed its configuration.
         if self.step != self.restored_step or not (self.output_dir / "model").is_dir():
             save_model(self.best_model, self.output_dir / "model")
         height, width = self.data.validation[0][1].shape[:2] if self.data.validation else (0, 0)

@@ -1,11 +1,15 @@
+"""Settings and helpers of tiny training runs."""
+
 import json
+from pathlib import Path
 
 import pytest
 from PIL import Image
 from skimage import data
 
 import litevae.training.trainer as trainer_module
-from litevae.training import load_config
+from litevae.errors import UserError
+from litevae.training import load_config, train
 
 # A run that takes a few milliseconds per step.
 TINY = [
@@ -65,8 +69,37 @@ def tiny(tmp_path, tiny_settings):
     return make
 
 
+@pytest.fixture(scope="session")
+def checkpoint_names():
+    def read(run):
+        """Returns the sorted names in a run's folder of checkpoints."""
+        return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+    return read
+
+
+@pytest.fixture
+def two_checkpoints(tiny, no_pictures):
+    """The folder of a finished tiny run, with a checkpoint after each of its two steps."""
+    config = tiny("max_steps=2", "checkpoint.every=1")
+    train(config)
+    return Path(config.output_dir)
+
+
+@pytest.fixture(scope="session")
+def training_error():
+    def run(config):
+        """Returns the message of a run that ends with a UserError, which is one line."""
+        with pytest.raises(UserError) as caught:
+            train(config)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    return run
+
+
 @pytest.fixture
 def no_pictures(monkeypatch):
-    """Saves a run the seconds that Matplotlib takes."""
+    """Replaces the plots, which take Matplotlib seconds, with empty files."""
     for name in ("draw_curves", "draw_reconstructions"):
         monkeypatch.setattr(trainer_module, name, lambda *arguments: arguments[-1].touch())

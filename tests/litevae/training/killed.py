@@ -1,4 +1,6 @@
-"""Trains in child processes that are killed. Arguments: output folder, number of kills, seed, settings.
+"""Trains in child processes that are killed.
+
+The arguments are the output folder, the number of kills, a seed and the settings.
 
 Importing PyTorch takes seconds, so the children are forks of this process, which computes nothing itself.
 """
@@ -24,12 +26,12 @@ torch.set_num_threads(1)
 skimage.data.chelsea()
 
 
-def lines():
+def count_lines():
     return log.read_bytes().count(b"\n") if log.exists() else 0
 
 
 def start(writes=None):
-    """Forks a run that kills itself when it has written to the disk `writes` times."""
+    """Forks a run, which kills itself after `writes` writes to the disk unless that is None; returns its PID."""
     child = os.fork()
     if child:
         return child
@@ -48,9 +50,9 @@ for number in range(int(kills)):
     if number % 2:
         child = start(random.randrange(30))  # a checkpoint takes about 10 writes
     else:
-        before, wanted = lines(), random.randrange(3)
+        before, wanted = count_lines(), random.randrange(3)
         child = start()
-        while lines() < before + wanted and not os.waitid(
+        while count_lines() < before + wanted and not os.waitid(
             os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT
         ):
             time.sleep(0.001)
@@ -58,6 +60,11 @@ for number in range(int(kills)):
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status), "the run ended before it could be killed"
-    print("killed at", lines(), *sorted(path.name for path in log.parent.glob("checkpoints/*")), flush=True)
+    print(
+        "killed at",
+        count_lines(),
+        *sorted(path.name for path in log.parent.glob("checkpoints/*")),
+        flush=True,
+    )
 _, status = os.waitpid(start(), 0)
 assert status == 0

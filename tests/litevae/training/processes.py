@@ -1,7 +1,7 @@
-"""Trains in several processes with gloo. The argument: a JSON list of jobs, each a list of how many processes,
-what happens to the second at step 2 ("dies", "nan", "term", "bad" or nothing), and the settings.
+"""Trains in several processes with gloo, and prints what `forks.run_jobs` prints.
 
-Prints what `forks.run_jobs` does.
+The argument is a JSON list of jobs. A job is a list of the number of processes, the event of the second process at
+step 2 ("dies", "nan", "term", "bad" or ""), and the settings.
 """
 
 import json
@@ -21,10 +21,10 @@ torch.set_num_threads(1)
 
 
 def work(rank, event, settings):
-    """The run of one process."""
+    """Trains in one process."""
     update, finish = trainer_module.Trainer.update, trainer_module.Trainer.finish
 
-    def update_or_else(self, batch, step, stop):
+    def update_with_event(self, batch, step, stop):
         if step == 2 and rank == 1:
             if event == "dies":
                 kill()
@@ -37,12 +37,12 @@ def work(rank, event, settings):
                 batch = batch.float().fill_(torch.nan)
         return update(self, batch, step, stop)
 
-    def finish_and_save(self, *arguments):  # each process saves its weights, not only the first
+    def finish_and_save(self, *arguments):  # each process saves its weights, so that a test can compare them
         result = finish(self, *arguments)
         torch.save(self.model.state_dict(), self.output_dir / f"rank{rank}.pt")
         return result
 
-    trainer_module.Trainer.update = update_or_else
+    trainer_module.Trainer.update = update_with_event
     trainer_module.Trainer.finish = finish_and_save
     train(load_config("demo", settings))
 

@@ -1,4 +1,4 @@
-"""Unreadable images in the data of a run."""
+"""The data of a run: which images are shown, unreadable images, and the worker processes."""
 
 import multiprocessing
 import os
@@ -36,47 +36,45 @@ def folder(tmp_path):
     return make
 
 
-def feed(tmp_path, *overrides):
+def load(tmp_path, *overrides):
     config = load_config("demo", ["data.size=32", "data.crop=random", f"output_dir={tmp_path}", *overrides])
     return TrainingData(config, list_stages(config), Accelerator(cpu=True), tmp_path, resuming=False)
 
 
-def test_training_images_are_shown_where_none_are_held_out(folder, tmp_path):
+def test_training_images_are_shown_if_there_are_none_to_validate_on(folder, tmp_path):
     images = folder("train", *range(8))
-    made = feed(tmp_path, f"data.train={images}")
-    assert made.validation == []
-    assert [pixels[0, 0, 0] for _, pixels in made.shown] == [0, 2, 4, 6]
+    loaded = load(tmp_path, f"data.train={images}")
+    assert loaded.validation == []
+    assert [pixels[0, 0, 0] for _, pixels in loaded.shown] == [0, 2, 4, 6]
 
 
-def test_broken_images_among_those_shown_stop_no_run(folder, tmp_path):
-    images = folder(
-        "train", None, 1, None, 3, None, 5, None, 7
-    )  # all images that would be shown are unreadable
-    assert feed(tmp_path, f"data.train={images}").shown == []
+def test_unreadable_images_are_not_shown(folder, tmp_path):
+    images = folder("train", None, 1, None, 3, None, 5, None, 7)  # every image to show is unreadable
+    assert load(tmp_path, f"data.train={images}").shown == []
 
 
-def test_broken_validation_images_are_named(folder, tmp_path, capsys):
+def test_unreadable_validation_images_are_named(folder, tmp_path, capsys):
     validation = folder("validation", 1, None, 3)
-    made = feed(tmp_path, f"data.train={folder('train', 1, 2)}", f"data.validation={validation}")
-    assert [pixels[0, 0, 0] for _, pixels in made.validation] == [1, 3]
-    assert f"1 validation images cannot be read: {validation / '01.png'}" in capsys.readouterr().err
+    loaded = load(tmp_path, f"data.train={folder('train', 1, 2)}", f"data.validation={validation}")
+    assert [pixels[0, 0, 0] for _, pixels in loaded.validation] == [1, 3]
+    assert f"1 of the validation images cannot be read: {validation / '01.png'}" in capsys.readouterr().err
 
 
-def test_no_validation_image_that_can_be_read(folder, tmp_path):
+def test_a_run_without_a_readable_validation_image_is_refused(folder, tmp_path):
     validation = folder("validation", None)
     with pytest.raises(UserError, match="none of the 1 images to validate on can be read"):
-        feed(tmp_path, f"data.train={folder('train', 1)}", f"data.validation={validation}")
+        load(tmp_path, f"data.train={folder('train', 1)}", f"data.validation={validation}")
 
 
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="SIGTERM ends workers on this system")
-def test_workers_end_at_their_parents_signal_only(folder, tmp_path):
+def test_workers_end_only_at_a_signal_of_their_parent(folder, tmp_path):
     settings = [f"data.train={folder('train', *range(8))}", "data.workers=1"]
-    batches = feed(tmp_path, *settings).batches(list_stages(load_config("demo"))[0], 0)
+    batches = load(tmp_path, *settings).batches(list_stages(load_config("demo"))[0], 0)
     (worker,) = multiprocessing.active_children()
     next(batches)
     for name in ("TERM", "INT"):
         subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
-    for _ in range(5):  # more than the two batches that are prefetched
+    for _ in range(5):  # only two batches are prefetched
         next(batches)
     assert worker.is_alive()
     worker.terminate()
@@ -84,7 +82,7 @@ def test_workers_end_at_their_parents_signal_only(folder, tmp_path):
     assert worker.exitcode == 0
 
 
-def test_a_run_that_ends_over_bad_images_saves_first_and_exits(folder, tmp_path, tiny_settings):
+def test_a_run_that_ends_because_of_bad_images_saves_first_and_exits(folder, tmp_path, tiny_settings):
     images, run = folder("train", *range(24), None, None, None), tmp_path / "run"
     command = "import sys; from litevae.cli import main; sys.exit(main())"
     settings = [*tiny_settings, f"data.train={images}", f"output_dir={run}", "data.batch_size=1"]

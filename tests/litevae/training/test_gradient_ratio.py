@@ -1,3 +1,5 @@
+"""The ratio of gradients in a run's log."""
+
 import json
 
 import numpy as np
@@ -21,7 +23,7 @@ def runs(tmp_path):
     return tmp_path, ratios
 
 
-def test_ratios_are_the_log_s(runs):
+def test_ratios_are_read_from_the_log(runs):
     folder, ratios = runs
     found = read_gradient_ratios(folder / "constant")
     assert found.steps == (10, 20, 30, 40)
@@ -31,7 +33,7 @@ def test_ratios_are_the_log_s(runs):
     assert found.spread == high / low
 
 
-def test_runs_without_a_ratio(tmp_path):
+def test_a_run_without_a_ratio_is_refused(tmp_path):
     with pytest.raises(UserError, match="nowhere: no such folder"):
         read_gradient_ratios(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"there is no metrics\.jsonl"):

@@ -1,4 +1,4 @@
-"""Several processes share a batch."""
+"""Training in several processes, which share each batch."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def statuses(folder, tiny_settings):
     return {(job, rank): status for job, rank, status in lines}, result.stderr
 
 
-def test_two_processes_do_what_one_does_with_the_double_batch(statuses, folder, logged):
+def test_two_processes_train_like_one_with_the_whole_batch(statuses, folder, logged):
     codes, errors = statuses
     assert [codes[0, 0], codes[1, 0], codes[1, 1]] == [0, 0, 0], errors
     assert same_weights(folder / "two")
@@ -66,9 +66,11 @@ def test_two_processes_do_what_one_does_with_the_double_batch(statuses, folder, 
     assert "discriminator" in two[-1]
     ratios = [line.pop("gradient_ratio", None) for line in one]
     assert (ratios[0], len(resumed)) == (None, 1)
-    assert resumed[0]["gradient_ratio"] == pytest.approx(ratios[2], rel=1e-3)  # like the losses below
-    # A few hundred operations in a row, each rounding by 2^-24, and Adam's first steps, which enlarge the
-    # rounding of a gradient near 0 to the learning rate.
+    assert resumed[0]["gradient_ratio"] == pytest.approx(
+        ratios[2], rel=1e-3
+    )  # the tolerance of the losses below
+    # A few hundred operations in a row each round by 2^-24, and Adam's first steps enlarge the rounding of a
+    # gradient near 0 to the learning rate.
     for line, other, tolerance in zip(one, two, (1e-5, 1e-3, 1e-3), strict=True):
         assert other == pytest.approx(line, rel=tolerance)
 
@@ -91,7 +93,7 @@ def test_a_process_that_dies_ends_the_other_with_an_error(statuses):
     assert "job 2, rank 0" in errors
 
 
-def test_a_batch_that_cannot_be_shared_is_refused(statuses):
+def test_a_batch_that_cannot_be_shared_evenly_is_refused(statuses):
     codes, errors = statuses
     assert (codes[3, 0], codes[3, 1]) == (1, 1)
     assert "3 cannot be shared by 2 processes" in errors
@@ -102,14 +104,14 @@ def same_weights(folder):
     return all(torch.equal(tensor, ranks[1][name]) for name, tensor in ranks[0].items())
 
 
-def test_what_is_not_finite_on_one_is_skipped_on_both(statuses, folder, logged):
+def test_a_non_finite_loss_on_one_process_is_skipped_on_both(statuses, folder, logged):
     codes, errors = statuses
     assert (codes[4, 0], codes[4, 1]) == (0, 0), errors
     assert [line.get("skipped") for line in logged(folder / "nan")] == [None, "the l1 loss is nan", None]
     assert same_weights(folder / "nan")
 
 
-def test_too_many_bad_images_in_one_end_both_and_what_was_before_is_saved(statuses, folder, logged):
+def test_too_many_bad_images_on_one_process_end_both_after_saving_the_steps_before(statuses, folder, logged):
     codes, errors = statuses
     assert (codes[6, 0], codes[6, 1]) == (1, 1)
     assert "job 6, rank 0: UserError('another process found too many images that cannot be used" in errors
@@ -121,7 +123,7 @@ def test_too_many_bad_images_in_one_end_both_and_what_was_before_is_saved(status
     assert same_weights(folder / "bad")
 
 
-def test_both_resume_from_the_same_checkpoint_or_neither(statuses, folder):
+def test_either_both_resume_from_the_same_checkpoint_or_neither_does(statuses, folder):
     codes, errors = statuses
     assert (codes[7, 0], codes[7, 1]) == (0, 0), errors
     for rank in (0, 1):
@@ -133,7 +135,7 @@ def test_both_resume_from_the_same_checkpoint_or_neither(statuses, folder):
     )
 
 
-def test_a_signal_to_one_ends_both_after_the_same_step(statuses, folder):
+def test_a_signal_to_one_process_ends_both_after_the_same_step(statuses, folder):
     codes, errors = statuses
     assert (codes[5, 0], codes[5, 1]) == (0, 0), errors
     assert [path.name for path in (folder / "term" / "checkpoints").iterdir()] == ["step-00000003"]

@@ -1,11 +1,11 @@
-"""A run whose model `litevae scale` has changed."""
+"""A run whose model has been changed by `litevae scale`."""
 
 import pytest
 
 from litevae import LiteVAE
 from litevae.cli import main
 from litevae.training import train
-from litevae.training.checkpoint import damage, find_checkpoints
+from litevae.training.checkpoint import find_checkpoints, find_damage
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def run(tiny, square_images, tmp_path, no_pictures):
     return tmp_path / "run"
 
 
-def test_resuming_keeps_it_until_the_model_is_trained_further(run, tiny):
+def test_the_scale_is_kept_until_the_model_is_trained_further(run, tiny):
     scale = LiteVAE.from_pretrained(run / "model").config.scaling_factor
     assert scale != 1.0
     train(tiny("max_steps=1", "checkpoint.every=1", "resume=auto"))
@@ -30,4 +30,4 @@ def test_a_checkpoint_is_left_as_it_is(run, square_images, capsys):
     for path in (checkpoint.path, checkpoint.path / "model"):
         assert main(["scale", str(path), str(square_images), "--size", "32", "--workers", "0"]) == 2
         assert "belongs to a checkpoint" in capsys.readouterr().err.splitlines()[-1]
-    assert damage(checkpoint) is None
+    assert find_damage(checkpoint) is None

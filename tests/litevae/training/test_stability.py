@@ -62,7 +62,9 @@ def held_out(tmp_path_factory):
         ("stylegan", 16, "hinge", "adaptive", 1),
     ],
 )
-def test_all_losses_train_with(held_out, tmp_path, no_pictures, kind, size, loss, weight, heads):
+def test_all_losses_train_with_the_discriminator(
+    held_out, tmp_path, no_pictures, kind, size, loss, weight, heads
+):
     settings = [
         *RUN,
         *LOSSES,

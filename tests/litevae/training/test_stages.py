@@ -1,4 +1,4 @@
-"""Checks of later stages before a run begins."""
+"""Later stages are checked before a run begins."""
 
 import pytest
 
@@ -13,7 +13,7 @@ from litevae.training import load_config, train
         (["discriminator.kind=stylegan", "data.size=64", "stages=[{start: 3, size: 40}]"], "multiples of 16"),
     ],
 )
-def test_a_discriminator_that_a_later_stage_does_not_fit(tmp_path, overrides, message):
+def test_a_later_stage_that_the_discriminator_does_not_take_is_refused(tmp_path, overrides, message):
     config = load_config(
         "demo",
         [

@@ -5,14 +5,13 @@ import copy
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers.training_utils import EMAModel
 from torch import nn
 
 from litevae.discriminators import DiscriminatorConfig, build_discriminator
 from litevae.losses import Objective
 from litevae.training.build import build_model
 from litevae.training.metrics_log import format_progress
-from litevae.training.optimization import EMA, NetworkOptimizer
+from litevae.training.optimization import EMA
 from litevae.training.step import Autoencode, Discriminate, TrainingStep
 
 BATCH, SIZE = 4, 32
@@ -88,7 +87,7 @@ def relative_errors(values, expected):
     ]
 
 
-def test_gradients_are_those_of_each_network_s_own_loss(make):
+def test_each_network_gets_the_gradients_of_its_own_loss(make):
     step, reference = make(), make()
     image, noise = inputs()
     step(image, noise, 1, False)
@@ -100,15 +99,15 @@ def test_gradients_are_those_of_each_network_s_own_loss(make):
     own = torch.autograd.grad(loss.total, list(reference.model.parameters()))
     fake = reconstruction.detach()
     logits = reference.discriminator(image), reference.discriminator(fake)
-    of_discriminator = reference.objective.discriminator(*logits)
-    others = torch.autograd.grad(of_discriminator.total, list(reference.discriminator.parameters()))
+    discriminator_loss = reference.objective.discriminator(*logits)
+    others = torch.autograd.grad(discriminator_loss.total, list(reference.discriminator.parameters()))
     for name, expected in (("autoencoder", own), ("discriminator", others)):
         for value, other in zip(gradients(step, name), expected, strict=True):
             torch.testing.assert_close(value, other, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("kind", ["unet", "patchgan", "stylegan"])
-def test_real_and_generated_images_do_not_see_each_other(kind):
+def test_logits_of_real_images_do_not_depend_on_generated_ones(kind):
     torch.manual_seed(0)
     discriminator = build_discriminator(DiscriminatorConfig(kind, "S"), SIZE)
     if kind == "unet":
@@ -120,8 +119,8 @@ def test_real_and_generated_images_do_not_see_each_other(kind):
     torch.testing.assert_close(actual, tuple(expected))
 
 
-def test_updates_are_those_of_the_optimizer_that_heeds_strides(make):
-    """The fused AdamW on a CPU ignores the strides of weights, gradients and moments."""
+def test_fused_updates_equal_those_of_the_unfused_optimizer(make):
+    """On a CPU, only the fused AdamW ignores the strides of weights, gradients and moments."""
     steps = [make("discriminator.kind=unet") for _ in range(2)]
     for step in steps:
         step.model.to(memory_format=torch.channels_last)
@@ -136,61 +135,36 @@ def test_updates_are_those_of_the_optimizer_that_heeds_strides(make):
             torch.testing.assert_close(ours, other)
 
 
-def test_optimizer_goes_on_from_moments_in_another_memory_format():
-    def optimizer():
-        torch.manual_seed(0)
-        network = nn.Conv2d(4, 5, 3).to(memory_format=torch.channels_last)
-        return NetworkOptimizer(network, 0.1, (0.9, 0.99), 0.01, lambda _: 1.0)
-
-    def update(optimizer, seed):
-        images = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(seed))
-        optimizer.network(images).square().sum().backward()
-        optimizer.update(seed, None)
-        optimizer.optimizer.zero_grad()
-
-    one, other = optimizer(), optimizer()
-    update(one, 1)
-    other.network.load_state_dict(one.network.state_dict())
-    state = {
-        index: {key: value.clone(memory_format=torch.contiguous_format) for key, value in moments.items()}
-        for index, moments in one.optimizer.state_dict()["state"].items()
-    }
-    assert other.load_moments(state)
-    for each in (one, other):
-        update(each, 2)
-    assert all(map(torch.equal, one.parameters, other.parameters))
-
-
-def test_good_step_changes_everything(make):
+def test_a_finite_step_changes_everything(make):
     step = make()
     before = snapshot(step)
     outcome = step(*inputs(), 1, False)
-    assert (outcome.bad, outcome.stop) == (None, False)
+    assert (outcome.non_finite, outcome.stop) == (None, False)
     assert {"model", "ema", "discriminator", "updates"} <= changed(before, snapshot(step))
     assert {"discriminator", "discriminator_gradient_norm", "adversarial"} <= outcome.values.keys()
 
 
-def test_a_share_that_is_not_to_be_used_changes_nothing(make):
+def test_a_share_that_must_not_be_trained_on_changes_nothing(make):
     step = make()
     step(*inputs(), 1, False)
     before = snapshot(step)
     outcome = step(*inputs(2), 2, False, unusable=True)
-    assert (outcome.bad, outcome.unusable) == (None, True)
+    assert (outcome.non_finite, outcome.unusable) == (None, True)
     assert changed(before, snapshot(step)) == set()
 
 
-@pytest.mark.parametrize("what", ["image", "autoencoder's gradient", "discriminator's gradient"])
-def test_a_step_that_is_not_finite_changes_nothing(make, what):
+@pytest.mark.parametrize("source", ["image", "autoencoder's gradient", "discriminator's gradient"])
+def test_a_step_that_is_not_finite_changes_nothing(make, source):
     step = make()
     image, noise = inputs()
     step(image, noise, 1, False)  # so that there are moments
     before, handles = snapshot(step), []
-    if what == "image":
+    if source == "image":
         bad_image = image.clone()
         bad_image[0, 0, 0, 0] = torch.nan
     else:
         bad_image = image
-        network = step.model if what.startswith("auto") else step.discriminator
+        network = step.model if source.startswith("auto") else step.discriminator
         handles.append(next(network.parameters()).register_hook(lambda g: g * torch.inf))
     outcome = step(bad_image, noise, 2, False)
     reasons = {
@@ -198,27 +172,27 @@ def test_a_step_that_is_not_finite_changes_nothing(make, what):
         "autoencoder's gradient": "the gradient's norm is",
         "discriminator's gradient": "the discriminator's gradient's norm is",
     }
-    assert outcome.bad is not None
-    assert outcome.bad.startswith(reasons[what])
+    assert outcome.non_finite is not None
+    assert outcome.non_finite.startswith(reasons[source])
     assert changed(before, snapshot(step)) == set()
     for handle in handles:
         handle.remove()
-    assert step(image, noise, 3, False).bad is None
+    assert step(image, noise, 3, False).non_finite is None
     assert "model" in changed(before, snapshot(step))
 
 
-def test_accumulated_gradients_are_the_batch_s(make):
-    # The U-Net discriminator, because PatchGAN normalises over each part.
+def test_accumulated_gradients_equal_those_of_the_whole_batch(make):
+    # PatchGAN would normalise over each part.
     unet = "discriminator.kind=unet"
     whole, parts = make(unet), make(unet, "optimizer.accumulation=2")
     values = [step(*inputs(), 1, False).values for step in (whole, parts)]
     for name, optimizer in whole.optimizers.items():
-        # A few hundred operations in a row, each rounding by 2^-24.
+        # A few hundred operations in a row each round by 2^-24.
         assert max(relative_errors(gradients(parts, name), gradients(whole, name))) < 1e-4, optimizer
     assert values[1] == pytest.approx(values[0], rel=1e-5)
 
 
-def test_weighted_terms_are_those_of_the_objective(make):
+def test_weighted_terms_equal_those_of_the_objective(make):
     """Weighted terms are means over the parts; the adaptive weight differs between parts."""
     settings = ["discriminator.kind=unet", "loss.adversarial_weight=adaptive"]
     step, reference = make(*settings, "optimizer.accumulation=2"), make(*settings)
@@ -251,7 +225,7 @@ def test_weighted_terms_are_those_of_the_objective(make):
 
 class TestGradientRatio:
     @pytest.mark.parametrize(("kind", "frozen"), [("constant", "false"), ("adaptive", "true")])
-    def test_is_that_of_two_backward_passes_in_float64(self, make, kind, frozen):
+    def test_equals_that_of_two_backward_passes_in_float64(self, make, kind, frozen):
         """The ratio is that of the whole batch, which is processed in two parts."""
         settings = ["loss.l2=0.3", "loss.wavelet=0", "loss.gaussian=0", "loss.kl=0.01"]
         settings += [f"loss.adversarial_weight={kind}", f"freeze_encoder={frozen}", "gradient_ratio_every=1"]
@@ -285,7 +259,7 @@ class TestGradientRatio:
             for term, values in gradients.items():
                 sums[term] = sums[term] + torch.cat([value.flatten() for value in values.values()])
         expected = (sums["adversarial"].norm() / sums["reconstruction"].norm()).item()
-        # A few hundred operations in a row, each rounding by 2^-24.
+        # A few hundred operations in a row each round by 2^-24.
         assert found == pytest.approx(expected, rel=1e-4)
 
     def test_changes_nothing(self, make):
@@ -300,23 +274,23 @@ class TestGradientRatio:
             assert values == others
         assert changed(snapshot(measured), snapshot(plain)) == set()
 
-    def test_there_is_none_without_a_discriminator(self, make):
+    def test_is_not_measured_before_the_discriminator_takes_part(self, make):
         step = make("gradient_ratio_every=1", "loss.adversarial_start=2")
         assert "gradient_ratio" not in step(*inputs(), 1, False).values
         assert step(*inputs(), 2, False).values["gradient_ratio"] > 0
 
-    def test_is_not_in_the_log_where_it_is_infinite(self, make):
+    def test_is_left_out_of_the_values_if_it_is_infinite(self, make):
         step = make("gradient_ratio_every=1")
         with torch.no_grad():  # the output of a grey decoder does not depend on its inputs
             step.model.decoder.conv_out.weight.zero_()
             step.model.decoder.conv_out.bias.zero_()
         image, noise = inputs()
         outcome = step(torch.zeros_like(image), noise, 1, False)
-        assert outcome.bad is None
+        assert outcome.non_finite is None
         assert "gradient_ratio" not in outcome.values
 
 
-def test_progress_bar_shows_no_weighted_terms(make):
+def test_progress_bar_shows_the_unweighted_losses_of_a_step(make):
     values = make("gradient_ratio_every=1")(*inputs(), 1, False).values
     line = {"step": 1, **values, "skipped_steps": 0, "images_per_second": 1.0, "data_wait": 0.0}
     shown = [part.split()[0] for part in format_progress(line).split(", ")][:-2]
@@ -341,28 +315,12 @@ class TestLossScaling:
         step = make(scaler=scaler)
         before = snapshot(step)
         outcome = step(*inputs(), 1, False)
-        assert outcome.bad is not None
-        assert "gradient's norm is" in outcome.bad
+        assert outcome.non_finite is not None
+        assert "gradient's norm is" in outcome.non_finite
         assert changed(before, snapshot(step)) == set()
         assert scaler.get_scale() == 2.0**126
         scaler.update(2.0**10)
-        assert step(*inputs(), 2, False).bad is None
-
-
-def test_ema_is_diffusers():
-    torch.manual_seed(0)
-    model = nn.Linear(7, 5)
-    ours, theirs = EMA(model, 0.7), EMAModel(model.parameters(), decay=0.7)
-    for index in range(40):
-        if index:  # diffusers' copies the weights the first time
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter += torch.randn_like(parameter)
-        ours.update(model)
-        theirs.step(model.parameters())
-    for mine, other in zip(ours.model.parameters(), theirs.shadow_params, strict=True):
-        torch.testing.assert_close(mine, other)
-        assert not mine.requires_grad
+        assert step(*inputs(), 2, False).non_finite is None
 
 
 EVERYTHING = [
@@ -382,19 +340,19 @@ EVERYTHING = [
 def test_every_loss_and_discriminator_trains(make, settings):
     step = make(*settings, "loss.pretrained=false", "channels_last=true")
     outcomes = [step(*inputs(seed), seed, False) for seed in (1, 2)]
-    assert [outcome.bad for outcome in outcomes] == [None] * 2
+    assert [outcome.non_finite for outcome in outcomes] == [None] * 2
     assert len(outcomes[0].values) == 2 * len(step.objective.weights) + 5
     assert step.optimizers["discriminator"].optimizer.param_groups[0]["betas"] == (
         (0.0, 0.99) if "stylegan" in settings[0] else (0.9, 0.99)
     )
 
 
-def test_compiled_step_is_the_eager_one(make, monkeypatch):
+def test_compiled_step_equals_the_eager_one(make, monkeypatch):
     original = nn.Module.compile
     # The inductor backend takes minutes; the model's own tests use it.
     monkeypatch.setattr(nn.Module, "compile", lambda module: original(module, backend="aot_eager"))
     adaptive = "loss.adversarial_weight=adaptive"  # it differentiates the graph three times
-    # From the second step on, because the first backward pass is compiled to be run once.
+    # They start at the second step, because the first backward pass is compiled to be run once.
     settings = [adaptive, "loss.adversarial_start=2", "gradient_ratio_every=2"]
     eager, compiled = make(*settings), make(*settings, "compile=true")
     for index in (1, 2):

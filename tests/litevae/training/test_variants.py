@@ -25,7 +25,7 @@ def logged(folder) -> list[dict[str, float]]:
     ],
     ids=["dwt", "nafnet and vit", "smc"],
 )
-def test_trains_and_reloads(tiny, no_pictures, settings):
+def test_a_variant_trains_and_reloads(tiny, no_pictures, settings):
     config = tiny(*settings, "max_steps=2", "ema_decay=0.9")
     result = train(config)
     model = LiteVAE.from_pretrained(result.output_dir / "model")
@@ -53,8 +53,7 @@ def test_vit_is_shown_images_of_its_size(tiny):
         assert {pixels.shape for _, pixels in trainer.data.shown} == shapes
 
 
-def test_resumes_to_the_same_weights(tiny, no_pictures):
-    """The encoder has no parameters."""
+def test_a_model_without_encoder_parameters_resumes_to_the_same_weights(tiny, no_pictures):
     dwt = [
         "model.encoder_type=dwt",
         "model.latent_channels=12",

@@ -1,0 +1,154 @@
+"""Checkpoints: which are kept, which can be read, and what a full disk or a damaged file does."""
+
+import errno
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import litevae.training.trainer as trainer_module
+from litevae.errors import UserError
+from litevae.training import train
+from litevae.training.checkpoint import choose_checkpoint, find_checkpoints
+
+
+def flip(path):
+    """Flips one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_choice_of_checkpoint_that_cannot_be_resumed_is_refused(
+    two_checkpoints, tiny, tmp_path, checkpoint_names, training_error
+):
+    older = two_checkpoints / "checkpoints" / "step-00000001"
+    elsewhere = f"output_dir={tmp_path / 'other'}"
+    assert "no such folder" in training_error(tiny("resume=nowhere", elsewhere))
+    assert "no complete checkpoint" in training_error(tiny(f"resume={tmp_path}", elsewhere))
+    assert "continue with resume=auto" in training_error(tiny())
+    assert "continue with resume=auto" in training_error(tiny(f"resume={older}"))
+    assert checkpoint_names(two_checkpoints) == ["step-00000001", "step-00000002"]
+
+
+def test_code_in_state_pt_is_not_run(two_checkpoints, tiny, training_error):
+    class Code:
+        def __reduce__(self):
+            return os.mkdir, (str(two_checkpoints / "made"),)
+
+    path = two_checkpoints / "checkpoints" / "step-00000002" / "state.pt"
+    size = path.stat().st_size
+    torch.save({"random": Code()}, path)
+    assert path.stat().st_size < size
+    with open(path, "ab") as file:  # pads it to the length in the manifest
+        file.write(b"\0" * (size - path.stat().st_size))
+    manifest = path.with_name("manifest.json")
+    content = json.loads(manifest.read_text())
+    content["files"]["state.pt"]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    manifest.write_text(json.dumps(content))
+    assert "state.pt: cannot be read" in training_error(tiny("resume=auto"))
+    assert not (two_checkpoints / "made").exists()
+
+
+def test_an_incomplete_checkpoint_is_passed_over(two_checkpoints, tiny):
+    folder = two_checkpoints / "checkpoints"
+    (folder / "step-00000002" / "state.pt").write_bytes(b"cut")
+    assert [each.step for each in find_checkpoints(folder)] == [1]
+    train(tiny("max_steps=2", "checkpoint.every=1", "resume=auto"))
+    assert [each.step for each in find_checkpoints(folder)] == [1, 2]
+
+
+class TestDamage:
+    SETTINGS = ("max_steps=2", "checkpoint.every=1", "ema_decay=0.9")
+
+    @pytest.fixture
+    def run(self, tiny, no_pictures, adversarial_settings):
+        config = tiny(*self.SETTINGS, *adversarial_settings)
+        train(config)
+        return Path(config.output_dir) / "checkpoints"
+
+    def test_one_flipped_bit_in_any_file_is_noticed(self, run, tmp_path):
+        newest = run / "step-00000002"
+        files = sorted(path.relative_to(newest) for path in newest.rglob("*.*") if path.is_file())
+        assert {path.as_posix() for path in files} == {
+            "discriminator.safetensors",
+            "ema/config.json",
+            "ema/diffusion_pytorch_model.safetensors",
+            "manifest.json",
+            "model/config.json",
+            "model/diffusion_pytorch_model.safetensors",
+            "state.pt",
+        }
+        assert choose_checkpoint(str(newest), tmp_path / "none").step == 2
+        for file in files:
+            if file.name == "manifest.json":  # it holds the hashes of the others
+                continue
+            flip(newest / file)
+            with pytest.raises(UserError, match="damaged") as caught:
+                choose_checkpoint(str(newest), tmp_path / "none")
+            assert str(caught.value).startswith(f"resume: {newest / file}: ")
+            assert "\n" not in str(caught.value)
+            flip(newest / file)
+
+    def test_resume_auto_continues_from_the_checkpoint_before(
+        self, run, tiny, adversarial_settings, capsys, logged, tmp_path, checkpoint_names
+    ):
+        before = logged(tmp_path / "run")
+        flip(run / "step-00000002" / "state.pt")
+        # The damaged checkpoint must not count as one to keep.
+        train(tiny(*self.SETTINGS, *adversarial_settings, "resume=auto", "checkpoint.keep=1"))
+        assert checkpoint_names(tmp_path / "run") == ["damaged-step-00000002", "step-00000002"]
+        assert logged(tmp_path / "run") == before
+        warnings = [line for line in capsys.readouterr().err.splitlines() if "damaged" in line]
+        assert len(warnings) == 1
+        assert f"continuing from {run / 'step-00000001'}" in warnings[0]
+
+    def test_a_new_run_does_not_replace_damaged_checkpoints(self, run):
+        for path in run.iterdir():
+            flip(path / "model" / "diffusion_pytorch_model.safetensors")
+        with pytest.raises(UserError, match="no older one that is intact"):
+            choose_checkpoint("auto", run)
+        assert sorted(path.name for path in run.iterdir()) == ["step-00000001", "step-00000002"]
+
+    @pytest.mark.parametrize("resume", ["auto", ""])
+    def test_a_new_run_does_not_replace_incomplete_checkpoints(self, run, resume):
+        for path in run.iterdir():
+            (path / "state.pt").write_bytes(b"cut")
+        with pytest.raises(
+            UserError, match=r"step-00000002: damaged, and .* has none that is intact: delete them"
+        ):
+            choose_checkpoint(resume, run)
+
+
+def test_a_full_disk_gives_a_one_line_error_and_loses_no_checkpoint(
+    tiny, tmp_path, no_pictures, monkeypatch, checkpoint_names
+):
+    train(tiny("max_steps=2", "checkpoint.every=1"))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("step-*/**/*") if path.is_file()}
+    original, writes = os.fsync, iter(range(2))
+
+    def fsync(descriptor):
+        original(descriptor)
+        if next(writes, None) is None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="step-00000003: cannot be written: No space left on device") as caught:
+        train(tiny("max_steps=4", "checkpoint.every=1", "resume=auto"))
+    assert "\n" not in str(caught.value)
+    assert checkpoint_names(tmp_path / "run") == ["step-00000001", "step-00000002"]
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_the_last_checkpoints_and_the_best_one_are_kept(
+    tiny, tmp_path, no_pictures, monkeypatch, checkpoint_names
+):
+    values = iter([10.0, 12.0, 11.0, 9.0, 8.0, 7.0])
+    monkeypatch.setattr(trainer_module, "psnr", lambda *_: next(values))
+    train(tiny("max_steps=6", "checkpoint.every=1", "checkpoint.keep=2", "validate_every=1"))
+    assert checkpoint_names(tmp_path / "run") == ["step-00000002", "step-00000005", "step-00000006"]
+    manifest = json.loads((tmp_path / "run" / "checkpoints" / "step-00000002" / "manifest.json").read_text())
+    assert (manifest["step"], manifest["psnr"], manifest["config"]["max_steps"]) == (2, 12.0, 6)
