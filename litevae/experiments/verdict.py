@@ -42,7 +42,7 @@ def number(value: float, key: str) -> str:
 def verdicts(experiment: Experiment, rows: Sequence[Row]) -> list[str]:
     """Returns for each claim whether it shows here, as lists in Markdown."""
     result = []
-    for ours, title in ((False, "What the paper says, and what shows here:"), (True, "Not in the paper:")):
+    for ours, title in ((False, "The paper's statements, and whether they show here:"), (True, "Not in the paper:")):
         lines = [
             f"- {claim.text} {verdict(claim, *(find(rows, name, claim.among) for name in (claim.better, claim.than)))}"
             for claim in experiment.claims
@@ -106,7 +106,7 @@ def judge(
     if claim.at_least:
         shows = gain >= -margin
     elif abs(gain) <= margin:
-        return f"{text}, no difference that shows"
+        return f"{text}, no significant difference"
     else:
         shows = gain > 0
     return f"{text}, {'shows' if shows else 'does not show'}"

@@ -11,7 +11,7 @@ from litevae.experiments.verdict import join_words
         ([21.0], [20.0], "PSNR +1, shows (one seed)"),
         ([20.0], [21.0], "PSNR -1, does not show (one seed)"),
         # Paired differences 1, 2, 3: mean 2; standard error 1/sqrt(3) times Student's 4.303 is 2.48.
-        ([21.0, 22.0, 23.0], [20.0, 20.0, 20.0], "PSNR +2 ± 2.5, no difference that shows"),
+        ([21.0, 22.0, 23.0], [20.0, 20.0, 20.0], "PSNR +2 ± 2.5, no significant difference"),
         # Paired differences 3, 4, 5: mean 4.
         ([23.0, 24.0, 25.0], [20.0, 20.0, 20.0], "PSNR +4 ± 2.5, shows"),
         ([17.0, 16.0, 15.0], [20.0, 20.0, 20.0], "PSNR -4 ± 2.5, does not show"),
@@ -65,7 +65,7 @@ def test_at_equal_seconds_the_slower_run_counts_as_it_was_then(report, row, trai
     text = report(rows, [claim])
     # 18 is compared with 15 of step 50, after 20 of the 40 s.
     assert "Not in the paper:\n\n- Sooner. PSNR +3, shows (one seed); B after 50 of its steps.\n" in text
-    assert "What the paper says" not in text
+    assert "The paper's statements" not in text
     rows[0].trained[0] = trained(9.0, history=[{"step": 100, "psnr": 18.0, "seconds": 9.0}])
     assert "- Sooner. B was not validated that early.\n" in report(rows, [claim])
 
