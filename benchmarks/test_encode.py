@@ -33,7 +33,7 @@ DISTINCT = 48
 # worker is decoded before the clock starts.
 COUNT = {"cpu": 64, "cuda": 16384}
 BATCH = {"cpu": 8, "cuda": 32}  # default of the command
-FLOAT16_ERROR = torch.finfo(torch.float16).eps  # of the shards
+FLOAT16_ERROR = torch.finfo(torch.float16).eps  # rounding of the shards
 BARS = {"cpu": {"encoder alone": 0.9}, "cuda": {}}  # 16 cores decode fewer images than a GPU encodes
 
 

@@ -158,7 +158,7 @@ def record_shapes(model: LiteVAE, image: Tensor) -> dict[str, str]:
 
 
 def draw_encoder(path: Path) -> None:
-    """From the image to the latent, with LiteVAE-B's shapes, and what a U-Net consists of."""
+    """Draws the way from the image to the latent, with LiteVAE-B's shapes, and the parts of a U-Net."""
     photograph = data.chelsea()
     square = transform.resize(photograph[:, 75:375], (SIZE, SIZE), anti_aliasing=True).astype(np.float32)
     image = torch.from_numpy(square).permute(2, 0, 1)[None] * 2 - 1
@@ -275,7 +275,7 @@ def draw_unet(axes: Axes, model: LiteVAE, bottom: float) -> None:
 
 
 def draw_training_step(path: Path) -> None:
-    """What a batch goes through in one step, with the files that do it."""
+    """Draws the way of a batch through one step, with the files that do the work."""
     figure, axes = canvas(13.2, 8.4)
     axes.text(0.2, 8.05, "One training step", fontsize=11.5, weight="bold", color=INK)
     axes.text(

@@ -1,4 +1,4 @@
-"""What the compiled core and the Python files agree on. CMakeLists.txt reads this file when the core is built."""
+"""The contract between the compiled core and the Python files. CMakeLists.txt reads it when the core is built."""
 
 # Raise it whenever the arguments or the meaning of a function of the core change: `backend` then refuses a core that
 # was built from other sources.

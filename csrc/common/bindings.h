@@ -1,4 +1,4 @@
-// What the bindings of all operators share. Only files named bindings.cpp include this header, and with it
+// Helpers for the bindings of all operators. Only files named bindings.cpp include this header, and with it
 // pybind11.
 //
 // A tensor arrives as a TensorView: address, dtype code, sizes and strides. The Python side has validated the

@@ -39,7 +39,7 @@ constexpr int64_t kTilesPerBlock = 64;
 struct Shape : Rows {
   int64_t batch, inputs, outputs;
   int64_t tile_rows, tile_columns;       // per image
-  int64_t rows, columns;                 // of tiles per block
+  int64_t rows, columns;                 // rows and columns of tiles per block
   int64_t row_blocks, column_blocks;     // per image
   int64_t ring;                          // rows of pixels in the ring buffer
   int64_t point_inputs, point_products;  // distance between the values of two points of a block

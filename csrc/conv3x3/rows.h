@@ -75,7 +75,7 @@ void store_pair(VecF first, VecF second, BFloat16* to) {
 struct Rows {
   int64_t height, width;  // without the border
   int64_t padded;         // channels
-  int64_t elements;       // of one row
+  int64_t elements;       // elements of one row
 
   Rows(const TensorView& t, int64_t tile_columns)
       : height(t.size[2]),

@@ -53,9 +53,9 @@ struct Sizes {
   int64_t filters, inputs, width, taps, values, groups;
   double gain;
   Order by_channel;  // taps innermost
-  Order order;       // of the arithmetic: by_channel if that is the weight's own, else channels innermost
-  int64_t length;    // of a run
-  int64_t copies;    // of each scale in a run
+  Order order;       // order of the arithmetic: by_channel if the weight has it, else channels innermost
+  int64_t length;    // length of a run
+  int64_t copies;    // copies of each scale in a run
 
   explicit Sizes(const Inputs& in)
       : filters(in.weight.size[0]),

@@ -69,14 +69,14 @@ struct Pass {
   Strided modulated;                                 // forward
   Strided grad, grad_weight, grad_scale, grad_gain;  // backward
   double eps;
-  int64_t filters, group_filters;  // of all groups, and of one
-  int64_t channels, all_channels;  // of a filter, and of all groups
+  int64_t filters, group_filters;  // filters of all groups, and of one group
+  int64_t channels, all_channels;  // channels of a filter, and of all groups
   int64_t taps;
-  int64_t width;  // of a filter, or 0 if the taps are evenly spaced in all tensors
+  int64_t width;  // width of a filter, or 0 if the taps are evenly spaced in all tensors
   Divider by_channels, by_taps;
   int row;  // stride of channels in shared memory: odd, so that neighbouring channels lie in different banks
   bool staged;    // whether filters fit into shared memory
-  void* scratch;  // of the backward pass
+  void* scratch;  // scratch memory of the backward pass
 };
 
 LITEVAE_DEVICE int64_t place(const Pass& p, const Strided& t, int64_t i, int64_t k) {

@@ -143,7 +143,7 @@ class Sums(nn.Module):
         features: network that replaces Inception, as in `evaluate`.
     """
 
-    sums: Tensor  # of psnr, ssim and lpips
+    sums: Tensor  # sums of psnr, ssim and lpips
     count: Tensor
     exact: Tensor
     unreadable: Tensor

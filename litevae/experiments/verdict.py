@@ -42,7 +42,10 @@ def number(value: float, key: str) -> str:
 def verdicts(experiment: Experiment, rows: Sequence[Row]) -> list[str]:
     """Returns for each claim whether it shows here, as lists in Markdown."""
     result = []
-    for ours, title in ((False, "The paper's statements, and whether they show here:"), (True, "Not in the paper:")):
+    for ours, title in (
+        (False, "The paper's statements, and whether they show here:"),
+        (True, "Not in the paper:"),
+    ):
         lines = [
             f"- {claim.text} {verdict(claim, *(find(rows, name, claim.among) for name in (claim.better, claim.than)))}"
             for claim in experiment.claims

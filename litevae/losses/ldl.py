@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-RADIUS = 3  # of the 7x7 window
+RADIUS = 3  # radius of the 7x7 window
 
 
 def ldl_loss(image: Tensor, reconstruction: Tensor, ema_reconstruction: Tensor) -> Tensor:

@@ -150,7 +150,7 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
                 image_size=sample_size,
             )
         else:
-            factor = 1 if encoder_type == "dwt" else 2  # of space-to-depth
+            factor = 1 if encoder_type == "dwt" else 2  # factor of space-to-depth
             if factor == 2 and levels < 2:
                 raise ValueError(
                     "block_out_channels must have at least three entries for encoder_type='dwt-2'"

@@ -14,7 +14,7 @@ from litevae_kernels.nn import Conv3x3, GroupNormSiLU, SelfModulatedConv2d
 
 Norm = Literal["group", "smc", "none"]
 
-EPS = 1e-6  # of every GroupNorm, as in the Stable Diffusion VAE
+EPS = 1e-6  # epsilon of every GroupNorm, as in the Stable Diffusion VAE
 
 
 def autocast_enabled(device: torch.device) -> bool:

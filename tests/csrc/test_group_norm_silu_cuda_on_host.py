@@ -42,7 +42,7 @@ class Case:
     outlier: float = 0.0
     expanded: bool = False
     eps: float = 1e-6
-    factor: float = 1.0  # of weight and bias
+    factor: float = 1.0  # multiplier of weight and bias
 
 
 def values(rng, shape):

@@ -25,7 +25,7 @@ def host(on_host):
 @dataclass
 class Case:
     filters: int
-    channels: int  # of a filter
+    channels: int  # channels of a filter
     kernel: tuple[int, int]
     groups: int
     dtypes: tuple[torch.dtype, ...]  # weight, scale, gain, modulated and its gradient

@@ -1,4 +1,4 @@
-"""What the tests of `examples/` share: the scripts as modules, and images to run them on."""
+"""Fixtures of the tests of `examples/`: the scripts as modules, and images to run them on."""
 
 import importlib.util
 from pathlib import Path

@@ -36,7 +36,7 @@ def test_shards_and_images_give_the_same_latents(tiny, feed, photographs, latent
     assert made.shape == (4, 8, 8)
     # The shards hold mean and log-variance in float16: errors of 2^-11 of the mean and 2^-12 of the deviation.
     torch.testing.assert_close(live, encoded, rtol=2**-10, atol=2**-10)
-    # From the definition.
+    # The definition, written out.
     dataset = LatentDataset(latents)
     mean, logvar = torch.stack([dataset[i].moments for i in range(6)]).chunk(2, dim=1)
     scale = dataset.index["latents"]["scaling_factor"]

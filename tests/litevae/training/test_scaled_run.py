@@ -20,7 +20,7 @@ def test_the_scale_is_kept_until_the_model_is_trained_further(run, tiny):
     assert scale != 1.0
     train(tiny("max_steps=1", "checkpoint.every=1", "resume=auto"))
     assert LiteVAE.from_pretrained(run / "model").config.scaling_factor == scale
-    train(tiny("max_steps=2", "checkpoint.every=1", "resume=auto"))  # which changes the latents
+    train(tiny("max_steps=2", "checkpoint.every=1", "resume=auto"))  # training changes the latents
     config = LiteVAE.from_pretrained(run / "model").config
     assert (config.scaling_factor, config.latents_mean, config.latents_std) == (1.0, None, None)
 
