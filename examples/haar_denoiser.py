@@ -38,7 +38,7 @@ class HaarDenoiser(nn.Module):
     """Predicts the noise in images (N, 3, H, W) of any size.
 
     Args:
-        widths: Channels at each level, from half of the image's resolution downwards; multiples of 8.
+        widths: channels at each level, from half of the image's resolution downwards; multiples of 8.
     """
 
     def __init__(self, widths: tuple[int, ...] = (32, 64)) -> None:

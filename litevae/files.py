@@ -36,7 +36,7 @@ def write(path: Path, content: bytes) -> None:
     The libraries' own writers raise various exceptions, or crash, if the disk is full.
 
     Raises:
-        OSError: The file cannot be written; the error names it.
+        OSError: the file cannot be written; the error names it.
     """
     try:
         with open(path, "wb") as file:
@@ -101,11 +101,11 @@ def explaining_weights(url: str, description: str) -> Iterator[None]:
     """Converts errors of downloading and loading weights to a `UserError` that names the file.
 
     Args:
-        url: Address of the file.
-        description: Description of the weights for the message, such as "torchvision's vgg16".
+        url: address of the file.
+        description: description of the weights for the message, such as "torchvision's vgg16".
 
     Raises:
-        UserError: The download or the loading failed.
+        UserError: the download or the loading failed.
     """
     path = weights_path(url)
     try:

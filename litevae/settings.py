@@ -63,11 +63,11 @@ def setting(
     """Declares a setting as a dataclass field.
 
     Args:
-        default: Default value. Each instance gets a copy of a list.
-        meaning: Description in one or two sentences, which `litevae config` prints.
-        minimum: Smallest allowed number. For lists and tuples, the limits hold for each element.
-        maximum: Largest allowed number.
-        below: Upper limit that is not itself allowed.
+        default: default value. Each instance gets a copy of a list.
+        meaning: description in one or two sentences, which `litevae config` prints.
+        minimum: smallest allowed number. For lists and tuples, the limits hold for each element.
+        maximum: largest allowed number.
+        below: upper limit that is not itself allowed.
     """
     metadata = {"meaning": meaning, "limits": Limits(minimum, maximum, below)}
     if isinstance(default, list):
@@ -86,15 +86,15 @@ def load(schema: type[Schema], name: str | None, overrides: Sequence[str], folde
     A file with `extends: NAME` replaces settings of the configuration NAME.
 
     Args:
-        schema: Dataclass with a default for each field. Its sections are dataclasses. Its values are int,
+        schema: dataclass with a default for each field. Its sections are dataclasses. Its values are int,
             float, bool, str, Literals of str, lists, tuples, or lists of dataclasses; each of these dataclasses
             has an `example: ClassVar[str]` that shows how to write one.
-        name: Name of a configuration shipped in `folder`, or a path that ends in .yaml; None for the defaults.
-        overrides: Settings such as "max_steps=20" or "data.size=64", with the value in YAML notation.
-        folder: Folder that holds the shipped configurations of this schema as NAME.yaml.
+        name: name of a configuration shipped in `folder`, or a path that ends in .yaml; None for the defaults.
+        overrides: settings such as "max_steps=20" or "data.size=64", with the value in YAML notation.
+        folder: folder that holds the shipped configurations of this schema as NAME.yaml.
 
     Raises:
-        UserError: There is no such configuration, its YAML is broken, a key is unknown (the message names the
+        UserError: there is no such configuration, its YAML is broken, a key is unknown (the message names the
             nearest), or a value has the wrong type or is out of range.
     """
     keys = dict(all_keys(schema))
@@ -247,11 +247,11 @@ def check_ranges(config: Any, prefix: str = "") -> None:
     """Checks each number in a configuration, sections and lists included, against the limits of its field.
 
     Args:
-        config: Dataclass whose fields may be declared with `setting`; those without limits may hold anything.
-        prefix: Key of `config` itself, with a dot at its end, for the message.
+        config: dataclass whose fields may be declared with `setting`; those without limits may hold anything.
+        prefix: key of `config` itself, with a dot at its end, for the message.
 
     Raises:
-        UserError: A number is out of range.
+        UserError: a number is out of range.
     """
     for entry in fields(config):
         key, value = f"{prefix}{entry.name}", getattr(config, entry.name)

@@ -12,7 +12,7 @@ class StopRequest:
     """Records SIGINT and SIGTERM, so that a loop can end after its current step. A second signal ends the process.
 
     Attributes:
-        signal: Name of the signal that was received, or None.
+        signal: name of the signal that was received, or None.
     """
 
     def __init__(self) -> None:

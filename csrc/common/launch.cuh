@@ -4,18 +4,11 @@
 // Nothing here synchronises or allocates, so calls can be captured in a CUDA graph.
 #pragma once
 
-#include <stdexcept>
-#include <string>
-
 #include "block.cuh"
+#include "cuda_error.cuh"
 
 namespace litevae {
 namespace {
-
-inline void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("litevae: ") + what + " failed: " + cudaGetErrorString(error));
-}
 
 template <class Body, class Pass>
 __global__ void __launch_bounds__(Body::kMaxThreads, Body::kMinBlocks)

@@ -13,7 +13,7 @@ namespace {
 using haar::Transform;
 
 // The sizes and dtypes of a transform, without its coefficients.
-Transform describe(const TensorView& image, const TensorView& coeffs, int levels) {
+Transform make_shape(const TensorView& image, const TensorView& coeffs, int levels) {
   if (levels < 1 || levels > haar::kMaxLevels) throw std::invalid_argument("levels out of range");
   Transform t{};
   t.batch = image.size[0], t.channels = image.size[1], t.height = image.size[2], t.width = image.size[3];
@@ -30,7 +30,7 @@ Transform make_transform(const TensorView& image, const std::vector<TensorView>&
   if (mode < 0 || mode > 4) throw std::invalid_argument("unknown mode code " + std::to_string(mode));
   if (levels < 1 || coeffs.size() != static_cast<size_t>(stacked ? levels : 1 + 3 * levels))
     throw std::invalid_argument("wrong number of coefficient tensors");
-  Transform t = describe(image, coeffs[0], levels);
+  Transform t = make_shape(image, coeffs[0], levels);
   t.mode = static_cast<haar::Mode>(mode), t.factor = factor;
   t.image = {static_cast<char*>(image.data), image.stride[0], image.stride[1], image.stride[2],
              image.stride[3]};
@@ -80,7 +80,7 @@ void bind_haar(py::module_& m) {
   m.def("haar_synthesis_cpu", &run_on_cpu<haar_synthesis>, WithoutGil());
 #ifdef LITEVAE_CUDA
   m.def("haar_scratch_bytes", [](const TensorView& image, const TensorView& coeffs, int levels) {
-    return haar_scratch_bytes(describe(image, coeffs, levels));
+    return haar_scratch_bytes(make_shape(image, coeffs, levels));
   });
   m.def("haar_analysis_cuda", &run_on_gpu<haar_analysis_cuda>);
   m.def("haar_synthesis_cuda", &run_on_gpu<haar_synthesis_cuda>);

@@ -2,9 +2,7 @@
 // thread does.
 //
 // Nothing here synchronises or allocates, so calls can be captured in a CUDA graph.
-#include <stdexcept>
-#include <string>
-
+#include "../common/cuda_error.cuh"
 #include "plan.cuh"
 #include "scratch.cuh"
 
@@ -33,16 +31,11 @@ struct Launch {
         <<<static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks), kThreads, 0, stream>>>(p);
     check(cudaGetLastError(), Body::kAnalysis ? "the haar_analysis kernel" : "the haar_synthesis kernel");
   }
-
-  static void check(cudaError_t error, const char* what) {
-    if (error != cudaSuccess)
-      throw std::runtime_error(std::string("litevae: ") + what + " failed: " + cudaGetErrorString(error));
-  }
 };
 
 template <bool kAnalysis>
 void run_on(const Transform& call, void* scratch, int device, void* stream) {
-  Launch::check(cudaSetDevice(device), "cudaSetDevice");
+  check(cudaSetDevice(device), "cudaSetDevice");
   run<kAnalysis>(call, scratch, Launch{static_cast<cudaStream_t>(stream)});
 }
 

@@ -168,8 +168,8 @@ def allowed_values(kind: Any, limits: settings.Limits) -> str:
     """Returns the range or the choices of a setting.
 
     Args:
-        kind: Type of the setting.
-        limits: Range of the setting, if it is a number or consists of numbers.
+        kind: type of the setting.
+        limits: range of the setting, if it is a number or consists of numbers.
     """
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if type(None) in args:
@@ -189,7 +189,7 @@ def table_row(cells: list[list[str]]) -> Iterator[str]:
     """Yields the lines of one row.
 
     Args:
-        cells: Paragraphs of each cell, which are wrapped to the width of its column.
+        cells: paragraphs of each cell, which are wrapped to the width of its column.
     """
     wrapped = [
         [line for paragraph in cell for line in wrap(paragraph, width)]

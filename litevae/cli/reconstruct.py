@@ -34,8 +34,6 @@ def reconstruct(
     targets = name_outputs(images, output)
     check_new(*targets, overwrite=overwrite)
     autoencoder = load_model(model)
-    if autoencoder.config.in_channels != 3:
-        raise UserError(f"{model}: takes {autoencoder.config.in_channels} channels; images here have 3")
 
     from PIL import Image
 
@@ -43,7 +41,9 @@ def reconstruct(
     from litevae.evaluation.metrics import psnr
     from litevae.evaluation.reconstruction import reconstruct as run
     from litevae.files import replacing
-    from litevae.models.interface import fixed_size, spatial_compression
+    from litevae.models.interface import check_rgb, fixed_size, spatial_compression
+
+    check_rgb(autoencoder)
 
     make_folder(output)
     autoencoder.enable_tiling()

@@ -71,5 +71,5 @@ def train(
     measured = (
         "" if result.psnr is None else f"; validation: PSNR {result.psnr:.2f} dB, SSIM {result.ssim:.3f}"
     )
-    print(f"{result.steps} steps in {result.seconds:.0f} s{measured}")
+    print(f"{result.steps} step{'s' * (result.steps != 1)} in {result.seconds:.0f} s{measured}")
     print(f"see {result.output_dir / 'reconstructions.png'} and {result.output_dir / 'curves.png'}")

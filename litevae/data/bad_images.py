@@ -23,10 +23,10 @@ class BadImages:
     An existing file is continued; delete it before a new run. Each process of a run may open the same file.
 
     Args:
-        path: Path of the file, which is created when the first image fails.
-        total: Number of images in the data set.
-        max_fraction: Fraction of the images that may be unusable.
-        setting: The user's name for `max_fraction`, for the message.
+        path: path of the file, which is created when the first image fails.
+        total: number of images in the data set.
+        max_fraction: fraction of the images that may be unusable.
+        setting: the user's name for `max_fraction`, for the message.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class BadImages:
         """Appends the images that are not listed yet.
 
         Raises:
-            UserError: The list is longer than allowed, or cannot be written.
+            UserError: the list is longer than allowed, or cannot be written.
         """
         lines = {one_field(name): one_field(reason) for name, reason in bad}
         if lines.keys() - self.names:

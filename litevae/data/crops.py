@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -10,7 +11,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from litevae.data.bad_images import BadEntry, allowed_bad
-from litevae.data.config import DataConfig
 from litevae.data.images import BadImage, Pixels, resize_window
 from litevae.data.sources import ImageSource, Photographs
 from litevae.errors import UserError
@@ -54,6 +54,20 @@ class Order:
         return int(self.order[position])
 
 
+@dataclass(frozen=True)
+class CropSettings:
+    """How to crop training images, as the settings of the same names in `DataConfig`.
+
+    `size`: side of a crop in pixels. `crop`: choice of the window. `flip`: whether to mirror half of the crops.
+    `max_bad_fraction`: fraction of the images that may be unusable.
+    """
+
+    size: int
+    crop: Literal["random", "random_resized", "native"]
+    flip: bool
+    max_bad_fraction: float
+
+
 class TrainingCrops(Dataset[CropItem]):
     """Square crops of images, half of them mirrored, as one sequence over a whole run.
 
@@ -62,26 +76,28 @@ class TrainingCrops(Dataset[CropItem]):
     drawn independently for each crop. Another image replaces one that cannot be read, and the item reports it.
 
     Args:
-        images: Source of the images.
-        config: Configuration, of which `size`, `crop`, `flip` and `max_bad_fraction` are used.
-        seed: Seed of the order, the crops and the mirroring.
-        length: Number of items over all epochs and processes.
+        images: source of the images.
+        settings: how to crop the images.
+        seed: seed of the order, the crops and the mirroring.
+        length: number of items over all epochs and processes.
 
     Raises:
-        UserError: `config.crop` is "native", and a photograph of the demo is smaller than a crop.
+        UserError: `settings.crop` is "native", and a photograph of the demo is smaller than a crop.
     """
 
-    def __init__(self, images: ImageSource, config: DataConfig, seed: int, length: int) -> None:
+    def __init__(self, images: ImageSource, settings: CropSettings, seed: int, length: int) -> None:
         self.images = images
-        self.config = config
+        self.settings = settings
         self.seed = seed
         self.length = length
         self.redraw = isinstance(images, Photographs)
         self.ordered = Order(len(images), seed)
-        if isinstance(images, Photographs) and config.crop == "native":
+        if isinstance(images, Photographs) and settings.crop == "native":
             smallest = min(min(pixels.shape[:2]) for pixels in images.pixels)
-            if config.size > smallest:
-                raise UserError(f"crops of {config.size} pixels do not fit photographs of {smallest} pixels")
+            if settings.size > smallest:
+                raise UserError(
+                    f"crops of {settings.size} pixels do not fit photographs of {smallest} pixels"
+                )
 
     def __len__(self) -> int:
         return self.length
@@ -94,7 +110,7 @@ class TrainingCrops(Dataset[CropItem]):
         random = np.random.default_rng((self.seed, index))
         count = len(self.images)
         drawn = int(random.integers(count))
-        allowed = allowed_bad(count, self.config.max_bad_fraction)
+        allowed = allowed_bad(count, self.settings.max_bad_fraction)
         bad: dict[str, str] = {}
         for attempt in range(count + 1):
             number = self.ordered(index) if attempt == 0 and not self.redraw else (drawn + attempt) % count
@@ -106,22 +122,22 @@ class TrainingCrops(Dataset[CropItem]):
                 if len(bad) > allowed:
                     break
                 continue
-            crop = resize_window(pixels, top, left, height, width, self.config.size)
-            if self.config.flip and random.integers(2):
+            crop = resize_window(pixels, top, left, height, width, self.settings.size)
+            if self.settings.flip and random.integers(2):
                 crop = crop[:, ::-1]
             return CropItem(torch.from_numpy(crop.transpose(2, 0, 1).copy()), list(bad.items()))
         return CropItem(
-            torch.zeros(3, self.config.size, self.config.size, dtype=torch.uint8), list(bad.items())
+            torch.zeros(3, self.settings.size, self.settings.size, dtype=torch.uint8), list(bad.items())
         )
 
     def window(self, pixels: Pixels, random: np.random.Generator) -> tuple[int, int, int, int]:
         """Returns top, left, height and width of the part of an image that becomes the crop."""
         height, width = pixels.shape[:2]
-        size = self.config.size
-        if self.config.crop == "random_resized":
+        size = self.settings.size
+        if self.settings.crop == "random_resized":
             return random_resized_window(height, width, random)
         side = min(height, width)
-        if self.config.crop == "native":
+        if self.settings.crop == "native":
             if side < size:
                 raise BadImage(f"{width}x{height} pixels, smaller than a crop of {size}")
             side = size

@@ -16,11 +16,11 @@ class HuggingFaceImages:
     """The images in a column of a `datasets.Dataset`, decoded by `decode_image` rather than by `datasets`.
 
     Args:
-        dataset: Dataset with a column of images.
-        path: Path of the dataset, for messages.
+        dataset: dataset with a column of images.
+        path: path of the dataset, for messages.
 
     Raises:
-        UserError: The dataset has no rows, no column of images, or several of which none is called "image".
+        UserError: the dataset has no rows, no column of images, or several of which none is called "image".
     """
 
     def __init__(self, dataset: Any, path: str) -> None:

@@ -55,7 +55,7 @@ def decode_image(file: Path | IO[bytes]) -> Pixels:
     applied; broken EXIF data are ignored.
 
     Raises:
-        BadImage: The file does not exist, is no image, is truncated or corrupt, exceeds Pillow's limit of about
+        BadImage: the file does not exist, is no image, is truncated or corrupt, exceeds Pillow's limit of about
             179 million pixels (a decompression bomb), or has pixels of unknown colour (floating-point, LAB).
     """
     try:

@@ -18,7 +18,7 @@ def find_images(folder: Path) -> Iterator[str]:
     links may form cycles.
 
     Raises:
-        UserError: A folder cannot be listed.
+        UserError: a folder cannot be listed.
     """
 
     def fail(error: OSError) -> None:
@@ -45,7 +45,7 @@ def expand_pattern(pattern: str) -> list[str]:
         part, which matches no file.
 
     Raises:
-        UserError: The braces are unbalanced, or one of several parts matches no file.
+        UserError: the braces are unbalanced, or one of several parts matches no file.
     """
     from webdataset.shardlists import expand_urls  # slow to import
 

@@ -50,7 +50,7 @@ def open_images(path: str) -> ImageSource:
     """Opens the images at a path, whose kind is recognised.
 
     Args:
-        path: One of
+        path: one of
             a folder with images, searched with all its subfolders (except hidden ones);
             WebDataset shards on local disks: a folder of .tar files, one file, or a pattern with
             *, ? and braces, such as "train-{000..146}.tar", or several joined by "::";
@@ -60,7 +60,7 @@ def open_images(path: str) -> ImageSource:
             "demo": scikit-image's photographs for training.
 
     Raises:
-        UserError: The path does not exist, holds no images or several kinds, or an archive is corrupt.
+        UserError: the path does not exist, holds no images or several kinds, or an archive is corrupt.
     """
     if path == "demo":
         return Photographs(TRAINING_PHOTOGRAPHS)

@@ -58,10 +58,10 @@ class SquareDataset(Dataset[Square]):
     """The middle squares of evenly spaced images, for a DataLoader with `collate` as its `collate_fn`.
 
     Args:
-        images: Source of the images.
-        size: Side of the squares in pixels; Pillow's antialiased bicubic filter resizes them.
-        count: Number of images, evenly spaced over the source; None, or more than there are, takes all.
-        numbers: Numbers of the squares that this data set yields, in their order; None yields all.
+        images: source of the images.
+        size: side of the squares in pixels; Pillow's antialiased bicubic filter resizes them.
+        count: number of images, evenly spaced over the source; None, or more than there are, takes all.
+        numbers: numbers of the squares that this data set yields, in their order; None yields all.
     """
 
     def __init__(
@@ -104,13 +104,13 @@ def load_validation(images: ImageSource, size: int, count: int, at_least: int = 
     """Loads the middle square of each image, as large as the shorter side allows, resized to `size`.
 
     Args:
-        images: Source of the images; unreadable ones are left out.
-        size: Side of the squares in pixels.
-        count: Maximum number of images, evenly spaced over the source.
-        at_least: Number of images that must be readable.
+        images: source of the images; unreadable ones are left out.
+        size: side of the squares in pixels.
+        count: maximum number of images, evenly spaced over the source.
+        at_least: number of images that must be readable.
 
     Raises:
-        UserError: Fewer than `at_least` of them can be read.
+        UserError: fewer than `at_least` of them can be read.
     """
     result = Validation([], [])
     squares = SquareDataset(images, size, count)

@@ -23,10 +23,10 @@ class TarShards:
     extension: x.jpg rather than x.mask.png, and otherwise the first. Samples without an image are skipped.
 
     Args:
-        files: Paths of the shards, in their order.
+        files: paths of the shards, in their order.
 
     Raises:
-        UserError: A shard is missing, corrupt, compressed or truncated, or no shard holds an image.
+        UserError: a shard is missing, corrupt, compressed or truncated, or no shard holds an image.
     """
 
     def __init__(self, files: Sequence[str]) -> None:
@@ -47,7 +47,7 @@ class TarShards:
                     label = next(((cls.offset_data, cls.size) for ext, cls in parts if ext == "cls"), (0, 0))
                     locations.extend((number, image.offset_data, image.size, *label))
         if not locations:
-            raise UserError(f"{name_files(self.files)}: no images in there")
+            raise UserError(f"{name_files(self.files)}: contains no images")
         self.names = PackedStrings(names)
         self.locations = np.array(locations).reshape(-1, 5)
         self.parent = os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in self.files])
@@ -84,7 +84,7 @@ def read_members(path: str) -> Iterator[tarfile.TarInfo]:
     """Yields the headers of the regular files in a .tar file.
 
     Raises:
-        UserError: The file is no uncompressed .tar file, or is truncated or corrupt.
+        UserError: the file is no uncompressed .tar file, or is truncated or corrupt.
     """
     try:
         with tarfile.open(path, "r:") as tar:

@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from litevae.data.bad_images import BAD_IMAGES, BadImages
-from litevae.data.config import DataConfig
-from litevae.data.crops import CropBatch, Order, TrainingCrops, collate
+from litevae.data.crops import CropBatch, CropSettings, Order, TrainingCrops, collate
 from litevae.data.sources import ImageSource, open_images
 from litevae.diffusion.config import DiffusionConfig
 from litevae.errors import UserError
@@ -101,9 +100,7 @@ class LatentData:
         self.shape = (self.autoencoder.config.latent_channels, size // factor, size // factor)
         self.pixels = size
         self.images = open_images(config.train)
-        crops = DataConfig(
-            size=size, crop=config.crop, flip=config.flip, max_bad_fraction=config.max_bad_fraction
-        )
+        crops = CropSettings(size, config.crop, config.flip, config.max_bad_fraction)
         length = self.config.max_steps * config.batch_size
         self.dataset = TrainingCrops(self.images, crops, self.config.seed, length)
         self.collate = collate

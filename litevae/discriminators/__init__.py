@@ -37,12 +37,12 @@ def build_discriminator(config: DiscriminatorConfig, size: int, *later_sizes: in
     """Returns a discriminator with random weights, drawn from PyTorch's global generator.
 
     Args:
-        config: Kind and width.
-        size: Side in pixels of the images that training begins with.
-        later_sizes: Sides of the images that training continues with.
+        config: kind and width.
+        size: side in pixels of the images that training begins with.
+        later_sizes: sides of the images that training continues with.
 
     Raises:
-        ValueError: The kind or width is unknown, or the discriminator does not take one of the sizes.
+        ValueError: the kind or width is unknown, or the discriminator does not take one of the sizes.
     """
     if config.width not in CHANNELS:
         raise ValueError(f"width must be one of {', '.join(CHANNELS)}, got {config.width!r}")

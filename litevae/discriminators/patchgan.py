@@ -17,10 +17,10 @@ class PatchGANDiscriminator(nn.Module):
     calls, and the module must stay in training mode.
 
     Args:
-        channels: Width of the first layer, 64 in the paper.
+        channels: width of the first layer, 64 in the paper.
 
     Raises:
-        ValueError: The width is below 1.
+        ValueError: the width is below 1.
     """
 
     def __init__(self, channels: int = 64) -> None:

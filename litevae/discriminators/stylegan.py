@@ -28,12 +28,12 @@ class StyleGANDiscriminator(nn.Module):
     is even but no multiple of 4. In an odd batch each image is a group of its own.
 
     Args:
-        size: Side in pixels of the images that training begins with.
-        channels: Width at 512 pixels, which doubles with each halving, up to 512. 64 is the paper's large
+        size: side in pixels of the images that training begins with.
+        channels: width at 512 pixels, which doubles with each halving, up to 512. 64 is the paper's large
             network (config F), 32 its config E.
 
     Raises:
-        ValueError: The width is below 1, or the size is below 8 or has too few factors of two.
+        ValueError: the width is below 1, or the size is below 8 or has too few factors of two.
     """
 
     def __init__(self, size: int, channels: int = 64) -> None:

@@ -29,12 +29,12 @@ class UNetDiscriminator(nn.Module):
     parameters are frozen.
 
     Args:
-        size: Side in pixels of the images that training begins with. Below 256 the network has the five
+        size: side in pixels of the images that training begins with. Below 256 the network has the five
             levels of the paper's layout for 128, otherwise the six of its layout for 256.
-        channels: Width of the outermost level; the innermost one is 16 times as wide.
+        channels: width of the outermost level; the innermost one is 16 times as wide.
 
     Raises:
-        ValueError: The size or the width is below 1.
+        ValueError: the size or the width is below 1.
     """
 
     def __init__(self, size: int, channels: int = 64) -> None:

@@ -70,7 +70,7 @@ def evaluate(
         model: autoencoder of RGB images; it runs on its own device and in its own dtype.
         images: source of the images.
         metrics: names from `METRICS`.
-        size: side of the squares in pixels: a multiple of the model's compression factor, at least 16.
+        size: side of the squares in pixels, a multiple of the model's compression factor f, at least 2 f and 16.
         count: number of images, evenly spaced over the source; None takes all. Unreadable images are left out.
         batch_size: images per batch.
         workers: number of processes that decode images; 0 decodes in this one.

@@ -113,7 +113,7 @@ def row_config(experiment: Experiment, run: RunSpec, setup: Setup, seed: int) ->
 
 
 def check_run(experiment: Experiment, setup: Setup, config: Config) -> None:
-    """Raises UserError or ValueError for everything that the run or its measurement would fail over."""
+    """Raises UserError or ValueError for any problem that would make the run or its measurement fail."""
     for path in (config.data.train, config.data.validation):
         open_images(path)
     late = [stage.start for stage in config.stages if stage.start > config.max_steps]

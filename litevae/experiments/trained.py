@@ -35,7 +35,7 @@ class Trained:
         return float(self.record["seconds"])
 
     def validated(self, within: float) -> dict[str, float] | None:
-        """Returns the last validation within so many seconds of training; None if there was none."""
+        """Returns the last validation within the first `within` seconds of training; None if there was none."""
         history: list[dict[str, float]] = self.record["validation"]["history"]
         return next((point for point in reversed(history) if point["seconds"] <= within), None)
 

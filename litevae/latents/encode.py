@@ -34,16 +34,16 @@ class Encoding:
     means over the processes that had images to encode.
 
     Attributes:
-        folder: Folder of the encoded data set.
-        total: Images in the data.
-        before: Images that earlier runs had encoded.
-        done: Images that this run has encoded.
-        bad: Images that cannot be read, of all runs.
-        seconds: Time from the first batch on.
-        encoder_seconds: Time in the model.
-        waited: Time spent waiting for images.
-        waited_to_write: Time spent waiting for the disk.
-        stopped_by: Name of the signal that ended the run early, or None.
+        folder: folder of the encoded data set.
+        total: images in the data.
+        before: images that earlier runs had encoded.
+        done: images that this run has encoded.
+        bad: images that cannot be read, of all runs.
+        seconds: time from the first batch on.
+        encoder_seconds: time in the model.
+        waited: time spent waiting for images.
+        waited_to_write: time spent waiting for the disk.
+        stopped_by: name of the signal that ended the run early, or None.
     """
 
     folder: Path
@@ -89,20 +89,20 @@ def encode_images(
     them, two batches later.
 
     Args:
-        model: Autoencoder of 3 channels on the device to run on. It is converted to the settings' precision, in place.
-        images: Source of the images.
-        folder: Folder to write to.
-        settings: Settings of the encoded data set.
-        batch_size: Images per batch.
-        workers: Number of processes that decode images; 0 decodes in this one.
-        max_bad_fraction: Fraction of the images that may be unreadable.
-        compile: Whether to compile the encoder with `torch.compile`.
+        model: autoencoder of 3 channels on the device to run on. It is converted to the settings' precision, in place.
+        images: source of the images.
+        folder: folder to write to.
+        settings: settings of the encoded data set.
+        batch_size: images per batch.
+        workers: number of processes that decode images; 0 decodes in this one.
+        max_bad_fraction: fraction of the images that may be unreadable.
+        compile: whether to compile the encoder with `torch.compile`.
 
     Raises:
-        UserError: The model does not take images of this size; the folder has other content or other settings, or
+        UserError: the model does not take images of this size; the folder has other content or other settings, or
             another run writes to it; too many images cannot be read; or a latent is not finite. All processes raise
             the error of any one of them.
-        OSError: A file cannot be written, or another process has failed or died.
+        OSError: a file cannot be written, or another process has failed or died.
     """
     processes = Processes()
     try:
@@ -110,7 +110,7 @@ def encode_images(
             if model.device.type == "cuda":  # events belong to the current device
                 until_end.enter_context(torch.cuda.device(model.device))
             target = LatentFolder(folder, images, settings, batch_size, max_bad_fraction)
-            open_folder(target, model, processes, until_end)
+            open_latent_folder(target, model, processes, until_end)
             # diffusers' own `to` warns about modules to keep in float32, although there are none
             torch.nn.Module.to(model, DTYPES[settings.precision])
             model.to(memory_format=torch.channels_last)
@@ -120,7 +120,9 @@ def encode_images(
         processes.close()
 
 
-def open_folder(folder: LatentFolder, model: Autoencoder, processes: Processes, until_end: ExitStack) -> None:
+def open_latent_folder(
+    folder: LatentFolder, model: Autoencoder, processes: Processes, until_end: ExitStack
+) -> None:
     """Creates or continues the folder, and locks it until `until_end` closes.
 
     Raises:

@@ -29,11 +29,11 @@ class BatchedEncoder:
     """Encodes batches to posterior moments. On a GPU, a call returns before its batch is done.
 
     Args:
-        model: Autoencoder on the device to run on.
-        mirror: Whether the mirrored images are encoded as well.
+        model: autoencoder on the device to run on.
+        mirror: whether the mirrored images are encoded as well.
 
     Attributes:
-        seconds: Time that the device took, complete after `finish`.
+        seconds: time that the device took, complete after `finish`.
     """
 
     def __init__(self, model: Autoencoder, mirror: bool) -> None:

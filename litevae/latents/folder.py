@@ -41,10 +41,10 @@ class Settings:
     """The settings of an encoded data set, which are fixed for a folder.
 
     Args:
-        size: Side in pixels to which the middle square of each image is resized.
-        precision: Precision of the model, "bf16" or "fp32".
-        mirror: Whether each image is also encoded mirrored from left to right.
-        shard_size: Images per shard.
+        size: side in pixels to which the middle square of each image is resized.
+        precision: precision of the model, "bf16" or "fp32".
+        mirror: whether each image is also encoded mirrored from left to right.
+        shard_size: images per shard.
     """
 
     size: int = 256
@@ -57,7 +57,7 @@ def make_header(model: Autoencoder, images: ImageSource, settings: Settings) -> 
     """Returns the content of index.json without the shards.
 
     Raises:
-        UserError: The model does not take images of this size.
+        UserError: the model does not take images of this size.
     """
     check_size(model, settings.size)
     factor = spatial_compression(model)
@@ -89,15 +89,15 @@ class LatentFolder:
     """The folder that a run encodes to: its index, shards and list of unreadable images.
 
     Args:
-        path: Folder of the encoded data set.
-        images: Source of the images.
-        settings: Settings of the encoded data set.
-        batch_size: Images per batch.
-        max_bad_fraction: Fraction of the images that may be unreadable.
+        path: folder of the encoded data set.
+        images: source of the images.
+        settings: settings of the encoded data set.
+        batch_size: images per batch.
+        max_bad_fraction: fraction of the images that may be unreadable.
 
     Attributes:
-        header: Content of index.json without the shards, from `make_header`; to be set before `begin`.
-        shards: Complete shards by number.
+        header: content of index.json without the shards, from `make_header`; to be set before `begin`.
+        shards: complete shards by number.
     """
 
     def __init__(
@@ -129,13 +129,13 @@ class LatentFolder:
         """Creates and locks the folder, or locks an existing one and finds its complete shards.
 
         Args:
-            until_end: Stack that receives the lock, and holds it until it is closed.
+            until_end: stack that receives the lock, and holds it until it is closed.
 
         Returns:
             Complete shards by number.
 
         Raises:
-            UserError: The folder holds other files, cannot be written, is in use by another run, or was begun with
+            UserError: the folder holds other files, cannot be written, is in use by another run, or was begun with
                 another model, other images or other settings.
         """
         try:
@@ -225,7 +225,7 @@ class LatentFolder:
             Number of unreadable images.
 
         Raises:
-            UserError: No image can be read, or too many cannot.
+            UserError: no image can be read, or too many cannot.
         """
         bad = self.rewrite_bad_images()
         numbers = range(self.count_shards())
@@ -250,12 +250,12 @@ def locked(folder: Path, process: int = 0) -> Iterator[None]:
     old one. If the system or the file system does not support such locks, a line on stderr says so.
 
     Args:
-        folder: Folder to lock.
-        process: Number of this process. The others must enter after the first one.
+        folder: folder to lock.
+        process: number of this process. The others must enter after the first one.
 
     Raises:
-        UserError: Another run has locked the folder.
-        OSError: The file cannot be opened.
+        UserError: another run has locked the folder.
+        OSError: the file cannot be opened.
     """
     with open(folder / LOCK, "ab") as file:
         try:

@@ -124,7 +124,7 @@ def raise_first(messages: Sequence[ErrorMessage], own: Exception | None) -> None
     """Raises this process's own error, or else that of the first process that has one.
 
     Raises:
-        UserError, OSError: The process failed with such an error; `OSError` stands for all other types.
+        UserError, OSError: the process failed with such an error; `OSError` stands for all other types.
     """
     if own is not None:
         raise own

@@ -43,16 +43,16 @@ class ShardEncoder:
     """Encodes a process's shards of a run: `step` encodes one batch, and `finish` writes the rest.
 
     Args:
-        model: Autoencoder on the device to run on.
-        folder: Folder to write to.
-        bad_images: List of unreadable images, which all processes share.
-        numbers: Numbers of the shards to encode.
-        workers: Number of processes that decode images; 0 decodes in this one.
-        compile: Whether to compile the encoder.
+        model: autoencoder on the device to run on.
+        folder: folder to write to.
+        bad_images: list of unreadable images, which all processes share.
+        numbers: numbers of the shards to encode.
+        workers: number of processes that decode images; 0 decodes in this one.
+        compile: whether to compile the encoder.
 
     Attributes:
-        kept: By number of the shard, how many of its images an earlier run has encoded.
-        shards: Shards written so far, by number.
+        kept: by number of the shard, how many of its images an earlier run has encoded.
+        shards: shards written so far, by number.
     """
 
     def __init__(
@@ -96,8 +96,8 @@ class ShardEncoder:
         """Makes `number` the current shard, with the images that an earlier run has encoded.
 
         Raises:
-            UserError: There are too many bad images.
-            OSError: The file of the earlier run has changed since the constructor read it.
+            UserError: there are too many bad images.
+            OSError: the file of the earlier run has changed since the constructor read it.
         """
         self.number = number
         self.parts: list[Tensor] = []
@@ -161,7 +161,7 @@ class ShardEncoder:
         """Waits until all batches are encoded and all complete shards are written, and ends the workers.
 
         Args:
-            keep: Whether to save the encoded images of an unfinished shard for the next run.
+            keep: whether to save the encoded images of an unfinished shard for the next run.
         """
         try:
             with self.writer:
@@ -196,8 +196,8 @@ class ShardEncoder:
         """Writes a shard, in the writer thread.
 
         Raises:
-            UserError: A latent is not finite in float16.
-            OSError: The shard cannot be written.
+            UserError: a latent is not finite in float16.
+            OSError: the shard cannot be written.
         """
         if ready is not None:
             ready.synchronize()

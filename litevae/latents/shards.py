@@ -41,13 +41,13 @@ class Shard:
     """A file of latents, as the index lists it.
 
     Attributes:
-        file: Name of the file.
-        first: Number in the data of the shard's first image.
-        images: Number of images that the shard covers.
-        count: Number of images that the file holds.
-        bytes: Length of the file.
+        file: name of the file.
+        first: number in the data of the shard's first image.
+        images: number of images that the shard covers.
+        count: number of images that the file holds.
+        bytes: length of the file.
         sha256: SHA-256 of the file, in hexadecimal.
-        bad: Names of the images that could not be read, with the reasons.
+        bad: names of the images that could not be read, with the reasons.
     """
 
     file: str
@@ -80,8 +80,8 @@ class Unfinished:
 
     Attributes:
         moments: (1 or 2, N, 2 n_z, h, w) float16, the second of the mirrored images; bad images are included.
-        labels: Labels of all N images.
-        bad: Numbers in the data of the bad images, with the reasons.
+        labels: labels of all N images.
+        bad: numbers in the data of the bad images, with the reasons.
     """
 
     moments: Tensor
@@ -105,7 +105,7 @@ def read_unfinished(folder: Path, number: int, identity: dict[str, Any]) -> Unfi
     """Reads the file that `write_unfinished` has written; None if it does not exist.
 
     Raises:
-        ValueError: The file is damaged, or was written for another identity.
+        ValueError: the file is damaged, or was written for another identity.
     """
     try:
         content = unfinished_path(folder, number).read_bytes()
@@ -133,12 +133,12 @@ def write_shard(
     """Writes a shard and then its completion marker, and flushes both to the disk.
 
     Args:
-        folder: Folder of the encoded data set.
-        number: Number of the shard.
-        first: Number in the data of the shard's first image.
-        images: Names and labels of the images in the shard.
+        folder: folder of the encoded data set.
+        number: number of the shard.
+        first: number in the data of the shard's first image.
+        images: names and labels of the images in the shard.
         tensors: `moments`, and optionally `moments_mirrored`.
-        bad: Names of the images that are left out, with the reasons.
+        bad: names of the images that are left out, with the reasons.
     """
     # The metadata have a single entry, because safetensors writes several in no fixed order.
     content = save(tensors, {IMAGES: json.dumps(images)})
@@ -170,7 +170,7 @@ def read_index(folder: Path) -> dict[str, Any] | None:
         Its content, with `Shard`s in "shards"; None if the file does not exist.
 
     Raises:
-        UserError: The file is no index, or is of another version.
+        UserError: the file is no index, or is of another version.
     """
     path = folder / INDEX
     try:
@@ -232,7 +232,7 @@ def verify(folder: Path) -> dict[str, Any]:
         Content of index.json, with `Shard`s in "shards".
 
     Raises:
-        UserError: The message names the first fault.
+        UserError: the message names the first fault.
     """
     index = read_complete_index(folder)
     shape = tuple(index["latents"]["shape"])
@@ -277,17 +277,17 @@ class LatentDataset(Dataset[Latent]):
     that random access reads only the items themselves, also in worker processes.
 
     Args:
-        folder: Folder that `litevae encode` has written.
-        mirrored: Whether to include the mirrored copies, if there are any.
-        check: Whether to check the content of all files, which reads them once. Their lengths are always checked.
+        folder: folder that `litevae encode` has written.
+        mirrored: whether to include the mirrored copies, if there are any.
+        check: whether to check the content of all files, which reads them once. Their lengths are always checked.
 
     Attributes:
-        count: Number of images.
-        labels: Names of the classes, in numerical order if all are numbers, else in alphabetical order.
-        index: Content of index.json.
+        count: number of images.
+        labels: names of the classes, in numerical order if all are numbers, else in alphabetical order.
+        index: content of index.json.
 
     Raises:
-        UserError: The folder does not exist or is incomplete, or a file is damaged.
+        UserError: the folder does not exist or is incomplete, or a file is damaged.
     """
 
     def __init__(self, folder: str | os.PathLike[str], mirrored: bool = True, check: bool = True) -> None:
@@ -352,11 +352,11 @@ def sample_latents(
     """Draws a sample from each posterior and normalises it: (sample - shift_factor) * scaling_factor.
 
     Args:
-        moments: Posterior moments, (N, 2 n_z, h, w) float32.
-        scaling_factor: Factor of the model's configuration.
-        shift_factor: Shift of the model's configuration; None is 0.
-        generator: Generator of the noise, on the moments' device.
-        noise: Standard normal noise of the result's shape; None draws it with `generator`.
+        moments: posterior moments, (N, 2 n_z, h, w) float32.
+        scaling_factor: factor of the model's configuration.
+        shift_factor: shift of the model's configuration; None is 0.
+        generator: generator of the noise, on the moments' device.
+        noise: standard normal noise of the result's shape; None draws it with `generator`.
 
     Returns:
         Latents for a diffusion model, (N, n_z, h, w) float32.

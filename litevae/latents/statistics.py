@@ -21,10 +21,10 @@ class LatentStatistics:
     """Statistics of latents that are sampled from the images' posteriors.
 
     Attributes:
-        mean: Mean per channel.
-        std: Standard deviation per channel.
+        mean: mean per channel.
+        std: standard deviation per channel.
         scaling_factor: 1 / the standard deviation of all elements together, as in LDM (Rombach et al., 2022).
-        count: Number of images.
+        count: number of images.
     """
 
     mean: tuple[float, ...]
@@ -48,15 +48,15 @@ def measure_latents(
     same result. A progress bar appears on stderr.
 
     Args:
-        model: Autoencoder of 3 channels, which runs on its own device and in its own dtype.
-        images: Source of the images; unreadable ones are left out.
-        size: Side of the squares in pixels.
-        count: Maximum number of images, evenly spaced over the source.
-        batch_size: Images per batch.
-        workers: Number of processes that decode images; 0 decodes in this one.
+        model: autoencoder of 3 channels, which runs on its own device and in its own dtype.
+        images: source of the images; unreadable ones are left out.
+        size: side of the squares in pixels.
+        count: maximum number of images, evenly spaced over the source.
+        batch_size: images per batch.
+        workers: number of processes that decode images; 0 decodes in this one.
 
     Raises:
-        UserError: The model does not take this size, no image can be read, or the latents are constant or not finite.
+        UserError: the model does not take this size, no image can be read, or the latents are constant or not finite.
     """
     check_size(model, size)
     channels = model.config.latent_channels

@@ -15,8 +15,8 @@ def generator_loss(fake_logits: Sequence[Tensor], kind: AdversarialLoss) -> Tens
     """Returns the generator's loss: -f for hinge, softplus(-f) for logistic (non-saturating).
 
     Args:
-        fake_logits: Logits of the reconstruction, one tensor of any shape per head of the discriminator.
-        kind: Name of the loss.
+        fake_logits: logits of the reconstruction, one tensor of any shape per head of the discriminator.
+        kind: name of the loss.
 
     Returns:
         A scalar, the mean within each head, summed over the heads.
@@ -34,9 +34,9 @@ def discriminator_loss(
     This is ½[relu(1 - r) + relu(1 + f)] for hinge and ½[softplus(-r) + softplus(f)] for logistic.
 
     Args:
-        real_logits, fake_logits: Logits of the image and of the detached reconstruction, one tensor of any
+        real_logits, fake_logits: logits of the image and of the detached reconstruction, one tensor of any
             shape per head.
-        kind: Name of the loss.
+        kind: name of the loss.
 
     Returns:
         A scalar, the mean within each head, summed over the heads.
@@ -62,8 +62,8 @@ def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_
     those of VQGAN (Esser et al., 2021), which proposed the weight.
 
     Args:
-        reconstruction_loss, adversarial_loss: Scalars that depend on `last_weight`. Their graph is kept.
-        last_weight: Weight of the decoder's last convolution, with respect to which the gradients are taken.
+        reconstruction_loss, adversarial_loss: scalars that depend on `last_weight`. Their graph is kept.
+        last_weight: weight of the decoder's last convolution, with respect to which the gradients are taken.
 
     Returns:
         A scalar without a gradient.

@@ -13,7 +13,7 @@ def gaussian_loss(image: Tensor, reconstruction: Tensor) -> Tensor:
     """Returns mean |(x - h(x)) - (x̂ - h(x̂))|, where h is a 5x5 Gaussian blur of sigma 1 with mirrored borders.
 
     Args:
-        image, reconstruction: Images (N, C, H, W) with H and W at least 3.
+        image, reconstruction: images (N, C, H, W) with H and W at least 3.
 
     Returns:
         A scalar, the mean over all elements. It is zero if the images are equal.

@@ -9,7 +9,7 @@ def kl_loss(mean: Tensor, logvar: Tensor) -> Tensor:
     LDM sums over the elements instead: its weight times h·w·n_z / (H·W·C) is the equivalent weight here.
 
     Args:
-        mean, logvar: Mean and log-variance of the posterior, (N, n_z, h, w).
+        mean, logvar: mean and log-variance of the posterior, (N, n_z, h, w).
 
     Returns:
         A scalar.

@@ -15,8 +15,8 @@ def ldl_loss(image: Tensor, reconstruction: Tensor, ema_reconstruction: Tensor) 
     than the EMA model's residual. No gradient flows through w.
 
     Args:
-        image, reconstruction: Images (N, C, H, W) with H and W at least 4.
-        ema_reconstruction: Reconstruction by the exponential moving average of the model, in the same shape.
+        image, reconstruction: images (N, C, H, W) with H and W at least 4.
+        ema_reconstruction: reconstruction by the exponential moving average of the model, in the same shape.
 
     Returns:
         A scalar, the mean over all elements. It is zero if the images are equal. The LDL paper's images are

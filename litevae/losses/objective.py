@@ -66,10 +66,10 @@ class Loss:
     """A weighted sum of terms.
 
     Attributes:
-        total: Weighted sum, a differentiable float32 scalar.
-        terms: Terms by name, without their weights, detached.
-        weighted: Terms by name, times their weights, detached.
-        parts: The same as `weighted`, but differentiable.
+        total: weighted sum, a differentiable float32 scalar.
+        terms: terms by name, without their weights, detached.
+        weighted: terms by name, times their weights, detached.
+        parts: the same as `weighted`, but differentiable.
     """
 
     total: Tensor
@@ -85,11 +85,11 @@ class Objective(nn.Module):
     esrgan.
 
     Args:
-        config: Weights and settings of the terms.
+        config: weights and settings of the terms.
 
     Raises:
-        ValueError: No reconstruction term has a weight.
-        UserError: The weights of a VGG network are missing and cannot be downloaded.
+        ValueError: no reconstruction term has a weight.
+        UserError: the weights of a VGG network are missing and cannot be downloaded.
     """
 
     def __init__(self, config: LossConfig) -> None:
@@ -132,19 +132,19 @@ class Objective(nn.Module):
         """Returns the autoencoder's loss on one batch, computed in float32 even under autocast.
 
         Args:
-            image, reconstruction: Image in [-1, 1] and its reconstruction, (N, 3, H, W).
-            mean, logvar: Mean and log-variance of the posterior, (N, n_z, h, w).
-            step: Number of the training step.
-            discriminator: Module that returns a tuple of logits, one tensor per head; needed if
+            image, reconstruction: image in [-1, 1] and its reconstruction, (N, 3, H, W).
+            mean, logvar: mean and log-variance of the posterior, (N, n_z, h, w).
+            step: number of the training step.
+            discriminator: module that returns a tuple of logits, one tensor per head; needed if
                 `uses_discriminator(step)`. Its parameters get no gradient. If it is a
                 DistributedDataParallel, the wrapped module is called.
-            last_weight: Weight of the decoder's last convolution, a leaf of the reconstruction's graph;
+            last_weight: weight of the decoder's last convolution, a leaf of the reconstruction's graph;
                 needed for the adaptive weight.
-            ema_reconstruction: Reconstruction by the EMA model, (N, 3, H, W); needed if `needs_ema`.
+            ema_reconstruction: reconstruction by the EMA model, (N, 3, H, W); needed if `needs_ema`.
 
         Raises:
             ValueError: `discriminator`, `last_weight` or `ema_reconstruction` is needed and missing.
-            TypeError: The discriminator returns a tensor instead of a tuple.
+            TypeError: the discriminator returns a tensor instead of a tuple.
         """
         adversarial = self.uses_discriminator(step)
         adaptive = adversarial and self.config.adversarial_weight == "adaptive"
@@ -189,11 +189,11 @@ class Objective(nn.Module):
         Its only term is "discriminator".
 
         Args:
-            real_logits, fake_logits: Logits of the image and of the detached reconstruction, one tensor per
+            real_logits, fake_logits: logits of the image and of the detached reconstruction, one tensor per
                 head.
 
         Raises:
-            TypeError: The logits are a tensor instead of a tuple.
+            TypeError: the logits are a tensor instead of a tuple.
         """
         with torch.autocast(real_logits[0].device.type, enabled=False):
             loss = discriminator_loss(

@@ -22,7 +22,7 @@ class LPIPS(nn.Module):
     The module has no parameters and an empty state dict.
 
     Args:
-        pretrained: Whether to load ImageNet's weights, as in `VGGFeatures`.
+        pretrained: whether to load ImageNet's weights, as in `VGGFeatures`.
 
     Raises:
         UserError: VGG16's weights are missing and cannot be downloaded.
@@ -51,7 +51,7 @@ class LPIPS(nn.Module):
         """Returns the mean LPIPS distance, computed in float32 even under autocast.
 
         Args:
-            image, reconstruction: Images (N, 3, H, W) in [-1, 1] with H and W at least 16.
+            image, reconstruction: images (N, 3, H, W) in [-1, 1] with H and W at least 16.
 
         Returns:
             A scalar, the mean over the images. It is zero if they are equal.
@@ -79,7 +79,7 @@ class ESRGANLoss(nn.Module):
     The module has no parameters and an empty state dict.
 
     Args:
-        pretrained: Whether to load ImageNet's weights, as in `VGGFeatures`.
+        pretrained: whether to load ImageNet's weights, as in `VGGFeatures`.
 
     Raises:
         UserError: VGG19's weights are missing and cannot be downloaded.
@@ -99,7 +99,7 @@ class ESRGANLoss(nn.Module):
         """Returns the mean distance of the features, computed in float32 even under autocast.
 
         Args:
-            image, reconstruction: Images (N, 3, H, W) in [-1, 1] with H and W at least 16.
+            image, reconstruction: images (N, 3, H, W) in [-1, 1] with H and W at least 16.
 
         Returns:
             A scalar, the mean over all features. It is zero if the images are equal.
@@ -118,13 +118,13 @@ class VGGFeatures(nn.Module):
     The weights are non-persistent buffers: they are constants, which a checkpoint need not contain.
 
     Args:
-        name: Name of the network.
-        output_indices: Indices of the layers whose output `forward` returns, in ascending order.
-        pretrained: Whether to load ImageNet's weights, which torchvision downloads. Otherwise, for tests,
+        name: name of the network.
+        output_indices: indices of the layers whose output `forward` returns, in ascending order.
+        pretrained: whether to load ImageNet's weights, which torchvision downloads. Otherwise, for tests,
             the weights are random but always the same, and do not change the global random state.
 
     Raises:
-        UserError: The weights are missing and cannot be downloaded.
+        UserError: the weights are missing and cannot be downloaded.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class VGGFeatures(nn.Module):
         """Returns the chosen features, (N, C_i, H_i, W_i) each.
 
         Args:
-            image: Images (N, 3, H, W) with ImageNet's normalisation.
+            image: images (N, 3, H, W) with ImageNet's normalisation.
         """
         outputs = []
         for index, layer in enumerate(self.layers):

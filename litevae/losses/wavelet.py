@@ -9,8 +9,8 @@ def wavelet_loss(image: Tensor, reconstruction: Tensor, eps: float = 1e-3) -> Te
     """Returns the Charbonnier loss sqrt(d² + eps²) on the H, V and D sub-bands of an orthonormal Haar transform.
 
     Args:
-        image, reconstruction: Images (N, C, H, W).
-        eps: Scale at which the loss turns from quadratic to linear, which is also the loss of equal images.
+        image, reconstruction: images (N, C, H, W).
+        eps: scale at which the loss turns from quadratic to linear, which is also the loss of equal images.
             The paper gives none; 1e-3 is that of LapSRN (Lai et al., 2018).
 
     Returns:

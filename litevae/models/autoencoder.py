@@ -32,41 +32,41 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
     defaults are LiteVAE-B; `from_preset` has all sizes of the paper.
 
     Args:
-        in_channels: Number of image channels.
-        latent_channels: Number of latent channels, n_z in the paper.
-        extractor_channels, extractor_multipliers: Base width of the feature-extraction U-Nets, and each
+        in_channels: number of image channels.
+        latent_channels: number of latent channels, n_z in the paper.
+        extractor_channels, extractor_multipliers: base width of the feature-extraction U-Nets, and each
             level's multiple of it (Table 23).
-        aggregator_channels, aggregator_multipliers: The same for the feature-aggregation U-Net (Table 24).
-        encoder_num_groups: Number of groups in the encoder's GroupNorms.
-        block_out_channels: Widths of the decoder's blocks, from the image's side to the latent's: one more
+        aggregator_channels, aggregator_multipliers: the same for the feature-aggregation U-Net (Table 24).
+        encoder_num_groups: number of groups in the encoder's GroupNorms.
+        block_out_channels: widths of the decoder's blocks, from the image's side to the latent's: one more
             than there are wavelet levels.
-        layers_per_block: Number of ResBlocks in each decoder block minus one, as in diffusers.
-        num_groups: Number of groups in the decoder's GroupNorms.
+        layers_per_block: number of ResBlocks in each decoder block minus one, as in diffusers.
+        num_groups: number of groups in the decoder's GroupNorms.
         decoder_norm: "group" for Stable Diffusion's decoder; "smc" for self-modulated convolutions
             (Section 4.2); "none" for plain convolutions, which `fold` makes of "smc".
         output_type: "image"; or "wavelet", where the decoder ends at half resolution with the image's
             sub-bands, scaled like the encoder's first level, and the inverse transform produces the image
             (Appendix G).
-        use_1x1_conv: Whether a 1x1 convolution follows the encoder and another precedes the decoder
+        use_1x1_conv: whether a 1x1 convolution follows the encoder and another precedes the decoder
             (Appendix D.2).
         encoder_type: "learned"; or, without parameters and with a deterministic posterior (Appendix B),
             "dwt", which keeps the coarsest sub-bands and needs latent_channels = 4 in_channels, or "dwt-2",
             which rearranges those of the next finer level by space-to-depth and needs 16 in_channels.
-        extractor: Network that extracts each level's features, "unet" or "nafnet" (Appendix D.3, `NAFNet`).
-        shared_extractor: Whether one extractor serves all levels (Appendix D.4).
-        aggregator: Network that combines the levels' features, "unet" or "vit" (Appendix D.5, `ViT`). The
+        extractor: network that extracts each level's features, "unet" or "nafnet" (Appendix D.3, `NAFNet`).
+        shared_extractor: whether one extractor serves all levels (Appendix D.4).
+        aggregator: network that combines the levels' features, "unet" or "vit" (Appendix D.5, `ViT`). The
             latter takes only images of sample_size x sample_size.
-        finest_level: First level whose features are used (Appendix D.6); 2 leaves out the largest sub-bands.
-        encoder_norm: Normalisation in the encoder's U-Nets, with the values of `decoder_norm`.
-        sample_size: Side of the training images in pixels, which is also the default size of tiles.
-        scaling_factor, shift_factor: Constants by which diffusion pipelines normalise latents,
+        finest_level: first level whose features are used (Appendix D.6); 2 leaves out the largest sub-bands.
+        encoder_norm: normalisation in the encoder's U-Nets, with the values of `decoder_norm`.
+        sample_size: side of the training images in pixels, which is also the default size of tiles.
+        scaling_factor, shift_factor: constants by which diffusion pipelines normalise latents,
             (latent - shift_factor) * scaling_factor. The model does not apply them.
-        latents_mean, latents_std: Statistics of each latent channel, as in diffusers. The model does not
+        latents_mean, latents_std: statistics of each latent channel, as in diffusers. The model does not
             apply them.
-        force_upcast: Whether the SDXL pipelines run the model in float32 when the rest is float16.
+        force_upcast: whether the SDXL pipelines run the model in float32 when the rest is float16.
 
     Raises:
-        ValueError: An argument has an unknown value, `block_out_channels` has fewer than two entries, a width
+        ValueError: an argument has an unknown value, `block_out_channels` has fewer than two entries, a width
             is not divisible by its number of groups, `finest_level` does not exist, or arguments do not go
             together.
     """
@@ -193,12 +193,12 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         """Returns a new model with random weights, in one of the paper's sizes (Tables 23 and 24).
 
         Args:
-            name: Preset: "litevae-s", "litevae-b", "litevae-m" or "litevae-l".
-            latent_channels: Number of latent channels, n_z in the paper.
-            overrides: Other constructor arguments.
+            name: preset: "litevae-s", "litevae-b", "litevae-m" or "litevae-l".
+            latent_channels: number of latent channels, n_z in the paper.
+            overrides: other constructor arguments.
 
         Raises:
-            ValueError: There is no such preset. The message names the nearest one.
+            ValueError: there is no such preset. The message names the nearest one.
         """
         return cls(**{**get_preset(name), "latent_channels": latent_channels, **overrides})
 
@@ -212,8 +212,8 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         normalisation. A model without self-modulated convolutions gives a plain copy.
 
         Raises:
-            RuntimeError: Weights are offloaded. Fold before `enable_model_cpu_offload` and the like.
-            TypeError: Weights are stored in 8 bits (layerwise casting). Fold before enabling it.
+            RuntimeError: weights are offloaded. Fold before `enable_model_cpu_offload` and the like.
+            TypeError: weights are stored in 8 bits (layerwise casting). Fold before enabling it.
         """
         if any(parameter.is_meta for parameter in self.parameters()):
             raise RuntimeError("fold needs all weights in memory, and some are offloaded (on device 'meta')")
@@ -232,19 +232,19 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         """Returns the posterior distribution of the latent.
 
         Args:
-            x: Images (N, in_channels, H, W) in [-1, 1], of any floating dtype, on the model's device, where H
+            x: images (N, in_channels, H, W) in [-1, 1], of any floating dtype, on the model's device, where H
                 and W are multiples of f (see the class).
-            return_dict: Whether to return an `AutoencoderKLOutput` with `latent_dist` instead of a tuple.
+            return_dict: whether to return an `AutoencoderKLOutput` with `latent_dist` instead of a tuple.
 
         Returns:
             A `DiagonalGaussianDistribution` over (N, latent_channels, H / f, W / f), in the dtype of the
             convolutions: the parameters', or autocast's.
 
         Raises:
-            ValueError: The images are not 4-D, have another number of channels, a size that is not a multiple
+            ValueError: the images are not 4-D, have another number of channels, a size that is not a multiple
                 of f or are on another device; or, with ``aggregator="vit"``, an image or a tile does not have
                 the size `sample_size`.
-            TypeError: The images are not floating point.
+            TypeError: the images are not floating point.
         """
         self._check_image(x)
         moments = self._sliced(self._encode, x)
@@ -258,17 +258,17 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         """Returns the images that latents stand for.
 
         Args:
-            z: Latents (N, latent_channels, h, w) on the model's device, in the parameters' dtype, or in any
+            z: latents (N, latent_channels, h, w) on the model's device, in the parameters' dtype, or in any
                 floating dtype under autocast.
-            return_dict: Whether to return a `DecoderOutput` with `sample` instead of a tuple.
-            generator: Unused; diffusers' pipelines pass it.
+            return_dict: whether to return a `DecoderOutput` with `sample` instead of a tuple.
+            generator: unused; diffusers' pipelines pass it.
 
         Returns:
             Images (N, in_channels, f h, f w), roughly in [-1, 1] but not clamped.
 
         Raises:
-            ValueError: The latents are not 4-D, have another number of channels or are on another device.
-            TypeError: The latents have another dtype.
+            ValueError: the latents are not 4-D, have another number of channels or are on another device.
+            TypeError: the latents have another dtype.
         """
         self._check_latent(z)
         image = self._sliced(self._decode, z)
@@ -284,13 +284,13 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         """Returns reconstructions of images (N, in_channels, H, W) in [-1, 1], in the same shape.
 
         Args:
-            sample: Images, as `encode` takes them.
-            sample_posterior: Whether to decode a sample of the posterior instead of its mode.
-            return_dict: Whether to return a `DecoderOutput` with `sample` instead of a tuple.
-            generator: Source of randomness for the posterior's sample.
+            sample: images, as `encode` takes them.
+            sample_posterior: whether to decode a sample of the posterior instead of its mode.
+            return_dict: whether to return a `DecoderOutput` with `sample` instead of a tuple.
+            generator: source of randomness for the posterior's sample.
 
         Raises:
-            ValueError, TypeError: As in `encode`.
+            ValueError, TypeError: as in `encode`.
         """
         posterior = self.encode(sample).latent_dist
         z = posterior.sample(generator=generator) if sample_posterior else posterior.mode()

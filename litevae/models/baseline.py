@@ -19,13 +19,13 @@ class SmallEncoderVAE(AutoencoderKL):
     give 6,793,032, with half of Stable Diffusion's width in the first block.
 
     Args:
-        encoder_block_out_channels: Widths of the encoder's blocks.
+        encoder_block_out_channels: widths of the encoder's blocks.
         latent_channels, block_out_channels, layers_per_block, norm_num_groups, use_quant_conv,
-            use_post_quant_conv, sample_size, scaling_factor, latents_mean, latents_std: Arguments of
+            use_post_quant_conv, sample_size, scaling_factor, latents_mean, latents_std: arguments of
             `AutoencoderKL`.
 
     Raises:
-        ValueError: Encoder and decoder have different numbers of blocks.
+        ValueError: encoder and decoder have different numbers of blocks.
     """
 
     @register_to_config

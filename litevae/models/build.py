@@ -15,11 +15,11 @@ def with_fresh_weights(config: ModelConfig, size: int) -> Autoencoder:
     """Returns a model with the weights that training starts from.
 
     Args:
-        config: Kind and settings of the model.
-        size: Side of the training images in pixels.
+        config: kind and settings of the model.
+        size: side of the training images in pixels.
 
     Raises:
-        ValueError: The model does not take these settings.
+        ValueError: the model does not take these settings.
     """
     if config.kind == "litevae":
         settings = asdict(config)

@@ -85,11 +85,11 @@ def check_model_config(config: ModelConfig, prefix: str = "") -> None:
     """Checks that the settings of a model fit together.
 
     Args:
-        config: Configuration whose values are in range.
-        prefix: Section that the settings belong to, such as "model.", for the message.
+        config: configuration whose values are in range.
+        prefix: section that the settings belong to, such as "model.", for the message.
 
     Raises:
-        UserError: A setting does not apply to this kind of model, or the decoder has no blocks.
+        UserError: a setting does not apply to this kind of model, or the decoder has no blocks.
     """
     if not config.block_out_channels:
         raise UserError(f"{prefix}block_out_channels is empty: give the width of each block")

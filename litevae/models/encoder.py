@@ -47,14 +47,14 @@ class Encoder(nn.Module):
     memory format.
 
     Args:
-        in_channels: Number of image channels.
-        out_channels: Number of channels of mean and log-variance together.
-        levels: Number of the pyramid's levels.
+        in_channels: number of image channels.
+        out_channels: number of channels of mean and log-variance together.
+        levels: number of the pyramid's levels.
         extractor_channels, extractor_multipliers, aggregator_channels, aggregator_multipliers, num_groups:
             Sizes of the U-Nets. Other networks derive their own sizes from these.
-        extractor, shared_extractor, aggregator, finest_level, norm: Variants, as in `LiteVAE`, which
+        extractor, shared_extractor, aggregator, finest_level, norm: variants, as in `LiteVAE`, which
             validates them.
-        image_size: Height and width of the image for the "vit" aggregator, a multiple of 2^levels.
+        image_size: height and width of the image for the "vit" aggregator, a multiple of 2^levels.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Encoder(nn.Module):
         """Returns the moments of images.
 
         Raises:
-            ValueError: The aggregator is "vit" and the images do not have the size `image_size`.
+            ValueError: the aggregator is "vit" and the images do not have the size `image_size`.
         """
         size = self.image_size
         if size is not None and image.shape[2:] != (size, size):
@@ -127,8 +127,8 @@ class Encoder(nn.Module):
         Without gradients, the batch is processed in slices if it is large.
 
         Args:
-            index: Position of the level, 0 for the finest one in use.
-            level: Sub-bands (N, 4 in_channels, H, W).
+            index: position of the level, 0 for the finest one in use.
+            level: sub-bands (N, 4 in_channels, H, W).
         """
         images = len(level)
         if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):  # a compiler plans memory itself
@@ -151,8 +151,8 @@ class WaveletEncoder(nn.Module):
     few float32 roundings.
 
     Args:
-        levels: Number of the pyramid's levels.
-        space_to_depth: Factor s of space-to-depth.
+        levels: number of the pyramid's levels.
+        space_to_depth: factor s of space-to-depth.
     """
 
     logvar: Tensor

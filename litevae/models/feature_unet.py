@@ -16,11 +16,11 @@ class FeatureUNet(CheckpointedModule):
     Takes (N, in_channels, H, W), returns (N, out_channels, H, W).
 
     Args:
-        in_channels, out_channels: Numbers of input and output channels.
-        channels: Base width.
-        multipliers: Width of each level as a multiple of `channels`.
-        num_groups: Number of groups of the GroupNorms.
-        norm: Normalisation of the ResBlocks.
+        in_channels, out_channels: numbers of input and output channels.
+        channels: base width.
+        multipliers: width of each level as a multiple of `channels`.
+        num_groups: number of groups of the GroupNorms.
+        norm: normalisation of the ResBlocks.
     """
 
     def __init__(

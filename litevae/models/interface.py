@@ -25,20 +25,25 @@ def fixed_size(model: Autoencoder) -> int | None:
     return model.config.sample_size if model.config.get("aggregator") == "vit" else None
 
 
+def check_rgb(model: Autoencoder) -> None:
+    """Raises UserError unless the model takes images of 3 channels."""
+    if model.config.in_channels != 3:
+        raise UserError(f"the model takes {model.config.in_channels} channels; images here have 3")
+
+
 def check_size(model: Autoencoder, size: int, name: str = "size") -> None:
     """Checks that the model takes RGB images of `size` x `size` pixels.
 
     Args:
-        model: Autoencoder that will encode the images.
-        size: Side of the images in pixels.
-        name: Name of the setting in error messages.
+        model: autoencoder that will encode the images.
+        size: side of the images in pixels.
+        name: name of the setting in error messages.
 
     Raises:
-        UserError: The model does not take RGB images, it takes only one other size, or the size is not a
+        UserError: the model does not take RGB images, it takes only one other size, or the size is not a
             multiple of its factor f, or is below 2 f or 16.
     """
-    if model.config.in_channels != 3:
-        raise UserError(f"the model takes {model.config.in_channels} channels; images here have 3")
+    check_rgb(model)
     if fixed_size(model) not in (None, size):
         raise UserError(f"{name} must be {fixed_size(model)}, the only size this model takes, got {size}")
     factor = spatial_compression(model)
@@ -51,7 +56,7 @@ def encode_pixels(model: Autoencoder, pixels: Tensor) -> DiagonalGaussianDistrib
     """Returns the posterior of (N, 3, H, W) uint8 pixels, on the model's device and in its dtype.
 
     Raises:
-        UserError: The model does not take images of this size.
+        UserError: the model does not take images of this size.
     """
     image = to_model_range(pixels.to(model.device, non_blocking=True))
     if not isinstance(model, LiteVAE):  # LiteVAE's first operator converts the dtype

@@ -20,12 +20,12 @@ def model_folder(path: Path) -> Path:
     """Returns the folder that holds config.json and the weights of a model.
 
     Args:
-        path: Folder of a model; of a training run, whose model is in `model/`; of a checkpoint, whose averaged
+        path: folder of a model; of a training run, whose model is in `model/`; of a checkpoint, whose averaged
             weights in `ema/` are preferred to those in `model/`; or "diffusers:" followed by the folder of an
             AutoencoderKL or of a pipeline with one.
 
     Raises:
-        UserError: There is no such folder, or it holds no model.
+        UserError: there is no such folder, or it holds no model.
     """
     within = ("", "vae") if str(path).startswith(DIFFUSERS) else ("", "ema", "model")
     path = Path(str(path).removeprefix(DIFFUSERS))
@@ -37,24 +37,26 @@ def model_folder(path: Path) -> Path:
     raise UserError(f"{path}: not a model: there is no config.json in it")
 
 
-def report_averaged(path: Path, folder: Path) -> None:
-    """Prints to stderr, in the first process, that `folder` holds averaged weights found in `path`."""
-    if folder == path / "ema" and os.environ.get("RANK", "0") == "0":
-        print(f"{path}: loading the averaged weights, {folder}", file=sys.stderr)
+def report_weights(path: Path, folder: Path) -> None:
+    """Prints to stderr, in the first process, which weights of the checkpoint `path` are in `folder`."""
+    if not (path / "manifest.json").is_file() or os.environ.get("RANK", "0") != "0":
+        return
+    kind = "averaged" if folder == path / "ema" else "raw (not averaged)"
+    print(f"{path}: loading the {kind} weights, {folder}", file=sys.stderr)
 
 
 def load_model(path: Path) -> "Autoencoder":
     """Loads the autoencoder in a folder, and prints to stderr if it takes a checkpoint's averaged weights.
 
     Args:
-        path: Folder of a model, a run or a checkpoint, as `model_folder` takes it.
+        path: folder of a model, a run or a checkpoint, as `model_folder` takes it.
 
     Raises:
-        UserError: There is no such folder, its model is neither a LiteVAE nor a baseline, or files are missing
+        UserError: there is no such folder, its model is neither a LiteVAE nor a baseline, or files are missing
             or damaged.
     """
     folder = model_folder(path)
-    report_averaged(path, folder)
+    report_weights(path, folder)
     config = folder / "config.json"
     wanted, name = MODELS, "a LiteVAE"
     if str(path).startswith(DIFFUSERS):
@@ -89,9 +91,9 @@ def find_model(name: str, size: int = 256) -> "Autoencoder":
     """Loads the model in a folder, as `load_model` does, or builds an untrained one by its name.
 
     Args:
-        name: Path of a folder; or the name of a preset, or sd-vae, with settings of `ModelConfig` after it, as in
+        name: path of a folder; or the name of a preset, or sd-vae, with settings of `ModelConfig` after it, as in
             "litevae-b,latent_channels=12,aggregator=vit".
-        size: Side of the images that an untrained model is for, in pixels.
+        size: side of the images that an untrained model is for, in pixels.
 
     Raises:
         UserError: `load_model` raised it, `name` is neither a folder nor such a name, or the model does not take

@@ -18,12 +18,12 @@ def apply_by_tiles(
     """Returns `function(x)`, computed on overlapping tiles of `x` that are then blended.
 
     Args:
-        function: Maps (N, C, input_scale h, input_scale w) to (N, C', output_scale h, output_scale w).
-        x: Input of `function`, (N, C, H, W).
-        tile: Side of a tile, in latent pixels.
-        overlap: Least overlap of neighbouring tiles, in latent pixels.
-        input_scale: Pixels of `x` per latent pixel along a side.
-        output_scale: Pixels of the result per latent pixel along a side.
+        function: maps (N, C, input_scale h, input_scale w) to (N, C', output_scale h, output_scale w).
+        x: input of `function`, (N, C, H, W).
+        tile: side of a tile, in latent pixels.
+        overlap: least overlap of neighbouring tiles, in latent pixels.
+        input_scale: pixels of `x` per latent pixel along a side.
+        output_scale: pixels of the result per latent pixel along a side.
     """
     tops, lefts = (tile_starts(size // input_scale, tile, overlap) for size in x.shape[-2:])
     rows = []

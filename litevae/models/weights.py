@@ -47,12 +47,12 @@ def load_weights(model: ModelMixin, folder: Path, setting: str) -> None:
     """Copies the weights in `folder` into `model`.
 
     Args:
-        model: Model of the same architecture.
-        folder: Folder with config.json and the weights, as `write_model` writes it.
-        setting: Name of the setting that gave the folder, for error messages.
+        model: model of the same architecture.
+        folder: folder with config.json and the weights, as `write_model` writes it.
+        setting: name of the setting that gave the folder, for error messages.
 
     Raises:
-        UserError: A file is missing or damaged, or the architecture differs; the message names the difference.
+        UserError: a file is missing or damaged, or the architecture differs; the message names the difference.
     """
     config = folder / "config.json"
     try:
@@ -77,11 +77,11 @@ def load_decoder(model: Autoencoder, folder: Path) -> None:
     If the model has a post_quant_conv, that of the AutoencoderKL is copied too.
 
     Args:
-        model: Model whose decoder has the same architecture.
-        folder: Folder of the AutoencoderKL, or of a pipeline with one.
+        model: model whose decoder has the same architecture.
+        folder: folder of the AutoencoderKL, or of a pipeline with one.
 
     Raises:
-        UserError: A file is missing or damaged, or the architecture differs.
+        UserError: a file is missing or damaged, or the architecture differs.
     """
     if (folder / "vae" / "config.json").is_file():  # a whole pipeline
         folder = folder / "vae"

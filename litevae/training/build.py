@@ -5,7 +5,7 @@ from pathlib import Path
 from litevae.errors import UserError
 from litevae.models.build import with_fresh_weights
 from litevae.models.interface import Autoencoder
-from litevae.models.loading import model_folder, report_averaged
+from litevae.models.loading import model_folder, report_weights
 from litevae.models.weights import load_decoder, load_weights
 from litevae.training.config import Config
 
@@ -26,7 +26,7 @@ def build_model(config: Config) -> Autoencoder:
         raise UserError(f"model: {error}") from None
     if config.init:
         folder = model_folder(Path(config.init))
-        report_averaged(Path(config.init), folder)
+        report_weights(Path(config.init), folder)
         load_weights(model, folder, "init")
     if config.init_decoder:
         load_decoder(model, Path(config.init_decoder))

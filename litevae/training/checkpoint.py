@@ -91,7 +91,7 @@ def save_checkpoint(
     return Checkpoint(target, step, manifest.get("psnr"))
 
 
-def find_damage(checkpoint: Checkpoint) -> str | None:
+def find_damaged_file(checkpoint: Checkpoint) -> str | None:
     """Reads all files of a complete checkpoint; returns a description of the first damaged one, or None."""
     for name, file in read_manifest(checkpoint)["files"].items():
         path = checkpoint.path / name
@@ -176,7 +176,7 @@ def choose_checkpoint(resume: str, folder: Path) -> Checkpoint | None:
             raise UserError(
                 f"resume: {path}: {'no complete checkpoint' if path.exists() else 'no such folder'}"
             )
-        if problem := find_damage(chosen):
+        if problem := find_damaged_file(chosen):
             raise UserError(f"resume: {problem}")
     if own and (chosen is None or own[-1].step > chosen.step):
         raise UserError(
@@ -194,7 +194,7 @@ def newest_intact(checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:
     """
     damaged: list[tuple[Path, str]] = []
     for checkpoint in reversed(checkpoints):
-        if problem := find_damage(checkpoint):
+        if problem := find_damaged_file(checkpoint):
             damaged.append((checkpoint.path, problem))
             continue
         for path, problem in damaged:

@@ -174,11 +174,11 @@ def load_config(name: str | None, overrides: Sequence[str] = ()) -> Config:
     """Returns the defaults, replaced by the file's settings and then by the overrides: see `litevae.settings.load`.
 
     Args:
-        name: Name of a shipped configuration, or a path that ends in .yaml; None for the defaults.
-        overrides: Settings such as "max_steps=20" or "data.size=64", with the value in YAML notation.
+        name: name of a shipped configuration, or a path that ends in .yaml; None for the defaults.
+        overrides: settings such as "max_steps=20" or "data.size=64", with the value in YAML notation.
 
     Raises:
-        UserError: There is no such configuration, its YAML is broken, a key is unknown (the message names the
+        UserError: there is no such configuration, its YAML is broken, a key is unknown (the message names the
             nearest), a value has the wrong type or is out of range, or settings do not fit together.
     """
     config = settings.load(Config, name, overrides, CONFIGS)
@@ -243,13 +243,13 @@ def check_batch_size(
     """Checks that a batch can be shared evenly.
 
     Args:
-        batch_size: Samples per step, over all processes together.
-        accumulation: Number of parts in which each process works through its share.
-        processes: Number of processes.
-        name: Name of the setting, for the message.
+        batch_size: samples per step, over all processes together.
+        accumulation: number of parts in which each process works through its share.
+        processes: number of processes.
+        name: name of the setting, for the message.
 
     Raises:
-        UserError: The batch cannot be shared evenly.
+        UserError: the batch cannot be shared evenly.
     """
     if batch_size % accumulation:
         raise UserError(f"optimizer.accumulation must divide the batch of {batch_size}, got {accumulation}")

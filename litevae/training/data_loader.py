@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,7 +10,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from litevae.data.bad_images import BAD_IMAGES, BadImages
-from litevae.data.crops import CropBatch, TrainingCrops, collate
+from litevae.data.crops import CropBatch, CropSettings, TrainingCrops, collate
 from litevae.data.images import Pixels
 from litevae.data.sources import ImageSource, Photographs, open_images
 from litevae.data.squares import load_validation, open_validation
@@ -90,7 +89,7 @@ class TrainingData:
         """Yields this process's share of each batch of the stage after step `done`."""
         crops = TrainingCrops(
             self.images,
-            replace(self.config, size=stage.size),
+            CropSettings(stage.size, self.config.crop, self.config.flip, self.config.max_bad_fraction),
             seed=self.seed,
             length=stage.first_sample + (stage.last - stage.first + 1) * stage.batch_size,
         )

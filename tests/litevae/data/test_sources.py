@@ -85,7 +85,7 @@ def test_paths_without_images_are_refused(tmp_path, png, write, write_tar, refus
     assert "no images in this folder" in refusal(tmp_path)
     assert "must be a folder, or name only .tar" in refusal(tmp_path / "deep/text.txt")
     write_tar(tmp_path / "empty.tar", [("a.txt", b"x")])
-    assert "no images in there" in refusal(tmp_path)
+    assert "contains no images" in refusal(tmp_path)
     assert f"{tmp_path}/x-001.tar: no such file" in refusal(f"{tmp_path}/x-{{001..003}}.tar")
     assert "nbalanced" in refusal(f"{tmp_path}/x-{{001")
     write(tmp_path / "x.png", png(0))

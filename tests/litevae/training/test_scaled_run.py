@@ -5,7 +5,7 @@ import pytest
 from litevae import LiteVAE
 from litevae.cli import main
 from litevae.training import train
-from litevae.training.checkpoint import find_checkpoints, find_damage
+from litevae.training.checkpoint import find_checkpoints, find_damaged_file
 
 
 @pytest.fixture
@@ -30,4 +30,4 @@ def test_a_checkpoint_is_left_as_it_is(run, square_images, capsys):
     for path in (checkpoint.path, checkpoint.path / "model"):
         assert main(["scale", str(path), str(square_images), "--size", "32", "--workers", "0"]) == 2
         assert "belongs to a checkpoint" in capsys.readouterr().err.splitlines()[-1]
-    assert find_damage(checkpoint) is None
+    assert find_damaged_file(checkpoint) is None
