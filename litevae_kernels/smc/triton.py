@@ -3,6 +3,9 @@
 Both functions fill tensors that the caller allocated, and take any strides. A program normalises one filter, whose
 elements it visits in the order of the output. The gradient of the scales is a sum over filters: first within blocks
 of filters, then over the blocks, so that the same inputs give the same bits.
+
+Sizes and strides are single arguments and not tuples, because Triton specialises every integer in a tuple, whatever
+`do_not_specialize` says, and would compile new kernels for each new size.
 """
 
 # Triton gives kernels their types, and may give a name another type if a branch is compiled away.
