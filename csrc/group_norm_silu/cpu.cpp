@@ -414,9 +414,11 @@ struct PixelsInnermost {
 // ---------------------------------------------------------------------------------------------------------------
 // The traversal.
 
-// Calls use(chunk, pixels of the block before it) for the chunks of a task.
+// Calls use(chunk, pixels of the block before it) for the chunks of a task. Everything that this calls is
+// inlined, so that coefficients and sums stay in registers.
 template <class Use>
-void for_chunks(const Shape& s, const Task& task, int64_t max_pixels, const Use& use) {
+__attribute__((flatten)) void for_chunks(const Shape& s, const Task& task, int64_t max_pixels,
+                                         const Use& use) {
   const int64_t bounds[] = {0, s.x_channels, s.channels};
   const int64_t begin = s.first_pixel(task.block), end = s.last_pixel(task.block);
   for (int64_t p = begin, pixels; p < end; p += pixels) {
