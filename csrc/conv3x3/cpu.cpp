@@ -49,9 +49,9 @@ struct Shape : Rows {
     batch = call.x.size[0], inputs = call.x.size[1], outputs = call.y.size[1];
     tile_rows = ceil_div(height, 2), tile_columns = ceil_div(width, 2);
     column_blocks = ceil_div(tile_columns, kTilesPerBlock), columns = ceil_div(tile_columns, column_blocks);
-    rows = least(kTilesPerBlock / columns,
-                 most(1, batch * tile_rows / (2 * threads)));  // every thread needs work
-    rows = least(rows, tile_rows), row_blocks = ceil_div(tile_rows, rows);
+    rows = min_of(kTilesPerBlock / columns,
+                  max_of(1, batch * tile_rows / (2 * threads)));  // every thread needs work
+    rows = min_of(rows, tile_rows), row_blocks = ceil_div(tile_rows, rows);
     ring = 2 * rows + 2;
     // The distance is an odd number of cache lines, so that the points do not compete for the same sets.
     const int64_t tiles = ceil_div(rows * columns, tiles_at_once) * tiles_at_once;
@@ -132,8 +132,8 @@ template <int V>
 void transform_outputs(const Shape s, const float* products, const float* bias, const Image residual,
                        const Image y, int64_t n, int64_t row, int64_t column, int64_t tiles, int64_t first) {
   const int64_t rows = s.height - row, columns = s.width - column;
-  for (int64_t c = first; c < least(first + V * kLanes, s.outputs); c += kLanes) {
-    const int lanes = static_cast<int>(least(kLanes, s.outputs - c));
+  for (int64_t c = first; c < min_of(first + V * kLanes, s.outputs); c += kLanes) {
+    const int lanes = static_cast<int>(min_of(kLanes, s.outputs - c));
     const VecF b = VecF::load(bias + c);
     const BFloat16* from = residual.data == nullptr ? nullptr : residual.at(n, row, column) + c;
     BFloat16* to = y.at(n, row, column) + c;
@@ -214,8 +214,8 @@ void pack_outputs(const T* from, int64_t output, int64_t row, int64_t column, in
   const int64_t padded = conv3x3::padded_inputs(inputs);
   __m512i pairs[kPoints][kLanes];
   for (int64_t c = 0; c < padded; c += kRun) {
-    const int first = static_cast<int>(least(kLanes, inputs - c));
-    const int second = static_cast<int>(most(0, least(kLanes, inputs - c - kLanes)));
+    const int first = static_cast<int>(min_of(kLanes, inputs - c));
+    const int second = static_cast<int>(max_of(0, min_of(kLanes, inputs - c - kLanes)));
     for (int o = 0; o < kLanes; ++o) {
       if (o >= lanes) {
         for (int64_t i = 0; i < kPoints; ++i) pairs[i][o] = _mm512_setzero_si512();
@@ -278,7 +278,7 @@ void pack(const TensorView& w, int threads, BFloat16* packed) {
   parallel_for(threads, threads, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread)
       for (int64_t v = count * thread / threads; v < count * (thread + 1) / threads; ++v) {
-        const int lanes = static_cast<int>(most(0, least(kLanes, outputs - v * kLanes)));
+        const int lanes = static_cast<int>(max_of(0, min_of(kLanes, outputs - v * kLanes)));
         const char* from =
             static_cast<const char*>(w.data) + v * kLanes * w.stride[0] * element_size(w.dtype);
         BFloat16* to = packed + v / vectors * kPoints * padded * panel_width + v % vectors * kLanes * 2;
@@ -337,10 +337,10 @@ struct Block {
 // Prefetches a part of the data that is needed after the block's products: its residual, and rows of pixels
 // from `next` on.
 void prefetch(const Task& k, const Block& b, int64_t next, int64_t part, int64_t parts) {
-  const int64_t columns = least(2 * b.columns, k.s.width - b.left);
-  for (int64_t y = b.top; y < least(k.s.height, b.top + 2 * b.rows); ++y)
+  const int64_t columns = min_of(2 * b.columns, k.s.width - b.left);
+  for (int64_t y = b.top; y < min_of(k.s.height, b.top + 2 * b.rows); ++y)
     k.residual.prefetch(b.n, y, b.left, columns, part, parts);
-  for (int64_t y = next; y < least(k.s.height, next + 2 * k.s.rows); ++y)
+  for (int64_t y = next; y < min_of(k.s.height, next + 2 * k.s.rows); ++y)
     k.x.prefetch(b.n, y, b.left, columns, part, parts);
 }
 
@@ -381,7 +381,7 @@ TensorView transposed(const TensorView& w) {
 
 template <int V, int T>
 void forward(const Forward& call, int threads) {
-  threads = static_cast<int>(least(threads, call.x.size[0] * ceil_div(call.x.size[2], 2)));
+  threads = static_cast<int>(min_of(threads, call.x.size[0] * ceil_div(call.x.size[2], 2)));
   const Shape s(call, V, T, threads);
   const int64_t outputs = conv3x3::panels(s.outputs) * V * kLanes, per_thread = Space::bytes(s);
   Buffer scratch(threads * per_thread + conv3x3::packed_bytes(s.inputs, s.outputs) + outputs * 4);
@@ -403,11 +403,11 @@ void forward(const Forward& call, int threads) {
       int64_t image = -1, next = 0;  // the ring buffer holds the rows before `next` of this image
       for (int64_t i = blocks * thread / threads; i < blocks * (thread + 1) / threads; ++i) {
         Block b{i / s.row_blocks, 2 * (i % s.row_blocks * s.rows), 0, 0, 0};
-        b.rows = least(s.rows, s.tile_rows - b.top / 2);
+        b.rows = min_of(s.rows, s.tile_rows - b.top / 2);
         if (b.n != image) image = b.n, next = b.top - 1;
         for (; next <= b.top + 2 * b.rows; ++next) fill_row(s, k.x, k.silu, b.n, next, space.row(s, next));
         for (; b.left < 2 * s.tile_columns; b.left += 2 * s.columns) {
-          b.columns = least(s.columns, s.tile_columns - b.left / 2);
+          b.columns = min_of(s.columns, s.tile_columns - b.left / 2);
           convolve<V, T>(k, b, next, space);
         }
       }

@@ -46,8 +46,8 @@ struct Plan {
     panels = conv3x3::panels(inputs), vectors = conv3x3::panel_vectors(inputs);
     tile_rows = ceil_div(call.x.size[2], 2), all_rows = call.x.size[0] * tile_rows;
     // A chunk is about as large as the sums, or as the third-level cache.
-    const int64_t wanted = most(kDepth, least(8 * kDepth, (int64_t{1} << 18) / (x.padded + grad.padded)));
-    rows = most(1, least(all_rows, wanted / pairs)), depth = rows * pairs;
+    const int64_t wanted = max_of(kDepth, min_of(8 * kDepth, (int64_t{1} << 18) / (x.padded + grad.padded)));
+    rows = max_of(1, min_of(all_rows, wanted / pairs)), depth = rows * pairs;
     // The distance is an odd number of cache lines, so that the points do not compete for the same sets.
     point_x = (panels * vectors * depth + 1) * kLine, point_grad = (grad.padded / kLanes * depth + 1) * kLine;
     point_sums = panels * vectors * kLanes * grad.padded;
@@ -110,7 +110,7 @@ void transform_gradients(const Plan& p, const BFloat16* const* e, int64_t row, B
 template <int V, int T>
 void multiply(const Plan& p, int64_t pairs, const BFloat16* x, const BFloat16* grad, bool add, float* sums) {
   for (int64_t start = 0; start < pairs; start += kDepth) {
-    const int64_t depth = least(kDepth, pairs - start);
+    const int64_t depth = min_of(kDepth, pairs - start);
     for (int64_t o = 0; o < p.grad.padded; o += T) {
       float* place = sums + o * V * kLanes;
       __m512 sum[T][V];
@@ -170,7 +170,7 @@ void weight_gradient(const WeightGradient& call, int threads) {
   clear(pixels, threads * per_thread);
 
   for (int64_t begin = 0; begin < p.all_rows; begin += p.rows) {
-    const int64_t rows = least(p.rows, p.all_rows - begin);
+    const int64_t rows = min_of(p.rows, p.all_rows - begin);
     parallel_for(threads, threads, [&](int64_t from, int64_t to) {
       for (int64_t thread = from; thread < to; ++thread)
         for (int64_t r = rows * thread / threads; r < rows * (thread + 1) / threads; ++r) {

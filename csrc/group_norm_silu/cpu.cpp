@@ -8,13 +8,12 @@
 //   task    One block, with all channels if channels are innermost and with one channel otherwise. A thread
 //           takes whole tasks. Their size depends on the shape alone, so the number of threads does not
 //           change the result.
-//   chunk   Successive pixels of one image row in a task, with the channels of one part. Sums over a chunk
-//   have
-//           the type of the arithmetic, and sums over several chunks are float64.
-//   strip   Up to four adjacent vectors, repeated at equal distances, that share coefficients. If channels
-//   are
-//           innermost, each lane has its own channel and the strip repeats at each pixel of the chunk.
-//           Otherwise all lanes have the same channel and the strip repeats along the pixels.
+//   chunk   Successive pixels of one image row in a task, with the channels of one part. Sums over
+//           a chunk have the type of the arithmetic, and sums over several chunks are float64.
+//   strip   Up to four adjacent vectors, repeated at equal distances, that share coefficients. If
+//           channels are innermost, each lane has its own channel and the strip repeats at each pixel
+//           of the chunk. Otherwise all lanes have the same channel and the strip repeats along the
+//           pixels.
 //
 // This file is compiled once per instruction set. Everything below therefore has internal linkage and uses no
 // library templates.
@@ -51,7 +50,7 @@ struct Shape {
 
   int64_t group_channels() const { return channels / groups; }
   int64_t first_pixel(int64_t block) const { return block * block_pixels; }
-  int64_t last_pixel(int64_t block) const { return least(pixels, (block + 1) * block_pixels); }
+  int64_t last_pixel(int64_t block) const { return min_of(pixels, (block + 1) * block_pixels); }
 };
 
 struct Task {
@@ -139,7 +138,7 @@ Shape shape_of(const Inputs& in, const TensorView* const* tensors, int count) {
   s.channels_innermost = by_channel && (!by_pixel || in.width() == 1);
   s.block_pixels =
       s.channels_innermost
-          ? most(1, least(1024, kElementsPerTask / s.channels) / kPixelsPerChunk) * kPixelsPerChunk
+          ? max_of(1, min_of(1024, kElementsPerTask / s.channels) / kPixelsPerChunk) * kPixelsPerChunk
           : kElementsPerTask;
   s.blocks = ceil_div(s.pixels, s.block_pixels);
   s.task_channels = s.channels_innermost ? s.channels : 1;
@@ -423,10 +422,10 @@ __attribute__((flatten)) void for_chunks(const Shape& s, const Task& task, int64
   const int64_t begin = s.first_pixel(task.block), end = s.last_pixel(task.block);
   for (int64_t p = begin, pixels; p < end; p += pixels) {
     const int64_t row = p / s.row_length, column = p - row * s.row_length;
-    pixels = least(least(max_pixels, s.row_length - column), end - p);
+    pixels = min_of(min_of(max_pixels, s.row_length - column), end - p);
     for (int64_t part = 0; part < 2; ++part) {
-      const int64_t first = most(task.first_channel, bounds[part]);
-      const int64_t channels = least(task.last_channel, bounds[part + 1]) - first;
+      const int64_t first = max_of(task.first_channel, bounds[part]);
+      const int64_t channels = min_of(task.last_channel, bounds[part + 1]) - first;
       if (channels > 0)
         use(Chunk{task.image, part, first - bounds[part], row, column, first, channels, pixels}, p - begin);
     }
@@ -468,8 +467,8 @@ class Passes {
   Passes(const Shape& s, int coefficients, int64_t input_bytes_per_element, int threads)
       : s_(s),
         threads_(s.batch * s.channels * s.pixels < kMinElementsForThreads ? 1 : threads),
-        images_(most(1, least(s.batch, threads_ * kInputBytesPerThread /
-                                           (input_bytes_per_element * s.channels * s.pixels)))),
+        images_(max_of(1, min_of(s.batch, threads_ * kInputBytesPerThread /
+                                              (input_bytes_per_element * s.channels * s.pixels)))),
         // a whole vector is read at the last channel
         stride_(ceil_div(s.channels, V::width) * V::width + V::width),
         coefficients_(coefficients),
@@ -481,7 +480,8 @@ class Passes {
   // Calls pass(first image, last image) for images that go through all passes together.
   template <class Pass>
   void run(const Pass& pass) const {
-    for (int64_t first = 0; first < s_.batch; first += images_) pass(first, least(s_.batch, first + images_));
+    for (int64_t first = 0; first < s_.batch; first += images_)
+      pass(first, min_of(s_.batch, first + images_));
   }
 
   // Two sums per channel and block of the i-th of these images. Each block has all first sums, then all

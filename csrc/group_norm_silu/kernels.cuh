@@ -14,9 +14,8 @@
 //   unit    The elements that a thread loads at once: 16 bytes of channels or of pixels, or one element.
 //   slab    Successive channels, as many as one block works on.
 //   chunk   Successive units along the pixels of an image, as many as one block works on.
-//   table   The threads of a block. Each column takes the channels of one unit, and the rows of a column
-//   share
-//           the units of the chunk.
+//   table   The threads of a block. Each column takes the channels of one unit, and the rows of
+//           a column share the units of the chunk.
 //   part    The x or the skip half of a tensor. A class Part is one block's share: a slab and a chunk.
 #pragma once
 

@@ -274,8 +274,10 @@ class Analysis : public Rows<T> {
     if (2 * row + 1 < height[level - 1]) {
       bottom = ll_row(level - 1, 2 * row + 1, 1, store);
     } else {
-      const int64_t stand_in = extension(height[level - 1], p.mode);
-      bottom = stand_in < 0 ? zeros : stand_in == 2 * row ? top : ll_row(level - 1, stand_in, 1, false);
+      const int64_t extension_index = extension(height[level - 1], p.mode);
+      bottom = extension_index < 0          ? zeros
+               : extension_index == 2 * row ? top
+                                            : ll_row(level - 1, extension_index, 1, false);
     }
 
     const Target& target = store ? targets[level] : discard;
@@ -286,9 +288,10 @@ class Analysis : public Rows<T> {
     const int64_t pairs = width[level - 1] / 2;
     analysis_pairs(top, bottom, rows, pairs, lanes, this->factor);
     if (width[level - 1] % 2 != 0) {
-      const int64_t last = 2 * pairs * lanes, stand_in = extension(width[level - 1], p.mode) * lanes;
+      const int64_t last = 2 * pairs * lanes, extension_index = extension(width[level - 1], p.mode) * lanes;
       for (int64_t k = 0; k < lanes; ++k) {
-        const T b = stand_in < 0 ? 0 : top[stand_in + k], d = stand_in < 0 ? 0 : bottom[stand_in + k];
+        const T b = extension_index < 0 ? 0 : top[extension_index + k],
+                d = extension_index < 0 ? 0 : bottom[extension_index + k];
         put_quad(rows, pairs * lanes + k, butterfly(top[last + k], b, bottom[last + k], d, this->factor));
       }
     }

@@ -260,7 +260,7 @@ void for_parts(const Sizes& s, int threads, int buffers, const Body& body) {
   parallel_for(threads, threads, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread)
       for (int64_t part = parts * thread / threads; part < parts * (thread + 1) / threads; ++part)
-        body(part, part * kFiltersPerPart, least(s.filters, (part + 1) * kFiltersPerPart),
+        body(part, part * kFiltersPerPart, min_of(s.filters, (part + 1) * kFiltersPerPart),
              memory + thread * per_thread);
   });
 }

@@ -13,6 +13,6 @@ def level_sizes(height: int, width: int, levels: int) -> list[tuple[int, int]]:
     return sizes
 
 
-def stand_in(n: int, mode: str) -> int:
+def extension_index(n: int, mode: str) -> int:
     """Returns the index of the sample that extends an axis of odd length `n`, for every mode but "zero"."""
     return {"symmetric": n - 1, "constant": n - 1, "reflect": n - 2, "periodic": 0}[mode]

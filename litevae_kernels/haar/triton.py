@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from litevae_kernels.haar.shapes import level_sizes, stand_in
+from litevae_kernels.haar.shapes import level_sizes, extension_index
 from litevae_kernels.triton_support import kernel, on_device
 
 MAX_FUSED = 3
@@ -618,7 +618,9 @@ def _launch_level(
     acc: Any,
 ) -> None:
     n, c, height, width = image.shape
-    extra = [stand_in(size, mode) if size % 2 == 1 and mode != "zero" else -1 for size in (height, width)]
+    extra = [
+        extension_index(size, mode) if size % 2 == 1 and mode != "zero" else -1 for size in (height, width)
+    ]
     quads = n * c * ((height + 1) // 2) * ((width + 1) // 2)
     bands = (*bands, carry)
     _launch(

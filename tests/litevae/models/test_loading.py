@@ -59,6 +59,7 @@ class TestFolders:
         folder = tmp_path / "step-00000010"
         litevae(1).save_pretrained(folder / "ema")
         litevae(2).save_pretrained(folder / "model")
+        (folder / "manifest.json").write_text("{}")
         return folder
 
     @pytest.mark.parametrize("load", [load_model, initialised])
@@ -66,6 +67,14 @@ class TestFolders:
         assert model_folder(checkpoint) == checkpoint / "ema"
         assert same(load(checkpoint), litevae(1))
         line = f"{checkpoint}: loading the averaged weights, {checkpoint / 'ema'}\n"
+        assert capsys.readouterr().err == line
+
+    @pytest.mark.parametrize("load", [load_model, initialised])
+    def test_of_a_checkpoint_without_average_the_raw_weights_are_loaded(self, tmp_path, load, capsys):
+        litevae(1).save_pretrained(tmp_path / "model")
+        (tmp_path / "manifest.json").write_text("{}")
+        assert same(load(tmp_path), litevae(1))
+        line = f"{tmp_path}: loading the raw (not averaged) weights, {tmp_path / 'model'}\n"
         assert capsys.readouterr().err == line
 
     @pytest.mark.parametrize("load", [load_model, initialised])

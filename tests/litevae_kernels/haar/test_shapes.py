@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import pywt
 
-from litevae_kernels.haar.shapes import MODES, level_sizes, stand_in
+from litevae_kernels.haar.shapes import MODES, level_sizes, extension_index
 
 NUMPY_MODES = {"symmetric": "symmetric", "constant": "edge", "reflect": "reflect", "periodic": "wrap"}
 
@@ -23,7 +23,7 @@ def test_level_sizes_are_those_of_pywavelets(mode):
 @pytest.mark.parametrize("mode", NUMPY_MODES)
 def test_the_stand_in_is_the_sample_that_numpy_pads_with(mode):
     for n in (3, 5, 67):
-        assert stand_in(n, mode) == np.pad(np.arange(n), (0, 1), mode=NUMPY_MODES[mode])[-1]
+        assert extension_index(n, mode) == np.pad(np.arange(n), (0, 1), mode=NUMPY_MODES[mode])[-1]
 
 
 def test_the_modes_have_the_codes_of_the_core():
