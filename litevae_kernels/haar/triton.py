@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from litevae_kernels.haar.shapes import level_sizes, extension_index
+from litevae_kernels.haar.shapes import extension_index, level_sizes
 from litevae_kernels.triton_support import kernel, on_device
 
 MAX_FUSED = 3

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import pywt
 
-from litevae_kernels.haar.shapes import MODES, level_sizes, extension_index
+from litevae_kernels.haar.shapes import MODES, extension_index, level_sizes
 
 NUMPY_MODES = {"symmetric": "symmetric", "constant": "edge", "reflect": "reflect", "periodic": "wrap"}
 
