@@ -1,4 +1,4 @@
-"""Writes ``results/REPORT.md`` with its plots, and the README's table of one line per machine, from ``results/*.json``.
+"""Writes ``results/REPORT.md`` and its plots, and the README's table of machines, from ``results/*.json``.
 
 Run it as ``python -m benchmarks.report``.
 """
