@@ -333,7 +333,7 @@ def test_files_of_the_repository_exist(path):
 
 
 def names_in_files(text: str) -> Iterator[tuple[str, str]]:
-    """Yields the file and name of each "`file.py` (`name`, `name`)", "`file.py`: `name`" and "`name` of `file.py`"."""
+    """Yields (file, name) for "`file.py` (`name`, `name`)", "`file.py`: `name`" and "`name` of `file.py`"."""
     for file, names in re.findall(r"`([\w/]+/\w+\.py)`(?: \(|: )((?:`[\w.]+`(?:, )?)+)", text):
         yield from ((file, name) for name in re.findall(r"[\w.]+", names))
     yield from ((file, name) for name, file in re.findall(r"`([\w.]+)` of (?:\*\*)?`([\w/]+/\w+\.py)`", text))
