@@ -320,11 +320,30 @@ def test_commands_are_valid_as_written(page, folder_of):
 
 @pytest.mark.parametrize("path", PAGES, ids=[page.name for page in PARSED])
 def test_files_of_the_repository_exist(path):
-    named = re.findall(
-        r"`((?:litevae|litevae_kernels|csrc|tests|benchmarks|docs|examples)/[^` ]+)`", path.read_text()
-    )
+    text = " ".join(path.read_text(encoding="utf-8").split())
+    named = re.findall(r"`((?:litevae|litevae_kernels|csrc|tests|benchmarks|docs|examples)/[^` ]+)`", text)
     missing = [name for name in named if not (INVENTED.search(name) or (ROOT / name).exists())]
     assert not missing
+    undefined = [
+        f"{file}: {name}"
+        for file, name in names_in_files(text)
+        if (ROOT / file).exists() and not defines(file, name)
+    ]
+    assert not undefined
+
+
+def names_in_files(text: str) -> Iterator[tuple[str, str]]:
+    """Yields (file, name) for "`file.py` (`name`, `name`)", "`file.py`: `name`" and "`name` of `file.py`"."""
+    for file, names in re.findall(r"`([\w/]+/\w+\.py)`(?: \(|: )((?:`[\w.]+`(?:, )?)+)", text):
+        yield from ((file, name) for name in re.findall(r"[\w.]+", names))
+    yield from ((file, name) for name, file in re.findall(r"`([\w.]+)` of (?:\*\*)?`([\w/]+/\w+\.py)`", text))
+
+
+def defines(file: str, name: str) -> bool:
+    """Returns whether each part of a dotted name is a function, a class or a variable that the file defines."""
+    source = (ROOT / file).read_text(encoding="utf-8")
+    patterns = (rf"^\s*((def|class|type) {part}\b|{part}\s*[:=])" for part in name.split("."))
+    return all(re.search(pattern, source, re.MULTILINE) for pattern in patterns)
 
 
 def test_every_exception_is_needed():
