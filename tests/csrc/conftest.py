@@ -97,3 +97,24 @@ def on_host(tmp_path_factory) -> Callable[[str], SimpleNamespace]:
         )
 
     return build
+
+
+@pytest.fixture(scope="session")
+def check_random_cases() -> Callable[..., None]:
+    """Returns a function that checks 40 random cases of a seed, and names the case in the message of a failure."""
+
+    def run(
+        host: SimpleNamespace,
+        seed: int,
+        random_case: Callable[[random.Random, SimpleNamespace], object],
+        check: Callable[[SimpleNamespace, random.Random, object], object],
+    ) -> None:
+        for i in range(40):
+            rng = random.Random(1000 * seed + i)
+            case = random_case(rng, host)
+            try:
+                check(host, rng, case)
+            except AssertionError as error:
+                raise AssertionError(f"seed {seed}, {i}: {case}: {error}") from error
+
+    return run

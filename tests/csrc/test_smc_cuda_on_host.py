@@ -135,14 +135,8 @@ def random_case(rng, host):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_equals_torch_in_float64(host, seed):
-    for i in range(40):
-        rng = random.Random(1000 * seed + i)
-        case = random_case(rng, host)
-        try:
-            check(host, rng, case)
-        except AssertionError as error:
-            raise AssertionError(f"seed {seed}, {i}: {case}: {error}") from error
+def test_equals_torch_in_float64(host, seed, check_random_cases):
+    check_random_cases(host, seed, random_case, check)
 
 
 F32, F64, F16 = torch.float32, torch.float64, torch.float16

@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 
@@ -7,6 +8,7 @@ from PIL import Image
 from skimage import data
 
 SIZE = 32
+SPEED = {"images_per_second", "data_wait"}  # values of a log that differ from run to run
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +111,33 @@ def square_images(tmp_path):
         Image.fromarray(square).save(folder / f"{i}.png")
     (folder / "bad.png").write_text("no image")
     return folder
+
+
+@pytest.fixture
+def gradient_runs(tmp_path):
+    """Returns a folder with two logs in the trainer's format, and the ratios of gradients on some of their lines."""
+    ratios = {"constant": [0.5, 0.4, 0.2, 0.1], "adaptive": [100.0, 0.01, 3.0]}
+    for name, values in ratios.items():
+        (tmp_path / name).mkdir()
+        lines = [{"step": 1, "loss": 1.0}, {"step": 2, "skipped": "the loss is nan", "skipped_steps": 1}]
+        lines += [{"step": 10 * i, "gradient_ratio": value} for i, value in enumerate(values, start=1)]
+        lines += [{"step": 99, "gradient_ratio": 0.0}]  # cannot be drawn on a logarithmic scale
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / name / "metrics.jsonl").write_text(text + '{"step": 100, "gradi')  # the run was killed
+    return tmp_path, ratios
+
+
+@pytest.fixture(scope="session")
+def logged():
+    def read(folder):
+        """Returns the lines of the log without values that differ from run to run."""
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [{name: value for name, value in line.items() if name not in SPEED} for line in lines]
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def variant_settings():
+    """The names of the configuration that choose a variant of the encoder."""
+    return ("encoder_type", "extractor", "shared_extractor", "aggregator", "finest_level", "encoder_norm")

@@ -16,6 +16,8 @@ from torch import Tensor
 import litevae_kernels
 from litevae_kernels.backend import core
 
+Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]  # a kernel, its arguments and its named arguments
+
 
 @pytest.fixture
 def each_isa() -> Iterator[Iterator[str]]:
@@ -54,10 +56,40 @@ def under_the_interpreter(pytestconfig: pytest.Config) -> Callable[[str], subpro
 
 
 @pytest.fixture
-def compile_for_sm90() -> Callable[[tuple[Any, tuple[Any, ...], dict[str, Any]]], Any]:
+def launches(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Launch]]:
+    """Returns a function that gives the launches (kernel, arguments, named arguments) of a call without doing them.
+
+    Its arguments are the module of the kernels, the call, and the largest number of dimensions of a grid.
+    """
+
+    def record(kernels: Any, call: Callable[[], None], dimensions: int = 3) -> list[Launch]:
+        seen: list[Launch] = []
+
+        class Recorder:
+            def __init__(self, kernel: Any) -> None:
+                self.kernel = kernel
+
+            def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+                assert len(grid) <= dimensions
+                assert 0 < grid[0] < 2**31
+                assert all(size < 2**16 for size in grid[1:])
+                return lambda *args, **kwargs: seen.append((self.kernel, args, kwargs))
+
+        with monkeypatch.context() as patch:
+            for name in dir(kernels):
+                if name.endswith("_kernel"):
+                    patch.setattr(kernels, name, Recorder(getattr(kernels, name)))
+            call()
+        return seen
+
+    return record
+
+
+@pytest.fixture
+def compile_for_sm90() -> Callable[[Launch], Any]:
     """Returns a function that compiles a launch (kernel, arguments, named arguments) for an H100, without one."""
 
-    def compile(launch: tuple[Any, tuple[Any, ...], dict[str, Any]]) -> Any:
+    def compile(launch: Launch) -> Any:
         import triton
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
@@ -132,3 +164,11 @@ def resources(tmp_path: Path) -> Callable[[Any], tuple[int, int]]:
         pytest.skip("this Triton has no ptxas that assembles its PTX")
 
     return assemble
+
+
+@pytest.fixture
+def restore_threads() -> Iterator[None]:
+    """Restores the number of PyTorch's threads after a test that changes it."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

@@ -1,5 +1,3 @@
-import json
-
 import pytest
 import torch
 from PIL import Image
@@ -24,7 +22,6 @@ TINY = [
     "log_every=1",
     "checkpoint.every=0",
 ]
-SPEED = {"images_per_second", "data_wait"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -87,16 +84,6 @@ def tiny(tmp_path, tiny_settings):
         return load_diffusion_config("small", [*tiny_settings, f"output_dir={tmp_path / name}", *overrides])
 
     return make
-
-
-@pytest.fixture(scope="session")
-def logged():
-    def read(folder):
-        """Returns the lines of the log without values that differ from run to run."""
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        return [{name: value for name, value in line.items() if name not in SPEED} for line in lines]
-
-    return read
 
 
 @pytest.fixture

@@ -71,6 +71,19 @@ class Colours(torch.nn.Module):
         return self.seen[-1]
 
 
+def skimage_ssim(a, b):
+    """Returns scikit-image's SSIM with the window and the variance of the original paper."""
+    return structural_similarity(
+        a,
+        b,
+        channel_axis=2,
+        data_range=255,
+        gaussian_weights=True,
+        sigma=1.5,
+        use_sample_covariance=False,
+    )
+
+
 def test_psnr_and_ssim_are_scikit_images():
     rng = np.random.default_rng(0)
     x = np.stack(
@@ -80,18 +93,7 @@ def test_psnr_and_ssim_are_scikit_images():
     y = np.clip(x + rng.normal(0, (8, 1, 0), (70, 80, 3, 3)).transpose(3, 0, 1, 2), 0, 255).astype(np.uint8)
     y[2] = np.roll(y[2], 1, axis=0)
     tensors = [torch.from_numpy(z).permute(0, 3, 1, 2) for z in (x, y)]
-    expected = [
-        structural_similarity(
-            a,
-            b,
-            channel_axis=2,
-            data_range=255,
-            gaussian_weights=True,
-            sigma=1.5,
-            use_sample_covariance=False,
-        )
-        for a, b in zip(x, y, strict=True)
-    ]
+    expected = [skimage_ssim(a, b) for a, b in zip(x, y, strict=True)]
     assert batch_ssim(*tensors).tolist() == pytest.approx(expected, rel=1e-9)
     expected = [peak_signal_noise_ratio(a, b) for a, b in zip(x, y, strict=True)]
     assert batch_psnr(*tensors).tolist() == pytest.approx(expected, rel=1e-12)
@@ -109,18 +111,7 @@ def test_all_metrics_of_a_folder(model, folder, pairs, monkeypatch):
     assert found.values["psnr"] == pytest.approx(
         np.mean([peak_signal_noise_ratio(a, b) for a, b in zip(*pairs, strict=True)]), abs=1e-4
     )
-    ssim = [
-        structural_similarity(
-            a,
-            b,
-            channel_axis=2,
-            data_range=255,
-            gaussian_weights=True,
-            sigma=1.5,
-            use_sample_covariance=False,
-        )
-        for a, b in zip(*pairs, strict=True)
-    ]
+    ssim = [skimage_ssim(a, b) for a, b in zip(*pairs, strict=True)]
     assert found.values["ssim"] == pytest.approx(np.mean(ssim), abs=1e-4)
     with torch.no_grad():
         distances = [

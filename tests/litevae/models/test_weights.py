@@ -99,7 +99,8 @@ class TestSaveModel:
     def test_the_old_model_survives_a_kill_and_a_failing_save(self, make, tmp_path, monkeypatch):
         folder = tmp_path / "model"
         save_model(make(), folder)
-        os.rename(folder, folder.with_name(".model.old"))  # as if killed between the two renames
+        # This is the state after a kill between the two renames.
+        os.rename(folder, folder.with_name(".model.old"))
 
         def fail(_):
             raise OSError("full")

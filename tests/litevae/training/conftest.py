@@ -1,6 +1,5 @@
 """Settings and helpers of tiny training runs."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -28,7 +27,6 @@ ADVERSARIAL = [
     "discriminator.kind=patchgan",
     "discriminator.width=S",
 ]
-SPEED = {"images_per_second", "data_wait"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,16 +45,6 @@ def tiny_settings(tmp_path_factory):
 @pytest.fixture(scope="session")
 def adversarial_settings():
     return ADVERSARIAL
-
-
-@pytest.fixture(scope="session")
-def logged():
-    def read(folder):
-        """Returns the lines of the log without values that differ from run to run."""
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        return [{name: value for name, value in line.items() if name not in SPEED} for line in lines]
-
-    return read
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """The ratio of gradients in a run's log."""
 
-import json
-
 import numpy as np
 import pytest
 
@@ -9,22 +7,8 @@ from litevae.errors import UserError
 from litevae.training.gradient_ratio import read_gradient_ratios
 
 
-@pytest.fixture
-def runs(tmp_path):
-    """Logs in the trainer's format, with the ratio on some of the lines."""
-    ratios = {"constant": [0.5, 0.4, 0.2, 0.1], "adaptive": [100.0, 0.01, 3.0]}
-    for name, values in ratios.items():
-        (tmp_path / name).mkdir()
-        lines = [{"step": 1, "loss": 1.0}, {"step": 2, "skipped": "the loss is nan", "skipped_steps": 1}]
-        lines += [{"step": 10 * i, "gradient_ratio": value} for i, value in enumerate(values, start=1)]
-        lines += [{"step": 99, "gradient_ratio": 0.0}]  # cannot be drawn on a logarithmic scale
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (tmp_path / name / "metrics.jsonl").write_text(text + '{"step": 100, "gradi')  # the run was killed
-    return tmp_path, ratios
-
-
-def test_ratios_are_read_from_the_log(runs):
-    folder, ratios = runs
+def test_ratios_are_read_from_the_log(gradient_runs):
+    folder, ratios = gradient_runs
     found = read_gradient_ratios(folder / "constant")
     assert found.steps == (10, 20, 30, 40)
     assert found.ratios == tuple(ratios["constant"])

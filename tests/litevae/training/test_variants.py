@@ -25,18 +25,11 @@ def logged(folder) -> list[dict[str, float]]:
     ],
     ids=["dwt", "nafnet and vit", "smc"],
 )
-def test_a_variant_trains_and_reloads(tiny, no_pictures, settings):
+def test_a_variant_trains_and_reloads(tiny, variant_settings, no_pictures, settings):
     config = tiny(*settings, "max_steps=2", "ema_decay=0.9")
     result = train(config)
     model = LiteVAE.from_pretrained(result.output_dir / "model")
-    for name in (
-        "encoder_type",
-        "extractor",
-        "shared_extractor",
-        "aggregator",
-        "finest_level",
-        "encoder_norm",
-    ):
+    for name in variant_settings:
         assert model.config[name] == getattr(config.model, name)
     assert result.psnr > 0
     lines = logged(result.output_dir)

@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's interpreter on the CPU, on a GPU if there is one, and compiled without one.
+"""The Triton kernels in Triton's interpreter on the CPU, and on a GPU if there is one.
 
 Triton reads TRITON_INTERPRET when a kernel is defined, so this module runs itself again in a process that sets it.
 There the device of the tests is the CPU, and here it is CUDA.
@@ -7,8 +7,6 @@ There the device of the tests is the CPU, and here it is CUDA.
 import os
 import random
 import re
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,13 +24,12 @@ needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), 
 on_device = pytest.mark.parametrize(
     "device", ["cpu"] if INTERPRETED else [pytest.param("cuda", marks=needs_gpu)]
 )
-not_interpreted = pytest.mark.skipif(INTERPRETED, reason="needs the compiler's kernels")
 
 CASES = 13  # per test
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHAPES = (  # N, C, C_skip, groups, H, W; few groups, because the interpreter's time grows with the programs
     (1, 1, 0, 1, 1, 1),
-    (3, 4, 0, 4, 1, 1),  # one value a group
+    (3, 4, 0, 4, 1, 1),  # one value per group
     (2, 6, 0, 1, 5, 7),
     (1, 8, 0, 8, 13, 11),
     (2, 16, 0, 2, 16, 16),
@@ -285,174 +282,6 @@ def test_bfloat16_is_the_rounded_float32() -> None:
         kernels.forward(x, None, None, None, y, stats, 2, 1e-6)
     truncated = (outputs[0].view(torch.int32) & -65536).view(torch.float32)
     assert torch.equal(outputs[1].float(), truncated)
-
-
-# The arguments of launches, without launching.
-
-Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
-
-
-def launches(monkeypatch: pytest.MonkeyPatch, call: Callable[[], None]) -> list[Launch]:
-    seen: list[Launch] = []
-
-    class Recorder:
-        def __init__(self, kernel: Any) -> None:
-            self.kernel = kernel
-
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-            assert 0 < grid[0] < 2**31
-            assert all(size < 2**16 for size in grid[1:])
-            return lambda *args, **kwargs: seen.append((self.kernel, args, kwargs))
-
-    with monkeypatch.context() as patch:
-        for name in dir(kernels):
-            if name.endswith("_kernel"):
-                patch.setattr(kernels, name, Recorder(getattr(kernels, name)))
-        call()
-    return seen
-
-
-def run_both(
-    monkeypatch: pytest.MonkeyPatch,
-    shape: tuple[int, int, int, int],
-    skip: int = 0,
-    *,
-    groups: int = 32,
-    dtype: torch.dtype = torch.bfloat16,
-    format: torch.memory_format = torch.channels_last,
-    grad_format: torch.memory_format | None = None,
-    crop: bool = False,
-    affine: bool = True,
-) -> list[Launch]:
-    n, c, h, w = shape
-
-    def empty(channels: int, memory_format: torch.memory_format) -> Tensor:
-        # on the meta device, where no size takes memory and address 0 counts as aligned
-        out = torch.empty(n, channels, h, w + crop, dtype=dtype, device="meta", memory_format=memory_format)
-        return out[..., :w]
-
-    x, grad = empty(c, format), empty(c + skip, grad_format or format)
-    second = empty(skip, format) if skip else None
-    parameters = [torch.empty(c + skip, device="meta") if affine else None for _ in range(2)]
-    stats = torch.empty(n, groups, 2, dtype=torch.float64, device="meta")
-    y = empty(c + skip, format)
-
-    def call() -> None:
-        kernels.forward(x, second, *parameters, y, stats, groups, 1e-6)
-        kernels.backward(grad, x, second, *parameters, stats, x, second, *parameters, groups)
-
-    return launches(monkeypatch, call)
-
-
-@not_interpreted
-def test_sizes_share_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    first = run_both(monkeypatch, (4, 128, 128, 128))
-    for shape in [(1, 128, 128, 128), (7, 128, 256, 256), (3, 128, 64, 96), (2, 256, 64, 64)]:
-        for (kernel, args, kwargs), (other, other_args, other_kwargs) in zip(
-            first, run_both(monkeypatch, shape), strict=True
-        ):
-            assert kernel is other
-            assert {k: v for k, v in kwargs.items() if k not in ("ROWS", "BLOCK")} == {
-                k: v for k, v in other_kwargs.items() if k not in ("ROWS", "BLOCK")
-            }
-            for parameter, a, b in zip(kernel.params, args, other_args, strict=False):
-                assert type(a) is type(b)
-                if isinstance(a, int):
-                    assert parameter.do_not_specialize
-                    assert parameter.annotation_type == "i64"
-
-
-@pytest.mark.parametrize(
-    ("shape", "groups"),
-    [
-        ((2**22, 512, 1, 1), 32),
-        ((3 * 2**29, 32, 1, 1), 32),
-        ((1, 1, 65536, 65537), 1),
-        ((70000, 96, 3, 3), 96),
-    ],
-)
-@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
-def test_grids_of_huge_sizes(
-    shape: tuple[int, int, int, int],
-    groups: int,
-    format: torch.memory_format,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    assert run_both(monkeypatch, shape, groups=groups, format=format)
-
-
-def test_one_image_fills_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    grids = []
-    x = torch.empty(1, 128, 512, 512, dtype=torch.bfloat16, device="meta", memory_format=torch.channels_last)
-    for part in kernels._parts(x, None):
-        grids += [part.tiling(part.chunk(most))[0][0] for most in (kernels.MAX_STEPS, 8)]
-    assert min(grids) >= 132 * 16
-
-
-# Kernels compiled ahead of time, without a GPU.
-
-
-@not_interpreted
-@pytest.mark.parametrize("format", [torch.channels_last, torch.contiguous_format])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_vectors_and_no_spills(
-    dtype: torch.dtype,
-    format: torch.memory_format,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    compile_for_sm90: Any,
-    accesses: Any,
-    resources: Any,
-) -> None:
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    found = run_both(monkeypatch, (8, 128, 128, 128), dtype=dtype, format=format)
-    assert len(found) == 7
-    for launch in found:
-        name = launch[0].__name__
-        compiled = compile_for_sm90(launch)
-        registers, spilled = resources(compiled)
-        assert spilled == 0, name
-        print(name, registers)
-        assert registers <= 168, (name, registers)
-        if "join" in name or "parameters" in name:
-            continue
-        ptx = compiled.asm["ptx"]
-        loads, stores = accesses(ptx, "ld"), accesses(ptx, "st")
-        tensors = 1 if "stats" in name or "apply" in name else 2
-        assert loads[16] >= 2 * tensors, (name, loads)
-        if dtype == torch.bfloat16:
-            assert loads[2] == 0, (name, loads)
-            assert stores[2] == 0, (name, stores)
-        if "apply" in name or "grad" in name:
-            assert set(stores) == {16}, (name, stores)
-
-
-@not_interpreted
-@pytest.mark.parametrize(
-    "case",
-    [
-        {"shape": (2, 96, 16, 16), "skip": 64},
-        {"shape": (2, 64, 15, 17), "format": torch.contiguous_format, "grad_format": torch.channels_last},
-        {"shape": (2, 64, 15, 17), "crop": True, "dtype": torch.float64},
-        {"shape": (1, 3, 1, 1), "groups": 1, "dtype": torch.float16, "affine": False},
-        {"shape": (1, 64, 32, 65536), "crop": True, "format": torch.contiguous_format},
-    ],
-    ids=["skip", "mixed", "fp64 rows", "one pixel", "wide rows"],
-)
-def test_kernels_compile(
-    case: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compile_for_sm90: Any
-) -> None:
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    done = set()
-    for launch in run_both(monkeypatch, **case):
-        key = (launch[0].__name__, str(launch[2]))
-        if key not in done:
-            done.add(key)
-            compiled = compile_for_sm90(launch)
-            assert len(compiled.asm["cubin"]) > 0
-            if case.get("dtype") != torch.float64 and "join" not in key[0] and "parameters" not in key[0]:
-                # only the split of the mean is float64, and no Python float makes arithmetic wider
-                assert not re.search(r"\b(mul|fma|div)\.(\w+\.)*f64", compiled.asm["ptx"]), key
 
 
 @pytest.mark.gpu

@@ -217,60 +217,44 @@ def test_same_bits_every_time(device: str, monkeypatch: pytest.MonkeyPatch) -> N
 # The arguments of a launch, without launching.
 
 Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
+Launches = Callable[..., list[Launch]]
 
 
-def launches(monkeypatch: pytest.MonkeyPatch, call: Callable[[], None]) -> list[Launch]:
-    seen: list[Launch] = []
+@pytest.fixture
+def run_both(launches: Launches) -> Launches:
+    """Returns a function that records the launches of the kernels, forwards and backwards, for a shape."""
 
-    class Recorder:
-        def __init__(self, kernel: Any) -> None:
-            self.kernel = kernel
+    def run(
+        shape: tuple[int, int, int, int],
+        *,
+        dtype: torch.dtype = torch.float32,
+        out_dtype: torch.dtype = torch.bfloat16,
+        format: torch.memory_format = torch.channels_last,
+        out_format: torch.memory_format | None = None,
+        groups: int = 1,
+        gain: bool = True,
+    ) -> list[Launch]:
+        # Tensors on the meta device take no memory, and their address 0 counts as aligned.
+        weight = torch.empty(shape, dtype=dtype, device="meta", memory_format=format)
+        out = torch.empty(shape, dtype=out_dtype, device="meta", memory_format=out_format or format)
+        scale = torch.empty(shape[1] * groups, device="meta")
+        strength = torch.empty(1, device="meta") if gain else None
+        norm = torch.empty(shape[0], dtype=accumulate_dtype(dtype, out_dtype), device="meta")
 
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-            assert 0 < grid[0] < 2**31
-            assert all(size < 2**16 for size in grid[1:])
-            return lambda *args, **kwargs: seen.append((self.kernel, args, kwargs))
+        def call() -> None:
+            kernels.forward(weight, scale, strength, out, norm, 1e-8)
+            kernels.backward(out, weight, scale, strength, norm, weight, scale, strength, 1e-8)
 
-    with monkeypatch.context() as patch:
-        for name in dir(kernels):
-            if name.endswith("_kernel"):
-                patch.setattr(kernels, name, Recorder(getattr(kernels, name)))
-        call()
-    return seen
+        return launches(kernels, call)
 
-
-def run_both(
-    monkeypatch: pytest.MonkeyPatch,
-    shape: tuple[int, int, int, int],
-    *,
-    dtype: torch.dtype = torch.float32,
-    out_dtype: torch.dtype = torch.bfloat16,
-    format: torch.memory_format = torch.channels_last,
-    out_format: torch.memory_format | None = None,
-    groups: int = 1,
-    gain: bool = True,
-) -> list[Launch]:
-    # Tensors on the meta device take no memory, and their address 0 counts as aligned.
-    weight = torch.empty(shape, dtype=dtype, device="meta", memory_format=format)
-    out = torch.empty(shape, dtype=out_dtype, device="meta", memory_format=out_format or format)
-    scale = torch.empty(shape[1] * groups, device="meta")
-    strength = torch.empty(1, device="meta") if gain else None
-    norm = torch.empty(shape[0], dtype=accumulate_dtype(dtype, out_dtype), device="meta")
-
-    def call() -> None:
-        kernels.forward(weight, scale, strength, out, norm, 1e-8)
-        kernels.backward(out, weight, scale, strength, norm, weight, scale, strength, 1e-8)
-
-    return launches(monkeypatch, call)
+    return run
 
 
 @pytest.mark.parametrize(
     ("shape", "groups"), [((2**20, 1, 3, 3), 2**20), ((3 * 2**29, 1, 1, 1), 1), ((1, 2**20, 33, 65), 1)]
 )
-def test_grids_of_huge_sizes(
-    shape: tuple[int, int, int, int], groups: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert run_both(monkeypatch, shape, groups=groups)
+def test_grids_of_huge_sizes(shape: tuple[int, int, int, int], groups: int, run_both: Any) -> None:
+    assert run_both(shape, groups=groups)
 
 
 # Kernels compiled ahead of time, for a GPU that this machine need not have.
@@ -281,13 +265,14 @@ def test_grids_of_huge_sizes(
 def test_vectors_and_no_spills(
     format: torch.memory_format,
     monkeypatch: pytest.MonkeyPatch,
+    run_both: Any,
     tmp_path: Path,
     compile_for_sm90: Any,
     accesses: Any,
     resources: Any,
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    found = run_both(monkeypatch, (512, 512, 3, 3), format=format)
+    found = run_both((512, 512, 3, 3), format=format)
     assert len(found) == 5
     for launch in found:
         name = launch[0].__name__
@@ -319,12 +304,13 @@ def test_vectors_and_no_spills(
 def test_kernels_compile(
     case: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
+    run_both: Any,
     tmp_path: Path,
     compile_for_sm90: Any,
     resources: Any,
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    for launch in run_both(monkeypatch, **case):
+    for launch in run_both(**case):
         compiled = compile_for_sm90(launch)
         assert len(compiled.asm["cubin"]) > 0
         assert resources(compiled)[1] == 0
