@@ -110,8 +110,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not hasattr(error, "format_message"):
             raise
         context = getattr(error, "ctx", None)
-        hint = f". See {context.command_path} --help." if context else ""
-        return fail(error.format_message().rstrip(".") + hint, getattr(error, "exit_code", 2))
+        message = error.format_message()
+        message += "" if message.endswith((".", "?")) else "."
+        hint = f" See {context.command_path} --help." if context else ""
+        return fail(message + hint, getattr(error, "exit_code", 2))
 
 
 def fail(message: str, status: int) -> int:

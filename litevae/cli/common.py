@@ -51,6 +51,17 @@ WorkersOption = Annotated[int, typer.Option(min=0, metavar="N", help="Processes 
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
 
 
+def stopped_message(signal_name: str, steps: int, has_checkpoints: bool) -> str:
+    """Returns what a command prints when a signal has stopped a training run."""
+    count = f"{steps} step{'s' * (steps != 1)}"
+    if has_checkpoints:
+        return f"stopped by {signal_name} after {count}; everything is saved: continue with resume=auto"
+    return (
+        f"stopped by {signal_name} after {count}; the results are saved, but no checkpoint (checkpoint.every=0), "
+        "so the run cannot be resumed"
+    )
+
+
 def parse_metrics(text: str) -> list[str]:
     """Splits comma-separated names: each once, the known ones first, in the order of `COLUMNS`."""
     names = [name.strip().lower() for name in text.split(",") if name.strip()]
@@ -80,7 +91,7 @@ def check_new(*files: Path, overwrite: bool) -> None:
     """Raises UserError if one of the files exists and may not be replaced."""
     for file in files:
         if file.exists() and not overwrite:
-            raise UserError(f"{file} exists already: give another place with -o, or --overwrite")
+            raise UserError(f"{file} already exists: choose another place with -o, or add --overwrite")
 
 
 def check_new_file(file: Path, overwrite: bool) -> None:

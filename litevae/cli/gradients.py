@@ -19,8 +19,9 @@ def gradients(
 
     \b
     Example: litevae gradients runs/constant runs/adaptive -o gradients.png
-    after:   litevae train imagenet-b gradient_ratio_every=100 output_dir=runs/constant
-             litevae train imagenet-b gradient_ratio_every=100 output_dir=runs/adaptive \\
+    The runs must have been trained with gradient_ratio_every, for example:
+             litevae train imagenet-b data.train=FOLDER gradient_ratio_every=100 output_dir=runs/constant
+             litevae train imagenet-b data.train=FOLDER gradient_ratio_every=100 output_dir=runs/adaptive \\
                  loss.adversarial=0.5 loss.adversarial_weight=adaptive
 
     Reads the gradient_ratio that runs with gradient_ratio_every have logged: the norm of the gradient of the

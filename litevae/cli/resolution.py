@@ -104,7 +104,7 @@ def resolution(
                 }
             )
             figures = [
-                f"{result.values[metric]:10.{COLUMNS[metric][1]}f}{worse[metric][size]:+9.1f} %"
+                f"{result.values[metric]:10.{COLUMNS[metric][1]}f}{worse[metric][size]:+10.1f} %"
                 for metric in wanted
             ]
             rows.append((name, f"{size:6}" + "".join(figures)))
@@ -115,7 +115,9 @@ def resolution(
     counts = sorted({result.count for by_size in found.values() for result in by_size.values()})
     print(f"{' or '.join(map(str, counts))} images, middle square, 8 bits; mode of the posterior")
     width = max(len(name) for name in found)
-    print(" " * width + "  size" + "".join(f"{COLUMNS[metric][0]:>10}{'worse by':>11}" for metric in wanted))
+    print(
+        " " * width + "  size" + "".join(f"{COLUMNS[metric][0]:>10}{'degradation':>12}" for metric in wanted)
+    )
     for name, row in rows:
         print(f"{name:{width}}{row}")
     print(f"see {record_file} and {picture}")

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from litevae.cli.common import stopped_message
+
 
 def train(
     config: Annotated[
@@ -63,11 +65,12 @@ def train(
     from litevae.training import load_config
     from litevae.training import train as run
 
-    result = run(load_config(config, overrides or ()))
+    settings = load_config(config, overrides or ())
+    result = run(settings)
     if int(os.environ.get("RANK", "0")):  # only the first process prints
         return
     if result.stopped_by:
-        print(f"stopped by {result.stopped_by} after {result.steps} steps; everything is saved")
+        print(stopped_message(result.stopped_by, result.steps, settings.checkpoint.every > 0))
     measured = (
         "" if result.psnr is None else f"; validation: PSNR {result.psnr:.2f} dB, SSIM {result.ssim:.3f}"
     )

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from litevae.cli.common import stopped_message
 from litevae.models.loading import load_model
 
 
@@ -60,7 +61,7 @@ def train_diffusion(
     if int(os.environ.get("RANK", "0")):  # only the first process prints
         return
     if result.stopped_by:
-        print(f"stopped by {result.stopped_by} after {result.steps} steps; everything is saved")
+        print(stopped_message(result.stopped_by, result.steps, settings.checkpoint.every > 0))
     loss = "" if result.loss is None else f"; loss {result.loss:.4f}"
     print(
         f"{result.steps} steps of a U-Net of {result.parameters:,} parameters in {result.seconds:.0f} s{loss}"

@@ -167,6 +167,8 @@ def choose_checkpoint(resume: str, folder: Path) -> Checkpoint | None:
             f"{damaged[-1]}: damaged, and {folder} has none that is intact: delete them, or give another output_dir"
         )
     if resume == "auto":
+        if not own and folder.parent.joinpath("metrics.jsonl").is_file():
+            tqdm.write(f"resume: {folder} holds no checkpoint; starting from step 1", file=sys.stderr)
         return newest_intact(own)
     if resume:
         path = Path(resume)

@@ -12,6 +12,7 @@ from litevae.cli.common import (
     parse_metrics,
     provenance,
     results,
+    stopped_message,
     write_json,
 )
 from litevae.errors import UserError
@@ -47,7 +48,7 @@ def test_names_must_be_as_many_as_paths_and_different(names):
 
 def test_existing_results_are_kept_unless_they_may_be_replaced(tmp_path):
     (tmp_path / "b.png").write_text("mine")
-    with pytest.raises(UserError, match=r"b\.png exists already"):
+    with pytest.raises(UserError, match=r"b\.png already exists"):
         results(tmp_path, "a.json", "b.png", overwrite=False)
     assert results(tmp_path, "a.json", "b.png", overwrite=True) == [tmp_path / "a.json", tmp_path / "b.png"]
     assert results(tmp_path, "a.json", overwrite=False) == [tmp_path / "a.json"]
@@ -81,3 +82,10 @@ def test_a_result_names_the_weights_that_were_measured(tiny_folder):
     assert (record["model"], record["data"]) == (str(tiny_folder), "demo")
     assert "resized to 64 x 64 and 128 x 128" in record["crop"]
     assert set(record["versions"]) == {"litevae", "diffusers", "torchvision", "torchmetrics"}
+
+
+def test_a_stopped_run_says_whether_it_can_be_resumed():
+    assert stopped_message("SIGINT", 1, True) == (
+        "stopped by SIGINT after 1 step; everything is saved: continue with resume=auto"
+    )
+    assert stopped_message("SIGINT", 7, False).endswith("so the run cannot be resumed")

@@ -49,7 +49,7 @@ def test_figures_and_picture(tmp_path, capsys):
     with Image.open(tmp_path / "out" / "complexity.png") as picture:
         assert picture.width == 1560
     assert main(command) == 2
-    assert "complexity.json exists already" in capsys.readouterr().err
+    assert "complexity.json already exists" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

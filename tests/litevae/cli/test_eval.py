@@ -43,7 +43,7 @@ def test_result(run, tiny_folder, tiny_model, square_pixels, tmp_path):
     assert "unreadable images, left out: 1" in output
 
     error = run(tiny_folder, "--metrics", "psnr", status=2).err
-    assert "eval.json exists already" in error
+    assert "eval.json already exists" in error
     assert "sample of the posterior" in run(tiny_folder, "--metrics", "psnr", "--sample", "--overwrite").out
 
 

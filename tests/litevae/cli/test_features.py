@@ -43,6 +43,6 @@ def test_command(tmp_path, capsys):
     with Image.open(tmp_path / "out" / "features.png") as picture:
         assert picture.height > picture.width  # four rows, three columns
     assert main(command) == 2
-    assert "features.json exists already" in capsys.readouterr().err
+    assert "features.json already exists" in capsys.readouterr().err
     assert main([*command, "--overwrite", "--size", "30"]) == 2
     assert "SMC does not take images of 30 x 30 pixels" in capsys.readouterr().err

@@ -20,7 +20,7 @@ def test_command(gradient_runs, capsys):
     with Image.open(folder / "r.png") as picture:
         assert picture.size == (960, 540)
     for arguments, message in (
-        (command, "r.png exists already"),
+        (command, "r.png already exists"),
         ([*command[:-1], "r.jpg"], "must end in .png"),
         ([*command[:-1], str(folder / "x" / "r.png")], "x: no such folder"),
     ):

@@ -47,7 +47,7 @@ def test_result(run, tmp_path, tiny_model, squares):
     with Image.open(tmp_path / "out" / "distances.png") as picture:
         assert picture.size == (1200, 480)
 
-    assert "latents.json exists already" in run(status=2).err
+    assert "latents.json already exists" in run(status=2).err
     assert run("--groups", 4, "--overwrite").out == output
 
 

@@ -74,7 +74,7 @@ def test_a_file_is_only_overwritten_on_request(model, litevae, fails, tmp_path):
     Image.fromarray(np.full((20, 30, 3), 90, np.uint8)).save(tmp_path / "photo.jpg")
     (tmp_path / "photo.png").write_text("mine")
     command = ["reconstruct", str(model), str(tmp_path / "photo.jpg"), "-o", str(tmp_path)]
-    assert "exists already" in fails(*command)
+    assert "already exists" in fails(*command)
     assert (tmp_path / "photo.png").read_text() == "mine"
     litevae(*command, "--overwrite")
     assert Image.open(tmp_path / "photo.png").size == (30, 20)

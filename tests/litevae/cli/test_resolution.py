@@ -47,10 +47,10 @@ def test_result(run, tmp_path, squares):
     before = model["results"][0]["metrics"]["psnr"]
     worse = 100 * (before - expected["psnr"]) / before
     assert model["results"][1]["degradation_percent"]["psnr"] == pytest.approx(worse)
-    assert f"group    64{expected['psnr']:10.2f}{worse:+9.1f} %" in output
+    assert f"group    64{expected['psnr']:10.2f}{worse:+10.1f} %" in output
     with Image.open(tmp_path / "out" / "resolution.png") as picture:
         assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 50
-    assert "resolution.json exists already" in run(status=2).err
+    assert "resolution.json already exists" in run(status=2).err
 
 
 @pytest.mark.parametrize(

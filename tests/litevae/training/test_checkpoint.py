@@ -152,3 +152,11 @@ def test_the_last_checkpoints_and_the_best_one_are_kept(
     assert checkpoint_names(tmp_path / "run") == ["step-00000002", "step-00000005", "step-00000006"]
     manifest = json.loads((tmp_path / "run" / "checkpoints" / "step-00000002" / "manifest.json").read_text())
     assert (manifest["step"], manifest["psnr"], manifest["config"]["max_steps"]) == (2, 12.0, 6)
+
+
+def test_resume_auto_says_that_a_run_without_checkpoints_starts_anew(tmp_path, capsys):
+    assert choose_checkpoint("auto", tmp_path / "checkpoints") is None
+    assert capsys.readouterr().err == ""
+    (tmp_path / "metrics.jsonl").touch()
+    assert choose_checkpoint("auto", tmp_path / "checkpoints") is None
+    assert "holds no checkpoint; starting from step 1" in capsys.readouterr().err
