@@ -11,10 +11,7 @@ from litevae_kernels import group_norm_silu, use_backend
 from litevae_kernels.testing import LAYOUTS, arrange, assert_within_budget, poisoned_memory, shapes
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
 NAMES = ("x", "skip", "weight", "bias")
-
 
 # The error budget in half units in the last place of the arithmetic's type, by a first-order analysis. Its magnitudes
 # are made of Z = |xhat weight| + |bias|:

@@ -5,12 +5,6 @@ import torch
 
 from litevae_kernels import group_norm_silu
 
-BACKENDS = ("reference", "native")
-
-
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
 X = torch.zeros(2, 6, 4, 4)
 
 

@@ -6,11 +6,6 @@ import torch
 from litevae_kernels import group_norm_silu, use_backend
 from litevae_kernels.testing import arrange, poisoned_memory
 
-BACKENDS = ("reference", "native")
-
-
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
 
 def same_bits(a, b):
     return all(torch.equal(a[name], b[name]) for name in a)

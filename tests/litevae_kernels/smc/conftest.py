@@ -10,10 +10,7 @@ from litevae_kernels import modulate_weight, use_backend
 from litevae_kernels.testing import LAYOUTS, arrange, assert_within_budget, poisoned_memory
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
 NAMES = ("weight", "scale", "gain")
-
 
 # The error budget in half units in the last place of the arithmetic's type, by a first-order analysis:
 #
@@ -24,8 +21,6 @@ NAMES = ("weight", "scale", "gain")
 #   them in the second term) and the sum. grad_weight = scale dv, grad_scale = sum w dv and grad_gain = sum g v / d lose
 #   2 more, besides their sums.
 OPERATIONS = 20
-
-
 # Roundings of the longest chain of additions:
 #
 # - native adds up at most 64 elements of a filter in each of 16 lanes, and their sums in float64. For grad_scale it

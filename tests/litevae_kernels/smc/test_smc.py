@@ -9,8 +9,6 @@ from litevae_kernels import modulate_weight, use_backend
 from litevae_kernels.testing import LAYOUTS, arrange, assert_within_budget, poisoned_memory
 
 BACKENDS = ("reference", "native")
-
-
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 

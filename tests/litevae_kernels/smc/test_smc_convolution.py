@@ -12,9 +12,6 @@ from litevae_kernels.testing import LAYOUTS, arrange, assert_within_budget, pois
 BACKENDS = ("reference", "native")
 
 
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
 def stylegan3(weight, style):
     """Returns the filters of StyleGAN3's modulated_conv2d with demodulation, for one sample."""
     # The pre-normalisation of both inputs cancels.

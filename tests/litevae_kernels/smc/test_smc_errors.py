@@ -5,12 +5,6 @@ import torch
 
 from litevae_kernels import modulate_weight, self_modulated_conv2d
 
-BACKENDS = ("reference", "native")
-
-
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
 W, S, IMAGE = torch.ones(4, 6, 3, 3), torch.ones(6), torch.ones(2, 6, 8, 8)
 
 

@@ -7,9 +7,6 @@ from litevae_kernels import use_backend
 from litevae_kernels.tensors import memory_format_of
 from litevae_kernels.testing import arrange, poisoned_memory
 
-BACKENDS = ("reference", "native")
-
-
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
