@@ -50,6 +50,8 @@ class SquareBatch(NamedTuple):
     @property
     def readable(self) -> tuple[list[int], Tensor]:
         """The numbers and the pixels of the readable images."""
+        if not self.errors:
+            return self.numbers, self.pixels
         rows = [row for row, number in enumerate(self.numbers) if number not in self.errors]
         return [self.numbers[row] for row in rows], self.pixels[rows]
 
@@ -62,12 +64,18 @@ class SquareDataset(Dataset[Square]):
         size: side of the squares in pixels; Pillow's antialiased bicubic filter resizes them.
         count: number of images, evenly spaced over the source; None, or more than there are, takes all.
         numbers: numbers of the squares that this data set yields, in their order; None yields all.
+        labels: whether to read the labels; without them, every label is None.
     """
 
     def __init__(
-        self, images: ImageSource, size: int, count: int | None = None, numbers: range | None = None
+        self,
+        images: ImageSource,
+        size: int,
+        count: int | None = None,
+        numbers: range | None = None,
+        labels: bool = False,
     ) -> None:
-        self.images, self.size = images, size
+        self.images, self.size, self.labels = images, size, labels
         self.count = len(images) if count is None else min(count, len(images))
         self.numbers = range(self.count) if numbers is None else numbers
 
@@ -79,7 +87,7 @@ class SquareDataset(Dataset[Square]):
         index = number * len(self.images) // self.count
         try:
             square = middle_square(self.images.load(index), self.size)
-            label = self.images.label(index)
+            label = self.images.label(index) if self.labels else None
         except BadImage as error:
             return Square(number, None, None, str(error))
         pixels = torch.from_numpy(square.transpose(2, 0, 1).copy())

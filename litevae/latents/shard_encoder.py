@@ -76,7 +76,7 @@ class ShardEncoder:
         self.encoder = BatchedEncoder(model, folder.settings.mirror)
         if compile and self.plan:
             model.encoder.compile(dynamic=False)
-        squares = SquareDataset(folder.images, folder.settings.size)
+        squares = SquareDataset(folder.images, folder.settings.size, labels=True)
         loader = DataLoader(
             squares,
             batch_sampler=[list(batch) for _, batch in self.plan],

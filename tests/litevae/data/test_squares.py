@@ -83,8 +83,10 @@ def test_image_whose_label_cannot_be_read_is_a_bad_image(plain_images, monkeypat
         raise BadImage("cannot be read: No such file or directory")
 
     monkeypatch.setattr(images, "label", fail)
-    square = SquareDataset(images, 8)[0]
+    square = SquareDataset(images, 8, labels=True)[0]
     assert (square.pixels, square.error) == (None, "cannot be read: No such file or directory")
+    measured = SquareDataset(images, 8)[0]  # reads no label
+    assert (measured.error, measured.label) == (None, None)
 
 
 def test_middle_square_of_wide_and_high_images():
