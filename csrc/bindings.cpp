@@ -16,14 +16,21 @@ TensorView make_view(uintptr_t data, int dtype, const std::vector<int64_t>& size
   return view;
 }
 
+// The sets that this CPU runs, the best last.
+std::vector<std::string> list_isas() {
+  std::vector<std::string> names;
+  for (int i = 0; i <= static_cast<int>(detect_isa()); ++i) names.push_back(isa_name(static_cast<Isa>(i)));
+  return names;
+}
+
 void set_isa(const std::string& name) {
-  const Isa best = detect_isa();
-  for (int i = 0; i <= static_cast<int>(best); ++i) {
-    if (name != isa_name(static_cast<Isa>(i))) continue;
+  const std::vector<std::string> names = list_isas();
+  for (size_t i = 0; i < names.size(); ++i) {
+    if (name != names[i]) continue;
     current_isa = static_cast<Isa>(i);
     return;
   }
-  throw std::invalid_argument("this CPU does not run '" + name + "' code; the best is " + isa_name(best));
+  throw std::invalid_argument("this CPU does not run '" + name + "' code; the best is " + names.back());
 }
 
 }  // namespace
@@ -44,6 +51,7 @@ PYBIND11_MODULE(litevae_core, m) {
   m.attr("cuda_version") = LITEVAE_CUDA_VERSION;  // empty if the core was built without CUDA
   m.attr("cuda_architectures") = LITEVAE_CUDA_ARCHITECTURES;
   m.attr("cuda_reason") = LITEVAE_CUDA_REASON;  // why the core was built without CUDA
+  m.attr("isas") = py::tuple(py::cast(list_isas()));
   m.def("isa", [] { return isa_name(current_isa); });
   m.def("set_isa", &set_isa);
 

@@ -3,6 +3,10 @@
 ``native`` is the compiled core (C++ on the CPU, CUDA C++ on a GPU), ``triton`` the Triton kernels, and
 ``reference`` plain PyTorch on any device. `use_backend` or the environment variable ``LITEVAE_BACKEND`` forces
 one of them; a call that the forced backend cannot serve raises an error.
+
+The native CPU kernels use the best instruction set that the CPU has. The environment variable ``LITEVAE_CPU_ISA``
+selects a lower one: ``baseline``, ``avx2``, ``avx512`` or ``avx512bf16`` on x86-64, and only ``baseline`` on other
+architectures. It is read at import, where a set that the CPU lacks raises a ValueError.
 """
 
 import contextlib
@@ -43,6 +47,20 @@ def _load_core() -> tuple[ModuleType | None, str]:
 
 
 core, core_error = _load_core()
+
+
+def _lower_isa(name: str | None) -> None:
+    """Makes the core use the instruction set `name`; None keeps the best one."""
+    if name is None or core is None:
+        return
+    if name not in core.isas:
+        raise ValueError(
+            f"LITEVAE_CPU_ISA is {name[:40]!r}; allowed on this CPU, which has {core.isas[-1]}: {', '.join(core.isas)}"
+        )
+    core.set_isa(name)
+
+
+_lower_isa(os.environ.get("LITEVAE_CPU_ISA") or None)
 
 cuda_built = core is not None and bool(core.cuda_version)
 triton_installed = importlib.util.find_spec("triton") is not None

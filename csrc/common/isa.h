@@ -29,7 +29,7 @@ inline Isa detect_isa() {
 #endif
 }
 
-// The set that calls go to. Tests choose lower ones.
+// The set that calls go to. LITEVAE_CPU_ISA and the tests choose lower ones.
 inline Isa current_isa = detect_isa();
 
 // Whether this CPU multiplies bfloat16 matrices in tiles (AMX), several times faster than in vectors, and the
