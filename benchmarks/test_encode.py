@@ -22,8 +22,8 @@ from litevae.cli.encode import count_cores
 from litevae.data.images import to_model_range
 from litevae.data.sources import open_images
 from litevae.data.squares import SquareDataset
+from litevae.environment import DTYPES, choose_precision
 from litevae.latents import Settings, encode_images
-from litevae.latents.encoder import DTYPES, choose_precision
 from litevae.latents.shards import MOMENTS, name_shard
 
 SIZE = 256
@@ -62,7 +62,7 @@ def test_encode(benchmark: Any, session: Session, device: str, tmp_path: Path) -
     (tmp_path / "images").mkdir()
     write_photographs(tmp_path / "images", count)
     images = open_images(str(tmp_path / "images"))
-    precision, workers = choose_precision(torch.device(device)), min(count_cores(), 16)
+    precision, workers = choose_precision("auto", torch.device(device)), min(count_cores(), 16)
     settings = Settings(SIZE, precision, shard_size=count)
     configuration = Configuration(DTYPES[precision], torch.channels_last, "eager")
     model = make_model("LiteVAE-B", "encoder", device)

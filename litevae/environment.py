@@ -1,13 +1,24 @@
-"""The software versions and the device, which results are recorded with."""
+"""The software versions, the device and its precision, which results are recorded with."""
 
 import functools
+import os
 import platform
 import re
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# The capabilities of a CPU, in the names of `torch.cpu.get_capabilities`, that multiply numbers of a precision.
+ARITHMETIC = {
+    "bf16": ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"),
+    "fp16": ("avx512_fp16", "amx_fp16", "fp16_arith"),
+}
 
 
 @functools.cache
@@ -38,3 +49,45 @@ def device_name() -> str:
         model = found[1]
     count = torch.get_num_threads()
     return f"{model}, {count} thread{'s' * (count != 1)}"
+
+
+def choose_precision(precision: str, device: torch.device) -> str:
+    """Returns the precision to compute in.
+
+    The first time that "bf16" or "fp16" is asked for on a CPU without its arithmetic, a line on stderr says what it
+    costs.
+
+    Args:
+        precision: "fp32", "bf16", "fp16", or "auto", which is "bf16" on a GPU with bfloat16 tensor cores (compute
+            capability 8.0 or above) and on a CPU with AVX512-BF16, AMX-BF16 or Arm's BF16, otherwise "fp32".
+        device: device to compute on.
+    """
+    if precision == "auto":
+        return "bf16" if _multiplies("bf16", device) else "fp32"
+    if device.type == "cpu" and precision in ARITHMETIC and not _multiplies(precision, device):
+        _warn_emulated(precision)
+    return precision
+
+
+def _multiplies(precision: str, device: torch.device) -> bool:
+    """Returns whether the hardware of `device` multiplies numbers of a half precision."""
+    if device.type == "cuda":
+        return (
+            precision == "fp16"
+            or torch.cuda.get_device_capability(device) >= (8, 0)
+            or bool(torch.version.hip)
+        )
+    has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return any(has.get(name) for name in ARITHMETIC[precision])
+
+
+@functools.cache
+def _warn_emulated(precision: str) -> None:
+    if int(os.environ.get("RANK", "0")):  # only the first process prints
+        return
+    dtype = str(DTYPES[precision]).removeprefix("torch.")
+    tqdm.write(
+        f"precision {precision}: this CPU has no {dtype} arithmetic. PyTorch emulates it, so that convolutions can "
+        "be many times slower than with fp32; litevae's own kernels compute in float32.",
+        file=sys.stderr,
+    )

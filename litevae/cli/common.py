@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -48,6 +48,11 @@ OptionalCountOption = Annotated[
 ]
 BatchSizeOption = Annotated[int, typer.Option(min=1, metavar="N", help="Images per batch.")]
 WorkersOption = Annotated[int, typer.Option(min=0, metavar="N", help="Processes that read images.")]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+PrecisionOption = Annotated[
+    Precision,
+    typer.Option(help="auto: bf16 where the GPU or CPU multiplies it, otherwise fp32."),
+]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
 
 

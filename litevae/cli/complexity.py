@@ -6,7 +6,14 @@ from typing import Annotated
 
 import typer
 
-from litevae.cli.common import BatchSizeOption, OverwriteOption, make_folder, results, write_json
+from litevae.cli.common import (
+    BatchSizeOption,
+    OverwriteOption,
+    PrecisionOption,
+    make_folder,
+    results,
+    write_json,
+)
 from litevae.errors import UserError
 from litevae.models.loading import find_model
 
@@ -25,7 +32,7 @@ def complexity(
         int, typer.Option(min=16, max=65536, metavar="PIXELS", help="Side of the square images.")
     ] = 256,
     batch_size: BatchSizeOption = 4,
-    precision: Annotated[str, typer.Option(metavar="NAME", help="fp32, bf16 or fp16.")] = "fp32",
+    precision: PrecisionOption = "auto",
     decoder: Annotated[bool, typer.Option("--decoder", help="Measure decoders instead of encoders.")] = False,
     rounds: Annotated[
         int,
@@ -54,16 +61,14 @@ def complexity(
     files = results(output, "complexity.json", "complexity.png", overwrite=overwrite) if output else []
     import torch
 
-    from litevae.environment import device_name, versions
+    from litevae.environment import DTYPES, choose_precision, device_name, versions
     from litevae.evaluation.complexity import Side, draw_complexity, measure_complexity, measure_speed
     from litevae.files import replacing
 
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if precision not in dtypes:
-        raise UserError(f"--precision {precision}: must be one of {', '.join(dtypes)}")
     names = list(dict.fromkeys(models or NAMES))  # each model once
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = device or torch.device("cpu")
+    chosen = choose_precision(precision, device)
     autoencoders, costs = [], []
     for name in names:
         model = find_model(name, size)
@@ -72,13 +77,13 @@ def complexity(
         except ValueError as error:
             raise UserError(f"{name}: --size {size}: {error}") from None
         # diffusers' own `to` warns about modules to keep in float32, and there are none.
-        autoencoders.append(torch.nn.Module.to(model, device, dtypes[precision]))
+        autoencoders.append(torch.nn.Module.to(model, device, DTYPES[chosen]))
     side: Side = "decoder" if decoder else "encoder"
     speeds = measure_speed(autoencoders, side, size, batch_size, rounds)
 
     where = device_name() if device.type in ("cpu", "cuda") else str(device)
     channels = autoencoders[0].config.in_channels
-    heading = f"{batch_size} x {channels} x {size} x {size}, {precision}; {where}; torch {torch.__version__}"
+    heading = f"{batch_size} x {channels} x {size} x {size}, {chosen}; {where}; torch {torch.__version__}"
     print(heading)
     width = max(len(name) for name in (*names, side))
     print(f"{side:{width}}{'parameters':>14}{'GMACs':>10}{'peak MB':>10}{'images/s':>10}")
@@ -97,7 +102,7 @@ def complexity(
         "side": side,
         "batch_size": batch_size,
         "size": size,
-        "precision": precision,
+        "precision": chosen,
         "rounds": rounds,
         "device": where,
         "versions": {"litevae": versions()},

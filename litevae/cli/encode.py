@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from litevae.latents import Encoding
+    from litevae.latents.encoder import Precision
 
 
 def plural(count: int, noun: str) -> str:
@@ -57,7 +58,7 @@ def encode(
     mirror: Annotated[bool, typer.Option("--mirror", help="Also encode each image mirrored.")] = False,
     precision: Annotated[
         Literal["auto", "bf16", "fp32"],
-        typer.Option(help="auto: bf16 on GPUs and on CPUs with AVX512-BF16 or AMX, otherwise fp32."),
+        typer.Option(help="auto: bf16 where the GPU or CPU multiplies it, otherwise fp32."),
     ] = "auto",
     shard_size: Annotated[int, typer.Option(min=1, metavar="N", help="Images per file.")] = 1024,
     batch_size: Annotated[
@@ -123,8 +124,8 @@ def encode(
     from accelerate import PartialState
 
     from litevae.data.sources import open_images
+    from litevae.environment import choose_precision
     from litevae.latents import Settings, encode_images
-    from litevae.latents.encoder import choose_precision
 
     state = PartialState(cpu=not torch.accelerator.is_available())
     place = choose_device(device)
@@ -136,7 +137,7 @@ def encode(
         place = state.device
     cores = max(1, count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # per process
     workers = min(cores, 16) if workers is None else workers
-    chosen = choose_precision(place) if precision == "auto" else precision
+    chosen = cast("Precision", choose_precision(precision, place))
     settings = Settings(autoencoder.config.sample_size if size is None else size, chosen, mirror, shard_size)
     batch_size = batch_size or (8 if place.type == "cpu" else 32)
     try:
@@ -156,7 +157,7 @@ def encode(
         ) from None
     if not state.is_main_process:  # only the first process reports
         return
-    report(result, place, state.num_processes, workers, cores)
+    report(result, place, chosen, state.num_processes, workers, cores)
     if autoencoder.config.scaling_factor == 1:
         print(
             "this model's scaling_factor is 1: measure it with litevae scale, then run this command again to record it"
@@ -185,13 +186,15 @@ def choose_device(name: str | None) -> "torch.device":
     return device
 
 
-def report(result: "Encoding", device: "torch.device", processes: int, workers: int, cores: int) -> None:
+def report(
+    result: "Encoding", device: "torch.device", precision: str, processes: int, workers: int, cores: int
+) -> None:
     if result.done:
         where = str(device) if processes == 1 else f"{processes} x {device.type}"
         print(
             f"{plural(result.done, 'image')} in {result.seconds:.1f} s: "
             f"{result.done / result.seconds:.1f} images/s; "
-            f"the encoder itself: {result.done / result.encoder_seconds:.1f} images/s on {where}"
+            f"the encoder itself: {result.done / result.encoder_seconds:.1f} images/s on {where} in {precision}"
         )
         share = f"{result.waited / result.seconds:.0%} of the time"
         if result.bottleneck == "decoding images":

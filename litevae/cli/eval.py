@@ -13,6 +13,7 @@ from litevae.cli.common import (
     ModelArgument,
     OptionalCountOption,
     OverwriteOption,
+    PrecisionOption,
     SizeOption,
     WorkersOption,
     check_new_file,
@@ -32,6 +33,7 @@ def evaluate(
     count: OptionalCountOption = None,
     batch_size: BatchSizeOption = 16,
     workers: WorkersOption = 4,
+    precision: PrecisionOption = "auto",
     sample: Annotated[
         bool, typer.Option("--sample", help="Decode a sample of each posterior instead of its mode.")
     ] = False,
@@ -52,8 +54,8 @@ def evaluate(
     every metric. PSNR (in dB), SSIM and LPIPS (VGG16) are means over the images. rFID compares Inception features
     and is biased upwards if there are few images: compare it only at equal counts.
 
-    The JSON file records the crop, the count, the SHA-256 of the weights and the versions beside the figures. An
-    interrupted evaluation continues from FILE.partial when the same command runs in as many processes.
+    The JSON file records the crop, the count, the precision, the SHA-256 of the weights and the versions beside the
+    figures. An interrupted evaluation continues from FILE.partial when the same command runs in as many processes.
     diffusers:FOLDER is any diffusers AutoencoderKL, or a pipeline with one. The weights of Inception (for rfid)
     and of VGG16 (for lpips) are downloaded if they are missing. Of a checkpoint, the averaged weights are
     evaluated.
@@ -64,15 +66,19 @@ def evaluate(
 
     import torch
     from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
 
     from litevae.data.sources import open_images
+    from litevae.environment import DTYPES, choose_precision
     from litevae.evaluation.evaluate import evaluate as run
     from litevae.evaluation.fid import INCEPTION_NAME
 
     has_device = torch.accelerator.is_available()
     state = PartialState(cpu=not has_device)
-    if has_device:
-        autoencoder.to(state.device)
+    chosen = [choose_precision(precision, state.device)]
+    broadcast_object_list(chosen)  # the machines of the processes may differ
+    # diffusers' own `to` warns about modules to keep in float32, and there are none.
+    torch.nn.Module.to(autoencoder, state.device, DTYPES[chosen[0]])
     measured = provenance(model, data, size)
     partial = output.with_name(output.name + ".partial")
     result = run(
@@ -85,7 +91,7 @@ def evaluate(
         workers,
         sample,
         partial,
-        {"data": data, "weights": measured["weights"]},
+        {"data": data, "weights": measured["weights"], "precision": chosen[0]},
     )
     if not state.is_main_process:  # only the first process reports
         return
@@ -94,6 +100,7 @@ def evaluate(
         "count": result.count,
         "unreadable": result.unreadable,
         "latent": "sample" if sample else "mode",
+        "precision": chosen[0],
         "metrics": {name: finite(value) for name, value in result.values.items()},
         "without_error": result.exact,
         "networks": {
@@ -108,7 +115,8 @@ def evaluate(
     write_json(record, output)
 
     print(
-        f"{result.count} images, middle square, {size} x {size}, 8 bits; {record['latent']} of the posterior"
+        f"{result.count} images, middle square, {size} x {size}, 8 bits; {record['latent']} of the posterior; "
+        f"{chosen[0]}"
     )
     for file, digest in measured["weights"].items():
         print(f"weights: {file}, SHA-256 {digest}")

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from litevae.models.interface import Autoencoder
 from litevae.signals import StopRequest
 from litevae.training.checkpoint import Checkpoint, random_state
 from litevae.training.config import check_batch_size
-from litevae.training.loop import Loop, SavedState, make_accelerator, make_output_dir
+from litevae.training.loop import Loop, SavedState, begin, make_output_dir
 from litevae.training.optimization import EMA, NetworkOptimizer, learning_rate_factor
 from litevae.training.step import Outcome, first_non_finite
 
@@ -90,18 +90,17 @@ class DiffusionTrainer(Loop[DiffusionResult]):
     """One training run: `__init__` builds or restores everything, and `run` performs the steps."""
 
     network_name = "unet"
-    decisive_settings = ("seed", "model", "data", "noise")
+    decisive_settings = ("seed", "precision", "model", "data", "noise")
 
     def __init__(self, config: DiffusionConfig, autoencoder: Autoencoder) -> None:
-        self.config = config
         folder = make_output_dir(Path(config.output_dir), "pipeline", "model_index.json")
-        accelerator = make_accelerator(config.precision, config.tracker, asdict(config), folder)
+        config, accelerator, checkpoint = begin(config, folder)
+        self.config = config
         super().__init__(config, folder, accelerator)
         check_batch_size(
             config.data.batch_size, config.optimizer.accumulation, self.accelerator.num_processes
         )
         self.fid_images = prepare_fid(config)
-        checkpoint = self.choose_checkpoint()
         set_seed(config.seed)
         device = self.accelerator.device
         self.autoencoder = autoencoder.to(device).eval().requires_grad_(False)

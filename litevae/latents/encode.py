@@ -14,8 +14,8 @@ import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from litevae.data.sources import ImageSource
+from litevae.environment import DTYPES
 from litevae.errors import UserError
-from litevae.latents.encoder import DTYPES
 from litevae.latents.folder import LatentFolder, Settings, locked, make_header
 from litevae.latents.processes import ProcessDied, Processes, error_message, raise_first
 from litevae.latents.shard_encoder import ShardEncoder, combine_times

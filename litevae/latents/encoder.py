@@ -1,4 +1,4 @@
-"""Encoding of image batches, in the precision that is fast on the device."""
+"""Encoding of image batches."""
 
 import time
 from collections import deque
@@ -12,17 +12,7 @@ from litevae.models.interface import Autoencoder, encode_pixels
 
 Precision = Literal["bf16", "fp32"]
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
 MAX_PENDING_BATCHES = 2  # batches that may be queued on a GPU
-
-
-def choose_precision(device: torch.device) -> Precision:
-    """Returns "bf16" for a GPU with bfloat16 arithmetic or a CPU with AVX512-BF16 or AMX, else "fp32"."""
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return "bf16" if has.get("avx512_bf16") or has.get("amx_bf16") else "fp32"
 
 
 class BatchedEncoder:

@@ -89,8 +89,10 @@ class RunConfig:
     max_bad_steps: int = setting(
         10, "Steps in a row with a non-finite loss or gradient that end the run.", minimum=1
     )
-    precision: Literal["fp32", "bf16", "fp16"] = setting(
-        "fp32", "Data type of autocast; weights stay in float32."
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(
+        "auto",
+        "Data type of autocast; weights stay in float32. auto: bf16 where the hardware multiplies it, otherwise fp32; "
+        "a resumed run keeps the precision of its checkpoint.",
     )
     ema_decay: float = setting(
         0.9999,

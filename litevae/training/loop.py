@@ -6,12 +6,12 @@ import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather_object
 from diffusers import ModelMixin
@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from litevae.data.bad_images import BAD_IMAGES
-from litevae.environment import versions
+from litevae.environment import choose_precision, versions
 from litevae.errors import NonFiniteError, UserError
 from litevae.files import replacing
 from litevae.models.weights import load_weights
@@ -36,12 +36,14 @@ from litevae.training.checkpoint import (
     restore_random_state,
     save_checkpoint,
 )
-from litevae.training.config import CheckpointConfig
+from litevae.training.config import CheckpointConfig, RunConfig
 from litevae.training.metrics_log import MetricsLog, format_progress, read_log
 from litevae.training.optimization import EMA
 from litevae.training.step import GRADIENT_RATIO, Outcome
 
 Result = TypeVar("Result")
+ConfigType = TypeVar("ConfigType", bound=RunConfig)
+CHECKPOINTS = "checkpoints"  # name of the folder of a run's checkpoints
 
 
 @dataclass(frozen=True)
@@ -203,25 +205,12 @@ class Loop(ABC, Generic[Result]):
 
     @property
     def checkpoint_folder(self) -> Path:
-        return self.output_dir / "checkpoints"
+        return self.output_dir / CHECKPOINTS
 
     @property
     def seconds(self) -> float:
         """Seconds of training, without the time before each start and between runs."""
         return self.seconds_before + time.perf_counter() - self.start
-
-    def choose_checkpoint(self) -> Checkpoint | None:
-        """Returns the checkpoint to resume from, which the main process chooses for all processes."""
-        chosen: list[Checkpoint | UserError | None] = [None]
-        if self.is_main:
-            try:
-                chosen[0] = choose_checkpoint(self.loop_config.resume, self.checkpoint_folder)
-            except UserError as error:
-                chosen[0] = error
-        broadcast_object_list(chosen)
-        if isinstance(chosen[0], UserError):
-            raise chosen[0]
-        return chosen[0]
 
     def run(self, stop: StopRequest) -> Result:
         """Performs the steps until the last one or until `stop`, then writes everything."""
@@ -288,6 +277,57 @@ class Loop(ABC, Generic[Result]):
         if failure:
             raise failure
         return result
+
+
+def begin(config: ConfigType, folder: Path) -> tuple[ConfigType, Accelerator, Checkpoint | None]:
+    """Chooses the checkpoint and the precision of a run, and creates its Accelerator.
+
+    The main process chooses for all processes. If `config.precision` is "auto", a run that resumes keeps the precision
+    of its checkpoint, whatever this machine multiplies fast, so that it continues to the same bits. A line on stderr
+    says which precision it is.
+
+    Args:
+        config: settings of the run.
+        folder: output folder.
+
+    Returns:
+        The settings with the precision that was chosen, the Accelerator, and the checkpoint to resume from, if any.
+
+    Raises:
+        UserError: `choose_checkpoint` or `make_accelerator` raised it.
+    """
+    state = PartialState(cpu=not torch.accelerator.is_available())  # as in make_accelerator
+    chosen: list[Any] = [None, config.precision]
+    if state.is_main_process:
+        try:
+            checkpoint = choose_checkpoint(config.resume, folder / CHECKPOINTS)
+            chosen = [checkpoint, choose_run_precision(config.precision, checkpoint, state.device)]
+        except UserError as error:
+            chosen[0] = error
+    broadcast_object_list(chosen)
+    checkpoint, precision = chosen
+    if isinstance(checkpoint, UserError):
+        raise checkpoint
+    config = replace(config, precision=precision)
+    return config, make_accelerator(precision, config.tracker, asdict(config), folder), checkpoint
+
+
+def choose_run_precision(precision: str, checkpoint: Checkpoint | None, device: torch.device) -> str:
+    """Returns the precision of a run; see `begin`."""
+    if precision != "auto":
+        return choose_precision(precision, device)
+    if checkpoint is not None:
+        precision = choose_precision(read_manifest(checkpoint)["config"]["precision"], device)
+        why = f"as in {checkpoint.path}"
+    else:
+        precision = choose_precision("auto", device)
+        why = (
+            "which this machine multiplies"
+            if precision == "bf16"
+            else "as this machine multiplies no bfloat16"
+        )
+    tqdm.write(f"precision=auto: {precision}, {why}", file=sys.stderr)
+    return precision
 
 
 def make_accelerator(precision: str, tracker: str, settings: dict[str, Any], folder: Path) -> Accelerator:

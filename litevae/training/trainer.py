@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from litevae.training.checkpoint import DISCRIMINATOR, Checkpoint, random_state
 from litevae.training.config import Config, check_batch_size, list_stages
 from litevae.training.curves import draw_curves
 from litevae.training.data_loader import TrainingData
-from litevae.training.loop import Loop, SavedState, make_accelerator, make_output_dir
+from litevae.training.loop import Loop, SavedState, begin, make_output_dir
 from litevae.training.optimization import EMA, learning_rate_factor
 from litevae.training.step import Outcome, TrainingStep
 
@@ -88,15 +88,14 @@ class Trainer(Loop[TrainingResult]):
     """One training run: `__init__` builds or restores everything, and `run` performs the steps."""
 
     network_name = "model"
-    decisive_settings = ("seed", "data", "stages", "loss")
+    decisive_settings = ("seed", "precision", "data", "stages", "loss")
 
     def __init__(self, config: Config) -> None:
-        self.config = config
         folder = make_output_dir(Path(config.output_dir))
-        accelerator = make_accelerator(config.precision, config.tracker, asdict(config), folder)
+        config, accelerator, checkpoint = begin(config, folder)
+        self.config = config
         super().__init__(config, folder, accelerator)
         self.stages = list_stages(config)
-        checkpoint = self.choose_checkpoint()
         set_seed(config.seed)
         self.network = self.model = build_model(config)
         self.check_stages()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import litevae.environment
-from litevae.environment import device_name, versions
+from litevae.environment import choose_precision, device_name, versions
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
@@ -52,3 +52,42 @@ def test_gpu_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     assert device_name() == "a GPU"
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"avx512_bf16": True, "avx512_f": True}, "bf16"),
+        ({"amx_bf16": True}, "bf16"),
+        ({"architecture": "aarch64", "bf16": True}, "bf16"),
+        ({"avx512_f": True, "avx512_fp16": True, "avx512_bf16": False}, "fp32"),
+        ({"avx2": True}, "fp32"),
+        ({"architecture": "aarch64", "neon": True}, "fp32"),
+    ],
+)
+def test_auto_is_bfloat16_on_a_cpu_that_multiplies_it(monkeypatch, flags, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
+    assert choose_precision("auto", torch.device("cpu")) == expected
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), "fp32"), ((8, 0), "bf16"), ((12, 1), "bf16")])
+def test_auto_is_bfloat16_on_a_gpu_that_multiplies_it(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert choose_precision("auto", torch.device("cuda:1")) == expected
+    assert choose_precision("auto", torch.device("meta")) == "fp32"
+
+
+def test_half_precision_that_a_cpu_emulates_is_named_once(monkeypatch, capsys):
+    litevae.environment._warn_emulated.cache_clear()
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    assert [choose_precision(name, torch.device("cpu")) for name in ("fp32", "bf16")] == ["fp32", "bf16"]
+    assert capsys.readouterr().err == ""
+    for _ in range(2):
+        assert choose_precision("fp16", torch.device("cpu")) == "fp16"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    for _ in range(2):
+        assert choose_precision("bf16", torch.device("cpu")) == "bf16"
+        assert choose_precision("auto", torch.device("cpu")) == "fp32"
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("precision fp16: this CPU has no float16 arithmetic. PyTorch emulates it")
+    assert second.startswith("precision bf16: this CPU has no bfloat16 arithmetic. PyTorch emulates it")

@@ -57,7 +57,7 @@ def test_figures_and_picture(tmp_path, capsys):
     [
         (["litevae-x"], "did you mean 'litevae-"),
         (["litevae-s", "--size", "30"], "litevae-s: --size 30: "),
-        (["litevae-s", "--precision", "int8"], "--precision int8: must be one of fp32, bf16, fp16"),
+        (["litevae-s", "--precision", "int8"], "'int8' is not one of 'auto', 'fp32', 'bf16', 'fp16'"),
     ],
 )
 def test_mistake_is_one_line(arguments, message, capsys):

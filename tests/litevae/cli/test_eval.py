@@ -17,6 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def run(squares, tmp_path, capsys):
     def run(model, *arguments, status=0):
         command = ["eval", model, squares, "--size", 32, "--workers", 0, "-o", tmp_path / "eval.json"]
+        command += ["--precision", "fp32"]
         assert main([str(argument) for argument in (*command, *arguments)]) == status
         return capsys.readouterr()
 
@@ -35,16 +36,29 @@ def test_result(run, tiny_folder, tiny_model, square_pixels, tmp_path):
     assert record["metrics"]["psnr"] == pytest.approx(psnr, abs=1e-4)
     assert list(record["metrics"]) == ["psnr", "ssim"]
     assert (record["count"], record["unreadable"], record["latent"]) == (8, 1, "mode")
+    assert record["precision"] == "fp32"
     assert "32 x 32" in record["crop"]
     assert f"torch {torch.__version__}" in record["versions"]["litevae"]
     assert record["networks"] == {}
     assert f"{psnr:10.2f}" in output
-    assert "8 images, middle square, 32 x 32, 8 bits; mode of the posterior" in output
+    assert "8 images, middle square, 32 x 32, 8 bits; mode of the posterior; fp32" in output
     assert "unreadable images, left out: 1" in output
 
     error = run(tiny_folder, "--metrics", "psnr", status=2).err
     assert "eval.json already exists" in error
     assert "sample of the posterior" in run(tiny_folder, "--metrics", "psnr", "--sample", "--overwrite").out
+
+
+def test_precision_is_that_of_the_machine_unless_given(run, tiny_folder, tmp_path, monkeypatch):
+    for flags, options, expected in (
+        ({"avx512_bf16": True}, ["--precision", "auto"], "bf16"),
+        ({}, ["--precision", "auto"], "fp32"),
+        ({"avx512_bf16": True}, [], "fp32"),  # the fixture's --precision fp32
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flags=flags: flags)
+        output = run(tiny_folder, "--metrics", "psnr", "--overwrite", *options).out
+        assert output.splitlines()[0].endswith(f"of the posterior; {expected}")
+        assert json.loads((tmp_path / "eval.json").read_text())["precision"] == expected
 
 
 def test_any_autoencoder_of_diffusers(run, tmp_path, tiny_folder):

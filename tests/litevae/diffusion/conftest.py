@@ -19,6 +19,7 @@ TINY = [
     "unet.num_groups=4",
     "sample.count=3",
     "sample.steps=3",
+    "precision=fp32",
     "log_every=1",
     "checkpoint.every=0",
 ]

@@ -1,17 +1,6 @@
 import torch
 
-from litevae.latents.encoder import BatchedEncoder, choose_precision, to_host
-
-
-def test_bfloat16_is_chosen_where_the_processor_multiplies_it(monkeypatch):
-    for flags, expected in (
-        ({"avx512_bf16": True}, "bf16"),
-        ({"amx_bf16": True}, "bf16"),
-        ({"avx2": True}, "fp32"),
-    ):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flags=flags: flags)
-        assert choose_precision(torch.device("cpu")) == expected
-    assert choose_precision(torch.device("meta")) == "fp32"
+from litevae.latents.encoder import BatchedEncoder, to_host
 
 
 def test_batch_becomes_the_moments_of_its_images_and_their_mirrored_copies(model):

@@ -18,6 +18,7 @@ TINY = [
     "model.block_out_channels=[16,16,16]",
     "model.layers_per_block=1",
     "model.num_groups=4",
+    "precision=fp32",
     "log_every=1",
     "validate_every=1000000",
 ]

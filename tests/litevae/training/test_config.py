@@ -57,7 +57,7 @@ def test_unknown_key_names_the_nearest(key, nearest):
         ("max_steps={x: 1}", "max_steps must be a whole number"),
         ("loss.kl=much", "loss.kl must be a number"),
         ("channels_last=perhaps", "channels_last must be true or false"),
-        ("precision=fp8", "precision must be fp32 or bf16 or fp16"),
+        ("precision=fp8", "precision must be auto or fp32 or bf16 or fp16"),
         ("model=litevae-s", "model must be set key by key, such as model.kind=..."),
         ("model.block_out_channels=3", "model.block_out_channels must be a list"),
         ("model.block_out_channels=[1,x]", "model.block_out_channels must be a list"),

@@ -3,6 +3,7 @@
 import errno
 import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -171,6 +172,37 @@ def test_the_checkpoint_is_from_before_the_non_finite_steps(
     assert checkpoint_names(tmp_path / "run") == ["step-00000003"]
     train(tiny(*settings, "resume=auto"))
     assert logged(tmp_path / "run") == logged(tmp_path / "whole")
+
+
+def test_a_resumed_run_keeps_its_precision_on_another_kind_of_machine(
+    tiny, tmp_path, no_pictures, monkeypatch, capsys, logged, assert_same_run
+):
+    def on(flags, *settings, name="run"):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
+        train(tiny("max_steps=4", "checkpoint.every=2", *settings, name=name))
+        (line,) = [each for each in capsys.readouterr().err.splitlines() if "precision=auto" in each] or [""]
+        return line.rpartition("\r")[2]
+
+    with_bf16, without = {"avx512_bf16": True}, {"avx2": True}
+    assert (
+        on(with_bf16, "precision=auto", name="whole") == "precision=auto: bf16, which this machine multiplies"
+    )
+    assert "precision: bf16" in (tmp_path / "whole" / "config.yaml").read_text().splitlines()
+    on(with_bf16, "precision=bf16", name="explicit")
+    assert logged(tmp_path / "whole") == logged(tmp_path / "explicit")
+    on(without, "precision=auto", name="fp32")
+    assert logged(tmp_path / "whole") != logged(tmp_path / "fp32")
+
+    on(with_bf16, "precision=auto")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000004")
+    line = on(without, "precision=auto", "resume=auto")
+    assert line == f"precision=auto: bf16, as in {tmp_path / 'run' / 'checkpoints' / 'step-00000002'}"
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000004")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    train(tiny("max_steps=4", "checkpoint.every=2", "precision=fp32", "resume=auto"))
+    assert "was trained with other settings of precision" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,14 @@ from litevae.evaluation.metrics import psnr, ssim
 from litevae.evaluation.reconstruction import reconstruct
 from litevae.training import load_config, train
 
-SHORT = ["max_steps=20", "data.size=32", "data.batch_size=2", "log_every=5", "validate_every=10"]
+SHORT = [
+    "max_steps=20",
+    "precision=fp32",
+    "data.size=32",
+    "data.batch_size=2",
+    "log_every=5",
+    "validate_every=10",
+]
 FILES = {
     "config.yaml",
     "curves.png",
