@@ -87,7 +87,7 @@ def _warn_emulated(precision: str) -> None:
         return
     dtype = str(DTYPES[precision]).removeprefix("torch.")
     tqdm.write(
-        f"precision {precision}: this CPU has no {dtype} arithmetic. PyTorch emulates it, so that convolutions can "
-        "be many times slower than with fp32; litevae's own kernels compute in float32.",
+        f"precision {precision}: this CPU has no {dtype} arithmetic. litevae's kernels compute in float32 instead, and "
+        "PyTorch's layers emulate it, which can be many times slower than fp32.",
         file=sys.stderr,
     )

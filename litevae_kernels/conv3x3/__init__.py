@@ -115,10 +115,8 @@ def _is_fused(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor |
     )
 
 
-def describe_backend(device_type: str) -> str:
-    """Returns what serves calls on a device, for `litevae_kernels.info`."""
-    if device_type == "cpu" and WHY_NOT is not None:
-        return f"PyTorch's convolution   (not native: {WHY_NOT})"
-    if device_type == "cpu" and forced_backend() in (None, "native"):
-        return "native for bfloat16, else PyTorch's convolution"
-    return "PyTorch's convolution"
+def describe_backend(device_type: str, dtype: torch.dtype) -> str:
+    """Returns what serves calls of a dtype on a device, for `litevae_kernels.info`."""
+    if device_type != "cpu" or dtype != torch.bfloat16 or forced_backend() not in (None, "native"):
+        return "PyTorch's convolution"
+    return "native" if WHY_NOT is None else f"PyTorch's convolution   (not native: {WHY_NOT})"

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +20,33 @@ from litevae_kernels.backend import core
 Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]  # a kernel, its arguments and its named arguments
 
 
-@pytest.fixture
-def each_isa() -> Iterator[Iterator[str]]:
-    """Iterates over the instruction sets of this CPU; the core uses each of them during its iteration."""
+# The instruction sets of this CPU, or those up to LITEVAE_CPU_ISA.
+ISAS: tuple[str, ...] = () if core is None else core.isas[: core.isas.index(core.isa()) + 1]
+
+
+@contextmanager
+def using(isa: str) -> Iterator[None]:
     assert core is not None
-    best = core.isa()
-    names = ("baseline", "avx2", "avx512", "avx512bf16")
+    before = core.isa()
+    core.set_isa(isa)
+    assert core.isa() == isa
+    yield
+    core.set_isa(before)
 
-    def sets() -> Iterator[str]:
-        for name in names[: names.index(best) + 1]:
-            core.set_isa(name)
-            assert core.isa() == name
-            yield name
 
-    yield sets()
-    core.set_isa(best)
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a test of the native kernels once for each instruction set of this CPU."""
+    with using(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=["reference", *(f"native-{name}" for name in ISAS)])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a test of the backends with the reference, and with the native one for each instruction set of this CPU."""
+    name, _, isa = request.param.partition("-")
+    with using(isa) if isa else nullcontext():
+        yield name
 
 
 @pytest.fixture

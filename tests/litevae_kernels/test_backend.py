@@ -224,9 +224,25 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_environment_variable():
-    code = "from litevae_kernels import backend; print(backend.choose('cpu'))"
-    assert run(code, LITEVAE_BACKEND="reference").stdout.strip() == "reference"
-    assert run(code).stdout.strip() == "native"
+    code = "from litevae_kernels import backend; print(backend.choose('cpu'), backend.core.isa())"
+    chosen = run(code, LITEVAE_BACKEND="reference", LITEVAE_CPU_ISA="baseline")
+    assert chosen.stdout.split() == ["reference", "baseline"]
+    best = backend.core.isas[-1]
+    assert run(code, LITEVAE_CPU_ISA="").stdout.split() == ["native", best]
     wrong = run(code, LITEVAE_BACKEND="fast")
     assert wrong.returncode != 0
     assert "LITEVAE_BACKEND is 'fast'; allowed: reference, native, triton" in wrong.stderr
+
+
+@pytest.mark.parametrize("name", ["avx512bf16", "neon", "AVX2", "x" * 1000])
+def test_an_instruction_set_that_the_cpu_lacks(monkeypatch, name):
+    used = []
+    core = types.SimpleNamespace(isas=("baseline", "avx2", "avx512"), set_isa=used.append)
+    monkeypatch.setattr(backend, "core", core)
+    backend._lower_isa("avx2")
+    backend._lower_isa(None)
+    with pytest.raises(ValueError, match="LITEVAE_CPU_ISA is ") as caught:
+        backend._lower_isa(name)
+    message = "; allowed on this CPU, which has avx512: baseline, avx2, avx512"
+    assert str(caught.value) == f"LITEVAE_CPU_ISA is {name[:40]!r}{message}"
+    assert used == ["avx2"]

@@ -86,9 +86,8 @@ def test_the_core_refuses_other_dtypes_and_layouts():
             native.forward(wrong, weight, None, None, False, nan(1, 8, 4, 4))
 
 
-def test_other_instruction_sets_have_no_kernel(each_isa):
+def test_other_instruction_sets_have_no_kernel(isa):
     assert core is not None
-    for isa in each_isa:
-        if isa != "avx512bf16":
-            with pytest.raises(RuntimeError, match="AVX512-BF16"):
-                native.forward(nan(1, 6, 4, 4), nan(8, 6, 3, 3), None, None, False, nan(1, 8, 4, 4))
+    if isa != "avx512bf16":
+        with pytest.raises(RuntimeError, match="AVX512-BF16"):
+            native.forward(nan(1, 6, 4, 4), nan(8, 6, 3, 3), None, None, False, nan(1, 8, 4, 4))

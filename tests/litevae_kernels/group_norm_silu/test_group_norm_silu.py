@@ -8,12 +8,10 @@ import torch
 from litevae_kernels import group_norm_silu, use_backend
 from litevae_kernels.testing import LAYOUTS, arrange, assert_within_budget, poisoned_memory
 
-BACKENDS = ("reference", "native")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 # There are 400 cases per backend: 4 dtypes x 5 layouts of x x 20, with everything else at random.
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_equals_torch_in_float64(check, random_call, backend, layout, dtype):
@@ -29,7 +27,6 @@ def test_equals_torch_in_float64(check, random_call, backend, layout, dtype):
             assert actual["x"].is_contiguous(memory_format=memory_format)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("grad_layout", LAYOUTS)
 @pytest.mark.parametrize("skip_layout", LAYOUTS)
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -65,7 +62,6 @@ DEGENERATE = [  # shape, groups, channels of x
 ]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_small_and_odd_shapes(make_call, values, check, backend, layout, dtype):
@@ -82,7 +78,6 @@ def test_small_and_odd_shapes(make_call, values, check, backend, layout, dtype):
         check(call, arrange(values(shape, dtype, seed=3), layout), backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("with_skip", [False, True])
 @pytest.mark.parametrize("shape", [(0, 4, 3, 5), (2, 4, 0, 5), (2, 4, 3, 0), (0, 4), (2, 4, 0)])
 def test_nothing_in_nothing_out(backend, with_skip, shape):
@@ -100,7 +95,6 @@ def test_nothing_in_nothing_out(backend, with_skip, shape):
         assert not gradient.any()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(2, 4, 3, 5), (2, 4, 1, 1), (2, 4)])
 def test_an_empty_skip(values, backend, shape):
     x = values(shape, torch.float32)
@@ -114,7 +108,6 @@ def test_one_dimension_keeps_its_memory_format(values):
     assert group_norm_silu(x, 4).stride() == x.stride()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(3, 8), (2, 8, 13), (2, 8, 3, 4, 5), (1, 8, 2, 3, 2, 5), (2, 8, 1, 1, 1)])
 def test_other_numbers_of_dimensions(make_call, values, run, exact, budgets, backend, shape):
     formats = [torch.contiguous_format] + ([torch.channels_last_3d] if len(shape) == 5 else [])
@@ -141,7 +134,6 @@ def test_other_numbers_of_dimensions(make_call, values, run, exact, budgets, bac
             assert_within_budget(value, expected[name], magnitude=magnitude, operations=operations)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_views(make_call, values, check, backend):
     storage = values(4000, torch.float32)
     offset = storage[37 : 37 + 2 * 6 * 5 * 7].view(2, 6, 5, 7)
@@ -160,7 +152,6 @@ def test_views(make_call, values, check, backend):
         check(make_call(x, 3, weight, weight.flip(0), views[i - 1]), grad, backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(
     ("shape", "groups", "border", "dtype"),
@@ -184,7 +175,6 @@ def test_large(make_call, values, check, backend, layout, shape, groups, border,
     check(call, arrange(values(shape, dtype, seed=3), layout), backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("given", range(16))
 def test_only_some_inputs_want_gradients(make_call, values, exact, budgets, backend, given):
     call = make_call(
@@ -213,7 +203,6 @@ def test_only_some_inputs_want_gradients(make_call, values, exact, budgets, back
             assert leaf.grad is None
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_float16_is_not_rounded_through_bfloat16(make_call, values, check, backend, layout):
     x, skip = (arrange(values((2, 8, 6, 7), torch.float16, seed=i), layout) for i in range(2))
@@ -223,7 +212,6 @@ def test_float16_is_not_rounded_through_bfloat16(make_call, values, check, backe
         assert (value.bfloat16() != value).double().mean() > 0.5
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_keeps_the_dtype(values, backend):
     weight, bias = torch.ones(8, requires_grad=True), torch.zeros(8, requires_grad=True)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):

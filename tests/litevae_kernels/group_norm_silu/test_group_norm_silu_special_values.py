@@ -7,11 +7,9 @@ import torch.nn.functional as F
 from litevae_kernels import group_norm_silu, use_backend
 from litevae_kernels.testing import arrange, assert_within_budget, poisoned_memory
 
-BACKENDS = ("reference", "native")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(
     ("dtype", "mean", "std"),
@@ -40,7 +38,6 @@ def test_a_large_mean(make_call, values, check, backend, layout, dtype, mean, st
         check(call, arrange(values(shape, dtype, seed=3), layout), backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("outlier", [1e4, -1e6])
 def test_first_pixels_that_are_far_from_the_rest(make_call, values, check, backend, layout, outlier):
@@ -57,7 +54,6 @@ def test_first_pixels_that_are_far_from_the_rest(make_call, values, check, backe
         check(call, arrange(values(shape, torch.float32, seed=3), layout), backend, spread=9)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_constant_groups(make_call, forward_roundings, values, check, backend, dtype, layout):
@@ -79,7 +75,6 @@ def test_constant_groups(make_call, forward_roundings, values, check, backend, d
             )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("size", [1e-4, 1e12, 1e18])
 def test_small_and_huge_values(make_call, values, check, backend, dtype, size):
@@ -91,7 +86,6 @@ def test_small_and_huge_values(make_call, values, check, backend, dtype, size):
     check(call, values(x.shape, dtype, seed=3), backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_values_whose_squares_overflow_are_right_or_vanish(
     make_call, forward_roundings, values, exact, budgets, backend
 ):
@@ -110,7 +104,6 @@ def test_values_whose_squares_overflow_are_right_or_vanish(
         assert_within_budget(y, expected, magnitude=magnitude, operations=operations)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_silu_far_from_zero(make_call, values, check, backend, dtype, layout):
@@ -127,7 +120,6 @@ def test_silu_far_from_zero(make_call, values, check, backend, dtype, layout):
         assert all(t.isfinite().all() for t in actual.values())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -162,7 +154,6 @@ def test_a_bad_value_spoils_its_own_group_only(make_call, values, run, backend, 
             assert torch.equal(actual[name][rest], clean[name][rest])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_bad_gradient_spoils_its_own_group_only(make_call, values, run, backend, bad):
     x, grad = values((2, 6, 5, 7), torch.float32), values((2, 6, 5, 7), torch.float32, seed=1)

@@ -15,9 +15,10 @@ def nan(*shape):
     return torch.full(shape, float("nan"), dtype=torch.float64)
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("sliced", [False, True])
-def test_forward_and_backward_fill_given_tensors(memory_format, sliced, each_isa):
+def test_forward_and_backward_fill_given_tensors(memory_format, sliced):
     x, skip, grad = values(2, 8, 5, 3), values(2, 4, 5, 3, seed=1), values(2, 12, 5, 3, seed=2)
     weight, bias = values(12, seed=3), values(12, seed=4)
     leaves = [t.clone().requires_grad_() for t in (x, skip, weight, bias)]
@@ -26,17 +27,16 @@ def test_forward_and_backward_fill_given_tensors(memory_format, sliced, each_isa
     groups = torch.cat([x, skip], 1).view(2, 3, -1)
     if sliced:  # The core needs adjacent elements in the innermost dimension, so `native` copies this tensor.
         x = torch.stack([x, nan(*x.shape)], -1).flatten(-2)[..., ::2]
-    for _ in each_isa:
-        y, stats = nan(2, 12, 5, 3).contiguous(memory_format=memory_format), nan(2, 3, 2)
-        native.forward(x, skip, weight, bias, y, stats, 3, 1e-6)
-        torch.testing.assert_close(y, expected.detach())
-        torch.testing.assert_close(stats[..., 0], groups.mean(2))
-        torch.testing.assert_close(stats[..., 1], (groups.var(2, correction=0) + 1e-6).rsqrt())
-        outputs = [nan(*t.shape) for t in leaves]
-        outputs[0], outputs[1] = (t.contiguous(memory_format=memory_format) for t in outputs[:2])
-        native.backward(grad, x, skip, weight, bias, stats, *outputs, 3)
-        for actual, wanted in zip(outputs, gradients, strict=True):
-            torch.testing.assert_close(actual, wanted)
+    y, stats = nan(2, 12, 5, 3).contiguous(memory_format=memory_format), nan(2, 3, 2)
+    native.forward(x, skip, weight, bias, y, stats, 3, 1e-6)
+    torch.testing.assert_close(y, expected.detach())
+    torch.testing.assert_close(stats[..., 0], groups.mean(2))
+    torch.testing.assert_close(stats[..., 1], (groups.var(2, correction=0) + 1e-6).rsqrt())
+    outputs = [nan(*t.shape) for t in leaves]
+    outputs[0], outputs[1] = (t.contiguous(memory_format=memory_format) for t in outputs[:2])
+    native.backward(grad, x, skip, weight, bias, stats, *outputs, 3)
+    for actual, wanted in zip(outputs, gradients, strict=True):
+        torch.testing.assert_close(actual, wanted)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,6 @@ COMBINATIONS = list(itertools.product([False, True], repeat=3))
 
 
 # This covers all combinations of the optional inputs, with the gradients of all inputs and of each one alone.
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("given", COMBINATIONS)
 def test_gradcheck_twice(backend, given):
     tensors = inputs(given)

@@ -21,33 +21,33 @@ def random_image(*shape, seed=0):
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("mode", MODES)
-def test_analysis_fills_given_tensors_as_pywavelets_does(mode, each_isa):
+def test_analysis_fills_given_tensors_as_pywavelets_does(mode):
     image = random_image(2, 3, 7, 10)
     ll, details = pywt.wavedec2(image.numpy(), "haar", mode=mode, level=1)
     expected = [torch.from_numpy(band) for band in (ll, *details)]
-    for _ in each_isa:
-        flat = [poisoned(2, 3, 4, 5) for _ in range(4)]
-        native.analysis(image, flat, 1, mode, 1.0, False)
-        stacked = poisoned(2, 12, 4, 5)
-        native.analysis(image, [stacked], 1, mode, 1.0, True)
-        for actual, band in zip(flat, expected, strict=True):
-            torch.testing.assert_close(actual, band)
-        assert torch.equal(stacked, torch.cat(flat, 1))
+    flat = [poisoned(2, 3, 4, 5) for _ in range(4)]
+    native.analysis(image, flat, 1, mode, 1.0, False)
+    stacked = poisoned(2, 12, 4, 5)
+    native.analysis(image, [stacked], 1, mode, 1.0, True)
+    for actual, band in zip(flat, expected, strict=True):
+        torch.testing.assert_close(actual, band)
+    assert torch.equal(stacked, torch.cat(flat, 1))
 
 
-def test_synthesis_is_the_inverse_for_even_sizes(each_isa):
+@pytest.mark.usefixtures("isa")
+def test_synthesis_is_the_inverse_for_even_sizes():
     image = random_image(2, 3, 8, 12)
-    for _ in each_isa:
-        coeffs = [
-            poisoned(2, 3, 2, 3),
-            *(poisoned(2, 3, 2, 3) for _ in "HVD"),
-            *(poisoned(2, 3, 4, 6) for _ in "HVD"),
-        ]
-        native.analysis(image, coeffs, 2, "symmetric", 1.0, False)
-        restored = poisoned(2, 3, 8, 12)
-        native.synthesis(restored, coeffs, 2, "symmetric", 1.0, False)
-        torch.testing.assert_close(restored, image)
+    coeffs = [
+        poisoned(2, 3, 2, 3),
+        *(poisoned(2, 3, 2, 3) for _ in "HVD"),
+        *(poisoned(2, 3, 4, 6) for _ in "HVD"),
+    ]
+    native.analysis(image, coeffs, 2, "symmetric", 1.0, False)
+    restored = poisoned(2, 3, 8, 12)
+    native.synthesis(restored, coeffs, 2, "symmetric", 1.0, False)
+    torch.testing.assert_close(restored, image)
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ FUNCTIONS = {
 
 
 # 600 cases: 3 functions x 5 modes x 5 gradient layouts x 8 shapes; the input layouts take turns.
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -55,6 +56,7 @@ def test_backward_equals_autograd_of_the_reference(name, mode, layout):
     assert compared >= 8
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_backward_in_other_dtypes(layout, dtype):
@@ -72,6 +74,7 @@ def test_backward_in_other_dtypes(layout, dtype):
         assert_within_budget(from_float, exact, magnitude=16.0, operations=12)
 
 
+@pytest.mark.usefixtures("isa")
 def test_backward_of_the_inverse():
     coeffs = random_tensor((2, 12, 9, 11))
     for size in (None, (17, 22), (18, 21), (17, 21)):

@@ -14,8 +14,9 @@ def nan(*shape, dtype=torch.float64):
     return torch.full(shape, float("nan"), dtype=dtype)
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_forward_and_backward_fill_given_tensors(memory_format, each_isa):
+def test_forward_and_backward_fill_given_tensors(memory_format):
     weight, scale, gain, grad = (
         values(6, 20, 3, 3),
         values(40, seed=1),
@@ -28,15 +29,14 @@ def test_forward_and_backward_fill_given_tensors(memory_format, each_isa):
     expected = gain * scaled / (norms + 0.1)[:, None, None, None]
     gradients = torch.autograd.grad(expected, leaves, grad)
     inputs = [t.detach() for t in leaves]
-    for _ in each_isa:
-        modulated, norm = nan(6, 20, 3, 3).contiguous(memory_format=memory_format), nan(6)
-        native.forward(*inputs, modulated, norm, 0.1)
-        torch.testing.assert_close(modulated, expected.detach())
-        torch.testing.assert_close(norm, norms.detach())
-        outputs = [nan(6, 20, 3, 3).contiguous(memory_format=memory_format), nan(40), nan(1)]
-        native.backward(grad, *inputs, norm, *outputs, 0.1)
-        for actual, wanted in zip(outputs, gradients, strict=True):
-            torch.testing.assert_close(actual, wanted)
+    modulated, norm = nan(6, 20, 3, 3).contiguous(memory_format=memory_format), nan(6)
+    native.forward(*inputs, modulated, norm, 0.1)
+    torch.testing.assert_close(modulated, expected.detach())
+    torch.testing.assert_close(norm, norms.detach())
+    outputs = [nan(6, 20, 3, 3).contiguous(memory_format=memory_format), nan(40), nan(1)]
+    native.backward(grad, *inputs, norm, *outputs, 0.1)
+    for actual, wanted in zip(outputs, gradients, strict=True):
+        torch.testing.assert_close(actual, wanted)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,6 @@ def inputs(with_gain, groups=1, dtype=torch.float64):
 
 
 # The gradients of all inputs are tested together, and each one alone.
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("with_gain", [False, True])
 def test_gradcheck_twice(backend, groups, with_gain):
@@ -47,7 +46,6 @@ def test_gradcheck_twice(backend, groups, with_gain):
             assert torch.autograd.gradgradcheck(function, some, fast_mode=True)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("silu_input", [False, True])
 def test_gradcheck_of_the_convolution(backend, silu_input):
     x, bias = values((2, 3, 4, 5), seed=3), values(4, seed=4)

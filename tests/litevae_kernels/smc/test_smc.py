@@ -8,12 +8,10 @@ import torch
 from litevae_kernels import modulate_weight, use_backend
 from litevae_kernels.testing import LAYOUTS, arrange, assert_within_budget, poisoned_memory
 
-BACKENDS = ("reference", "native")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 # 320 cases per backend: 4 dtypes x 5 layouts of the weight x 16. Everything else is random.
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_equals_equation_3_in_float64(check, random_call, backend, layout, dtype):
@@ -29,7 +27,6 @@ def test_equals_equation_3_in_float64(check, random_call, backend, layout, dtype
             assert actual["weight"].is_contiguous(memory_format=inherited)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("grad_layout", LAYOUTS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_of_weight_and_gradient(make_call, values, check, backend, layout, grad_layout):
@@ -44,7 +41,6 @@ def test_layouts_of_weight_and_gradient(make_call, values, check, backend, layou
         check(call, arrange(grad, grad_layout), backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(
     ("shape", "groups", "dtype"),
@@ -62,7 +58,6 @@ def test_large(make_call, values, check, backend, layout, shape, groups, dtype):
     check(call, arrange(values(shape, dtype, seed=3), layout), backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (5, 1, 1, 1), (1, 6, 1, 1), (1, 1, 3, 3), (2, 1, 1, 7)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -71,7 +66,6 @@ def test_small_shapes(make_call, values, check, backend, shape, layout, dtype):
     check(call, arrange(values(shape, dtype, seed=3), layout), backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_zero_filters_and_scales(make_call, values, check, backend, dtype):
     weight, grad = values((4, 3, 3, 3), dtype), values((4, 3, 3, 3), dtype, seed=1)
@@ -89,7 +83,6 @@ def test_zero_filters_and_scales(make_call, values, check, backend, dtype):
     assert not actual["scale"].any()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("dtype", "size"),
     [
@@ -117,7 +110,6 @@ def test_small_and_large_weights(make_call, values, check, backend, dtype, size)
         torch.testing.assert_close(norms, gain.double().abs().expand(5), rtol=1e-2, atol=0)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_bad_value_spoils_its_own_filter_only(make_call, values, run, backend, bad):
     weight, scale = values((6, 4, 3, 3), torch.float32), values(4, torch.float32, seed=1)
@@ -145,7 +137,6 @@ def test_one_tensor_as_two_inputs(values, equation_3, create_graph):
     torch.testing.assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_float16_is_not_rounded_through_bfloat16(make_call, values, check, backend, layout):
     weight, grad = (arrange(values((9, 20, 3, 3), torch.float16, seed=i), layout) for i in range(2))
@@ -155,7 +146,6 @@ def test_float16_is_not_rounded_through_bfloat16(make_call, values, check, backe
         assert (value.bfloat16() != value).double().mean() > 0.5
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("given", range(1, 8))
 def test_only_some_inputs_want_gradients(make_call, values, exact, budgets, backend, given):
     call = make_call(*(values(s, torch.float32, seed=i) for i, s in enumerate([(4, 3, 2, 3), (6,), (1,)])))
@@ -173,7 +163,6 @@ def test_only_some_inputs_want_gradients(make_call, values, exact, budgets, back
             assert leaf.grad is None
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_views(make_call, values, check, backend):
     storage = values(4000, torch.float32)
     offset = storage[37 : 37 + 4 * 5 * 3 * 2].view(4, 5, 3, 2)

@@ -9,8 +9,6 @@ import torch.nn.functional as F
 from litevae_kernels import modulate_weight, self_modulated_conv2d, use_backend
 from litevae_kernels.testing import LAYOUTS, arrange, assert_within_budget, poisoned_memory
 
-BACKENDS = ("reference", "native")
-
 
 def stylegan3(weight, style):
     """Returns the filters of StyleGAN3's modulated_conv2d with demodulation, for one sample."""
@@ -21,7 +19,6 @@ def stylegan3(weight, style):
     return w * (w.square().sum((1, 2, 3), keepdim=True) + 1e-8).rsqrt()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_equals_stylegan3s_grouped_convolution(values, native_roundings, backend):
     # StyleGAN3 turns the batch into groups, each of which has its own copy of the filters.
     x, weight, scale = values((3, 6, 9, 10)), values((8, 6, 3, 3), seed=1), values(6, seed=2)
@@ -53,7 +50,6 @@ CONVOLUTIONS = [
 ]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("options", CONVOLUTIONS, ids=str)
 @pytest.mark.parametrize("silu_input", [False, True])
 def test_convolution_equals_torch_in_float64(
@@ -100,7 +96,6 @@ def test_convolution_equals_torch_in_float64(
             assert_within_budget(actual.detach(), value.detach(), magnitude=size, operations=operations)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_any_convolution_of_any_dtype(values, equation_3, backend, dtype):
     rng = random.Random(f"{backend} {dtype}")
@@ -144,7 +139,6 @@ def test_bad_residual(values, residual, error):
         self_modulated_conv2d(x, weight, torch.ones(4), residual=residual)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_weight_is_rounded_once_from_wider_parameters(values, backend):
     x = values((2, 4, 6, 5), torch.bfloat16).requires_grad_()
     weight, scale = values((3, 4, 3, 3), torch.float32, seed=1), values(4, torch.float32, seed=2)
@@ -159,7 +153,6 @@ def test_the_weight_is_rounded_once_from_wider_parameters(values, backend):
     assert torch.equal(y, F.conv2d(x, modulated, bias.bfloat16()))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_autocast(values, backend, dtype):
     x = values((2, 4, 6, 5), dtype).requires_grad_()
