@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from litevae_kernels.backend import core
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # The capabilities of a CPU, in the names of `torch.cpu.get_capabilities`, that multiply numbers of a precision.
@@ -70,14 +72,18 @@ def choose_precision(precision: str, device: torch.device) -> str:
 
 
 def _multiplies(precision: str, device: torch.device) -> bool:
-    """Returns whether the hardware of `device` multiplies numbers of a half precision."""
+    """Returns whether the hardware of `device` multiplies numbers of a half precision.
+
+    An instruction set that LITEVAE_CPU_ISA lowers stands for a CPU with nothing better.
+    """
     if device.type == "cuda":
         return (
             precision == "fp16"
             or torch.cuda.get_device_capability(device) >= (8, 0)
             or bool(torch.version.hip)
         )
-    has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    lowered = core is not None and core.isa() != core.isas[-1]
+    has = torch.cpu.get_capabilities() if device.type == "cpu" and not lowered else {}
     return any(has.get(name) for name in ARITHMETIC[precision])
 
 

@@ -20,6 +20,17 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def cpu_has(monkeypatch):
+    """Returns a function that replaces the capabilities of the CPU by the given ones."""
+
+    def set_capabilities(*names):
+        monkeypatch.setattr("litevae.environment.core", None)  # LITEVAE_CPU_ISA may lower its instruction set
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(names, True))
+
+    return set_capabilities
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
     """Saves a tiny untrained model."""

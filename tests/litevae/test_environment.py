@@ -1,6 +1,7 @@
 import os
 import shutil
 import subprocess
+import types
 
 import pytest
 import torch
@@ -57,17 +58,20 @@ def test_gpu_is_named(monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ({"avx512_bf16": True, "avx512_f": True}, "bf16"),
-        ({"amx_bf16": True}, "bf16"),
-        ({"architecture": "aarch64", "bf16": True}, "bf16"),
-        ({"avx512_f": True, "avx512_fp16": True, "avx512_bf16": False}, "fp32"),
-        ({"avx2": True}, "fp32"),
-        ({"architecture": "aarch64", "neon": True}, "fp32"),
+        (["avx512_f", "avx512_bf16"], "bf16"),
+        (["avx512_f", "amx_bf16"], "bf16"),
+        (["neon", "bf16"], "bf16"),
+        (["avx512_f", "avx512_fp16"], "fp32"),
+        (["avx2"], "fp32"),
+        (["neon", "fp16_arith"], "fp32"),
     ],
 )
-def test_auto_is_bfloat16_on_a_cpu_that_multiplies_it(monkeypatch, flags, expected):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
+def test_auto_is_bfloat16_on_a_cpu_that_multiplies_it(monkeypatch, cpu_has, flags, expected):
+    cpu_has(*flags)
     assert choose_precision("auto", torch.device("cpu")) == expected
+    lowered = types.SimpleNamespace(isas=("baseline", "avx2"), isa=lambda: "baseline")
+    monkeypatch.setattr(litevae.environment, "core", lowered)
+    assert choose_precision("auto", torch.device("cpu")) == "fp32"
 
 
 @pytest.mark.parametrize(("capability", "expected"), [((7, 5), "fp32"), ((8, 0), "bf16"), ((12, 1), "bf16")])
@@ -77,14 +81,14 @@ def test_auto_is_bfloat16_on_a_gpu_that_multiplies_it(monkeypatch, capability, e
     assert choose_precision("auto", torch.device("meta")) == "fp32"
 
 
-def test_half_precision_that_a_cpu_emulates_is_named_once(monkeypatch, capsys):
+def test_half_precision_that_a_cpu_emulates_is_named_once(cpu_has, capsys):
     litevae.environment._warn_emulated.cache_clear()
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    cpu_has("avx512_bf16")
     assert [choose_precision(name, torch.device("cpu")) for name in ("fp32", "bf16")] == ["fp32", "bf16"]
     assert capsys.readouterr().err == ""
     for _ in range(2):
         assert choose_precision("fp16", torch.device("cpu")) == "fp16"
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    cpu_has()
     for _ in range(2):
         assert choose_precision("bf16", torch.device("cpu")) == "bf16"
         assert choose_precision("auto", torch.device("cpu")) == "fp32"

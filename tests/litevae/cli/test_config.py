@@ -92,7 +92,7 @@ def test_a_row_has_value_default_range_and_meaning(show):
         "seed 7 0 to 4294967295 Seed of the random number (default 0) generators."
     )
     assert in_one_line(output, "precision") == (
-        "precision auto auto or fp32 or Data type of autocast; weights stay in float32. bf16 or fp16 auto: bf16 where "
+        "precision auto auto or fp32 or bf16 Data type of autocast; weights stay or fp16 in float32. auto: bf16 where "
         "the hardware multiplies it, otherwise fp32; a resumed run keeps the precision of its checkpoint."
     )
     assert in_one_line(output, "channels_last").startswith("channels_last true true or false Keep ")

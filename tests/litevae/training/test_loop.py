@@ -175,15 +175,15 @@ def test_the_checkpoint_is_from_before_the_non_finite_steps(
 
 
 def test_a_resumed_run_keeps_its_precision_on_another_kind_of_machine(
-    tiny, tmp_path, no_pictures, monkeypatch, capsys, logged, assert_same_run
+    tiny, tmp_path, no_pictures, cpu_has, capsys, logged, assert_same_run
 ):
-    def on(flags, *settings, name="run"):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
+    def on(flag, *settings, name="run"):
+        cpu_has(flag)
         train(tiny("max_steps=4", "checkpoint.every=2", *settings, name=name))
         (line,) = [each for each in capsys.readouterr().err.splitlines() if "precision=auto" in each] or [""]
         return line.rpartition("\r")[2]
 
-    with_bf16, without = {"avx512_bf16": True}, {"avx2": True}
+    with_bf16, without = "avx512_bf16", "avx2"
     assert (
         on(with_bf16, "precision=auto", name="whole") == "precision=auto: bf16, which this machine multiplies"
     )
@@ -200,7 +200,6 @@ def test_a_resumed_run_keeps_its_precision_on_another_kind_of_machine(
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000004")
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     train(tiny("max_steps=4", "checkpoint.every=2", "precision=fp32", "resume=auto"))
     assert "was trained with other settings of precision" in capsys.readouterr().err
 
