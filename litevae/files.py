@@ -1,17 +1,24 @@
-"""Atomic writing of files and folders, file digests, and the location of downloaded weights."""
+"""Reading and atomic writing of files and folders, file digests, and the location of downloaded weights."""
 
+import errno
 import hashlib
+import io
+import json
 import os
 import pickle
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 
-import torch
+from litevae.errors import UserError, one_line
 
-from litevae.errors import UserError
+LONGEST_JSON = 2**27  # bytes
+MOST_JSON_VALUES = 5 * 10**6  # with all these, a list of lists takes half a gigabyte
+DEEPEST_JSON = 32  # nested lists and mappings
 
 
 def temporary_path(path: Path) -> Path:
@@ -85,14 +92,73 @@ def files_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
+def open_regular(path: Path) -> io.BufferedReader:
+    """Opens a regular file, or a link to one, for reading.
+
+    A FIFO would block, and a device may have no end.
+
+    Raises:
+        OSError: the file cannot be opened, or is not a regular file.
+    """
+    # without O_NONBLOCK, which has no effect on regular files, a FIFO would block already here
+    file = open(  # noqa: SIM115  (the caller closes it)
+        path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
+    )
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return file
+
+
+def read_json(path: Path, longest: int = LONGEST_JSON) -> Any:
+    """Reads a JSON file of limited length, number of values and nesting.
+
+    Args:
+        path: path of the file.
+        longest: most bytes that the file may have.
+
+    Raises:
+        OSError: the file cannot be read, or is not a regular file.
+        ValueError: the file is no JSON or exceeds a limit. The message is the reason.
+    """
+    with open_regular(path) as file:
+        content = file.read(longest + 1)
+    if len(content) > longest:
+        raise ValueError(f"longer than {longest:,} bytes")
+    return parse_json(content)
+
+
+def parse_json(content: bytes) -> Any:
+    """Parses JSON of a limited number of values and nesting; `ValueError` with the reason if it is something else."""
+    if sum(map(content.count, (b",", b"[", b"{"))) > MOST_JSON_VALUES:
+        raise ValueError(f"has more than {MOST_JSON_VALUES:,} values")
+    try:
+        value = json.loads(content)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    level = [value]
+    for _ in range(DEEPEST_JSON):
+        level = [
+            inner
+            for each in level
+            if isinstance(each, list | dict)
+            for inner in (each.values() if isinstance(each, dict) else each)
+        ]
+    if level:
+        raise ValueError(f"nested more than {DEEPEST_JSON} deep")
+    return value
+
+
 def sha256(path: Path) -> str:
-    """Returns the SHA-256 of a file in hexadecimal."""
-    with open(path, "rb") as file:
+    """Returns the SHA-256 of a regular file in hexadecimal; `OSError` if it cannot be read."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def weights_path(url: str) -> Path:
     """Returns the path at which PyTorch caches a file downloaded from `url`."""
+    import torch  # slow to import
+
     return Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
 
 
@@ -108,11 +174,13 @@ def explaining_weights(url: str, description: str) -> Iterator[None]:
         UserError: the download or the loading failed.
     """
     path = weights_path(url)
+    if path.exists() and not path.is_file():  # a FIFO would block
+        raise UserError(f"{path} is not {description}: it is not a regular file")
     try:
         yield
     # HTTPException: the connection broke; RuntimeError: the hash or a tensor's shape is wrong
     except (OSError, HTTPException, RuntimeError, EOFError, pickle.UnpicklingError, KeyError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error) or type(error).__name__
         if path.exists():
             raise UserError(f"{path} is not {description}, or damaged ({reason}): delete it") from None
         raise UserError(f"{path} is not there and cannot be downloaded ({reason}): put {url} there") from None

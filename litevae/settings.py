@@ -4,18 +4,28 @@ Each field of a configuration dataclass is declared with `setting` or `section`,
 """
 
 import difflib
+import io
 import math
+import os
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
+import yaml  # type: ignore[import-untyped]
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError  # type: ignore[import-untyped]
 
-from litevae.errors import UserError
+from litevae.errors import UserError, one_line, shorten
+from litevae.files import open_regular
+
+LONGEST_YAML = 2**18  # bytes
+MOST_YAML_NODES = 10**4  # with every alias replaced by what it stands for
+DEEPEST_YAML = 32  # nested lists and mappings
+MOST_FILES = 32  # that extend each other
+LARGEST = 2**63 - 1  # of a whole number
+LONGEST_NAME = 200  # characters of a name that are compared; the time grows with their square
 
 Schema = TypeVar("Schema")
 Value = TypeVar("Value")
@@ -105,17 +115,20 @@ def load(schema: type[Schema], name: str | None, overrides: Sequence[str], folde
     for override in overrides:
         key, sign, _ = override.partition("=")
         if not sign or not key:
-            raise UserError(f"{override!r} is not a setting: write key=value, such as max_steps=20")
+            raise UserError(f"{shorten(override)} is not a setting: write key=value, such as max_steps=20")
         if key not in keys:
             raise UserError(unknown_key(key, keys))
         try:
             apply(config, OmegaConf.from_dotlist([override]), keys, f"{override}: ")
-        except (YAMLError, OmegaConfBaseException):
+        except Exception:  # OmegaConf lets some errors of int(), float() and PyYAML through
             raise UserError(f"{override}: {key} must be {expected(key, keys)}") from None
 
     try:
         loaded = cast(Schema, OmegaConf.to_object(config))
-    except OmegaConfBaseException as error:  # an interpolation of a key that does not exist
+    except (
+        OmegaConfBaseException,
+        RecursionError,
+    ) as error:  # an interpolation of an unknown key or of itself
         raise UserError(f"{name or 'settings'}: {one_line(error)}") from None
     check_ranges(loaded)
     return loaded
@@ -131,7 +144,7 @@ def find_config(name: str, folder: Path) -> Path:
     if is_path(name):
         path = Path(name)
         if not path.is_file():
-            raise UserError(f"{name}: no such file")
+            raise UserError(f"{name}: {'not a regular file' if path.exists() else 'no such file'}")
         return path
     names = shipped(folder)
     if name not in names:
@@ -146,9 +159,9 @@ def is_path(name: str) -> bool:
 
 def unknown_config(name: str, names: Sequence[str]) -> str:
     """Returns the message for a configuration that does not exist, with the most similar one that does."""
-    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+    nearest = difflib.get_close_matches(name[:LONGEST_NAME], names, n=1, cutoff=0.0)[0]
     return (
-        f"no configuration named {name!r}: did you mean {nearest!r}? "
+        f"no configuration named {shorten(name)}: did you mean {nearest!r}? "
         f"(there are: {', '.join(names)}; or give the path of a .yaml file)"
     )
 
@@ -161,13 +174,57 @@ def read_files(path: Path, folder: Path) -> list[tuple[Path, Any]]:
         path = find_config(following, folder)
         if path in [file for file, _ in files]:
             raise UserError(f"{path}: extends itself")
+        if len(files) == MOST_FILES:
+            raise UserError(f"{path}: extended by {MOST_FILES} files, one after the other; no more are read")
         try:
-            values = OmegaConf.load(path)
-        except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
-            raise UserError(f"{path}: cannot be read: {one_line(error)}") from None
-        following = values.pop("extends", None) if isinstance(values, DictConfig) else None
+            values = OmegaConf.load(io.StringIO(read_yaml(path)))
+            following = values.pop("extends", None) if isinstance(values, DictConfig) else None
+        except (
+            Exception
+        ) as error:  # besides their own errors, the libraries raise those of int(), date() and others
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{path}: cannot be read: {one_line(reason) or type(error).__name__}") from None
+        if not isinstance(following, str | None):
+            raise UserError(f"{path}: extends must be the name of a configuration, got {shorten(following)}")
         files.append((path, values))
     return files
+
+
+def read_yaml(path: Path) -> str:
+    """Reads a YAML file and checks how much it contains, before anything is built of it.
+
+    A few aliases of aliases stand for billions of nodes, and deep nesting exhausts Python's stack.
+
+    Raises:
+        OSError, UnicodeDecodeError, yaml.YAMLError: the file cannot be read.
+        ValueError: it is longer, has more nodes or is nested deeper than allowed. The message is the reason.
+    """
+    with open_regular(path) as file:
+        content = file.read(LONGEST_YAML + 1)
+    if len(content) > LONGEST_YAML:
+        raise ValueError(f"longer than {LONGEST_YAML:,} bytes")
+    text = content.decode("utf-8")
+    counts = [0]  # nodes in each open list or mapping
+    names: list[str | None] = []  # anchors of those
+    anchors: dict[str | None, int] = {}  # nodes that each anchor stands for
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            counts.append(1)
+            names.append(event.anchor)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            count = counts.pop()
+            anchors[names.pop()] = count
+            counts[-1] += count
+        elif isinstance(event, yaml.AliasEvent):
+            counts[-1] += anchors.get(event.anchor, 1)
+        elif isinstance(event, yaml.ScalarEvent):
+            anchors[event.anchor] = 1
+            counts[-1] += 1
+        if len(counts) > DEEPEST_YAML:
+            raise ValueError(f"nested more than {DEEPEST_YAML} deep")
+        if counts[-1] > MOST_YAML_NODES:
+            raise ValueError(f"has more than {MOST_YAML_NODES:,} values")
+    return text
 
 
 def apply(config: DictConfig, values: Any, keys: Keys, where: str) -> None:
@@ -181,14 +238,14 @@ def apply(config: DictConfig, values: Any, keys: Keys, where: str) -> None:
         try:
             # YAML reads an empty value as null.
             OmegaConf.update(config, key, "" if value is None and keys[key] is str else value)
-        except OmegaConfBaseException:
+        except Exception:  # OmegaConf lets some errors of int() and float() through
             raise UserError(f"{where}{key} must be {expected(key, keys)}") from None
 
 
 def leaves(values: Any, keys: Keys, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yields dotted keys and values, descending into the sections of the schema."""
     for name, value in values.items():
-        key = f"{prefix}{name}"
+        key = prefix + (name if isinstance(name, str) else shorten(name))
         if isinstance(value, dict) and is_dataclass(keys.get(key)):
             yield from leaves(value, keys, f"{key}.")
         else:
@@ -208,13 +265,15 @@ def unknown_key(key: str, keys: Keys) -> str:
     """Returns the message for a key that does not exist, with the most similar one that does."""
 
     def similarity(candidate: str) -> float:
-        whole = difflib.SequenceMatcher(None, key, candidate).ratio()
+        whole = difflib.SequenceMatcher(None, key[:LONGEST_NAME], candidate).ratio()
         # This finds a correct name whose section is missing or wrong.
-        leaf = difflib.SequenceMatcher(None, key.split(".")[-1], candidate.split(".")[-1]).ratio()
+        leaf = difflib.SequenceMatcher(
+            None, key.split(".")[-1][:LONGEST_NAME], candidate.split(".")[-1]
+        ).ratio()
         return max(whole, 0.95 * leaf)
 
     single = [each for each in keys if not is_dataclass(keys[each])]  # a section itself cannot be set
-    return f"unknown setting {key!r}: did you mean {max(single, key=similarity)!r}?"
+    return f"unknown setting {shorten(key)}: did you mean {max(single, key=similarity)!r}?"
 
 
 def expected(key: str, keys: Keys) -> str:
@@ -251,27 +310,41 @@ def check_ranges(config: Any, prefix: str = "") -> None:
         prefix: key of `config` itself, with a dot at its end, for the message.
 
     Raises:
-        UserError: a number is out of range.
+        UserError: a number is out of range, or a text can be no name of a file.
     """
     for entry in fields(config):
         key, value = f"{prefix}{entry.name}", getattr(config, entry.name)
-        if is_dataclass(value):
+        if isinstance(value, str):
+            check_text(key, value)
+        elif is_dataclass(value):
             check_ranges(value, f"{key}.")
         elif isinstance(value, list | tuple):
             for index, item in enumerate(value):
                 if is_dataclass(item):
                     check_ranges(item, f"{key}[{index}].")
                 elif (allowed := violation(entry, item)) is not None:
-                    raise UserError(f"{key} must all be {allowed}, got {list(value)}")
+                    raise UserError(f"{key} must all be {allowed}, got {shorten(list(value))}")
         elif (allowed := violation(entry, value)) is not None:
-            raise UserError(f"{key} must be {allowed}, got {value}")
+            raise UserError(f"{key} must be {allowed}, got {shorten(value)}")
+
+
+def check_text(key: str, text: str) -> None:
+    """Raises UserError if the text of a setting has characters that no file's name can have."""
+    try:
+        valid = b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:  # half of a pair of surrogates
+        valid = False
+    if not valid:
+        raise UserError(f"{key} must be text without null characters and surrogates, got {shorten(text)}")
 
 
 def violation(entry: "Field[Any]", value: Any) -> str | None:
     """Returns the limit of a field that its value violates, or None; only numbers have limits."""
     limits = entry.metadata.get("limits")
-    return limits.violation(value) if limits and isinstance(value, int | float) else None
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    if not limits or not isinstance(value, int | float):
+        return None
+    if isinstance(value, int) and abs(value) > LARGEST:
+        return ", ".join(
+            [*([str(limits)] if str(limits) else []), *(["below 2^63"] * (limits.maximum is None))]
+        )
+    return limits.violation(value)

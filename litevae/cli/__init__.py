@@ -1,5 +1,7 @@
 """The `litevae` command. A user's mistake ends it with one line on stderr and exit status 2."""
 
+import errno
+import io
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -21,7 +23,8 @@ from litevae.cli.resolution import resolution
 from litevae.cli.scale import scale
 from litevae.cli.train import train
 from litevae.cli.train_diffusion import train_diffusion
-from litevae.errors import NonFiniteError, UserError
+from litevae.errors import LONGEST_MESSAGE, NonFiniteError, UserError, one_line
+from litevae.memory import explain_out_of_memory
 
 # Without Rich, whose boxes break long lines: an error is one line.
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
@@ -96,26 +99,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         a training run diverged or the disk failed; 2 for a user's mistake; 130 if the command was interrupted
         before there was anything to save.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may be no valid text
     try:
         status = app(args=arguments, prog_name="litevae", standalone_mode=False)
         return status if isinstance(status, int) else 0
     except UserError as error:
         return fail(str(error), 2)
     except (NonFiniteError, OSError) as error:
-        return fail(str(error), 1)
+        named_wrongly = isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP)
+        return fail(str(error), 2 if named_wrongly else 1)
     except (KeyboardInterrupt, typer.Abort):
         return fail("interrupted", 130)
     except Exception as error:
+        if message := explain_out_of_memory(error):
+            return fail(message, 2)
         # Typer's usage errors. Newer versions bundle a copy of Click, so the class is not always the same.
         if not hasattr(error, "format_message"):
             raise
         context = getattr(error, "ctx", None)
-        message = error.format_message()
+        message = one_line(error.format_message(), LONGEST_MESSAGE // 2)
         message += "" if message.endswith((".", "?")) else "."
         hint = f" See {context.command_path} --help." if context else ""
         return fail(message + hint, getattr(error, "exit_code", 2))
 
 
 def fail(message: str, status: int) -> int:
-    print(f"litevae: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"litevae: error: {one_line(message)}", file=sys.stderr)
     return status

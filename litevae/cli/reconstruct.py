@@ -30,7 +30,8 @@ def reconstruct(
     """
     for image in images:
         if not image.is_file():
-            raise UserError(f"{image}: {'is a folder, not an image' if image.is_dir() else 'no such file'}")
+            special = "not a regular file" if image.exists() else "no such file"
+            raise UserError(f"{image}: {'is a folder, not an image' if image.is_dir() else special}")
     targets = name_outputs(images, output)
     check_new(*targets, overwrite=overwrite)
     autoencoder = load_model(model)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from litevae.errors import UserError
+from litevae.files import open_regular
 
 BAD_IMAGES = "bad_images.txt"  # name of the list in a run's folder
 
@@ -68,16 +69,24 @@ class BadImages:
 
     def read(self) -> None:
         """Adds the names that the file lists."""
-        if self.path.exists():
-            lines = self.path.read_bytes().splitlines()
-            self.names |= {os.fsdecode(line).partition("\t")[0] for line in lines}
+        lines = self.content().splitlines()
+        self.names |= {os.fsdecode(line).partition("\t")[0] for line in lines}
 
     def drop_unfinished_line(self) -> None:
         """Removes an incomplete last line, which a full disk may have left."""
-        if self.path.exists():
-            content = self.path.read_bytes()
-            if not content.endswith(b"\n"):
-                os.truncate(self.path, content.rfind(b"\n") + 1)
+        content = self.content()
+        if content and not content.endswith(b"\n"):
+            os.truncate(self.path, content.rfind(b"\n") + 1)
+
+    def content(self) -> bytes:
+        """Returns the content of the file, which is empty before the first image fails; `UserError` if it is none."""
+        try:
+            with open_regular(self.path) as file:
+                return file.read()
+        except FileNotFoundError:
+            return b""
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read: {error.strerror}") from None
 
 
 def one_field(text: str) -> str:

@@ -81,7 +81,13 @@ class HuggingFaceImages:
         if label is None or label == -1:  # `datasets` uses -1 for an unknown class
             return None
         feature = self.labels.features["label"]
-        return feature.int2str(label) if hasattr(feature, "int2str") else str(label)  # a ClassLabel has names
+        if not hasattr(feature, "int2str"):  # only a ClassLabel has names
+            return str(label)
+        if not 0 <= label < feature.num_classes:
+            raise BadImage(
+                f"its label must be from 0 to {feature.num_classes - 1}, or -1 for none, got {label}"
+            )
+        return feature.int2str(label)
 
     def load(self, index: int) -> Pixels:
         try:

@@ -60,7 +60,8 @@ def decode_image(file: Path | IO[bytes]) -> Pixels:
     """
     try:
         if isinstance(file, Path) and not file.is_file():
-            raise BadImage("is a folder, not an image" if file.is_dir() else "no such file")
+            special = "not a regular file" if file.exists() else "no such file"
+            raise BadImage("is a folder, not an image" if file.is_dir() else special)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow would warn once per file with unusual metadata
             with Image.open(file, formats=image_formats()) as opened:

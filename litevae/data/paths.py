@@ -1,14 +1,21 @@
 """Paths of image files and shards: search in folders, expansion of patterns, and compact storage."""
 
 import glob
+import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from string import ascii_lowercase, ascii_uppercase
 
 import numpy as np
 
 from litevae.data.images import EXTENSIONS
 from litevae.errors import UserError
+
+MOST_NAMES = 10**6  # that a pattern may stand for
+DEEPEST_BRACES = 50
+LETTERS = ascii_uppercase + ascii_lowercase  # in the order of `braceexpand`
 
 
 def find_images(folder: Path) -> Iterator[str]:
@@ -45,10 +52,15 @@ def expand_pattern(pattern: str) -> list[str]:
         part, which matches no file.
 
     Raises:
-        UserError: the braces are unbalanced, or one of several parts matches no file.
+        UserError: the braces are unbalanced or stand for too many names, or one of several parts matches no file.
     """
     from webdataset.shardlists import expand_urls  # slow to import
 
+    count = count_names(pattern)
+    if count > MOST_NAMES:
+        raise UserError(
+            f"{pattern}: the braces stand for {count:.3g} names; at most {MOST_NAMES:,} are allowed"
+        )
     try:
         parts = expand_urls(pattern)
     except ValueError as error:
@@ -60,6 +72,36 @@ def expand_pattern(pattern: str) -> list[str]:
             raise UserError(f"{part}: no such file (of {pattern})")
         files += found
     return list(dict.fromkeys(files))
+
+
+def count_names(pattern: str) -> float:
+    """Returns the number of names that a pattern with braces stands for, without listing them.
+
+    Raises:
+        UserError: the braces are nested more than `DEEPEST_BRACES` deep.
+    """
+    text = re.sub(r"\\.|\0", "", pattern)  # without escaped characters
+    counts: list[
+        float
+    ] = []  # names per group so far; a null character and the group's number replace it in the text
+
+    def count_sequence(part: str) -> float:
+        return math.prod(counts[int(number)] for number in re.findall("\0(\\d+);", part))
+
+    def count_group(group: "re.Match[str]") -> str:
+        ends = re.fullmatch(r"(-?\d{1,300}|[A-Za-z])\.\.(-?\d{1,300}|[A-Za-z])(?:\.\.-?(\d+))?", group[1])
+        if ends is None:
+            counts.append(sum(map(count_sequence, group[1].split(","))))
+        else:
+            first, last = (float(LETTERS.find(end) if end in LETTERS else end) for end in ends.group(1, 2))
+            counts.append(abs(last - first) // max(float(ends[3] or 1), 1) + 1)
+        return f"\0{len(counts) - 1};"
+
+    for _ in range(DEEPEST_BRACES):
+        text, found = re.subn(r"\{([^{}]*)\}", count_group, text)
+        if not found:
+            return sum(map(count_sequence, text.split("::")))
+    raise UserError(f"{pattern}: the braces are nested more than {DEEPEST_BRACES} deep")
 
 
 def name_files(files: Sequence[str]) -> str:

@@ -74,6 +74,8 @@ def open_images(path: str) -> ImageSource:
     files = [path] if os.path.exists(path) else expand_pattern(path)
     if not files:
         raise UserError(f"{path}: no such file or folder, and no file matches it as a pattern")
+    if special := next((file for file in files if os.path.exists(file) and not os.path.isfile(file)), None):
+        raise UserError(f"{special}: not a regular file")  # a FIFO would block
     kinds = {Path(file).suffix.lower() for file in files}
     if kinds == {".tar"}:
         return TarShards(files)

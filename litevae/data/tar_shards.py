@@ -13,6 +13,7 @@ import numpy as np
 from litevae.data.images import EXTENSIONS, BadImage, Pixels, decode_image
 from litevae.data.paths import PackedStrings, name_files
 from litevae.errors import UserError
+from litevae.files import open_regular
 
 
 class TarShards:
@@ -73,7 +74,7 @@ class TarShards:
     def read(self, number: int, offset: int, size: int) -> bytes:
         """Reads `size` bytes at `offset` of shard `number`; `BadImage` if that fails."""
         try:
-            with open(self.files[number], "rb") as file:
+            with open_regular(Path(self.files[number])) as file:
                 file.seek(offset)
                 return file.read(size)
         except OSError as error:
@@ -87,11 +88,11 @@ def read_members(path: str) -> Iterator[tarfile.TarInfo]:
         UserError: the file is no uncompressed .tar file, or is truncated or corrupt.
     """
     try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if member.isreg() and not member.issparse():
-                    yield member
-        with open(path, "rb") as file:
+        with open_regular(Path(path)) as file:
+            with tarfile.open(path, "r:", fileobj=file) as tar:
+                for member in tar:
+                    if member.isreg() and not member.issparse():
+                        yield member
             file.seek(tar.offset)
             end = file.read(tarfile.BLOCKSIZE)
     except (tarfile.TarError, EOFError) as error:

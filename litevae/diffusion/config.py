@@ -52,8 +52,8 @@ class UNetConfig:
     before. The defaults are small: 7.4 M parameters.
     """
 
-    block_out_channels: list[int] = setting([64, 128, 192], "Width of each block.", minimum=1)
-    layers_per_block: int = setting(1, "ResBlocks per block.", minimum=1)
+    block_out_channels: list[int] = setting([64, 128, 192], "Width of each block.", minimum=1, maximum=2**16)
+    layers_per_block: int = setting(1, "ResBlocks per block.", minimum=1, maximum=64)
     attention_from: int = setting(
         1, "First block with self-attention, counted from 0; the middle block always has it.", minimum=0
     )

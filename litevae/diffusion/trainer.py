@@ -25,6 +25,7 @@ from litevae.environment import versions
 from litevae.errors import NonFiniteError, UserError
 from litevae.evaluation.fid import INCEPTION_NAME
 from litevae.files import replacing
+from litevae.memory import check_batch
 from litevae.models.interface import Autoencoder
 from litevae.signals import StopRequest
 from litevae.training.checkpoint import Checkpoint, random_state
@@ -110,6 +111,11 @@ class DiffusionTrainer(Loop[DiffusionResult]):
         self.noise = make_noise(config.noise)
         self.data.check_spread(self.noise.data_std)
         channels, side, _ = self.data.shape
+        widest = config.unet.block_out_channels[0]
+        part = config.data.batch_size // (config.optimizer.accumulation * self.accelerator.num_processes)
+        check_batch(part, side, widest, device.type)
+        drawn = min(config.sample.batch_size, max(config.sample.count, config.fid.count))
+        check_batch(drawn, side, widest, device.type, "sample.batch_size")
         self.network = self.unet = build_unet(config.unet, channels, side).to(device)
         self.ema = EMA(self.unet, config.ema_decay) if config.ema_decay else None
         settings = config.optimizer

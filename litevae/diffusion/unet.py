@@ -2,6 +2,7 @@
 
 from typing import cast
 
+import torch
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
@@ -9,6 +10,8 @@ from torch import nn
 
 from litevae.diffusion.config import UNetConfig
 from litevae.errors import UserError
+from litevae.memory import check_memory
+from litevae.models.build import weights_size
 
 
 def build_unet(config: UNetConfig, latent_channels: int, side: int) -> UNet2DModel:
@@ -23,7 +26,7 @@ def build_unet(config: UNetConfig, latent_channels: int, side: int) -> UNet2DMod
         side: height and width of a latent.
 
     Raises:
-        UserError: `side` cannot be halved between all blocks.
+        UserError: `side` cannot be halved between all blocks, or the weights exceed the memory of the machine.
     """
     blocks = len(config.block_out_channels)
     factor = 2 ** (blocks - 1)
@@ -32,18 +35,21 @@ def build_unet(config: UNetConfig, latent_channels: int, side: int) -> UNet2DMod
             f"latents of {side} x {side} cannot be halved {blocks - 1} times: give fewer unet.block_out_channels"
         )
     attention = [block >= config.attention_from for block in range(blocks)]
-    unet = UNet2DModel(
-        sample_size=side,
-        in_channels=latent_channels,
-        out_channels=latent_channels,
-        down_block_types=tuple("AttnDownBlock2D" if has else "DownBlock2D" for has in attention),
-        up_block_types=tuple("AttnUpBlock2D" if has else "UpBlock2D" for has in reversed(attention)),
-        block_out_channels=tuple(config.block_out_channels),
-        layers_per_block=config.layers_per_block,
-        attention_head_dim=config.head_channels,
-        norm_num_groups=config.num_groups,
-        dropout=config.dropout,
-    )
+    settings = {
+        "sample_size": side,
+        "in_channels": latent_channels,
+        "out_channels": latent_channels,
+        "down_block_types": tuple("AttnDownBlock2D" if has else "DownBlock2D" for has in attention),
+        "up_block_types": tuple("AttnUpBlock2D" if has else "UpBlock2D" for has in reversed(attention)),
+        "block_out_channels": tuple(config.block_out_channels),
+        "layers_per_block": config.layers_per_block,
+        "attention_head_dim": config.head_channels,
+        "norm_num_groups": config.num_groups,
+        "dropout": config.dropout,
+    }
+    with torch.device("meta"):  # which takes no memory
+        check_memory(weights_size(UNet2DModel(**settings)), "unet: weights")
+    unet = UNet2DModel(**settings)
     initialise(unet)
     return unet
 

@@ -22,6 +22,7 @@ from litevae.evaluation.metrics import batch_psnr, batch_ssim
 from litevae.evaluation.reconstruction import reconstruct_batch
 from litevae.files import replacing
 from litevae.losses.perceptual import LPIPS
+from litevae.memory import check_batch
 from litevae.models.interface import Autoencoder, check_size
 
 METRICS = ("rfid", "lpips", "psnr", "ssim")
@@ -88,6 +89,7 @@ def evaluate(
     """
     check_metrics(metrics)
     check_size(model, size)
+    check_batch(min(batch_size, len(images)), size, 3, model.device.type, "batch size")
     state = PartialState(cpu=not torch.accelerator.is_available())
     share = range(state.process_index, SquareDataset(images, size, count).count, state.num_processes)
     sums = Sums(metrics, features).to(model.device)

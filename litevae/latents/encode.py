@@ -17,9 +17,10 @@ from litevae.data.sources import ImageSource
 from litevae.environment import DTYPES
 from litevae.errors import UserError
 from litevae.latents.folder import LatentFolder, Settings, locked, make_header
+from litevae.latents.index import Shard
 from litevae.latents.processes import ProcessDied, Processes, error_message, raise_first
 from litevae.latents.shard_encoder import ShardEncoder, combine_times
-from litevae.latents.shards import Shard
+from litevae.memory import check_batch
 from litevae.models.interface import Autoencoder
 from litevae.signals import StopRequest
 
@@ -99,11 +100,12 @@ def encode_images(
         compile: whether to compile the encoder with `torch.compile`.
 
     Raises:
-        UserError: the model does not take images of this size; the folder has other content or other settings, or
-            another run writes to it; too many images cannot be read; or a latent is not finite. All processes raise
-            the error of any one of them.
+        UserError: the model does not take images of this size; a batch exceeds the memory; the folder has other
+            content or other settings, or another run writes to it; too many images cannot be read; or a latent
+            is not finite. All processes raise the error of any one of them.
         OSError: a file cannot be written, or another process has failed or died.
     """
+    check_batch(min(batch_size, len(images)), settings.size, 3, model.device.type, "batch size")
     processes = Processes()
     try:
         with StopRequest() as stop, ExitStack() as until_end:

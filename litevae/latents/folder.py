@@ -16,19 +16,8 @@ from litevae.environment import versions
 from litevae.errors import UserError
 from litevae.files import temporary_path
 from litevae.latents.encoder import Precision
-from litevae.latents.shards import (
-    FORMAT,
-    INDEX,
-    Shard,
-    Unfinished,
-    find_damage,
-    marker_path,
-    read_index,
-    read_marker,
-    read_unfinished,
-    unfinished_path,
-    write_index,
-)
+from litevae.latents.index import FORMAT, INDEX, Shard, marker_path, read_index, read_marker, write_index
+from litevae.latents.shards import Unfinished, find_damage, read_unfinished, unfinished_path
 from litevae.models.interface import Autoencoder, check_size, spatial_compression
 from litevae.models.weights import hash_encoder
 

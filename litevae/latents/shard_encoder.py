@@ -15,10 +15,10 @@ from litevae.data.squares import SquareBatch, SquareDataset
 from litevae.errors import UserError
 from litevae.latents.encoder import BatchedEncoder, to_host
 from litevae.latents.folder import LatentFolder
+from litevae.latents.index import Shard
 from litevae.latents.shards import (
     MIRRORED,
     MOMENTS,
-    Shard,
     Unfinished,
     unfinished_path,
     write_shard,

@@ -1,4 +1,4 @@
-"""The files of an encoded data set, its shards and its index, and a dataset that reads them.
+"""The shards of an encoded data set, and a dataset that reads them.
 
 Each shard, `shard-00000.safetensors` and so on, holds `moments` (N, 2 n_z, h, w) in float16: per image the posterior's
 mean, then its log-variance in [-30, 20]. It optionally holds `moments_mirrored` of the mirrored images. Its metadata
@@ -13,7 +13,6 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,46 +26,21 @@ from torch.utils.data import Dataset
 
 from litevae.data.paths import PackedStrings
 from litevae.errors import UserError
-from litevae.files import replacing, sha256, sync_folder, write
+from litevae.files import open_regular, replacing, sha256, sync_folder, write
+from litevae.latents.index import (
+    IMAGES,
+    INDEX,
+    Shard,
+    is_text,
+    marker_path,
+    name_shard,
+    read_complete_index,
+    read_images,
+)
 
-FORMAT = "litevae latents, version 1"
-INDEX = "index.json"
-MOMENTS, MIRRORED, IMAGES = "moments", "moments_mirrored", "images"
+MOMENTS, MIRRORED = "moments", "moments_mirrored"
 
 CHANGED = "its content is not what was written (SHA-256)"
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A file of latents, as the index lists it.
-
-    Attributes:
-        file: name of the file.
-        first: number in the data of the shard's first image.
-        images: number of images that the shard covers.
-        count: number of images that the file holds.
-        bytes: length of the file.
-        sha256: SHA-256 of the file, in hexadecimal.
-        bad: names of the images that could not be read, with the reasons.
-    """
-
-    file: str
-    first: int
-    images: int
-    count: int
-    bytes: int
-    sha256: str
-    bad: dict[str, str]
-
-
-def name_shard(number: int) -> str:
-    """Returns the file name of shard `number`."""
-    return f"shard-{number:05d}.safetensors"
-
-
-def marker_path(folder: Path, number: int) -> Path:
-    """Returns the path of the completion marker of shard `number`, which exists until the index lists the shard."""
-    return folder / f".shard-{number:05d}.json"
 
 
 def unfinished_path(folder: Path, number: int) -> Path:
@@ -108,7 +82,8 @@ def read_unfinished(folder: Path, number: int, identity: dict[str, Any]) -> Unfi
         ValueError: the file is damaged, or was written for another identity.
     """
     try:
-        content = unfinished_path(folder, number).read_bytes()
+        with open_regular(unfinished_path(folder, number)) as file:
+            content = file.read()
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -116,10 +91,27 @@ def read_unfinished(folder: Path, number: int, identity: dict[str, Any]) -> Unfi
     digest, content = content[:32], content[32:]
     if hashlib.sha256(content).digest() != digest:
         raise ValueError(CHANGED)
-    saved = torch.load(io.BytesIO(content), weights_only=True)
-    if saved.pop("identity") != identity:
+    try:
+        saved = torch.load(io.BytesIO(content), weights_only=True)
+        other = saved.pop("identity") != identity
+        unfinished = Unfinished(**saved)
+        fits = isinstance(unfinished.moments, Tensor) and all(
+            (
+                unfinished.moments.dtype == torch.float16,
+                unfinished.moments.shape[:2] == (1 + identity["encoding"]["mirror"], len(unfinished.labels)),
+                isinstance(unfinished.labels, list),
+                all(label is None or is_text(label) for label in unfinished.labels),
+                isinstance(unfinished.bad, dict),
+                all(type(key) is int and is_text(reason) for key, reason in unfinished.bad.items()),
+            )
+        )
+    except Exception:  # the unpickler can raise almost anything, with advice that does not apply
+        raise ValueError("is not a file that litevae encode has written") from None
+    if other:
         raise ValueError("was left by a run with another --batch-size, or of something else")
-    return Unfinished(**saved)
+    if not fits:
+        raise ValueError("is not a file that litevae encode has written")
+    return unfinished
 
 
 def write_shard(
@@ -151,64 +143,6 @@ def write_shard(
         write(path, json.dumps(asdict(shard)).encode())
     sync_folder(folder)
     return shard
-
-
-def write_index(folder: Path, header: dict[str, Any], shards: Iterable[Shard]) -> None:
-    """Writes index.json: `header` and the list of shards, which is empty until all are complete."""
-    with replacing(folder / INDEX) as path:
-        write(
-            path,
-            (json.dumps({**header, "shards": [asdict(each) for each in shards]}, indent=1) + "\n").encode(),
-        )
-    sync_folder(folder)
-
-
-def read_index(folder: Path) -> dict[str, Any] | None:
-    """Reads index.json of a complete or incomplete folder.
-
-    Returns:
-        Its content, with `Shard`s in "shards"; None if the file does not exist.
-
-    Raises:
-        UserError: the file is no index, or is of another version.
-    """
-    path = folder / INDEX
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        if index["format"] != FORMAT:
-            raise UserError(f"{path}: is of format {index['format']!r}; this version reads {FORMAT!r}")
-        index["shards"] = [Shard(**each) for each in index["shards"]]
-        for name in ("complete", "model", "images", "encoding", "latents"):
-            index[name]
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: not the index of encoded images") from None
-    return index
-
-
-def read_complete_index(folder: Path) -> dict[str, Any]:
-    """Reads index.json as `read_index` does; `UserError` unless the folder is complete."""
-    index = read_index(folder)
-    if index is None:
-        raise UserError(
-            f"{folder}: {'has no index.json: not encoded images' if folder.is_dir() else 'no such folder'}"
-        )
-    if not index["complete"]:
-        raise UserError(f"{folder}: not complete: run the same litevae encode command again to continue it")
-    return index
-
-
-def read_marker(folder: Path, number: int) -> Shard | None:
-    """Reads the completion marker of a shard; None if there is no valid one."""
-    try:
-        return Shard(**json.loads(marker_path(folder, number).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
 
 
 def find_damage(folder: Path, shard: Shard) -> str | None:
@@ -246,8 +180,8 @@ def verify(folder: Path) -> dict[str, Any]:
                 with safe_open(folder / shard.file, framework="pt") as file:
                     tensors = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
                     found = {name: (each.get_dtype(), *each.get_shape()) for name, each in tensors.items()}
-                    listed = len(json.loads(file.metadata()[IMAGES]))
-            except (SafetensorError, ValueError, KeyError, TypeError) as error:
+                    listed = len(read_images(file))
+            except (SafetensorError, OSError, ValueError) as error:
                 damage = f"cannot be read: {error}"
             else:
                 expected = dict.fromkeys(names, ("F16", shard.count, *shape))
@@ -300,10 +234,15 @@ class LatentDataset(Dataset[Latent]):
             path = self.folder / shard.file
             if not path.is_file() or path.stat().st_size != shard.bytes:
                 raise UserError(f"{path}: {find_damage(self.folder, shard)}")
-            with safe_open(path, framework="pt") as file:
-                for name, label in json.loads(file.metadata()[IMAGES]):
-                    names.append(name)
-                    labels.append(label)
+            try:
+                with safe_open(path, framework="pt") as file:
+                    listed = read_images(file)
+            except (SafetensorError, OSError, ValueError) as error:
+                raise UserError(f"{path}: cannot be read: {error}") from None
+            if len(listed) != shard.count:
+                raise UserError(f"{path}: does not hold what {INDEX} says")
+            names += [name for name, _ in listed]
+            labels += [label for _, label in listed]
         self.names = PackedStrings(names)
         known = {label for label in labels if label is not None}
         numeric = all(label.isdecimal() for label in known)

@@ -13,6 +13,7 @@ from litevae.data.sources import ImageSource
 from litevae.data.squares import SquareDataset
 from litevae.errors import UserError
 from litevae.files import replacing
+from litevae.memory import check_batch
 from litevae.models.interface import Autoencoder, check_size, encode_pixels
 
 
@@ -59,6 +60,7 @@ def measure_latents(
         UserError: the model does not take this size, no image can be read, or the latents are constant or not finite.
     """
     check_size(model, size)
+    check_batch(min(batch_size, len(images)), size, 3, model.device.type, "batch size")
     channels = model.config.latent_channels
     first, second = (torch.zeros(channels, dtype=torch.float64, device=model.device) for _ in range(2))
     used = 0

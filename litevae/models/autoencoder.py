@@ -13,6 +13,8 @@ from diffusers.models.modeling_utils import ModelMixin, get_parameter_device
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
+from litevae.errors import shorten
+from litevae.models.arguments import check_arguments
 from litevae.models.decoder import Decoder
 from litevae.models.encoder import Aggregator, Encoder, Extractor, WaveletEncoder
 from litevae.models.layers import Norm, ResBlock, autocast_enabled, compute_dtype
@@ -104,6 +106,7 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         latents_std: Sequence[float] | None = None,
         force_upcast: bool = False,
     ) -> None:
+        check_arguments(locals())
         super().__init__()
         for name, value, allowed in (
             ("decoder_norm", decoder_norm, get_args(Norm)),
@@ -114,7 +117,9 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             ("encoder_norm", encoder_norm, get_args(Norm)),
         ):
             if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+                raise ValueError(
+                    f"{name} must be one of {', '.join(map(repr, allowed))}, got {shorten(value)}"
+                )
         levels = len(block_out_channels) - 1
         if levels < 1:
             raise ValueError(f"block_out_channels must have at least two entries, got {block_out_channels}")

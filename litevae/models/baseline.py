@@ -8,6 +8,8 @@ from diffusers import AutoencoderKL
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import Encoder
 
+from litevae.models.arguments import check_arguments
+
 
 class SmallEncoderVAE(AutoencoderKL):
     """An `AutoencoderKL` whose encoder and decoder differ in width: VAE-Small of Table 2b.
@@ -43,6 +45,7 @@ class SmallEncoderVAE(AutoencoderKL):
         latents_mean: Sequence[float] | None = None,
         latents_std: Sequence[float] | None = None,
     ) -> None:
+        check_arguments(locals())
         blocks = len(block_out_channels)
         if len(encoder_block_out_channels) != blocks:
             raise ValueError(

@@ -2,9 +2,13 @@
 
 from dataclasses import asdict
 
+import torch
 from diffusers import AutoencoderKL
+from torch import nn
 
+from litevae.memory import check_memory
 from litevae.models import LiteVAE
+from litevae.models.arguments import check_arguments
 from litevae.models.baseline import SmallEncoderVAE
 from litevae.models.config import ModelConfig
 from litevae.models.initialise import initialise
@@ -20,16 +24,28 @@ def with_fresh_weights(config: ModelConfig, size: int) -> Autoencoder:
 
     Raises:
         ValueError: the model does not take these settings.
+        UserError: its weights exceed the memory of the machine.
     """
-    if config.kind == "litevae":
-        settings = asdict(config)
-        for name in ("kind", "preset", "encoder_block_out_channels"):
-            del settings[name]
-        model: Autoencoder = LiteVAE.from_preset(config.preset, sample_size=size, **settings)
-    else:
-        model = build_baseline(config, size)
+    with torch.device("meta"):  # which takes no memory
+        check_memory(weights_size(build(config, size)), "weights")
+    model = build(config, size)
     initialise(model)
     return model
+
+
+def weights_size(model: nn.Module) -> int:
+    """Returns the number of bytes of a model's parameters."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def build(config: ModelConfig, size: int) -> Autoencoder:
+    """Returns a model with PyTorch's initial weights; `ValueError` if it does not take the settings."""
+    if config.kind != "litevae":
+        return build_baseline(config, size)
+    settings = asdict(config)
+    for name in ("kind", "preset", "encoder_block_out_channels"):
+        del settings[name]
+    return LiteVAE.from_preset(config.preset, sample_size=size, **settings)
 
 
 def build_baseline(config: ModelConfig, size: int) -> AutoencoderKL:
@@ -48,6 +64,7 @@ def build_baseline(config: ModelConfig, size: int) -> AutoencoderKL:
     if config.kind == "vae-small":
         return SmallEncoderVAE(**settings)
     blocks = len(config.block_out_channels)
+    check_arguments(settings)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * blocks,
         up_block_types=("UpDecoderBlock2D",) * blocks,

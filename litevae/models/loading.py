@@ -1,19 +1,21 @@
 """Loading autoencoders from a folder or by name."""
 
-import json
 import os
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from litevae.errors import UserError
+from litevae.errors import LONGEST_VALUE, UserError, one_line
+from litevae.files import read_json
+from litevae.models.arguments import check_config
 
 if TYPE_CHECKING:
     from litevae.models.interface import Autoencoder
 
 MODELS: tuple[str, ...] = ("LiteVAE", "AutoencoderKL", "SmallEncoderVAE")  # class names
 DIFFUSERS = "diffusers:"
+LONGEST_CONFIG = 2**20  # bytes of a config.json
 
 
 def model_folder(path: Path) -> Path:
@@ -45,6 +47,19 @@ def report_weights(path: Path, folder: Path) -> None:
     print(f"{path}: loading the {kind} weights, {folder}", file=sys.stderr)
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """Reads the config.json of a model; `UserError` if it cannot be read, or is no mapping."""
+    try:
+        saved = read_json(path, longest=LONGEST_CONFIG)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not a model's configuration: {error}") from None
+    if not isinstance(saved, dict):
+        raise UserError(f"{path}: not a model's configuration")
+    return saved
+
+
 def load_model(path: Path) -> "Autoencoder":
     """Loads the autoencoder in a folder, and prints to stderr if it takes a checkpoint's averaged weights.
 
@@ -62,25 +77,26 @@ def load_model(path: Path) -> "Autoencoder":
     if str(path).startswith(DIFFUSERS):
         wanted, name = ("AutoencoderKL",), "an AutoencoderKL"
         path = Path(str(path).removeprefix(DIFFUSERS))
-    try:
-        kind = json.loads(config.read_text(encoding="utf-8")).get("_class_name")
-    except (ValueError, AttributeError):
-        raise UserError(f"{config}: not a model's configuration") from None
+    saved = read_config(config)
+    kind = saved.get("_class_name")
     if kind not in wanted:
-        raise UserError(f"{path}: not {name} but {kind or 'something else'}")
+        raise UserError(f"{path}: not {name} but {one_line(kind or 'something else', LONGEST_VALUE)}")
 
     from diffusers import AutoencoderKL
-    from safetensors import SafetensorError
 
     from litevae.models import LiteVAE
     from litevae.models.baseline import SmallEncoderVAE
 
     classes = {each.__name__: each for each in (LiteVAE, AutoencoderKL, SmallEncoderVAE)}
     try:
+        check_config(saved, classes[kind])
+    except ValueError as error:
+        raise UserError(f"{config}: {error}") from None
+    try:
         model, loading = classes[kind].from_pretrained(
             folder, output_loading_info=True, local_files_only=True
         )
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # diffusers and safetensors let almost anything through
         raise UserError(f"{folder}: cannot be loaded: {error}") from None
     if loading["missing_keys"]:
         raise UserError(f"{folder}: its weights lack {loading['missing_keys'][0]} and perhaps others")

@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from litevae.errors import UserError
-from litevae.files import replacing_folder, write
+from litevae.errors import UserError, shorten
+from litevae.files import read_json, replacing_folder, write
 from litevae.models.interface import Autoencoder
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -56,7 +56,7 @@ def load_weights(model: ModelMixin, folder: Path, setting: str) -> None:
     """
     config = folder / "config.json"
     try:
-        saved = json.loads(config.read_text(encoding="utf-8"))
+        saved = read_json(config)
     except (OSError, ValueError) as error:
         raise UserError(f"{setting}: {config}: cannot be read: {error}") from None
     if not isinstance(saved, dict):
@@ -66,7 +66,8 @@ def load_weights(model: ModelMixin, folder: Path, setting: str) -> None:
             continue
         if saved.get(key, value) != value:
             raise UserError(
-                f"{setting}: {folder} has another architecture: {key} is {saved[key]} there and {value} here"
+                f"{setting}: {folder} has another architecture: {key} is {shorten(saved[key])} there and "
+                f"{shorten(value)} here"
             )
     copy_weights(model, read_weights(folder / WEIGHTS, setting), folder, setting)
 

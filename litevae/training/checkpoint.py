@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 import numpy as np
@@ -17,8 +17,8 @@ from diffusers import ModelMixin
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from litevae.errors import UserError
-from litevae.files import files_in, sha256, sync_folder, write
+from litevae.errors import UserError, one_line, shorten
+from litevae.files import files_in, open_regular, read_json, sha256, sync_folder, write
 from litevae.models.weights import write_model, write_tensors
 
 MANIFEST, STATE, DISCRIMINATOR = "manifest.json", "state.pt", "discriminator.safetensors"
@@ -93,13 +93,16 @@ def save_checkpoint(
 
 def find_damaged_file(checkpoint: Checkpoint) -> str | None:
     """Reads all files of a complete checkpoint; returns a description of the first damaged one, or None."""
-    for name, file in read_manifest(checkpoint)["files"].items():
-        path = checkpoint.path / name
-        try:
+    path = checkpoint.path / MANIFEST
+    try:
+        for name, file in read_manifest(checkpoint.path)["files"].items():
+            path = checkpoint.path / name
             if sha256(path) != file["sha256"]:
                 return f"{path}: damaged: its SHA-256 is not the one in {MANIFEST}"
-        except OSError as error:
-            return f"{path}: cannot be read: {error.strerror}"
+    except OSError as error:
+        return f"{path}: cannot be read: {error.strerror}"
+    except ValueError as error:  # the manifest has changed meanwhile
+        return f"{path}: {error}"
     return None
 
 
@@ -109,21 +112,54 @@ def find_checkpoints(folder: Path) -> list[Checkpoint]:
     return sorted(filter(None, found), key=lambda checkpoint: checkpoint.step)
 
 
-def read_manifest(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Returns the manifest of a complete checkpoint."""
-    manifest: dict[str, Any] = json.loads((checkpoint.path / MANIFEST).read_text(encoding="utf-8"))
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Returns the manifest of a checkpoint, whose entries have the right types.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not the manifest of a checkpoint.
+    """
+    manifest = read_json(folder / MANIFEST)
+    if not isinstance(manifest, dict):
+        raise ValueError("not the manifest of a checkpoint")
+    step, psnr, files = (manifest.get(name) for name in ("step", "psnr", "files"))
+    if type(step) is not int or not 0 <= step < 2**63:
+        raise ValueError(f"step must be a whole number, got {shorten(step)}")
+    if psnr is not None and type(psnr) not in (int, float):
+        raise ValueError(f"psnr must be a number or null, got {shorten(psnr)}")
+    if not isinstance(manifest.get("config"), dict):
+        raise ValueError("config must be a mapping of settings")
+    if not isinstance(files, dict) or not all(isinstance(each, dict) for each in files.values()):
+        raise ValueError("files must map the name of each file to its bytes and sha256")
+    for name, file in files.items():
+        if type(file.get("bytes")) is not int or not isinstance(file.get("sha256"), str):
+            raise ValueError(f"files must give the bytes and sha256 of {shorten(name)}")
     return manifest
 
 
 def open_checkpoint(path: Path) -> Checkpoint | None:
-    """Returns the checkpoint at `path`, or None if a file is missing or does not have its full length."""
+    """Returns the checkpoint at `path`, or None if a file is missing, has another length or is not in its folder."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        files = manifest["files"].items()
-        complete = all((path / name).stat().st_size == file["bytes"] for name, file in files)
-        return Checkpoint(path, int(manifest["step"]), manifest.get("psnr")) if complete else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        manifest = read_manifest(path)
+        complete = all(length_within(path, name) == file["bytes"] for name, file in manifest["files"].items())
+        return Checkpoint(path, manifest["step"], manifest.get("psnr")) if complete else None
+    except (OSError, ValueError):
         return None
+
+
+def length_within(folder: Path, name: str) -> int:
+    """Returns the length of a file within a folder, by its relative name.
+
+    Raises:
+        OSError: it cannot be opened, or is not a regular file.
+        ValueError: the name leads out of the folder, if need be by a link.
+    """
+    parts = PurePosixPath(name).parts
+    above = [folder.joinpath(*parts[:count]) for count in range(1, len(parts) + 1)]
+    if not parts or PurePosixPath(name).is_absolute() or ".." in parts or any(map(Path.is_symlink, above)):
+        raise ValueError(f"{shorten(name)} is not within the checkpoint")
+    with open_regular(above[-1]) as file:
+        return os.fstat(file.fileno()).st_size
 
 
 def remove_old(folder: Path, keep: int) -> None:
@@ -217,10 +253,15 @@ def load_state(checkpoint: Checkpoint) -> dict[str, Any]:
     """Returns the `state` that `save_checkpoint` wrote, on the CPU; raises UserError if it cannot be read."""
     path = checkpoint.path / STATE
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        return state
-    except Exception as error:  # the unpickler can raise almost anything if a file is damaged
-        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+        with open_regular(path) as file:
+            state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or one_line(error)}") from None
+    except Exception:  # the unpickler can raise almost anything, with advice that does not apply
+        raise UserError(f"{path}: cannot be read: not a state that litevae has written") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: cannot be read: not a state that litevae has written")
+    return state
 
 
 def random_state() -> dict[str, Any]:

@@ -26,6 +26,7 @@ from litevae.files import replacing
 from litevae.models.weights import load_weights
 from litevae.signals import StopRequest
 from litevae.training.checkpoint import (
+    STATE,
     Checkpoint,
     choose_checkpoint,
     load_state,
@@ -183,6 +184,18 @@ class Loop(ABC, Generic[Result]):
         state = load_state(checkpoint)
         if self.ema is not None:
             load_weights(self.ema.model, path / "ema", "resume")
+        try:
+            self.restore_all(checkpoint, state)
+        except (UserError, OSError):
+            raise
+        except Exception as error:  # the entries may be missing, or of any type
+            raise UserError(
+                f"resume: {path / STATE}: does not hold the state of such a run: {type(error).__name__} {error}"
+            ) from None
+
+    def restore_all(self, checkpoint: Checkpoint, state: dict[str, Any]) -> None:
+        """Restores all but the weights of the network and its average from the content of state.pt."""
+        if self.ema is not None:
             self.ema.updates = state["ema_updates"]
         self.restore_state(checkpoint, state)
         if self.accelerator.scaler and state["scaler"]:
@@ -195,7 +208,7 @@ class Loop(ABC, Generic[Result]):
 
     def warn_of_changes(self, checkpoint: Checkpoint) -> None:
         """Prints to stderr which of the decisive settings differ from those of the checkpoint."""
-        before, now = read_manifest(checkpoint)["config"], asdict(self.loop_config)
+        before, now = read_manifest(checkpoint.path)["config"], asdict(self.loop_config)
         changed = [key for key in self.decisive_settings if before.get(key) != now[key]]
         if changed and self.is_main:
             tqdm.write(

@@ -21,6 +21,7 @@ from litevae.evaluation.pictures import draw_grid, draw_reconstructions
 from litevae.evaluation.reconstruction import reconstruct
 from litevae.files import replacing
 from litevae.losses import Objective
+from litevae.memory import check_batch
 from litevae.models.interface import Autoencoder, check_size, spatial_compression
 from litevae.models.weights import copy_weights, read_weights, save_model
 from litevae.signals import StopRequest
@@ -134,6 +135,12 @@ class Trainer(Loop[TrainingResult]):
             check_size(self.model, stage.size, "data.size")
             check_batch_size(
                 stage.batch_size, self.config.optimizer.accumulation, self.accelerator.num_processes
+            )
+            parts = self.config.optimizer.accumulation * self.accelerator.num_processes
+            halved = self.config.model.output_type == "wavelet"  # the decoder ends at half the size
+            widest = self.config.model.block_out_channels[0]
+            check_batch(
+                stage.batch_size // parts, stage.size // (1 + halved), widest, self.accelerator.device.type
             )
 
     def make_discriminator(self) -> nn.Module | None:

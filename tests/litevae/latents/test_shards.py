@@ -11,12 +11,11 @@ from litevae import LiteVAE
 from litevae.data.sources import open_images
 from litevae.errors import UserError
 from litevae.latents import LatentDataset, Settings, encode_images, sample_latents, verify
+from litevae.latents.index import marker_path, read_marker
 from litevae.latents.shards import (
     MOMENTS,
     Unfinished,
     find_damage,
-    marker_path,
-    read_marker,
     read_unfinished,
     unfinished_path,
     write_shard,

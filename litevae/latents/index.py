@@ -1,0 +1,208 @@
+"""index.json of an encoded data set: the list of its shards, written atomically and checked when it is read.
+
+The files that a crashed run or somebody else may have left are not trusted: each entry that is used has its type and
+range checked, and no name leads out of the folder.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from litevae.errors import UserError, shorten
+from litevae.files import parse_json, read_json, replacing, sync_folder, write
+
+FORMAT = "litevae latents, version 1"
+INDEX = "index.json"
+IMAGES = "images"  # entry of a shard's metadata
+
+MAX_FACTOR = 1e30  # of a latent's scale and shift, which are applied in float32
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of latents, as the index lists it.
+
+    Attributes:
+        file: name of the file.
+        first: number in the data of the shard's first image.
+        images: number of images that the shard covers.
+        count: number of images that the file holds.
+        bytes: length of the file.
+        sha256: SHA-256 of the file, in hexadecimal.
+        bad: names of the images that could not be read, with the reasons.
+    """
+
+    file: str
+    first: int
+    images: int
+    count: int
+    bytes: int
+    sha256: str
+    bad: dict[str, str]
+
+
+def name_shard(number: int) -> str:
+    """Returns the file name of shard `number`."""
+    return f"shard-{number:05d}.safetensors"
+
+
+def marker_path(folder: Path, number: int) -> Path:
+    """Returns the path of the completion marker of shard `number`, which exists until the index lists the shard."""
+    return folder / f".shard-{number:05d}.json"
+
+
+def write_index(folder: Path, header: dict[str, Any], shards: Iterable[Shard]) -> None:
+    """Writes index.json: `header` and the list of shards, which is empty until all are complete."""
+    with replacing(folder / INDEX) as path:
+        write(
+            path,
+            (json.dumps({**header, "shards": [asdict(each) for each in shards]}, indent=1) + "\n").encode(),
+        )
+    sync_folder(folder)
+
+
+def read_index(folder: Path) -> dict[str, Any] | None:
+    """Reads index.json of a complete or incomplete folder.
+
+    Returns:
+        Its content, with `Shard`s in "shards"; None if the file does not exist.
+
+    Raises:
+        UserError: the file is no index, or is of another version.
+    """
+    path = folder / INDEX
+    try:
+        index = read_json(path)
+        if not isinstance(index, dict) or "format" not in index:
+            raise ValueError("has no format")
+        if index["format"] != FORMAT:
+            raise UserError(f"{path}: is of format {shorten(index['format'])}; this version reads {FORMAT!r}")
+        index["shards"] = check_index(index)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{path}: not the index of encoded images: {error}") from None
+    return index
+
+
+def check_index(index: dict[str, Any]) -> list[Shard]:
+    """Checks the types of all entries of index.json that are used.
+
+    Returns:
+        The shards.
+
+    Raises:
+        ValueError: an entry is missing or of the wrong type. The message names it.
+    """
+    for section in ("model", "images", "encoding", "latents"):
+        if not isinstance(index.get(section), dict):
+            raise ValueError(f"{section} must be a mapping, got {shorten(index.get(section))}")
+    latents, encoding = index["latents"], index["encoding"]
+    shape = latents.get("shape")
+    for name, value, fits, allowed in (
+        ("complete", index.get("complete"), is_bool, "true or false"),
+        ("model.sha256", index["model"].get("sha256"), is_text, "text"),
+        ("images.count", index["images"].get("count"), is_count, "a whole number"),
+        ("encoding.mirror", encoding.get("mirror"), is_bool, "true or false"),
+        ("latents.shape", shape, is_shape, "three whole numbers from 1, the first even"),
+        ("latents.scaling_factor", latents.get("scaling_factor"), is_factor, "a number other than 0"),
+        ("latents.shift_factor", latents.get("shift_factor"), is_optional_number, "a number or null"),
+        ("shards", index.get("shards"), is_list, "a list"),
+    ):
+        if not fits(value):
+            raise ValueError(f"{name} must be {allowed}, got {shorten(value)}")
+    return [parse_shard(entry, number) for number, entry in enumerate(index["shards"])]
+
+
+def parse_shard(entry: Any, number: int) -> Shard:
+    """Returns shard `number` as JSON holds it; `ValueError` if its entries are not of the right types."""
+    try:
+        shard = Shard(**entry)
+    except TypeError:
+        raise ValueError(f"shard {number} must have the entries of a shard, got {shorten(entry)}") from None
+    if shard.file != name_shard(number):  # any other name might lead out of the folder
+        raise ValueError(f"shard {number} must be {name_shard(number)}, got {shorten(shard.file)}")
+    for name in ("first", "images", "count", "bytes"):
+        if not is_count(getattr(shard, name)):
+            raise ValueError(f"{name} of shard {number} must be a whole number, got {shorten(entry[name])}")
+    if not isinstance(shard.sha256, str) or not re.fullmatch("[0-9a-f]{64}", shard.sha256):
+        raise ValueError(
+            f"sha256 of shard {number} must be 64 hexadecimal digits, got {shorten(shard.sha256)}"
+        )
+    if not isinstance(shard.bad, dict) or not all(map(is_text, (*shard.bad, *shard.bad.values()))):
+        raise ValueError(f"bad of shard {number} must map names to reasons, got {shorten(shard.bad)}")
+    return shard
+
+
+def read_images(file: Any) -> list[tuple[str, str | None]]:
+    """Returns the names and labels that the metadata of an open shard list; `ValueError` if it lists none."""
+    text = (file.metadata() or {}).get(IMAGES)
+    listed = None if text is None else parse_json(text.encode())
+    if not isinstance(listed, list):
+        raise ValueError(f"{IMAGES} must be a list, got {shorten(listed)}")
+    for entry in listed:
+        pair = isinstance(entry, list) and len(entry) == 2
+        if not pair or not is_text(entry[0]) or not (entry[1] is None or is_text(entry[1])):
+            raise ValueError(f"each of {IMAGES} must be a name and a label or null, got {shorten(entry)}")
+    return [(name, label) for name, label in listed]
+
+
+def is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def is_list(value: Any) -> bool:
+    return isinstance(value, list)
+
+
+def is_count(value: Any) -> bool:
+    """Returns whether a value is a whole number that a 64-bit integer holds, and not a bool."""
+    return type(value) is int and 0 <= value < 2**63
+
+
+def is_optional_number(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and abs(value) <= MAX_FACTOR)
+
+
+def is_factor(value: Any) -> bool:
+    return value is not None and is_optional_number(value) and value != 0
+
+
+def is_shape(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(map(is_count, value)) and min(value) > 0
+
+
+def is_text(value: Any) -> bool:
+    """Returns whether a value is text that can be written as a file name, if need be of invalid UTF-8."""
+    try:
+        return isinstance(value, str) and bool(os.fsencode(value) + b"x")
+    except UnicodeEncodeError:  # half of a pair of surrogates
+        return False
+
+
+def read_complete_index(folder: Path) -> dict[str, Any]:
+    """Reads index.json as `read_index` does; `UserError` unless the folder is complete."""
+    index = read_index(folder)
+    if index is None:
+        raise UserError(
+            f"{folder}: {'has no index.json: not encoded images' if folder.is_dir() else 'no such folder'}"
+        )
+    if not index["complete"]:
+        raise UserError(f"{folder}: not complete: run the same litevae encode command again to continue it")
+    return index
+
+
+def read_marker(folder: Path, number: int) -> Shard | None:
+    """Reads the completion marker of a shard; None if there is no valid one."""
+    try:
+        return parse_shard(read_json(marker_path(folder, number)), number)
+    except (OSError, ValueError):
+        return None
