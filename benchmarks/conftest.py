@@ -1,9 +1,19 @@
+import os
+
 import pytest
 import torch
 
 from benchmarks.session import Session
 from litevae.environment import device_name
 from litevae_kernels.allocator import keep_freed_memory
+from litevae_kernels.backend import core
+
+# The settings by which rivals use no more than the instruction set that LITEVAE_CPU_ISA names.
+RIVALS_ISA = {
+    "baseline": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"},
+    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+    "avx512": {"ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"},
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -13,6 +23,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # The libraries read these variables when they compute for the first time.
+    for name, value in RIVALS_ISA.get(os.environ.get("LITEVAE_CPU_ISA", ""), {}).items():
+        os.environ.setdefault(name, value)
     config.addinivalue_line(
         "markers", "full(*devices): needs --full on these devices; on all devices if none is given"
     )
@@ -30,6 +43,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if not left_out(item)]
 
 
+def machine() -> str:
+    """Returns the GPU, or the CPU with the instruction set in use: each set has its own file of results."""
+    if torch.cuda.is_available() or core is None:
+        return device_name()
+    return f"{device_name()}, {core.isa()}"
+
+
 @pytest.fixture(scope="session")
 def session() -> Session:
     """The figures of this run, written to benchmarks/results/ after each benchmark."""
@@ -42,7 +62,7 @@ def session() -> Session:
     ):  # the workspace of matrix products stays allocated and belongs to no provider
         matrix = torch.ones(64, 64, device="cuda")
         matrix @ matrix
-    return Session(device_name())
+    return Session(machine())
 
 
 @pytest.fixture(scope="session")

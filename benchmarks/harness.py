@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.session import Goal, Result, Session, Timed, Work
+from litevae.environment import DTYPES, multiplies
 from litevae_kernels import use_backend
 from litevae_kernels.allocator import peak_resident_memory
 from litevae_kernels.backend import why_not
@@ -31,6 +32,7 @@ GPU_CLOCK = 2e9  # cycles per second, for a rough wait
 WARM_UPS = 3  # calls before a CUDA graph is recorded
 YARDSTICKS = {"cpu": (2048, 2**28), "cuda": (8192, 2**31)}  # side of the matrix, bytes of the copy
 COPY = "copy"
+FLOAT32_ERROR = 1e-4  # fraction of the norm; convolution algorithms differ by a factor of 5 around 5e-6
 
 
 Provider = Callable[[int], Any]
@@ -67,9 +69,27 @@ def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]
     return torch.compile(copy, fullgraph=True, dynamic=False, **options)
 
 
+def served_dtypes(device: str) -> list[torch.dtype]:
+    """Returns the dtypes that the hardware multiplies, the one of ``precision=auto`` last."""
+    names = [name for name in ("fp16", "bf16") if multiplies(name, torch.device(device))]
+    if device == "cuda":
+        names.remove("fp16")  # as fast as bfloat16 there
+    return [torch.float32, *(DTYPES[name] for name in names)]
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """Returns the dtype's name in tables: fp32, bf16 or fp16."""
     return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+
+
+def autocast(device: str, dtype: torch.dtype) -> torch.autocast:
+    """Returns autocast to `dtype`, which does nothing for float32."""
+    return torch.autocast(device, dtype, enabled=dtype != torch.float32)
+
+
+def with_autocast(dtype: torch.dtype) -> str:
+    """Returns the name in tables of a training precision."""
+    return dtype_name(dtype) + (" autocast" if dtype != torch.float32 else "")
 
 
 def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:

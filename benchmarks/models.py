@@ -6,8 +6,9 @@ quant_conv. Weights are random; no speed depends on them.
 
 import copy
 import itertools
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from benchmarks.harness import check, compiled, dtype_name, with_backend
+from benchmarks.harness import FLOAT32_ERROR, check, compiled, dtype_name, served_dtypes, with_backend
 from benchmarks.session import Work
 from benchmarks.test_encoder import unfused
 from litevae import LiteVAE
@@ -34,7 +35,6 @@ PRESETS = {
     "LiteVAE-L": "litevae-l",
 }
 NAMES = (SD_VAE, *PRESETS)
-FLOAT32_ERROR = 1e-4  # fraction of the norm; convolution algorithms differ by a factor of 5 around 5e-6
 
 set_verbosity_error()  # otherwise each cast of a model warns about parts to keep in float32, and there are none
 
@@ -67,13 +67,19 @@ MODES: dict[str, dict[str, dict[str, Any] | None]] = {
 }
 
 
+LAYOUTS = (torch.channels_last, torch.contiguous_format)
+
+
 def configurations(device: str) -> list[Configuration]:
-    """Returns all configurations: dtypes that the hardware computes in, layouts, and modes."""
-    dtypes = [torch.float32, torch.bfloat16, torch.float16]
-    if device == "cpu" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
-        dtypes.remove(torch.float16)
-    layouts = (torch.contiguous_format, torch.channels_last)
-    return [Configuration(*choice) for choice in itertools.product(dtypes, layouts, MODES[device])]
+    """Returns all configurations: dtypes that the hardware multiplies, layouts, and modes."""
+    choices = itertools.product(served_dtypes(device), LAYOUTS, MODES[device])
+    return [Configuration(*choice) for choice in choices]
+
+
+def usual_configuration(device: str) -> Configuration:
+    """Returns the configuration in which models are entered where not all are compared."""
+    mode = "eager" if device == "cpu" else "CUDA graphs"
+    return Configuration(served_dtypes(device)[-1], torch.channels_last, mode)
 
 
 def make_model(name: str, side: Side, device: str, **overrides: Any) -> Autoencoder:
@@ -114,6 +120,35 @@ def deploy(model: Autoencoder, side: Side, configuration: Configuration) -> Call
     options = MODES[device][configuration.mode]
     call = call_of(model, side)
     return call if options is None else compiled(call, **options)
+
+
+def fastest(model: Autoencoder, side: Side, x: Tensor, dtype: torch.dtype) -> tuple[Configuration, float]:
+    """Returns the fastest configuration of a model in one dtype, and its seconds per call with `x`.
+
+    The eager layouts are compared first; the better one is then compiled in every mode but max-autotune, which takes
+    minutes. `test_grid` compares all combinations.
+    """
+    modes = [mode for mode in MODES[model.device.type] if "max-autotune" not in mode]
+
+    def measure(configuration: Configuration) -> tuple[float, Configuration]:
+        call, image = deploy(model, side, configuration), as_input(x, configuration)
+        return min(seconds(call, image) for _ in range(3)), configuration  # the first call compiles
+
+    best = min(
+        (measure(Configuration(dtype, layout, modes[0])) for layout in LAYOUTS), key=lambda found: found[0]
+    )
+    others = [measure(replace(best[1], mode=mode)) for mode in modes[1:]]
+    taken, configuration = min([best, *others], key=lambda found: found[0])
+    return configuration, taken
+
+
+def seconds(call: Callable[[Tensor], Tensor], x: Tensor) -> float:
+    """Returns the time of one call, a GPU's work included."""
+    start = time.perf_counter()
+    call(x)
+    if x.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def make_inputs(side: Side, shape: tuple[int, ...], device: str, count: int) -> list[Tensor]:

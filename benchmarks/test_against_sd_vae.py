@@ -1,53 +1,53 @@
 """Encoders and decoders against Stable Diffusion's, each in its fastest configuration on this machine.
 
-The default run enters each model in its best configurations, `ENTERED`. `--full` measures all configurations
-(`test_grid`) and then enters each model in the best of its grid at other sizes and batches. On two cores with
-AVX512-BF16 and no AMX the SD-VAE's encoder is fastest in bf16, channels_last and eager mode; its grid in
-results/REPORT.md shows the others. Before a machine's figures are quoted, its grid must show the same, or `ENTERED`
-must change.
+The SD-VAE, LiteVAE-B and LiteVAE-S are entered in every dtype that the hardware multiplies, each in the layout and mode
+that were fastest in a trial just before. On a CPU, OpenVINO and ONNX Runtime also run the SD-VAE and LiteVAE-B. The
+option `--full` measures all configurations (`test_grid`) and enters each model in the best of its grid at other sizes
+and batches.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Provider, contest
+from benchmarks.harness import Provider, contest, dtype_name, served_dtypes
 from benchmarks.models import (
+    LAYOUTS,
     NAMES,
     SD_VAE,
     Configuration,
     Gate,
     Side,
     as_input,
+    call_of,
     configurations,
     deploy,
+    fastest,
     make_inputs,
     make_model,
+    usual_configuration,
     work,
 )
+from benchmarks.rivals import Exported, in_onnxruntime, in_openvino
 from benchmarks.session import Goal, Session, Work
+from benchmarks.test_encoder import unfused
+from litevae_kernels.backend import core
 
 SLICED = f"{SD_VAE} image by image"
+COMPARED = (SD_VAE, "LiteVAE-B", "LiteVAE-S")  # in all dtypes; the others in the usual configuration only
 INPUTS = 3  # one pass reads and writes far more than the caches hold
-BATCH = {"cpu": 4, "cuda": 32}  # with 4 images a GPU waits for Python
+BATCH = {"cpu": 2, "cuda": 32}  # with 4 images a GPU waits for Python
 DECODER_BATCH = {"cpu": 1, "cuda": 32}
 BATCHES = (1, 8, 32) if torch.cuda.is_available() else (1, 8)
 SIZES = (128, 256, 512)
-ENTERED = {
-    "cpu": [
-        Configuration(torch.bfloat16, torch.channels_last, "eager"),
-        Configuration(torch.bfloat16, torch.contiguous_format, "eager"),
-    ],
-    "cuda": [
-        Configuration(torch.bfloat16, torch.channels_last, "CUDA graphs"),
-        Configuration(torch.bfloat16, torch.channels_last, "eager"),
-    ],
-}
 GOALS = {
-    "cpu": {"LiteVAE-B": Goal(3.2, 0.25), "LiteVAE-S": Goal(9, 0.10)},
     "cuda": {"LiteVAE-B": Goal(4, 0.25, 4600), "LiteVAE-S": Goal(10)},
+    "avx2": {"LiteVAE-B": Goal(5)},
+    "avx512": {"LiteVAE-B": Goal(6), "LiteVAE-S": Goal(20)},
+    "avx512bf16": {"LiteVAE-B": Goal(5.5, 0.25), "LiteVAE-S": Goal(18, 0.10)},
 }
 
 
@@ -73,6 +73,27 @@ class Field:
         self.providers[name] = lambda i: call(inputs[i])
         self.works[name] = work(model, self.side, self.inputs[0], configuration.dtype)
 
+    def enter_runtimes(self, model: Any, name: str, gate: Gate) -> None:
+        """Adds OpenVINO in every dtype, and ONNX Runtime in float32, where they are installed."""
+        plain = unfused(model)
+        module = Exported(plain, call_of(plain, self.side))
+        calls = {
+            Configuration(dtype, torch.contiguous_format, "OpenVINO"): in_openvino(
+                module, self.inputs[0], dtype
+            )
+            for dtype in served_dtypes(self.device)
+        }
+        calls[Configuration(torch.float32, torch.contiguous_format, "ONNX Runtime")] = in_onnxruntime(
+            module, self.inputs[0]
+        )
+        for configuration, call in calls.items():
+            if call is None:
+                continue
+            gate.check(call, self.inputs[0], configuration)
+            provider = f"{name}, {dtype_name(configuration.dtype)}, {configuration.mode}"
+            self.providers[provider] = lambda i, call=call: call(self.inputs[i])
+            self.works[provider] = work(model, self.side, self.inputs[0], configuration.dtype)
+
     def gate(self, model: Any) -> Gate:
         return Gate(model, self.side, self.inputs[0])
 
@@ -83,34 +104,41 @@ def label(name: str, configuration: Configuration) -> str:
 
 @torch.no_grad()
 def test_encoder(benchmark: Any, session: Session, device: str) -> None:
-    """The headline: all presets in the SD-VAE's best configuration, and the SD-VAE in its best two.
+    """The headline: the models at their best, and the SD-VAE at the best of all its configurations and runtimes.
 
     The SD-VAE also runs image by image, which needs the memory of one image; LiteVAE treats its finest level so by
     default.
     """
     batch = BATCH[device]
     field = Field("encoder", (batch, 3, 256, 256), device)
-    best = ENTERED[device][0]
-    rivals = [label(SD_VAE, configuration) for configuration in ENTERED[device]]
+    best: dict[str, str] = {}
     for name in NAMES:
         model = make_model(name, "encoder", device)
         gate = field.gate(model)
-        for configuration in ENTERED[device] if name == SD_VAE else [best]:
+        found = {usual_configuration(device): 0.0}
+        if name in COMPARED:
+            found = dict(fastest(model, "encoder", field.inputs[0], dtype) for dtype in served_dtypes(device))
+        for configuration in found:
             field.enter(model, configuration, label(name, configuration), gate)
+        best[name] = label(name, min(found, key=lambda configuration: found[configuration]))
+        if name in (SD_VAE, "LiteVAE-B") and device == "cpu":
+            field.enter_runtimes(model, name, gate)
         if name == SD_VAE:
             model.enable_slicing()
-            field.enter(model, best, label(SLICED, best), gate)
+            configuration = usual_configuration(device)
+            field.enter(model, configuration, label(SLICED, configuration), gate)
+    goals = GOALS.get(device if device == "cuda" or core is None else core.isa(), {})
     contest(
         benchmark,
         session,
         f"encoders at their best, {batch}x3x256x256",
-        label("LiteVAE-B", best),
+        best["LiteVAE-B"],
         field.providers,
         inputs=INPUTS,
         images=batch,
         works=field.works,
-        rivals=rivals,
-        goals={label(name, best): goal for name, goal in GOALS[device].items()},
+        rivals=[name for name in field.providers if name.startswith(f"{SD_VAE},")],
+        goals={best[name]: goal for name, goal in goals.items()},
         rounds=15,
         least=5,
     )
@@ -134,7 +162,7 @@ def test_grid(benchmark: Any, session: Session, device: str, name: str) -> None:
         benchmark,
         session,
         grid_subject(name, device),
-        str(ENTERED[device][0]),
+        str(usual_configuration(device)),
         field.providers,
         inputs=INPUTS,
         images=BATCH[device],
@@ -194,20 +222,26 @@ def test_decoder(benchmark: Any, session: Session, device: str) -> None:
     """The decoders; LiteVAE's with GroupNorm and image output is the SD-VAE's own, in fused operators."""
     batch = DECODER_BATCH[device]
     field = Field("decoder", (batch, 4, 32, 32), device)
-    best = ENTERED[device][0]
+    usual = usual_configuration(device)
     sd_vae = make_model(SD_VAE, "decoder", device)
     gate = field.gate(sd_vae)
-    rivals = [label(SD_VAE, configuration) for configuration in ENTERED[device]]
-    for name, configuration in zip(rivals, ENTERED[device], strict=True):
-        field.enter(sd_vae, configuration, name, gate)
+    rivals = []
+    for configuration in dict.fromkeys(
+        [
+            *(replace(usual, memory_format=layout) for layout in LAYOUTS),
+            fastest(sd_vae, "decoder", field.inputs[0], usual.dtype)[0],
+        ]
+    ):
+        rivals.append(label(SD_VAE, configuration))
+        field.enter(sd_vae, configuration, rivals[-1], gate)
     for name, (overrides, fold) in DECODERS.items():
         model = make_model("LiteVAE-B", "decoder", device, **overrides)
         gate = field.gate(model)
-        field.enter(model.fold() if fold else model, best, name, gate)
+        field.enter(model.fold() if fold else model, usual, name, gate)
     contest(
         benchmark,
         session,
-        f"decoders, {best.mode}, {batch} x 256x256",
+        f"decoders, {usual}, {batch} x 256x256",
         "GroupNorm, image",
         field.providers,
         inputs=INPUTS,

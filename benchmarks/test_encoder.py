@@ -9,7 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness import Provider, check, contest, our_backends, with_backend
+from benchmarks.harness import (
+    FLOAT32_ERROR,
+    Provider,
+    autocast,
+    check,
+    contest,
+    dtype_name,
+    our_backends,
+    served_dtypes,
+    with_autocast,
+    with_backend,
+)
 from benchmarks.session import Session
 from litevae import LiteVAE
 from litevae.models.layers import ResBlock
@@ -64,12 +75,12 @@ def make_encoder(preset: str, device: str, dtype: torch.dtype) -> nn.Module:
     return encoder.to(device, dtype, memory_format=torch.channels_last)
 
 
-def make_images(batch: int, device: str) -> list[Tensor]:
+def make_images(batch: int, device: str, dtype: torch.dtype) -> list[Tensor]:
     return [
         torch.rand(batch, 3, 256, 256, device=device)
         .mul_(2)
         .sub_(1)
-        .bfloat16()
+        .to(dtype)
         .contiguous(memory_format=torch.channels_last)
         for _ in range(INPUTS)
     ]
@@ -77,8 +88,9 @@ def make_images(batch: int, device: str) -> list[Tensor]:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_inference(benchmark: Any, session: Session, device: str, preset: str) -> None:
-    images = make_images(BATCH[device], device)
-    encoder = make_encoder(preset, device, torch.bfloat16).eval()
+    dtype = served_dtypes(device)[-1]
+    images = make_images(BATCH[device], device, dtype)
+    encoder = make_encoder(preset, device, dtype).eval()
     plain = unfused(encoder)
 
     def provider(model: Callable[[Tensor], Tensor]) -> Provider:
@@ -100,11 +112,11 @@ def test_inference(benchmark: Any, session: Session, device: str, preset: str) -
         exact = with_backend("reference", copy.deepcopy(plain).double())(images[0][:1].double())
         expected = plain(images[0])[:1]
         for name, call in (providers | rivals).items():
-            check(call(0)[:1], expected, exact, name)
+            check(call(0)[:1], expected, exact, name, FLOAT32_ERROR)
         contest(
             benchmark,
             session,
-            f"{PRESETS[preset]}'s encoder, inference, bf16 channels_last, {BATCH[device]}x3x256x256",
+            f"{PRESETS[preset]}'s encoder, inference, {dtype_name(dtype)} channels_last, {BATCH[device]}x3x256x256",
             ours,
             providers | rivals,
             inputs=INPUTS,
@@ -119,17 +131,18 @@ def compile_for_inference(model: nn.Module, device: str) -> Callable[[Tensor], T
 
 
 def test_training_step(benchmark: Any, session: Session, device: str) -> None:
-    """Forward and backward with float32 parameters under bf16 autocast; gradients of all parameters."""
-    images = make_images(TRAINING_BATCH[device], device)
+    """Forward and backward with float32 parameters, under autocast to bf16 where the hardware multiplies it."""
+    dtype = served_dtypes(device)[-1]
+    images = make_images(TRAINING_BATCH[device], device, dtype)
     encoder = make_encoder("litevae-b", device, torch.float32)
     plain = unfused(encoder)
-    grad = torch.randn_like(plain(images[0].float()), dtype=torch.bfloat16)
+    grad = torch.randn_like(plain(images[0].float()), dtype=dtype)
 
     def step(model: nn.Module, call: Callable[[Tensor], Tensor]) -> Provider:
         parameters = list(model.parameters())
 
         def run(i: int) -> tuple[Tensor, ...]:
-            with torch.autocast(device, torch.bfloat16):
+            with autocast(device, dtype):
                 moments = call(images[i])
             return torch.autograd.grad(moments, parameters, grad)
 
@@ -154,11 +167,11 @@ def test_training_step(benchmark: Any, session: Session, device: str) -> None:
         exact = together(torch.autograd.grad(moments, list(double.parameters()), grad.double()))
     expected = together(rivals["unfused, eager"](0))
     for name, call in (providers | rivals).items():
-        check(together(call(0)), expected, exact, name)
+        check(together(call(0)), expected, exact, name, FLOAT32_ERROR)
     contest(
         benchmark,
         session,
-        f"LiteVAE-B's encoder, forward and backward, bf16 autocast, channels_last, "
+        f"LiteVAE-B's encoder, forward and backward, {with_autocast(dtype)}, channels_last, "
         f"{TRAINING_BATCH[device]}x3x256x256",
         f"ours, {backends[0]}, eager",
         providers | rivals,

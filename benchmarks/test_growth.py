@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from benchmarks.harness import contest
-from benchmarks.models import SD_VAE, Configuration, make_model
+from benchmarks.models import SD_VAE, Configuration, make_model, usual_configuration
 from benchmarks.session import Session
-from benchmarks.test_against_sd_vae import ENTERED, INPUTS, Field
+from benchmarks.test_against_sd_vae import INPUTS, Field
 
 MODELS = (SD_VAE, "LiteVAE-B", "LiteVAE-S")
 TILE = 512
@@ -59,9 +59,9 @@ def test_resolution(benchmark: Any, session: Session, device: str, size: int) ->
     field = Field("encoder", shape, device)
     for name in MODELS:
         if size <= WHOLE[device]:
-            enter(field, name, ENTERED[device][0], tiled=False)
+            enter(field, name, usual_configuration(device), tiled=False)
         if size > TILE:
-            enter(field, name, ENTERED[device][0], tiled=True)
+            enter(field, name, usual_configuration(device), tiled=True)
     compete(benchmark, session, field, "encoders over resolution", size, shape)
 
 
@@ -72,5 +72,5 @@ def test_batch(benchmark: Any, session: Session, device: str, batch: int) -> Non
     shape = (batch, 3, 256, 256)
     field = Field("encoder", shape, device)
     for name in MODELS:
-        enter(field, name, ENTERED[device][0], tiled=False)
+        enter(field, name, usual_configuration(device), tiled=False)
     compete(benchmark, session, field, "encoders over batch", batch, shape)

@@ -1,10 +1,8 @@
 """The Haar pyramid against its rivals: forward and backward, fp32 and bf16.
 
-pytorch_wavelets is entered if it can be imported. Its last release, 1.3.0, imports pkg_resources, which setuptools
-removed in version 81, so it needs `pip install pytorch_wavelets "setuptools<81"`.
+pytorch_wavelets is entered if it is installed (``pip install ".[rivals]"``).
 """
 
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Provider, contest, copies, our_backends, relative_error, with_backend
+from benchmarks.rivals import optional
 from benchmarks.session import Session
 from litevae_kernels import haar_pyramid
 from litevae_kernels.testing import assert_within_budget
@@ -25,11 +24,7 @@ SHAPE = (32, 3, 256, 256)
 INPUTS = 7
 LEVELS = 3
 
-try:
-    from pytorch_wavelets import DWTForward
-except ImportError as error:
-    warnings.warn(f"pytorch_wavelets is not among the rivals: {error}", stacklevel=1)
-    DWTForward = None
+pytorch_wavelets = optional("pytorch_wavelets")
 
 
 def in_float32() -> AbstractContextManager[None]:
@@ -106,7 +101,7 @@ def contestants(case: str) -> tuple[torch.dtype, Function, Function, Function]:
 def with_pytorch_wavelets(case: str, device: str) -> Function:
     """Transforms level by level, because the means of each level are needed."""
     _, out_dtype, memory_format = CASES[case]
-    transform = DWTForward(J=1, wave="haar", mode="symmetric").to(device)
+    transform = pytorch_wavelets.DWTForward(J=1, wave="haar", mode="symmetric").to(device)
 
     def pyramid(image: Tensor) -> list[Tensor]:
         out, ll = [], image.float()
@@ -145,7 +140,7 @@ def compete_forward(
         "slicing, eager": lambda i: by_slicing(images[i]),
         "Appendix G, ptwt": lambda i: by_ptwt(images[i]),
     }
-    if DWTForward is not None:
+    if pytorch_wavelets is not None:
         library = with_pytorch_wavelets(case, device)
         with in_float32():
             outputs = library(images[0])
@@ -210,7 +205,7 @@ def test_pyramid_backward(benchmark: Any, session: Session, device: str, case: s
         "slicing, eager": backward_of(by_slicing),
         "Appendix G, ptwt": backward_of(by_ptwt),
     }
-    if DWTForward is not None:
+    if pytorch_wavelets is not None:
         providers["pytorch_wavelets"] = backward_of(with_pytorch_wavelets(case, device))
     for name, provider in providers.items():
         if not name.startswith(("copy", "litevae")):

@@ -1,0 +1,71 @@
+"""OpenVINO and ONNX Runtime, which many would choose for inference on a CPU: ``pip install ".[rivals]"``.
+
+A rival that is not installed is left out with a warning. ONNX Runtime's CPU provider has no bfloat16 convolution, so it
+runs in float32 only. Its instruction set cannot be lowered; OpenVINO follows ``ONEDNN_MAX_CPU_ISA``.
+"""
+
+import importlib
+import io
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.harness import dtype_name
+from litevae_kernels import use_backend
+
+Call = Callable[[Tensor], Tensor]
+
+
+def optional(name: str) -> Any:
+    """Returns an optional module, or None after a warning."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        warnings.warn(f"{name} is not among the rivals: {error}", stacklevel=2)
+        return None
+
+
+class Exported(nn.Module):
+    """A module whose forward pass is `call`, a function of one tensor that runs `model`."""
+
+    def __init__(self, model: nn.Module, call: Call) -> None:
+        super().__init__()
+        self.model = model
+        self.call = call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(x)
+
+
+def in_openvino(module: Exported, x: Tensor, dtype: torch.dtype) -> Call | None:
+    """Returns a float32 function that OpenVINO computes in `dtype`; None if OpenVINO is not installed."""
+    openvino = optional("openvino")
+    if openvino is None:
+        return None
+    with use_backend("reference"), warnings.catch_warnings(action="ignore"):
+        model = openvino.convert_model(module, example_input=x)
+    settings = {
+        "INFERENCE_PRECISION_HINT": {"fp32": "f32"}.get(dtype_name(dtype), dtype_name(dtype)),
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    run = openvino.Core().compile_model(model, "CPU", settings)
+    return lambda x: torch.from_numpy(run(x.numpy(), share_inputs=True)[0].copy())
+
+
+def in_onnxruntime(module: Exported, x: Tensor) -> Call | None:
+    """Returns a float32 function that ONNX Runtime computes; None if it or onnxscript is not installed."""
+    onnxruntime = optional("onnxruntime")
+    if onnxruntime is None or optional("onnxscript") is None:
+        return None
+    file = io.BytesIO()
+    with use_backend("reference"), warnings.catch_warnings(action="ignore"):
+        torch.onnx.export(module, (x,), dynamo=True, verbose=False).save(file)  # type: ignore[union-attr]
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
+    (name,) = (argument.name for argument in session.get_inputs())
+    return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
