@@ -21,7 +21,7 @@ from litevae.cli.resolution import resolution
 from litevae.cli.scale import scale
 from litevae.cli.train import train
 from litevae.cli.train_diffusion import train_diffusion
-from litevae.errors import NonFiniteError, UserError
+from litevae.errors import NonFiniteError, UserError, WorkerDied
 
 # Without Rich, whose boxes break long lines: an error is one line.
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         0 after success, and after training or encoding that Ctrl-C or SIGTERM stopped and that can continue; 1 if
-        a training run diverged or the disk failed; 2 for a user's mistake; 130 if the command was interrupted
+        a training run diverged, a process that reads data died, or the disk failed; 2 for a user's mistake; 130 if the command was interrupted
         before there was anything to save.
     """
     try:
@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status if isinstance(status, int) else 0
     except UserError as error:
         return fail(str(error), 2)
-    except (NonFiniteError, OSError) as error:
+    except (NonFiniteError, WorkerDied, OSError) as error:
         return fail(str(error), 1)
     except (KeyboardInterrupt, typer.Abort):
         return fail("interrupted", 130)

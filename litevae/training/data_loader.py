@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from litevae.data.batches import Batches
 from litevae.data.bad_images import BAD_IMAGES, BadImages
 from litevae.data.crops import CropBatch, CropSettings, TrainingCrops, collate
 from litevae.data.images import Pixels
@@ -103,7 +104,13 @@ class TrainingData:
             generator=self.random,
             worker_init_fn=obey_parent_only,
         )
-        return iter(loader)
+        return Batches(loader)
+
+
+    def black_batch(self, stage: Stage) -> CropBatch:
+        """Returns a share of a batch that stands for one that cannot be read, and must not be trained on."""
+        share = stage.batch_size // self.accelerator.num_processes
+        return CropBatch(torch.zeros(share, 3, stage.size, stage.size, dtype=torch.uint8), [])
 
 
 class ShareSampler:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from litevae.data.images import to_model_range
 from litevae.discriminators import build_discriminator
 from litevae.environment import versions
-from litevae.errors import NonFiniteError, UserError
+from litevae.errors import UserError, WorkerDied
 from litevae.evaluation.metrics import psnr, ssim
 from litevae.evaluation.pictures import draw_grid, draw_reconstructions
 from litevae.evaluation.reconstruction import reconstruct
@@ -29,7 +29,7 @@ from litevae.training.checkpoint import DISCRIMINATOR, Checkpoint, random_state
 from litevae.training.config import Config, check_batch_size, list_stages
 from litevae.training.curves import draw_curves
 from litevae.training.data_loader import TrainingData
-from litevae.training.loop import Loop, SavedState, make_accelerator, make_output_dir
+from litevae.training.loop import Failure, Loop, SavedState, make_accelerator, output_folder
 from litevae.training.optimization import EMA, learning_rate_factor
 from litevae.training.step import Outcome, TrainingStep
 
@@ -51,7 +51,7 @@ class TrainingResult:
     stopped_by: str | None
 
 
-def train(config: Config) -> TrainingResult:
+def train(config: Config, replace: bool = False) -> TrainingResult:
     """Trains a model and writes its files to `config.output_dir`.
 
     The files are `model/` (for `LiteVAE.from_pretrained`; the averaged model if there is one), `metrics.jsonl`
@@ -67,16 +67,19 @@ def train(config: Config) -> TrainingResult:
 
     Args:
         config: settings of the run.
+        replace: whether to replace the model of an earlier run in `config.output_dir` that has no checkpoints.
 
     Raises:
         UserError: settings do not fit together, weights are missing or belong to another architecture, the output
-            folder cannot be written, or more than `config.data.max_bad_fraction` of the images cannot be used; in
+            folder cannot be written or is in use by another run, it holds the model of a run without checkpoints
+            and `replace` is False, or more than `config.data.max_bad_fraction` of the images cannot be used; in
             the last case all files are written as of the step before.
         NonFiniteError: `config.max_bad_steps` steps in a row had a loss or a gradient that is not finite. All
             files are written as of the step before the first of these steps.
+        WorkerDied: a process that reads data was killed, or crashed. All files are written as of the last step.
         OSError: a file could not be written, for example because the disk is full. Earlier checkpoints are intact.
     """
-    with StopRequest() as stop:
+    with StopRequest() as stop, output_folder(Path(config.output_dir), "litevae train", replace):
         trainer = Trainer(config)
         try:
             return trainer.run(stop)
@@ -92,7 +95,7 @@ class Trainer(Loop[TrainingResult]):
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        folder = make_output_dir(Path(config.output_dir))
+        folder = Path(config.output_dir)
         accelerator = make_accelerator(config.precision, config.tracker, asdict(config), folder)
         super().__init__(config, folder, accelerator)
         self.stages = list_stages(config)
@@ -160,11 +163,13 @@ class Trainer(Loop[TrainingResult]):
             try:
                 for step in range(max(stage.first, done + 1), stage.last + 1):
                     start = time.perf_counter()
-                    batch = next(batches)
                     try:
+                        batch = next(batches)
                         self.data.bad_images.add(batch.bad)
                     except UserError as error:
                         self.unusable = error
+                    except WorkerDied as error:
+                        self.unusable, batch = error, self.data.black_batch(stage)
                     images = batch.images.to(self.accelerator.device, non_blocking=True)
                     yield step, images, time.perf_counter() - start
             finally:
@@ -237,9 +242,7 @@ class Trainer(Loop[TrainingResult]):
                 )
         self.history = state["history"]
 
-    def finish(
-        self, signal_name: str | None, stopped: bool, failure: NonFiniteError | UserError | None
-    ) -> TrainingResult:
+    def finish(self, signal_name: str | None, stopped: bool, failure: Failure | None) -> TrainingResult:
         """Validates once more and writes the checkpoint, the model, the metrics and the pictures."""
         if stopped or failure:  # at once, because the sender of a signal may soon kill the run
             self.save()
