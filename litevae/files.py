@@ -16,7 +16,6 @@ import torch
 
 from litevae.errors import UserError
 
-
 TEMPORARY = "." + "[0-9a-f]" * 16 + ".tmp*"  # pattern of the names that `replacing` gives
 NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # Windows has no such flag
 

@@ -93,8 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         0 after success, and after training or encoding that Ctrl-C or SIGTERM stopped and that can continue; 1 if
-        a training run diverged, a process that reads data died, or the disk failed; 2 for a user's mistake; 130 if the command was interrupted
-        before there was anything to save.
+        a training run diverged, a process that reads data died, or the disk failed; 2 for a user's mistake; 130 if
+        the command was interrupted before there was anything to save.
     """
     try:
         status = app(args=arguments, prog_name="litevae", standalone_mode=False)

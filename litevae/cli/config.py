@@ -153,7 +153,7 @@ def shown(value: Any, default: Any) -> list[str]:
 
 
 def as_yaml(value: Any) -> str:
-    """Returns a value as it is written in YAML and on the command line."""
+    """Returns a value as it is written in YAML."""
     if isinstance(value, list | tuple):
         return f"[{', '.join(as_yaml(item) for item in value)}]"
     if is_dataclass(value):

@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from litevae.data.batches import Batches
 from litevae.data.bad_images import BAD_IMAGES, BadImages
+from litevae.data.batches import Batches
 from litevae.data.crops import CropBatch, CropSettings, Order, TrainingCrops, collate
 from litevae.data.sources import ImageSource, open_images
 from litevae.diffusion.config import DiffusionConfig

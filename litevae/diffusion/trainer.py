@@ -73,9 +73,9 @@ def train(config: DiffusionConfig, autoencoder: Autoencoder, replace: bool = Fal
     Raises:
         UserError: settings contradict each other or do not fit the model; the latents are another model's or not
             scaled; a checkpoint does not fit; the output folder cannot be written or is in use by another run; it
-            holds the pipeline of a run without checkpoints and `replace` is False; FID is required and cannot be measured; or more than
-            `config.data.max_bad_fraction` of the images cannot be used, in which case all files are written as of
-            the step before.
+            holds the pipeline of a run without checkpoints, and `replace` is False; FID is required and cannot be
+            measured; or more than `config.data.max_bad_fraction` of the images cannot be used, in which case all
+            files are written as of the step before.
         NonFiniteError: `config.max_bad_steps` steps in a row had a loss or a gradient that is not finite. All
             files are written as of the step before the first of these steps.
         WorkerDied: a process that reads data was killed, or crashed. All files are written as of the last step.

@@ -17,7 +17,6 @@ from litevae.files import TEMPORARY
 from litevae.latents.encoder import Precision
 from litevae.latents.shards import (
     FORMAT,
-    INDEX,
     Shard,
     Unfinished,
     find_damage,

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from litevae.data.batches import Batches
 from litevae.data.bad_images import BadImages
+from litevae.data.batches import Batches
 from litevae.data.squares import SquareBatch, SquareDataset
 from litevae.errors import UserError
 from litevae.latents.encoder import BatchedEncoder, to_host

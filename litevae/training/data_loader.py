@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from litevae.data.batches import Batches
 from litevae.data.bad_images import BAD_IMAGES, BadImages
+from litevae.data.batches import Batches
 from litevae.data.crops import CropBatch, CropSettings, TrainingCrops, collate
 from litevae.data.images import Pixels
 from litevae.data.sources import ImageSource, Photographs, open_images
@@ -105,7 +105,6 @@ class TrainingData:
             worker_init_fn=obey_parent_only,
         )
         return Batches(loader)
-
 
     def black_batch(self, stage: Stage) -> CropBatch:
         """Returns a share of a batch that stands for one that cannot be read, and must not be trained on."""

@@ -15,10 +15,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather_object
 from diffusers import ModelMixin
-from omegaconf import OmegaConf
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from litevae import settings
 from litevae.data.bad_images import BAD_IMAGES
 from litevae.environment import versions
 from litevae.errors import NonFiniteError, UserError, WorkerDied
@@ -238,8 +238,7 @@ class Loop(ABC, Generic[Result]):
         config = self.loop_config
         if self.is_main:
             with replacing(self.output_dir / "config.yaml") as path:
-                text = OmegaConf.to_yaml(OmegaConf.structured(config))
-                path.write_text(f"# {versions()}\n{text}", encoding="utf-8")
+                path.write_text(f"# {versions()}\n{settings.dump(config)}", encoding="utf-8")
             remove_temporary(self.checkpoint_folder)
         self.start = time.perf_counter()
         stopped = False
@@ -302,13 +301,13 @@ class Loop(ABC, Generic[Result]):
         return result
 
 
-def make_accelerator(precision: str, tracker: str, settings: dict[str, Any], folder: Path) -> Accelerator:
+def make_accelerator(precision: str, tracker: str, tracked: dict[str, Any], folder: Path) -> Accelerator:
     """Creates the Accelerator of a run.
 
     Args:
         precision: "fp32", "bf16" or "fp16".
         tracker: "tensorboard", "wandb" or "none".
-        settings: settings of the run, for the tracker.
+        tracked: settings of the run, for the tracker.
         folder: output folder, for the tracker's files.
 
     Raises:
@@ -330,7 +329,7 @@ def make_accelerator(precision: str, tracker: str, settings: dict[str, Any], fol
         accelerator.init_trackers("tensorboard")  # also the name of its folder
     elif tracker == "wandb":
         accelerator.init_trackers(
-            "litevae", config=settings, init_kwargs={"wandb": {"dir": str(folder), "name": folder.name}}
+            "litevae", config=tracked, init_kwargs={"wandb": {"dir": str(folder), "name": folder.name}}
         )
     return accelerator
 
