@@ -11,11 +11,11 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from litevae.data.bad_images import BAD_IMAGES, BadImages
 from litevae.data.batches import Batches
+from litevae.data.config import check_has_images
 from litevae.data.crops import CropBatch, CropSettings, TrainingCrops, collate
 from litevae.data.images import Pixels
 from litevae.data.sources import ImageSource, Photographs, open_images
 from litevae.data.squares import load_validation, open_validation
-from litevae.errors import UserError
 from litevae.signals import obey_parent_only
 from litevae.training.config import Config, Stage
 
@@ -51,10 +51,7 @@ class TrainingData:
 
     def open(self, size: int, bad_list: Path, resuming: bool) -> None:
         config = self.config
-        if not config.train:
-            raise UserError(
-                "data.train is empty: give a folder of images (litevae train --help lists other sources)"
-            )
+        check_has_images(config)
         self.images = open_images(config.train)
         source = open_validation(config)
         if self.accelerator.is_main_process and not resuming:

@@ -21,10 +21,10 @@ from litevae.evaluation.pictures import draw_grid, draw_reconstructions
 from litevae.evaluation.reconstruction import reconstruct
 from litevae.files import replacing
 from litevae.losses import Objective
-from litevae.models.interface import Autoencoder, check_size, spatial_compression
+from litevae.models.interface import Autoencoder, spatial_compression
 from litevae.models.weights import copy_weights, read_weights, save_model
 from litevae.signals import StopRequest
-from litevae.training.build import build_model
+from litevae.training.build import build_model, check_sizes
 from litevae.training.checkpoint import DISCRIMINATOR, Checkpoint, random_state
 from litevae.training.config import Config, check_batch_size, list_stages
 from litevae.training.curves import draw_curves
@@ -134,8 +134,8 @@ class Trainer(Loop[TrainingResult]):
 
     def check_stages(self) -> None:
         """Raises UserError if the model does not take a stage's size, or if a batch cannot be shared evenly."""
+        check_sizes(self.model, self.config)
         for stage in self.stages:
-            check_size(self.model, stage.size, "data.size")
             check_batch_size(
                 stage.batch_size, self.config.optimizer.accumulation, self.accelerator.num_processes
             )
