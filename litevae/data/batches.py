@@ -22,13 +22,13 @@ class Batches:
     def __init__(self, loader: DataLoader[Any]) -> None:
         in_main_thread = threading.current_thread() is threading.main_thread()
         before = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
-        self.count = len(loader)
+        self.loader = loader
         self.batches: Iterator[Any] = iter(loader)
         if in_main_thread and before is not None and signal.getsignal(signal.SIGCHLD) is not before:
             signal.signal(signal.SIGCHLD, before)
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.loader)
 
     def __iter__(self) -> Self:
         return self

@@ -78,7 +78,7 @@ def decode_image(file: Path | IO[bytes]) -> Pixels:
         raise
     except Image.DecompressionBombError as error:
         reason = str(error).partition(", could be")[0]
-        raise BadImage(f"{reason}: set {MAX_PIXELS} to at least its number of pixels") from None
+        raise BadImage(f"cannot be read: {reason}; {MAX_PIXELS}=N allows N pixels") from None
     except UnidentifiedImageError:
         raise BadImage("not an image, or of an unsupported format") from None
     except OSError as error:

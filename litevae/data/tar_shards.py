@@ -66,9 +66,9 @@ class TarShards:
                 locations.extend((number, image.offset_data, image.size, *label))
         if not locations:
             raise UserError(f"{name_files(self.files)}: contains no images")
-        counts = [f"{count} {kind}" for kind, count in left_out.items() if count]
+        counts = [f"{kind} ({count})" for kind, count in left_out.items() if count]
         if counts and os.environ.get("RANK", "0") == "0":  # only the first process prints
-            print(f"{name_files(self.files)}: left out {', '.join(counts)}", file=sys.stderr)
+            print(f"{name_files(self.files)}: left out: {', '.join(counts)}", file=sys.stderr)
         self.names = PackedStrings(names)
         self.locations = np.array(locations).reshape(-1, 5)
         self.parent = os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in self.files])

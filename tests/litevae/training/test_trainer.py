@@ -29,6 +29,7 @@ from litevae.training import load_config, train
 
 SHORT = ["max_steps=20", "data.size=32", "data.batch_size=2", "log_every=5", "validate_every=10"]
 FILES = {
+    ".lock",
     "config.yaml",
     "curves.png",
     "metrics.json",
