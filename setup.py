@@ -16,6 +16,18 @@ ROOT = Path(__file__).resolve().parent
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        wanted = os.environ.get("LITEVAE_BUILD_CUDA", "auto")
+        try:
+            self.build_core(target, [f"-DLITEVAE_BUILD_CUDA={wanted}"])
+        except subprocess.CalledProcessError:
+            if wanted != "auto":
+                raise
+            # CMake accepts this CUDA, and yet the kernels do not compile with it, or its host compiler.
+            print("litevae: the build failed (see above); trying it without CUDA", file=sys.stderr)
+            reason = "the build with CUDA failed; LITEVAE_BUILD_CUDA=1 shows why"
+            self.build_core(target, ["-DLITEVAE_BUILD_CUDA=0", f"-DLITEVAE_CUDA_REASON={reason}"])
+
+    def build_core(self, target: Path, options: list[str]) -> None:
         # The folder is new for each build, because a CMakeCache that stays in the tree would name an isolated
         # environment that is gone.
         with tempfile.TemporaryDirectory(prefix="litevae-build-") as folder:
@@ -23,8 +35,8 @@ class CMakeBuild(build_ext):
                 "cmake", "-S", str(ROOT), "-B", folder, "-G", "Ninja",
                 f"-DPython_EXECUTABLE={sys.executable}",
                 f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-                f"-DLITEVAE_BUILD_CUDA={os.environ.get('LITEVAE_BUILD_CUDA', 'auto')}",
                 f"-DLITEVAE_CUDA_ARCHITECTURES={os.environ.get('LITEVAE_CUDA_ARCHITECTURES', '')}",
+                *options,
             ]  # fmt: skip
             subprocess.run(configure, check=True)
             subprocess.run(["cmake", "--build", folder], check=True)

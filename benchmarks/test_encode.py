@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from benchmarks.harness import contest, dtype_name
 from benchmarks.models import Configuration, Gate, as_input, call_of, make_model
 from benchmarks.session import Session, Timed
-from litevae.cli.encode import count_cores
+from litevae.cli.common import choose_workers
 from litevae.data.images import to_model_range
 from litevae.data.sources import open_images
 from litevae.data.squares import SquareDataset
@@ -62,7 +62,7 @@ def test_encode(benchmark: Any, session: Session, device: str, tmp_path: Path) -
     (tmp_path / "images").mkdir()
     write_photographs(tmp_path / "images", count)
     images = open_images(str(tmp_path / "images"))
-    precision, workers = choose_precision("auto", torch.device(device)), min(count_cores(), 16)
+    precision, workers = choose_precision("auto", torch.device(device)), choose_workers(None)
     settings = Settings(SIZE, precision, shard_size=count)
     configuration = Configuration(DTYPES[precision], torch.channels_last, "eager")
     model = make_model("LiteVAE-B", "encoder", device)

@@ -14,6 +14,10 @@ class UserError(ValueError):
         super().__init__(one_line(message))
 
 
+class WorkerDied(RuntimeError):
+    """A worker process that reads data was killed, or crashed. The message is one line."""
+
+
 class NonFiniteError(RuntimeError):
     """A loss or gradient became infinite or NaN. The message names the step and the first such term."""
 

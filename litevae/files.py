@@ -1,18 +1,20 @@
 """Reading and atomic writing of files and folders, file digests, and the location of downloaded weights."""
 
 import errno
+import glob
 import hashlib
 import io
 import json
 import os
 import pickle
+import secrets
 import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from litevae.errors import UserError, one_line
 
@@ -20,21 +22,36 @@ LONGEST_JSON = 2**27  # bytes
 MOST_JSON_VALUES = 5 * 10**6  # with all these, a list of lists takes half a gigabyte
 DEEPEST_JSON = 32  # nested lists and mappings
 
-
-def temporary_path(path: Path) -> Path:
-    """Returns the path at which `replacing` has a file written."""
-    return path.with_name(f".{path.stem}.tmp{path.suffix}")  # writers choose the format by the suffix
+TEMPORARY = "." + "[0-9a-f]" * 16 + ".tmp*"  # pattern of the names that `replacing` gives
+NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # Windows has no such flag
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`. Its file replaces `path` on exit, unless the context raises."""
-    temporary = temporary_path(path)
+    """Yields a temporary path beside `path`. Its file replaces `path` on exit, unless the context raises.
+
+    The file is created under a random name that does not exist, so that no link planted by others can redirect what
+    is written.
+
+    Raises:
+        OSError: the file cannot be created; the error names `path`.
+    """
+    # Writers choose the format by the suffix.
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp{path.suffix}")
+    try:
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def open_to_append(path: Path) -> IO[bytes]:
+    """Opens a file to append to, and creates it if necessary; raises OSError if `path` is a symbolic link."""
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | NO_FOLLOW, 0o666), "ab")
 
 
 def write(path: Path, content: bytes) -> None:
@@ -66,11 +83,16 @@ def sync_folder(folder: Path) -> None:
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
     """Yields a path beside `folder` at which to create a folder. It replaces `folder` on exit, unless the context
-    raises."""
-    new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+    raises.
+
+    The path has a random name and does not exist, so that creating it cannot follow a link planted by others.
+    """
+    new, old = random_sibling(folder, "new"), folder.with_name(f".{folder.name}.old")
+    if old.is_symlink():  # planted by others
+        old.unlink()
     if old.exists() and not folder.exists():  # an earlier process was killed between its two renames
         os.rename(old, folder)
-    shutil.rmtree(new, ignore_errors=True)
+    remove_siblings(folder, "new")  # left by a process that was killed
     try:
         yield new
         if folder.exists():  # a non-empty folder cannot be replaced in one step
@@ -85,6 +107,17 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(new, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def random_sibling(path: Path, suffix: str) -> Path:
+    """Returns an unpredictable hidden path beside `path`, which `remove_siblings` with the same suffix finds."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.{suffix}")
+
+
+def remove_siblings(path: Path, suffix: str) -> None:
+    """Deletes the folders beside `path` that are named by `random_sibling`; links are not followed."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.{suffix}"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def files_in(folder: Path) -> list[Path]:

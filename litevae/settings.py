@@ -7,9 +7,10 @@ import difflib
 import io
 import math
 import os
+import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import Field, dataclass, field, fields, is_dataclass
+from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
@@ -100,7 +101,8 @@ def load(schema: type[Schema], name: str | None, overrides: Sequence[str], folde
             float, bool, str, Literals of str, lists, tuples, or lists of dataclasses; each of these dataclasses
             has an `example: ClassVar[str]` that shows how to write one.
         name: name of a configuration shipped in `folder`, or a path that ends in .yaml; None for the defaults.
-        overrides: settings such as "max_steps=20" or "data.size=64", with the value in YAML notation.
+        overrides: settings such as "max_steps=20" or "data.size=64". Text is taken as it is given; every other
+            value is in YAML notation.
         folder: folder that holds the shipped configurations of this schema as NAME.yaml.
 
     Raises:
@@ -113,13 +115,18 @@ def load(schema: type[Schema], name: str | None, overrides: Sequence[str], folde
         apply(config, values, keys, f"{file}: ")
 
     for override in overrides:
-        key, sign, _ = override.partition("=")
+        key, sign, text = override.partition("=")
         if not sign or not key:
             raise UserError(f"{shorten(override)} is not a setting: write key=value, such as max_steps=20")
         if key not in keys:
             raise UserError(unknown_key(key, keys))
         try:
-            apply(config, OmegaConf.from_dotlist([override]), keys, f"{override}: ")
+            if is_text(keys[key]):
+                set_value(config, key, as_given(text), keys, f"{override}: ")
+            else:
+                apply(config, OmegaConf.from_dotlist([override]), keys, f"{override}: ")
+        except UserError:
+            raise
         except Exception:  # OmegaConf lets some errors of int(), float() and PyYAML through
             raise UserError(f"{override}: {key} must be {expected(key, keys)}") from None
 
@@ -235,11 +242,39 @@ def apply(config: DictConfig, values: Any, keys: Keys, where: str) -> None:
     for key, value in leaves(OmegaConf.to_container(values, resolve=False), keys):
         if key not in keys:
             raise UserError(where + unknown_key(key, keys))
-        try:
-            # YAML reads an empty value as null.
-            OmegaConf.update(config, key, "" if value is None and keys[key] is str else value)
-        except Exception:  # OmegaConf lets some errors of int() and float() through
-            raise UserError(f"{where}{key} must be {expected(key, keys)}") from None
+        # YAML reads an empty value as null.
+        set_value(config, key, "" if value is None and keys[key] is str else value, keys, where)
+
+
+def set_value(config: DictConfig, key: str, value: Any, keys: Keys, where: str) -> None:
+    """Sets `key` in `config`; a UserError for a value that does not fit begins with `where`."""
+    try:
+        OmegaConf.update(config, key, value)
+    except Exception:  # OmegaConf lets some errors of int() and float() through
+        raise UserError(f"{where}{key} must be {expected(key, keys)}") from None
+
+
+def is_text(kind: Any) -> bool:
+    """Returns whether the values of a type are text that may be given without quotes."""
+    return kind is str or typing.get_origin(kind) is Literal
+
+
+def as_given(text: str) -> str:
+    """Escapes the interpolations of OmegaConf in a text, so that it stands for itself."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+
+
+def dump(config: Any) -> str:
+    """Returns a configuration in the YAML notation that `load` reads."""
+
+    def escape(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: escape(each) for key, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [escape(each) for each in value]
+        return as_given(value) if isinstance(value, str) else value
+
+    return OmegaConf.to_yaml(OmegaConf.create(escape(asdict(config))))
 
 
 def leaves(values: Any, keys: Keys, prefix: str = "") -> Iterator[tuple[str, Any]]:

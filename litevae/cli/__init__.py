@@ -23,7 +23,7 @@ from litevae.cli.resolution import resolution
 from litevae.cli.scale import scale
 from litevae.cli.train import train
 from litevae.cli.train_diffusion import train_diffusion
-from litevae.errors import LONGEST_MESSAGE, NonFiniteError, UserError, one_line
+from litevae.errors import LONGEST_MESSAGE, NonFiniteError, UserError, WorkerDied, one_line
 from litevae.memory import explain_out_of_memory
 
 # Without Rich, whose boxes break long lines: an error is one line.
@@ -96,8 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         0 after success, and after training or encoding that Ctrl-C or SIGTERM stopped and that can continue; 1 if
-        a training run diverged or the disk failed; 2 for a user's mistake; 130 if the command was interrupted
-        before there was anything to save.
+        a training run diverged, a process that reads data died, or the disk failed; 2 for a user's mistake; 130 if
+        the command was interrupted before there was anything to save.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may be no valid text
@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status if isinstance(status, int) else 0
     except UserError as error:
         return fail(str(error), 2)
-    except (NonFiniteError, OSError) as error:
+    except (NonFiniteError, WorkerDied, OSError) as error:
         named_wrongly = isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP)
         return fail(str(error), 2 if named_wrongly else 1)
     except (KeyboardInterrupt, typer.Abort):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -47,13 +48,31 @@ OptionalCountOption = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="Maximum number of images to measure; all by default.")
 ]
 BatchSizeOption = Annotated[int, typer.Option(min=1, metavar="N", help="Images per batch.")]
-WorkersOption = Annotated[int, typer.Option(min=0, metavar="N", help="Processes that read images.")]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        metavar="N",
+        help="Processes that read images, per process of the command.  [default: all cores shared, at most 16]",
+    ),
+]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 PrecisionOption = Annotated[
     Precision,
     typer.Option(help="auto: bf16 where the GPU or CPU multiplies it, otherwise fp32."),
 ]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
+
+
+def cores_per_process() -> int:
+    """Returns the number of cores that this process may use, if each process of `torchrun` uses as many."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def choose_workers(given: int | None) -> int:
+    """Returns the number of processes that read images: the one that the user gives, or the default."""
+    return min(cores_per_process(), 16) if given is None else given
 
 
 def stopped_message(signal_name: str, steps: int, has_checkpoints: bool) -> str:

@@ -84,10 +84,11 @@ class Command:
 def list_commands() -> list[Command]:
     """Returns `litevae train` and `litevae train-diffusion`."""
     from litevae.diffusion.config import FOLDER, DiffusionConfig, check_diffusion_config
-    from litevae.training.config import CONFIGS, Config, check_training_config
+    from litevae.training.build import check_run
+    from litevae.training.config import CONFIGS, Config
 
     return [
-        Command("train", "autoencoders", Config, CONFIGS, check_training_config),
+        Command("train", "autoencoders", Config, CONFIGS, check_run),
         Command("train-diffusion", "diffusion models", DiffusionConfig, FOLDER, check_diffusion_config),
     ]
 
@@ -153,7 +154,7 @@ def shown(value: Any, default: Any) -> list[str]:
 
 
 def as_yaml(value: Any) -> str:
-    """Returns a value as it is written in YAML and on the command line."""
+    """Returns a value as it is written in YAML."""
     if isinstance(value, list | tuple):
         return f"[{', '.join(as_yaml(item) for item in value)}]"
     if is_dataclass(value):

@@ -1,11 +1,12 @@
 """`litevae encode`."""
 
-import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
+from litevae.cli.common import WorkersOption, choose_workers, cores_per_process
 from litevae.errors import UserError
 from litevae.models.loading import load_model
 
@@ -65,14 +66,7 @@ def encode(
         int | None,
         typer.Option(min=1, metavar="N", help="Images per batch.  [default: 32 on a GPU, 8 on a CPU]"),
     ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            metavar="N",
-            help="Decoding processes per encoding process.  [default: all cores shared, at most 16]",
-        ),
-    ] = None,
+    workers: WorkersOption = None,
     device: Annotated[
         str | None,
         typer.Option(
@@ -123,6 +117,7 @@ def encode(
     import torch
     from accelerate import PartialState
 
+    from litevae.data.hugging_face import HuggingFaceImages
     from litevae.data.sources import open_images
     from litevae.environment import choose_precision
     from litevae.latents import Settings, encode_images
@@ -135,15 +130,21 @@ def encode(
                 f"--device {device}: each of the {state.num_processes} processes has its own device, or cpu"
             )
         place = state.device
-    cores = max(1, count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # per process
-    workers = min(cores, 16) if workers is None else workers
+    images = open_images(data)
+    if isinstance(images, HuggingFaceImages) and images.unused_labels and state.is_main_process:
+        print(
+            f"{data}: has no column label, so the images get no labels; rename the column with the classes to label "
+            f"({', '.join(images.unused_labels):.200})",
+            file=sys.stderr,
+        )
+    workers = choose_workers(workers)
     chosen = cast("Precision", choose_precision(precision, place))
     settings = Settings(autoencoder.config.sample_size if size is None else size, chosen, mirror, shard_size)
     batch_size = batch_size or (8 if place.type == "cpu" else 32)
     try:
         result = encode_images(
             autoencoder.to(place),
-            open_images(data),
+            images,
             output,
             settings,
             batch_size,
@@ -157,16 +158,11 @@ def encode(
         ) from None
     if not state.is_main_process:  # only the first process reports
         return
-    report(result, place, chosen, state.num_processes, workers, cores)
+    report(result, place, chosen, state.num_processes, workers, cores_per_process())
     if autoencoder.config.scaling_factor == 1:
         print(
             "this model's scaling_factor is 1: measure it with litevae scale, then run this command again to record it"
         )
-
-
-def count_cores() -> int:
-    """Returns the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def choose_device(name: str | None) -> "torch.device":

@@ -17,6 +17,7 @@ from litevae.cli.common import (
     SizeOption,
     WorkersOption,
     check_new_file,
+    choose_workers,
     finite,
     parse_metrics,
     provenance,
@@ -32,7 +33,7 @@ def evaluate(
     size: SizeOption = 256,
     count: OptionalCountOption = None,
     batch_size: BatchSizeOption = 16,
-    workers: WorkersOption = 4,
+    workers: WorkersOption = None,
     precision: PrecisionOption = "auto",
     sample: Annotated[
         bool, typer.Option("--sample", help="Decode a sample of each posterior instead of its mode.")
@@ -88,7 +89,7 @@ def evaluate(
         size,
         count,
         batch_size,
-        workers,
+        choose_workers(workers),
         sample,
         partial,
         {"data": data, "weights": measured["weights"], "precision": chosen[0]},

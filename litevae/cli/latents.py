@@ -14,6 +14,7 @@ from litevae.cli.common import (
     OverwriteOption,
     SizeOption,
     WorkersOption,
+    choose_workers,
     make_folder,
     provenance,
     results,
@@ -34,7 +35,7 @@ def latents(
         int, typer.Option(min=2, metavar="N", help="Groups of images for the error bars.")
     ] = 10,
     batch_size: BatchSizeOption = 16,
-    workers: WorkersOption = 4,
+    workers: WorkersOption = None,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Compare a model's latents with Gaussian noise, as in the paper's Table 6, and draw them.
@@ -69,7 +70,7 @@ def latents(
     if torch.accelerator.is_available():
         autoencoder.to(torch.accelerator.current_accelerator())
     images = open_images(data)
-    samples = collect_latents(autoencoder, images, size, count, batch_size, workers)
+    samples = collect_latents(autoencoder, images, size, count, batch_size, choose_workers(workers))
     statistics = latent_statistics(samples)
     discrepancies = distance_from_gaussian(samples, groups=groups)
     shown = load_validation(images, size, PICTURES).images

@@ -1,5 +1,6 @@
 """`litevae reconstruct`."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -26,7 +27,7 @@ def reconstruct(
     Writes each reconstruction as an 8-bit RGB PNG file of the same name and size. If several images have the same
     name, the later ones get a number. Images are turned upright, transparent images are composited on white, and
     16 bits are scaled to 8; the PSNR is measured against the result. Images larger than 1024 pixels are
-    reconstructed in tiles.
+    reconstructed in tiles. Images that cannot be read or reconstructed are left out, and the exit status is then 2.
     """
     for image in images:
         if not image.is_file():
@@ -46,25 +47,31 @@ def reconstruct(
 
     check_rgb(autoencoder)
 
-    make_folder(output)
     autoencoder.enable_tiling()
     tile = fixed_size(autoencoder) or TILE
     autoencoder.tile_sample_min_size = tile
     autoencoder.tile_latent_min_size = tile // spatial_compression(autoencoder)
 
-    values = []
+    values: list[float] = []
     for path, target in zip(images, targets, strict=True):
-        pixels = read_image(path)
         try:
+            pixels = read_image(path)
             result = run(autoencoder, pixels)
         except ValueError as error:
-            raise UserError(f"{path}: {error}") from None
+            message = str(error) if isinstance(error, UserError) else f"{path}: {error}"
+            if len(images) == 1:
+                raise UserError(message) from None
+            print(message, file=sys.stderr)
+            continue
+        make_folder(output)
         values.append(psnr(pixels, result))
         with replacing(target) as temporary:
             Image.fromarray(result).save(temporary)
         print(f"{path}: {pixels.shape[1]}x{pixels.shape[0]}, PSNR {values[-1]:.2f} dB, {target}")
     if len(values) > 1:
         print(f"mean PSNR of {len(values)} images: {sum(values) / len(values):.2f} dB")
+    if len(values) < len(images):
+        raise UserError(f"{len(images) - len(values)} of {len(images)} images cannot be reconstructed")
 
 
 def name_outputs(images: list[Path], folder: Path) -> list[Path]:

@@ -15,6 +15,7 @@ from litevae.cli.common import (
     OptionalCountOption,
     OverwriteOption,
     WorkersOption,
+    choose_workers,
     finite,
     make_folder,
     name_each,
@@ -38,7 +39,7 @@ def resolution(
     names: NamesOption = None,
     count: OptionalCountOption = None,
     batch_size: BatchSizeOption = 16,
-    workers: WorkersOption = 4,
+    workers: WorkersOption = None,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Measure models at several resolutions, as in the paper's Figures 5 and 8.
@@ -72,7 +73,9 @@ def resolution(
     if has_device:
         for autoencoder in autoencoders.values():
             autoencoder.to(state.device)
-    found = sweep_resolutions(autoencoders, images, pixels, wanted, count, batch_size, workers)
+    found = sweep_resolutions(
+        autoencoders, images, pixels, wanted, count, batch_size, choose_workers(workers)
+    )
     if not state.is_main_process:  # only the first process reports
         return
     make_folder(output)

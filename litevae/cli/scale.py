@@ -5,7 +5,14 @@ from typing import Annotated
 
 import typer
 
-from litevae.cli.common import BatchSizeOption, CountOption, DataArgument, SizeOption, WorkersOption
+from litevae.cli.common import (
+    BatchSizeOption,
+    CountOption,
+    DataArgument,
+    SizeOption,
+    WorkersOption,
+    choose_workers,
+)
 from litevae.models.loading import load_model, model_folder
 
 
@@ -15,7 +22,7 @@ def scale(
     size: SizeOption = 256,
     count: CountOption = 10_000,
     batch_size: BatchSizeOption = 16,
-    workers: WorkersOption = 4,
+    workers: WorkersOption = None,
 ) -> None:
     """Measure a model's latents and store their scale in its config.json.
 
@@ -40,7 +47,7 @@ def scale(
         raise UserError(f"{model}: belongs to a checkpoint, which must not change: copy the model first")
     if torch.accelerator.is_available():
         autoencoder.to(torch.accelerator.current_accelerator())
-    found = measure_latents(autoencoder, open_images(data), size, count, batch_size, workers)
+    found = measure_latents(autoencoder, open_images(data), size, count, batch_size, choose_workers(workers))
     store_scale(config, found)
 
     print(f"{found.count} images of {size} x {size} pixels")

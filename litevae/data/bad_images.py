@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from litevae.errors import UserError
-from litevae.files import open_regular
+from litevae.files import open_regular, open_to_append
 
 BAD_IMAGES = "bad_images.txt"  # name of the list in a run's folder
 
@@ -38,6 +38,8 @@ class BadImages:
         self.total = total
         self.max_fraction = max_fraction
         self.names: set[str] = set()
+        if path.is_symlink():  # planted by others: appending would change its target
+            path.unlink(missing_ok=True)
         self.drop_unfinished_line()
         self.read()
 
@@ -56,7 +58,7 @@ class BadImages:
             new = {name: reason for name, reason in lines.items() if name not in self.names}
             text = "".join(f"{name}\t{reason}\n" for name, reason in new.items())
             try:
-                with open(self.path, "ab") as file:
+                with open_to_append(self.path) as file:
                     file.write(os.fsencode(text))
             except OSError as error:
                 raise UserError(f"{self.path}: cannot be written: {error.strerror}") from None

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from litevae.errors import UserError
 from litevae.settings import setting
 
 
@@ -42,3 +43,11 @@ class DataConfig:
     max_bad_fraction: float = setting(
         0.01, "Fraction of the images that may be unusable; the run stops at more.", minimum=0, below=1
     )
+
+
+def check_has_images(config: DataConfig) -> None:
+    """Raises UserError if no training images are given."""
+    if not config.train:
+        raise UserError(
+            "data.train is empty: give a folder of images (litevae train --help lists other sources)"
+        )

@@ -1,6 +1,7 @@
 """Images in datasets of Hugging Face's `datasets` library, which is an optional dependency."""
 
 import io
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,12 +20,15 @@ class HuggingFaceImages:
         dataset: dataset with a column of images.
         path: path of the dataset, for messages.
 
+    Attributes:
+        unused_labels: if there is no column "label", the names of columns that seem to hold classes.
+
     Raises:
         UserError: the dataset has no rows, no column of images, or several of which none is called "image".
     """
 
     def __init__(self, dataset: Any, path: str) -> None:
-        from datasets import Image
+        from datasets import ClassLabel, Image
 
         columns = [
             column
@@ -42,6 +46,12 @@ class HuggingFaceImages:
         self.column = "image" if "image" in columns else columns[0]
         dataset = dataset.with_format(None)
         self.labels = dataset.select_columns("label") if "label" in dataset.features else None
+        self.unused_labels = [
+            column
+            for column, feature in dataset.features.items()
+            if self.labels is None
+            and (isinstance(feature, ClassLabel) or re.search("label|class|categor|target", column.lower()))
+        ]
         dataset = dataset.select_columns(self.column)
         self.dataset = dataset.cast_column(self.column, Image(decode=False))
 

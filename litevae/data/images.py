@@ -1,19 +1,23 @@
 """Decoding of image files to uint8 pixels, and conversion between pixels and a model's tensors."""
 
+import io
+import os
 import warnings
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
 from litevae.errors import UserError
 
-Pixels = npt.NDArray[np.uint8]  # (H, W, 3); embedded colour profiles are ignored
+Pixels = npt.NDArray[np.uint8]  # (H, W, 3) in sRGB
+
+MAX_PIXELS = "LITEVAE_MAX_IMAGE_PIXELS"  # environment variable
 
 EXTENSIONS = (
     *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
@@ -48,15 +52,17 @@ def image_formats() -> list[str]:
 
 
 def decode_image(file: Path | IO[bytes]) -> Pixels:
-    """Decodes an image file, or its content, to upright 8-bit RGB.
+    """Decodes an image file, or its content, to upright 8-bit sRGB.
 
-    Greyscale, palette and CMYK images are converted, transparent images are composited on white, 16-bit values
-    are scaled to 8 bits (not clipped), and the first frame represents an animation. The EXIF orientation is
-    applied; broken EXIF data are ignored.
+    Greyscale, palette and CMYK images are converted, embedded colour profiles are converted to sRGB, transparent
+    images are composited on white, 16-bit values are scaled to 8 bits (not clipped), and the first frame represents
+    an animation. The EXIF orientation is applied. Broken EXIF data are ignored, and so are colour profiles that are
+    broken or belong to another kind of image.
 
     Raises:
-        BadImage: the file does not exist, is no image, is truncated or corrupt, exceeds Pillow's limit of about
-            179 million pixels (a decompression bomb), or has pixels of unknown colour (floating-point, LAB).
+        BadImage: the file does not exist, is no image, is truncated or corrupt, has more pixels than the
+            environment variable LITEVAE_MAX_IMAGE_PIXELS allows (by default Pillow's limit of about 179 million,
+            against decompression bombs), or has pixels of unknown colour (floating-point, LAB).
     """
     try:
         if isinstance(file, Path) and not file.is_file():
@@ -64,11 +70,16 @@ def decode_image(file: Path | IO[bytes]) -> Pixels:
             raise BadImage("is a folder, not an image" if file.is_dir() else special)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow would warn once per file with unusual metadata
+            set_pixel_limit()
             with Image.open(file, formats=image_formats()) as opened:
+                scale_transparent_colour(opened)
                 opened.load()
                 return to_rgb(turn_upright(opened))
     except BadImage:
         raise
+    except Image.DecompressionBombError as error:
+        reason = str(error).partition(", could be")[0]
+        raise BadImage(f"cannot be read: {reason}; {MAX_PIXELS}=N allows N pixels") from None
     except UnidentifiedImageError:
         raise BadImage("not an image, or of an unsupported format") from None
     except OSError as error:
@@ -87,21 +98,92 @@ def turn_upright(image: Image.Image) -> Image.Image:
     return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
 
 
+def set_pixel_limit() -> None:
+    """Sets Pillow's limit to that of the environment, if there is one; Pillow refuses images of twice its limit."""
+    limit = os.environ.get(MAX_PIXELS, "")
+    if limit:
+        if not limit.isdecimal():
+            raise BadImage(f"{MAX_PIXELS} must be a whole number, got {limit!r:.50}")
+        Image.MAX_IMAGE_PIXELS = -(-int(limit) // 2)
+
+
+def scale_transparent_colour(image: ImageFile.ImageFile) -> None:
+    """Converts the transparent colour of a PNG file to the depth at which Pillow decodes the pixels.
+
+    Pillow reads it at the depth of the file. 16-bit colours lose their lower byte when they are decoded.
+    """
+    colour = image.info.get("transparency")
+    if image.format != "PNG" or colour is None or not image.tile:
+        return
+    raw_mode = image.tile[0].args
+    if raw_mode in ("L;2", "L;4"):
+        image.info["transparency"] = colour * {"L;2": 85, "L;4": 17}[raw_mode]
+    elif raw_mode == "RGB;16B":
+        image.info["transparency"] = tuple(value >> 8 for value in colour)
+
+
 def to_rgb(image: Image.Image) -> Pixels:
-    """Converts an image of any mode to (H, W, 3) uint8; `BadImage` if its colours are unknown."""
+    """Converts an image of any mode to (H, W, 3) uint8 in sRGB; `BadImage` if its colours are unknown."""
+    profile = image.info.get("icc_profile")
     if image.mode.startswith("I"):  # 16-bit greyscale: Pillow's own conversion would clip it
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise BadImage(f"pixel values {values.min()} to {values.max()} do not fit 16 bits")
         # rounds to nearest; there are no ties, because 257 is odd
-        grey = ((values.astype(np.int32) + 128) // 257).astype(np.uint8)
-        return np.repeat(grey[..., None], 3, axis=2)
+        grey = Image.fromarray(((values.astype(np.int32) + 128) // 257).astype(np.uint8))
+        if "transparency" in image.info:
+            grey.putalpha(Image.fromarray(values != image.info["transparency"]))
+        image = grey
     if image.mode == "F":
         raise BadImage("has floating-point pixels of unknown range: convert it to 8 or 16 bits")
+    alpha = None
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.asarray(image.convert("RGB"))
+        # Pillow does not convert La, whose grey is multiplied with the transparency, to RGBA.
+        image = image.convert("LA" if image.mode in ("1", "L", "LA", "La") else "RGBA")
+        alpha = image.getchannel("A")
+        image = image.convert(image.mode[:-1])
+    image = to_srgb(image, profile) if profile else image.convert("RGB")
+    if alpha is not None:
+        image.putalpha(alpha)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return np.asarray(image)
+
+
+def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """Converts an image without transparency to RGB in sRGB, by its ICC profile if that fits and is not sRGB's."""
+    for mode, modes in (("L", ("1", "L")), ("CMYK", ("CMYK",)), ("RGB", ("RGB", "P"))):
+        if image.mode in modes and (transform := transform_to_srgb(profile, mode)):
+            converted: Image.Image = transform.apply(image.convert(mode))
+            return converted
+    return image.convert("RGB")
+
+
+@lru_cache(maxsize=32)
+def transform_to_srgb(profile: bytes, mode: Literal["L", "RGB", "CMYK"]) -> ImageCms.ImageCmsTransform | None:
+    """Builds the transform from an ICC profile to sRGB.
+
+    Args:
+        profile: content of the profile.
+        mode: Pillow's mode of the images.
+
+    Returns:
+        The transform. None if the profile is broken or is for images of another mode, or if no colour changes by
+        more than one level: most files embed sRGB's own profile, and such images keep their values.
+    """
+    try:
+        # The rendering intent is perceptual, Pillow's default.
+        transform = ImageCms.buildTransform(
+            ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB"), mode, "RGB"
+        )
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return None
+    if mode == "CMYK":
+        return transform
+    steps = np.arange(0, 256, 15, dtype=np.uint8)
+    colours = np.stack(np.meshgrid(*[steps] * len(mode), indexing="ij"), axis=-1).reshape(1, -1, len(mode))
+    probe = Image.fromarray(colours.squeeze(-1) if mode == "L" else colours)
+    change = np.asarray(transform.apply(probe), np.int16) - np.asarray(probe.convert("RGB"), np.int16)
+    return transform if np.abs(change).max() > 1 else None
 
 
 def read_image(path: Path) -> Pixels:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from litevae.data.bad_images import BAD_IMAGES, BadImages
+from litevae.data.batches import Batches
 from litevae.data.crops import CropBatch, CropSettings, Order, TrainingCrops, collate
 from litevae.data.sources import ImageSource, open_images
 from litevae.diffusion.config import DiffusionConfig
@@ -125,7 +126,13 @@ class LatentData:
             generator=torch.Generator(),  # a resumed run would draw once more from the global one
             worker_init_fn=obey_parent_only,
         )
-        return iter(loader)
+        return Batches(loader)
+
+    def empty_batch(self) -> Tensor:
+        """Returns moments that stand for a share of a batch that cannot be read, and must not be trained on."""
+        share = self.config.data.batch_size // self.accelerator.num_processes
+        channels, *side = self.shape
+        return torch.zeros(share, 2 * channels, *side)
 
     def note_bad(self, batch: CropBatch | Tensor) -> None:
         """Lists the images that could not be used; raises UserError if there are too many."""

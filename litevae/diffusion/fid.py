@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from litevae.data.batches import Batches
 from litevae.data.sources import ImageSource, open_images
 from litevae.data.squares import SquareDataset
 from litevae.diffusion.config import DiffusionConfig
@@ -93,7 +94,7 @@ def measure_fid(
     quiet = not state.is_main_process
     used = torch.zeros((), dtype=torch.int64, device=pipeline.device)
     with tqdm(total=len(squares), unit="image", desc="FID: images", mininterval=0.5, disable=quiet) as bar:
-        for batch in loader:
+        for batch in Batches(loader):
             _, readable = batch.readable
             if len(readable):
                 fid.update(readable.to(pipeline.device), real=True)

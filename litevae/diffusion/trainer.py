@@ -22,7 +22,7 @@ from litevae.diffusion.pictures import draw_loss, draw_samples
 from litevae.diffusion.pipeline import LatentDiffusionPipeline, generate, save_pipeline
 from litevae.diffusion.unet import build_unet
 from litevae.environment import versions
-from litevae.errors import NonFiniteError, UserError
+from litevae.errors import UserError, WorkerDied
 from litevae.evaluation.fid import INCEPTION_NAME
 from litevae.files import replacing
 from litevae.memory import check_batch
@@ -30,7 +30,7 @@ from litevae.models.interface import Autoencoder
 from litevae.signals import StopRequest
 from litevae.training.checkpoint import Checkpoint, random_state
 from litevae.training.config import check_batch_size
-from litevae.training.loop import Loop, SavedState, begin, make_output_dir
+from litevae.training.loop import Failure, Loop, SavedState, begin, output_folder
 from litevae.training.optimization import EMA, NetworkOptimizer, learning_rate_factor
 from litevae.training.step import Outcome, first_non_finite
 
@@ -54,7 +54,7 @@ class DiffusionResult:
     stopped_by: str | None
 
 
-def train(config: DiffusionConfig, autoencoder: Autoencoder) -> DiffusionResult:
+def train(config: DiffusionConfig, autoencoder: Autoencoder, replace: bool = False) -> DiffusionResult:
     """Trains a diffusion model on an autoencoder's latents and writes its files to `config.output_dir`.
 
     The files are `pipeline/` (for `LatentDiffusionPipeline.from_pretrained`; with the averaged U-Net if there is
@@ -69,17 +69,22 @@ def train(config: DiffusionConfig, autoencoder: Autoencoder) -> DiffusionResult:
     Args:
         config: settings of the run.
         autoencoder: model that `config.model` names. It is not trained; it is moved to the run's device.
+        replace: whether to replace the pipeline of an earlier run in `config.output_dir` that has no checkpoints.
 
     Raises:
         UserError: settings contradict each other or do not fit the model; the latents are another model's or not
-            scaled; a checkpoint does not fit; FID is required and cannot be measured; or more than
-            `config.data.max_bad_fraction` of the images cannot be used, in which case all files are written as of
-            the step before.
+            scaled; a checkpoint does not fit; the output folder cannot be written or is in use by another run; it
+            holds the pipeline of a run without checkpoints, and `replace` is False; FID is required and cannot be
+            measured; or more than `config.data.max_bad_fraction` of the images cannot be used, in which case all
+            files are written as of the step before.
         NonFiniteError: `config.max_bad_steps` steps in a row had a loss or a gradient that is not finite. All
             files are written as of the step before the first of these steps.
+        WorkerDied: a process that reads data was killed, or crashed. All files are written as of the last step.
         OSError: a file could not be written, for example because the disk is full. Earlier checkpoints are intact.
     """
-    with StopRequest() as stop:
+    folder = Path(config.output_dir)
+    in_use = output_folder(folder, "litevae train-diffusion", replace, "pipeline", "model_index.json")
+    with StopRequest() as stop, in_use:
         trainer = DiffusionTrainer(config, autoencoder)
         try:
             return trainer.run(stop)
@@ -94,8 +99,7 @@ class DiffusionTrainer(Loop[DiffusionResult]):
     decisive_settings = ("seed", "precision", "model", "data", "noise")
 
     def __init__(self, config: DiffusionConfig, autoencoder: Autoencoder) -> None:
-        folder = make_output_dir(Path(config.output_dir), "pipeline", "model_index.json")
-        config, accelerator, checkpoint = begin(config, folder)
+        config, accelerator, checkpoint = begin(config, folder := Path(config.output_dir))
         self.config = config
         super().__init__(config, folder, accelerator)
         check_batch_size(
@@ -141,12 +145,14 @@ class DiffusionTrainer(Loop[DiffusionResult]):
         try:
             for step in range(self.step + 1, self.config.max_steps + 1):
                 start = time.perf_counter()
-                batch = next(batches)
-                wait_seconds = time.perf_counter() - start
                 try:
+                    batch = next(batches)
                     self.data.note_bad(batch)
                 except UserError as error:
                     self.unusable = error
+                except WorkerDied as error:
+                    self.unusable, batch = error, self.data.empty_batch()
+                wait_seconds = time.perf_counter() - start
                 yield step, self.data.moments(batch), wait_seconds
         finally:
             del batches  # ends its workers, which the traceback of an error would keep alive
@@ -201,9 +207,7 @@ class DiffusionTrainer(Loop[DiffusionResult]):
     def restore_state(self, checkpoint: Checkpoint, state: dict[str, Any]) -> None:
         self.optimizer.load_moments(state["optimizer"])
 
-    def finish(
-        self, signal_name: str | None, stopped: bool, failure: NonFiniteError | UserError | None
-    ) -> DiffusionResult:
+    def finish(self, signal_name: str | None, stopped: bool, failure: Failure | None) -> DiffusionResult:
         """Writes the checkpoint, the pipeline, samples and pictures, and measures FID."""
         self.save()
         training_seconds = self.seconds

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from litevae.data.batches import Batches
 from litevae.data.images import to_model_range
 from litevae.data.sources import ImageSource
 from litevae.data.squares import SquareDataset
@@ -112,7 +113,7 @@ def evaluate(
     with tqdm(
         total=len(share), initial=done, unit="image", mininterval=0.5, disable=not state.is_main_process
     ) as bar:
-        for batch in loader:
+        for batch in Batches(loader):
             numbers, pixels = batch.readable
             if numbers:
                 sums.add(*reconstruct_batch(model, pixels, numbers if sample else None))

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from litevae.data.batches import Batches
 from litevae.data.sources import ImageSource
 from litevae.data.squares import SquareDataset
 from litevae.errors import UserError
@@ -64,7 +65,7 @@ def collect_latents(
     squares = SquareDataset(images, size, count)
     loader = DataLoader(squares, batch_size, num_workers=workers, collate_fn=squares.collate)
     latents = []
-    for batch in tqdm(loader, unit="batch", mininterval=0.5):
+    for batch in tqdm(Batches(loader), unit="batch", mininterval=0.5):
         numbers, pixels = batch.readable
         if numbers:
             posterior = encode_pixels(model, pixels)

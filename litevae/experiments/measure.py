@@ -207,7 +207,7 @@ def generation(experiment: Experiment, setup: Setup, rows: Sequence[Row]) -> Pic
         config = diffusion_config(experiment, setup, trained.folder, str(folder), source)
         record = finished(config.output_dir)
         if record is None:
-            result = train_diffusion(config, load(trained))
+            result = train_diffusion(config, load(trained), replace=True)
             if result.stopped_by:
                 raise Stopped(f"stopped by {result.stopped_by}: the same command continues")
             record = finished(config.output_dir)

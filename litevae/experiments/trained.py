@@ -74,7 +74,7 @@ def train_once(config: Config) -> Trained:
     """
     record = finished(config.output_dir)
     if record is None:
-        result = train(config)
+        result = train(config, replace=True)  # of a run of this experiment that was stopped
         if result.stopped_by:
             raise Stopped(f"stopped by {result.stopped_by}: the same command continues")
         PartialState().wait_for_everyone()

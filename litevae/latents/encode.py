@@ -16,10 +16,11 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from litevae.data.sources import ImageSource
 from litevae.environment import DTYPES
 from litevae.errors import UserError
-from litevae.latents.folder import LatentFolder, Settings, locked, make_header
+from litevae.latents.folder import COMMAND, LatentFolder, Settings, make_header
 from litevae.latents.index import Shard
 from litevae.latents.processes import ProcessDied, Processes, error_message, raise_first
 from litevae.latents.shard_encoder import ShardEncoder, combine_times
+from litevae.lock import locked
 from litevae.memory import check_batch
 from litevae.models.interface import Autoencoder
 from litevae.signals import StopRequest
@@ -139,7 +140,7 @@ def open_latent_folder(
     first_header, folder.shards = processes.first_does(begin)
     if processes.index:
         folder.header = make_header(model, folder.images, folder.settings)
-        until_end.enter_context(locked(folder.path, processes.index))
+        until_end.enter_context(locked(folder.path, COMMAND, processes.index))
     compared = ("model", "images", "encoding", "latents")
     same = [folder.header[name] for name in compared] == [first_header[name] for name in compared]
     if not all(processes.gather(same)):

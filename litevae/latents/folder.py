@@ -1,11 +1,10 @@
 """The folder of an encoded data set: its settings, index, lock and shard ranges."""
 
-import errno
 import hashlib
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,16 @@ from litevae.data.bad_images import BAD_IMAGES, BadImages
 from litevae.data.sources import ImageSource
 from litevae.environment import versions
 from litevae.errors import UserError
-from litevae.files import temporary_path
+from litevae.files import TEMPORARY
 from litevae.latents.encoder import Precision
-from litevae.latents.index import FORMAT, INDEX, Shard, marker_path, read_index, read_marker, write_index
+from litevae.latents.index import FORMAT, Shard, marker_path, read_index, read_marker, write_index
 from litevae.latents.shards import Unfinished, find_damage, read_unfinished, unfinished_path
+from litevae.lock import LOCK, locked
 from litevae.models.interface import Autoencoder, check_size, spatial_compression
 from litevae.models.weights import hash_encoder
 
 CROP = "the middle square, resized by Pillow's antialiased bicubic"
-LOCK = ".lock"
+COMMAND = "litevae encode"  # the name that a second run is given
 
 
 @dataclass(frozen=True)
@@ -129,12 +129,14 @@ class LatentFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            # files of a run that has not written its index yet
-            own = {LOCK, temporary_path(self.path / INDEX).name}
-            if read_index(self.path) is None and any(path.name not in own for path in self.path.iterdir()):
+            if read_index(self.path) is None and any(
+                # A run that has not written its index yet leaves only these.
+                path.name != LOCK and not path.match(TEMPORARY)
+                for path in self.path.iterdir()
+            ):
                 raise UserError(f"{self.path}: has files, and no encoded images: give another folder")
-            until_end.enter_context(locked(self.path))
-            for path in self.path.glob(".*.tmp.*"):  # left by a run that was killed
+            until_end.enter_context(locked(self.path, COMMAND))
+            for path in self.path.glob(TEMPORARY):  # left by a run that was killed
                 path.unlink(missing_ok=True)
             index = read_index(self.path)
             if index is None:
@@ -227,49 +229,6 @@ class LatentFolder:
                 missing_ok=True
             )  # left where a damaged shard was redone
         return len(bad)
-
-
-@contextmanager
-def locked(folder: Path, process: int = 0) -> Iterator[None]:
-    """Locks `folder` for one run until the context or the process ends.
-
-    The lock is an advisory POSIX lock on the file .lock, which remains in the folder. Unlike a lock of `flock`, it is
-    not inherited by worker processes, which outlive a killed run for seconds. The first process locks all bytes of the
-    file, and then releases all but byte 0; process i locks byte i. A new run therefore waits for all processes of an
-    old one. If the system or the file system does not support such locks, a line on stderr says so.
-
-    Args:
-        folder: folder to lock.
-        process: number of this process. The others must enter after the first one.
-
-    Raises:
-        UserError: another run has locked the folder.
-        OSError: the file cannot be opened.
-    """
-    with open(folder / LOCK, "ab") as file:
-        try:
-            lock_file(file.fileno(), process)
-        except (OSError, ImportError) as error:
-            if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EAGAIN):
-                raise UserError(
-                    f"{folder}: another litevae encode is writing there: wait until it has ended, "
-                    "or give another folder"
-                ) from None
-            if process == 0:
-                reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
-                warn(f"{folder}: cannot be locked here ({reason}): make sure that no other run writes there")
-        yield
-
-
-def lock_file(descriptor: int, process: int) -> None:
-    """Takes the lock of process number `process`, as `locked` describes; `ImportError` on Windows."""
-    import fcntl
-
-    if process:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, process)
-    else:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        fcntl.lockf(descriptor, fcntl.LOCK_UN, 0, 1)
 
 
 def warn(message: str) -> None:

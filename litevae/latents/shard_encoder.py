@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from litevae.data.bad_images import BadImages
+from litevae.data.batches import Batches
 from litevae.data.squares import SquareBatch, SquareDataset
 from litevae.errors import UserError
 from litevae.latents.encoder import BatchedEncoder, to_host
@@ -85,7 +86,7 @@ class ShardEncoder:
             pin_memory=model.device.type == "cuda",
             worker_init_fn=obey_parent_only,
         )
-        self.images: Iterator[SquareBatch] = iter(loader) if self.plan else iter(())
+        self.images: Iterator[SquareBatch] = Batches(loader) if self.plan else iter(())
         self.writer = ThreadPoolExecutor(1)
         self.pending_writes: deque[Future[None]] = deque()
         self.begin_shard(None)

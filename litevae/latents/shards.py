@@ -12,11 +12,15 @@ float16 holds every bfloat16 between 6e-5 and 65504 exactly, and a float32 to 11
 import hashlib
 import io
 import json
+import operator
 import os
+import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex, overload
 
+import numpy as np
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors import SafetensorError, safe_open
@@ -204,10 +208,19 @@ class Latent(NamedTuple):
     label: int  # position in `LatentDataset.labels`; -1 without a label
 
 
+class LatentBatch(NamedTuple):
+    """Several encoded images."""
+
+    moments: Tensor  # (N, 2 n_z, h, w) float32
+    label: Tensor  # (N,) int64, as `Latent.label`
+
+
 class LatentDataset(Dataset[Latent]):
     """The images of a folder that `litevae encode` has written.
 
-    Mirrored copies follow the images: item i + `count` is the mirrored item i. The files are mapped into memory, so
+    Mirrored copies follow the images: item i + `count` is the mirrored item i. An index is an integer, which may be
+    negative and gives a `Latent`; or a slice, or a sequence or a tensor of integers or of one boolean per item, which
+    gives a `LatentBatch`. The files are mapped into memory, so
     that random access reads only the items themselves, also in worker processes.
 
     Args:
@@ -217,7 +230,7 @@ class LatentDataset(Dataset[Latent]):
 
     Attributes:
         count: number of images.
-        labels: names of the classes, in numerical order if all are numbers, else in alphabetical order.
+        labels: names of the classes, in numerical order if all are whole numbers, else in alphabetical order.
         index: content of index.json.
 
     Raises:
@@ -245,7 +258,7 @@ class LatentDataset(Dataset[Latent]):
             labels += [label for _, label in listed]
         self.names = PackedStrings(names)
         known = {label for label in labels if label is not None}
-        numeric = all(label.isdecimal() for label in known)
+        numeric = all(re.fullmatch(r"[+-]?\d{1,100}", label) for label in known)
         self.labels = sorted(known, key=(lambda label: (int(label), label)) if numeric else None)
         targets = {label: i for i, label in enumerate(self.labels)}
         self.targets = torch.tensor([-1 if label is None else targets[label] for label in labels])
@@ -257,10 +270,26 @@ class LatentDataset(Dataset[Latent]):
     def __len__(self) -> int:
         return self.count * self.copies
 
-    def __getitem__(self, index: int) -> Latent:
-        if not 0 <= index < len(self):
+    @overload
+    def __getitem__(self, index: int) -> Latent: ...
+
+    @overload
+    def __getitem__(self, index: slice | Sequence[int] | Tensor) -> LatentBatch: ...
+
+    def __getitem__(self, index: Any) -> Latent | LatentBatch:
+        if isinstance(index, SupportsIndex) and not (isinstance(index, Tensor | np.ndarray) and index.ndim):
+            return self.item(operator.index(index))
+        if not isinstance(index, slice):
+            index = np.asarray(index) if len(index) else np.empty(0, np.int64)
+        items = [self.item(number) for number in np.arange(len(self))[index].tolist()]
+        shape = self.index["latents"]["shape"]
+        moments = torch.stack([item.moments for item in items]) if items else torch.empty(0, *shape)
+        return LatentBatch(moments, torch.tensor([item.label for item in items], dtype=torch.int64))
+
+    def item(self, index: int) -> Latent:
+        if not -len(self) <= index < len(self):
             raise IndexError(f"item {index} of {len(self)}")
-        copy, position = divmod(index, self.count)
+        copy, position = divmod(index % len(self), self.count)
         number = int(torch.searchsorted(self.ends, position, right=True))
         if number not in self.files:
             self.files[number] = load_file(self.folder / self.shards[number].file)

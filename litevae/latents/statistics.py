@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from litevae.data.batches import Batches
 from litevae.data.sources import ImageSource
 from litevae.data.squares import SquareDataset
 from litevae.errors import UserError
@@ -66,7 +67,7 @@ def measure_latents(
     used = 0
     squares = SquareDataset(images, size, count)
     loader = DataLoader(squares, batch_size, num_workers=workers, collate_fn=squares.collate)
-    for batch in tqdm(loader, unit="batch", mininterval=0.5):
+    for batch in tqdm(Batches(loader), unit="batch", mininterval=0.5):
         _, pixels = batch.readable
         if not len(pixels):
             continue

@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
+import torch
+
+from litevae.data.config import check_has_images
 from litevae.errors import UserError
 from litevae.models.build import with_fresh_weights
-from litevae.models.interface import Autoencoder
+from litevae.models.interface import Autoencoder, check_size
 from litevae.models.loading import model_folder, report_weights
 from litevae.models.weights import load_decoder, load_weights
-from litevae.training.config import Config
+from litevae.training.config import Config, check_training_config, list_stages
 
 
 def build_model(config: Config) -> Autoencoder:
@@ -20,10 +23,7 @@ def build_model(config: Config) -> Autoencoder:
         UserError: the model does not take a setting, or weights are missing, are damaged or belong to another
             architecture.
     """
-    try:
-        model = with_fresh_weights(config.model, config.data.size)
-    except ValueError as error:
-        raise UserError(f"model: {error}") from None
+    model = build_fresh_model(config)
     if config.init:
         folder = model_folder(Path(config.init))
         report_weights(Path(config.init), folder)
@@ -35,3 +35,31 @@ def build_model(config: Config) -> Autoencoder:
             if part is not None:
                 part.requires_grad_(False)
     return model
+
+
+def build_fresh_model(config: Config) -> Autoencoder:
+    """Builds the model of a run with fresh weights; raises UserError if it does not take a setting."""
+    try:
+        return with_fresh_weights(config.model, config.data.size)
+    except ValueError as error:
+        raise UserError(f"model: {error}") from None
+
+
+def check_run(config: Config) -> None:
+    """Checks what a run checks before its first step, apart from files, weights and this machine.
+
+    Raises:
+        UserError: settings do not fit together, no training images are given, or the model does not take a setting
+            or the size of a stage.
+    """
+    check_training_config(config)
+    check_has_images(config.data)
+    with torch.device("meta"):
+        model = build_fresh_model(config)
+    check_sizes(model, config)
+
+
+def check_sizes(model: Autoencoder, config: Config) -> None:
+    """Raises UserError if the model does not take the images of a stage."""
+    for stage in list_stages(config):
+        check_size(model, stage.size, "data.size" if stage.size == config.data.size else "stages: size")

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from litevae.errors import UserError, one_line, shorten
-from litevae.files import files_in, open_regular, read_json, sha256, sync_folder, write
+from litevae.files import files_in, open_regular, random_sibling, read_json, sha256, sync_folder, write
 from litevae.models.weights import write_model, write_tensors
 
 MANIFEST, STATE, DISCRIMINATOR = "manifest.json", "state.pt", "discriminator.safetensors"
@@ -61,10 +61,9 @@ def save_checkpoint(
             and the other checkpoints stay.
     """
     target = folder / f"step-{step:08d}"
-    temporary = folder / f".{target.name}.new"
+    temporary = random_sibling(target, "new")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         for name, model in models.items():
             write_model(model, temporary / name)
@@ -170,7 +169,7 @@ def remove_old(folder: Path, keep: int) -> None:
     for checkpoint in checkpoints[:-keep]:
         if checkpoint != best:
             # A half-deleted checkpoint must not look like a checkpoint.
-            trash = checkpoint.path.with_name(f".{checkpoint.path.name}.old")
+            trash = random_sibling(checkpoint.path, "old")
             os.rename(checkpoint.path, trash)
             shutil.rmtree(trash, ignore_errors=True)
 

@@ -177,7 +177,7 @@ def load_config(name: str | None, overrides: Sequence[str] = ()) -> Config:
 
     Args:
         name: name of a shipped configuration, or a path that ends in .yaml; None for the defaults.
-        overrides: settings such as "max_steps=20" or "data.size=64", with the value in YAML notation.
+        overrides: settings such as "max_steps=20" or "data.size=64"; text is taken as it is given.
 
     Raises:
         UserError: there is no such configuration, its YAML is broken, a key is unknown (the message names the

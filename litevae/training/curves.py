@@ -17,14 +17,21 @@ def draw_curves(
 ) -> None:
     """Plots the losses over the steps on the left, and the PSNR and SSIM of the validation images on the right.
 
+    Without validation images there is only the plot of the losses.
+
     Args:
         lines: one mapping per logged step, with "step", "loss" and the active `terms`.
         terms: names of the terms to plot.
         history: one mapping per validation, with at least "step", "psnr" and "ssim".
         path: PNG file to write.
     """
-    figure = Figure(figsize=(10, 4), dpi=DPI, layout="constrained")
-    left, right = figure.subplots(1, 2)
+    count = 2 if history else 1
+    figure = Figure(figsize=(5 * count, 4), dpi=DPI, layout="constrained")
+    left, *others = figure.subplots(1, count, squeeze=False)[0]
+    for axes in (left, *others):
+        axes.grid(alpha=0.25)
+        axes.spines["top"].set_visible(False)
+    left.spines["right"].set_visible(False)
 
     for name in ("loss", *terms):
         logged = [line for line in lines if name in line]
@@ -38,16 +45,13 @@ def draw_curves(
         left.set_yscale("symlog", linthresh=1e-2)
     left.legend(fontsize=9, frameon=False, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.16))
 
-    steps = [point["step"] for point in history]
-    ssim_axes = right.twinx()
-    right.plot(steps, [point["psnr"] for point in history], "o-", markersize=3, color="C0")
-    ssim_axes.plot(steps, [point["ssim"] for point in history], "s-", markersize=3, color="C1")
-    right.set(title="validation images", xlabel="step")
-    right.set_ylabel("PSNR (dB)", color="C0")
-    ssim_axes.set_ylabel("SSIM", color="C1")
-    for axes in (left, right):
-        axes.grid(alpha=0.25)
-        axes.spines["top"].set_visible(False)
-    left.spines["right"].set_visible(False)
-    ssim_axes.spines["top"].set_visible(False)
+    for right in others:
+        steps = [point["step"] for point in history]
+        ssim_axes = right.twinx()
+        right.plot(steps, [point["psnr"] for point in history], "o-", markersize=3, color="C0")
+        ssim_axes.plot(steps, [point["ssim"] for point in history], "s-", markersize=3, color="C1")
+        right.set(title="validation images", xlabel="step")
+        right.set_ylabel("PSNR (dB)", color="C0")
+        ssim_axes.set_ylabel("SSIM", color="C1")
+        ssim_axes.spines["top"].set_visible(False)
     figure.savefig(path)

@@ -10,11 +10,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from litevae.data.bad_images import BAD_IMAGES, BadImages
+from litevae.data.batches import Batches
+from litevae.data.config import check_has_images
 from litevae.data.crops import CropBatch, CropSettings, TrainingCrops, collate
 from litevae.data.images import Pixels
 from litevae.data.sources import ImageSource, Photographs, open_images
 from litevae.data.squares import load_validation, open_validation
-from litevae.errors import UserError
 from litevae.signals import obey_parent_only
 from litevae.training.config import Config, Stage
 
@@ -50,10 +51,7 @@ class TrainingData:
 
     def open(self, size: int, bad_list: Path, resuming: bool) -> None:
         config = self.config
-        if not config.train:
-            raise UserError(
-                "data.train is empty: give a folder of images (litevae train --help lists other sources)"
-            )
+        check_has_images(config)
         self.images = open_images(config.train)
         source = open_validation(config)
         if self.accelerator.is_main_process and not resuming:
@@ -103,7 +101,12 @@ class TrainingData:
             generator=self.random,
             worker_init_fn=obey_parent_only,
         )
-        return iter(loader)
+        return Batches(loader)
+
+    def black_batch(self, stage: Stage) -> CropBatch:
+        """Returns a share of a batch that stands for one that cannot be read, and must not be trained on."""
+        share = stage.batch_size // self.accelerator.num_processes
+        return CropBatch(torch.zeros(share, 3, stage.size, stage.size, dtype=torch.uint8), [])
 
 
 class ShareSampler:

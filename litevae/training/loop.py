@@ -2,10 +2,10 @@
 
 import importlib.util
 import sys
-import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
@@ -15,20 +15,22 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather_object
 from diffusers import ModelMixin
-from omegaconf import OmegaConf
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from litevae import settings
 from litevae.data.bad_images import BAD_IMAGES
 from litevae.environment import choose_precision, versions
-from litevae.errors import NonFiniteError, UserError
-from litevae.files import replacing
+from litevae.errors import NonFiniteError, UserError, WorkerDied
+from litevae.files import TEMPORARY, replacing
+from litevae.lock import locked_by_run
 from litevae.models.weights import load_weights
 from litevae.signals import StopRequest
 from litevae.training.checkpoint import (
     STATE,
     Checkpoint,
     choose_checkpoint,
+    find_checkpoints,
     load_state,
     random_state,
     read_manifest,
@@ -45,6 +47,7 @@ from litevae.training.step import GRADIENT_RATIO, Outcome
 Result = TypeVar("Result")
 ConfigType = TypeVar("ConfigType", bound=RunConfig)
 CHECKPOINTS = "checkpoints"  # name of the folder of a run's checkpoints
+Failure = NonFiniteError | UserError | WorkerDied  # errors that end a run and let it save its state
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,8 @@ class Loop(ABC, Generic[Result]):
         self.is_main: bool = accelerator.is_main_process
         self.lines: list[dict[str, Any]] = []
         self.skipped_since_update: list[str] = []  # the reasons, one per step
-        self.unusable: UserError | None = None  # set if too many images of this process's share are unusable
+        # Set if this process's share of a batch has too many unusable images, or could not be read.
+        self.unusable: UserError | WorkerDied | None = None
         self.step = self.skipped = 0
         self.seconds_before, self.start = 0.0, time.perf_counter()
         self.saved_step: int | None = None
@@ -120,9 +124,7 @@ class Loop(ABC, Generic[Result]):
         """Validates or saves if that is due after `step`; after the last step, `finish` is called instead."""
 
     @abstractmethod
-    def finish(
-        self, signal_name: str | None, stopped: bool, failure: NonFiniteError | UserError | None
-    ) -> Result:
+    def finish(self, signal_name: str | None, stopped: bool, failure: Failure | None) -> Result:
         """Writes the files of the run.
 
         Args:
@@ -174,6 +176,13 @@ class Loop(ABC, Generic[Result]):
             remove_old(self.checkpoint_folder, config.checkpoint.keep)
         self.saved_step = self.step
         self.accelerator.wait_for_everyone()
+
+    def describe_saved(self) -> str:
+        """Says how a run that an error has ended can be continued."""
+        if not self.loop_config.checkpoint.every:
+            return f"the results after step {self.step} are saved, but no checkpoint (checkpoint.every=0)"
+        (*_, newest) = find_checkpoints(self.checkpoint_folder)
+        return f"{newest.path} is saved: continue with resume=auto"
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Restores the run from a checkpoint; raises UserError if it belongs to another architecture."""
@@ -230,12 +239,11 @@ class Loop(ABC, Generic[Result]):
         config = self.loop_config
         if self.is_main:
             with replacing(self.output_dir / "config.yaml") as path:
-                text = OmegaConf.to_yaml(OmegaConf.structured(config))
-                path.write_text(f"# {versions()}\n{text}", encoding="utf-8")
+                path.write_text(f"# {versions()}\n{settings.dump(config)}", encoding="utf-8")
             remove_temporary(self.checkpoint_folder)
         self.start = time.perf_counter()
         stopped = False
-        failure: NonFiniteError | UserError | None = None
+        failure: Failure | None = None
         with (
             MetricsLog(self.output_dir / "metrics.jsonl", self.lines, self.accelerator) as log,
             # A file or a pipe gets fewer lines than a terminal.
@@ -252,8 +260,8 @@ class Loop(ABC, Generic[Result]):
                 if outcome.unusable:
                     # All processes write the same list.
                     failure = self.unusable or UserError(
-                        "another process found too many images that cannot be used: "
-                        f"{self.output_dir / BAD_IMAGES} lists them"
+                        "another process found too many images that cannot be used, listed in "
+                        f"{self.output_dir / BAD_IMAGES}, or could not read its data"
                     )
                     if self.step == 0:  # there is nothing to save
                         raise failure
@@ -287,6 +295,8 @@ class Loop(ABC, Generic[Result]):
                 tqdm.write(str(error), file=sys.stderr)
                 raise failure from error
             raise
+        if isinstance(failure, WorkerDied):
+            raise WorkerDied(f"{failure}; {self.describe_saved()}")
         if failure:
             raise failure
         return result
@@ -343,13 +353,13 @@ def choose_run_precision(precision: str, checkpoint: Checkpoint | None, device: 
     return precision
 
 
-def make_accelerator(precision: str, tracker: str, settings: dict[str, Any], folder: Path) -> Accelerator:
+def make_accelerator(precision: str, tracker: str, tracked: dict[str, Any], folder: Path) -> Accelerator:
     """Creates the Accelerator of a run.
 
     Args:
         precision: "fp32", "bf16" or "fp16".
         tracker: "tensorboard", "wandb" or "none".
-        settings: settings of the run, for the tracker.
+        tracked: settings of the run, for the tracker.
         folder: output folder, for the tracker's files.
 
     Raises:
@@ -371,29 +381,45 @@ def make_accelerator(precision: str, tracker: str, settings: dict[str, Any], fol
         accelerator.init_trackers("tensorboard")  # also the name of its folder
     elif tracker == "wandb":
         accelerator.init_trackers(
-            "litevae", config=settings, init_kwargs={"wandb": {"dir": str(folder), "name": folder.name}}
+            "litevae", config=tracked, init_kwargs={"wandb": {"dir": str(folder), "name": folder.name}}
         )
     return accelerator
 
 
-def make_output_dir(folder: Path, result: str = "model", marker: str = "config.json") -> Path:
-    """Creates the output folder of a run, and returns it.
+def output_folder(
+    folder: Path, command: str, replace: bool = False, result: str = "model", marker: str = "config.json"
+) -> AbstractContextManager[None]:
+    """Creates the output folder of a run and locks it, as `locked_by_run` does.
 
     Args:
         folder: output folder.
+        command: name of the command, for the message that a second run in the folder gets.
+        replace: whether the result of an earlier run without checkpoints may be replaced.
         result: name of the folder in it that the run will replace.
         marker: name of a file that `result` holds if a run has written it.
 
     Raises:
-        UserError: files cannot be written there, or `result` exists and no run has written it.
+        UserError: files cannot be written there, another run writes there, or `result` exists and must not be
+            replaced.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"output_dir: cannot write to {folder}: {error.strerror}") from None
+
+    def prepare() -> None:
+        for path in folder.glob(TEMPORARY):  # left by a run that was killed
+            path.unlink(missing_ok=True)
+        check_result(folder, replace, result, marker)
+
+    return locked_by_run(folder, command, prepare)
+
+
+def check_result(folder: Path, replace: bool, result: str, marker: str) -> None:
+    """Raises UserError if a run must not replace the result that is in its output folder; see `output_folder`."""
     existing = folder / result  # it will be replaced as a whole
-    if existing.exists() and any(existing.iterdir()) and not (existing / marker).is_file():
+    if not existing.exists() or not any(existing.iterdir()):
+        return
+    if not (existing / marker).is_file():
         raise UserError(f"output_dir: {existing} exists and is not a {result}; give another folder")
-    return folder
+    if not replace and not any((folder / CHECKPOINTS).glob("step-*")):
+        raise UserError(
+            f"output_dir: {existing} is the {result} of a run without checkpoints, which cannot be continued: "
+            "give another output_dir, or delete it to train anew"
+        )

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from accelerate import Accelerator
 
-from litevae.files import replacing
+from litevae.files import open_to_append, replacing
 from litevae.training.step import GRADIENT_RATIO, WEIGHTED
 
 
@@ -28,7 +28,7 @@ class MetricsLog:
         if self.accelerator.is_main_process:
             with replacing(self.path) as path:
                 path.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
-            self.file = open(self.path, "a", encoding="utf-8")
+            self.file = open_to_append(self.path)
         self.images, self.wait_seconds, self.seconds = 0, 0.0, 0.0
         self.restart()
         return self
@@ -62,7 +62,7 @@ class MetricsLog:
     def append(self, line: dict[str, Any]) -> dict[str, Any]:
         self.lines.append(line)
         if self.file is not None:
-            self.file.write(json.dumps(line) + "\n")
+            self.file.write((json.dumps(line) + "\n").encode())
             self.file.flush()
             numbers = {name: value for name, value in line.items() if isinstance(value, float)}
             self.accelerator.log(numbers, step=line["step"])

@@ -15,22 +15,22 @@ from torch import Tensor, nn
 from litevae.data.images import to_model_range
 from litevae.discriminators import build_discriminator
 from litevae.environment import versions
-from litevae.errors import NonFiniteError, UserError
+from litevae.errors import UserError, WorkerDied
 from litevae.evaluation.metrics import psnr, ssim
 from litevae.evaluation.pictures import draw_grid, draw_reconstructions
 from litevae.evaluation.reconstruction import reconstruct
 from litevae.files import replacing
 from litevae.losses import Objective
 from litevae.memory import check_batch
-from litevae.models.interface import Autoencoder, check_size, spatial_compression
+from litevae.models.interface import Autoencoder, spatial_compression
 from litevae.models.weights import copy_weights, read_weights, save_model
 from litevae.signals import StopRequest
-from litevae.training.build import build_model
+from litevae.training.build import build_model, check_sizes
 from litevae.training.checkpoint import DISCRIMINATOR, Checkpoint, random_state
 from litevae.training.config import Config, check_batch_size, list_stages
 from litevae.training.curves import draw_curves
 from litevae.training.data_loader import TrainingData
-from litevae.training.loop import Loop, SavedState, begin, make_output_dir
+from litevae.training.loop import Failure, Loop, SavedState, begin, output_folder
 from litevae.training.optimization import EMA, learning_rate_factor
 from litevae.training.step import Outcome, TrainingStep
 
@@ -52,7 +52,7 @@ class TrainingResult:
     stopped_by: str | None
 
 
-def train(config: Config) -> TrainingResult:
+def train(config: Config, replace: bool = False) -> TrainingResult:
     """Trains a model and writes its files to `config.output_dir`.
 
     The files are `model/` (for `LiteVAE.from_pretrained`; the averaged model if there is one), `metrics.jsonl`
@@ -68,16 +68,19 @@ def train(config: Config) -> TrainingResult:
 
     Args:
         config: settings of the run.
+        replace: whether to replace the model of an earlier run in `config.output_dir` that has no checkpoints.
 
     Raises:
         UserError: settings do not fit together, weights are missing or belong to another architecture, the output
-            folder cannot be written, or more than `config.data.max_bad_fraction` of the images cannot be used; in
+            folder cannot be written or is in use by another run, it holds the model of a run without checkpoints
+            and `replace` is False, or more than `config.data.max_bad_fraction` of the images cannot be used; in
             the last case all files are written as of the step before.
         NonFiniteError: `config.max_bad_steps` steps in a row had a loss or a gradient that is not finite. All
             files are written as of the step before the first of these steps.
+        WorkerDied: a process that reads data was killed, or crashed. All files are written as of the last step.
         OSError: a file could not be written, for example because the disk is full. Earlier checkpoints are intact.
     """
-    with StopRequest() as stop:
+    with StopRequest() as stop, output_folder(Path(config.output_dir), "litevae train", replace):
         trainer = Trainer(config)
         try:
             return trainer.run(stop)
@@ -92,8 +95,7 @@ class Trainer(Loop[TrainingResult]):
     decisive_settings = ("seed", "precision", "data", "stages", "loss")
 
     def __init__(self, config: Config) -> None:
-        folder = make_output_dir(Path(config.output_dir))
-        config, accelerator, checkpoint = begin(config, folder)
+        config, accelerator, checkpoint = begin(config, folder := Path(config.output_dir))
         self.config = config
         super().__init__(config, folder, accelerator)
         self.stages = list_stages(config)
@@ -131,8 +133,8 @@ class Trainer(Loop[TrainingResult]):
 
     def check_stages(self) -> None:
         """Raises UserError if the model does not take a stage's size, or if a batch cannot be shared evenly."""
+        check_sizes(self.model, self.config)
         for stage in self.stages:
-            check_size(self.model, stage.size, "data.size")
             check_batch_size(
                 stage.batch_size, self.config.optimizer.accumulation, self.accelerator.num_processes
             )
@@ -166,11 +168,13 @@ class Trainer(Loop[TrainingResult]):
             try:
                 for step in range(max(stage.first, done + 1), stage.last + 1):
                     start = time.perf_counter()
-                    batch = next(batches)
                     try:
+                        batch = next(batches)
                         self.data.bad_images.add(batch.bad)
                     except UserError as error:
                         self.unusable = error
+                    except WorkerDied as error:
+                        self.unusable, batch = error, self.data.black_batch(stage)
                     images = batch.images.to(self.accelerator.device, non_blocking=True)
                     yield step, images, time.perf_counter() - start
             finally:
@@ -243,9 +247,7 @@ class Trainer(Loop[TrainingResult]):
                 )
         self.history = state["history"]
 
-    def finish(
-        self, signal_name: str | None, stopped: bool, failure: NonFiniteError | UserError | None
-    ) -> TrainingResult:
+    def finish(self, signal_name: str | None, stopped: bool, failure: Failure | None) -> TrainingResult:
         """Validates once more and writes the checkpoint, the model, the metrics and the pictures."""
         if stopped or failure:  # at once, because the sender of a signal may soon kill the run
             self.save()

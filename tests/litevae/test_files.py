@@ -9,6 +9,7 @@ from litevae.errors import UserError
 from litevae.files import (
     explaining_weights,
     files_in,
+    open_to_append,
     replacing,
     replacing_folder,
     sha256,
@@ -59,6 +60,32 @@ def test_failed_flush_names_the_file(tmp_path, monkeypatch):
     assert caught.value.filename == str(path)
 
 
+def test_a_temporary_file_never_follows_a_planted_link(tmp_path, monkeypatch):
+    (tmp_path / "victim").write_text("mine")
+    for name in (
+        ".x.tmp.json",
+        f".{'0' * 16}.tmp.json",
+    ):  # the name of earlier versions, and one that is guessed
+        (tmp_path / name).symlink_to(tmp_path / "victim")
+    with replacing(tmp_path / "x.json") as temporary:
+        temporary.write_text("new")
+    monkeypatch.setattr("secrets.token_hex", lambda count: "00" * count)
+    with pytest.raises(FileExistsError, match=r"x\.json"), replacing(tmp_path / "x.json"):
+        pass
+    assert (tmp_path / "victim").read_text() == "mine"
+    assert (tmp_path / "x.json").read_text() == "new"
+
+
+def test_appending_never_follows_a_planted_link(tmp_path):
+    for content in (b"a", b"b"):
+        with open_to_append(tmp_path / "x") as file:
+            file.write(content)
+    assert (tmp_path / "x").read_bytes() == b"ab"
+    (tmp_path / "link").symlink_to(tmp_path / "x")
+    with pytest.raises(OSError, match="link"):
+        open_to_append(tmp_path / "link")
+
+
 class TestReplacingFolder:
     @pytest.fixture
     def folder(self, tmp_path):
@@ -96,6 +123,22 @@ class TestReplacingFolder:
         with pytest.raises(OSError, match="disk full"):
             fail()
         assert files_in(folder.parent) == [folder / "old"]
+
+    def test_planted_links_are_not_followed(self, folder, tmp_path):
+        (tmp_path / "victim").mkdir()
+        (tmp_path / "victim" / "file").touch()
+        for name in (".model.new", f".model.{'0' * 16}.new", ".model.old"):
+            (tmp_path / name).symlink_to(tmp_path / "victim")
+        with replacing_folder(folder) as new:
+            new.mkdir()
+        assert files_in(folder) == []
+        assert files_in(tmp_path / "victim") == [tmp_path / "victim" / "file"]
+
+    def test_what_a_kill_has_left_is_removed(self, folder):
+        (folder.parent / f".model.{'0' * 16}.new").mkdir()
+        with replacing_folder(folder) as new:
+            new.mkdir()
+        assert list(folder.parent.iterdir()) == [folder]
 
 
 def test_sha256_of_sorted_files(tmp_path):

@@ -155,3 +155,33 @@ def test_numbers_at_the_limits_are_allowed():
 )
 def test_range_in_words(limits, text):
     assert str(limits) == text
+
+
+TEXTS = [
+    "runs/try #2",
+    "2024_11_28",
+    "007",
+    "1e3",
+    "no",
+    "*.tar",
+    "@x",
+    "/a: b",
+    "%x",
+    "null",
+    "'a'",
+    "[a, b]",
+    "a: {b}",
+]
+TEXTS += ["", " a ", "${steps}", r"a\${b}", "${", r"\\", "x=y", "~", "&a", "!t", "-", "0x1f", "1:30"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_on_the_command_line_is_taken_as_given_and_survives_a_file(tmp_path, text):
+    loaded = settings.load(Settings, None, [f"name={text}", "section.weight=1e3", "steps=1_0"])
+    assert loaded == Settings(steps=10, name=text, section=Section(weight=1000.0))
+    (tmp_path / "dumped.yaml").write_text(settings.dump(loaded))
+    assert settings.load(Settings, str(tmp_path / "dumped.yaml"), []) == loaded
+
+
+def test_one_of_several_words_is_not_read_as_yaml(folder):
+    assert fails(folder, None, "section.kind=no") == "section.kind=no: section.kind must be a or b"

@@ -1,11 +1,13 @@
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
 
 from litevae.cli.common import (
     check_new_file,
+    choose_workers,
     finite,
     make_folder,
     name_each,
@@ -89,3 +91,11 @@ def test_a_stopped_run_says_whether_it_can_be_resumed():
         "stopped by SIGINT after 1 step; everything is saved: continue with resume=auto"
     )
     assert stopped_message("SIGINT", 7, False).endswith("so the run cannot be resumed")
+
+
+@pytest.mark.parametrize(("cores", "processes", "expected"), [(4, 1, 4), (64, 1, 16), (8, 4, 2), (2, 4, 1)])
+def test_workers_share_the_cores(monkeypatch, cores, processes, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert choose_workers(None) == expected
+    assert choose_workers(0) == 0

@@ -184,3 +184,9 @@ def test_help_of_the_commands_points_here(capsys):
     for command in list_commands():
         assert main([command.name, "--help"]) == 0
         assert "litevae config CONFIG shows every setting" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("setting", ["data.size=100", "model.preset=litevae-x", "data.train="])
+def test_settings_that_a_run_would_refuse_at_its_start_are_named(show, setting):
+    output = " ".join(show("demo", setting).split())
+    assert "litevae train would refuse these settings: " in output

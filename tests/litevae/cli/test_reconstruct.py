@@ -3,6 +3,7 @@ from PIL import Image
 from skimage import data
 from skimage.metrics import peak_signal_noise_ratio
 
+from litevae.cli import main
 from litevae.data.images import read_image
 
 
@@ -63,6 +64,20 @@ def test_input_is_never_overwritten(fails, model, tmp_path):
 def test_not_an_image(fails, model, tmp_path):
     (tmp_path / "x.png").write_text("text")
     assert "x.png: not an image" in fails("reconstruct", model, tmp_path / "x.png", "-o", tmp_path / "o")
+    assert not (tmp_path / "o").exists()
+
+
+def test_bad_images_are_named_and_the_others_reconstructed(model, tmp_path, capsys):
+    for name in ("a.png", "c.png"):
+        Image.fromarray(data.chelsea()[:16, :16]).save(tmp_path / name)
+    (tmp_path / "b.png").write_text("text")
+    images = [str(tmp_path / f"{name}.png") for name in "bac"]
+    assert main(["reconstruct", str(model), *images, "-o", str(tmp_path / "out")]) == 2
+    output, errors = capsys.readouterr()
+    assert f"{images[0]}: not an image" in errors.splitlines()[0]
+    assert errors.splitlines()[1:] == ["litevae: error: 1 of 3 images cannot be reconstructed"]
+    assert "mean PSNR of 2 images" in output
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "c.png"]
 
 
 def test_output_that_cannot_be_made(fails, model, tmp_path):

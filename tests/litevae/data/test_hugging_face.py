@@ -110,3 +110,14 @@ def test_labels_of_a_dataset_are_its_column_of_that_name(tmp_path, picture, asse
         assert [source.label(i) for i in range(3)] == expected
         assert_pictures(source, [0, 1, 2])
         assert source.key(2) == "row 2"
+
+
+def test_columns_that_seem_to_hold_classes_are_named(tmp_path, dataset):
+    columns = {"fine_label": [1], "caption": ["x"], "Category": ["a"]}
+    rows = dataset([1], **columns, kind=[0]).cast_column("kind", datasets.ClassLabel(names=["cat"]))
+    rows.save_to_disk(tmp_path / "data")
+    source = open_images(str(tmp_path / "data"))
+    assert source.unused_labels == ["fine_label", "Category", "kind"]
+    assert source.label(0) is None
+    rows.add_column("label", [3]).save_to_disk(tmp_path / "labelled")
+    assert open_images(str(tmp_path / "labelled")).unused_labels == []

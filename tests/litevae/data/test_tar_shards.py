@@ -20,7 +20,7 @@ def test_shards_hold_what_webdataset_reads(tmp_path, write_shards):
     assert len(source) == i + 1 == 12
 
 
-def test_image_of_a_sample_is_its_plain_one(tmp_path, png, write_tar, names, assert_pictures):
+def test_image_of_a_sample_is_its_plain_one(tmp_path, png, write_tar, names, assert_pictures, capsys):
     members = [
         ("./a/1.mask.png", b""),
         ("./a/1.png", png(1)),
@@ -34,6 +34,10 @@ def test_image_of_a_sample_is_its_plain_one(tmp_path, png, write_tar, names, ass
     write_tar(tmp_path / "x.tar", members)
     source = open_images(str(tmp_path))
     assert_pictures(source, [1, 4])
+    line = (
+        f"{tmp_path}/x.tar: left out: further images of the same samples (2), samples without an image (1)\n"
+    )
+    assert capsys.readouterr().err == line
     assert names(source) == [f"{tmp_path}/x.tar:./a/1.png", f"{tmp_path}/x.tar:b.c/4.left.JPG"]
 
 
@@ -84,3 +88,40 @@ def test_labels_of_shards_are_their_cls_members(tmp_path, png, write_tar, assert
     source = open_images(str(tmp_path / "s.tar"))
     assert_pictures(source, [1, 2, 3])
     assert [source.label(i) for i in range(3)] == ["7", None, "cat"]
+
+
+def test_members_of_a_sample_may_be_anywhere_in_the_shard(tmp_path, png, write_tar, assert_pictures, capsys):
+    members = [("0.png", png(0)), ("1.png", png(1)), ("1.cls", b"11"), ("0.cls", b"10"), ("2.cls", b"12")]
+    write_tar(tmp_path / "s.tar", [*members, ("2.png", png(2))])
+    source = open_images(str(tmp_path / "s.tar"))
+    assert_pictures(source, [0, 1, 2])
+    assert [source.label(i) for i in range(3)] == ["10", "11", "12"]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("names", [("g.png", "g.png"), ("g.png", "h.png", "g.PNG"), ("a/g.cls", "a/g.cls")])
+def test_a_member_that_is_there_twice_is_refused(tmp_path, png, write_tar, refusal, names):
+    write_tar(tmp_path / "s.tar", [(name, png(0)) for name in names])
+    assert refusal(tmp_path / "s.tar") == f"{tmp_path}/s.tar: holds {names[-1]!r} twice"
+
+
+def test_a_link_is_counted(tmp_path, png, write_tar, capsys):
+    write_tar(tmp_path / "s.tar", [("0.png", png(0))])
+    with tarfile.open(tmp_path / "s.tar", "a") as tar:
+        link = tarfile.TarInfo("1.png")
+        link.type, link.linkname = tarfile.LNKTYPE, "0.png"
+        tar.addfile(link)
+    assert len(open_images(str(tmp_path / "s.tar"))) == 1
+    assert "left out: links or sparse files with an image's name (1)" in capsys.readouterr().err
+
+
+def test_an_unknown_class_is_no_label(tmp_path, png, write_tar):
+    classes = [b"-1\n", b"", b" \n", b"0"]
+    members = [
+        (f"{i}.{ext}", content)
+        for i, cls in enumerate(classes)
+        for ext, content in (("png", png(i)), ("cls", cls))
+    ]
+    write_tar(tmp_path / "s.tar", members)
+    source = open_images(str(tmp_path / "s.tar"))
+    assert [source.label(i) for i in range(4)] == [None, None, None, "0"]

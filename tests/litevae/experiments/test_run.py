@@ -38,7 +38,7 @@ def test_an_experiment_trains_measures_and_reports(tmp_path, own, own_text, caps
         assert values[0][name] == pytest.approx(measured["metrics"][name], abs=1e-9)
 
     # nothing is trained twice, not even by another experiment
-    monkeypatch.setattr(trained_module, "train", lambda config: pytest.fail("trained again"))
+    monkeypatch.setattr(trained_module, "train", lambda config, replace: pytest.fail("trained again"))
     (tmp_path / "another.yaml").write_text(own_text.replace("Losses", "Rows"))
     assert main(["experiment", str(tmp_path / "another.yaml"), "max_steps=2", "-o", str(out)]) == 0
 
@@ -47,7 +47,7 @@ def test_a_signal_stops_it_and_nothing_is_reported(tmp_path, own, monkeypatch, c
     monkeypatch.setattr(
         trained_module,
         "train",
-        lambda config: TrainingResult(tmp_path, 1, 1.0, None, None, stopped_by="SIGINT"),
+        lambda config, replace: TrainingResult(tmp_path, 1, 1.0, None, None, stopped_by="SIGINT"),
     )
     with pytest.raises(Stopped):
         run_experiment(own, Setup("tiny", tmp_path / "out"))

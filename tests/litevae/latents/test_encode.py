@@ -1,8 +1,10 @@
 import errno
+import io
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -212,3 +214,18 @@ def test_tiny_and_grey_images(encode, tmp_path):
     assert len(dataset) == 2
     assert dataset[0].label == -1
     assert torch.isfinite(dataset[1].moments).all()
+
+
+def test_numeric_classes_are_in_the_order_of_their_numbers(encode, tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for number, cls in enumerate([b"10", b"9", b"-1", b"-2"]):
+            image = io.BytesIO()
+            Image.new("L", (8, 8), number).save(image, "PNG")
+            for name, content in ((f"{number}.png", image.getvalue()), (f"{number}.cls", cls)):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    encode(images=open_images(str(tmp_path / "x.tar")))
+    dataset = LatentDataset(tmp_path / "latents", mirrored=False)
+    assert dataset.labels == ["-2", "9", "10"]
+    assert dataset[:].label.tolist() == [2, 1, -1, 0]

@@ -31,7 +31,7 @@ class TestLock:
         with subprocess.Popen(child, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
             assert other.stdout.readline() == b"locked\n"
             with pytest.raises(
-                UserError, match="latents: another litevae encode is writing there: wait until it has ended"
+                UserError, match="latents: another run is writing there: wait until it has ended"
             ):
                 encode()
             other.kill()

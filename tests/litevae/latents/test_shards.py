@@ -2,6 +2,7 @@ import json
 import pickle
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -54,6 +55,49 @@ def test_items_are_the_images_and_then_their_mirrored_copies(folder, workers):
     assert len(plain) == 10
     with pytest.raises(IndexError, match="item 10 of 10"):
         plain[10]
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        slice(None),
+        slice(-3, None),
+        slice(None, None, -7),
+        slice(5, 5),
+        [3, -1],
+        [],
+        torch.tensor([19, 0, 0]),
+        torch.arange(20) % 2 == 0,
+        np.array([12, 4]),
+    ],
+    ids=str,
+)
+def test_several_items_are_those_of_a_tensor(folder, index):
+    dataset = LatentDataset(folder, check=False)
+    items = [dataset[i] for i in range(20)]
+    positions = np.arange(20)[
+        index if isinstance(index, slice) else np.asarray(index, dtype=None if len(index) else int)
+    ]
+    found = dataset[index]
+    assert found.moments.shape == (len(positions), 8, 8, 8)
+    assert found.label.dtype == torch.int64
+    for row, position in enumerate(positions):
+        assert torch.equal(found.moments[row], items[position].moments)
+        assert found.label[row] == items[position].label
+
+
+@pytest.mark.parametrize("index", [-1, -20, np.int64(-1), torch.tensor(-1), torch.tensor(3)])
+def test_one_item_counts_from_either_end(folder, index):
+    dataset = LatentDataset(folder, check=False)
+    item = dataset[index]
+    assert isinstance(item.label, int)
+    assert torch.equal(item.moments, dataset[int(index) % 20].moments)
+
+
+@pytest.mark.parametrize("index", [20, -21, [20], torch.tensor([-21])])
+def test_items_that_do_not_exist(folder, index):
+    with pytest.raises(IndexError):
+        LatentDataset(folder, check=False)[index]
 
 
 def test_a_copy_for_another_process_maps_the_files_itself(folder):

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from litevae.errors import UserError
 from litevae.models.baseline import SmallEncoderVAE
 from litevae.training import load_config, train
-from litevae.training.build import build_model
+from litevae.training.build import build_model, check_run
 
 BASELINE = ["model.decoder_norm=group", "model.output_type=image"]
 
@@ -125,3 +125,18 @@ class TestFineTuning:
         path.write_bytes(path.read_bytes()[:1000])
         with pytest.raises(UserError, match="cannot be read"):
             build_model(tiny(f"init={source}"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("data.size=100", "data.size must be a multiple of 8, at least 16, got 100"),
+        ("stages=[{start: 9, size: 100}]", "stages: size must be a multiple of 8, at least 16, got 100"),
+        ("model.preset=litevae-x", "model: unknown preset 'litevae-x': did you mean"),
+        ("data.train=", "data.train is empty"),
+    ],
+)
+def test_what_a_run_would_refuse_is_found_without_one(setting, message):
+    check_run(load_config("demo"))
+    with pytest.raises(UserError, match=message):
+        check_run(load_config("demo", [setting]))

@@ -15,7 +15,10 @@ from safetensors.torch import load_file
 
 import litevae.training.trainer as trainer_module
 from litevae.data.bad_images import BadImages
-from litevae.errors import NonFiniteError, UserError
+from litevae.data.batches import Batches
+from litevae.errors import NonFiniteError, UserError, WorkerDied
+from litevae.experiments.run import run_experiment
+from litevae.experiments.spec import Setup
 from litevae.training import train
 from litevae.training.checkpoint import find_checkpoints
 
@@ -228,3 +231,64 @@ def test_a_folder_called_model_that_no_run_has_written_is_not_deleted(tiny, tmp_
     precious.write_text("mine")
     assert "exists and is not a model" in training_error(tiny())
     assert precious.read_text() == "mine"
+
+
+def test_a_worker_that_dies_ends_the_run_with_a_checkpoint(
+    tiny, tmp_path, no_pictures, monkeypatch, logged, checkpoint_names
+):
+    settings = ["max_steps=5", "checkpoint.every=100", "data.workers=0"]
+    train(tiny(*settings, name="whole"))
+    original, batches = Batches.__next__, iter(range(3))
+
+    def die(self):
+        if next(batches, None) is None:
+            raise WorkerDied("a worker died")
+        return original(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Batches, "__next__", die)
+        with pytest.raises(WorkerDied) as caught:
+            train(tiny(*settings))
+    newest = tmp_path / "run" / "checkpoints" / "step-00000003"
+    assert str(caught.value) == f"a worker died; {newest} is saved: continue with resume=auto"
+    assert checkpoint_names(tmp_path / "run") == ["step-00000003"]
+    train(tiny(*settings, "resume=auto"))
+    assert logged(tmp_path / "run") == logged(tmp_path / "whole")
+
+
+def test_a_finished_model_without_checkpoints_is_not_replaced(
+    tiny, tmp_path, no_pictures, training_error, capsys
+):
+    train(tiny("max_steps=1", "checkpoint.every=0"))
+    before = (tmp_path / "run" / "model" / "config.json").stat().st_mtime_ns
+    for settings in ((), ("resume=auto",), ("checkpoint.every=1",)):
+        message = training_error(tiny("max_steps=1", *settings))
+        assert "run/model is the model of a run without checkpoints, which cannot be continued" in message
+        assert "give another output_dir, or delete it to train anew" in message
+    assert (tmp_path / "run" / "model" / "config.json").stat().st_mtime_ns == before
+    train(tiny("max_steps=1", "checkpoint.every=0"), replace=True)
+    assert (tmp_path / "run" / "model" / "config.json").stat().st_mtime_ns > before
+
+
+HOLDER = """
+import fcntl, sys
+with open(sys.argv[1], "w") as file:
+    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    file.write("litevae train (process 12)")
+    file.flush()
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_changes_nothing(tiny, tmp_path, training_error):
+    (tmp_path / "run").mkdir()
+    child = [sys.executable, "-c", HOLDER, tmp_path / "run" / ".lock"]
+    with subprocess.Popen(child, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"locked\n"
+        message = training_error(tiny())
+        with pytest.raises(UserError, match=r"process 12"):
+            run_experiment("table09", Setup("tiny", tmp_path / "run", overrides=["max_steps=9"]))
+        other.kill()
+    assert message.startswith(f"{tmp_path / 'run'}: litevae train (process 12) is writing there: wait until")
+    assert [path.name for path in (tmp_path / "run").iterdir() if path.name != "images"] == [".lock"]

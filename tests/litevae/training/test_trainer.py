@@ -36,6 +36,7 @@ SHORT = [
     "validate_every=10",
 ]
 FILES = {
+    ".lock",
     "config.yaml",
     "curves.png",
     "metrics.json",
