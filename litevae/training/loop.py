@@ -340,7 +340,7 @@ def choose_run_precision(precision: str, checkpoint: Checkpoint | None, device: 
     if precision != "auto":
         return choose_precision(precision, device)
     if checkpoint is not None:
-        precision = choose_precision(read_manifest(checkpoint)["config"]["precision"], device)
+        precision = choose_precision(read_manifest(checkpoint.path)["config"]["precision"], device)
         why = f"as in {checkpoint.path}"
     else:
         precision = choose_precision("auto", device)
