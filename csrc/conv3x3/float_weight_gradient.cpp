@@ -1,18 +1,21 @@
 // The gradient of a 3x3 convolution with respect to its weight in float32, by the adjoint of F(4x4, 3x3)
-// (winograd.h). With d a tile's 6x6 inputs and e the gradient of its 4x4 outputs, the gradient of the kernel is
+// (winograd.h). With d a tile's 6x6 inputs and e the gradient of its 4x4 outputs, the gradient of the kernel
+// is
 //   G^T [sum over the tiles of (A e A^T) * (B^T d B)] G
 // for each pair of channels, which takes 36 products per tile instead of 144.
 //
-// Tiles are transformed in chunks. Each thread then computes sums for some points of the transformed kernel and
-// panels of input channels. It adds up kDepth tiles, and then these sums, in the order of the tiles, so any number
-// of threads gives the same bits, and the error grows with the number of sums instead of the number of tiles.
+// Tiles are transformed in chunks. Each thread then computes sums for some points of the transformed kernel
+// and panels of input channels. It adds up kDepth tiles, and then these sums, in the order of the tiles, so
+// any number of threads gives the same bits, and the error grows with the number of sums instead of the
+// number of tiles.
 //
-// This file is compiled once per instruction set, so everything below has internal linkage and uses no library
-// templates.
+// This file is compiled once per instruction set, so everything below has internal linkage and uses no
+// library templates.
 #include "../common/buffer.h"
 #include "../common/parallel.h"
 #include "../common/vector.h"
 #include "conv3x3.h"
+#include "winograd.h"
 
 namespace litevae {
 namespace LITEVAE_ISA {
@@ -20,52 +23,28 @@ using conv3x3::WeightGradient;
 
 namespace {
 
+using Transforms = Winograd<4>;
 constexpr int kOutputs = 4, kInputs = 6, kPoints = kInputs * kInputs;  // of a tile
-constexpr int64_t kLanes = VecFloat::width;
-constexpr int64_t kDepth = 128;           // tiles whose panel of inputs fits in the first-level cache
-constexpr int64_t kTilesPerSegment = 32;  // at most
+constexpr int64_t kLanes = VecF::width;
+constexpr int64_t kDepth = 128;               // tiles whose panel of inputs fits in the first-level cache
+constexpr int64_t kTilesPerSegment = 32;      // at most
 constexpr int64_t kChunk = int64_t{1} << 17;  // floats per point of both factors in a chunk
-
-VecFloat times(float factor, VecFloat v) { return VecFloat::set(factor) * v; }
-
-// Multiplies B^T by a column of inputs.
-void transform_input(const VecFloat* d, VecFloat* to) {
-  const VecFloat a = d[4] - times(4, d[2]), b = d[3] - times(4, d[1]);
-  const VecFloat c = d[4] - d[2], e = times(2, d[3] - d[1]);
-  to[0] = times(4, d[0]) - times(5, d[2]) + d[4];
-  to[1] = a + b, to[2] = a - b, to[3] = c + e, to[4] = c - e;
-  to[5] = times(4, d[1]) - times(5, d[3]) + d[5];
-}
-
-// Multiplies A by a column of gradients.
-void transform_gradient(const VecFloat* e, VecFloat* to) {
-  const VecFloat even = e[0] + e[2], odd = e[1] + e[3];
-  const VecFloat a = e[0] + times(4, e[2]), b = times(2, e[1]) + times(8, e[3]);
-  to[0] = e[0], to[1] = even + odd, to[2] = even - odd, to[3] = a + b, to[4] = a - b, to[5] = e[3];
-}
-
-// Multiplies G^T by a column of points.
-void transform_sums(const VecFloat* m, int step, VecFloat* to, int to_step) {
-  const VecFloat a = m[step] + m[2 * step], b = m[2 * step] - m[step];
-  const VecFloat c = m[3 * step] + m[4 * step], d = m[3 * step] - m[4 * step];
-  to[0] = times(0.25f, m[0]) - times(1.0f / 6, a) + times(1.0f / 24, c);
-  to[to_step] = times(1.0f / 6, b) + times(1.0f / 12, d);
-  to[2 * to_step] = times(1.0f / 6, c - a) + m[5 * step];
-}
 
 // Returns the number of vectors per panel that pads least, and of those numbers the largest.
 int64_t panel_vectors(int64_t vectors, int64_t most) {
   int64_t best = most;
   for (int64_t width = most - 1; width >= 1; --width)
-    if (ceil_div(vectors, width) * width < ceil_div(vectors, best) * best && (width > 1 || vectors == 1)) best = width;
+    if (ceil_div(vectors, width) * width < ceil_div(vectors, best) * best && (width > 1 || vectors == 1))
+      best = width;
   return best;
 }
 
 struct Plan {
   int64_t inputs, outputs, height, width;
-  int64_t tile_rows, row_segments, tiles;   // rows of tiles per image, segments per row, tiles per segment
-  int64_t segments, chunk, depth;           // segments of all images, and segments and tiles per chunk
-  int64_t panels, vectors, grad_vectors;    // panels of input channels, vectors per panel, and of output channels
+  int64_t tile_rows, row_segments, tiles;  // rows of tiles per image, segments per row, tiles per segment
+  int64_t segments, chunk, depth;          // segments of all images, and segments and tiles per chunk
+  int64_t panels, vectors,
+      grad_vectors;  // panels of input channels, vectors per panel, and of output channels
   int64_t point_x, point_grad, point_sums;  // distance between the values of two points
 
   Plan(const WeightGradient& call, int64_t vectors_per_panel) : vectors(vectors_per_panel) {
@@ -92,7 +71,23 @@ struct Rectangle {
 template <class T>
 void fill_adjacent(const T* from, int64_t pixel, int64_t count, int lanes, float* to) {
   for (int64_t i = 0; i < count; ++i, from += pixel, to += kLanes)
-    (lanes == kLanes ? VecFloat::load(from) : VecFloat::load(from, lanes)).store(to);
+    (lanes == kLanes ? VecF::load(from) : VecF::load(from, lanes)).store(to);
+}
+
+// Loads `lanes` rows of pixels, one per channel, and transposes them.
+void fill_strided(const TensorView& t, const char* from, int64_t count, int lanes, float* to) {
+  const int64_t channel = t.stride[1] * element_size(t.dtype), pixel = t.stride[3] * element_size(t.dtype);
+  for (int64_t x = 0; x < count; x += kLanes) {
+    const int pixels = static_cast<int>(min_of(kLanes, count - x));
+    VecF square[kLanes];
+    for (int k = 0; k < kLanes; ++k) {
+      float values[kLanes] = {};
+      if (k < lanes) load_row(t.dtype, from + k * channel + x * pixel, t.stride[3], pixels, 1, values);
+      square[k] = VecF::load(values);
+    }
+    transpose(square);
+    for (int k = 0; k < pixels; ++k) square[k].store(to + (x + k) * kLanes);
+  }
 }
 
 void fill(const TensorView& t, const Rectangle& r, float* to) {
@@ -116,12 +111,7 @@ void fill(const TensorView& t, const Rectangle& r, float* to) {
     } else if (t.stride[1] == 1 && t.dtype == DType::f16) {
       fill_adjacent(reinterpret_cast<const Half*>(from), t.stride[3], end - begin, lanes, row);
     } else {
-      float pixels[kLanes * (kOutputs * kTilesPerSegment + 2)];
-      for (int k = 0; k < lanes; ++k)
-        load_row(t.dtype, from + k * t.stride[1] * element_size(t.dtype), t.stride[3], end - begin, 1,
-                 pixels + k * r.columns);
-      for (int64_t x = 0; x < end - begin; ++x)
-        for (int k = 0; k < kLanes; ++k) row[x * kLanes + k] = k < lanes ? pixels[k * r.columns + x] : 0;
+      fill_strided(t, from, end - begin, lanes, row);
     }
   }
 }
@@ -130,18 +120,18 @@ void fill(const TensorView& t, const Rectangle& r, float* to) {
 void transform_inputs(const Plan& p, float* pixels, int64_t step, float* to) {
   const int64_t row = p.pixels() * kLanes;
   for (int64_t at = 0; at < row; at += kLanes) {
-    VecFloat d[kInputs], u[kInputs];
-    for (int i = 0; i < kInputs; ++i) d[i] = VecFloat::load(pixels + i * row + at);
-    transform_input(d, u);
+    VecF d[kInputs], u[kInputs];
+    for (int i = 0; i < kInputs; ++i) d[i] = VecF::load(pixels + i * row + at);
+    Transforms::inputs(d, u);
     for (int i = 0; i < kInputs; ++i) u[i].store(pixels + i * row + at);
   }
   for (int64_t i = 0; i < kInputs; ++i) {
     const float* from = pixels + i * row;
     float* point = to + kInputs * i * p.point_x;
     for (int64_t t = 0; t < p.tiles; ++t, from += kOutputs * kLanes, point += step) {
-      VecFloat d[kInputs], u[kInputs];
-      for (int j = 0; j < kInputs; ++j) d[j] = VecFloat::load(from + j * kLanes);
-      transform_input(d, u);
+      VecF d[kInputs], u[kInputs];
+      for (int j = 0; j < kInputs; ++j) d[j] = VecF::load(from + j * kLanes);
+      Transforms::inputs(d, u);
       for (int64_t j = 0; j < kInputs; ++j) u[j].store(point + j * p.point_x);
     }
   }
@@ -151,18 +141,18 @@ void transform_inputs(const Plan& p, float* pixels, int64_t step, float* to) {
 void transform_gradients(const Plan& p, float* pixels, float* to) {
   const int64_t row = kOutputs * p.tiles * kLanes;
   for (int64_t at = 0; at < row; at += kLanes) {
-    VecFloat e[kOutputs], u[kInputs];
-    for (int i = 0; i < kOutputs; ++i) e[i] = VecFloat::load(pixels + i * row + at);
-    transform_gradient(e, u);
+    VecF e[kOutputs], u[kInputs];
+    for (int i = 0; i < kOutputs; ++i) e[i] = VecF::load(pixels + i * row + at);
+    Transforms::outputs_adjoint(e, u);
     for (int i = 0; i < kInputs; ++i) u[i].store(pixels + i * row + at);
   }
   for (int64_t i = 0; i < kInputs; ++i) {
     const float* from = pixels + i * row;
     float* point = to + kInputs * i * p.point_grad;
     for (int64_t t = 0; t < p.tiles; ++t, from += kOutputs * kLanes, point += kLanes) {
-      VecFloat e[kOutputs], u[kInputs];
-      for (int j = 0; j < kOutputs; ++j) e[j] = VecFloat::load(from + j * kLanes);
-      transform_gradient(e, u);
+      VecF e[kOutputs], u[kInputs];
+      for (int j = 0; j < kOutputs; ++j) e[j] = VecF::load(from + j * kLanes);
+      Transforms::outputs_adjoint(e, u);
       for (int64_t j = 0; j < kInputs; ++j) u[j].store(point + j * p.point_grad);
     }
   }
@@ -175,20 +165,20 @@ void multiply(const Plan& p, int64_t tiles, const float* x, const float* grad, b
   for (int64_t start = 0; start < tiles; start += kDepth) {
     const int64_t depth = min_of(kDepth, tiles - start);
     for (int64_t o = 0; o < p.grad_vectors * kLanes; o += T) {
-      VecFloat sum[T][V];
+      VecF sum[T][V];
 #pragma GCC unroll 8
       for (int i = 0; i < T; ++i)
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) sum[i][v] = VecFloat::set(0);
+        for (int v = 0; v < V; ++v) sum[i][v] = VecF::set(0);
       const float* d = x + start * V * kLanes;
       const float* e = grad + (o / kLanes * p.depth + start) * kLanes + o % kLanes;
       for (int64_t t = 0; t < depth; ++t, d += V * kLanes, e += kLanes) {
-        VecFloat factor[V];
+        VecF factor[V];
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) factor[v] = VecFloat::load(d + v * kLanes);
+        for (int v = 0; v < V; ++v) factor[v] = VecF::load(d + v * kLanes);
 #pragma GCC unroll 8
         for (int i = 0; i < T; ++i) {
-          const VecFloat g = VecFloat::set(e[i]);
+          const VecF g = VecF::set(e[i]);
 #pragma GCC unroll 4
           for (int v = 0; v < V; ++v) sum[i][v] = multiply_add(g, factor[v], sum[i][v]);
         }
@@ -199,7 +189,7 @@ void multiply(const Plan& p, int64_t tiles, const float* x, const float* grad, b
       for (int i = 0; i < T; ++i)
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v, place += kLanes)
-          (first ? sum[i][v] : VecFloat::load(place) + sum[i][v]).store(place);
+          (first ? sum[i][v] : VecF::load(place) + sum[i][v]).store(place);
     }
   }
 }
@@ -208,12 +198,20 @@ void multiply(const Plan& p, int64_t tiles, const float* x, const float* grad, b
 void finish(const Plan& p, const float* sums, int64_t o, float* taps) {
   const int64_t width = p.vectors * kLanes, outputs = p.grad_vectors * kLanes;
   for (int64_t c = 0; c < p.panels * width; c += kLanes) {
-    VecFloat m[kPoints], half[18], tap[9];
-    for (int64_t i = 0; i < kPoints; ++i)
-      m[i] = VecFloat::load(sums + i * p.point_sums + (c / width * outputs + o) * width + c % width);
-    for (int j = 0; j < kInputs; ++j) transform_sums(m + j, kInputs, half + j, kInputs);
-    for (int i = 0; i < 3; ++i) transform_sums(half + kInputs * i, 1, tap + 3 * i, 1);
-    for (int k = 0; k < 9; ++k) tap[k].store(taps + k * p.panels * width + c);
+    VecF half[kInputs][3];
+    for (int j = 0; j < kInputs; ++j) {
+      VecF column[kInputs];
+      for (int64_t i = 0; i < kInputs; ++i)
+        column[i] = VecF::load(sums + (kInputs * i + j) * p.point_sums + (c / width * outputs + o) * width +
+                               c % width);
+      Transforms::taps_adjoint(column, half[j]);
+    }
+    for (int i = 0; i < 3; ++i) {
+      VecF row[kInputs], tap[3];
+      for (int j = 0; j < kInputs; ++j) row[j] = half[j][i];
+      Transforms::taps_adjoint(row, tap);
+      for (int j = 0; j < 3; ++j) tap[j].store(taps + (3 * i + j) * p.panels * width + c);
+    }
   }
 }
 
@@ -221,9 +219,9 @@ template <int V, int T>
 void weight_gradient(const WeightGradient& call, int threads) {
   const Plan p(call, V);
   const int64_t width = p.panels * V * kLanes, pixels_per_thread = kInputs * p.pixels() * kLanes;
-  Buffer scratch((kPoints * (p.point_x + p.point_grad + p.point_sums) +
-                  threads * max_of(pixels_per_thread, 9 * width)) *
-                 4);
+  Buffer scratch(
+      (kPoints * (p.point_x + p.point_grad + p.point_sums) + threads * max_of(pixels_per_thread, 9 * width)) *
+      4);
   float* inputs = scratch.take<float>(kPoints * p.point_x);
   float* gradients = scratch.take<float>(kPoints * p.point_grad);
   float* sums = scratch.take<float>(kPoints * p.point_sums);
@@ -247,8 +245,8 @@ void weight_gradient(const WeightGradient& call, int threads) {
                              inputs + ((task / V * p.depth + tile) * V + task % V) * kLanes);
           } else {
             const int64_t vector = task - x_vectors;
-            fill(call.grad,
-                 {row / p.tile_rows, top, left, kOutputs, kOutputs * p.tiles, vector * kLanes}, pixels);
+            fill(call.grad, {row / p.tile_rows, top, left, kOutputs, kOutputs * p.tiles, vector * kLanes},
+                 pixels);
             transform_gradients(p, pixels, gradients + (vector * p.depth + tile) * kLanes);
           }
         }
