@@ -217,7 +217,7 @@ void weight_gradient(const WeightGradient& call, int threads) {
 }  // namespace
 #endif
 
-void conv3x3_float_weight_gradient(const WeightGradient& call, int threads);  // float_weight_gradient.cpp
+void conv3x3_float32_weight_gradient(const WeightGradient& call, int threads);  // float32_weight_gradient.cpp
 
 void conv3x3_weight_gradient(const WeightGradient& call, int threads) {
 #if defined(__AVX512BF16__)
@@ -231,7 +231,7 @@ void conv3x3_weight_gradient(const WeightGradient& call, int threads) {
         return weight_gradient<4, 4>(call, threads);
     }
 #endif
-  conv3x3_float_weight_gradient(call, threads);
+  conv3x3_float32_weight_gradient(call, threads);
 }
 
 }  // namespace LITEVAE_ISA

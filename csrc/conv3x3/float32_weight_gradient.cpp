@@ -280,7 +280,7 @@ void weight_gradient(const WeightGradient& call, int threads) {
 
 }  // namespace
 
-void conv3x3_float_weight_gradient(const WeightGradient& call, int threads) {
+void conv3x3_float32_weight_gradient(const WeightGradient& call, int threads) {
   const int64_t vectors = ceil_div(call.x.size[1], kLanes);
 #if defined(__AVX512F__)
   // At most 24 of 32 registers hold sums.
