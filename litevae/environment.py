@@ -12,15 +12,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from litevae_kernels.backend import core
+from litevae_kernels import arithmetic
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-# The capabilities of a CPU, in the names of `torch.cpu.get_capabilities`, that multiply numbers of a precision.
-ARITHMETIC = {
-    "bf16": ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"),
-    "fp16": ("avx512_fp16", "amx_fp16", "fp16_arith"),
-}
 
 
 @functools.cache
@@ -65,26 +59,24 @@ def choose_precision(precision: str, device: torch.device) -> str:
         device: device to compute on.
     """
     if precision == "auto":
-        return "bf16" if _multiplies("bf16", device) else "fp32"
-    if device.type == "cpu" and precision in ARITHMETIC and not _multiplies(precision, device):
+        return "bf16" if multiplies("bf16", device) else "fp32"
+    if device.type == "cpu" and not multiplies(precision, device):
         _warn_emulated(precision)
     return precision
 
 
-def _multiplies(precision: str, device: torch.device) -> bool:
-    """Returns whether the hardware of `device` multiplies numbers of a half precision.
+def multiplies(precision: str, device: torch.device) -> bool:
+    """Returns whether the hardware of `device` multiplies numbers of a precision.
 
     An instruction set that LITEVAE_CPU_ISA lowers stands for a CPU with nothing better.
     """
     if device.type == "cuda":
         return (
-            precision == "fp16"
+            precision != "bf16"
             or torch.cuda.get_device_capability(device) >= (8, 0)
             or bool(torch.version.hip)
         )
-    lowered = core is not None and core.isa() != core.isas[-1]
-    has = torch.cpu.get_capabilities() if device.type == "cpu" and not lowered else {}
-    return any(has.get(name) for name in ARITHMETIC[precision])
+    return device.type == "cpu" and arithmetic.multiplies(DTYPES[precision], arithmetic.current_isa())
 
 
 @functools.cache
@@ -93,7 +85,7 @@ def _warn_emulated(precision: str) -> None:
         return
     dtype = str(DTYPES[precision]).removeprefix("torch.")
     tqdm.write(
-        f"precision {precision}: this CPU has no {dtype} arithmetic. litevae's kernels compute in float32 instead, and "
-        "PyTorch's layers emulate it, which can be many times slower than fp32.",
+        f"precision {precision}: this CPU has no {dtype} arithmetic. The model computes in float32 and rounds, which "
+        "gains no speed; networks of other libraries emulate it, many times slower than fp32.",
         file=sys.stderr,
     )

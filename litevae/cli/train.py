@@ -46,12 +46,14 @@ def train(
       metrics.json         the same PSNR and SSIM as numbers
       metrics.jsonl        one line per logged step: loss is the minimised sum of the weighted/NAME,
                            NAME is that term without its weight, and discriminator is its own loss
-      config.yaml          every setting: litevae train runs/demo/config.yaml repeats the run
+      config.yaml          every setting; litevae train runs/demo/config.yaml output_dir=runs/again
+                           repeats the run
       model/               the model, for litevae reconstruct or LiteVAE.from_pretrained
       checkpoints/         one every checkpoint.every steps and one at each new best PSNR; the last
                            checkpoint.keep and the best are kept (the demo writes none)
       tensorboard/         unless tracker is wandb or none
 
+    A finished model is never replaced: without checkpoints to continue from, give another output_dir, or delete it.
     resume=auto continues from the newest checkpoint, if there is one, and skips checkpoints that are damaged
     according to their SHA-256. resume=PATH continues from a checkpoint of another run. init=PATH starts from the
     weights of a model, init_decoder=PATH from the decoder of a diffusers AutoencoderKL, and freeze_encoder=true
@@ -60,7 +62,8 @@ def train(
     Ctrl-C (or SIGTERM) ends the run after the current step, saves all of these files and exits with status 0; a
     second one quits at once. A step with a non-finite loss or gradient is skipped. After max_bad_steps such steps in
     a row, the run saves the state before the first of them and exits with status 1. If more than
-    data.max_bad_fraction of the images are unusable, the run also saves its state, and exits with status 2.
+    data.max_bad_fraction of the images are unusable, the run also saves its state, and exits with status 2. It does
+    so with status 1 if a process that reads images is killed.
     """
     from litevae.training import load_config
     from litevae.training import train as run

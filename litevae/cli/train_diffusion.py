@@ -41,7 +41,7 @@ def train_diffusion(
       loss.png       the loss over the steps
       metrics.json   FID, or why it was not measured, and what was trained
       metrics.jsonl  one line per logged step
-      config.yaml    every setting: litevae train-diffusion runs/NAME/config.yaml repeats the run
+      config.yaml    every setting; litevae train-diffusion runs/NAME/config.yaml output_dir=DIR repeats the run
       checkpoints/   one every checkpoint.every steps; the last checkpoint.keep are kept
 
     FID compares fid.count samples with all images of fid.images (data.train by default), if Inception's weights are

@@ -1,9 +1,9 @@
 """Iteration over a data loader, with one clear error for a worker process that dies."""
 
-import re
 import signal
 import threading
 from collections.abc import Iterator
+from multiprocessing.connection import wait
 from typing import Any, Self
 
 from torch.utils.data import DataLoader
@@ -42,11 +42,21 @@ class Batches:
         """
         try:
             return next(self.batches)
-        except RuntimeError as error:
-            found = re.match(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
-            if found is None:  # an exception that code in the worker has raised
+        except (RuntimeError, OSError, EOFError) as error:
+            # A connection to a worker that is being killed may break a moment before the worker has ended.
+            death = self.find_death(seconds=0 if isinstance(error, RuntimeError) else 1)
+            if death is None:  # an exception that code in the worker has raised
                 raise
-            raise WorkerDied(
-                f"a process that reads data (process {found[1]}) was killed, or crashed, perhaps because memory ran "
-                "out: fewer workers need less"
-            ) from None
+            raise WorkerDied(death) from None
+
+    def find_death(self, seconds: float) -> str | None:
+        """Describes a worker that ends within some seconds, or returns None."""
+        workers = {worker.sentinel: worker for worker in getattr(self.batches, "_workers", ())}
+        for sentinel in wait(list(workers), seconds):
+            worker = workers[sentinel]
+            worker.join()
+            how = f"exited with status {worker.exitcode}"
+            if worker.exitcode < 0:
+                how = f"was killed by {signal.Signals(-worker.exitcode).name}"
+            return f"a process that reads data (process {worker.pid}) {how}; if memory ran out, use fewer workers"
+        return None

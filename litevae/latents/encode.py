@@ -15,7 +15,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from litevae.data.sources import ImageSource
 from litevae.environment import DTYPES
-from litevae.errors import UserError
+from litevae.errors import UserError, WorkerDied
 from litevae.latents.folder import COMMAND, LatentFolder, Settings, make_header
 from litevae.latents.index import Shard
 from litevae.latents.processes import ProcessDied, Processes, error_message, raise_first
@@ -104,6 +104,7 @@ def encode_images(
         UserError: the model does not take images of this size; a batch exceeds the memory; the folder has other
             content or other settings, or another run writes to it; too many images cannot be read; or a latent
             is not finite. All processes raise the error of any one of them.
+        WorkerDied: a process that decodes images was killed, or crashed. The encoded images are kept.
         OSError: a file cannot be written, or another process has failed or died.
     """
     check_batch(min(batch_size, len(images)), settings.size, 3, model.device.type, "batch size")
@@ -193,7 +194,7 @@ def encode_shards(
             bar.update(images)
             bar.set_postfix_str(f"{encoder.waiting_fraction:.0%} waiting for images", refresh=False)
     try:
-        encoder.finish(keep=failure is None or isinstance(failure, ProcessDied))
+        encoder.finish(keep=failure is None or isinstance(failure, ProcessDied | WorkerDied))
     except Exception as error:
         failure = failure or error
     if isinstance(failure, ProcessDied):

@@ -200,6 +200,13 @@ def run_command(command: str) -> None:
     words = shlex.split(command)
     place = 3 if words[1].startswith(("train", "experiment")) else 2  # after the name of the configuration
     short = shlex.split(SHORT.get(" ".join(words[:2]), ""))
+    if words[1] in ("train", "train-diffusion"):
+        # The prepared runs have no checkpoints, and a finished result without any is not replaced.
+        load, result = {
+            "train": (load_config, "model"),
+            "train-diffusion": (load_diffusion_config, "pipeline"),
+        }[words[1]]
+        shutil.rmtree(Path(load(words[2], [*short, *words[3:]]).output_dir) / result, ignore_errors=True)
     assert main([*words[1:place], *short, *words[place:]]) == 0
 
 

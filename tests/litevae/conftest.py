@@ -7,6 +7,9 @@ import torch
 from PIL import Image
 from skimage import data
 
+from litevae.environment import DTYPES
+from litevae_kernels import arithmetic
+
 SIZE = 32
 SPEED = {"images_per_second", "data_wait"}  # values of a log that differ from run to run
 
@@ -21,14 +24,14 @@ def one_thread():
 
 
 @pytest.fixture
-def cpu_has(monkeypatch):
-    """Returns a function that replaces the capabilities of the CPU by the given ones."""
+def cpu_multiplies(monkeypatch):
+    """Returns a function that sets the half precisions ("bf16", "fp16") that the CPU seems to multiply."""
 
-    def set_capabilities(*names):
-        monkeypatch.setattr("litevae.environment.core", None)  # LITEVAE_CPU_ISA may lower its instruction set
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(names, True))
+    def set_precisions(*names):
+        served = [torch.float32, *(DTYPES[name] for name in names)]
+        monkeypatch.setattr(arithmetic, "multiplies", lambda dtype, isa: dtype in served)
 
-    return set_capabilities
+    return set_precisions
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,13 @@
 import os
 import shutil
 import subprocess
-import types
 
 import pytest
 import torch
 
 import litevae.environment
 from litevae.environment import choose_precision, device_name, versions
+from litevae_kernels import arithmetic
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
@@ -56,22 +56,20 @@ def test_gpu_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        (["avx512_f", "avx512_bf16"], "bf16"),
-        (["avx512_f", "amx_bf16"], "bf16"),
-        (["neon", "bf16"], "bf16"),
-        (["avx512_f", "avx512_fp16"], "fp32"),
-        (["avx2"], "fp32"),
-        (["neon", "fp16_arith"], "fp32"),
-    ],
+    ("precisions", "expected"),
+    [(["bf16"], "bf16"), (["fp16"], "fp32"), (["fp16", "bf16"], "bf16"), ([], "fp32")],
 )
-def test_auto_is_bfloat16_on_a_cpu_that_multiplies_it(monkeypatch, cpu_has, flags, expected):
-    cpu_has(*flags)
+def test_auto_is_bfloat16_on_a_cpu_that_multiplies_it(cpu_multiplies, precisions, expected):
+    cpu_multiplies(*precisions)
     assert choose_precision("auto", torch.device("cpu")) == expected
-    lowered = types.SimpleNamespace(isas=("baseline", "avx2"), isa=lambda: "baseline")
-    monkeypatch.setattr(litevae.environment, "core", lowered)
-    assert choose_precision("auto", torch.device("cpu")) == "fp32"
+
+
+def test_a_lowered_instruction_set_stands_for_a_cpu_without_bfloat16(monkeypatch):
+    monkeypatch.setattr(arithmetic, "_X86", True)
+    monkeypatch.setattr(arithmetic, "_BFLOAT16", True)
+    for isa, expected in (("avx512bf16", "bf16"), ("avx512", "fp32"), ("avx2", "fp32")):
+        monkeypatch.setattr(arithmetic, "current_isa", lambda isa=isa: isa)
+        assert choose_precision("auto", torch.device("cpu")) == expected
 
 
 @pytest.mark.parametrize(("capability", "expected"), [((7, 5), "fp32"), ((8, 0), "bf16"), ((12, 1), "bf16")])
@@ -81,14 +79,14 @@ def test_auto_is_bfloat16_on_a_gpu_that_multiplies_it(monkeypatch, capability, e
     assert choose_precision("auto", torch.device("meta")) == "fp32"
 
 
-def test_half_precision_that_a_cpu_emulates_is_named_once(cpu_has, capsys):
+def test_half_precision_that_a_cpu_emulates_is_named_once(cpu_multiplies, capsys):
     litevae.environment._warn_emulated.cache_clear()
-    cpu_has("avx512_bf16")
+    cpu_multiplies("bf16")
     assert [choose_precision(name, torch.device("cpu")) for name in ("fp32", "bf16")] == ["fp32", "bf16"]
     assert capsys.readouterr().err == ""
     for _ in range(2):
         assert choose_precision("fp16", torch.device("cpu")) == "fp16"
-    cpu_has()
+    cpu_multiplies()
     for _ in range(2):
         assert choose_precision("bf16", torch.device("cpu")) == "bf16"
         assert choose_precision("auto", torch.device("cpu")) == "fp32"

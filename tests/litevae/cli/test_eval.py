@@ -49,13 +49,13 @@ def test_result(run, tiny_folder, tiny_model, square_pixels, tmp_path):
     assert "sample of the posterior" in run(tiny_folder, "--metrics", "psnr", "--sample", "--overwrite").out
 
 
-def test_precision_is_that_of_the_machine_unless_given(run, tiny_folder, tmp_path, cpu_has):
-    for flags, options, expected in (
-        (["avx512_bf16"], ["--precision", "auto"], "bf16"),
+def test_precision_is_that_of_the_machine_unless_given(run, tiny_folder, tmp_path, cpu_multiplies):
+    for precisions, options, expected in (
+        (["bf16"], ["--precision", "auto"], "bf16"),
         ([], ["--precision", "auto"], "fp32"),
-        (["avx512_bf16"], [], "fp32"),  # the fixture's --precision fp32
+        (["bf16"], [], "fp32"),  # the fixture's --precision fp32
     ):
-        cpu_has(*flags)
+        cpu_multiplies(*precisions)
         output = run(tiny_folder, "--metrics", "psnr", "--overwrite", *options).out
         assert output.splitlines()[0].endswith(f"of the posterior; {expected}")
         assert json.loads((tmp_path / "eval.json").read_text())["precision"] == expected
