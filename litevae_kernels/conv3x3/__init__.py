@@ -30,6 +30,7 @@ from litevae_kernels.backend import choose, core, core_error, forced_backend
 from litevae_kernels.conv3x3 import op, reference
 from litevae_kernels.tensors import check_residual, check_tensor
 
+AMX = core is not None and core.has_amx_bf16()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # PyTorch's convolution is faster below either limit: the kernels pad the channels to whole vectors, and transform all
 # weights whatever the size of the image. The limit is per image, not per batch, so that an image's result does not
@@ -56,7 +57,7 @@ def why_not(dtype: torch.dtype, isa: str | None) -> str | None:
     name = str(dtype).removeprefix("torch.")
     if dtype == torch.float16 or isa != "avx512bf16":
         return f"this CPU has {name} arithmetic, which only PyTorch's convolution uses"
-    return "PyTorch's convolution is faster on this CPU, which has AMX" if core.has_amx_bf16() else None
+    return "PyTorch's convolution is faster on this CPU, which has AMX" if AMX else None
 
 
 def serves(dtype: torch.dtype, isa: str | None, channels_innermost: bool, channels: int, pixels: int) -> bool:
