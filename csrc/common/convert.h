@@ -32,6 +32,10 @@ struct BFloat16 {
   uint16_t bits;
 };
 template <>
+constexpr DType dtype_of<Half>() {
+  return DType::f16;
+}
+template <>
 constexpr DType dtype_of<BFloat16>() {
   return DType::bf16;
 }

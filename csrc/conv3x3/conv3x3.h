@@ -33,6 +33,18 @@ struct WeightGradient {
   TensorView weight;  // (O, I, 3, 3), any dtype and strides; written
 };
 
+// The size of the float32 kernels' tiles of outputs: the one that takes fewer multiplications. Larger tiles pad
+// more, and they have more weights to transform, which counts in small images. It is chosen per image, so that an
+// image's result does not depend on the other images of the batch.
+static inline int output_tile(int64_t height, int64_t width) {
+  const int64_t weights = 6;  // tiles whose products take as long as transforming the weights
+  const auto cost = [&](int64_t tile) {
+    const int64_t tiles = ((height + tile - 1) / tile) * ((width + tile - 1) / tile);
+    return (tile + 2) * (tile + 2) * (tiles + weights);
+  };
+  return cost(4) <= cost(2) ? 4 : 2;
+}
+
 constexpr int kPoints = 16;     // points of a transformed tile or kernel
 constexpr int64_t kLanes = 16;  // output channels per vector
 constexpr int64_t kRun = 32;    // input channels per run; they are padded to whole runs
