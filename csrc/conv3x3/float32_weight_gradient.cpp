@@ -84,7 +84,7 @@ void fill_adjacent(const T* from, int64_t pixel, int64_t count, int lanes, float
 void fill_strided(const TensorView& t, const char* from, int64_t count, int lanes, float* to) {
   const int64_t channel = t.stride[1] * element_size(t.dtype), pixel = t.stride[3] * element_size(t.dtype);
   for (int64_t x = 0; x < count; x += kLanes) {
-    const int pixels = static_cast<int>(min_of(kLanes, count - x));
+    const int pixels = static_cast<int>(min_of(int64_t{kLanes}, count - x));
     VecF square[kLanes];
     for (int k = 0; k < kLanes; ++k) {
       float values[kLanes] = {};
@@ -97,7 +97,7 @@ void fill_strided(const TensorView& t, const char* from, int64_t count, int lane
 }
 
 void fill(const TensorView& t, const Rectangle& r, float* to) {
-  const int lanes = static_cast<int>(min_of(kLanes, t.size[1] - r.channel));
+  const int lanes = static_cast<int>(min_of(int64_t{kLanes}, t.size[1] - r.channel));
   const int64_t first = max_of(0, -r.left), last = max_of(first, min_of(r.columns, t.size[3] - r.left));
   for (int64_t i = 0; i < r.rows; ++i, to += r.columns * kLanes) {
     const int64_t y = r.top + i;
