@@ -438,44 +438,50 @@ inline __attribute__((always_inline)) void transform_tile(const float* m, int64_
   }
 }
 
-// Transforms a patch of a panel of `count` vectors, the first of which is `first`.
+// Transforms a patch of a panel of `count` vectors, the first of which is `first`, to tensors with adjacent channels.
 template <int M, class S>
 void transform_outputs(const Task<S>& k, const Patch& b, int64_t first, int64_t count, const Space<M>& space) {
-  const Plan& p = k.p;
-  const bool added = k.residual.data != nullptr;
-  const bool direct = k.y.channels_adjacent && (!added || k.residual.channels_adjacent);
+  const Image<S> residual = k.residual, y = k.y;  // copies, because for the compiler a store might change k
+  const int64_t point = k.p.point_products, channels = k.p.outputs;
   for (int64_t r = 0; r < b.rows; ++r) {
-    const int64_t top = b.top + r * M;
-    const int64_t rows = min_of(M, p.height - top), columns = min_of(M * b.columns, p.width - b.left);
+    const int64_t top = b.top + r * M, rows = min_of(M, k.p.height - top);
+    for (int64_t t = 0; t < b.columns; ++t) {
+      const int64_t left = b.left + t * M, columns = min_of(M, k.p.width - left);
+      const float* m = space.products + (b.tile + r * b.columns + t) * count * W;
+      for (int64_t v = 0; v < count; ++v) {
+        const int64_t c = (first + v) * W;
+        const int lanes = static_cast<int>(min_of(W, channels - c));
+        VecF tile[M][M];
+        transform_tile<M>(m + v * W, point, VecF::load(k.bias + c), tile);
+        const S* from = residual.data == nullptr ? nullptr : residual.at(b.n, c, top, left);
+        S* to = y.at(b.n, c, top, left);
+        for (int i = 0; i < M; ++i)
+          for (int j = 0; j < M; ++j) {
+            if (i >= rows || j >= columns) continue;
+            VecF sum = tile[i][j];
+            if (from != nullptr) {
+              const S* place = from + i * residual.row + j * residual.pixel;
+              sum = sum + (lanes == W ? VecF::load(place) : VecF::load(place, lanes));
+            }
+            S* place = to + i * y.row + j * y.pixel;
+            lanes == W ? sum.store(place) : sum.store(place, lanes);
+          }
+      }
+    }
+  }
+}
+
+// Does the same for tensors of which one has adjacent pixels, row by row.
+template <int M, class S>
+void transform_output_rows(const Task<S>& k, const Patch& b, int64_t first, int64_t count, const Space<M>& space) {
+  const Plan& p = k.p;
+  const int64_t step = p.line * W, columns = min_of(M * b.columns, p.width - b.left);
+  for (int64_t r = 0; r < b.rows; ++r) {
+    const int64_t top = b.top + r * M, rows = min_of(M, p.height - top);
     for (int64_t v = 0; v < count; ++v) {
       const int64_t c = (first + v) * W;
-      const int lanes = static_cast<int>(min_of(W, p.outputs - c));
       const VecF bias = VecF::load(k.bias + c);
       const float* m = space.products + ((b.tile + r * b.columns) * count + v) * W;
-      if (direct) {
-        const S* from = added ? k.residual.at(b.n, c, top, b.left) : nullptr;
-        S* to = k.y.at(b.n, c, top, b.left);
-        const int64_t from_row = k.residual.row, from_pixel = k.residual.pixel;
-        const int64_t to_row = k.y.row, to_pixel = k.y.pixel, point = p.point_products;
-        for (int64_t t = 0; t < b.columns; ++t, m += count * W) {
-          VecF tile[M][M];
-          transform_tile<M>(m, point, bias, tile);
-          const int64_t pixels = columns - t * M;
-          for (int i = 0; i < M; ++i)
-            for (int j = 0; j < M; ++j) {
-              if (i >= rows || j >= pixels) continue;
-              VecF sum = tile[i][j];
-              if (added) {
-                const S* place = from + i * from_row + (t * M + j) * from_pixel;
-                sum = sum + (lanes == W ? VecF::load(place) : VecF::load(place, lanes));
-              }
-              S* place = to + i * to_row + (t * M + j) * to_pixel;
-              lanes == W ? sum.store(place) : sum.store(place, lanes);
-            }
-        }
-        continue;
-      }
-      const int64_t step = p.line * W;
       for (int64_t t = 0; t < b.columns; ++t) {
         VecF tile[M][M];
         transform_tile<M>(m + t * count * W, p.point_products, bias, tile);
@@ -484,7 +490,7 @@ void transform_outputs(const Task<S>& k, const Patch& b, int64_t first, int64_t 
       }
       for (int64_t i = 0; i < rows; ++i) {
         float* row = space.rows + i * step;
-        if (added) {
+        if (k.residual.data != nullptr) {
           gather(k.residual, b.n, c, top + i, b.left, columns, space.half);
           for (int64_t x = 0; x < columns; ++x)
             (VecF::load(row + x * W) + VecF::load(space.half + x * W)).store(row + x * W);
@@ -500,6 +506,8 @@ template <int M, class S>
 void convolve(const Task<S>& k, int64_t begin, int64_t end, const Space<M>& space) {
   constexpr int64_t kPoints = (M + 2) * (M + 2);
   const Plan& p = k.p;
+  const bool by_channel =
+      k.y.channels_adjacent && (k.residual.data == nullptr || k.residual.channels_adjacent);
   int64_t transformed = -1;  // the block whose inputs are transformed
   for (int64_t task = begin; task < end; ++task) {
     const int64_t block = task / p.panels, panel = task % p.panels;
@@ -538,7 +546,9 @@ void convolve(const Task<S>& k, int64_t begin, int64_t end, const Space<M>& spac
           multiply_all<kWidest>(tiles, in, p.inputs, tiles * W, weight, out);
       }
     }
-    for (int64_t i = 0; i < images; ++i) transform_outputs<M>(k, patch(i), first, count, space);
+    for (int64_t i = 0; i < images; ++i)
+      by_channel ? transform_outputs<M>(k, patch(i), first, count, space)
+                 : transform_output_rows<M>(k, patch(i), first, count, space);
   }
 }
 
