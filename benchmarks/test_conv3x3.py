@@ -19,7 +19,8 @@ from benchmarks.harness import (
 )
 from benchmarks.session import Session
 from litevae_kernels import conv3x3
-from litevae_kernels.conv3x3 import WHY_NOT
+from litevae_kernels.arithmetic import current_isa, multiplies
+from litevae_kernels.conv3x3 import why_not
 
 # (batch, channels in, channels out, height, width)
 SIZES = [(4, 96, 96, 128, 128), (4, 64, 64, 128, 128), (4, 96, 96, 32, 32), (1, 512, 512, 64, 64)]
@@ -35,10 +36,10 @@ BARS = {torch.float32: (2.2, 2.0)}
 ALLOWED = {torch.bfloat16: (3.5, 0.0), torch.float32: (3.5, 1e-5)}
 
 
-pytestmark = pytest.mark.skipif(
-    WHY_NOT is not None or torch.cuda.is_available(),
-    reason=f"PyTorch's convolution serves all calls here: {WHY_NOT or 'a GPU'}",
-)
+WHY_NOT = "a GPU" if torch.cuda.is_available() else why_not(torch.bfloat16, current_isa())
+if WHY_NOT is None and not multiplies(torch.bfloat16, current_isa()):
+    WHY_NOT = "the CPU has no bfloat16 arithmetic, and PyTorch emulates it"
+pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"no comparison in bfloat16 here: {WHY_NOT}")
 
 
 def image(dtype: torch.dtype, batch: int, channels: int, height: int, width: int) -> Tensor:

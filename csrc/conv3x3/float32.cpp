@@ -74,45 +74,52 @@ struct Image {
   }
 };
 
-// How the work is divided. A block has `images` rectangles of tiles, of the same place in adjacent images; more
-// than one only if it has all of their tiles.
+// How the work is divided: into tasks, each of which is a panel of output channels of a block of tiles. A block has
+// `images` rectangles of tiles, of the same place in adjacent images; more than one only if it has all of their
+// tiles.
 struct Plan {
   int64_t batch, inputs, outputs, height, width;
-  int64_t vectors, panels;               // of output channels
+  int64_t points, vectors, panels;       // vectors and panels of output channels
   int64_t tile_rows, tile_columns;       // per image
   int64_t images, rows, columns;         // per block
-  int64_t image_blocks, row_blocks, column_blocks, panel_groups;
+  int64_t image_blocks, row_blocks, column_blocks;
+  bool shared;                           // whether all panels' weights are transformed first, for all threads
   int64_t line;                          // vectors in a row of pixels with its border
   int64_t point_inputs, point_products;  // distance between the values of two points of a block
 
   Plan(const Forward& call, int64_t tile, int threads) {
     batch = call.x.size[0], inputs = call.x.size[1], outputs = call.y.size[1];
     height = call.x.size[2], width = call.x.size[3];
+    points = (tile + 2) * (tile + 2);
     vectors = ceil_div(outputs, W), panels = ceil_div(vectors, kWidest);
     tile_rows = ceil_div(height, tile), tile_columns = ceil_div(width, tile);
-    const int64_t points = (tile + 2) * (tile + 2), padded = ceil_div(inputs, W) * W;
-    const int64_t per_image = tile_rows * tile_columns;
-    int64_t tiles = (int64_t{640} << 10) / (points * 4 * (padded + kWidest * W));
-    tiles = max_of(kLeastTiles, min_of(kMostTiles, tiles));
-    tiles = max_of(1, min_of(tiles, ceil_div(batch * per_image, threads)));
+    const int64_t padded = ceil_div(inputs, W) * W, per_image = tile_rows * tile_columns;
+    // If the transformed weights exceed the caches, each task transforms its own, for as many tiles as make up for
+    // it. Otherwise they are transformed once, and a block fits in the second-level cache.
+    shared = 4 * weights(vectors) <= kSharedBytes;
+    const int64_t bytes = points * 4 * (padded + (shared ? kWidest * W : 0));
+    int64_t tiles = (shared ? kBlockBytes : kLargeBlockBytes) / bytes;
+    tiles = shared ? max_of(32, min_of(64, tiles)) : max_of(64, min_of(128, tiles));
+    tiles = max_of(1, min_of(tiles, ceil_div(batch * per_image * (shared ? 1 : panels), threads)));
     images = max_of(1, min_of(batch, tiles / per_image));
-    column_blocks = ceil_div(tile_columns, min_of(tiles, kMostColumns));
-    columns = ceil_div(tile_columns, column_blocks);
-    row_blocks = ceil_div(tile_rows, max_of(1, tiles / columns)), rows = ceil_div(tile_rows, row_blocks);
+    columns = ceil_div(tile_columns, ceil_div(tile_columns, min_of(tiles, kMostColumns)));
+    rows = ceil_div(tile_rows, ceil_div(tile_rows, max_of(1, tiles / columns)));
     row_blocks = ceil_div(tile_rows, rows), column_blocks = ceil_div(tile_columns, columns);
     image_blocks = ceil_div(batch, images);
-    panel_groups = min_of(panels, ceil_div(threads, blocks()));
     line = tile * columns + 2;
     // The distance is an odd number of cache lines, so that the points do not compete for the same sets.
     point_inputs = odd_lines(padded * block_tiles());
     point_products = odd_lines(block_tiles() * kWidest * W);
   }
-  int64_t blocks() const { return image_blocks * row_blocks * column_blocks; }
+  int64_t tasks() const { return image_blocks * row_blocks * column_blocks * panels; }
   int64_t block_tiles() const { return images * rows * columns; }
   int64_t first_vector(int64_t panel) const { return vectors * panel / panels; }
+  // The number of transformed weights of so many vectors of output channels.
+  int64_t weights(int64_t count) const { return points * inputs * count * W; }
 
  private:
-  static constexpr int64_t kLeastTiles = 32, kMostTiles = 128, kMostColumns = 16;
+  static constexpr int64_t kSharedBytes = 4 << 20, kBlockBytes = 640 << 10, kLargeBlockBytes = 5 << 20;
+  static constexpr int64_t kMostColumns = 16;
   static int64_t odd_lines(int64_t floats) { return ceil_div(floats, 16) / 2 * 32 + 16; }
 };
 
@@ -189,6 +196,7 @@ void scatter(const float* from, const Image<S>& y, int64_t n, int64_t c, int64_t
 template <int V, int T>
 void multiply(const float* in, int64_t channels, int64_t in_step, const float* weight, float* out) {
   VecF sum[T][V];
+#pragma GCC unroll 16
   for (int i = 0; i < T; ++i)
     for (int v = 0; v < V; ++v) sum[i][v] = VecF::set(0);
   for (int64_t c = 0; c < channels; c += W, in += in_step) {
@@ -203,6 +211,7 @@ void multiply(const float* in, int64_t channels, int64_t in_step, const float* w
       }
     }
   }
+#pragma GCC unroll 16
   for (int i = 0; i < T; ++i)
     for (int v = 0; v < V; ++v) sum[i][v].store(out + (i * V + v) * W);
 }
@@ -286,55 +295,47 @@ void round_taps(float* taps, int64_t vectors) {
   }
 }
 
-// Transforms the weights of all panels.
+// Transforms the weights of a vector of output channels to its place in a panel of `count` vectors.
 template <int M, class S>
-void pack(const Forward& call, const Plan& p, int threads, float* packed) {
+void pack(const Forward& call, int64_t output, int64_t count, float* to) {
   constexpr int N = M + 2;
   constexpr int64_t kChannels = 32;  // per step, so that the taps stay in the first-level cache
-  const TensorView& w = call.weight;
-  parallel_for(p.vectors, threads, [&](int64_t begin, int64_t end) {
-    alignas(64) float taps[kChannels * 9 * W];
-    for (int64_t panel = 0; panel < p.panels; ++panel) {
-      const int64_t first = p.first_vector(panel), count = p.first_vector(panel + 1) - first;
-      for (int64_t v = max_of(begin, first); v < min_of(end, first + count); ++v) {
-        float* to = packed + (first * N * N * p.inputs + v - first) * W;
-        const int lanes = static_cast<int>(min_of(W, p.outputs - v * W));
-        for (int64_t c = 0; c < p.inputs; c += kChannels) {
-          const int64_t channels = min_of(kChannels, p.inputs - c);
-          TensorView part = w;
-          part.data = static_cast<char*>(w.data) + c * w.stride[call.transposed ? 0 : 1] * element_size(w.dtype);
-          switch (w.dtype) {
-            case DType::f32:
-              load_taps<float>(part, call.transposed, v * W, lanes, channels, taps);
-              break;
-            case DType::f16:
-              load_taps<Half>(part, call.transposed, v * W, lanes, channels, taps);
-              break;
-            case DType::bf16:
-              load_taps<BFloat16>(part, call.transposed, v * W, lanes, channels, taps);
-              break;
-            case DType::f64:
-              throw std::invalid_argument("a 3x3 convolution's weight must not be float64");
-          }
-          if (sizeof(S) < sizeof(float) && w.dtype != dtype_of<S>()) round_taps<S>(taps, channels * 9);
-          for (int64_t i = 0; i < channels; ++i) {
-            VecF g[9], half[3][N], column[3], points[N];
-            for (int k = 0; k < 9; ++k) g[k] = VecF::load(taps + (i * 9 + k) * W);
-            for (int k = 0; k < 3; ++k) {
-              column[0] = g[k], column[1] = g[3 + k], column[2] = g[6 + k];
-              Winograd<M>::taps(column, half[k]);
-            }
-            for (int y = 0; y < N; ++y) {
-              const VecF row[3] = {half[0][y], half[1][y], half[2][y]};
-              Winograd<M>::taps(row, points);
-              for (int x = 0; x < N; ++x)
-                points[x].store(to + ((y * N + x) * p.inputs + c + i) * count * W);
-            }
-          }
-        }
+  const int64_t inputs = call.x.size[1];
+  const int lanes = static_cast<int>(min_of(W, call.y.size[1] - output));
+  alignas(64) float taps[kChannels * 9 * W];
+  for (int64_t c = 0; c < inputs; c += kChannels) {
+    const int64_t channels = min_of(kChannels, inputs - c);
+    TensorView w = call.weight;
+    w.data = static_cast<char*>(w.data) + c * w.stride[call.transposed ? 0 : 1] * element_size(w.dtype);
+    switch (w.dtype) {
+      case DType::f32:
+        load_taps<float>(w, call.transposed, output, lanes, channels, taps);
+        break;
+      case DType::f16:
+        load_taps<Half>(w, call.transposed, output, lanes, channels, taps);
+        break;
+      case DType::bf16:
+        load_taps<BFloat16>(w, call.transposed, output, lanes, channels, taps);
+        break;
+      case DType::f64:
+        throw std::invalid_argument("a 3x3 convolution's weight must not be float64");
+    }
+    if (sizeof(S) < sizeof(float) && w.dtype != dtype_of<S>()) round_taps<S>(taps, channels * 9);
+    for (int64_t i = 0; i < channels; ++i) {
+      VecF half[3][N], points[N];
+      for (int k = 0; k < 3; ++k) {
+        VecF column[3];
+        for (int y = 0; y < 3; ++y) column[y] = VecF::load(taps + (i * 9 + 3 * y + k) * W);
+        Winograd<M>::taps(column, half[k]);
+      }
+      float* place = to + (c + i) * count * W;
+      for (int y = 0; y < N; ++y) {
+        const VecF row[3] = {half[0][y], half[1][y], half[2][y]};
+        Winograd<M>::taps(row, points);
+        for (int x = 0; x < N; ++x, place += inputs * count * W) points[x].store(place);
       }
     }
-  });
+  }
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -345,24 +346,27 @@ struct Task {
   Image<S> x, residual, y;
   Plan p;
   bool silu;
-  const float* bias;  // zeros if there is no bias
-  const float* packed;
+  const float* bias;     // zeros if there is no bias
+  const float* weights;  // of all panels, or null
+  const Forward& call;
 };
 
 // The memory of one thread.
 template <int M>
 struct Space {
   static constexpr int N = M + 2;
-  float *rows, *half, *inputs, *products;
+  float *rows, *half, *inputs, *products, *weights;
 
   static int64_t floats(const Plan& p) {
-    return 2 * N * p.line * W + N * N * (p.point_inputs + p.point_products);
+    return 2 * N * p.line * W + N * N * (p.point_inputs + p.point_products) +
+           (p.shared ? 0 : p.weights(min_of(p.vectors, kWidest)));
   }
   Space(const Plan& p, float* memory)
       : rows(memory),
         half(rows + N * p.line * W),
         inputs(half + N * p.line * W),
-        products(inputs + N * N * p.point_inputs) {}
+        products(inputs + N * N * p.point_inputs),
+        weights(products + N * N * p.point_products) {}
 };
 
 // A rectangle of an image's tiles: its first pixel, its size in tiles, and its first tile in the block.
@@ -434,44 +438,50 @@ inline __attribute__((always_inline)) void transform_tile(const float* m, int64_
   }
 }
 
-// Transforms a patch of a panel of `count` vectors, the first of which is `first`.
+// Transforms a patch of a panel of `count` vectors, the first of which is `first`, to tensors with adjacent channels.
 template <int M, class S>
 void transform_outputs(const Task<S>& k, const Patch& b, int64_t first, int64_t count, const Space<M>& space) {
-  const Plan& p = k.p;
-  const bool added = k.residual.data != nullptr;
-  const bool direct = k.y.channels_adjacent && (!added || k.residual.channels_adjacent);
+  const Image<S> residual = k.residual, y = k.y;  // copies, because for the compiler a store might change k
+  const int64_t point = k.p.point_products, channels = k.p.outputs;
   for (int64_t r = 0; r < b.rows; ++r) {
-    const int64_t top = b.top + r * M;
-    const int64_t rows = min_of(M, p.height - top), columns = min_of(M * b.columns, p.width - b.left);
+    const int64_t top = b.top + r * M, rows = min_of(M, k.p.height - top);
+    for (int64_t t = 0; t < b.columns; ++t) {
+      const int64_t left = b.left + t * M, columns = min_of(M, k.p.width - left);
+      const float* m = space.products + (b.tile + r * b.columns + t) * count * W;
+      for (int64_t v = 0; v < count; ++v) {
+        const int64_t c = (first + v) * W;
+        const int lanes = static_cast<int>(min_of(W, channels - c));
+        VecF tile[M][M];
+        transform_tile<M>(m + v * W, point, VecF::load(k.bias + c), tile);
+        const S* from = residual.data == nullptr ? nullptr : residual.at(b.n, c, top, left);
+        S* to = y.at(b.n, c, top, left);
+        for (int i = 0; i < M; ++i)
+          for (int j = 0; j < M; ++j) {
+            if (i >= rows || j >= columns) continue;
+            VecF sum = tile[i][j];
+            if (from != nullptr) {
+              const S* place = from + i * residual.row + j * residual.pixel;
+              sum = sum + (lanes == W ? VecF::load(place) : VecF::load(place, lanes));
+            }
+            S* place = to + i * y.row + j * y.pixel;
+            lanes == W ? sum.store(place) : sum.store(place, lanes);
+          }
+      }
+    }
+  }
+}
+
+// Does the same for tensors of which one has adjacent pixels, row by row.
+template <int M, class S>
+void transform_output_rows(const Task<S>& k, const Patch& b, int64_t first, int64_t count, const Space<M>& space) {
+  const Plan& p = k.p;
+  const int64_t step = p.line * W, columns = min_of(M * b.columns, p.width - b.left);
+  for (int64_t r = 0; r < b.rows; ++r) {
+    const int64_t top = b.top + r * M, rows = min_of(M, p.height - top);
     for (int64_t v = 0; v < count; ++v) {
       const int64_t c = (first + v) * W;
-      const int lanes = static_cast<int>(min_of(W, p.outputs - c));
       const VecF bias = VecF::load(k.bias + c);
       const float* m = space.products + ((b.tile + r * b.columns) * count + v) * W;
-      if (direct) {
-        const S* from = added ? k.residual.at(b.n, c, top, b.left) : nullptr;
-        S* to = k.y.at(b.n, c, top, b.left);
-        const int64_t from_row = k.residual.row, from_pixel = k.residual.pixel;
-        const int64_t to_row = k.y.row, to_pixel = k.y.pixel, point = p.point_products;
-        for (int64_t t = 0; t < b.columns; ++t, m += count * W) {
-          VecF tile[M][M];
-          transform_tile<M>(m, point, bias, tile);
-          const int64_t pixels = columns - t * M;
-          for (int i = 0; i < M; ++i)
-            for (int j = 0; j < M; ++j) {
-              if (i >= rows || j >= pixels) continue;
-              VecF sum = tile[i][j];
-              if (added) {
-                const S* place = from + i * from_row + (t * M + j) * from_pixel;
-                sum = sum + (lanes == W ? VecF::load(place) : VecF::load(place, lanes));
-              }
-              S* place = to + i * to_row + (t * M + j) * to_pixel;
-              lanes == W ? sum.store(place) : sum.store(place, lanes);
-            }
-        }
-        continue;
-      }
-      const int64_t step = p.line * W;
       for (int64_t t = 0; t < b.columns; ++t) {
         VecF tile[M][M];
         transform_tile<M>(m + t * count * W, p.point_products, bias, tile);
@@ -480,7 +490,7 @@ void transform_outputs(const Task<S>& k, const Patch& b, int64_t first, int64_t 
       }
       for (int64_t i = 0; i < rows; ++i) {
         float* row = space.rows + i * step;
-        if (added) {
+        if (k.residual.data != nullptr) {
           gather(k.residual, b.n, c, top + i, b.left, columns, space.half);
           for (int64_t x = 0; x < columns; ++x)
             (VecF::load(row + x * W) + VecF::load(space.half + x * W)).store(row + x * W);
@@ -491,29 +501,36 @@ void transform_outputs(const Task<S>& k, const Patch& b, int64_t first, int64_t 
   }
 }
 
-// Computes a group of panels of a block.
+// Computes some tasks, in their order.
 template <int M, class S>
-void convolve(const Task<S>& k, int64_t block, int64_t group, const Space<M>& space) {
+void convolve(const Task<S>& k, int64_t begin, int64_t end, const Space<M>& space) {
   constexpr int64_t kPoints = (M + 2) * (M + 2);
   const Plan& p = k.p;
-  const int64_t column = block % p.column_blocks, row = block / p.column_blocks % p.row_blocks;
-  const int64_t image = block / p.column_blocks / p.row_blocks;
-  Patch b{image * p.images, row * p.rows * M, column * p.columns * M, 0, 0, 0};
-  b.rows = min_of(p.rows, p.tile_rows - row * p.rows);
-  b.columns = min_of(p.columns, p.tile_columns - column * p.columns);
-  const int64_t images = min_of(p.images, p.batch - b.n), tiles = images * b.rows * b.columns;
-  const auto for_images = [&](const auto& use) {
-    Patch each = b;
-    for (int64_t i = 0; i < images; ++i, ++each.n, each.tile += b.rows * b.columns) use(each);
-  };
-  for (int64_t c = 0; c < p.inputs; c += W)
-    for_images([&](const Patch& patch) { transform_inputs<M>(k, patch, c, tiles, space); });
-  for (int64_t panel = p.panels * group / p.panel_groups; panel < p.panels * (group + 1) / p.panel_groups;
-       ++panel) {
+  const bool by_channel =
+      k.y.channels_adjacent && (k.residual.data == nullptr || k.residual.channels_adjacent);
+  int64_t transformed = -1;  // the block whose inputs are transformed
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t block = task / p.panels, panel = task % p.panels;
+    const int64_t column = block % p.column_blocks, row = block / p.column_blocks % p.row_blocks;
+    const int64_t image = block / p.column_blocks / p.row_blocks * p.images;
+    const int64_t rows = min_of(p.rows, p.tile_rows - row * p.rows);
+    const int64_t columns = min_of(p.columns, p.tile_columns - column * p.columns);
+    const int64_t images = min_of(p.images, p.batch - image), tiles = images * rows * columns;
+    const auto patch = [&](int64_t i) {
+      return Patch{image + i, row * p.rows * M, column * p.columns * M, rows, columns, i * rows * columns};
+    };
+    if (block != transformed)
+      for (int64_t c = 0; c < p.inputs; c += W)
+        for (int64_t i = 0; i < images; ++i) transform_inputs<M>(k, patch(i), c, tiles, space);
+    transformed = block;
+
     const int64_t first = p.first_vector(panel), count = p.first_vector(panel + 1) - first;
+    const float* weights = p.shared ? k.weights + p.weights(first) : space.weights;
+    if (!p.shared)
+      for (int64_t v = 0; v < count; ++v) pack<M, S>(k.call, (first + v) * W, count, space.weights + v * W);
     for (int64_t i = 0; i < kPoints; ++i) {
       const float* in = space.inputs + i * p.point_inputs;
-      const float* weight = k.packed + (first * kPoints + i * count) * p.inputs * W;
+      const float* weight = weights + i * p.inputs * count * W;
       float* out = space.products + i * p.point_products;
       switch (count) {
         case 1:
@@ -529,32 +546,38 @@ void convolve(const Task<S>& k, int64_t block, int64_t group, const Space<M>& sp
           multiply_all<kWidest>(tiles, in, p.inputs, tiles * W, weight, out);
       }
     }
-    for_images([&](const Patch& patch) { transform_outputs<M>(k, patch, first, count, space); });
+    for (int64_t i = 0; i < images; ++i)
+      by_channel ? transform_outputs<M>(k, patch(i), first, count, space)
+                 : transform_output_rows<M>(k, patch(i), first, count, space);
   }
 }
 
 template <int M, class S>
 void forward(const Forward& call, int threads) {
-  constexpr int64_t kPoints = (M + 2) * (M + 2);
   const Plan p(call, M, threads);
-  const int64_t tasks = p.blocks() * p.panel_groups, outputs = p.vectors * W;
+  const int64_t tasks = p.tasks(), outputs = p.vectors * W;
   threads = static_cast<int>(min_of(threads, tasks));
-  const int64_t per_thread = Space<M>::floats(p), weights = kPoints * p.inputs * outputs;
-  Buffer scratch((threads * per_thread + weights + outputs) * 4);
-  float* packed = scratch.take<float>(weights);
+  const int64_t per_thread = Space<M>::floats(p), shared = p.shared ? p.weights(p.vectors) : 0;
+  Buffer scratch((threads * per_thread + shared + outputs) * 4);
+  float* weights = scratch.take<float>(shared);
   float* memory = scratch.take<float>(threads * per_thread);
   float* bias = scratch.take<float>(outputs);
   for (int64_t c = 0; c < outputs; ++c) bias[c] = 0;
   if (call.bias.data != nullptr)
     load_row(call.bias.dtype, static_cast<const char*>(call.bias.data), call.bias.stride[1], p.outputs, 1, bias);
-  const Task<S> k{Image<S>(call.x), Image<S>(call.residual), Image<S>(call.y), p, call.silu, bias, packed};
-  pack<M, S>(call, p, threads, packed);
+  const Task<S> k{Image<S>(call.x), Image<S>(call.residual), Image<S>(call.y), p, call.silu, bias, weights, call};
+  if (p.shared)
+    parallel_for(p.vectors, threads, [&](int64_t begin, int64_t end) {
+      for (int64_t panel = 0; panel < p.panels; ++panel) {
+        const int64_t first = p.first_vector(panel), last = p.first_vector(panel + 1);
+        for (int64_t v = max_of(begin, first); v < min_of(end, last); ++v)
+          pack<M, S>(call, v * W, last - first, weights + p.weights(first) + (v - first) * W);
+      }
+    });
   parallel_for(threads, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread) {
-      const Space<M> space(p, memory + thread * per_thread);
-      for (int64_t i = tasks * thread / threads; i < tasks * (thread + 1) / threads; ++i)
-        convolve<M>(k, i / p.panel_groups, i % p.panel_groups, space);
-    }
+    for (int64_t thread = begin; thread < end; ++thread)
+      convolve<M>(k, tasks * thread / threads, tasks * (thread + 1) / threads,
+                  Space<M>(p, memory + thread * per_thread));
   });
 }
 

@@ -25,17 +25,23 @@ namespace {
 
 using Transforms = Winograd<4>;
 constexpr int kOutputs = 4, kInputs = 6, kPoints = kInputs * kInputs;  // of a tile
-constexpr int64_t kLanes = VecF::width;
+constexpr int kLanes = VecF::width;
 constexpr int64_t kDepth = 128;               // tiles whose panel of inputs fits in the first-level cache
 constexpr int64_t kTilesPerSegment = 32;      // at most
 constexpr int64_t kChunk = int64_t{1} << 17;  // floats per point of both factors in a chunk
 
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int64_t kWidestPanel = 4;  // vectors of input channels
+#else
+constexpr int64_t kWidestPanel = 3;
+#endif
+
 // Returns the number of vectors per panel that pads least, and of those numbers the largest.
-int64_t panel_vectors(int64_t vectors, int64_t most) {
-  int64_t best = most;
-  for (int64_t width = most - 1; width >= 1; --width)
-    if (ceil_div(vectors, width) * width < ceil_div(vectors, best) * best && (width > 1 || vectors == 1))
-      best = width;
+int64_t panel_vectors(int64_t vectors) {
+  if (vectors == 1) return 1;
+  int64_t best = kWidestPanel;
+  for (int64_t width = kWidestPanel - 1; width >= 2; --width)
+    if (ceil_div(vectors, width) * width < ceil_div(vectors, best) * best) best = width;
   return best;
 }
 
@@ -78,7 +84,7 @@ void fill_adjacent(const T* from, int64_t pixel, int64_t count, int lanes, float
 void fill_strided(const TensorView& t, const char* from, int64_t count, int lanes, float* to) {
   const int64_t channel = t.stride[1] * element_size(t.dtype), pixel = t.stride[3] * element_size(t.dtype);
   for (int64_t x = 0; x < count; x += kLanes) {
-    const int pixels = static_cast<int>(min_of(kLanes, count - x));
+    const int pixels = static_cast<int>(min_of(int64_t{kLanes}, count - x));
     VecF square[kLanes];
     for (int k = 0; k < kLanes; ++k) {
       float values[kLanes] = {};
@@ -91,7 +97,7 @@ void fill_strided(const TensorView& t, const char* from, int64_t count, int lane
 }
 
 void fill(const TensorView& t, const Rectangle& r, float* to) {
-  const int lanes = static_cast<int>(min_of(kLanes, t.size[1] - r.channel));
+  const int lanes = static_cast<int>(min_of(int64_t{kLanes}, t.size[1] - r.channel));
   const int64_t first = max_of(0, -r.left), last = max_of(first, min_of(r.columns, t.size[3] - r.left));
   for (int64_t i = 0; i < r.rows; ++i, to += r.columns * kLanes) {
     const int64_t y = r.top + i;
@@ -281,30 +287,25 @@ void weight_gradient(const WeightGradient& call, int threads) {
 }  // namespace
 
 void conv3x3_float32_weight_gradient(const WeightGradient& call, int threads) {
+  constexpr int kMost = kLanes < 8 ? kLanes : 8;  // output channels at once; they are in one vector
   const int64_t vectors = ceil_div(call.x.size[1], kLanes);
-#if defined(__AVX512F__)
-  // At most 24 of 32 registers hold sums.
-  switch (panel_vectors(vectors, 4)) {
+  switch (panel_vectors(vectors)) {
     case 1:
-      return weight_gradient<1, 8>(call, threads);
+      return weight_gradient<1, kMost>(call, threads);
+#if defined(__AVX512F__) || defined(__aarch64__)  // at most 24 of 32 registers hold sums
     case 2:
-      return weight_gradient<2, 8>(call, threads);
+      return weight_gradient<2, kMost>(call, threads);
     case 3:
-      return weight_gradient<3, 8>(call, threads);
+      return weight_gradient<3, kMost>(call, threads);
     default:
       return weight_gradient<4, 4>(call, threads);
-  }
-#else
-  // At most 12 of 16 registers hold sums.
-  switch (panel_vectors(vectors, 3)) {
-    case 1:
-      return weight_gradient<1, 8>(call, threads);
+#else  // at most 12 of 16 registers hold sums
     case 2:
       return weight_gradient<2, 4>(call, threads);
     default:
       return weight_gradient<3, 4>(call, threads);
-  }
 #endif
+  }
 }
 
 }  // namespace LITEVAE_ISA

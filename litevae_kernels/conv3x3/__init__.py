@@ -30,6 +30,7 @@ from litevae_kernels.backend import choose, core, core_error, forced_backend
 from litevae_kernels.conv3x3 import op, reference
 from litevae_kernels.tensors import check_residual, check_tensor
 
+AMX = core is not None and core.has_amx_bf16()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # PyTorch's convolution is faster below either limit: the kernels pad the channels to whole vectors, and transform all
 # weights whatever the size of the image. The limit is per image, not per batch, so that an image's result does not
@@ -56,7 +57,7 @@ def why_not(dtype: torch.dtype, isa: str | None) -> str | None:
     name = str(dtype).removeprefix("torch.")
     if dtype == torch.float16 or isa != "avx512bf16":
         return f"this CPU has {name} arithmetic, which only PyTorch's convolution uses"
-    return "PyTorch's convolution is faster on this CPU, which has AMX" if core.has_amx_bf16() else None
+    return "PyTorch's convolution is faster on this CPU, which has AMX" if AMX else None
 
 
 def serves(dtype: torch.dtype, isa: str | None, channels_innermost: bool, channels: int, pixels: int) -> bool:
@@ -153,21 +154,16 @@ def _is_fused(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor |
     )
 
 
-def describe_backend(device_type: str, dtype: torch.dtype | None = None) -> str:
+def describe_backend(device_type: str, dtype: torch.dtype) -> str:
     """Returns what serves calls on a device, for `litevae_kernels.info`.
 
     Args:
         device_type: type of the device.
-        dtype: dtype of the result; default: all of them.
+        dtype: dtype of the result.
     """
     if device_type != "cpu" or forced_backend() not in (None, "native"):
         return "PyTorch's convolution"
     isa = current_isa()
-    if dtype is None:
-        served = [str(d).removeprefix("torch.") for d in DTYPES if why_not(d, isa) is None]
-        if served:
-            return f"native for {', '.join(served)}, else PyTorch's convolution"
-        return f"PyTorch's convolution   (not native: {why_not(torch.float32, isa)})"
     reason = why_not(dtype, isa)
     if reason is not None:
         return f"PyTorch's convolution   (not native: {reason})"

@@ -6,7 +6,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from litevae_kernels import group_norm_silu
-from litevae_kernels.nn import Conv3x3, GroupNormSiLU, SelfModulatedConv2d
+from litevae_kernels.nn import Conv2d, Conv3x3, GroupNormSiLU, Linear, SelfModulatedConv2d
 
 
 def randomised(layer: SelfModulatedConv2d) -> SelfModulatedConv2d:
@@ -49,6 +49,17 @@ def test_group_norm_silu_is_silu_of_group_norm(shape):
     x = torch.randn(shape)
     y = F.group_norm(x.double(), 4, layer.weight.double(), layer.bias.double(), 1e-6)
     torch.testing.assert_close(layer(x).double(), y * torch.sigmoid(y), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [(Conv2d(4, 8, 3), nn.Conv2d(4, 8, 3)), (Linear(4, 8), nn.Linear(4, 8))]
+)
+def test_widened_layers_have_the_keys_and_the_bits_of_pytorchs(ours, theirs):
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+    assert isinstance(ours, type(theirs))
+    x = torch.randn(2, 4, 6, 4)
+    assert torch.equal(ours(x), theirs(x))
 
 
 def test_group_norm_silu_has_the_keys_of_group_norm():

@@ -7,17 +7,6 @@ import torch
 from litevae import LiteVAE
 from litevae.data.images import to_model_range
 from litevae_kernels import use_backend
-from litevae_kernels.backend import core
-
-NAMES = ("baseline", "avx2", "avx512", "avx512bf16")
-
-
-@pytest.fixture(params=NAMES[: NAMES.index(core.isa()) + 1])
-def isa(request):
-    before = core.isa()
-    core.set_isa(request.param)
-    yield request.param
-    core.set_isa(before)
 
 
 @pytest.fixture(scope="module", params=["litevae-s", "litevae-b"])

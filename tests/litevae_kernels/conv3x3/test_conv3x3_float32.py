@@ -138,13 +138,12 @@ def test_a_large_mean(isa):
 
 def test_no_images_no_weights(dtype):
     weight = values(48, 24, 3, 3, dtype=dtype).requires_grad_()
-    for shape in ((0, 24, 5, 4), (2, 24, 0, 4), (2, 24, 5, 0)):
-        x = torch.zeros(shape, dtype=dtype, requires_grad=True)
-        y = conv3x3(x, weight)
-        assert y.shape == (shape[0], 48, *shape[2:])
-        grad_x, grad_weight = torch.autograd.grad(y.sum(), (x, weight))
-        assert grad_x.shape == shape
-        assert not grad_weight.any()
+    x = torch.zeros((0, 24, 5, 4), dtype=dtype, requires_grad=True)
+    y = conv3x3(x, weight)
+    assert y.shape == (0, 48, 5, 4)
+    grad_x, grad_weight = torch.autograd.grad(y.sum(), (x, weight))
+    assert grad_x.shape == x.shape
+    assert not grad_weight.any()
     x = values(2, 24, 5, 4, dtype=dtype)
     assert not conv3x3(x, torch.zeros_like(weight)).any()
 

@@ -95,5 +95,10 @@ def test_training_compiles_whole_and_once_for_all_batch_sizes(precision, memory_
             results.append([y, *torch.autograd.grad(y.float().square().sum(), leaves)])
         for actual, expected in zip(*results, strict=True):
             assert torch.equal(actual, expected)
-            assert actual.stride() == expected.stride()
+        for i in (
+            0,
+            1,
+            3,
+        ):  # The compiler chooses the layout in which it passes on the gradient of the result.
+            assert results[0][i].stride() == results[1][i].stride()
     assert counter.frame_count == 1
