@@ -56,12 +56,14 @@ def reconstruct(
     for path, target in zip(images, targets, strict=True):
         try:
             pixels = read_image(path)
-            result = run(autoencoder, pixels)
-        except ValueError as error:
-            message = str(error) if isinstance(error, UserError) else f"{path}: {error}"
+            try:
+                result = run(autoencoder, pixels)
+            except ValueError as error:
+                raise UserError(f"{path}: {error}") from None
+        except UserError as error:
             if len(images) == 1:
-                raise UserError(message) from None
-            print(message, file=sys.stderr)
+                raise
+            print(error, file=sys.stderr)
             continue
         make_folder(output)
         values.append(psnr(pixels, result))

@@ -1,31 +1,26 @@
+import multiprocessing
 import os
 import re
 import socket
-import subprocess
-import sys
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
 from litevae.errors import UserError
 from litevae.lock import LOCK, locked, locked_by_run
 
-CHILD = """
-import sys
-from pathlib import Path
-from litevae.lock import locked
-try:
-    with locked(Path(sys.argv[1]), "litevae train"):
-        print("locked")
-except ValueError as error:
-    print(error)
-"""
+
+def try_to_lock(folder):
+    try:
+        with locked(folder, "litevae train"):
+            return "locked"
+    except UserError as error:
+        return str(error)
 
 
 def try_in_another_process(folder):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.run(
-        [sys.executable, "-c", CHILD, folder], env=environment, capture_output=True, text=True, check=True
-    ).stdout.strip()
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        return pool.submit(try_to_lock, folder).result()
 
 
 def test_the_second_run_is_refused_and_the_first_named(tmp_path):

@@ -1,6 +1,8 @@
 import json
 
+import datasets
 import pytest
+from PIL import Image
 
 from litevae.cli import main
 from litevae.data.sources import open_images
@@ -85,3 +87,15 @@ def test_ctrl_c(command, photographs, monkeypatch, interrupting):
     monkeypatch.setattr("litevae.data.sources.open_images", lambda _: interrupting(images, 5))
     output = command("--shard-size", 4, "--batch-size", 2).out
     assert "stopped by SIGTERM; 6 of 11 images are encoded: the same command continues" in output
+
+
+def test_columns_that_may_hold_the_classes_are_named(model_folder, tmp_path, capsys):
+    images = [Image.new("RGB", (SIZE, SIZE), colour) for colour in ("red", "blue")]
+    features = datasets.Features(image=datasets.Image(), fine_label=datasets.ClassLabel(names=["a", "b"]))
+    rows = datasets.Dataset.from_dict({"image": images, "fine_label": [0, 1]}, features)
+    rows.save_to_disk(tmp_path / "data")
+    command = ["encode", model_folder, tmp_path / "data", tmp_path / "out", "--workers", 0, "--device", "cpu"]
+    assert main([str(argument) for argument in command]) == 0
+    errors = capsys.readouterr().err
+    assert f"{tmp_path}/data: has no column label, so the images get no labels; rename" in errors
+    assert "to label (fine_label)" in errors

@@ -218,7 +218,7 @@ def test_command_trains_on_a_folder_of_unusual_images(tmp_path, monkeypatch, cap
     listed = {line.split("\t")[0] for line in (run / "bad_images.txt").read_text().splitlines()}
     assert listed == {str(images / "text.jpg"), str(images / "cut.jpg")}
     capsys.readouterr()
-    assert main([*command, "data.max_bad_fraction=0.1"]) != 0
+    assert main([*command, "data.max_bad_fraction=0.1", f"output_dir={tmp_path / 'again'}"]) != 0
     error = capsys.readouterr().err
     assert "2 of 9 images cannot be used, more than data.max_bad_fraction=0.1 allows" in error
     assert "Traceback" not in error

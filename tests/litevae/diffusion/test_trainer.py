@@ -12,10 +12,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import litevae.diffusion.trainer as trainer_module
+from litevae.data.batches import Batches
 from litevae.data.sources import open_images
 from litevae.diffusion import LatentDiffusionPipeline, train
 from litevae.diffusion.noise import make_noise
-from litevae.errors import NonFiniteError, UserError
+from litevae.errors import NonFiniteError, UserError, WorkerDied
 from litevae.latents import Settings, encode_images
 from litevae.training.checkpoint import find_checkpoints
 
@@ -191,3 +192,26 @@ def test_too_many_bad_images_end_the_run(tiny, autoencoder, photographs, tmp_pat
     (folder / "6.png").write_text("no image")
     with pytest.raises(UserError, match="1 of 7 images cannot be used"):
         train(tiny("data.latents=", f"data.train={folder}", "max_steps=9"), autoencoder)
+
+
+def test_a_worker_that_dies_ends_the_run_with_its_results_and_they_are_not_replaced(
+    tiny, autoencoder, tmp_path, monkeypatch, no_pictures
+):
+    original, batches = Batches.__next__, iter(range(2))
+
+    def die(self):
+        if next(batches, None) is None:
+            raise WorkerDied("a worker died")
+        return original(self)
+
+    settings = ["max_steps=4", "checkpoint.every=0"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Batches, "__next__", die)
+        with pytest.raises(
+            WorkerDied, match="a worker died; the results after step 2 are saved, but no checkpoint"
+        ):
+            train(tiny(*settings), autoencoder)
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert (metrics["steps"], metrics["complete"]) == (2, False)
+    with pytest.raises(UserError, match="run/pipeline is the pipeline of a run without checkpoints"):
+        train(tiny(*settings, "resume=auto"), autoencoder)

@@ -65,7 +65,7 @@ def test_unknown_key_names_the_nearest(key, nearest):
         ("loss.adversarial_weight=0.5", "loss.adversarial_weight must be constant or adaptive"),
         ("loss.adversarial_start=soon", "loss.adversarial_start must be a whole number"),
         ("optimizer.betas=[0.5]", "optimizer.betas must be 2 values"),
-        ("output_dir=[1", "output_dir must be text"),
+        ("max_steps=[1", "max_steps must be a whole number"),
         (
             "stages=3",
             "stages must be a list such as [{start: 100001, size: 256}], each with the settings start",
@@ -127,7 +127,7 @@ def test_wrong_type_names_key_and_type(override, expected):
         ("checkpoint.keep=0", "checkpoint.keep must be 1 or more"),
         ("max_steps", "'max_steps' is not a setting"),
         ("=3", "is not a setting"),
-        ("output_dir=${nowhere}", "nowhere"),
+        ("max_steps=${nowhere}", "nowhere"),
     ],
 )
 def test_invalid_value_is_refused(override, expected):
