@@ -242,7 +242,7 @@ class Trainer(Loop[TrainingResult]):
                 raise UserError(
                     f"resume: {checkpoint.path} trained other weights of the {name}: see freeze_encoder"
                 )
-        self.history = state["history"]
+        self.history = [dict(point) for point in state["history"]]
 
     def finish(
         self, signal_name: str | None, stopped: bool, failure: NonFiniteError | UserError | None

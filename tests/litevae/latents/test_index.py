@@ -63,7 +63,7 @@ def test_an_incomplete_index_is_refused_where_it_must_be_complete(tmp_path):
         *((name, (None, 0, "true", [])) for name in ("complete", "encoding.mirror")),
         ("model.sha256", (None, 1, [], "\ud800")),
         ("images.count", COUNTS),
-        ("latents.shape", (None, 8, [], [8, 4], [8, 4, 0], [8, 4, 4.0], [8, True, 4], "844", {})),
+        ("latents.shape", (None, 8, [], [8, 4], [8, 4, 0], [7, 4, 4], [8, 4, 4.0], [8, True, 4], "844", {})),
         ("latents.scaling_factor", (None, 0, True, "1", [1], float("nan"), float("inf"), 10**400)),
         ("latents.shift_factor", (True, "1", [], float("nan"))),
         ("shards", (None, {}, 1, "x")),
