@@ -36,7 +36,7 @@ def format_bytes(count: int) -> str:
     units = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
     while value >= 1024 and unit < len(units) - 1:
         value, unit = value / 1024, unit + 1
-    return f"{value:.3g} {units[unit]}"
+    return f"{value:.4g} {units[unit]}"
 
 
 def check_memory(count: int, purpose: str) -> None:

@@ -21,13 +21,14 @@ from litevae.errors import UserError
 from litevae.evaluation.fid import make_fid
 from litevae.evaluation.metrics import batch_psnr, batch_ssim
 from litevae.evaluation.reconstruction import reconstruct_batch
-from litevae.files import replacing
+from litevae.files import open_regular, replacing
 from litevae.losses.perceptual import LPIPS
 from litevae.memory import check_batch
 from litevae.models.interface import Autoencoder, check_size
 
 METRICS = ("rfid", "lpips", "psnr", "ssim")
 SAVE_EVERY = 60.0  # seconds
+SUMS = ("sums", "count", "exact", "unreadable")  # buffers of `Sums`
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ class Sums(nn.Module):
 
     def save(self, path: Path, settings: Mapping[str, Any], done: int) -> None:
         fid = {} if self.fid is None else {name: getattr(self.fid, name) for name in self.fid._defaults}
-        own = {name: getattr(self, name) for name in ("sums", "count", "exact", "unreadable")}
+        own = {name: getattr(self, name) for name in SUMS}
         with replacing(path) as temporary:
             torch.save({"settings": dict(settings), "done": done, "own": own, "fid": fid}, temporary)
 
@@ -210,7 +211,8 @@ class Sums(nn.Module):
         if not path.exists():
             return 0
         try:
-            saved = torch.load(path, map_location=self.sums.device, weights_only=True)
+            with open_regular(path) as file:
+                saved = torch.load(file, map_location=self.sums.device, weights_only=True)
             same = saved["settings"] == dict(settings)
         except Exception as error:  # torch.load raises almost anything
             raise UserError(f"{path}: cannot be read ({type(error).__name__}): delete it") from None
@@ -218,10 +220,13 @@ class Sums(nn.Module):
             raise UserError(
                 f"{path} was left by an interrupted evaluation with other settings: delete it, or write elsewhere"
             )
-        for name, value in saved["own"].items():
-            getattr(self, name).copy_(value)
-        if self.fid is not None:
-            for name, value in saved["fid"].items():
-                setattr(self.fid, name, value)
-            self.fid._update_count = 1  # without it, torchmetrics warns that nothing was added
-        return int(saved["done"])
+        try:
+            for name in SUMS:
+                getattr(self, name).copy_(saved["own"][name])
+            if self.fid is not None:
+                for name in self.fid._defaults:
+                    setattr(self.fid, name, getattr(self.fid, name).copy_(saved["fid"][name]))
+                self.fid._update_count = 1  # without it, torchmetrics warns that nothing was added
+            return int(saved["done"])
+        except Exception as error:  # the entries may be of any type
+            raise UserError(f"{path}: cannot be read ({type(error).__name__}): delete it") from None

@@ -12,6 +12,7 @@ from accelerate import PartialState
 from litevae.diffusion import DiffusionConfig
 from litevae.errors import UserError
 from litevae.experiments.spec import RunSpec
+from litevae.files import read_json
 from litevae.training import train
 from litevae.training.config import Config
 
@@ -89,5 +90,10 @@ def finished(folder: str) -> dict[str, Any] | None:
     path = Path(folder) / "metrics.json"
     if not path.is_file():
         return None
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        record = read_json(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(record, dict) or not isinstance(record.get("complete"), bool):
+        raise UserError(f"{path}: not the metrics of a training run: delete the folder to train again")
     return record if record["complete"] else None

@@ -177,7 +177,9 @@ def is_factor(value: Any) -> bool:
 
 
 def is_shape(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 3 and all(map(is_count, value)) and min(value) > 0
+    if not isinstance(value, list) or len(value) != 3 or not all(map(is_count, value)):
+        return False
+    return min(value) > 0 and value[0] % 2 == 0
 
 
 def is_text(value: Any) -> bool:

@@ -5,7 +5,7 @@ They limit what is built before anything is built. The constructors check what d
 
 import inspect
 from collections.abc import Mapping, Sequence
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 from litevae.errors import shorten
@@ -106,7 +106,7 @@ def is_whole(value: Any, smallest: int, largest: int) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and abs(float(value)) <= LARGEST
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 def is_list(value: Any) -> bool:

@@ -1,5 +1,6 @@
 """The ratio of the adversarial to the reconstruction gradient over a training run (Section 6, Figure 7)."""
 
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ def read_gradient_ratios(run: Path) -> GradientRatios:
         raise UserError(
             f"{run}: {'not a training run: there is no metrics.jsonl' if run.is_dir() else 'no such folder'}"
         )
-    lines = [line for line in read_log(path, sys.maxsize) if line.get(GRADIENT_RATIO, 0) > 0]
+    lines = [line for line in read_log(path, sys.maxsize) if is_positive(line.get(GRADIENT_RATIO))]
     if not lines:
         raise UserError(
             f"{path} has no {GRADIENT_RATIO} above 0: train with loss.adversarial and gradient_ratio_every "
@@ -56,6 +57,11 @@ def read_gradient_ratios(run: Path) -> GradientRatios:
     ratios = [line[GRADIENT_RATIO] for line in lines]
     low, median, high = np.percentile(ratios, (5, 50, 95)).tolist()
     return GradientRatios(tuple(line["step"] for line in lines), tuple(ratios), median, low, high)
+
+
+def is_positive(value: object) -> bool:
+    """Returns whether a value of a log is a finite number above 0."""
+    return type(value) in (int, float) and 0 < value < math.inf  # type: ignore[operator]
 
 
 def draw_gradient_ratios(runs: Mapping[str, GradientRatios], path: Path) -> None:

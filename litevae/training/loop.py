@@ -211,7 +211,7 @@ class Loop(ABC, Generic[Result]):
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step = self.saved_step = self.restored_step = checkpoint.step
         self.warn_of_changes(checkpoint)
-        self.skipped, self.seconds_before = state["skipped"], state["seconds"]
+        self.skipped, self.seconds_before = int(state["skipped"]), float(state["seconds"])
         self.lines = read_log(self.output_dir / "metrics.jsonl", self.step)
         restore_random_state(state["random"][self.accelerator.process_index % len(state["random"])])
 

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from accelerate import Accelerator
 
-from litevae.files import open_to_append, replacing
+from litevae.files import open_to_append, parse_json, replacing
 from litevae.training.step import GRADIENT_RATIO, WEIGHTED
 
 
@@ -72,12 +72,12 @@ class MetricsLog:
 def read_log(path: Path, step: int) -> list[dict[str, Any]]:
     """Returns the lines of metrics.jsonl up to `step`, or an empty list if there is no such file."""
     lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+    for text in path.read_bytes().splitlines() if path.is_file() else []:
         try:
-            line = json.loads(text)
+            line = parse_json(text)
             if line["step"] <= step:
                 lines.append(line)
-        except (ValueError, TypeError, KeyError):  # a killed run may have cut its last line
+        except (ValueError, TypeError, KeyError, IndexError):  # a killed run may have cut its last line
             break
     return lines
 

@@ -245,7 +245,7 @@ class Trainer(Loop[TrainingResult]):
                 raise UserError(
                     f"resume: {checkpoint.path} trained other weights of the {name}: see freeze_encoder"
                 )
-        self.history = state["history"]
+        self.history = [dict(point) for point in state["history"]]
 
     def finish(self, signal_name: str | None, stopped: bool, failure: Failure | None) -> TrainingResult:
         """Validates once more and writes the checkpoint, the model, the metrics and the pictures."""

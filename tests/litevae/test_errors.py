@@ -1,7 +1,7 @@
 import pytest
 
 import litevae.cli
-from litevae.errors import NonFiniteError, UserError
+from litevae.errors import LONGEST_MESSAGE, NonFiniteError, UserError, shorten
 
 
 @pytest.mark.parametrize(("error", "status"), [(UserError, 2), (NonFiniteError, 1), (OSError, 1)])
@@ -21,3 +21,34 @@ def test_other_errors_keep_their_traceback(monkeypatch):
     monkeypatch.setattr(litevae.cli, "app", fail)
     with pytest.raises(ValueError, match="a bug"):
         litevae.cli.main([])
+
+
+@pytest.mark.parametrize("value", ["v" * 5000, "a\nb\u2028c", "\x1b[2J", "\ud800", ""])
+def test_a_message_is_short_printable_and_keeps_both_ends(value):
+    message = str(UserError(f"x.yaml: size {value} must be one of: a, b"))
+    assert message.startswith("x.yaml: size ")
+    assert message.endswith("must be one of: a, b")
+    assert len(message) <= LONGEST_MESSAGE
+    assert message.isprintable()
+
+
+@pytest.mark.parametrize("value", [10**5000, -(10**400), [1] * 5000, "v" * 5000, {"k": ["v"] * 999}])
+def test_a_value_in_a_message_is_short(value):
+    assert len(shorten(value)) <= 80
+    assert shorten([1, "a"]) == "[1, 'a']"
+
+
+@pytest.mark.parametrize("arguments", [["v" * 9000], ["train", "v" * 9000], ["info", "v" * 9000]])
+def test_long_arguments_give_short_messages(capsys, arguments):
+    assert litevae.cli.main(arguments) == 2
+    assert len(capsys.readouterr().err) < LONGEST_MESSAGE + 50
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("you tried to allocate 4096 bytes.")])
+def test_a_lack_of_memory_is_a_line(monkeypatch, capsys, error):
+    def fail(**_):
+        raise error
+
+    monkeypatch.setattr(litevae.cli, "app", fail)
+    assert litevae.cli.main([]) == 2
+    assert capsys.readouterr().err.startswith("litevae: error: out of memory: asked for ")

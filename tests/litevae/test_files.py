@@ -1,6 +1,7 @@
 import hashlib
 import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from litevae.files import (
     explaining_weights,
     files_in,
     open_to_append,
+    open_regular,
+    read_json,
     replacing,
     replacing_folder,
     sha256,
@@ -182,3 +185,53 @@ class TestExplainingWeights:
     def test_other_errors_are_raised_as_they_are(self, path):
         with pytest.raises(ZeroDivisionError):
             self.fail(ZeroDivisionError())
+
+
+def special_files(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to("/dev/zero")
+    return [tmp_path / "fifo", tmp_path / "link", Path("/dev/zero")]
+
+
+def test_only_regular_files_are_read(tmp_path):
+    (tmp_path / "file").write_bytes(b"content")
+    (tmp_path / "linked").symlink_to("file")
+    with open_regular(tmp_path / "linked") as file:
+        assert file.read() == b"content"
+    for path in special_files(tmp_path):
+        for read in (open_regular, sha256, read_json):
+            with pytest.raises(OSError, match="not a regular file"):
+                read(path)
+
+
+def test_weights_that_are_no_regular_file_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    os.mkfifo(tmp_path / "checkpoints" / "x.pth")
+    with pytest.raises(UserError, match="not a regular file"), explaining_weights("https://a/x.pth", "x"):
+        torch.load(tmp_path / "checkpoints" / "x.pth")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"[" * 5000 + b"]" * 5000, "nested too deeply"),
+        (b"[" * 40 + b"]" * 40, "nested more than 32 deep"),
+        (b'{"a": ' * 40 + b"1" + b"}" * 40, "nested more than 32 deep"),
+        (b"[" + b"1," * 6_000_000 + b"1]", "more than 5,000,000 values"),
+        (b"9" * 5000, "digits"),
+        (b"\xff", "decode"),
+        (b"{", "Expecting"),
+    ],
+)
+def test_json_is_bounded(tmp_path, content, reason):
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(ValueError, match=reason):
+        read_json(tmp_path / "x.json")
+
+
+def test_json_of_limited_size_is_read(tmp_path):
+    (tmp_path / "x.json").write_text('{"a": [1, {"b": null}]}')
+    assert read_json(tmp_path / "x.json") == {"a": [1, {"b": None}]}
+    with pytest.raises(ValueError, match="longer than 9 bytes"):
+        read_json(tmp_path / "x.json", longest=9)

@@ -1,3 +1,4 @@
+import os
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -185,3 +186,64 @@ def test_text_on_the_command_line_is_taken_as_given_and_survives_a_file(tmp_path
 
 def test_one_of_several_words_is_not_read_as_yaml(folder):
     assert fails(folder, None, "section.kind=no") == "section.kind=no: section.kind must be a or b"
+
+
+ALIASES = "a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(
+    f"{name}: &{name} [{','.join([f'*{before}'] * 9)}]\n"
+    for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("extends: {a: b}", "extends must be the name of a configuration, got {'a': 'b'}"),
+        ("extends: 3", "extends must be the name of a configuration, got 3"),
+        ("extends: [plain]", "extends must be the name of a configuration"),
+        ("steps: " + "9" * 5000, "cannot be read"),
+        ("steps: 0x" + "f" * 5000, "steps must be below 2^63, got a number of about 6000 digits"),
+        ("section: {weight: 0x" + "f" * 5000 + "}", "section.weight must be a number"),
+        ("? 0x" + "f" * 900 + "\n: 1", "unknown setting"),
+        ("steps: " + "[" * 5000 + "]" * 5000, "nested more than 32 deep"),
+        (ALIASES, "more than 10,000 values"),
+        ("a: &a [*a]", "cannot be read"),
+        ("steps: ${steps}", "Recursive interpolation"),
+        ("name: " + "x" * 10**6, "longer than 262,144 bytes"),
+        ("name: [" + "1," * 10**5 + "]", "more than 10,000 values"),
+        ('name: "a\\0b"', "name must be text without null characters"),
+        ("name: 2024-13-45", None),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_hostile_yaml_is_one_line(folder, tmp_path, content, message):
+    path = tmp_path / "x.yaml"
+    path.write_text(content)
+    if message is None:
+        settings.load(Numbers, str(path), (), folder)
+        return
+    with pytest.raises(UserError) as caught:
+        settings.load(Numbers, str(path), (), folder)
+    assert message in str(caught.value)
+
+
+@dataclass
+class Numbers:
+    steps: int = setting(1, "Steps, without an upper limit.")
+    name: str = setting("", "Name.")
+    section: Section = section(Section, "Section.")
+
+
+def test_a_chain_of_files_ends(folder, tmp_path):
+    for i in range(40):
+        (tmp_path / f"{i}.yaml").write_text(f"extends: {tmp_path / str(i + 1)}.yaml")
+    assert "extended by 32 files" in fails(folder, str(tmp_path / "0.yaml"))
+
+
+def test_a_configuration_must_be_a_regular_file(folder, tmp_path):
+    os.mkfifo(tmp_path / "x.yaml")
+    assert "not a regular file" in fails(folder, str(tmp_path / "x.yaml"))
+
+
+def test_a_long_unknown_name_costs_no_time(folder):
+    for name, *overrides in (("n" * 10**5,), (None, "n" * 10**5 + "=1")):
+        assert "did you mean" in fails(folder, name, *overrides)

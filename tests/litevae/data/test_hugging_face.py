@@ -121,3 +121,15 @@ def test_columns_that_seem_to_hold_classes_are_named(tmp_path, dataset):
     assert source.label(0) is None
     rows.add_column("label", [3]).save_to_disk(tmp_path / "labelled")
     assert open_images(str(tmp_path / "labelled")).unused_labels == []
+
+
+@pytest.mark.parametrize("label", [3, 2**40, -2])
+def test_label_out_of_range_makes_a_bad_image(tmp_path, dataset, label):
+    data = dataset(range(2), label=[1, 0]).cast_column("label", datasets.ClassLabel(names=["a", "b", "c"]))
+    table = data.data.table.set_column(data.column_names.index("label"), "label", [[label, 0]])
+    data = datasets.Dataset(datasets.table.InMemoryTable(table), data.info)
+    data.save_to_disk(tmp_path / "data")
+    source = open_images(str(tmp_path / "data"))
+    assert source.label(1) == "a"
+    with pytest.raises(BadImage, match=f"its label must be from 0 to 2, or -1 for none, got {label}"):
+        source.label(0)

@@ -2,8 +2,9 @@ import os
 import pickle
 
 import pytest
+from webdataset.shardlists import expand_urls
 
-from litevae.data.paths import PackedStrings, expand_pattern, find_images, name_files
+from litevae.data.paths import PackedStrings, count_names, expand_pattern, find_images, name_files
 from litevae.data.sources import open_images
 from litevae.errors import UserError
 
@@ -57,3 +58,42 @@ def test_pattern_lists_each_file_once_in_the_order_of_its_parts(tmp_path):
 def test_several_files_have_a_short_name():
     assert name_files(["a"]) == "a"
     assert name_files(["a", "b", "c"]) == "a and 2 more"
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        *(
+            "x",
+            "a{1..3}",
+            "a{b,c{1..4}}::y",
+            "{a..c}{Z..b}",
+            "{{0..9}{0..9},x}y",
+            "{ab}",
+            "{a{1..3}b}",
+            "{3..1}",
+        ),
+        *("a\\{1..3\\}", "{0..9..3}", "{1,2}::{3,4}", "{,a}", "{,}{,}", "{0..9..0}", "{-3..3}", "\0{1..3}"),
+    ],
+)
+def test_names_are_counted_as_they_are_expanded(pattern):
+    assert count_names(pattern) == len(expand_urls(pattern))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("x-{000..999999999}.tar", "the braces stand for 1e+09 names; at most 1,000,000 are allowed"),
+        ("{0..9}" * 400, "names; at most 1,000,000 are allowed"),
+        ("{a..z}" * 10, "names; at most 1,000,000 are allowed"),
+        ("{{0..999}{0..999}{0..999},x}y", "names; at most 1,000,000 are allowed"),
+        ("{a,b}" * 100, "names; at most 1,000,000 are allowed"),
+        ("{a," * 3000 + "}" * 3000, "nested more than 50 deep"),
+        ("{" * 3000, "Unbalanced braces"),
+    ],
+    ids=lambda value: value[:12],
+)
+def test_a_pattern_of_too_many_names_is_refused_before_it_is_expanded(pattern, message):
+    with pytest.raises(UserError) as caught:
+        expand_pattern(pattern)
+    assert message in str(caught.value) or message == "Unbalanced braces"

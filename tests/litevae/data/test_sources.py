@@ -1,3 +1,4 @@
+import os
 import pickle
 
 import numpy as np
@@ -122,3 +123,20 @@ def test_hidden_shards_are_left_out(tmp_path, png, write, write_tar, assert_pict
     write_tar(tmp_path / "x.tar", [("0.png", png(0))])
     write(tmp_path / "._x.tar", b"a resource fork, as macOS writes it")
     assert_pictures(open_images(str(tmp_path)), [0])
+
+
+@pytest.mark.parametrize("name", ["x.tar", "x.parquet", "in_a_folder/x.tar"])
+def test_only_regular_files_are_opened(tmp_path, refusal, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    os.mkfifo(path)
+    assert "not a regular file" in refusal(path if path.parent == tmp_path else path.parent)
+
+
+def test_an_image_must_be_a_regular_file(tmp_path):
+    os.mkfifo(tmp_path / "x.png")
+    (tmp_path / "y.png").symlink_to("/dev/zero")
+    images = open_images(str(tmp_path))
+    for i in range(2):
+        with pytest.raises(BadImage, match="not a regular file"):
+            images.load(i)

@@ -4,8 +4,9 @@ from diffusers import AutoencoderKL
 from diffusers.models.resnet import ResnetBlock2D
 
 from litevae import LiteVAE
+from litevae.errors import UserError
 from litevae.models.baseline import SmallEncoderVAE
-from litevae.models.build import with_fresh_weights
+from litevae.models.build import build, with_fresh_weights
 from litevae.models.config import ModelConfig
 from litevae.training import load_config
 
@@ -108,3 +109,21 @@ def test_settings_that_do_not_go_together():
         with_fresh_weights(ModelConfig(preset="litevae-s", encoder_type="dwt", **SMALL), 64)
     with pytest.raises(ValueError, match="unknown preset 'litevae-xl'"):
         with_fresh_weights(ModelConfig(preset="litevae-xl"), 64)
+
+
+@pytest.mark.parametrize("kind", ["litevae", "sd-vae", "vae-small"])
+def test_weights_beyond_the_memory_are_not_built(kind):
+    config = ModelConfig(kind=kind, block_out_channels=[65536] * 4)
+    with pytest.raises(UserError, match=r"^weights: at least \d.* of memory needed, .* there$"):
+        with_fresh_weights(config, 256)
+
+
+def test_counting_the_weights_draws_no_random_numbers():
+    config = ModelConfig(**SMALL)
+    torch.manual_seed(0)
+    expected = build(config, 32).encoder.state_dict()
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        build(config, 32)
+    found = build(config, 32).encoder.state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -12,7 +12,7 @@ import torch
 import litevae.training.trainer as trainer_module
 from litevae.errors import UserError
 from litevae.training import train
-from litevae.training.checkpoint import choose_checkpoint, find_checkpoints
+from litevae.training.checkpoint import Checkpoint, choose_checkpoint, find_checkpoints, open_checkpoint
 
 
 def flip(path):
@@ -160,3 +160,82 @@ def test_resume_auto_says_that_a_run_without_checkpoints_starts_anew(tmp_path, c
     (tmp_path / "metrics.jsonl").touch()
     assert choose_checkpoint("auto", tmp_path / "checkpoints") is None
     assert "holds no checkpoint; starting from step 1" in capsys.readouterr().err
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A checkpoint of two files, and a function that rewrites its manifest."""
+    folder = tmp_path / "checkpoints" / "step-00000003"
+    (folder / "model").mkdir(parents=True)
+    (folder / "model" / "config.json").write_text("{}")
+    (folder / "state.pt").write_text("state")
+    (tmp_path / "outside").write_text("state")
+    digest = hashlib.sha256(b"state").hexdigest()
+
+    def rewrite(**changes):
+        files = {"state.pt": {"bytes": 5, "sha256": digest}}
+        content = {"step": 3, "psnr": None, "config": {}, "files": files} | changes
+        (folder / "manifest.json").write_text(json.dumps(content))
+        return open_checkpoint(folder)
+
+    assert rewrite() == Checkpoint(folder, 3, None)
+    return folder, rewrite, digest
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["/dev/zero", "../../outside", "link", "linked/config.json", "fifo", "model", "", ".", "a\0", "\ud800"],
+)
+def test_a_manifest_names_only_regular_files_of_its_folder(checkpoint, name):
+    folder, rewrite, digest = checkpoint
+    (folder / "link").symlink_to("../../outside")
+    (folder / "linked").symlink_to("model")
+    os.mkfifo(folder / "fifo")
+    for size in (5, 2, 0, 4096):
+        assert rewrite(files={name: {"bytes": size, "sha256": digest}}) is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"step": value} for value in (None, True, "3", 3.0, -1, 10**30, [])),
+        *({"psnr": value} for value in (True, "1", [], {})),
+        *({"files": value} for value in (None, [], {"state.pt": None}, {"state.pt": {"bytes": 5}})),
+        *({"files": {"state.pt": {"bytes": size, "sha256": "0"}}} for size in (True, 5.0, "5", [])),
+        *({"config": value} for value in (None, [], 1)),
+    ],
+    ids=str,
+)
+def test_a_manifest_of_wrong_types_is_none(checkpoint, changes):
+    assert checkpoint[1](**changes) is None
+
+
+@pytest.mark.parametrize("content", ["", "[]", "[" * 5000, "null", '{"step": 1}', "9" * 5000])
+def test_a_manifest_that_is_something_else_is_none(checkpoint, content):
+    folder, *_ = checkpoint
+    (folder / "manifest.json").write_text(content)
+    assert open_checkpoint(folder) is None
+
+
+def test_a_manifest_that_is_a_fifo_is_none(checkpoint):
+    folder, *_ = checkpoint
+    (folder / "manifest.json").unlink()
+    os.mkfifo(folder / "manifest.json")
+    assert find_checkpoints(folder.parent) == []
+
+
+@pytest.mark.parametrize("change", [{"random": 1}, {"optimizers": {}}, {"seconds": None}, None])
+def test_a_state_of_other_entries_is_refused(two_checkpoints, tiny, training_error, change):
+    path = two_checkpoints / "checkpoints" / "step-00000002" / "state.pt"
+    state = torch.load(path, weights_only=True)
+    torch.save([] if change is None else {**state, **change}, path)
+    manifest = path.with_name("manifest.json")
+    content = json.loads(manifest.read_text())
+    content["files"]["state.pt"] = {
+        "bytes": path.stat().st_size,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+    }
+    manifest.write_text(json.dumps(content))
+    message = training_error(tiny("resume=auto"))
+    assert "state.pt: " in message
+    assert "does not hold the state" in message or "not a state that litevae has written" in message
