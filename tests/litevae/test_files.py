@@ -10,8 +10,8 @@ from litevae.errors import UserError
 from litevae.files import (
     explaining_weights,
     files_in,
-    open_to_append,
     open_regular,
+    open_to_append,
     read_json,
     replacing,
     replacing_folder,
