@@ -50,6 +50,12 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture
+def fewer() -> Callable[[int], int]:
+    """Returns a function that reduces a number of random cases to a quarter on all instruction sets but the best."""
+    return lambda count: count if core is None or core.isa() == ISAS[-1] else -(-count // 4)
+
+
+@pytest.fixture
 def under_the_interpreter(pytestconfig: pytest.Config) -> Callable[[str], subprocess.CompletedProcess[str]]:
     """Returns a function that runs a file of tests in a process that has TRITON_INTERPRET set."""
 
