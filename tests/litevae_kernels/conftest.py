@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,38 +14,8 @@ import torch
 from torch import Tensor
 
 import litevae_kernels
-from litevae_kernels.backend import core
 
 Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]  # a kernel, its arguments and its named arguments
-
-
-# The instruction sets of this CPU, or those up to LITEVAE_CPU_ISA.
-ISAS: tuple[str, ...] = () if core is None else core.isas[: core.isas.index(core.isa()) + 1]
-
-
-@contextmanager
-def using(isa: str) -> Iterator[None]:
-    assert core is not None
-    before = core.isa()
-    core.set_isa(isa)
-    assert core.isa() == isa
-    yield
-    core.set_isa(before)
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs a test of the native kernels once for each instruction set of this CPU."""
-    with using(request.param):
-        yield request.param
-
-
-@pytest.fixture(params=["reference", *(f"native-{name}" for name in ISAS)])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs a test of the backends with the reference, and with the native one for each instruction set of this CPU."""
-    name, _, isa = request.param.partition("-")
-    with using(isa) if isa else nullcontext():
-        yield name
 
 
 @pytest.fixture

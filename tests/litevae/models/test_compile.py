@@ -159,9 +159,12 @@ def test_losses_of_20_compiled_steps_are_those_of_eager_ones(make_small, variant
         train(copy.deepcopy(vae).to(memory_format=memory_format), 20)
         for memory_format in (torch.contiguous_format, torch.channels_last)
     ]
+    # The compiled code may add the terms of a mean one after another, which gives a random walk of n roundings.
+    terms = images(2, 3, 16, 16).numel()
+    summation = terms**0.5 * torch.finfo(torch.float32).eps / 2 * exact.max()
     error = (train(vae, 20, compiled=True) - exact).abs().max()
     assert exact[-5:].mean() < exact[:5].mean()  # it trains
-    assert error <= CHANCE * max((losses - exact).abs().max() for losses in eager)
+    assert error <= CHANCE * max((losses - exact).abs().max() for losses in eager) + summation
     assert error < 1e-4 * exact.min()
 
 

@@ -10,6 +10,11 @@ SMALL = {"block_out_channels": (8, 16, 16, 24), "layers_per_block": 1}
 STABLE_DIFFUSION = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2}
 
 
+# A convolution by Winograd's F(4x4, 3x3) in float32 has about 3 times the rounding error of a direct one. The rest of
+# this factor allows for chance.
+MORE_THAN_DIRECT = 5
+
+
 def decoder(norm="group", num_upsamplers=3, num_groups=4, out_channels=3, **widths) -> Decoder:
     torch.manual_seed(0)
     return Decoder(4, out_channels, num_groups=num_groups, norm=norm, num_upsamplers=num_upsamplers, **widths)
@@ -32,7 +37,10 @@ def test_group_norm_decoder_is_diffusers_decoder(widths, num_groups, size):
     ours.load_state_dict(oracle.state_dict(), strict=True)
     z = torch.randn(2, 4, *size, generator=generator)
     with torch.no_grad():
-        torch.testing.assert_close(ours(z), oracle(z), atol=1e-5, rtol=1e-5)
+        actual, expected = ours(z), oracle(z)
+        exact = oracle.double()(z.double())
+        torch.testing.assert_close(ours.double()(z.double()), exact)
+    assert (actual - exact).norm() <= MORE_THAN_DIRECT * (expected - exact).norm()
 
 
 def test_smc_replaces_the_norms_of_res_blocks_and_output():

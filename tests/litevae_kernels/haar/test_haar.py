@@ -43,13 +43,17 @@ def pywt_stacked(image, levels, mode, scale):
     return out
 
 
-# At least 640 cases: 2 backends x 5 modes x 4 levels x 16 shapes; the layouts take turns.
+# At least 640 cases: 2 backends x 5 modes x 4 levels x 16 shapes, and a quarter for each lower instruction set; the
+# layouts take turns.
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("levels", [1, 2, 3, 4])
-def test_equals_pywavelets(backend, mode, levels):
+def test_equals_pywavelets(backend, fewer, mode, levels):
     compared = 0
     # reflect does not allow shapes that shrink to a length of 1
-    for i, shape in enumerate(shapes(120 if mode == "reflect" else 20, seed=levels)):
+    count = 120 if mode == "reflect" else 20
+    for i, shape in enumerate(shapes(count, seed=levels)):
+        if compared == fewer(count):
+            break
         image = arrange(random_image(shape, seed=i), LAYOUTS[i % len(LAYOUTS)])
         expected = pywt_wavedec2(image, levels, mode)
         with use_backend(backend), poisoned_memory():
@@ -73,7 +77,7 @@ def test_equals_pywavelets(backend, mode, levels):
             assert_within_budget(a, b, magnitude=largest, operations=5 * levels)
         assert_within_budget(restored, image, magnitude=4 * largest, operations=10 * levels)
         compared += 1
-    assert compared >= 16
+    assert compared >= fewer(16)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

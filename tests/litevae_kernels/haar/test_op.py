@@ -37,9 +37,12 @@ FUNCTIONS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_backward_equals_autograd_of_the_reference(name, mode, layout):
+def test_backward_equals_autograd_of_the_reference(name, mode, layout, fewer):
     compared = 0
-    for i, shape in enumerate(shapes(24 if mode == "reflect" else 8, seed=len(name))):
+    count = 24 if mode == "reflect" else 8
+    for i, shape in enumerate(shapes(count, seed=len(name))):
+        if compared == fewer(count):
+            break
         levels = 1 + i % 4
         if mode == "reflect" and (min(shape[2:]) - 1) >> (levels - 1) == 0:
             continue  # shrinks to a length of 1, which reflect does not allow
@@ -53,7 +56,7 @@ def test_backward_equals_autograd_of_the_reference(name, mode, layout):
         # incoming gradients are below 8; four bands at half weight, up to four folded samples per level
         assert_within_budget(actual, exact, magnitude=16.0 * 4**levels, operations=5 * levels)
         compared += 1
-    assert compared >= 8
+    assert compared >= fewer(8)
 
 
 @pytest.mark.usefixtures("isa")
