@@ -42,8 +42,8 @@ constexpr int tiles_at_once(int vectors) {
   return vectors == 1 ? 16 : vectors == 2 ? 12 : vectors == 3 ? 8 : 6;
 }
 #else
-constexpr int kWidest = 3;
-constexpr int tiles_at_once(int vectors) { return vectors == 1 ? 12 : vectors == 2 ? 6 : 4; }
+constexpr int kWidest = 2;
+constexpr int tiles_at_once(int vectors) { return vectors == 1 ? 12 : 6; }
 #endif
 
 // A tensor of S with adjacent channels or adjacent pixels.
@@ -238,15 +238,17 @@ void multiply_some(int64_t tiles, const float* in, int64_t channels, int64_t in_
   multiply<V, T>(in, channels, in_step, weight, out);
 }
 
-// Does so for any number of tiles, in nearly equal steps.
+// Computes one point's products of any number of tiles, in nearly equal steps, with a panel of `vectors`.
 template <int V>
-void multiply_all(int64_t tiles, const float* in, int64_t channels, int64_t in_step, const float* weight,
-                  float* out) {
+void multiply_panel(int64_t vectors, int64_t tiles, const float* in, int64_t channels, const float* weight,
+                    float* out) {
+  if constexpr (V > 1)
+    if (vectors < V) return multiply_panel<V - 1>(vectors, tiles, in, channels, weight, out);
   constexpr int T = tiles_at_once(V);
   const int64_t steps = ceil_div(tiles, T);
   for (int64_t i = 0; i < steps; ++i) {
     const int64_t first = tiles * i / steps, count = tiles * (i + 1) / steps - first;
-    multiply_some<V, T>(count, in + first * W, channels, in_step, weight, out + first * V * W);
+    multiply_some<V, T>(count, in + first * W, channels, tiles * W, weight, out + first * V * W);
   }
 }
 
@@ -555,19 +557,7 @@ void convolve(const Task<S>& k, int64_t begin, int64_t end, const Space<M>& spac
       const float* in = space.inputs + i * p.point_inputs;
       const float* weight = weights + i * p.inputs * count * W;
       float* out = space.products + i * p.point_products;
-      switch (count) {
-        case 1:
-          multiply_all<1>(tiles, in, p.inputs, tiles * W, weight, out);
-          break;
-        case 2:
-          multiply_all<2>(tiles, in, p.inputs, tiles * W, weight, out);
-          break;
-        case 3:
-          multiply_all<3>(tiles, in, p.inputs, tiles * W, weight, out);
-          break;
-        default:
-          multiply_all<kWidest>(tiles, in, p.inputs, tiles * W, weight, out);
-      }
+      multiply_panel<kWidest>(count, tiles, in, p.inputs, weight, out);
     }
     for (int64_t i = 0; i < images; ++i)
       by_channel ? transform_outputs<M>(k, patch(i), first, count, space)
