@@ -33,9 +33,9 @@ struct WeightGradient {
   TensorView weight;  // (O, I, 3, 3), any dtype and strides; written
 };
 
-// The size of the float32 kernels' tiles of outputs: the one that takes fewer multiplications. Larger tiles pad
-// more, and they have more weights to transform, which counts in small images. It is chosen per image, so that an
-// image's result does not depend on the other images of the batch.
+// The size of the float32 kernels' tiles of outputs: the one that takes fewer multiplications. Larger tiles
+// pad more, and they have more weights to transform, which counts in small images. It is chosen per image, so
+// that an image's result does not depend on the other images of the batch.
 static inline int output_tile(int64_t height, int64_t width) {
   const int64_t weights = 6;  // tiles whose products take as long as transforming the weights
   const auto cost = [&](int64_t tile) {

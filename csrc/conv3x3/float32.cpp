@@ -1,22 +1,22 @@
 // 3x3 convolution in float32 on any CPU, by Winograd's F(4x4, 3x3) or F(2x2, 3x3) (winograd.h): a tile of 4x4
 // outputs takes 36 products per pair of channels instead of 144, and a tile of 2x2 outputs 16 instead of 36.
-// Tensors are stored as float32, float16 or bfloat16, with adjacent channels or with adjacent pixels of a row;
-// values are converted when a tile is read and when it is written, and everything between is float32.
+// Tensors are stored as float32, float16 or bfloat16, with adjacent channels or with adjacent pixels of a
+// row; values are converted when a tile is read and when it is written, and everything between is float32.
 //
-// A block of tiles is transformed, multiplied and transformed back within the second-level cache, one panel of
-// output channels after the other:
+// A block of tiles is transformed, multiplied and transformed back within the second-level cache, one panel
+// of output channels after the other:
 //   inputs    (points, vectors of channels, tiles, width)
 //   weights   (panels, points, channels, vectors per panel, width)
 //   products  (points, tiles, vectors per panel, width), of one panel
 // For each vector of channels, rows of pixels pass once through the conversion, the transposition and the
 // activation into a buffer in the first-level cache, which has the border of zeros.
 //
-// An output depends on its tile alone and every sum has the same order, so the number of threads, the block and
-// the other images of a batch do not change any bit. A NaN or an infinity reaches all outputs of the tiles that
-// contain it, even those that are not its neighbours.
+// An output depends on its tile alone and every sum has the same order, so the number of threads, the block
+// and the other images of a batch do not change any bit. A NaN or an infinity reaches all outputs of the
+// tiles that contain it, even those that are not its neighbours.
 //
-// This file is compiled once per instruction set, so everything below has internal linkage and uses no library
-// templates.
+// This file is compiled once per instruction set, so everything below has internal linkage and uses no
+// library templates.
 #include <cstring>
 #include <stdexcept>
 
@@ -34,16 +34,22 @@ namespace {
 
 constexpr int64_t W = VecF::width;
 
-// The widest panel, and the number of tiles that are multiplied at once with V vectors of weights. The sums, the
-// weights and one input fit in the registers.
-#if defined(__AVX512F__) || defined(__aarch64__)
+// The widest panel, and the number of tiles that are multiplied at once with V vectors of weights, so that
+// the sums, the weights and the inputs fit in the registers. On x86, inputs need one register at a time,
+// because they are broadcast from memory as they are needed; compilers for Arm load all of them first.
+#if defined(__AVX512F__)
 constexpr int kWidest = 4;
 constexpr int tiles_at_once(int vectors) {
   return vectors == 1 ? 16 : vectors == 2 ? 12 : vectors == 3 ? 8 : 6;
 }
+#elif defined(__aarch64__)
+constexpr int kWidest = 4;
+constexpr int tiles_at_once(int vectors) {
+  return vectors == 1 ? 14 : vectors == 2 ? 9 : vectors == 3 ? 6 : 5;
+}
 #else
-constexpr int kWidest = 3;
-constexpr int tiles_at_once(int vectors) { return vectors == 1 ? 12 : vectors == 2 ? 6 : 4; }
+constexpr int kWidest = 2;
+constexpr int tiles_at_once(int vectors) { return vectors == 1 ? 12 : 6; }
 #endif
 
 // A tensor of S with adjacent channels or adjacent pixels.
@@ -53,6 +59,7 @@ struct Image {
   int64_t channels, width;
   int64_t n, channel, row, pixel;  // strides
   bool channels_adjacent;
+  bool streamed;  // Whole vectors of channels are whole cache lines, which stores write past the caches.
 
   explicit Image(const TensorView& t)
       : data(static_cast<S*>(t.data)),
@@ -62,26 +69,37 @@ struct Image {
         channel(t.stride[1]),
         row(t.stride[2]),
         pixel(t.stride[3]),
-        channels_adjacent(channels == 1 || channel == 1) {
+        channels_adjacent(channels == 1 || channel == 1),
+        streamed(channels_adjacent && whole_lines(t)) {
     if (data == nullptr) return;
     const bool pixels_adjacent = width == 1 || pixel == 1;
     if (t.dtype != dtype_of<S>() || (!channels_adjacent && !pixels_adjacent))
-      throw std::invalid_argument("a 3x3 convolution's tensors must have one dtype and adjacent channels or pixels");
+      throw std::invalid_argument(
+          "a 3x3 convolution's tensors must have one dtype and adjacent channels or pixels");
     if (channels < W && pixels_adjacent && width >= W) channels_adjacent = false;  // fewer unused lanes
+  }
+  // Reading the lines of y before they are overwritten costs up to a sixth of the time, more than the next
+  // operator gains from finding them in a cache.
+  static constexpr int64_t kLeastStreamed = 1 << 20;  // bytes
+  static bool whole_lines(const TensorView& t) {
+    const int64_t line = 64 / sizeof(S);
+    return t.size[0] * t.size[1] * t.size[2] * t.size[3] * 4 >= kLeastStreamed && W * sizeof(S) == 64 &&
+           reinterpret_cast<uintptr_t>(t.data) % 64 == 0 && t.stride[0] % line == 0 &&
+           t.stride[2] % line == 0 && t.stride[3] % line == 0;
   }
   S* at(int64_t image, int64_t c, int64_t y, int64_t x) const {
     return data + image * n + c * channel + y * row + x * pixel;
   }
 };
 
-// How the work is divided: into tasks, each of which is a panel of output channels of a block of tiles. A block has
-// `images` rectangles of tiles, of the same place in adjacent images; more than one only if it has all of their
-// tiles.
+// How the work is divided: into tasks, each of which is a panel of output channels of a block of tiles. A
+// block has `images` rectangles of tiles, of the same place in adjacent images; more than one only if it has
+// all of their tiles.
 struct Plan {
   int64_t batch, inputs, outputs, height, width;
-  int64_t points, vectors, panels;       // vectors and panels of output channels
-  int64_t tile_rows, tile_columns;       // per image
-  int64_t images, rows, columns;         // per block
+  int64_t points, vectors, panels;  // vectors and panels of output channels
+  int64_t tile_rows, tile_columns;  // per image
+  int64_t images, rows, columns;    // per block
   int64_t image_blocks, row_blocks, column_blocks;
   bool shared;                           // whether all panels' weights are transformed first, for all threads
   int64_t line;                          // vectors in a row of pixels with its border
@@ -94,8 +112,8 @@ struct Plan {
     vectors = ceil_div(outputs, W), panels = ceil_div(vectors, kWidest);
     tile_rows = ceil_div(height, tile), tile_columns = ceil_div(width, tile);
     const int64_t padded = ceil_div(inputs, W) * W, per_image = tile_rows * tile_columns;
-    // If the transformed weights exceed the caches, each task transforms its own, for as many tiles as make up for
-    // it. Otherwise they are transformed once, and a block fits in the second-level cache.
+    // If the transformed weights exceed the caches, each task transforms its own, for as many tiles as make
+    // up for it. Otherwise they are transformed once, and a block fits in the second-level cache.
     shared = 4 * weights(vectors) <= kSharedBytes;
     const int64_t bytes = points * 4 * (padded + (shared ? kWidest * W : 0));
     int64_t tiles = (shared ? kBlockBytes : kLargeBlockBytes) / bytes;
@@ -119,7 +137,7 @@ struct Plan {
 
  private:
   static constexpr int64_t kSharedBytes = 4 << 20, kBlockBytes = 640 << 10, kLargeBlockBytes = 5 << 20;
-  static constexpr int64_t kMostColumns = 16;
+  static constexpr int64_t kMostColumns = 8;
   static int64_t odd_lines(int64_t floats) { return ceil_div(floats, 16) / 2 * 32 + 16; }
 };
 
@@ -149,7 +167,10 @@ void gather(const Image<S>& x, int64_t n, int64_t c, int64_t y, int64_t column, 
   const S* from = x.at(n, c, y, column);
   if (x.channels_adjacent) {
     if (lanes == W)
-      for (int64_t i = 0; i < count; ++i) VecF::load(from + i * x.pixel).store(to + i * W);
+      for (int64_t i = 0; i < count; ++i) {
+        __builtin_prefetch(from + i * x.pixel + W, 0, 2);  // the next vector of channels
+        VecF::load(from + i * x.pixel).store(to + i * W);
+      }
     else
       for (int64_t i = 0; i < count; ++i) VecF::load(from + i * x.pixel, lanes).store(to + i * W);
     return;
@@ -224,23 +245,25 @@ void multiply_some(int64_t tiles, const float* in, int64_t channels, int64_t in_
   multiply<V, T>(in, channels, in_step, weight, out);
 }
 
-// Does so for any number of tiles, in nearly equal steps.
+// Computes one point's products of any number of tiles, in nearly equal steps, with a panel of `vectors`.
 template <int V>
-void multiply_all(int64_t tiles, const float* in, int64_t channels, int64_t in_step, const float* weight,
-                  float* out) {
+void multiply_panel(int64_t vectors, int64_t tiles, const float* in, int64_t channels, const float* weight,
+                    float* out) {
+  if constexpr (V > 1)
+    if (vectors < V) return multiply_panel<V - 1>(vectors, tiles, in, channels, weight, out);
   constexpr int T = tiles_at_once(V);
   const int64_t steps = ceil_div(tiles, T);
   for (int64_t i = 0; i < steps; ++i) {
     const int64_t first = tiles * i / steps, count = tiles * (i + 1) / steps - first;
-    multiply_some<V, T>(count, in + first * W, channels, in_step, weight, out + first * V * W);
+    multiply_some<V, T>(count, in + first * W, channels, tiles * W, weight, out + first * V * W);
   }
 }
 
 // ---------------------------------------------------------------------------------------------------------------
 // Weights.
 
-// Converts a matrix of `lanes` rows, `step` apart, to `count` vectors of its columns, `to_step` apart. Rows that
-// do not exist are zero.
+// Converts a matrix of `lanes` rows, `step` apart, to `count` vectors of its columns, `to_step` apart. Rows
+// that do not exist are zero.
 template <class T>
 void load_columns(const T* from, int64_t step, int lanes, int64_t count, float* to, int64_t to_step) {
   for (int64_t i = 0; i < count; i += W) {
@@ -284,8 +307,8 @@ void load_taps(const TensorView& w, bool transposed, int64_t output, int lanes, 
   }
 }
 
-// Rounds taps to the type of the tensors before they are transformed. Autocast does the same, so the result does
-// not depend on it.
+// Rounds taps to the type of the tensors before they are transformed. Autocast does the same, so the result
+// does not depend on it.
 template <class S>
 void round_taps(float* taps, int64_t vectors) {
   for (int64_t i = 0; i < vectors; ++i) {
@@ -438,9 +461,17 @@ inline __attribute__((always_inline)) void transform_tile(const float* m, int64_
   }
 }
 
-// Transforms a patch of a panel of `count` vectors, the first of which is `first`, to tensors with adjacent channels.
+inline void stream(VecF v, float* to) { v.stream(to); }
+template <class S>
+inline void stream(VecF v, S* to) {
+  v.store(to);
+}
+
+// Transforms a patch of a panel of `count` vectors, the first of which is `first`, to tensors with adjacent
+// channels.
 template <int M, class S>
-void transform_outputs(const Task<S>& k, const Patch& b, int64_t first, int64_t count, const Space<M>& space) {
+void transform_outputs(const Task<S>& k, const Patch& b, int64_t first, int64_t count,
+                       const Space<M>& space) {
   const Image<S> residual = k.residual, y = k.y;  // copies, because for the compiler a store might change k
   const int64_t point = k.p.point_products, channels = k.p.outputs;
   for (int64_t r = 0; r < b.rows; ++r) {
@@ -464,7 +495,10 @@ void transform_outputs(const Task<S>& k, const Patch& b, int64_t first, int64_t 
               sum = sum + (lanes == W ? VecF::load(place) : VecF::load(place, lanes));
             }
             S* place = to + i * y.row + j * y.pixel;
-            lanes == W ? sum.store(place) : sum.store(place, lanes);
+            if (lanes < W)
+              sum.store(place, lanes);
+            else
+              y.streamed ? stream(sum, place) : sum.store(place);
           }
       }
     }
@@ -473,7 +507,8 @@ void transform_outputs(const Task<S>& k, const Patch& b, int64_t first, int64_t 
 
 // Does the same for tensors of which one has adjacent pixels, row by row.
 template <int M, class S>
-void transform_output_rows(const Task<S>& k, const Patch& b, int64_t first, int64_t count, const Space<M>& space) {
+void transform_output_rows(const Task<S>& k, const Patch& b, int64_t first, int64_t count,
+                           const Space<M>& space) {
   const Plan& p = k.p;
   const int64_t step = p.line * W, columns = min_of(M * b.columns, p.width - b.left);
   for (int64_t r = 0; r < b.rows; ++r) {
@@ -532,24 +567,13 @@ void convolve(const Task<S>& k, int64_t begin, int64_t end, const Space<M>& spac
       const float* in = space.inputs + i * p.point_inputs;
       const float* weight = weights + i * p.inputs * count * W;
       float* out = space.products + i * p.point_products;
-      switch (count) {
-        case 1:
-          multiply_all<1>(tiles, in, p.inputs, tiles * W, weight, out);
-          break;
-        case 2:
-          multiply_all<2>(tiles, in, p.inputs, tiles * W, weight, out);
-          break;
-        case 3:
-          multiply_all<3>(tiles, in, p.inputs, tiles * W, weight, out);
-          break;
-        default:
-          multiply_all<kWidest>(tiles, in, p.inputs, tiles * W, weight, out);
-      }
+      multiply_panel<kWidest>(count, tiles, in, p.inputs, weight, out);
     }
     for (int64_t i = 0; i < images; ++i)
       by_channel ? transform_outputs<M>(k, patch(i), first, count, space)
                  : transform_output_rows<M>(k, patch(i), first, count, space);
   }
+  stream_fence();
 }
 
 template <int M, class S>
@@ -564,8 +588,10 @@ void forward(const Forward& call, int threads) {
   float* bias = scratch.take<float>(outputs);
   for (int64_t c = 0; c < outputs; ++c) bias[c] = 0;
   if (call.bias.data != nullptr)
-    load_row(call.bias.dtype, static_cast<const char*>(call.bias.data), call.bias.stride[1], p.outputs, 1, bias);
-  const Task<S> k{Image<S>(call.x), Image<S>(call.residual), Image<S>(call.y), p, call.silu, bias, weights, call};
+    load_row(call.bias.dtype, static_cast<const char*>(call.bias.data), call.bias.stride[1], p.outputs, 1,
+             bias);
+  const Task<S> k{
+      Image<S>(call.x), Image<S>(call.residual), Image<S>(call.y), p, call.silu, bias, weights, call};
   if (p.shared)
     parallel_for(p.vectors, threads, [&](int64_t begin, int64_t end) {
       for (int64_t panel = 0; panel < p.panels; ++panel) {
