@@ -168,6 +168,8 @@ def test_same_bits_for_any_number_of_threads_and_any_batch(restore_threads, dtyp
 @pytest.mark.parametrize("residual", [False, True])
 def test_under_autocast(dtype, residual):
     """Float32 parameters are rounded first, as in PyTorch's convolution under autocast."""
+    if dtype == torch.float32:
+        pytest.skip("autocast is to half precision")
     x, weight, bias = values(2, 24, 9, 7), values(32, 24, 3, 3, seed=1), values(32, seed=2)
     added = values(2, 32, 9, 7, seed=3) if residual else None
     leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]

@@ -81,7 +81,7 @@ def test_training_compiles_whole_and_once_for_all_batch_sizes(precision, memory_
     if multiplies(dtype, current_isa()) and precision == "autocast":
         pytest.skip("PyTorch serves float16 on this CPU")
     counter = CompileCounterWithBackend("aot_eager")
-    layer = Conv3x3(16, 24)
+    layer = Conv3x3(16, 24, bias=False)
     compiled = torch.compile(layer, fullgraph=True, backend=counter, dynamic=True)
     for batch in (2, 3, 5):
         x, residual = (
