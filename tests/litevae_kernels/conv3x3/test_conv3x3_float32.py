@@ -1,7 +1,6 @@
 """Tests the float32 kernels of the 3x3 convolution, which every CPU has, under each of its instruction sets."""
 
 import random
-import sys
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ import torch.nn.functional as F
 
 from litevae_kernels import conv3x3, self_modulated_conv2d, use_backend
 from litevae_kernels.arithmetic import multiplies
+from litevae_kernels.conv3x3 import dispatch
 from litevae_kernels.testing import LAYOUTS, Winograd, arrange, assert_within_budget, poisoned_memory
 
 # The points of csrc/conv3x3/winograd.h. The kernels choose the tile by the shape; F(4x4, 3x3) has the larger bound.
@@ -23,8 +23,8 @@ SILU = 8  # roundings of the activation
 @pytest.fixture(autouse=True)
 def small_calls_too(monkeypatch):
     """Makes the kernels serve narrow and small images as well, so that the tests are fast."""
-    for limit in ("LEAST_CHANNELS", "LEAST_PIXELS"):
-        monkeypatch.setattr(sys.modules["litevae_kernels.conv3x3"], limit, 1)
+    monkeypatch.setattr(dispatch, "LEAST_CHANNELS", 1)
+    monkeypatch.setattr(dispatch, "LEAST_PIXELS", ((1, 1),))
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from litevae_kernels import conv3x3
 from litevae_kernels.arithmetic import current_isa, multiplies
-from litevae_kernels.conv3x3 import serves
+from litevae_kernels.conv3x3.dispatch import serves
 from litevae_kernels.nn import Conv3x3
 from litevae_kernels.testing import arrange
 
