@@ -42,8 +42,8 @@ constexpr int tiles_at_once(int vectors) {
   return vectors == 1 ? 16 : vectors == 2 ? 12 : vectors == 3 ? 8 : 6;
 }
 #else
-constexpr int kWidest = 3;
-constexpr int tiles_at_once(int vectors) { return vectors == 1 ? 12 : vectors == 2 ? 6 : 4; }
+constexpr int kWidest = 2;
+constexpr int tiles_at_once(int vectors) { return vectors == 1 ? 12 : 6; }
 #endif
 
 // A tensor of S with adjacent channels or adjacent pixels.
@@ -53,6 +53,7 @@ struct Image {
   int64_t channels, width;
   int64_t n, channel, row, pixel;  // strides
   bool channels_adjacent;
+  bool streamed;  // Whole vectors of channels are whole cache lines, which stores write past the caches.
 
   explicit Image(const TensorView& t)
       : data(static_cast<S*>(t.data)),
@@ -62,12 +63,22 @@ struct Image {
         channel(t.stride[1]),
         row(t.stride[2]),
         pixel(t.stride[3]),
-        channels_adjacent(channels == 1 || channel == 1) {
+        channels_adjacent(channels == 1 || channel == 1),
+        streamed(channels_adjacent && whole_lines(t)) {
     if (data == nullptr) return;
     const bool pixels_adjacent = width == 1 || pixel == 1;
     if (t.dtype != dtype_of<S>() || (!channels_adjacent && !pixels_adjacent))
       throw std::invalid_argument("a 3x3 convolution's tensors must have one dtype and adjacent channels or pixels");
     if (channels < W && pixels_adjacent && width >= W) channels_adjacent = false;  // fewer unused lanes
+  }
+  // Reading the lines of y before they are overwritten costs up to a sixth of the time, more than the next operator
+  // gains from finding them in a cache.
+  static constexpr int64_t kLeastStreamed = 1 << 20;  // bytes
+  static bool whole_lines(const TensorView& t) {
+    const int64_t line = 64 / sizeof(S);
+    return t.size[0] * t.size[1] * t.size[2] * t.size[3] * 4 >= kLeastStreamed && W * sizeof(S) == 64 &&
+           reinterpret_cast<uintptr_t>(t.data) % 64 == 0 && t.stride[0] % line == 0 &&
+           t.stride[2] % line == 0 && t.stride[3] % line == 0;
   }
   S* at(int64_t image, int64_t c, int64_t y, int64_t x) const {
     return data + image * n + c * channel + y * row + x * pixel;
@@ -119,7 +130,7 @@ struct Plan {
 
  private:
   static constexpr int64_t kSharedBytes = 4 << 20, kBlockBytes = 640 << 10, kLargeBlockBytes = 5 << 20;
-  static constexpr int64_t kMostColumns = 16;
+  static constexpr int64_t kMostColumns = 8;
   static int64_t odd_lines(int64_t floats) { return ceil_div(floats, 16) / 2 * 32 + 16; }
 };
 
@@ -149,7 +160,10 @@ void gather(const Image<S>& x, int64_t n, int64_t c, int64_t y, int64_t column, 
   const S* from = x.at(n, c, y, column);
   if (x.channels_adjacent) {
     if (lanes == W)
-      for (int64_t i = 0; i < count; ++i) VecF::load(from + i * x.pixel).store(to + i * W);
+      for (int64_t i = 0; i < count; ++i) {
+        __builtin_prefetch(from + i * x.pixel + W, 0, 2);  // the next vector of channels
+        VecF::load(from + i * x.pixel).store(to + i * W);
+      }
     else
       for (int64_t i = 0; i < count; ++i) VecF::load(from + i * x.pixel, lanes).store(to + i * W);
     return;
@@ -224,15 +238,17 @@ void multiply_some(int64_t tiles, const float* in, int64_t channels, int64_t in_
   multiply<V, T>(in, channels, in_step, weight, out);
 }
 
-// Does so for any number of tiles, in nearly equal steps.
+// Computes one point's products of any number of tiles, in nearly equal steps, with a panel of `vectors`.
 template <int V>
-void multiply_all(int64_t tiles, const float* in, int64_t channels, int64_t in_step, const float* weight,
-                  float* out) {
+void multiply_panel(int64_t vectors, int64_t tiles, const float* in, int64_t channels, const float* weight,
+                    float* out) {
+  if constexpr (V > 1)
+    if (vectors < V) return multiply_panel<V - 1>(vectors, tiles, in, channels, weight, out);
   constexpr int T = tiles_at_once(V);
   const int64_t steps = ceil_div(tiles, T);
   for (int64_t i = 0; i < steps; ++i) {
     const int64_t first = tiles * i / steps, count = tiles * (i + 1) / steps - first;
-    multiply_some<V, T>(count, in + first * W, channels, in_step, weight, out + first * V * W);
+    multiply_some<V, T>(count, in + first * W, channels, tiles * W, weight, out + first * V * W);
   }
 }
 
@@ -438,6 +454,12 @@ inline __attribute__((always_inline)) void transform_tile(const float* m, int64_
   }
 }
 
+inline void stream(VecF v, float* to) { v.stream(to); }
+template <class S>
+inline void stream(VecF v, S* to) {
+  v.store(to);
+}
+
 // Transforms a patch of a panel of `count` vectors, the first of which is `first`, to tensors with adjacent channels.
 template <int M, class S>
 void transform_outputs(const Task<S>& k, const Patch& b, int64_t first, int64_t count, const Space<M>& space) {
@@ -464,7 +486,10 @@ void transform_outputs(const Task<S>& k, const Patch& b, int64_t first, int64_t 
               sum = sum + (lanes == W ? VecF::load(place) : VecF::load(place, lanes));
             }
             S* place = to + i * y.row + j * y.pixel;
-            lanes == W ? sum.store(place) : sum.store(place, lanes);
+            if (lanes < W)
+              sum.store(place, lanes);
+            else
+              y.streamed ? stream(sum, place) : sum.store(place);
           }
       }
     }
@@ -532,24 +557,13 @@ void convolve(const Task<S>& k, int64_t begin, int64_t end, const Space<M>& spac
       const float* in = space.inputs + i * p.point_inputs;
       const float* weight = weights + i * p.inputs * count * W;
       float* out = space.products + i * p.point_products;
-      switch (count) {
-        case 1:
-          multiply_all<1>(tiles, in, p.inputs, tiles * W, weight, out);
-          break;
-        case 2:
-          multiply_all<2>(tiles, in, p.inputs, tiles * W, weight, out);
-          break;
-        case 3:
-          multiply_all<3>(tiles, in, p.inputs, tiles * W, weight, out);
-          break;
-        default:
-          multiply_all<kWidest>(tiles, in, p.inputs, tiles * W, weight, out);
-      }
+      multiply_panel<kWidest>(count, tiles, in, p.inputs, weight, out);
     }
     for (int64_t i = 0; i < images; ++i)
       by_channel ? transform_outputs<M>(k, patch(i), first, count, space)
                  : transform_output_rows<M>(k, patch(i), first, count, space);
   }
+  stream_fence();
 }
 
 template <int M, class S>
