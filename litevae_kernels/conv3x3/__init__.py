@@ -25,57 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from litevae_kernels.arithmetic import current_isa, multiplies, result_dtype
-from litevae_kernels.backend import choose, core, core_error, forced_backend
+from litevae_kernels.arithmetic import current_isa, result_dtype
+from litevae_kernels.backend import choose, forced_backend
 from litevae_kernels.conv3x3 import op, reference
+from litevae_kernels.conv3x3.dispatch import DTYPES, describe, serves, why_not
 from litevae_kernels.tensors import check_residual, check_tensor
-
-AMX = core is not None and core.has_amx_bf16()
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# PyTorch's convolution is faster below either limit: the kernels pad the channels to whole vectors, and transform all
-# weights whatever the size of the image. The limit is per image, not per batch, so that an image's result does not
-# depend on the other images of the batch.
-LEAST_CHANNELS = 16
-LEAST_PIXELS = 64
-LEAST_CHANNELS_BFLOAT16 = 32  # of the kernels that multiply in bfloat16
-LEAST_PIXELS_BFLOAT16 = 128
-
-
-def why_not(dtype: torch.dtype, isa: str | None) -> str | None:
-    """Returns why the kernels serve no call of a dtype on the CPU; None if they serve some.
-
-    Args:
-        dtype: dtype of the result.
-        isa: instruction set, as `current_isa` returns it.
-    """
-    if core is None:
-        return f"the compiled core did not load ({core_error})"
-    if dtype not in DTYPES:
-        return "the kernels compute in float32"
-    if dtype == torch.float32 or not multiplies(dtype, isa):
-        return None
-    name = str(dtype).removeprefix("torch.")
-    if dtype == torch.float16 or isa != "avx512bf16":
-        return f"this CPU has {name} arithmetic, which only PyTorch's convolution uses"
-    return "PyTorch's convolution is faster on this CPU, which has AMX" if AMX else None
-
-
-def serves(dtype: torch.dtype, isa: str | None, channels_innermost: bool, channels: int, pixels: int) -> bool:
-    """Returns whether the kernels serve a call on the CPU.
-
-    Args:
-        dtype: dtype of the result.
-        isa: instruction set, as `current_isa` returns it.
-        channels_innermost: whether channels are adjacent in memory.
-        channels: number of input channels or output channels, whichever is lower.
-        pixels: number of pixels per image.
-    """
-    if why_not(dtype, isa) is not None:
-        return False
-    if dtype == torch.bfloat16 and multiplies(dtype, isa):
-        least = LEAST_CHANNELS_BFLOAT16, LEAST_PIXELS_BFLOAT16
-        return channels_innermost and channels >= least[0] and pixels >= least[1]
-    return channels >= LEAST_CHANNELS and pixels >= LEAST_PIXELS
 
 
 def conv3x3(
@@ -164,11 +118,4 @@ def describe_backend(device_type: str, dtype: torch.dtype) -> str:
     if device_type != "cpu" or forced_backend() not in (None, "native"):
         return "PyTorch's convolution"
     isa = current_isa()
-    reason = why_not(dtype, isa)
-    if reason is not None:
-        return f"PyTorch's convolution   (not native: {reason})"
-    if dtype == torch.float32 or not multiplies(dtype, isa):
-        limits, how = (LEAST_CHANNELS, LEAST_PIXELS), "" if dtype == torch.float32 else " in float32"
-    else:
-        limits, how = (LEAST_CHANNELS_BFLOAT16, LEAST_PIXELS_BFLOAT16), " if channels are innermost"
-    return f"native{how}, from {limits[0]} channels and {limits[1]} pixels; else PyTorch's convolution"
+    return describe(dtype, isa)

@@ -2,6 +2,7 @@
 
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 from litevae_kernels.arithmetic import result_dtype, widened
 from litevae_kernels.tensors import add_residual
@@ -19,3 +20,17 @@ def forward(
     if residual is not None:
         residual = residual.to(result_dtype(x))
     return widened(convolve, x, weight, bias, residual)
+
+
+def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
+    """Returns the gradient of the input (N, C_in, H, W), without derivatives."""
+    return widened(lambda grad, weight: F.conv_transpose2d(grad, weight, padding=1), grad, weight)
+
+
+def weight_gradient(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
+    """Returns the gradient of the weight (C_out, C_in, 3, 3) in x's dtype; the weight's values do not matter."""
+
+    def gradient(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
+        return conv2d_weight(x, weight.shape, grad, padding=1)
+
+    return widened(gradient, x, grad, weight.to(x.dtype))

@@ -1,5 +1,7 @@
 """Compares the models' convolutions under each instruction set of the CPU with PyTorch's direct convolution."""
 
+import copy
+
 import pytest
 import skimage.data
 import torch
@@ -7,6 +9,7 @@ import torch
 from litevae import LiteVAE
 from litevae.data.images import to_model_range
 from litevae_kernels import use_backend
+from litevae_kernels.arithmetic import multiplies
 
 
 @pytest.fixture(scope="module", params=["litevae-s", "litevae-b"])
@@ -33,12 +36,15 @@ def test_moments_are_those_of_the_direct_convolution(vae, photograph, isa, memor
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_is_as_near_to_float32_as_its_roundings(vae, photograph, isa, dtype):
-    """On a CPU without the arithmetic, only what is stored between layers is rounded."""
+def test_half_precision_on_a_cpu_without_it(vae, photograph, isa, dtype):
+    """The kernels round where the widened reference rounds, so the errors agree but for chance."""
+    if multiplies(dtype, isa):
+        pytest.skip("this CPU multiplies the dtype")
     direct = vae.encode(photograph).latent_dist.parameters
-    half = LiteVAE.from_config(vae.config)
-    half.load_state_dict(vae.state_dict())
-    half = half.to(dtype=dtype).eval().requires_grad_(False)
+    half = copy.deepcopy(vae).to(dtype=dtype)
     moments = half.encode(photograph.to(dtype)).latent_dist.parameters
     assert moments.dtype == dtype
-    assert (moments.float() - direct).norm() <= 4 * torch.finfo(dtype).eps * direct.norm()
+    with use_backend("reference"):
+        rounded = half.encode(photograph.to(dtype)).latent_dist.parameters
+    error, error_of_reference = ((m.float() - direct).norm() for m in (moments, rounded))
+    assert 0 < error <= 1.5 * error_of_reference

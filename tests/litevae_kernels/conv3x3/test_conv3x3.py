@@ -1,7 +1,6 @@
 """Compares the 3x3 convolution in bfloat16 with torch in float64, and calls that PyTorch serves with PyTorch."""
 
 import random
-import sys
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ import torch.nn.functional as F
 
 from litevae_kernels import conv3x3, use_backend
 from litevae_kernels.arithmetic import current_isa, widened
-from litevae_kernels.conv3x3 import why_not
+from litevae_kernels.conv3x3 import dispatch, why_not
 from litevae_kernels.nn import Conv3x3
 from litevae_kernels.testing import LAYOUTS, arrange, assert_within_budget, poisoned_memory
 
@@ -29,7 +28,7 @@ BF16 = 2**16  # units in the last place of float32 in one of bfloat16
 @pytest.fixture(autouse=True)
 def small_images_too(monkeypatch):
     """Makes the kernels serve small images as well, so that the tests are fast."""
-    monkeypatch.setattr(sys.modules["litevae_kernels.conv3x3"], "LEAST_PIXELS_BFLOAT16", 1)
+    monkeypatch.setattr(dispatch, "LEAST_PIXELS_BFLOAT16", 1)
 
 
 def values(*shape, dtype=torch.bfloat16, seed=0):

@@ -1,7 +1,5 @@
 """Tests derivatives, registration and compilation of the 3x3 convolution."""
 
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from litevae_kernels import conv3x3
 from litevae_kernels.arithmetic import current_isa
-from litevae_kernels.conv3x3 import why_not
+from litevae_kernels.conv3x3 import dispatch, why_not
 from litevae_kernels.nn import Conv3x3
 
 needs_kernel = pytest.mark.skipif(
@@ -24,7 +22,7 @@ needs_kernel = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def small_images_too(monkeypatch):
     """Makes the kernels serve small images as well, so that the tests are fast."""
-    monkeypatch.setattr(sys.modules["litevae_kernels.conv3x3"], "LEAST_PIXELS_BFLOAT16", 1)
+    monkeypatch.setattr(dispatch, "LEAST_PIXELS_BFLOAT16", 1)
 
 
 def values(*shape, dtype=torch.bfloat16, seed=0):

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from litevae_kernels import conv3x3
 from litevae_kernels.arithmetic import current_isa, multiplies
-from litevae_kernels.conv3x3 import serves
+from litevae_kernels.conv3x3.dispatch import serves
 from litevae_kernels.nn import Conv3x3
 from litevae_kernels.testing import arrange
 
@@ -81,7 +81,7 @@ def test_training_compiles_whole_and_once_for_all_batch_sizes(precision, memory_
     if multiplies(dtype, current_isa()) and precision == "autocast":
         pytest.skip("PyTorch serves float16 on this CPU")
     counter = CompileCounterWithBackend("aot_eager")
-    layer = Conv3x3(16, 24)
+    layer = Conv3x3(16, 24, bias=False)
     compiled = torch.compile(layer, fullgraph=True, backend=counter, dynamic=True)
     for batch in (2, 3, 5):
         x, residual = (
