@@ -3,6 +3,7 @@
 import errno
 import os
 import socket
+import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -37,10 +38,13 @@ def locked(folder: Path, command: str, process: int = 0) -> Iterator[None]:
 
     Raises:
         UserError: another run has locked the folder; the message names it.
-        OSError: the file cannot be opened, or is a symbolic link.
+        OSError: the file cannot be opened, or is a link or another special file.
     """
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | NO_FOLLOW, 0o666)
     with os.fdopen(descriptor, "r+b", buffering=0) as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:  # planted by others
+            raise OSError(errno.EINVAL, f"{LOCK} is not a file of its own", str(folder))
         try:
             lock_file(descriptor, process)
             if process == 0:

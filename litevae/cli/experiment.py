@@ -61,8 +61,8 @@ def experiment(
 
     Models are stored in DIR/runs under a hash of their settings. Experiments share the models that they have in
     common, and an interrupted command continues with the remaining models (at the paper's scale, from its last
-    checkpoint). One experiment at a time can write to DIR. The data sets are imagenet, ffhq, celeba-hq and deepfashion. Settings of the second stage begin
-    with "diffusion.", as in diffusion.max_steps=100.
+    checkpoint). One experiment at a time can write to DIR. The data sets are imagenet, ffhq, celeba-hq and
+    deepfashion. Settings of the second stage begin with "diffusion.", as in diffusion.max_steps=100.
     """
     from litevae.experiments.spec import load_experiment, shipped_experiments
 

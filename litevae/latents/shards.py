@@ -218,10 +218,10 @@ class LatentBatch(NamedTuple):
 class LatentDataset(Dataset[Latent]):
     """The images of a folder that `litevae encode` has written.
 
-    Mirrored copies follow the images: item i + `count` is the mirrored item i. An index is an integer, which may be
-    negative and gives a `Latent`; or a slice, or a sequence or a tensor of integers or of one boolean per item, which
-    gives a `LatentBatch`. The files are mapped into memory, so
-    that random access reads only the items themselves, also in worker processes.
+    Mirrored copies follow the images: item i + `count` is the mirrored item i. An integer, which may be negative,
+    selects a `Latent`. A slice, or a sequence or tensor of integers or of one boolean per item, selects a
+    `LatentBatch`. The files are mapped into memory, so that random access reads only the items themselves, also in
+    worker processes.
 
     Args:
         folder: folder that `litevae encode` has written.

@@ -62,4 +62,4 @@ def check_run(config: Config) -> None:
 def check_sizes(model: Autoencoder, config: Config) -> None:
     """Raises UserError if the model does not take the images of a stage."""
     for stage in list_stages(config):
-        check_size(model, stage.size, "data.size" if stage.size == config.data.size else "stages: size")
+        check_size(model, stage.size, "data.size")

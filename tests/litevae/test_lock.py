@@ -34,10 +34,19 @@ def test_the_second_run_is_refused_and_the_first_named(tmp_path):
     assert try_in_another_process(tmp_path) == "locked"
 
 
-def test_a_planted_link_is_not_followed(tmp_path):
+@pytest.mark.parametrize(
+    "plant",
+    [
+        lambda lock, victim: lock.symlink_to(victim),
+        lambda lock, victim: lock.hardlink_to(victim),
+        lambda lock, _: os.mkfifo(lock),
+    ],
+    ids=["symbolic", "hard", "fifo"],
+)
+def test_a_planted_link_is_not_followed(tmp_path, plant):
     (tmp_path / "victim").write_text("mine")
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / LOCK).symlink_to(tmp_path / "victim")
+    plant(tmp_path / "run" / LOCK, tmp_path / "victim")
     with pytest.raises(UserError, match="cannot write to"), locked_by_run(tmp_path / "run", "litevae train"):
         pass
     assert (tmp_path / "victim").read_text() == "mine"

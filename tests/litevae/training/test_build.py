@@ -131,7 +131,7 @@ class TestFineTuning:
     ("setting", "message"),
     [
         ("data.size=100", "data.size must be a multiple of 8, at least 16, got 100"),
-        ("stages=[{start: 9, size: 100}]", "stages: size must be a multiple of 8, at least 16, got 100"),
+        ("stages=[{start: 9, size: 100}]", "data.size must be a multiple of 8, at least 16, got 100"),
         ("model.preset=litevae-x", "model: unknown preset 'litevae-x': did you mean"),
         ("data.train=", "data.train is empty"),
     ],

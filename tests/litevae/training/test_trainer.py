@@ -102,7 +102,7 @@ class TestFinishedRun:
         (tmp_path / "model").mkdir()
         (tmp_path / "model" / "old").touch()
         (tmp_path / "model" / "config.json").touch()
-        train(load_config(str(folder / "config.yaml"), [f"output_dir={tmp_path}"]))
+        train(load_config(str(folder / "config.yaml"), [f"output_dir={tmp_path}"]), replace=True)
         keys = ("step", "loss", "l1", "kl", "wavelet", "gaussian", "gradient_norm")
         assert {path.name for path in tmp_path.iterdir()} == FILES
         assert not (tmp_path / "model" / "old").exists()
