@@ -24,7 +24,8 @@ from litevae.data.sources import open_images
 from litevae.data.squares import SquareDataset
 from litevae.environment import DTYPES, choose_precision
 from litevae.latents import Settings, encode_images
-from litevae.latents.shards import MOMENTS, name_shard
+from litevae.latents.index import name_shard
+from litevae.latents.shards import MOMENTS
 
 SIZE = 256
 WIDTH, HEIGHT = 500, 375

@@ -32,7 +32,11 @@ def test_a_message_is_short_printable_and_keeps_both_ends(value):
     assert message.isprintable()
 
 
-@pytest.mark.parametrize("value", [10**5000, -(10**400), [1] * 5000, "v" * 5000, {"k": ["v"] * 999}])
+@pytest.mark.parametrize(
+    "value",
+    [10**5000, -(10**400), [1] * 5000, "v" * 5000, {"k": ["v"] * 999}],
+    ids=["huge", "negative", "list", "text", "mapping"],  # pytest cannot print the first
+)
 def test_a_value_in_a_message_is_short(value):
     assert len(shorten(value)) <= 80
     assert shorten([1, "a"]) == "[1, 'a']"

@@ -223,6 +223,7 @@ def test_weights_that_are_no_regular_file_are_refused(tmp_path, monkeypatch):
         (b"\xff", "decode"),
         (b"{", "Expecting"),
     ],
+    ids=["lists", "few lists", "mappings", "values", "digits", "bytes", "end"],
 )
 def test_json_is_bounded(tmp_path, content, reason):
     (tmp_path / "x.json").write_bytes(content)
