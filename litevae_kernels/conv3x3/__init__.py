@@ -19,7 +19,16 @@ from torch import Tensor
 
 from litevae_kernels.backend import choose, core, forced_backend
 from litevae_kernels.conv3x3 import op, reference
-from litevae_kernels.tensors import check_residual, check_tensor
+from litevae_kernels.tensors import (
+    check_bias,
+    check_device,
+    check_flag,
+    check_operand_dtype,
+    check_residual,
+    check_tensor,
+    refuse_transforms,
+    shape_of,
+)
 
 
 def _why_not() -> str | None:
@@ -61,10 +70,12 @@ def conv3x3(
         (N, C_out, H, W) in x's dtype, or under autocast in that of autocast.
 
     Raises:
-        TypeError: a tensor is not float32, float64, float16 or bfloat16.
-        ValueError: x is not 4-D, weight is not (C_out, C_in, 3, 3) for x's C_in, or bias or residual has another
-            shape.
-        RuntimeError: `torch.nn.functional.conv2d` raises it, for example for a weight of another dtype.
+        TypeError: a tensor is not float32, float64, float16 or bfloat16; weight or bias has another dtype than x
+            without autocast to convert them; or `silu_input` is not a bool.
+        ValueError: x is not 4-D, weight is not (C_out, C_in, 3, 3) for x's C_in, bias or residual has another
+            shape, a size other than the batch is zero, or the tensors are on several devices.
+        NotImplementedError: under a transform of `torch.func` or for a forward-mode tangent, if a kernel would serve
+            the call.
     """
     check_tensor(x, "x")
     check_tensor(weight, "weight")
@@ -72,17 +83,24 @@ def conv3x3(
         raise ValueError(f"x has {x.ndim} dimensions; 4 are needed: (batch, channels, height, width)")
     if weight.ndim != 4 or weight.shape[1:] != (x.shape[1], 3, 3):
         raise ValueError(
-            f"weight has shape {tuple(weight.shape)}; (C_out, {x.shape[1]}, 3, 3) is needed for x's channels"
+            f"weight has shape {shape_of(weight)}; (C_out, {x.shape[1]}, 3, 3) is needed for x's channels"
         )
-    batch, _, height, width = x.shape
+    check_device(weight, "weight", x, "x")
+    check_operand_dtype(weight, "weight", x)
+    batch, channels, height, width = x.shape
     outputs = weight.shape[0]
+    if 0 in (channels, height, width, outputs):
+        raise ValueError(
+            f"x has shape {shape_of(x)} and weight {shape_of(weight)}; all sizes but the batch must be at least 1"
+        )
     if bias is not None:
-        check_tensor(bias, "bias")
-        if bias.shape != (outputs,):
-            raise ValueError(f"bias has shape {tuple(bias.shape)}; ({outputs},) is needed")
+        check_bias(bias, outputs, x)
+        check_operand_dtype(bias, "bias", x)
     if residual is not None:
-        check_residual(residual, (batch, outputs, height, width))
+        check_residual(residual, (batch, outputs, height, width), x)
+    check_flag(silu_input, "silu_input")
     if _is_fused(x, weight, bias, residual):
+        refuse_transforms("conv3x3", "native", x, weight, bias, residual)
         if torch.is_grad_enabled():
             x = x.to(torch.bfloat16)  # The backward pass keeps this tensor.
             if silu_input and (x.requires_grad or weight.requires_grad):

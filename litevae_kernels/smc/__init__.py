@@ -19,11 +19,19 @@ from litevae_kernels.conv3x3 import conv3x3
 from litevae_kernels.smc import op, reference
 from litevae_kernels.tensors import (
     add_residual,
+    check_bias,
+    check_device,
     check_dtype,
+    check_eps,
+    check_flag,
     check_memory_format,
     check_residual,
     check_tensor,
     is_channels_last,
+    is_integer,
+    refuse_transforms,
+    shape_of,
+    shown,
 )
 
 
@@ -54,33 +62,34 @@ def modulate_weight(
         The shape of `weight`.
 
     Raises:
-        TypeError: a tensor, or `dtype`, is not float32, float64, float16 or bfloat16.
+        TypeError: a tensor, or `dtype`, is not float32, float64, float16 or bfloat16, or `eps` is not a number.
         ValueError: the weight is not 4-D or is empty, the scale or the gain has another length, the groups do not
-            divide C_out, `eps` is not positive, the memory format is another one, or the tensors are on several
-            devices.
+            divide C_out, `eps` is not positive or exceeds float32, the memory format is another one, or the tensors
+            are on several devices.
+        NotImplementedError: under a transform of `torch.func` or for a forward-mode tangent, on every backend but
+            the reference.
     """
     check_tensor(weight, "weight")
     check_tensor(scale, "scale")
     if weight.ndim != 4 or weight.numel() == 0:
         raise ValueError(
-            f"weight has shape {tuple(weight.shape)}; 4 dimensions of at least 1 are needed: "
+            f"weight has shape {shape_of(weight)}; 4 dimensions of at least 1 are needed: "
             f"(C_out, C_in / groups, K_h, K_w)"
         )
     c_out, c_in = weight.shape[:2]
     if scale.ndim != 1 or scale.shape[0] == 0 or scale.shape[0] % c_in or c_out % (scale.shape[0] // c_in):
         raise ValueError(
-            f"scale has shape {tuple(scale.shape)}; ({c_in},) is needed for a weight of {tuple(weight.shape)}, or "
+            f"scale has shape {shape_of(scale)}; ({c_in},) is needed for a weight of {shape_of(weight)}, or "
             f"a multiple of it whose factor, the groups, divides {c_out}"
         )
     if gain is not None:
         check_tensor(gain, "gain")
         if gain.shape != (1,):
-            raise ValueError(f"gain has shape {tuple(gain.shape)}; (1,) is needed")
-    if not eps > 0:
-        raise ValueError(f"eps is {eps}; a positive number is needed")
-    for name, other in (("scale", scale), ("gain", gain)):
-        if other is not None and other.device != weight.device:
-            raise ValueError(f"{name} is on {other.device}; allowed: the weight's device, {weight.device}")
+            raise ValueError(f"gain has shape {shape_of(gain)}; (1,) is needed")
+    eps = check_eps(eps)
+    check_device(scale, "scale", weight, "the weight")
+    if gain is not None:
+        check_device(gain, "gain", weight, "the weight")
     if dtype is not None:
         check_dtype(dtype, "dtype is")
     check_memory_format(memory_format)
@@ -91,6 +100,7 @@ def modulate_weight(
     backend = choose(weight.device.type)
     if backend == "reference":
         return reference.modulate(weight, scale, gain, eps, dtype, channels_last)
+    refuse_transforms("modulate_weight", backend, weight, scale, gain)
     return op.modulate_weight(weight, scale, gain, eps, dtype, channels_last, backend)
 
 
@@ -127,22 +137,28 @@ def self_modulated_conv2d(
         modulated weight is rounded once, from float32.
 
     Raises:
-        TypeError: a tensor is not float32, float64, float16 or bfloat16.
+        TypeError: a tensor is not float32, float64, float16 or bfloat16, or another argument is not of the type above.
         ValueError: x is not 4-D, the number of its channels is not that of the scales, `groups` does not divide it or
-            does not fit the weight, or `modulate_weight` raises it.
-        RuntimeError: `torch.nn.functional.conv2d` raises it.
+            does not fit the weight, the padded image is smaller than the kernel, `bias` or `residual` has another
+            shape, the tensors are on several devices, or `modulate_weight` raises it.
+        NotImplementedError: `modulate_weight` or `conv3x3` raises it.
     """
     check_tensor(x, "x")
     check_tensor(scale, "scale")
     if x.ndim != 4:
         raise ValueError(f"x has {x.ndim} dimensions; 4 are needed: (batch, channels, height, width)")
     if scale.shape != (x.shape[1],):
-        raise ValueError(f"scale has shape {tuple(scale.shape)}; x's channels are needed: ({x.shape[1]},)")
+        raise ValueError(f"scale has shape {shape_of(scale)}; x's channels are needed: ({x.shape[1]},)")
     check_tensor(weight, "weight")
+    check_device(weight, "weight", x, "x")
+    if not is_integer(groups):
+        raise TypeError(f"groups is {shown(groups)}; an integer is needed")
     if weight.ndim == 4 and weight.shape[1] * groups != x.shape[1]:
         raise ValueError(
-            f"groups is {groups}; with a weight of {tuple(weight.shape)} it does not give x's {x.shape[1]} channels"
+            f"groups is {shown(groups)}; with a weight of {shape_of(weight)} it does not give x's {x.shape[1]} channels"
         )
+    check_flag(silu_input, "silu_input")
+    stride, dilation = _pair(stride, "stride", 1), _pair(dilation, "dilation", 1)
     dtype, device_type = x.dtype, x.device.type
     # The query raises an error for the meta device. Autocast does not convert float64.
     autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
@@ -150,14 +166,48 @@ def self_modulated_conv2d(
         dtype = torch.get_autocast_dtype(device_type)
     memory_format = torch.channels_last if is_channels_last(x) else None
     modulated = modulate_weight(weight, scale, gain, eps=eps, dtype=dtype, memory_format=memory_format)
+    padding = _check_padding(padding, x, weight, stride, dilation)
     if bias is not None:
-        check_tensor(bias, "bias")
+        check_bias(bias, weight.shape[0], x)
         bias = bias.to(dtype)
-    plain = stride in (1, (1, 1)) and padding in (1, (1, 1)) and dilation in (1, (1, 1)) and groups == 1
+    plain = stride == (1, 1) and padding == (1, 1) and dilation == (1, 1) and groups == 1
     if plain and weight.shape[2:] == (3, 3):
         return conv3x3(x, modulated, bias, residual=residual, silu_input=silu_input)
     y = F.conv2d(F.silu(x) if silu_input else x, modulated, bias, stride, padding, dilation, groups)
     if residual is None:
         return y
-    check_residual(residual, y.shape)
+    check_residual(residual, y.shape, x)
     return add_residual(y, residual)
+
+
+def _pair(value: object, name: str, least: int) -> tuple[int, int]:
+    """Returns `value`, an integer or a sequence of one or two, as two integers from `least` to 2^31 - 1."""
+    first, second = value if isinstance(value, (tuple, list)) and len(value) == 2 else (value, value)
+    if isinstance(first, (tuple, list)) and len(first) == 1:
+        first = second = first[0]
+    kind: type[Exception] = TypeError
+    if is_integer(first) and is_integer(second):
+        if least <= first < 2**31 and least <= second < 2**31:
+            return int(first), int(second)
+        kind = ValueError
+    raise kind(f"{name} is {shown(value)}; an integer of at least {least} is needed, or two: (height, width)")
+
+
+def _check_padding(
+    padding: object, x: Tensor, weight: Tensor, stride: tuple[int, int], dilation: tuple[int, int]
+) -> tuple[int, int] | str:
+    """Returns the padding as two integers, or the text "same", for a padded image that the kernel fits into."""
+    if isinstance(padding, str) and padding not in ("same", "valid"):
+        raise ValueError(f"padding is {shown(padding)}; allowed: integers, 'same' and 'valid'")
+    if padding == "same":
+        if stride != (1, 1):
+            raise ValueError(f"padding is 'same' with a stride of {stride}; it needs a stride of 1")
+        return "same"
+    pads = _pair(0 if padding == "valid" else padding, "padding", 0)
+    for size, pad, kernel, step in zip(x.shape[2:], pads, weight.shape[2:], dilation, strict=True):
+        if size == 0 or size + 2 * pad <= step * (kernel - 1):
+            raise ValueError(
+                f"x has shape {shape_of(x)}; with a padding of {pads} and a dilation of {dilation}, it is smaller than "
+                f"the kernel of {weight.shape[2]}x{weight.shape[3]}"
+            )
+    return pads
