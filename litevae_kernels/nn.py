@@ -107,7 +107,7 @@ class SelfModulatedConv2d(nn.Conv2d):
         """Returns `input` with the padding around it that the convolution of another mode than zeros needs."""
         check_tensor(input, "x")
         left, right, top, bottom = self._reversed_padding_repeated_twice
-        if input.ndim == 4:  # If not, the convolution refuses it.
+        if input.ndim == 4 and input.shape[1] == self.in_channels:  # The convolution refuses any other.
             # A mode reflects all pixels but the edge's, or wraps around once.
             spare = {"reflect": 1, "circular": 0}.get(self.padding_mode)
             for size, pad in zip(input.shape[2:], (max(top, bottom), max(left, right)), strict=True):

@@ -197,13 +197,15 @@ def _check_padding(
     padding: object, x: Tensor, weight: Tensor, stride: tuple[int, int], dilation: tuple[int, int]
 ) -> tuple[int, int] | str:
     """Returns the padding as two integers, or the text "same", for a padded image that the kernel fits into."""
-    if isinstance(padding, str) and padding not in ("same", "valid"):
-        raise ValueError(f"padding is {shown(padding)}; allowed: integers, 'same' and 'valid'")
-    if padding == "same":
-        if stride != (1, 1):
-            raise ValueError(f"padding is 'same' with a stride of {stride}; it needs a stride of 1")
-        return "same"
-    pads = _pair(0 if padding == "valid" else padding, "padding", 0)
+    if isinstance(padding, str):
+        if padding not in ("same", "valid"):
+            raise ValueError(f"padding is {shown(padding)}; allowed: integers, 'same' and 'valid'")
+        if padding == "same":
+            if stride != (1, 1):
+                raise ValueError(f"padding is 'same' with a stride of {stride}; it needs a stride of 1")
+            return padding
+        padding = 0
+    pads = _pair(padding, "padding", 0)
     for size, pad, kernel, step in zip(x.shape[2:], pads, weight.shape[2:], dilation, strict=True):
         if size == 0 or size + 2 * pad <= step * (kernel - 1):
             raise ValueError(
