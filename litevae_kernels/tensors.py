@@ -131,23 +131,20 @@ def check_residual(residual: object, shape: Sequence[int], like: Tensor) -> None
     check_device(residual, "residual", like, "x")
 
 
-def refuse_transforms(operator: str, backend: str, *tensors: Tensor | None) -> None:
-    """Raises a NotImplementedError where a kernel would lose a transform of `torch.func` or a forward-mode tangent.
+def refuse_tangents(operator: str, backend: str, *tensors: Tensor | None) -> None:
+    """Raises a NotImplementedError if one of `tensors` has a forward-mode tangent, which a kernel would lose.
 
     Args:
         operator: name of the public function.
-        backend: backend that would serve the call; not the reference, which PyTorch transforms as it stands.
+        backend: backend that would serve the call; not the reference, which PyTorch differentiates in either mode.
         tensors: the arguments of the call.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return
-    if torch._C._are_functorch_transforms_active() or (
-        forward_ad._current_level >= 0
-        and any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
-    ):
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise NotImplementedError(
-            f"{operator} on backend {backend!r} does not support torch.func (vmap, grad, jvp) and forward-mode "
-            'derivatives; call it under `with litevae_kernels.use_backend("reference"):`'
+            f"{operator} on backend {backend!r} has no jvp for forward-mode derivatives; call it under "
+            '`with litevae_kernels.use_backend("reference"):`'
         )
 
 

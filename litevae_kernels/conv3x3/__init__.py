@@ -26,7 +26,7 @@ from litevae_kernels.tensors import (
     check_operand_dtype,
     check_residual,
     check_tensor,
-    refuse_transforms,
+    refuse_tangents,
     shape_of,
 )
 
@@ -74,8 +74,7 @@ def conv3x3(
             without autocast to convert them; or `silu_input` is not a bool.
         ValueError: x is not 4-D, weight is not (C_out, C_in, 3, 3) for x's C_in, bias or residual has another
             shape, a size other than the batch is zero, or the tensors are on several devices.
-        NotImplementedError: under a transform of `torch.func` or for a forward-mode tangent, if a kernel would serve
-            the call.
+        NotImplementedError: a tensor has a forward-mode tangent, and a kernel would serve the call.
     """
     check_tensor(x, "x")
     check_tensor(weight, "weight")
@@ -100,7 +99,7 @@ def conv3x3(
         check_residual(residual, (batch, outputs, height, width), x)
     check_flag(silu_input, "silu_input")
     if _is_fused(x, weight, bias, residual):
-        refuse_transforms("conv3x3", "native", x, weight, bias, residual)
+        refuse_tangents("conv3x3", "native", x, weight, bias, residual)
         if torch.is_grad_enabled():
             x = x.to(torch.bfloat16)  # The backward pass keeps this tensor.
             if silu_input and (x.requires_grad or weight.requires_grad):

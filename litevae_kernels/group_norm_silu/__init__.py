@@ -14,7 +14,7 @@ from torch import Tensor
 
 from litevae_kernels.backend import choose
 from litevae_kernels.group_norm_silu import op, reference
-from litevae_kernels.tensors import check_device, check_eps, check_tensor, refuse_transforms, shape_of, shown
+from litevae_kernels.tensors import check_device, check_eps, check_tensor, refuse_tangents, shape_of, shown
 
 
 def group_norm_silu(
@@ -46,8 +46,7 @@ def group_norm_silu(
         ValueError: if `x` has fewer than 2 dimensions, `num_groups` does not divide the channels, `weight` or `bias`
             has another length, `skip` has another size, `eps` is not positive or exceeds float32, or the
             tensors are on several devices.
-        NotImplementedError: under a transform of `torch.func` or for a forward-mode tangent, on every backend but
-            the reference.
+        NotImplementedError: a tensor has a forward-mode tangent, and the backend is not the reference.
     """
     check_tensor(x, "x")
     if x.ndim < 2:
@@ -80,7 +79,7 @@ def group_norm_silu(
     if backend == "reference":
         y = reference.forward(*arguments)
     else:
-        refuse_transforms("group_norm_silu", backend, x, skip, weight, bias)
+        refuse_tangents("group_norm_silu", backend, x, skip, weight, bias)
         y = op.group_norm_silu(*arguments, backend)
     return y if x.ndim == 4 else y.reshape(x.shape[0], channels, *x.shape[2:])
 

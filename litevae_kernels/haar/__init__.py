@@ -27,7 +27,7 @@ from litevae_kernels.tensors import (
     check_tensor,
     is_channels_last,
     is_integer,
-    refuse_transforms,
+    refuse_tangents,
     shape_of,
     shown,
 )
@@ -211,7 +211,7 @@ def _analysis(
     backend = choose(image.device.type)
     if backend == "reference":
         return tuple(reference.analysis(image, levels, mode, scale, stacked, dtype, channels_last))
-    refuse_transforms("the Haar transform", backend, image)
+    refuse_tangents("the Haar transform", backend, image)
     return op.analysis(image, levels, mode, scale, stacked, dtype, channels_last, backend)
 
 
@@ -223,7 +223,7 @@ def _synthesis(coeffs: Sequence[Tensor], height: int, width: int, stacked: bool)
     arguments = (coeffs, height, width, "zero", 1.0, stacked, first.dtype, channels_last)
     if backend == "reference":
         return reference.synthesis(*arguments)
-    refuse_transforms("the Haar transform", backend, *coeffs)
+    refuse_tangents("the Haar transform", backend, *coeffs)
     return op.synthesis(*arguments, backend)
 
 

@@ -29,7 +29,7 @@ from litevae_kernels.tensors import (
     check_tensor,
     is_channels_last,
     is_integer,
-    refuse_transforms,
+    refuse_tangents,
     shape_of,
     shown,
 )
@@ -66,8 +66,7 @@ def modulate_weight(
         ValueError: the weight is not 4-D or is empty, the scale or the gain has another length, the groups do not
             divide C_out, `eps` is not positive or exceeds float32, the memory format is another one, or the tensors
             are on several devices.
-        NotImplementedError: under a transform of `torch.func` or for a forward-mode tangent, on every backend but
-            the reference.
+        NotImplementedError: a tensor has a forward-mode tangent, and the backend is not the reference.
     """
     check_tensor(weight, "weight")
     check_tensor(scale, "scale")
@@ -100,7 +99,7 @@ def modulate_weight(
     backend = choose(weight.device.type)
     if backend == "reference":
         return reference.modulate(weight, scale, gain, eps, dtype, channels_last)
-    refuse_transforms("modulate_weight", backend, weight, scale, gain)
+    refuse_tangents("modulate_weight", backend, weight, scale, gain)
     return op.modulate_weight(weight, scale, gain, eps, dtype, channels_last, backend)
 
 
