@@ -67,32 +67,35 @@ def check_device(x: Tensor, name: str, like: Tensor, owner: str) -> None:
         raise ValueError(f"{name} is on {x.device}; allowed: {owner}'s device, {like.device}")
 
 
-def check_operand_dtype(x: Tensor, name: str, like: Tensor) -> None:
-    """Raises a TypeError unless PyTorch's convolution takes `x` beside an input `like`.
+def check_operand(x: Tensor, name: str, like: Tensor) -> None:
+    """Checks the weight or the bias of a convolution with the input `like`.
 
-    The dtypes must be equal, except that autocast converts all but float64.
+    Raises:
+        TypeError: the dtypes differ, and autocast does not convert them. It converts all but float64.
+        ValueError: the devices differ.
     """
-    if x.dtype == like.dtype:
-        return
-    device_type = like.device.type
-    # The query raises an error for the meta device.
-    autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
-    if not autocast or torch.float64 in (x.dtype, like.dtype):
-        raise TypeError(f"{name} has dtype {x.dtype}; the same dtype as x's is needed, {like.dtype}")
+    if x.device != like.device:
+        raise ValueError(f"{name} is on {x.device}; allowed: x's device, {like.device}")
+    if x.dtype != like.dtype:
+        device_type = like.device.type
+        # The query raises an error for the meta device.
+        autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
+        if not autocast or torch.float64 in (x.dtype, like.dtype):
+            raise TypeError(f"{name} has dtype {x.dtype}; the same dtype as x's is needed, {like.dtype}")
 
 
 def check_bias(bias: object, channels: int, like: Tensor) -> None:
-    """Checks the bias of a convolution with `channels` outputs, whose input is `like`.
+    """Checks the bias of a convolution with `channels` outputs and the input `like`.
 
     Raises:
-        TypeError: `check_tensor` does not accept it.
+        TypeError: `check_tensor` or `check_operand` does not accept it.
         ValueError: it has another shape than (channels,), or is on another device than `like`.
     """
     check_tensor(bias, "bias")
     assert isinstance(bias, Tensor)
     if bias.shape != (channels,):
         raise ValueError(f"bias has shape {shape_of(bias)}; ({channels},) is needed")
-    check_device(bias, "bias", like, "x")
+    check_operand(bias, "bias", like)
 
 
 def check_flag(value: object, name: str) -> None:

@@ -21,9 +21,8 @@ from litevae_kernels.backend import choose, core, forced_backend
 from litevae_kernels.conv3x3 import op, reference
 from litevae_kernels.tensors import (
     check_bias,
-    check_device,
     check_flag,
-    check_operand_dtype,
+    check_operand,
     check_residual,
     check_tensor,
     refuse_tangents,
@@ -84,17 +83,15 @@ def conv3x3(
         raise ValueError(
             f"weight has shape {shape_of(weight)}; (C_out, {x.shape[1]}, 3, 3) is needed for x's channels"
         )
-    check_device(weight, "weight", x, "x")
-    check_operand_dtype(weight, "weight", x)
+    check_operand(weight, "weight", x)
     batch, channels, height, width = x.shape
     outputs = weight.shape[0]
-    if 0 in (channels, height, width, outputs):
+    if not (channels and height and width and outputs):
         raise ValueError(
             f"x has shape {shape_of(x)} and weight {shape_of(weight)}; all sizes but the batch must be at least 1"
         )
     if bias is not None:
         check_bias(bias, outputs, x)
-        check_operand_dtype(bias, "bias", x)
     if residual is not None:
         check_residual(residual, (batch, outputs, height, width), x)
     check_flag(silu_input, "silu_input")

@@ -33,6 +33,7 @@ from litevae_kernels.tensors import (
 )
 
 MAX_LEVELS = 16
+LAST_AXES = (-2, -1)
 # PyWavelets has these modes and old names as well, but none of these functions takes them.
 OTHER_MODES = dict.fromkeys(("smooth", "periodization", "antisymmetric", "antireflect"), "") | {
     "sp1": " of 'smooth'",
@@ -128,7 +129,7 @@ def haar_pyramid(
 
 
 def wavedec2(
-    image: Tensor, level: int | None = None, *, mode: str = "symmetric", axes: tuple[int, int] = (-2, -1)
+    image: Tensor, level: int | None = None, *, mode: str = "symmetric", axes: tuple[int, int] = LAST_AXES
 ) -> tuple[Tensor | Details, ...]:
     """Computes a multi-level orthonormal 2-D Haar decomposition in the layout of `pywt.wavedec2`.
 
@@ -154,13 +155,13 @@ def wavedec2(
     if image.ndim < 2:
         raise ValueError(f"image has {image.ndim} dimensions; at least 2 are needed: (..., height, width)")
     axes = _check_axes(axes, image)
-    image = image.movedim(axes, (-2, -1)) if axes != (-2, -1) else image
+    image = image.movedim(axes, (-2, -1)) if axes != LAST_AXES else image
     if level is None:
         level = _most_levels(image)
     flat = _as_4d(image)
     _check_transform(flat, level, "level", mode)
     coeffs = [c.reshape(*image.shape[:-2], *c.shape[-2:]) for c in _analysis(flat, level, mode, 1.0, False)]
-    if axes != (-2, -1):
+    if axes != LAST_AXES:
         coeffs = [c.movedim((-2, -1), axes) for c in coeffs]
     return coeffs[0], *((coeffs[i], coeffs[i + 1], coeffs[i + 2]) for i in range(1, len(coeffs), 3))
 
@@ -168,7 +169,7 @@ def wavedec2(
 def waverec2(
     coeffs: Sequence[Tensor | Sequence[Tensor]],
     *,
-    axes: tuple[int, int] = (-2, -1),
+    axes: tuple[int, int] = LAST_AXES,
     output_size: tuple[int, int] | None = None,
 ) -> Tensor:
     """Computes the inverse of `wavedec2`, from coefficients in the layout of `pywt.wavedec2`.
@@ -193,7 +194,7 @@ def waverec2(
     flat = [_as_4d(x) for x in bands]
     height, width = _check_output_size(output_size, flat[-1].shape[2], flat[-1].shape[3])
     image = _synthesis(flat, height, width, False).reshape(*bands[0].shape[:-2], height, width)
-    return image.movedim((-2, -1), axes) if axes != (-2, -1) else image
+    return image.movedim((-2, -1), axes) if axes != LAST_AXES else image
 
 
 def _analysis(
@@ -281,6 +282,8 @@ def _as_4d(x: Tensor) -> Tensor:
 
 def _check_axes(axes: object, x: Tensor) -> tuple[int, int]:
     """Returns `axes`, counted from the end."""
+    if axes is LAST_AXES:
+        return LAST_AXES
     kind: type[Exception] = TypeError
     if isinstance(axes, Sequence) and all(is_integer(axis) for axis in axes):
         if len(axes) == 2 and all(-x.ndim <= axis < x.ndim for axis in axes):
@@ -316,7 +319,7 @@ def _check_coeffs(coeffs: object, axes: object) -> tuple[list[Tensor], tuple[int
     axes = _check_axes(axes, approximation)
 
     def last(x: Tensor) -> Tensor:
-        return x.movedim(axes, (-2, -1)) if axes != (-2, -1) else x
+        return x.movedim(axes, (-2, -1)) if axes != LAST_AXES else x
 
     first = last(approximation)
     if 0 in first.shape[-2:]:

@@ -25,6 +25,7 @@ from litevae_kernels.tensors import (
     check_eps,
     check_flag,
     check_memory_format,
+    check_operand,
     check_residual,
     check_tensor,
     is_channels_last,
@@ -149,15 +150,14 @@ def self_modulated_conv2d(
     if scale.shape != (x.shape[1],):
         raise ValueError(f"scale has shape {shape_of(scale)}; x's channels are needed: ({x.shape[1]},)")
     check_tensor(weight, "weight")
-    check_device(weight, "weight", x, "x")
-    if not is_integer(groups):
+    if type(groups) is not int and not is_integer(groups):
         raise TypeError(f"groups is {shown(groups)}; an integer is needed")
     if weight.ndim == 4 and weight.shape[1] * groups != x.shape[1]:
         raise ValueError(
             f"groups is {shown(groups)}; with a weight of {shape_of(weight)} it does not give x's {x.shape[1]} channels"
         )
-    check_flag(silu_input, "silu_input")
     stride, dilation = _pair(stride, "stride", 1), _pair(dilation, "dilation", 1)
+    padding = _check_padding(padding, stride)
     dtype, device_type = x.dtype, x.device.type
     # The query raises an error for the meta device. Autocast does not convert float64.
     autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
@@ -165,13 +165,23 @@ def self_modulated_conv2d(
         dtype = torch.get_autocast_dtype(device_type)
     memory_format = torch.channels_last if is_channels_last(x) else None
     modulated = modulate_weight(weight, scale, gain, eps=eps, dtype=dtype, memory_format=memory_format)
-    padding = _check_padding(padding, x, weight, stride, dilation)
     if bias is not None:
-        check_bias(bias, weight.shape[0], x)
+        check_tensor(bias, "bias")
         bias = bias.to(dtype)
     plain = stride == (1, 1) and padding == (1, 1) and dilation == (1, 1) and groups == 1
     if plain and weight.shape[2:] == (3, 3):
         return conv3x3(x, modulated, bias, residual=residual, silu_input=silu_input)
+    check_operand(modulated, "weight", x)
+    if bias is not None:
+        check_bias(bias, weight.shape[0], x)
+    check_flag(silu_input, "silu_input")
+    if not isinstance(padding, str):
+        for size, pad, kernel, step in zip(x.shape[2:], padding, weight.shape[2:], dilation, strict=True):
+            if size == 0 or size + 2 * pad <= step * (kernel - 1):
+                raise ValueError(
+                    f"x has shape {shape_of(x)}; with a padding of {padding} and a dilation of {dilation}, it is "
+                    f"smaller than the kernel of {weight.shape[2]}x{weight.shape[3]}"
+                )
     y = F.conv2d(F.silu(x) if silu_input else x, modulated, bias, stride, padding, dilation, groups)
     if residual is None:
         return y
@@ -181,34 +191,25 @@ def self_modulated_conv2d(
 
 def _pair(value: object, name: str, least: int) -> tuple[int, int]:
     """Returns `value`, an integer or a sequence of one or two, as two integers from `least` to 2^31 - 1."""
-    first, second = value if isinstance(value, (tuple, list)) and len(value) == 2 else (value, value)
-    if isinstance(first, (tuple, list)) and len(first) == 1:
-        first = second = first[0]
-    kind: type[Exception] = TypeError
-    if is_integer(first) and is_integer(second):
-        if least <= first < 2**31 and least <= second < 2**31:
-            return int(first), int(second)
-        kind = ValueError
-    raise kind(f"{name} is {shown(value)}; an integer of at least {least} is needed, or two: (height, width)")
+    pair = isinstance(value, (tuple, list)) and 1 <= len(value) <= 2
+    first, second = (value[0], value[-1]) if pair else (value, value)  # type: ignore[index]
+    # This condition is for speed.
+    if type(first) is int and type(second) is int and least <= first < 2**31 and least <= second < 2**31:
+        return first, second
+    needed = f"{name} is {shown(value)}; an integer of at least {least} is needed, or two: (height, width)"
+    if not is_integer(first) or not is_integer(second):
+        raise TypeError(needed)
+    if not (least <= first < 2**31 and least <= second < 2**31):
+        raise ValueError(needed)
+    return int(first), int(second)
 
 
-def _check_padding(
-    padding: object, x: Tensor, weight: Tensor, stride: tuple[int, int], dilation: tuple[int, int]
-) -> tuple[int, int] | str:
-    """Returns the padding as two integers, or the text "same", for a padded image that the kernel fits into."""
-    if isinstance(padding, str):
-        if padding not in ("same", "valid"):
-            raise ValueError(f"padding is {shown(padding)}; allowed: integers, 'same' and 'valid'")
-        if padding == "same":
-            if stride != (1, 1):
-                raise ValueError(f"padding is 'same' with a stride of {stride}; it needs a stride of 1")
-            return padding
-        padding = 0
-    pads = _pair(padding, "padding", 0)
-    for size, pad, kernel, step in zip(x.shape[2:], pads, weight.shape[2:], dilation, strict=True):
-        if size == 0 or size + 2 * pad <= step * (kernel - 1):
-            raise ValueError(
-                f"x has shape {shape_of(x)}; with a padding of {pads} and a dilation of {dilation}, it is smaller than "
-                f"the kernel of {weight.shape[2]}x{weight.shape[3]}"
-            )
-    return pads
+def _check_padding(padding: object, stride: tuple[int, int]) -> tuple[int, int] | str:
+    """Returns the padding as two integers, or the text "same"."""
+    if not isinstance(padding, str):
+        return _pair(padding, "padding", 0)
+    if padding not in ("same", "valid"):
+        raise ValueError(f"padding is {shown(padding)}; allowed: integers, 'same' and 'valid'")
+    if padding == "same" and stride != (1, 1):
+        raise ValueError(f"padding is 'same' with a stride of {stride}; it needs a stride of 1")
+    return "same" if padding == "same" else (0, 0)

@@ -254,3 +254,14 @@ def test_gradients_of_an_empty_batch(backend, function, dtype):
     for gradient, t in zip(torch.autograd.grad([t.sum() for t in results], inputs), inputs, strict=True):
         assert (gradient.shape, gradient.dtype) == (t.shape, dtype)
         assert function is kernels.modulate_weight or not gradient.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_gradients_without_channels(backend, dtype):
+    empty = torch.zeros(2, 4, 6, 8, dtype=dtype, requires_grad=True)[:, :0]
+    with use_backend(backend):
+        for function in (kernels.haar_dwt2d, kernels.haar_idwt2d, kernels.haar_pyramid, kernels.wavedec2):
+            for result in tensors(function(empty)):
+                (gradient,) = torch.autograd.grad(result.sum(), empty, create_graph=True)
+                assert (gradient.shape, gradient.dtype) == (empty.shape, dtype)

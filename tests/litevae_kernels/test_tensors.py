@@ -14,7 +14,7 @@ from litevae_kernels.tensors import (
     check_eps,
     check_flag,
     check_memory_format,
-    check_operand_dtype,
+    check_operand,
     check_residual,
     check_tensor,
     differentiable_gradients,
@@ -99,19 +99,21 @@ def test_check_device():
         check_device(other, "weight", x, "x")
 
 
-def test_check_operand_dtype():
+def test_check_operand():
     x, half, double = torch.ones(2), torch.ones(2).half(), torch.ones(2).double()
-    check_operand_dtype(x, "weight", x)
+    check_operand(x, "weight", x)
     for other in (half, double):
         with pytest.raises(
             TypeError, match=rf"^weight has dtype {other.dtype}; .* x's is needed, torch\.float32$"
         ):
-            check_operand_dtype(other, "weight", x)
+            check_operand(other, "weight", x)
+    with pytest.raises(ValueError, match=r"^weight is on meta; allowed: x's device, cpu$"):
+        check_operand(x.to("meta"), "weight", x)
     with torch.autocast("cpu", torch.bfloat16):
-        check_operand_dtype(half, "weight", x)
+        check_operand(half, "weight", x)
         for pair in ((double, x), (x, double)):
             with pytest.raises(TypeError, match="weight has dtype"):
-                check_operand_dtype(pair[0], "weight", pair[1])
+                check_operand(pair[0], "weight", pair[1])
 
 
 def test_check_bias_and_residual():
