@@ -150,14 +150,14 @@ def self_modulated_conv2d(
     if scale.shape != (x.shape[1],):
         raise ValueError(f"scale has shape {shape_of(scale)}; x's channels are needed: ({x.shape[1]},)")
     check_tensor(weight, "weight")
+    stride, dilation = _pair(stride, "stride", 1), _pair(dilation, "dilation", 1)
+    padding = _check_padding(padding, stride)
     if type(groups) is not int and not is_integer(groups):
         raise TypeError(f"groups is {shown(groups)}; an integer is needed")
     if weight.ndim == 4 and weight.shape[1] * groups != x.shape[1]:
         raise ValueError(
             f"groups is {shown(groups)}; with a weight of {shape_of(weight)} it does not give x's {x.shape[1]} channels"
         )
-    stride, dilation = _pair(stride, "stride", 1), _pair(dilation, "dilation", 1)
-    padding = _check_padding(padding, stride)
     dtype, device_type = x.dtype, x.device.type
     # The query raises an error for the meta device. Autocast does not convert float64.
     autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
