@@ -151,7 +151,7 @@ def self_modulated_conv2d(
         raise ValueError(f"scale has shape {shape_of(scale)}; x's channels are needed: ({x.shape[1]},)")
     check_tensor(weight, "weight")
     stride, dilation = _pair(stride, "stride", 1), _pair(dilation, "dilation", 1)
-    padding = _check_padding(padding, stride)
+    padding = _named_padding(padding, stride) if isinstance(padding, str) else _pair(padding, "padding", 0)
     if type(groups) is not int and not is_integer(groups):
         raise TypeError(f"groups is {shown(groups)}; an integer is needed")
     if weight.ndim == 4 and weight.shape[1] * groups != x.shape[1]:
@@ -191,11 +191,12 @@ def self_modulated_conv2d(
 
 def _pair(value: object, name: str, least: int) -> tuple[int, int]:
     """Returns `value`, an integer or a sequence of one or two, as two integers from `least` to 2^31 - 1."""
-    pair = isinstance(value, (tuple, list)) and 1 <= len(value) <= 2
-    first, second = (value[0], value[-1]) if pair else (value, value)  # type: ignore[index]
+    first, second = value if type(value) is tuple and len(value) == 2 else (value, value)
     # This condition is for speed.
     if type(first) is int and type(second) is int and least <= first < 2**31 and least <= second < 2**31:
         return first, second
+    if isinstance(value, (tuple, list)) and 1 <= len(value) <= 2:
+        first, second = value[0], value[-1]
     needed = f"{name} is {shown(value)}; an integer of at least {least} is needed, or two: (height, width)"
     if not is_integer(first) or not is_integer(second):
         raise TypeError(needed)
@@ -204,10 +205,8 @@ def _pair(value: object, name: str, least: int) -> tuple[int, int]:
     return int(first), int(second)
 
 
-def _check_padding(padding: object, stride: tuple[int, int]) -> tuple[int, int] | str:
-    """Returns the padding as two integers, or the text "same"."""
-    if not isinstance(padding, str):
-        return _pair(padding, "padding", 0)
+def _named_padding(padding: str, stride: tuple[int, int]) -> tuple[int, int] | str:
+    """Returns "same", or for "valid" no padding."""
     if padding not in ("same", "valid"):
         raise ValueError(f"padding is {shown(padding)}; allowed: integers, 'same' and 'valid'")
     if padding == "same" and stride != (1, 1):
