@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from litevae_kernels import conv3x3, group_norm_silu, modulate_weight, self_modulated_conv2d
 from litevae_kernels.arithmetic import widened
+from litevae_kernels.tensors import check_tensor, shape_of
 
 
 class Conv2d(nn.Conv2d):
@@ -117,6 +118,22 @@ class SelfModulatedConv2d(nn.Conv2d):
         """Returns w' of Equation 3, in the shape, dtype and memory format of `weight`."""
         return modulate_weight(self.weight, self.scale, self.gain, eps=self.eps)
 
+    def _pad(self, input: Tensor) -> Tensor:
+        """Returns `input` with the padding around it that the convolution of another mode than zeros needs."""
+        check_tensor(input, "x")
+        left, right, top, bottom = self._reversed_padding_repeated_twice
+        if input.ndim == 4 and input.shape[1] == self.in_channels:  # The convolution refuses any other.
+            # A mode reflects all pixels but the edge's, or wraps around once.
+            spare = {"reflect": 1, "circular": 0}.get(self.padding_mode)
+            for size, pad in zip(input.shape[2:], (max(top, bottom), max(left, right)), strict=True):
+                if size == 0 or (spare is not None and pad > size - spare):
+                    raise ValueError(
+                        f"padding is {self.padding}; padding_mode {self.padding_mode!r} allows at most "
+                        f"{max(size - (spare or 0), 0)} for x of shape {shape_of(input)}"
+                    )
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+        return input
+
     def folded(self) -> nn.Conv2d:
         """Returns a plain convolution with the modulated weights, which shares no memory with this layer.
 
@@ -143,7 +160,7 @@ class SelfModulatedConv2d(nn.Conv2d):
         """Convolves `input` and adds `residual` (N, C_out, H', W')."""
         padding = self.padding
         if self.padding_mode != "zeros":  # Padding with values of the image commutes with SiLU.
-            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            input = self._pad(input)
             padding = (0, 0)
         return self_modulated_conv2d(
             input,

@@ -1,15 +1,46 @@
 """Checks, conversions and derivatives that all operators share."""
 
+import numbers
+import reprlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from litevae_kernels.backend import core
 
 # The values are the dtype codes of the core (csrc/common/tensor_view.h).
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+
+
+LARGEST_EPS = torch.finfo(torch.float32).max
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 60
+_short.maxtuple = _short.maxlist = 8
+
+
+def shown(value: object) -> str:
+    """Returns `value` for an error message, in one line of at most 100 characters."""
+    if isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    try:
+        text = _short.repr(value)
+    except ValueError:  # Python does not convert an integer of thousands of digits to text.
+        text = f"a {type(value).__name__}"
+    return " ".join(text.split())[:100]
+
+
+def shape_of(x: Tensor) -> str:
+    """Returns the shape of `x` for an error message."""
+    return shown(tuple(x.shape))
+
+
+def is_integer(value: object) -> TypeGuard[int]:
+    """Returns whether `value` is an integer, of Python, NumPy or a compiled graph, and not a bool."""
+    return isinstance(value, (int, torch.SymInt, numbers.Integral)) and not isinstance(value, bool)
 
 
 def check_tensor(x: object, name: str) -> None:
@@ -25,23 +56,98 @@ def check_tensor(x: object, name: str) -> None:
 
 def check_dtype(dtype: object, what: str) -> None:
     """Raises a TypeError, whose message begins with `what`, unless `dtype` is in `DTYPES`."""
-    if dtype not in DTYPES:
+    if not isinstance(dtype, torch.dtype) or dtype not in DTYPES:
         allowed = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
-        raise TypeError(f"{what} {dtype}; allowed: {allowed}")
+        raise TypeError(f"{what} {shown(dtype)}; allowed: {allowed}")
 
 
-def check_residual(residual: object, shape: Sequence[int]) -> None:
-    """Checks the residual of a result of `shape`.
+def check_device(x: Tensor, name: str, like: Tensor, owner: str) -> None:
+    """Raises a ValueError unless `x` is on the device of `like`, which belongs to `owner`."""
+    if x.device != like.device:
+        raise ValueError(f"{name} is on {x.device}; allowed: {owner}'s device, {like.device}")
+
+
+def check_operand(x: Tensor, name: str, like: Tensor) -> None:
+    """Checks the weight or the bias of a convolution with the input `like`.
+
+    Raises:
+        TypeError: the dtypes differ, and autocast does not convert them. It converts all but float64.
+        ValueError: the devices differ.
+    """
+    if x.device != like.device:
+        raise ValueError(f"{name} is on {x.device}; allowed: x's device, {like.device}")
+    if x.dtype != like.dtype:
+        device_type = like.device.type
+        # The query raises an error for the meta device.
+        autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
+        if not autocast or torch.float64 in (x.dtype, like.dtype):
+            raise TypeError(f"{name} has dtype {x.dtype}; the same dtype as x's is needed, {like.dtype}")
+
+
+def check_bias(bias: object, channels: int, like: Tensor) -> None:
+    """Checks the bias of a convolution with `channels` outputs and the input `like`.
+
+    Raises:
+        TypeError: `check_tensor` or `check_operand` does not accept it.
+        ValueError: it has another shape than (channels,), or is on another device than `like`.
+    """
+    check_tensor(bias, "bias")
+    assert isinstance(bias, Tensor)
+    if bias.shape != (channels,):
+        raise ValueError(f"bias has shape {shape_of(bias)}; ({channels},) is needed")
+    check_operand(bias, "bias", like)
+
+
+def check_flag(value: object, name: str) -> None:
+    """Raises a TypeError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {shown(value)}; True or False is needed")
+
+
+def check_eps(eps: object) -> float:
+    """Returns `eps` as a float.
+
+    Raises:
+        TypeError: it is not a number.
+        ValueError: it is not positive, or float32 cannot hold it.
+    """
+    if isinstance(eps, bool) or not isinstance(eps, (float, int, numbers.Real)):
+        raise TypeError(f"eps is {shown(eps)}; a positive number is needed")
+    if not 0 < eps <= LARGEST_EPS:  # type: ignore[operator]
+        raise ValueError(f"eps is {shown(eps)}; a positive number is needed, at most {LARGEST_EPS:.2g}")
+    return float(eps)
+
+
+def check_residual(residual: object, shape: Sequence[int], like: Tensor) -> None:
+    """Checks the residual of a result of `shape` on the device of `like`.
 
     Raises:
         TypeError: `check_tensor` does not accept it.
-        ValueError: it has another shape.
+        ValueError: it has another shape, or is on another device.
     """
     check_tensor(residual, "residual")
     assert isinstance(residual, Tensor)
     if residual.shape != tuple(shape):
         raise ValueError(
-            f"residual has shape {tuple(residual.shape)}; the result's is needed, {tuple(shape)}"
+            f"residual has shape {shape_of(residual)}; the result's is needed, {shown(tuple(shape))}"
+        )
+    check_device(residual, "residual", like, "x")
+
+
+def refuse_tangents(operator: str, backend: str, *tensors: Tensor | None) -> None:
+    """Raises a NotImplementedError if one of `tensors` has a forward-mode tangent, which a kernel would lose.
+
+    Args:
+        operator: name of the public function.
+        backend: backend that would serve the call; not the reference, which PyTorch differentiates in either mode.
+        tensors: the arguments of the call.
+    """
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(
+            f"{operator} on backend {backend!r} has no jvp for forward-mode derivatives; call it under "
+            '`with litevae_kernels.use_backend("reference"):`'
         )
 
 
@@ -52,9 +158,12 @@ def add_residual(y: Tensor, residual: Tensor) -> Tensor:
 
 def check_memory_format(memory_format: object) -> None:
     """Raises a ValueError unless `memory_format` is contiguous, channels_last or None."""
-    if memory_format not in (None, torch.contiguous_format, torch.channels_last):
+    if memory_format is not None and not (
+        isinstance(memory_format, torch.memory_format)
+        and memory_format in (torch.contiguous_format, torch.channels_last)
+    ):
         raise ValueError(
-            f"memory_format is {memory_format}; allowed: torch.contiguous_format, torch.channels_last"
+            f"memory_format is {shown(memory_format)}; allowed: torch.contiguous_format, torch.channels_last"
         )
 
 

@@ -29,7 +29,15 @@ from litevae_kernels.arithmetic import current_isa, result_dtype
 from litevae_kernels.backend import choose, forced_backend
 from litevae_kernels.conv3x3 import op, reference
 from litevae_kernels.conv3x3.dispatch import DTYPES, describe, serves, why_not
-from litevae_kernels.tensors import check_residual, check_tensor
+from litevae_kernels.tensors import (
+    check_bias,
+    check_flag,
+    check_operand,
+    check_residual,
+    check_tensor,
+    refuse_tangents,
+    shape_of,
+)
 
 
 def conv3x3(
@@ -53,10 +61,11 @@ def conv3x3(
         (N, C_out, H, W) in x's dtype, or under autocast in that of autocast.
 
     Raises:
-        TypeError: a tensor is not float32, float64, float16 or bfloat16.
-        ValueError: x is not 4-D, weight is not (C_out, C_in, 3, 3) for x's C_in, or bias or residual has another
-            shape.
-        RuntimeError: `torch.nn.functional.conv2d` raises it, for example for a weight of another dtype.
+        TypeError: a tensor is not float32, float64, float16 or bfloat16; weight or bias has another dtype than x
+            without autocast to convert them; or `silu_input` is not a bool.
+        ValueError: x is not 4-D, weight is not (C_out, C_in, 3, 3) for x's C_in, bias or residual has another
+            shape, a size other than the batch is zero, or the tensors are on several devices.
+        NotImplementedError: a tensor has a forward-mode tangent, and a kernel would serve the call.
     """
     check_tensor(x, "x")
     check_tensor(weight, "weight")
@@ -64,17 +73,22 @@ def conv3x3(
         raise ValueError(f"x has {x.ndim} dimensions; 4 are needed: (batch, channels, height, width)")
     if weight.ndim != 4 or weight.shape[1:] != (x.shape[1], 3, 3):
         raise ValueError(
-            f"weight has shape {tuple(weight.shape)}; (C_out, {x.shape[1]}, 3, 3) is needed for x's channels"
+            f"weight has shape {shape_of(weight)}; (C_out, {x.shape[1]}, 3, 3) is needed for x's channels"
         )
-    batch, _, height, width = x.shape
+    check_operand(weight, "weight", x)
+    batch, channels, height, width = x.shape
     outputs = weight.shape[0]
+    if not (channels and height and width and outputs):
+        raise ValueError(
+            f"x has shape {shape_of(x)} and weight {shape_of(weight)}; all sizes but the batch must be at least 1"
+        )
     if bias is not None:
-        check_tensor(bias, "bias")
-        if bias.shape != (outputs,):
-            raise ValueError(f"bias has shape {tuple(bias.shape)}; ({outputs},) is needed")
+        check_bias(bias, outputs, x)
     if residual is not None:
-        check_residual(residual, (batch, outputs, height, width))
+        check_residual(residual, (batch, outputs, height, width), x)
+    check_flag(silu_input, "silu_input")
     if _is_fused(x, weight, bias, residual):
+        refuse_tangents("conv3x3", "native", x, weight, bias, residual)
         x = x.to(result_dtype(x))  # The backward pass keeps this tensor.
         if silu_input and torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
             x, silu_input = F.silu(x), False

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from litevae_kernels.backend import choose
 from litevae_kernels.group_norm_silu import op, reference
-from litevae_kernels.tensors import check_tensor
+from litevae_kernels.tensors import check_device, check_eps, check_tensor, refuse_tangents, shape_of, shown
 
 
 def group_norm_silu(
@@ -41,10 +41,12 @@ def group_norm_silu(
         result (N, C, *), or (N, C + C_skip, *), with the dtype and memory format of `x`.
 
     Raises:
-        TypeError: if a tensor is not float32, float64, float16 or bfloat16, or `skip` and `x` differ in dtype.
+        TypeError: if a tensor is not float32, float64, float16 or bfloat16, `skip` and `x` differ in dtype, or
+            `num_groups` or `eps` is not a number.
         ValueError: if `x` has fewer than 2 dimensions, `num_groups` does not divide the channels, `weight` or `bias`
-            has another length, `skip` has another size, `eps` is not positive, or the tensors are on several
-            devices.
+            has another length, `skip` has another size, `eps` is not positive or exceeds float32, or the
+            tensors are on several devices.
+        NotImplementedError: a tensor has a forward-mode tangent, and the backend is not the reference.
     """
     check_tensor(x, "x")
     if x.ndim < 2:
@@ -56,26 +58,29 @@ def group_norm_silu(
             raise TypeError(f"skip has dtype {skip.dtype}; allowed: x's, {x.dtype}")
         if skip.ndim != x.ndim or skip.shape[0] != x.shape[0] or skip.shape[2:] != x.shape[2:]:
             raise ValueError(
-                f"skip has shape {tuple(skip.shape)}; all but the channels must be as in x, {tuple(x.shape)}"
+                f"skip has shape {shape_of(skip)}; all but the channels must be as in x, {shape_of(x)}"
             )
         channels += skip.shape[1]
     if isinstance(num_groups, bool) or not isinstance(num_groups, int):
-        raise TypeError(f"num_groups is {num_groups!r}; an integer is needed")
+        raise TypeError(f"num_groups is {shown(num_groups)}; an integer is needed")
     if num_groups < 1 or channels == 0 or channels % num_groups:
-        raise ValueError(f"num_groups is {num_groups}; it must divide the {channels} channels")
-    if not eps > 0:
-        raise ValueError(f"eps is {eps}; a positive number is needed")
+        raise ValueError(f"num_groups is {shown(num_groups)}; it must divide the {channels} channels")
+    eps = check_eps(eps)
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None:
             check_tensor(parameter, name)
             if parameter.shape != (channels,):
-                raise ValueError(f"{name} has shape {tuple(parameter.shape)}; ({channels},) is needed")
+                raise ValueError(f"{name} has shape {shape_of(parameter)}; ({channels},) is needed")
     for name, other in (("skip", skip), ("weight", weight), ("bias", bias)):
-        if other is not None and other.device != x.device:
-            raise ValueError(f"{name} is on {other.device}; allowed: x's device, {x.device}")
+        if other is not None:
+            check_device(other, name, x, "x")
     backend = choose(x.device.type)
     arguments = (_as_4d(x), None if skip is None else _as_4d(skip), weight, bias, num_groups, eps)
-    y = reference.forward(*arguments) if backend == "reference" else op.group_norm_silu(*arguments, backend)
+    if backend == "reference":
+        y = reference.forward(*arguments)
+    else:
+        refuse_tangents("group_norm_silu", backend, x, skip, weight, bias)
+        y = op.group_norm_silu(*arguments, backend)
     return y if x.ndim == 4 else y.reshape(x.shape[0], channels, *x.shape[2:])
 
 

@@ -20,9 +20,29 @@ from torch import Tensor
 from litevae_kernels.backend import choose
 from litevae_kernels.haar import op, reference
 from litevae_kernels.haar.shapes import MODES, level_sizes
-from litevae_kernels.tensors import check_dtype, check_memory_format, check_tensor, is_channels_last
+from litevae_kernels.tensors import (
+    check_device,
+    check_dtype,
+    check_memory_format,
+    check_tensor,
+    is_channels_last,
+    is_integer,
+    refuse_tangents,
+    shape_of,
+    shown,
+)
 
 MAX_LEVELS = 16
+LAST_AXES = (-2, -1)
+# PyWavelets has these modes and old names as well, but none of these functions takes them.
+OTHER_MODES = dict.fromkeys(("smooth", "periodization", "antisymmetric", "antireflect"), "") | {
+    "sp1": " of 'smooth'",
+    "per": " of 'periodization'",
+    "sym": " of 'symmetric'",
+    "zpd": " of 'zero'",
+    "cpd": " of 'constant'",
+    "ppd": " of 'periodic'",
+}
 
 Details = tuple[Tensor, Tensor, Tensor]
 
@@ -108,54 +128,73 @@ def haar_pyramid(
     return _analysis(image, levels, mode, 0.5, True, dtype, memory_format)
 
 
-def wavedec2(image: Tensor, level: int, *, mode: str = "symmetric") -> tuple[Tensor | Details, ...]:
+def wavedec2(
+    image: Tensor, level: int | None = None, *, mode: str = "symmetric", axes: tuple[int, int] = LAST_AXES
+) -> tuple[Tensor | Details, ...]:
     """Computes a multi-level orthonormal 2-D Haar decomposition in the layout of `pywt.wavedec2`.
 
     Args:
-        image: (..., H, W), any leading dimensions, any strides.
-        level: number of levels, 1 to 16.
+        image: two or more dimensions, any strides.
+        level: number of levels, 1 to 16. Default: the largest for which each axis has at least two coefficients
+            to transform, log2 of the shorter axis, rounded down (`pywt.dwtn_max_level`).
         mode: extension mode for odd sizes: symmetric, reflect, zero, periodic or constant.
+        axes: the axes H and W that are transformed. cH holds the details along the first one, cV those along the
+            second.
 
     Returns:
-        ``(cA_n, (cH_n, cV_n, cD_n), ..., (cH_1, cV_1, cD_1))``, coarsest level first. The tensors of level l are
-        (..., ceil(H/2^l), ceil(W/2^l)).
+        ``(cA_n, (cH_n, cV_n, cD_n), ..., (cH_1, cV_1, cD_1))``, coarsest level first. The tensors of level l have
+        the dimensions of `image`, with ceil(H/2^l) and ceil(W/2^l) for H and W.
 
     Raises:
-        TypeError: `image` is not a floating-point tensor of a supported dtype.
-        ValueError: fewer than 2 dimensions, empty height or width, level out of range, unknown mode, or
-            ``reflect`` on a length of 1.
+        TypeError: `image` is not a floating-point tensor of a supported dtype, or `level` or `axes` are not
+            integers.
+        ValueError: fewer than 2 dimensions, empty height or width, level out of range (for None also if the image is
+            one pixel high or wide), unknown mode, ``reflect`` on a length of 1, or axes that are equal or out of range.
     """
     check_tensor(image, "image")
     if image.ndim < 2:
         raise ValueError(f"image has {image.ndim} dimensions; at least 2 are needed: (..., height, width)")
+    axes = _check_axes(axes, image)
+    image = image.movedim(axes, (-2, -1)) if axes != LAST_AXES else image
+    if level is None:
+        level = _most_levels(image)
     flat = _as_4d(image)
     _check_transform(flat, level, "level", mode)
     coeffs = [c.reshape(*image.shape[:-2], *c.shape[-2:]) for c in _analysis(flat, level, mode, 1.0, False)]
+    if axes != LAST_AXES:
+        coeffs = [c.movedim((-2, -1), axes) for c in coeffs]
     return coeffs[0], *((coeffs[i], coeffs[i + 1], coeffs[i + 2]) for i in range(1, len(coeffs), 3))
 
 
 def waverec2(
-    coeffs: Sequence[Tensor | Sequence[Tensor]], *, output_size: tuple[int, int] | None = None
+    coeffs: Sequence[Tensor | Sequence[Tensor]],
+    *,
+    axes: tuple[int, int] = LAST_AXES,
+    output_size: tuple[int, int] | None = None,
 ) -> Tensor:
     """Computes the inverse of `wavedec2`, from coefficients in the layout of `pywt.wavedec2`.
 
     Args:
-        coeffs: ``(cA_n, (cH_n, cV_n, cD_n), ..., (cH_1, cV_1, cD_1))``, each a tensor (..., h, w).
+        coeffs: ``(cA_n, (cH_n, cV_n, cD_n), ..., (cH_1, cV_1, cD_1))``, tensors of two or more dimensions.
+        axes: the axes H and W that were transformed.
         output_size: size (H, W) of the image; each is twice the finest level's size, or one less. Default: twice,
             as in PyWavelets.
 
     Returns:
-        (..., H, W), with the dtype and memory format of the coefficients.
+        The dimensions of the coefficients, with H and W of the image. It has the dtype and memory format of the
+        coefficients.
 
     Raises:
         TypeError: the layout is not the one above (cA alone and details that are None, which PyWavelets takes as
-            zeros, are not allowed), or dtypes or devices differ or are not supported.
-        ValueError: sizes that do not belong to one decomposition.
+            zeros, are not allowed), or dtypes differ or are not supported.
+        ValueError: sizes that do not belong to one decomposition, tensors on several devices, or axes that are equal
+            or out of range.
     """
-    flat, leading = _flatten_coeffs(coeffs)
+    bands, axes = _check_coeffs(coeffs, axes)
+    flat = [_as_4d(x) for x in bands]
     height, width = _check_output_size(output_size, flat[-1].shape[2], flat[-1].shape[3])
-    image = _synthesis(flat, height, width, False)
-    return image.reshape(*leading, height, width)
+    image = _synthesis(flat, height, width, False).reshape(*bands[0].shape[:-2], height, width)
+    return image.movedim((-2, -1), axes) if axes != LAST_AXES else image
 
 
 def _analysis(
@@ -173,6 +212,7 @@ def _analysis(
     backend = choose(image.device.type)
     if backend == "reference":
         return tuple(reference.analysis(image, levels, mode, scale, stacked, dtype, channels_last))
+    refuse_tangents("the Haar transform", backend, image)
     return op.analysis(image, levels, mode, scale, stacked, dtype, channels_last, backend)
 
 
@@ -184,6 +224,7 @@ def _synthesis(coeffs: Sequence[Tensor], height: int, width: int, stacked: bool)
     arguments = (coeffs, height, width, "zero", 1.0, stacked, first.dtype, channels_last)
     if backend == "reference":
         return reference.synthesis(*arguments)
+    refuse_tangents("the Haar transform", backend, *coeffs)
     return op.synthesis(*arguments, backend)
 
 
@@ -193,16 +234,18 @@ def _check_image(x: object, name: str) -> None:
     if x.ndim != 4:
         raise ValueError(f"{name} has {x.ndim} dimensions; 4 are needed: (batch, channels, height, width)")
     if x.shape[2] == 0 or x.shape[3] == 0:
-        raise ValueError(f"{name} has size {tuple(x.shape)}; height and width must be at least 1")
+        raise ValueError(f"{name} has size {shape_of(x)}; height and width must be at least 1")
 
 
 def _check_transform(image: Tensor, levels: int, name: str, mode: str) -> None:
-    if mode not in MODES:
-        raise ValueError(f"mode is {mode!r}; allowed: {', '.join(MODES)}")
+    if not isinstance(mode, str) or mode not in MODES:
+        known = isinstance(mode, str) and mode in OTHER_MODES
+        note = f", PyWavelets' name{OTHER_MODES[mode]}" if known else ""
+        raise ValueError(f"mode is {shown(mode)}{note}; allowed: {', '.join(MODES)}")
     if isinstance(levels, bool) or not isinstance(levels, int):
-        raise TypeError(f"{name} is {levels!r}; an integer from 1 to {MAX_LEVELS} is needed")
+        raise TypeError(f"{name} is {shown(levels)}; an integer from 1 to {MAX_LEVELS} is needed")
     if not 1 <= levels <= MAX_LEVELS:
-        raise ValueError(f"{name} is {levels}; allowed: 1 to {MAX_LEVELS}")
+        raise ValueError(f"{name} is {shown(levels)}; allowed: 1 to {MAX_LEVELS}")
     height, width = image.shape[2], image.shape[3]
     if height == 0 or width == 0:
         raise ValueError(f"image has height {height} and width {width}; both must be at least 1")
@@ -218,14 +261,14 @@ def _check_transform(image: Tensor, levels: int, name: str, mode: str) -> None:
 def _check_output_size(output_size: tuple[int, int] | None, h: int, w: int) -> tuple[int, int]:
     if output_size is None:
         return 2 * h, 2 * w
-    if not isinstance(output_size, Sequence) or len(output_size) != 2:
-        raise ValueError(f"output_size is {output_size!r}; two whole numbers are needed: (height, width)")
-    if any(isinstance(size, (float, complex, str, Tensor)) for size in output_size):  # SymInt is allowed
-        raise TypeError(f"output_size is {output_size!r}; two whole numbers are needed: (height, width)")
+    pair = isinstance(output_size, Sequence) and len(output_size) == 2
+    if not pair or not all(is_integer(size) for size in output_size):
+        kind = TypeError if pair else ValueError
+        raise kind(f"output_size is {shown(output_size)}; two whole numbers are needed: (height, width)")
     height, width = output_size
     if height not in (2 * h, 2 * h - 1) or width not in (2 * w, 2 * w - 1):
         raise ValueError(
-            f"output_size is ({height}, {width}); coefficients of {h}x{w} belong to a height of {2 * h - 1} or "
+            f"output_size is {shown(tuple(output_size))}; coefficients of {h}x{w} belong to a height of {2 * h - 1} or "
             f"{2 * h} and a width of {2 * w - 1} or {2 * w}"
         )
     return height, width
@@ -237,42 +280,78 @@ def _as_4d(x: Tensor) -> Tensor:
     return x[(None,) * (4 - x.ndim)]
 
 
-def _flatten_coeffs(coeffs: Sequence[Tensor | Sequence[Tensor]]) -> tuple[list[Tensor], torch.Size]:
+def _check_axes(axes: object, x: Tensor) -> tuple[int, int]:
+    """Returns `axes`, counted from the end."""
+    if axes is LAST_AXES:
+        return LAST_AXES
+    kind: type[Exception] = TypeError
+    if isinstance(axes, Sequence) and all(is_integer(axis) for axis in axes):
+        if len(axes) == 2 and all(-x.ndim <= axis < x.ndim for axis in axes):
+            first, second = (axis - x.ndim if axis >= 0 else axis for axis in axes)
+            if first != second:
+                return first, second
+        kind = ValueError
+    raise kind(f"axes is {shown(axes)}; two different axes from {-x.ndim} to {x.ndim - 1} are needed")
+
+
+def _most_levels(image: Tensor) -> int:
+    """Returns the number of levels that PyWavelets calls the maximum for the last two axes."""
+    shorter = min(image.shape[-2:])
+    levels = int(shorter).bit_length() - 1
+    if not 1 <= levels <= MAX_LEVELS:
+        raise ValueError(
+            f"level is None, whose maximum is {max(levels, 0)} for {image.shape[-2]}x{image.shape[-1]}; allowed: 1 to "
+            f"{MAX_LEVELS}"
+        )
+    return levels
+
+
+def _check_coeffs(coeffs: object, axes: object) -> tuple[list[Tensor], tuple[int, int]]:
+    """Returns cA and the details of each level, coarsest level first, with H and W last; and the axes of H and W."""
     layout = "(cA_n, (cH_n, cV_n, cD_n), ..., (cH_1, cV_1, cD_1))"
     if not isinstance(coeffs, Sequence) or len(coeffs) < 2:
         raise TypeError(f"coeffs must be {layout} with at least one level of details")
     approximation, *details = coeffs
     check_tensor(approximation, "cA")
     assert isinstance(approximation, Tensor)
-    if approximation.ndim < 2 or 0 in approximation.shape[-2:]:
-        raise ValueError(
-            f"cA has shape {tuple(approximation.shape)}; (..., height, width) of at least 1 is needed"
-        )
+    if approximation.ndim < 2:
+        raise ValueError(f"cA has shape {shape_of(approximation)}; (..., height, width) is needed")
+    axes = _check_axes(axes, approximation)
+
+    def last(x: Tensor) -> Tensor:
+        return x.movedim(axes, (-2, -1)) if axes != LAST_AXES else x
+
+    first = last(approximation)
+    if 0 in first.shape[-2:]:
+        raise ValueError(f"cA has shape {shape_of(approximation)}; height and width of at least 1 are needed")
     if len(details) > MAX_LEVELS:
         raise ValueError(f"coeffs has {len(details)} levels; allowed: 1 to {MAX_LEVELS}")
-    flat = [approximation]
-    h, w = approximation.shape[-2:]
+    flat = [first]
+    h, w = first.shape[-2:]
     for i, bands in enumerate(details):
         level = len(details) - i
         if not isinstance(bands, Sequence) or len(bands) != 3:
             raise TypeError(
                 f"the details of level {level} must be three tensors (cH, cV, cD); coeffs is {layout}"
             )
-        # The inverse of the coarser level is 2h x 2w, or one less where the size was odd.
-        size = bands[0].shape[-2:] if isinstance(bands[0], Tensor) else ()
         for name, band in zip(("cH", "cV", "cD"), bands, strict=True):
-            check_tensor(band, f"{name} of level {level}")
-            if band.dtype != approximation.dtype or band.device != approximation.device:
-                raise TypeError(
-                    f"{name} of level {level} is {band.dtype} on {band.device}, cA is {approximation.dtype} on "
-                    f"{approximation.device}; all must agree"
-                )
-            if band.shape[:-2] != approximation.shape[:-2] or band.shape[-2:] != size:
+            what = f"{name} of level {level}"
+            check_tensor(band, what)
+            if band.dtype != approximation.dtype:
+                raise TypeError(f"{what} has dtype {band.dtype}; allowed: cA's, {approximation.dtype}")
+            check_device(band, what, approximation, "cA")
+            moved = last(band) if band.ndim == approximation.ndim else band
+            # All but the sizes of cH must be as in cA, and all of cV and cD as in cH.
+            if moved.shape[:-2] != first.shape[:-2] or (
+                name != "cH" and moved.shape != flat[3 * i + 1].shape
+            ):
                 raise ValueError(
-                    f"{name} of level {level} has shape {tuple(band.shape)}, which does not belong with cA's "
-                    f"{tuple(approximation.shape)} and cH's {tuple(bands[0].shape)}"
+                    f"{what} has shape {shape_of(band)}, which does not belong with cA's "
+                    f"{shape_of(approximation)} and cH's {shape_of(bands[0])}"
                 )
-            flat.append(band)
+            flat.append(moved)
+        size = flat[-1].shape[-2:]
+        # The inverse of the coarser level is 2h x 2w, or one less where the size was odd.
         fits = size == (h, w) if i == 0 else size[0] in (2 * h, 2 * h - 1) and size[1] in (2 * w, 2 * w - 1)
         if not fits:
             raise ValueError(
@@ -280,4 +359,4 @@ def _flatten_coeffs(coeffs: Sequence[Tensor | Sequence[Tensor]]) -> tuple[list[T
                 f"{'cA' if i == 0 else f'level {level + 1}'}"
             )
         h, w = size
-    return [_as_4d(x) for x in flat], approximation.shape[:-2]
+    return flat, axes

@@ -20,11 +20,20 @@ from litevae_kernels.conv3x3 import conv3x3
 from litevae_kernels.smc import op, reference
 from litevae_kernels.tensors import (
     add_residual,
+    check_bias,
+    check_device,
     check_dtype,
+    check_eps,
+    check_flag,
     check_memory_format,
+    check_operand,
     check_residual,
     check_tensor,
     is_channels_last,
+    is_integer,
+    refuse_tangents,
+    shape_of,
+    shown,
 )
 
 
@@ -55,33 +64,33 @@ def modulate_weight(
         The shape of `weight`.
 
     Raises:
-        TypeError: a tensor, or `dtype`, is not float32, float64, float16 or bfloat16.
+        TypeError: a tensor, or `dtype`, is not float32, float64, float16 or bfloat16, or `eps` is not a number.
         ValueError: the weight is not 4-D or is empty, the scale or the gain has another length, the groups do not
-            divide C_out, `eps` is not positive, the memory format is another one, or the tensors are on several
-            devices.
+            divide C_out, `eps` is not positive or exceeds float32, the memory format is another one, or the tensors
+            are on several devices.
+        NotImplementedError: a tensor has a forward-mode tangent, and the backend is not the reference.
     """
     check_tensor(weight, "weight")
     check_tensor(scale, "scale")
     if weight.ndim != 4 or weight.numel() == 0:
         raise ValueError(
-            f"weight has shape {tuple(weight.shape)}; 4 dimensions of at least 1 are needed: "
+            f"weight has shape {shape_of(weight)}; 4 dimensions of at least 1 are needed: "
             f"(C_out, C_in / groups, K_h, K_w)"
         )
     c_out, c_in = weight.shape[:2]
     if scale.ndim != 1 or scale.shape[0] == 0 or scale.shape[0] % c_in or c_out % (scale.shape[0] // c_in):
         raise ValueError(
-            f"scale has shape {tuple(scale.shape)}; ({c_in},) is needed for a weight of {tuple(weight.shape)}, or "
+            f"scale has shape {shape_of(scale)}; ({c_in},) is needed for a weight of {shape_of(weight)}, or "
             f"a multiple of it whose factor, the groups, divides {c_out}"
         )
     if gain is not None:
         check_tensor(gain, "gain")
         if gain.shape != (1,):
-            raise ValueError(f"gain has shape {tuple(gain.shape)}; (1,) is needed")
-    if not eps > 0:
-        raise ValueError(f"eps is {eps}; a positive number is needed")
-    for name, other in (("scale", scale), ("gain", gain)):
-        if other is not None and other.device != weight.device:
-            raise ValueError(f"{name} is on {other.device}; allowed: the weight's device, {weight.device}")
+            raise ValueError(f"gain has shape {shape_of(gain)}; (1,) is needed")
+    eps = check_eps(eps)
+    check_device(scale, "scale", weight, "the weight")
+    if gain is not None:
+        check_device(gain, "gain", weight, "the weight")
     if dtype is not None:
         check_dtype(dtype, "dtype is")
     check_memory_format(memory_format)
@@ -92,6 +101,7 @@ def modulate_weight(
     backend = choose(weight.device.type)
     if backend == "reference":
         return reference.modulate(weight, scale, gain, eps, dtype, channels_last)
+    refuse_tangents("modulate_weight", backend, weight, scale, gain)
     return op.modulate_weight(weight, scale, gain, eps, dtype, channels_last, backend)
 
 
@@ -128,21 +138,26 @@ def self_modulated_conv2d(
         modulated weight is rounded once, from float32.
 
     Raises:
-        TypeError: a tensor is not float32, float64, float16 or bfloat16.
+        TypeError: a tensor is not float32, float64, float16 or bfloat16, or another argument is not of the type above.
         ValueError: x is not 4-D, the number of its channels is not that of the scales, `groups` does not divide it or
-            does not fit the weight, or `modulate_weight` raises it.
-        RuntimeError: `torch.nn.functional.conv2d` raises it.
+            does not fit the weight, the padded image is smaller than the kernel, `bias` or `residual` has another
+            shape, the tensors are on several devices, or `modulate_weight` raises it.
+        NotImplementedError: `modulate_weight` or `conv3x3` raises it.
     """
     check_tensor(x, "x")
     check_tensor(scale, "scale")
     if x.ndim != 4:
         raise ValueError(f"x has {x.ndim} dimensions; 4 are needed: (batch, channels, height, width)")
     if scale.shape != (x.shape[1],):
-        raise ValueError(f"scale has shape {tuple(scale.shape)}; x's channels are needed: ({x.shape[1]},)")
+        raise ValueError(f"scale has shape {shape_of(scale)}; x's channels are needed: ({x.shape[1]},)")
     check_tensor(weight, "weight")
+    stride, dilation = _pair(stride, "stride", 1), _pair(dilation, "dilation", 1)
+    padding = _named_padding(padding, stride) if isinstance(padding, str) else _pair(padding, "padding", 0)
+    if type(groups) is not int and not is_integer(groups):
+        raise TypeError(f"groups is {shown(groups)}; an integer is needed")
     if weight.ndim == 4 and weight.shape[1] * groups != x.shape[1]:
         raise ValueError(
-            f"groups is {groups}; with a weight of {tuple(weight.shape)} it does not give x's {x.shape[1]} channels"
+            f"groups is {shown(groups)}; with a weight of {shape_of(weight)} it does not give x's {x.shape[1]} channels"
         )
     dtype = result_dtype(x)
     memory_format = torch.channels_last if is_channels_last(x) else None
@@ -150,9 +165,20 @@ def self_modulated_conv2d(
     if bias is not None:
         check_tensor(bias, "bias")
         bias = bias.to(dtype)
-    plain = stride in (1, (1, 1)) and padding in (1, (1, 1)) and dilation in (1, (1, 1)) and groups == 1
+    plain = stride == (1, 1) and padding == (1, 1) and dilation == (1, 1) and groups == 1
     if plain and weight.shape[2:] == (3, 3):
         return conv3x3(x, modulated, bias, residual=residual, silu_input=silu_input)
+    check_operand(modulated, "weight", x)
+    if bias is not None:
+        check_bias(bias, weight.shape[0], x)
+    check_flag(silu_input, "silu_input")
+    if not isinstance(padding, str):
+        for size, pad, kernel, step in zip(x.shape[2:], padding, weight.shape[2:], dilation, strict=True):
+            if size == 0 or size + 2 * pad <= step * (kernel - 1):
+                raise ValueError(
+                    f"x has shape {shape_of(x)}; with a padding of {padding} and a dilation of {dilation}, it is "
+                    f"smaller than the kernel of {weight.shape[2]}x{weight.shape[3]}"
+                )
 
     def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.conv2d(F.silu(x) if silu_input else x, weight, bias, stride, padding, dilation, groups)
@@ -160,5 +186,30 @@ def self_modulated_conv2d(
     y = widened(convolve, x, modulated, bias)
     if residual is None:
         return y
-    check_residual(residual, y.shape)
+    check_residual(residual, y.shape, x)
     return add_residual(y, residual)
+
+
+def _pair(value: object, name: str, least: int) -> tuple[int, int]:
+    """Returns `value`, an integer or a sequence of one or two, as two integers from `least` to 2^31 - 1."""
+    first, second = value if type(value) is tuple and len(value) == 2 else (value, value)
+    # This condition is for speed.
+    if type(first) is int and type(second) is int and least <= first < 2**31 and least <= second < 2**31:
+        return first, second
+    if isinstance(value, (tuple, list)) and 1 <= len(value) <= 2:
+        first, second = value[0], value[-1]
+    needed = f"{name} is {shown(value)}; an integer of at least {least} is needed, or two: (height, width)"
+    if not is_integer(first) or not is_integer(second):
+        raise TypeError(needed)
+    if not (least <= first < 2**31 and least <= second < 2**31):
+        raise ValueError(needed)
+    return int(first), int(second)
+
+
+def _named_padding(padding: str, stride: tuple[int, int]) -> tuple[int, int] | str:
+    """Returns "same", or for "valid" no padding."""
+    if padding not in ("same", "valid"):
+        raise ValueError(f"padding is {shown(padding)}; allowed: integers, 'same' and 'valid'")
+    if padding == "same" and stride != (1, 1):
+        raise ValueError(f"padding is 'same' with a stride of {stride}; it needs a stride of 1")
+    return "same" if padding == "same" else (0, 0)

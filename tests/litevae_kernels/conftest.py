@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,3 +154,30 @@ def restore_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def check_graph_replay() -> Callable[[Callable[[], Sequence[Tensor]], Callable[[int], object]], None]:
+    """Returns a function that captures a step in a CUDA graph and compares its replays with plain steps.
+
+    Its arguments are the step, which returns tensors, and a function that fills the step's input from a seed.
+    """
+
+    def check(step: Callable[[], Sequence[Tensor]], fill: Callable[[int], object]) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            captured = step()
+        for seed in range(3):
+            with torch.no_grad():
+                fill(seed)
+            graph.replay()
+            torch.cuda.synchronize()
+            for a, b in zip(captured, step(), strict=True):
+                assert torch.equal(a, b)
+
+    return check

@@ -350,7 +350,30 @@ def call(**changes):
         ({"weight": values(32, 16, 3, 3)}, ValueError, r"\(32, 16, 3, 3\); \(C_out, 32, 3, 3\) is needed"),
         ({"bias": values(16)}, ValueError, r"bias has shape \(16,\); \(32,\) is needed"),
         ({"residual": values(2, 32, 5, 6)}, ValueError, r"residual has shape \(2, 32, 5, 6\)"),
-        ({"weight": values(32, 32, 3, 3, dtype=torch.float32)}, RuntimeError, "same"),
+        (
+            {"weight": values(32, 32, 3, 3, dtype=torch.float32)},
+            TypeError,
+            "weight has dtype .* the same dtype",
+        ),
+        (
+            {"bias": values(32, dtype=torch.float64)},
+            TypeError,
+            r"bias has dtype torch.float64; .* torch.bfloat16",
+        ),
+        ({"x": values(2, 32, 0, 5)}, ValueError, "all sizes but the batch must be at least 1"),
+        ({"silu_input": torch.ones(2)}, TypeError, "silu_input is a Tensor; True or False is needed"),
+        ({"x": values(2, 32, 6, 5).to("meta")}, ValueError, "weight is on cpu; allowed: x's device, meta"),
+        (
+            {"weight": values(32, 32, 3, 3).to("meta")},
+            ValueError,
+            "weight is on meta; allowed: x's device, cpu",
+        ),
+        ({"bias": values(32).to("meta")}, ValueError, "bias is on meta; allowed: x's device, cpu"),
+        (
+            {"residual": values(2, 32, 6, 5).to("meta")},
+            ValueError,
+            "residual is on meta; allowed: x's device",
+        ),
     ],
 )
 def test_bad_input(changes, error, message):

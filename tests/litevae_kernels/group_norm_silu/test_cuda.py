@@ -252,7 +252,7 @@ def test_runs_on_the_tensors_device(backend):
 
 @on_each_backend
 @pytest.mark.parametrize("memory_format", DENSE)
-def test_graph_capture_and_replay(backend, memory_format):
+def test_graph_capture_and_replay(check_graph_replay, backend, memory_format):
     shape = (2, 64, 61, 64)
     x = values(shape, torch.bfloat16).cuda().contiguous(memory_format=memory_format)
     weight, bias = (values(64, torch.float32, seed=s).cuda() for s in (1, 2))
@@ -262,17 +262,4 @@ def test_graph_capture_and_replay(backend, memory_format):
         return run(x, 32, weight, bias, None, grad)
 
     with use_backend(backend):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            captured = step()
-        for seed in range(3):
-            x.copy_(values(shape, torch.bfloat16, seed=seed))
-            graph.replay()
-            torch.cuda.synchronize()
-            for a, b in zip(captured, step(), strict=True):
-                assert torch.equal(a, b)
+        check_graph_replay(step, lambda seed: x.copy_(values(shape, torch.bfloat16, seed=seed)))

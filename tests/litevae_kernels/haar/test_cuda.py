@@ -197,7 +197,7 @@ def test_runs_on_the_tensors_device():
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 64, 64), (2, 3, 61, 67)])
-def test_graph_capture_and_replay(shape):
+def test_graph_capture_and_replay(check_graph_replay, shape):
     image = random_tensor(shape, torch.float32).cuda().requires_grad_()
     levels = 5  # two kernels and scratch memory between them
 
@@ -206,21 +206,7 @@ def test_graph_capture_and_replay(shape):
         return [*out, *torch.autograd.grad(out, image, [x.detach() for x in out])]
 
     with use_backend("native"):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = step()
-        for seed in range(3):
-            with torch.no_grad():
-                image.copy_(random_tensor(shape, torch.float32, seed=seed))
-            graph.replay()
-            torch.cuda.synchronize()
-            for a, e in zip(captured, step(), strict=True):
-                assert torch.equal(a, e)
+        check_graph_replay(step, lambda seed: image.copy_(random_tensor(shape, torch.float32, seed=seed)))
 
 
 def test_strides_of_every_kind():

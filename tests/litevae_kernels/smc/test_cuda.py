@@ -197,7 +197,7 @@ def test_runs_on_the_tensors_device(backend):
 
 @on_each_backend
 @pytest.mark.parametrize("channels", [64, 1400])  # the second one requests more shared memory
-def test_graph_capture_and_replay(backend, channels):
+def test_graph_capture_and_replay(check_graph_replay, backend, channels):
     weight = values((16, channels, 3, 3), torch.float32).cuda()
     scale, gain = values(channels, torch.float32, seed=1).cuda(), torch.ones(1).cuda()
     grad = values(weight.shape, torch.bfloat16, seed=2).cuda()
@@ -206,17 +206,4 @@ def test_graph_capture_and_replay(backend, channels):
         return run(weight, scale, gain, grad, 1e-8, torch.bfloat16, torch.channels_last)
 
     with use_backend(backend):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            captured = step()
-        for seed in range(3):
-            weight.copy_(values(weight.shape, torch.float32, seed=seed))
-            graph.replay()
-            torch.cuda.synchronize()
-            for a, b in zip(captured, step(), strict=True):
-                assert torch.equal(a, b)
+        check_graph_replay(step, lambda seed: weight.copy_(values(weight.shape, torch.float32, seed=seed)))
