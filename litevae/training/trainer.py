@@ -22,7 +22,8 @@ from litevae.evaluation.reconstruction import reconstruct
 from litevae.files import replacing
 from litevae.losses import Objective
 from litevae.models.interface import Autoencoder, check_size, spatial_compression
-from litevae.models.weights import copy_weights, read_weights, save_model
+from litevae.models.weight_files import read_weights
+from litevae.models.weights import copy_weights, save_model
 from litevae.signals import StopRequest
 from litevae.training.build import build_model
 from litevae.training.checkpoint import DISCRIMINATOR, Checkpoint, random_state
