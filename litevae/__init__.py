@@ -20,4 +20,8 @@ def __getattr__(name: str) -> Any:
         from litevae.models import LiteVAE
 
         return LiteVAE
+    if name == "ModelMixin":  # diffusers looks for it beside a class that a pipeline's model_index.json names
+        from diffusers import ModelMixin
+
+        return ModelMixin
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -180,11 +180,28 @@ def why_not(backend: str, device_type: str) -> str | None:
     return f"the Triton kernels do not support device {device_type!r}"
 
 
+def is_tracing() -> bool:
+    """Returns whether `torch.jit.trace` records the calls of this thread."""
+    return torch.jit.is_tracing()  # type: ignore[attr-defined]
+
+
+def is_exporting() -> bool:
+    """Returns whether calls go into a graph for others, of `torch.export`, `torch.onnx.export` or `torch.jit.trace`."""
+    # In torch 2.11, is_exporting() is also true when compiling.
+    return torch.compiler._is_exporting_flag or (not torch.compiler.is_compiling() and is_tracing())
+
+
+def is_transforming() -> bool:
+    """Returns whether a transform of `torch.func`, such as vmap, grad or jvp, is active."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 def choose(device_type: str) -> str:
     """Returns the backend that serves a call with tensors on `device_type`.
 
-    Native comes first, then Triton on a GPU, then the reference. The result depends on the argument, on the build
-    and on `use_backend` alone, so `torch.compile` can trace and guard it.
+    Native comes first, then Triton on a GPU, then the reference. Under `torch.export`, `torch.jit.trace` and the
+    transforms of `torch.func`, which need PyTorch's own operators, it is the reference. Otherwise, the result depends
+    on the argument, on the build and on `use_backend` alone, so `torch.compile` can trace and guard it.
 
     Raises:
         RuntimeError: the forced backend cannot serve the call; the message says why.
@@ -194,7 +211,16 @@ def choose(device_type: str) -> str:
         reason = why_not(forced, device_type)
         if reason is not None:
             raise RuntimeError(f"backend {forced!r} cannot serve a {device_type} tensor: {reason}")
+        if forced != "reference" and is_transforming():
+            raise RuntimeError(
+                f"backend {forced!r} cannot serve the transforms of torch.func: force none, or 'reference'"
+            )
         return forced
+    if is_transforming():
+        _warn_transform()
+        return "reference"
+    if is_exporting():
+        return "reference"
     if why_not("native", device_type) is None:
         return "native"
     if device_type == "cuda" and triton_installed:
@@ -202,6 +228,15 @@ def choose(device_type: str) -> str:
     if device_type in ("cpu", "cuda") and not torch.compiler.is_compiling():
         _warn_slow(device_type)
     return "reference"
+
+
+@functools.cache
+def _warn_transform() -> None:
+    warnings.warn(
+        "litevae_kernels serves the transforms of torch.func with plain PyTorch, several times slower than its kernels",
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
 @functools.cache

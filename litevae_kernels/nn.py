@@ -44,29 +44,39 @@ class Conv3x3(nn.Conv2d):
     Takes (N, in_channels, H, W) and returns (N, out_channels, H, W) in the input's dtype, or under autocast in that
     of autocast. The state-dict keys are those of `nn.Conv2d`. With `silu_input`, the layer convolves the SiLU of its
     input. Raises the errors of `litevae_kernels.conv3x3`.
+
+    Libraries that wrap convolutions, such as PEFT, create further ones of the same class. With `kernel_size`, the
+    constructor therefore has the arguments and the defaults of `nn.Conv2d`, and PyTorch computes every convolution
+    that is not the one above.
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        bias: bool = True,
-        *,
-        silu_input: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        self, in_channels: int, out_channels: int, *args: Any, silu_input: bool = False, **kwargs: Any
     ) -> None:
-        super().__init__(
-            in_channels, out_channels, kernel_size=3, padding=1, bias=bias, device=device, dtype=dtype
-        )
+        if not args and "kernel_size" not in kwargs:
+            if others := kwargs.keys() - {"bias", "device", "dtype"}:
+                raise TypeError(f"Conv3x3 takes {', '.join(sorted(others))} only with kernel_size")
+            kwargs |= {"kernel_size": 3, "padding": 1}
+        super().__init__(in_channels, out_channels, *args, **kwargs)
         self.silu_input = silu_input
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (", silu_input=True" if self.silu_input else "")
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Convolves `input` and adds `residual` (N, out_channels, H, W)."""
-        return conv3x3(input, self.weight, self.bias, residual=residual, silu_input=self.silu_input)
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, silu_input: bool | None = None
+    ) -> Tensor:
+        """Convolves `input`, or its SiLU, and adds `residual` (N, out_channels, H, W).
+
+        Args:
+            silu_input: whether to convolve the SiLU of the input; by default as the constructor said.
+        """
+        silu_input = self.silu_input if silu_input is None else silu_input
+        options = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups, self.padding_mode)
+        if options == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros"):
+            return conv3x3(input, self.weight, self.bias, residual=residual, silu_input=silu_input)
+        y = super().forward(F.silu(input) if silu_input else input)
+        return y if residual is None else y + residual
 
 
 class SelfModulatedConv2d(nn.Conv2d):
@@ -156,8 +166,14 @@ class SelfModulatedConv2d(nn.Conv2d):
             plain.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
         return plain.train(self.training)
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Convolves `input` and adds `residual` (N, C_out, H', W')."""
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, silu_input: bool | None = None
+    ) -> Tensor:
+        """Convolves `input`, or its SiLU, and adds `residual` (N, C_out, H', W').
+
+        Args:
+            silu_input: whether to convolve the SiLU of the input; by default as the constructor said.
+        """
         padding = self.padding
         if self.padding_mode != "zeros":  # Padding with values of the image commutes with SiLU.
             input = self._pad(input)
@@ -173,6 +189,6 @@ class SelfModulatedConv2d(nn.Conv2d):
             dilation=self.dilation,
             groups=self.groups,
             eps=self.eps,
-            silu_input=self.silu_input,
+            silu_input=self.silu_input if silu_input is None else silu_input,
             residual=residual,
         )

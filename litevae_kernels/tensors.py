@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from litevae_kernels.backend import core
+from litevae_kernels.backend import core, is_tracing
 
 # The values are the dtype codes of the core (csrc/common/tensor_view.h).
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
@@ -153,7 +153,9 @@ def refuse_tangents(operator: str, backend: str, *tensors: Tensor | None) -> Non
 
 def add_residual(y: Tensor, residual: Tensor) -> Tensor:
     """Returns ``y + residual`` in y's dtype; without gradients, the sum replaces y."""
-    return y + residual.to(y.dtype) if torch.is_grad_enabled() else y.add_(residual)
+    # `torch.jit.trace` checks itself by tracing again without gradients, and compares the graphs.
+    keep = torch.is_grad_enabled() or is_tracing()
+    return y + residual.to(y.dtype) if keep else y.add_(residual)
 
 
 def check_memory_format(memory_format: object) -> None:

@@ -31,8 +31,9 @@ def scale(
              litevae scale runs/demo demo --size 64
 
     Stores scaling_factor, the reciprocal of the standard deviation of all latents together, by which diffusers'
-    pipelines multiply latents, and the latents_mean and latents_std of each channel. Images are cropped to the
-    middle square. When a run is resumed it writes a new model, whose scale must be measured again.
+    pipelines multiply latents. It sets shift_factor to 0 and removes latents_mean and latents_std, which only some
+    pipelines apply; the mean and standard deviation of each channel are printed. Images are cropped to the middle
+    square. When a run is resumed it writes a new model, whose scale must be measured again.
     """
     autoencoder = load_model(model)
     config = model_folder(model) / "config.json"

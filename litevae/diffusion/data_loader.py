@@ -84,7 +84,7 @@ class LatentData:
             raise UserError(f"{folder}: was encoded with another model than model={self.config.model}")
         recorded = latents.index["latents"]
         for name, current in (("scaling_factor", self.scaling_factor), ("shift_factor", self.shift_factor)):
-            if recorded[name] != current:
+            if (recorded[name] or 0.0) != (current or 0.0):  # without a shift, it is None or 0
                 raise UserError(
                     f"{folder}: was encoded when the model's {name} was {recorded[name]}, and it is {current} now: "
                     "run the same litevae encode command again to record it"

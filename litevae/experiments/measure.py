@@ -194,7 +194,7 @@ def generation(experiment: Experiment, setup: Setup, rows: Sequence[Row]) -> Pic
         size, workers = measured_size(trained.config, row.spec, setup.at), trained.config.data.workers
         source = many_images(setup, row, size) if setup.at.demo else setup.data[row.spec.dataset]
         images = open_images(source)
-        if load(trained).config.latents_mean is None:
+        if load(trained).config.scaling_factor == 1:
             found = measure_latents(load(trained), images, size, workers=workers)
             PartialState().wait_for_everyone()  # until all have read the configuration
             if PartialState().is_main_process:

@@ -87,11 +87,16 @@ def measure_latents(
 
 
 def store_scale(config: Path, found: LatentStatistics) -> None:
-    """Writes the statistics into a model's config.json, where diffusers' pipelines look for them."""
+    """Writes the scale into a model's config.json, in the one form that all pipelines of diffusers apply alike.
+
+    They multiply by `scaling_factor`. Some also apply `latents_mean` and `latents_std`, on top of it, and some also
+    `shift_factor`, which must not be None there. So only the first has an effect.
+    """
     settings = json.loads(config.read_text(encoding="utf-8")) | {
         "scaling_factor": found.scaling_factor,
-        "latents_mean": found.mean,
-        "latents_std": found.std,
+        "shift_factor": 0.0,
+        "latents_mean": None,
+        "latents_std": None,
     }
     settings.pop("_name_or_path", None)  # diffusers adds the folder that the model was loaded from
     with replacing(config) as path:

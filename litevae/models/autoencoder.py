@@ -1,24 +1,27 @@
 """LiteVAE: a drop-in replacement for `diffusers.AutoencoderKL` with a light wavelet encoder."""
 
+import contextlib
 import copy
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Self, get_args
 
+import diffusers
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers import AutoencoderKL, ModelMixin  # noqa: F401  (see the end of this file)
+from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
-from diffusers.models.modeling_utils import ModelMixin, get_parameter_device
 from diffusers.utils.accelerate_utils import apply_forward_hook
-from torch import Tensor, nn
+from torch import Tensor
 
 from litevae.errors import shorten
 from litevae.models.arguments import check_arguments
+from litevae.models.checks import check_device, check_image, check_latent, without_tracer_warnings
 from litevae.models.decoder import Decoder
 from litevae.models.encoder import Aggregator, Encoder, Extractor, WaveletEncoder
-from litevae.models.layers import Norm, ResBlock, autocast_enabled, compute_dtype
+from litevae.models.layers import NoConv2d, Norm, ResBlock, compute_dtype
 from litevae.models.presets import get_preset
+from litevae.models.pretrained import PretrainedMixin
 from litevae.models.tiling import apply_by_tiles
 from litevae_kernels import haar_idwt2d
 from litevae_kernels.nn import Conv2d
@@ -27,12 +30,12 @@ OutputType = Literal["image", "wavelet"]
 EncoderType = Literal["learned", "dwt", "dwt-2"]
 
 
-class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
+class LiteVAE(PretrainedMixin, AutoencoderMixin):
     """LiteVAE (Sadat et al., 2024): a Haar pyramid, light U-Nets and Stable Diffusion's decoder.
 
     Images are (N, in_channels, H, W) in [-1, 1], where H and W are multiples of
-    f = 2^(len(block_out_channels) - 1), 8 by default; latents are (N, latent_channels, H / f, W / f). The
-    defaults are LiteVAE-B; `from_preset` has all sizes of the paper.
+    f = 2^(len(block_out_channels) - 1), 8 by default, and at least 2 f; latents are
+    (N, latent_channels, H / f, W / f). The defaults are LiteVAE-B; `from_preset` has all sizes of the paper.
 
     Args:
         in_channels: number of image channels.
@@ -77,6 +80,13 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
     _supports_gradient_checkpointing = True
     # The encoder concatenates its U-Nets' outputs, so it stays on one device.
     _no_split_modules = ("Encoder", "ResBlock", "Attention")
+
+    # The methods of AutoencoderKL that set the processors of the decoder's attention.
+    attn_processors = AutoencoderKL.attn_processors
+    set_attn_processor = AutoencoderKL.set_attn_processor
+    set_default_attn_processor = AutoencoderKL.set_default_attn_processor
+    fuse_qkv_projections = AutoencoderKL.fuse_qkv_projections
+    unfuse_qkv_projections = AutoencoderKL.unfuse_qkv_projections
 
     @register_to_config
     def __init__(
@@ -185,7 +195,9 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             num_upsamplers=levels - 1 if wavelet else levels,
         )
         self.quant_conv = Conv2d(moments, moments, 1) if use_1x1_conv else None
-        self.post_quant_conv = Conv2d(latent_channels, latent_channels, 1) if use_1x1_conv else None
+        self.post_quant_conv: Conv2d | NoConv2d = (
+            Conv2d(latent_channels, latent_channels, 1) if use_1x1_conv else NoConv2d()
+        )
 
         self.spatial_compression_ratio = 2**levels
         self.use_slicing = False
@@ -232,14 +244,15 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         return folded
 
     @apply_forward_hook
+    @without_tracer_warnings
     def encode(
         self, x: Tensor, return_dict: bool = True
     ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """Returns the posterior distribution of the latent.
 
         Args:
-            x: images (N, in_channels, H, W) in [-1, 1], of any floating dtype, on the model's device, where H
-                and W are multiples of f (see the class).
+            x: images (N, in_channels, H, W) in [-1, 1], in float64, float32, bfloat16 or float16, on the
+                model's device, where H and W are multiples of f, at least 2 f (see the class).
             return_dict: whether to return an `AutoencoderKLOutput` with `latent_dist` instead of a tuple.
 
         Returns:
@@ -247,25 +260,27 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             convolutions: the parameters', or autocast's.
 
         Raises:
-            ValueError: the images are not 4-D, have another number of channels, a size that is not a multiple
-                of f or are on another device; or, with ``aggregator="vit"``, an image or a tile does not have
+            ValueError: the images are not 4-D, have another number of channels or another size, or are on
+                another device; or, with ``aggregator="vit"``, an image or a tile does not have
                 the size `sample_size`.
-            TypeError: the images are not floating point.
+            TypeError: the images have another dtype.
         """
-        self._check_image(x)
+        check_image(x, self.config.in_channels, self.spatial_compression_ratio)
+        check_device("image", x, self, self.encoder.device)
         moments = self._sliced(self._encode, x)
         posterior = DiagonalGaussianDistribution(moments)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     @apply_forward_hook
+    @without_tracer_warnings
     def decode(
         self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
     ) -> DecoderOutput | tuple[Tensor]:
         """Returns the images that latents stand for.
 
         Args:
-            z: latents (N, latent_channels, h, w) on the model's device, in the parameters' dtype, or in any
-                floating dtype under autocast.
+            z: latents (N, latent_channels, h, w) on the model's device, in float64, float32, bfloat16 or
+                float16. They are converted to the dtype of the convolutions, as images are in `encode`.
             return_dict: whether to return a `DecoderOutput` with `sample` instead of a tuple.
             generator: unused; diffusers' pipelines pass it.
 
@@ -276,8 +291,10 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             ValueError: the latents are not 4-D, have another number of channels or are on another device.
             TypeError: the latents have another dtype.
         """
-        self._check_latent(z)
-        image = self._sliced(self._decode, z)
+        conv = self.decoder.conv_in
+        check_latent(z, self.config.latent_channels)
+        check_device("latent", z, self, conv.weight.device)
+        image = self._sliced(self._decode, z.to(compute_dtype(conv, z.device)))
         return DecoderOutput(sample=image) if return_dict else (image,)
 
     def forward(
@@ -302,6 +319,26 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         z = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
         return self.decode(z, return_dict=return_dict)
 
+    def tiled_encode(
+        self, x: Tensor, return_dict: bool = True
+    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+        """Returns what `encode` does with tiling enabled, for this call alone."""
+        with self._tiling():
+            return self.encode(x, return_dict)
+
+    def tiled_decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
+        """Returns what `decode` does with tiling enabled, for this call alone."""
+        with self._tiling():
+            return self.decode(z, return_dict)
+
+    @contextlib.contextmanager
+    def _tiling(self) -> Iterator[None]:
+        before, self.use_tiling = self.use_tiling, True
+        try:
+            yield
+        finally:
+            self.use_tiling = before
+
     def _encode(self, image: Tensor) -> Tensor:
         """Returns the moments (N, 2 latent_channels, h, w) of an image, by tiles if enabled and it is large."""
         if self.use_tiling and max(image.shape[-2:]) > self.tile_sample_min_size:
@@ -322,9 +359,7 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         return self._decode_tile(z)
 
     def _decode_tile(self, z: Tensor) -> Tensor:
-        if self.post_quant_conv is not None:
-            z = self.post_quant_conv(z)
-        decoded = self.decoder(z)
+        decoded = self.decoder(self.post_quant_conv(z))
         # The wavelet decoder's sub-bands are scaled by 1/2, like haar_pyramid's first level.
         return haar_idwt2d(2 * decoded) if self.config.output_type == "wavelet" else decoded
 
@@ -340,50 +375,9 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         overlap = int(tile * self.tile_overlap_factor)
         return apply_by_tiles(function, x, tile, overlap, input_scale, output_scale)
 
-    def _check_image(self, x: Tensor) -> None:
-        channels, factor = self.config.in_channels, self.spatial_compression_ratio
-        check_channels("image", x, channels)
-        if not x.is_floating_point():
-            raise TypeError(
-                f"image must be floating point in [-1, 1], got {x.dtype}; "
-                "convert bytes with image.float() / 127.5 - 1"
-            )
-        height, width = x.shape[-2:]
-        if height % factor or width % factor or height < factor or width < factor:
-            raise ValueError(
-                f"image height and width must be multiples of {factor}, got {height}x{width}; nearest "
-                f"heights: {nearest_multiples(height, factor)}, widths: {nearest_multiples(width, factor)}"
-            )
-        check_device("image", x, self, self.encoder.device)
 
-    def _check_latent(self, z: Tensor) -> None:
-        check_channels("latent", z, self.config.latent_channels)
-        conv = self.decoder.conv_in
-        check_device("latent", z, self, conv.weight.device)
-        dtype = compute_dtype(conv, z.device)
-        # Autocast converts any floating dtype.
-        if z.dtype != dtype and not (autocast_enabled(z.device) and z.is_floating_point()):
-            raise TypeError(f"latent must have the model's dtype {dtype}, got {z.dtype}")
-
-
-def check_channels(name: str, x: Tensor, channels: int) -> None:
-    """Raises ValueError unless `x` is (N, channels, H, W)."""
-    if x.ndim != 4:
-        raise ValueError(f"{name} must be 4-D, (N, {channels}, H, W), got shape {tuple(x.shape)}")
-    if x.shape[1] != channels:
-        raise ValueError(f"{name} must have {channels} channels, got {x.shape[1]} in {tuple(x.shape)}")
-
-
-def check_device(name: str, x: Tensor, model: nn.Module, device: torch.device) -> None:
-    """Raises ValueError unless `x` is on `device`, a weight's, or on the device that `model` will run on."""
-    if device == x.device or device.type == "meta":  # accelerate's offloading loads weights on "meta" later
-        return
-    device = get_parameter_device(model)  # this accounts for diffusers' group offloading
-    if device != x.device:
-        raise ValueError(f"{name} must be on the model's device {device}, got {x.device}")
-
-
-def nearest_multiples(size: int, factor: int) -> str:
-    """Returns the positive multiples of `factor` around `size` as text."""
-    below, above = size // factor * factor, math.ceil(size / factor) * factor
-    return " and ".join(str(multiple) for multiple in sorted({below or factor, above or factor}))
+# A pipeline's model_index.json records where its parts are defined. Diffusers takes them from modules that are imported
+# already, for which `import litevae` is enough now. Older ones name this module, and the class's base must be in it.
+LiteVAE.__module__ = "litevae"
+if not hasattr(diffusers, LiteVAE.__name__):
+    diffusers.LiteVAE = LiteVAE  # where `diffusers.AutoModel` looks for the class that a config.json names

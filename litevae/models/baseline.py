@@ -82,3 +82,6 @@ class SmallEncoderVAE(AutoencoderKL):
         fixed = inspect.signature(AutoencoderKL).parameters.keys() - inspect.signature(cls).parameters.keys()
         own = {name: value for name, value in config_dict.items() if name not in fixed}
         return super().extract_init_dict(own, **kwargs)
+
+
+SmallEncoderVAE.__module__ = "litevae.models"  # recorded in pipelines, as for LiteVAE

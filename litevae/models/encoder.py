@@ -15,6 +15,7 @@ from litevae.models.layers import Norm, compute_dtype
 from litevae.models.nafnet import NAFNet
 from litevae.models.vit import ViT
 from litevae_kernels import haar_pyramid
+from litevae_kernels.backend import is_tracing
 from litevae_kernels.nn import Conv3x3
 
 Extractor = Literal["unet", "nafnet"]
@@ -112,7 +113,7 @@ class Encoder(nn.Module):
             ValueError: the aggregator is "vit" and the images do not have the size `image_size`.
         """
         size = self.image_size
-        if size is not None and image.shape[2:] != (size, size):
+        if size is not None and not is_tracing() and image.shape[2:] != (size, size):
             raise ValueError(
                 f"image must be {size}x{size}, the sample_size that aggregator='vit' was made for, "
                 f"got {image.shape[2]}x{image.shape[3]}"
@@ -131,12 +132,12 @@ class Encoder(nn.Module):
             index: position of the level, 0 for the finest one in use.
             level: sub-bands (N, 4 in_channels, H, W).
         """
-        images = len(level)
-        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):  # a compiler plans memory itself
+        # A compiler plans memory itself, and a trace would keep the slices of its example.
+        if not (torch.is_grad_enabled() or torch.compiler.is_compiling() or is_tracing()):
             pixels = max(1, level.shape[2] * level.shape[3])
-            images = max(1, SLICE_PIXELS.get(level.device.type, images * pixels) // pixels)
-        if images < len(level):
-            return torch.cat([self.extract(index, part) for part in level.split(images)])
+            images = max(1, SLICE_PIXELS.get(level.device.type, len(level) * pixels) // pixels)
+            if images < len(level):
+                return torch.cat([self.extract(index, part) for part in level.split(images)])
         extractor = self.feature_extractors[index % len(self.feature_extractors)]  # the only one, if shared
         features: Tensor = extractor(level)
         return self.downsamplers[index](features) if index < len(self.downsamplers) else features

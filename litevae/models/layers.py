@@ -1,11 +1,12 @@
 """Blocks that the encoder's U-Nets and the decoder share. Parameters have diffusers' names."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention as DiffusersAttention
 from diffusers.models.modeling_utils import get_parameter_dtype
 from torch import Tensor, nn
 
@@ -16,6 +17,9 @@ from litevae_kernels.nn import Conv2d, Conv3x3, GroupNormSiLU, Linear, SelfModul
 Norm = Literal["group", "smc", "none"]
 
 EPS = 1e-6  # epsilon of every GroupNorm, as in the Stable Diffusion VAE
+
+# Names of an attention's layers, and their names in state dicts from before diffusers 0.15.
+OLD_ATTENTION_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 
 def autocast_enabled(device: torch.device) -> bool:
@@ -28,7 +32,9 @@ def compute_dtype(module: nn.Module, device: torch.device) -> torch.dtype:
 
     Under diffusers' layerwise casting this is the compute dtype, not the storage dtype.
     """
-    dtype: torch.dtype = get_parameter_dtype(module)
+    # The parameters of a replica of `nn.DataParallel` are plain attributes, which diffusers does not find.
+    weight = getattr(module, "weight", None) if getattr(module, "_is_replica", False) else None
+    dtype: torch.dtype = get_parameter_dtype(module) if weight is None else weight.dtype
     if autocast_enabled(device) and dtype != torch.float64:  # autocast leaves float64 alone
         return torch.get_autocast_dtype(device.type)
     return dtype
@@ -53,6 +59,23 @@ class CheckpointedModule(nn.Module):
         return self._gradient_checkpointing_func(keep_backend(block), *args)
 
 
+class NoConv2d(nn.Identity):
+    """Identity in the place of a 1x1 convolution that the model does not have.
+
+    Pipelines of diffusers take the dtype for the decoder from ``next(vae.post_quant_conv.parameters())``, so this
+    module lists an empty tensor of the model's dtype. It is not a parameter of the model.
+    """
+
+    empty: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("empty", torch.empty(0), persistent=False)  # it moves with the model
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        yield nn.Parameter(self.empty, requires_grad=False)
+
+
 class ShortcutConv2d(Conv2d):
     """A 1x1 convolution of one input, or of two inputs as if they were concatenated."""
 
@@ -68,6 +91,17 @@ def _convolve_both(input: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | N
     return F.conv2d(input, weight, bias).add_(F.conv2d(skip, weight_skip))
 
 
+def has_forward_of(layer: nn.Module, cls: type[nn.Module]) -> bool:
+    """Returns whether `layer` runs the forward of `cls`, and not one that a library has put in its place.
+
+    The hooks of diffusers and accelerate pass on all arguments; they refer to what they wrap by `__wrapped__`.
+    """
+    forward = vars(layer).get("forward", type(layer).forward)
+    while hasattr(forward, "__wrapped__"):
+        forward = forward.__wrapped__
+    return getattr(forward, "__func__", forward) is cls.forward
+
+
 class ResBlock(nn.Module):
     """A residual block with two 3x3 convolutions: x + conv2(silu(norm2(conv1(silu(norm1(x)))))).
 
@@ -79,10 +113,11 @@ class ResBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, num_groups: int, norm: Norm = "group") -> None:
         super().__init__()
-        conv: Callable[[int, int], nn.Module] = partial(Conv3x3, silu_input=norm == "none")
+        conv: Callable[[int, int], nn.Module] = Conv3x3
         if norm == "smc":
-            conv = partial(SelfModulatedConv2d, kernel_size=3, padding=1, silu_input=True)
+            conv = partial(SelfModulatedConv2d, kernel_size=3, padding=1)
         grouped = norm == "group"
+        self.silu_input = not grouped  # otherwise the norms apply SiLU
         self.norm1 = norm_silu(in_channels, num_groups, norm) if grouped else nn.Identity()
         self.conv1 = conv(in_channels, out_channels)
         self.norm2 = norm_silu(out_channels, num_groups, norm) if grouped else nn.Identity()
@@ -97,10 +132,23 @@ class ResBlock(nn.Module):
             isinstance(self.norm1, GroupNormSiLU) and self.conv_shortcut is not None
         ):
             inputs = [torch.cat(inputs, dim=1)]  # some layer takes only one input
-        h = self.norm2(self.conv1(self.norm1(*inputs)))
+        h = self.norm2(self.convolve(self.conv1, self.norm1(*inputs)))
         # Computed only now, so that it does not add to peak memory in conv1.
-        residual = inputs[0] if self.conv_shortcut is None else self.conv_shortcut(*inputs)
-        return self.conv2(h, residual)
+        residual = inputs[0]
+        if self.conv_shortcut is not None:
+            own = has_forward_of(self.conv_shortcut, ShortcutConv2d)
+            residual = self.conv_shortcut(*inputs) if own else self.conv_shortcut(torch.cat(inputs, dim=1))
+        return self.convolve(self.conv2, h, residual)
+
+    def convolve(self, conv: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Returns the convolution of x, with the block's SiLU before it, plus `residual`.
+
+        A layer that another library has changed or replaced takes one input, as an `nn.Conv2d` does.
+        """
+        if has_forward_of(conv, Conv3x3) or has_forward_of(conv, SelfModulatedConv2d):
+            return conv(x, residual, silu_input=self.silu_input)
+        y: Tensor = conv(F.silu(x) if self.silu_input else x)
+        return y if residual is None else y + residual
 
     def fold(self) -> None:
         """Replaces self-modulated convolutions by plain ones that have the modulated weights."""
@@ -108,26 +156,42 @@ class ResBlock(nn.Module):
             layer = getattr(self, name)
             if isinstance(layer, SelfModulatedConv2d):
                 folded = layer.folded()
-                plain = Conv3x3(layer.in_channels, layer.out_channels, silu_input=True, device="meta")
+                plain = Conv3x3(layer.in_channels, layer.out_channels, device="meta")
                 plain.weight, plain.bias = folded.weight, folded.bias
                 setattr(self, name, plain.train(layer.training))
 
 
-class Attention(nn.Module):
-    """Single-head self-attention over the pixels of (N, C, H, W), with its GroupNorm and a residual."""
+class Attention(DiffusersAttention):
+    """Single-head self-attention over the pixels of (N, C, H, W), with its GroupNorm and a residual.
+
+    It is diffusers' layer in the VAE of Stable Diffusion, so that diffusers' attention processors apply. State dicts
+    with the names from before diffusers 0.15 load as well.
+    """
 
     def __init__(self, channels: int, num_groups: int) -> None:
-        super().__init__()
-        self.group_norm = nn.GroupNorm(num_groups, channels, eps=EPS)
-        self.to_q = Linear(channels, channels)
-        self.to_k = Linear(channels, channels)
-        self.to_v = Linear(channels, channels)
-        self.to_out = nn.ModuleList([Linear(channels, channels)])  # named to_out.0, as in diffusers
+        super().__init__(
+            channels,
+            heads=1,
+            dim_head=channels,
+            eps=EPS,
+            norm_num_groups=num_groups,
+            bias=True,
+            _from_deprecated_attn_block=True,  # `from_pretrained` converts old names before it compares them
+        )
+        for layer in (self.to_q, self.to_k, self.to_v, self.to_out[0]):
+            layer.__class__ = Linear
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self.group_norm(x).flatten(2).transpose(1, 2).unsqueeze(1)  # (N, 1, HW, C)
-        h = widened(F.scaled_dot_product_attention, self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
-        return x + self.to_out[0](h).squeeze(1).transpose(1, 2).view_as(x)
+        # The sum is outside of the processor because that returns channels_last, and the result has x's layout.
+        return x + super().forward(x)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name, old in OLD_ATTENTION_NAMES.items():
+            for kind in ("weight", "bias"):
+                key = f"{prefix}{old}.{kind}"
+                if key in state_dict:
+                    state_dict[f"{prefix}{name}.{kind}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class MidBlock(CheckpointedModule):

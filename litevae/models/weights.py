@@ -4,19 +4,19 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import safetensors.torch
 import torch
 from diffusers import ModelMixin
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from litevae.errors import UserError, shorten
 from litevae.files import read_json, replacing_folder, write
-from litevae.models.interface import Autoencoder
+from litevae.models.weight_files import WEIGHTS, read_weights
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+if TYPE_CHECKING:
+    from litevae.models.interface import Autoencoder
 
 # Entries of a model's config.json that do not belong to its architecture.
 NOT_ARCHITECTURE = frozenset(
@@ -69,41 +69,33 @@ def load_weights(model: ModelMixin, folder: Path, setting: str) -> None:
                 f"{setting}: {folder} has another architecture: {key} is {shorten(saved[key])} there and "
                 f"{shorten(value)} here"
             )
-    copy_weights(model, read_weights(folder / WEIGHTS, setting), folder, setting)
+    copy_weights(model, read_weights(folder, setting), folder, setting)
 
 
-def load_decoder(model: Autoencoder, folder: Path) -> None:
-    """Copies the decoder of a diffusers AutoencoderKL, such as Stable Diffusion's, into `model`.
+def load_decoder(model: "Autoencoder", source: Path, setting: str = "init_decoder") -> None:
+    """Copies the decoder of another autoencoder, such as Stable Diffusion's, into `model`.
 
-    If the model has a post_quant_conv, that of the AutoencoderKL is copied too.
+    If the model has a post_quant_conv, it is copied too.
 
     Args:
         model: model whose decoder has the same architecture.
-        folder: folder of the AutoencoderKL, or of a pipeline with one.
+        source: folder of the autoencoder, or of a pipeline with one; or a file, as `read_weights` takes it.
+        setting: name of the setting that gave the source, for error messages.
 
     Raises:
-        UserError: a file is missing or damaged, or the architecture differs.
+        UserError: a file is missing or damaged, holds no decoder, or the architecture differs.
     """
-    if (folder / "vae" / "config.json").is_file():  # a whole pipeline
-        folder = folder / "vae"
-    weights = read_weights(folder / WEIGHTS, "init_decoder")
-    parts = {"decoder": model.decoder, "post_quant_conv": model.post_quant_conv}
+    if (source / "vae" / "config.json").is_file():  # a whole pipeline
+        source = source / "vae"
+    weights = read_weights(source, setting)
+    if not any(name.startswith("decoder.") for name in weights):
+        raise UserError(f"{setting}: {source}: holds no decoder of an autoencoder")
+    parts = {"decoder": model.decoder}
+    if isinstance(model.post_quant_conv, nn.Conv2d):
+        parts["post_quant_conv"] = model.post_quant_conv
     for name, part in parts.items():
-        if part is not None:
-            own = {
-                key.removeprefix(f"{name}."): w for key, w in weights.items() if key.startswith(f"{name}.")
-            }
-            copy_weights(part, own, folder, "init_decoder")
-
-
-def read_weights(path: Path, setting: str) -> dict[str, Tensor]:
-    """Reads a safetensors file. Raises UserError that begins with `setting` if that fails."""
-    if not path.is_file():
-        raise UserError(f"{setting}: {path}: no such file")
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{setting}: {path}: cannot be read: {error}") from None
+        own = {key.removeprefix(f"{name}."): w for key, w in weights.items() if key.startswith(f"{name}.")}
+        copy_weights(part, own, source, setting)
 
 
 def copy_weights(module: nn.Module, weights: dict[str, Tensor], source: Path, setting: str) -> None:
@@ -122,7 +114,7 @@ def copy_weights(module: nn.Module, weights: dict[str, Tensor], source: Path, se
     module.load_state_dict(weights)
 
 
-def hash_encoder(model: Autoencoder) -> str:
+def hash_encoder(model: "Autoencoder") -> str:
     """Returns the SHA-256 of all that determines a model's latents: its architecture and encoder weights."""
     config = {
         name: value

@@ -123,7 +123,7 @@ class Config(RunConfig):
     compile: bool = setting(False, "Compile the models with torch.compile.")
     init: str = setting("", "Folder of a model, run or checkpoint that provides the initial weights.")
     init_decoder: str = setting(
-        "", "Folder of a diffusers AutoencoderKL that provides the decoder's initial weights."
+        "", "Folder or file of a Stable Diffusion VAE that provides the decoder's initial weights."
     )
     freeze_encoder: bool = setting(False, "Train only the decoder.")
     model: ModelConfig = section(ModelConfig, "The autoencoder.")

@@ -23,7 +23,8 @@ from litevae.files import replacing
 from litevae.losses import Objective
 from litevae.memory import check_batch
 from litevae.models.interface import Autoencoder, spatial_compression
-from litevae.models.weights import copy_weights, read_weights, save_model
+from litevae.models.weight_files import read_weights
+from litevae.models.weights import copy_weights, save_model
 from litevae.signals import StopRequest
 from litevae.training.build import build_model, check_sizes
 from litevae.training.checkpoint import DISCRIMINATOR, Checkpoint, random_state

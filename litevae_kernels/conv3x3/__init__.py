@@ -28,7 +28,7 @@ from torch import Tensor
 from litevae_kernels.arithmetic import current_isa, result_dtype
 from litevae_kernels.backend import choose, forced_backend
 from litevae_kernels.conv3x3 import op, reference
-from litevae_kernels.conv3x3.dispatch import DTYPES, describe, serves, why_not
+from litevae_kernels.conv3x3.dispatch import describe, serves
 from litevae_kernels.tensors import (
     check_bias,
     check_flag,

@@ -7,7 +7,8 @@ Appendix G, ResBlock).
 
 The operator takes float64, float32, bfloat16 and float16. It computes in float32 (float64 for float64), and its
 statistics are accurate at any mean. The result keeps the input's dtype, under autocast too, and its memory format. All
-orders of derivatives exist. The transforms of `torch.func` and forward-mode derivatives need the reference backend.
+orders of derivatives exist. The transforms of `torch.func` run on the reference backend. Forward-mode derivatives
+outside of them need ``use_backend("reference")``.
 """
 
 from torch import Tensor

@@ -8,8 +8,8 @@ and ``constant`` repeat the last sample, ``reflect`` takes the one before it, ``
 
 All functions accept float64, float32, bfloat16 and float16, compute in float32 (float64 for float64), keep the
 input's memory format (contiguous or channels_last), are differentiable any number of times, and run on the backends
-of `litevae_kernels.use_backend`. The transforms of `torch.func` and forward-mode derivatives need the reference
-backend.
+of `litevae_kernels.use_backend`. Under the transforms of `torch.func` it is the reference. Forward-mode derivatives
+outside of them need ``use_backend("reference")``.
 """
 
 from collections.abc import Sequence

@@ -6,8 +6,8 @@ The scales and the gain belong to the layer and not to the sample, so this is on
 modulated convolution with one style for all samples, and so without a filter bank per sample.
 
 Weights are float64, float32, bfloat16 or float16. The arithmetic runs in float32 (float64 for float64). The functions
-are differentiable any number of times. The transforms of `torch.func` and forward-mode derivatives need the reference
-backend.
+are differentiable any number of times. The transforms of `torch.func` run on the reference backend. Forward-mode
+derivatives outside of them need ``use_backend("reference")``.
 """
 
 import torch

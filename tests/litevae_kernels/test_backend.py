@@ -105,6 +105,44 @@ def test_every_operator_says_why_a_forced_backend_cannot_serve(name):
         OPERATORS[name](torch.zeros(2, 4, 6, 6))
 
 
+@pytest.mark.parametrize("name", OPERATORS)
+def test_every_operator_runs_under_the_transforms_of_torch_func(monkeypatch, name):
+    operator, x = OPERATORS[name], torch.randn(3, 2, 4, 6, 6)
+    backend._warn_transform.cache_clear()
+    with pytest.warns(RuntimeWarning, match="serves the transforms of torch.func with plain PyTorch"):
+        mapped = torch.func.vmap(operator)(x)
+    torch.testing.assert_close(mapped, torch.stack([operator(each) for each in x]))
+
+    def loss(x):
+        return operator(x).square().mean()
+
+    one = x[0].requires_grad_()
+    (expected,) = torch.autograd.grad(loss(one), one)
+    torch.testing.assert_close(torch.func.grad(loss)(x[0].detach()), expected)
+    _, tangent = torch.func.jvp(loss, (x[0].detach(),), (torch.ones_like(x[0]),))
+    torch.testing.assert_close(tangent, expected.sum(), rtol=1e-4, atol=1e-5)
+    with (
+        use_backend("native"),
+        pytest.raises(RuntimeError, match=r"'native' cannot serve the transforms .*reference"),
+    ):
+        torch.func.vmap(operator)(x)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_every_operator_exports_to_pytorchs_own(name):
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            return OPERATORS[name](x)
+
+    x = torch.randn(2, 4, 6, 6)
+    for strict in (False, True):
+        exported = torch.export.export(Model(), (x,), strict=strict)
+        assert "litevae" not in str(exported.graph)
+        torch.testing.assert_close(exported.module()(x), OPERATORS[name](x))
+    with use_backend("native"):
+        assert "litevae" in str(torch.export.export(Model(), (x,), strict=False).graph)
+
+
 def test_a_missing_core_warns_once(monkeypatch):
     monkeypatch.setattr(backend, "core", None)
     monkeypatch.setattr(backend, "core_error", "no such file")

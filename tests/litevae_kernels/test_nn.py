@@ -294,6 +294,39 @@ def test_conv3x3_takes_no_other_options():
         Conv3x3(4, 4, stride=2)
 
 
+@pytest.mark.parametrize(
+    ("args", "options"),
+    [
+        ((3, 1, 1), {"bias": False}),  # as PEFT creates its first layer
+        (((1, 1), (1, 1)), {"groups": 1, "bias": False}),  # and its second
+        ((3,), {}),
+        ((3, 2, 1), {"padding_mode": "reflect"}),
+        ((), {"kernel_size": 5, "padding": "same", "dilation": 2, "groups": 4}),
+    ],
+    ids=str,
+)
+def test_conv3x3_with_a_kernel_size_is_a_conv2d(args, options):
+    torch.manual_seed(0)
+    layer = Conv3x3(4, 8, *args, **options)
+    torch.manual_seed(0)
+    plain = nn.Conv2d(4, 8, *args, **options)
+    x = torch.randn(2, 4, 12, 11)
+    y = plain(x)
+    torch.testing.assert_close(layer(x), y)
+    residual = torch.randn_like(y)
+    torch.testing.assert_close(layer(x, residual, silu_input=True), plain(F.silu(x)) + residual)
+
+
+@pytest.mark.parametrize(
+    "make", [Conv3x3, lambda *c: SelfModulatedConv2d(*c, 3, padding=1)], ids=["conv", "smc"]
+)
+def test_silu_input_can_be_given_in_the_call(make):
+    layer, x = make(4, 4), torch.randn(2, 4, 6, 5)
+    torch.testing.assert_close(layer(x, silu_input=True), layer(F.silu(x)))
+    layer.silu_input = True
+    torch.testing.assert_close(layer(x), layer(F.silu(x), silu_input=False))
+
+
 def test_conv3x3_has_the_keys_of_conv2d():
     plain = nn.Conv2d(4, 5, 3, padding=1)
     layer = Conv3x3(4, 5)

@@ -21,10 +21,15 @@ def scale(uneven_model, square_images, tmp_path):
 
 def test_stores_them_in_the_config(scale, tmp_path, capsys):
     scale()
-    assert "5 images of 32 x 32 pixels" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "5 images of 32 x 32 pixels" in out
+    first, second, *rest = (
+        float(line.split()[-1]) for line in out.splitlines() if line.startswith("channel")
+    )
+    assert second > 2 * first
+    assert len(rest) == 2
     loaded = LiteVAE.from_pretrained(tmp_path / "model").config
-    assert len(loaded.latents_mean) == len(loaded.latents_std) == 4
-    assert loaded.latents_std[1] > 2 * loaded.latents_std[0]
+    assert (loaded.shift_factor, loaded.latents_mean, loaded.latents_std) == (0.0, None, None)
     stored = json.loads((tmp_path / "model" / "config.json").read_text())
     assert stored["scaling_factor"] == loaded.scaling_factor != 1.0
     assert stored["_class_name"] == "LiteVAE"
@@ -38,7 +43,7 @@ def test_changes_nothing_else_in_the_config(scale, tmp_path):
     for _ in range(2):
         scale()
     after = json.loads(path.read_text())
-    changed = {"scaling_factor", "latents_mean", "latents_std"}
+    changed = {"scaling_factor", "shift_factor"}
     assert {name for name in after.keys() | before.keys() if after.get(name) != before.get(name)} == changed
     assert str(tmp_path) not in path.read_text()
 

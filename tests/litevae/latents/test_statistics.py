@@ -57,8 +57,9 @@ def test_statistics_are_added_to_the_config(tmp_path):
     store_scale(path, LatentStatistics((0.0, 1.0), (2.0, 3.0), 0.4, 5))
     assert json.loads(path.read_text()) == {
         "scaling_factor": 0.4,
-        "latents_mean": [0.0, 1.0],
-        "latents_std": [2.0, 3.0],
+        "shift_factor": 0.0,
+        "latents_mean": None,
+        "latents_std": None,
         "other": [1],
     }
     assert [each.name for each in tmp_path.iterdir()] == ["config.json"]

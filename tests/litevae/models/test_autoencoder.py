@@ -9,7 +9,7 @@ import pywt
 import torch
 
 from litevae import LiteVAE
-from litevae.models.layers import ResBlock
+from litevae.models.layers import NoConv2d, ResBlock
 from litevae_kernels import use_backend
 
 VARIANTS = [{}, {"decoder_norm": "smc", "output_type": "wavelet"}]
@@ -83,7 +83,7 @@ def test_1x1_convolutions_stand_at_both_ends_of_the_latent(make, image, latent):
         vae.decode(latent).sample, vae.decoder(vae.post_quant_conv(latent)), atol=0, rtol=0
     )
     assert make().quant_conv is None
-    assert make().post_quant_conv is None
+    assert type(make().post_quant_conv) is NoConv2d
 
 
 def test_wavelet_decoders_image_is_the_inverse_transform_of_its_doubled_output(make, latent):
@@ -172,11 +172,11 @@ def test_wrong_configuration(make, changes, message):
         (
             torch.zeros(1, 3, 250, 256),
             ValueError,
-            "image height and width must be multiples of 8, got 250x256; "
+            "image height and width must be multiples of 8, at least 16, got 250x256; "
             "nearest heights: 248 and 256, widths: 256",
         ),
-        (torch.zeros(1, 3, 8, 5), ValueError, "got 8x5; nearest heights: 8, widths: 8"),
-        (torch.zeros(1, 3, 0, 17), ValueError, "got 0x17; nearest heights: 8, widths: 16 and 24"),
+        (torch.zeros(1, 3, 8, 5), ValueError, "got 8x5; nearest heights: 16, widths: 16"),
+        (torch.zeros(1, 3, 0, 17), ValueError, "got 0x17; nearest heights: 16, widths: 16 and 24"),
         (torch.zeros(1, 4, 16, 16), ValueError, r"image must have 3 channels, got 4 in \(1, 4, 16, 16\)"),
         (torch.zeros(3, 16, 16), ValueError, r"image must be 4-D, \(N, 3, H, W\), got shape \(3, 16, 16\)"),
         (
@@ -205,16 +205,29 @@ def test_wrong_images(make, call, x, error, message):
     [
         (torch.zeros(1, 3, 4, 4), ValueError, r"latent must have 4 channels, got 3 in \(1, 3, 4, 4\)"),
         (torch.zeros(4, 4, 4), ValueError, r"latent must be 4-D, \(N, 4, H, W\), got shape \(4, 4, 4\)"),
-        (torch.zeros(1, 4, 4, 4).half(), TypeError, "model's dtype torch.float32, got torch.float16"),
-        (torch.zeros(1, 4, 4, 4).long(), TypeError, "model's dtype torch.float32, got torch.int64"),
+        (torch.zeros(1, 4, 4, 4).long(), TypeError, "float32, bfloat16 or float16, got torch.int64"),
+        (torch.zeros(1, 4, 4, 4).bool(), TypeError, "float32, bfloat16 or float16, got torch.bool"),
         (torch.zeros(1, 4, 4, 4, device="meta"), ValueError, "latent must be on the model's device cpu"),
     ],
-    ids=["channels", "dimensions", "half", "long", "device"],
+    ids=["channels", "dimensions", "long", "bool", "device"],
 )
 def test_wrong_latents(make, z, error, message):
     with pytest.raises(error, match=message) as raised:
         make().decode(z)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("use_1x1_conv", [False, True])
+def test_images_and_latents_of_every_dtype_are_converted_to_the_models(
+    make, image, latent, use_1x1_conv, dtype
+):
+    vae = make(use_1x1_conv=use_1x1_conv).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(mode(vae, image.to(dtype)), mode(vae, image.to(dtype).bfloat16()))
+        decoded = vae.decode(latent.to(dtype)).sample
+        assert decoded.dtype == torch.bfloat16
+        assert torch.equal(decoded, vae.decode(latent.to(dtype).bfloat16()).sample)
 
 
 def test_channels_in_messages_are_the_models(make):

@@ -43,6 +43,18 @@ def test_group_norm_decoder_is_diffusers_decoder(widths, num_groups, size):
     assert (actual - exact).norm() <= MORE_THAN_DIRECT * (expected - exact).norm()
 
 
+def test_loads_the_decoder_of_before_diffusers_0_15():
+    ours, old = decoder(**SMALL), decoder(**SMALL).state_dict()
+    for new, name in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():
+        for kind in ("weight", "bias"):
+            path = "mid_block.attentions.0."
+            old[f"{path}{name}.{kind}"] = old.pop(f"{path}{new}.{kind}") + 1
+    ours.load_state_dict(old)
+    attention = ours.mid_block.attentions[0]
+    assert torch.equal(attention.to_k.bias, old["mid_block.attentions.0.key.bias"])
+    assert torch.equal(attention.to_out[0].weight, old["mid_block.attentions.0.proj_attn.weight"])
+
+
 def test_smc_replaces_the_norms_of_res_blocks_and_output():
     model = decoder("smc", **SMALL)
     keys = set(model.state_dict())

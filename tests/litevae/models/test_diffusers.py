@@ -1,10 +1,12 @@
 """The autoencoder in diffusers' pipelines, casting and offloading."""
 
 import copy
+import importlib
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, DiTPipeline, DiTTransformer2DModel
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0
 from diffusers.schedulers import DDIMScheduler
 from torch import nn
 
@@ -28,7 +30,7 @@ def test_stands_in_for_autoencoder_kl():
     assert needed <= set(theirs.config)
     assert needed <= set(ours.config)
     assert len(ours.config.block_out_channels) == 4
-    assert not ours.config.force_upcast  # otherwise pipelines read the dtype of a post_quant_conv
+    assert not ours.config.force_upcast
 
 
 def test_runs_in_a_pipeline(make, tmp_path):
@@ -65,7 +67,7 @@ def test_layerwise_casting(make, image, decoder_norm):
     assert vae.decoder.conv_in.weight.dtype == torch.float8_e4m3fn
     with torch.no_grad():
         assert torch.equal(vae(image).sample, rounded(image).sample)
-    with pytest.raises(TypeError, match=r"dtype torch\.float32, got torch\.float8_e4m3fn"):
+    with pytest.raises(TypeError, match=r"float16, got torch\.float8_e4m3fn"):
         vae.decode(torch.zeros(1, 4, 4, 4).to(torch.float8_e4m3fn))
 
 
@@ -80,3 +82,42 @@ def test_weights_that_are_offloaded_between_layers(make, image, decoder_norm):
         assert vae.decoder.conv_in.weight.device.type == "meta"
         assert torch.equal(vae(image).sample, expected)
         assert torch.equal(vae.decode(vae.encode(image).latent_dist.mode()).sample, expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"decoder_norm": "smc", "output_type": "wavelet"}, {"encoder_type": "dwt", "latent_channels": 12}],
+    ids=str,
+)
+def test_replicas_of_data_parallel(make, image, options, monkeypatch):
+    """A replica's parameters are plain attributes; where there is no GPU, only their copies are made differently."""
+    replicate = importlib.import_module("torch.nn.parallel.replicate")
+    monkeypatch.setattr(
+        replicate,
+        "_broadcast_coalesced_reshape",
+        lambda tensors, devices, detach=False: [[tensor.clone() for tensor in tensors] for _ in devices],
+    )
+    vae = make(**options)
+    (replica,) = replicate.replicate(vae, [0])
+    assert not list(replica.parameters())
+    expected = vae(image).sample
+    assert torch.equal(replica(image).sample, expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert replica(image).sample.dtype == torch.bfloat16
+
+
+def test_processors_of_the_attention(make, latent):
+    vae = make()
+    with torch.no_grad():
+        expected = vae.decode(latent).sample
+        assert list(vae.attn_processors) == ["decoder.mid_block.attentions.0.processor"]
+        vae.fuse_qkv_projections()
+        assert type(next(iter(vae.attn_processors.values()))) is FusedAttnProcessor2_0
+        torch.testing.assert_close(vae.decode(latent).sample, expected)
+        vae.unfuse_qkv_projections()
+        assert torch.equal(vae.decode(latent).sample, expected)
+        vae.set_default_attn_processor()
+        assert type(next(iter(vae.attn_processors.values()))) is AttnProcessor
+        torch.testing.assert_close(vae.decode(latent).sample, expected)
+        vae.set_attn_processor(AttnProcessor2_0())
+        assert torch.equal(vae.decode(latent).sample, expected)

@@ -84,6 +84,6 @@ class TestEncodePixels:
         torch.testing.assert_close(actual.parameters, expected.parameters, atol=1e-5, rtol=1e-4)
 
     def test_wrong_size_is_one_line(self, make):
-        with pytest.raises(UserError, match="multiples of 8, got 12x16") as caught:
+        with pytest.raises(UserError, match="multiples of 8, at least 16, got 12x16") as caught:
             encode_pixels(make(), torch.zeros(1, 3, 12, 16, dtype=torch.uint8))
         assert "\n" not in str(caught.value)

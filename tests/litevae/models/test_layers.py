@@ -1,9 +1,18 @@
+import copy
+
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention as DiffusersAttention
 from diffusers.models.resnet import ResnetBlock2D
 
-from litevae.models.layers import Attention, CheckpointedModule, MidBlock, ResBlock, compute_dtype
+from litevae.models.layers import (
+    Attention,
+    CheckpointedModule,
+    MidBlock,
+    NoConv2d,
+    ResBlock,
+    compute_dtype,
+)
 
 
 @pytest.mark.parametrize("out_channels", [8, 16])
@@ -93,6 +102,32 @@ def test_attention_is_diffusers_attention(memory_format):
     y = attention(x)
     torch.testing.assert_close(y, oracle(x), atol=1e-5, rtol=1e-5)
     assert y.is_contiguous(memory_format=memory_format)
+
+
+def test_attention_loads_the_names_from_before_diffusers_0_15():
+    attention = Attention(16, num_groups=4)
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    old = Attention(16, num_groups=4).state_dict()
+    for new, name in names.items():
+        for kind in ("weight", "bias"):
+            old[f"{name}.{kind}"] = old.pop(f"{new}.{kind}")
+    attention.load_state_dict(old)
+    for new, name in names.items():
+        assert torch.equal(attention.get_submodule(new).weight, old[f"{name}.weight"])
+        assert torch.equal(attention.get_submodule(new).bias, old[f"{name}.bias"])
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        attention.load_state_dict({**old, "values.weight": old["value.weight"]})
+
+
+def test_no_conv_passes_on_and_tells_the_dtype():
+    """`next(iter(vae.post_quant_conv.parameters())).dtype` is what diffusers' pipelines ask for."""
+    module = torch.nn.Sequential(NoConv2d(), torch.nn.Linear(2, 2)).half()
+    x = torch.randn(2)
+    assert module[0](x) is x
+    assert next(iter(module[0].parameters())).dtype == torch.float16
+    assert next(iter(copy.deepcopy(module).float()[0].parameters())).dtype == torch.float32
+    assert [name for name, _ in module.named_parameters()] == list(module.state_dict())
+    assert list(module.state_dict()) == ["1.weight", "1.bias"]
 
 
 def test_mid_block_without_attention_has_none():

@@ -11,7 +11,7 @@ from litevae import LiteVAE
 from litevae.errors import UserError
 from litevae.models.baseline import SmallEncoderVAE
 from litevae.models.loading import load_model, model_folder
-from litevae.models.weights import WEIGHTS
+from litevae.models.weight_files import WEIGHTS
 from litevae.training import load_config
 from litevae.training.build import build_model
 

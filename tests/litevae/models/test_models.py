@@ -7,12 +7,14 @@ import pytest
 
 import litevae.models
 from litevae.models.autoencoder import LiteVAE
+from litevae.models.baseline import SmallEncoderVAE
 from litevae.models.presets import PRESETS
 
 
 def test_names_of_the_package():
     assert litevae.models.LiteVAE is LiteVAE
     assert litevae.models.PRESETS is PRESETS
+    assert litevae.models.SmallEncoderVAE is SmallEncoderVAE
     with pytest.raises(AttributeError, match=r"module 'litevae\.models' has no attribute 'LightVAE'"):
         _ = litevae.models.LightVAE
 

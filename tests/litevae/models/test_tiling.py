@@ -63,6 +63,22 @@ def test_tiling_leaves_small_images_alone(make, image, latent):
     assert torch.equal(vae.decode(latent).sample, whole[1])
 
 
+def test_tiles_for_one_call(make):
+    """As in an AutoencoderKL, `tiled_encode` and `tiled_decode` do not need `enable_tiling`."""
+    vae = make(sample_size=32)
+    image = torch.rand(1, 3, 64, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        tiled = vae.tiled_encode(image).latent_dist.mean
+        decoded = vae.tiled_decode(tiled, return_dict=False)[0]
+        assert not vae.use_tiling
+        assert not torch.equal(tiled, vae.encode(image).latent_dist.mean)
+        vae.enable_tiling()
+        assert torch.equal(tiled, vae.encode(image).latent_dist.mean)
+        assert torch.equal(decoded, vae.decode(tiled).sample)
+        assert torch.equal(tiled, vae.tiled_encode(image).latent_dist.mean)
+        assert vae.use_tiling
+
+
 def test_wavelet_encoder_by_tiles_is_the_same(make_variant, square_image):
     vae = make_variant(encoder_type="dwt", latent_channels=12)
     whole = vae.encode(square_image).latent_dist.parameters

@@ -11,13 +11,12 @@ from torch import nn
 
 from litevae import LiteVAE
 from litevae.errors import UserError
+from litevae.models.weight_files import WEIGHTS, read_weights
 from litevae.models.weights import (
-    WEIGHTS,
     copy_weights,
     hash_encoder,
     load_decoder,
     load_weights,
-    read_weights,
     save_model,
     write_model,
     write_tensors,
@@ -138,6 +137,15 @@ class TestLoadWeights:
         with pytest.raises(UserError, match=r"init: .*model has another architecture"):
             load_weights(make(finest_level=2), folder, "init")
 
+    @pytest.mark.parametrize(
+        "options", [{"safe_serialization": False}, {"variant": "fp16"}, {"max_shard_size": "20KB"}], ids=str
+    )
+    def test_every_form_that_diffusers_writes_is_read(self, make, other, tmp_path, options):
+        other().save_pretrained(tmp_path, **options)
+        model = make()
+        load_weights(model, tmp_path, "init")
+        assert_same(model, other())
+
     def test_another_architecture_is_named(self, make, folder):
         message = r"^init: .*model has another architecture: latent_channels is 4 there and 5 here$"
         with pytest.raises(UserError, match=message):
@@ -191,6 +199,13 @@ class TestLoadDecoder:
                 model.decode(latent).sample, getattr(expected, "sample", expected), atol=1e-5, rtol=1e-5
             )
         assert_same(model.encoder, encoder)
+
+    def test_a_file_without_a_decoder_is_refused(self, make, tmp_path):
+        write_tensors(tmp_path / "unet.safetensors", {"conv_in.weight": torch.zeros(1)})
+        with pytest.raises(
+            UserError, match=r"init_decoder: .*unet\.safetensors: holds no decoder of an auto"
+        ):
+            load_decoder(make(), tmp_path / "unet.safetensors")
 
     def test_another_decoder_is_named(self, make, vae, tmp_path):
         vae.save_pretrained(tmp_path)

@@ -1,0 +1,106 @@
+"""Export and tracing: with dynamic sizes, without custom operators, and without warnings of the tracer."""
+
+import importlib.util
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from litevae.models import encoder
+
+WAVELET = {"decoder_norm": "smc", "output_type": "wavelet"}
+SIZES = [(1, 3, 8, 8), (3, 3, 20, 12)]
+
+
+class Moments(nn.Module):
+    def __init__(self, vae: nn.Module) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.vae.encode(image).latent_dist.parameters
+
+
+class Mode(Moments):
+    def forward(self, image: Tensor) -> Tensor:
+        return self.vae.encode(image).latent_dist.mode()
+
+
+class Whole(Moments):
+    def forward(self, image: Tensor) -> Tensor:
+        return self.vae(image).sample
+
+
+@pytest.fixture(autouse=True)
+def small_slices(monkeypatch):
+    """Makes the encoder slice its batch where it may."""
+    monkeypatch.setattr(encoder, "SLICE_PIXELS", {"cpu": 1})
+
+
+@pytest.fixture
+def make(make_variant):
+    """Returns a function that makes a LiteVAE of two levels with the fewest layers, in evaluation mode."""
+    return lambda **options: make_variant(block_out_channels=(8, 8, 8), **options).eval()
+
+
+def dynamic_shapes() -> dict[str, dict[int, Dim]]:
+    return {"image": {0: Dim("n", min=1, max=64), 2: 4 * Dim("h", min=2), 3: 4 * Dim("w", min=2)}}
+
+
+def assert_equal_for_all_sizes(actual: nn.Module, expected: nn.Module) -> None:
+    with torch.no_grad():
+        for size in SIZES:
+            image = torch.randn(size)
+            torch.testing.assert_close(actual(image), expected(image), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("part", "options", "strict", "gradients"),
+    [
+        (Moments, {}, False, False),
+        (Mode, {}, True, True),
+        pytest.param(Whole, {}, True, False, marks=pytest.mark.slow),
+        (Whole, WAVELET, False, True),
+    ],
+)
+def test_export_with_dynamic_sizes(make, image, part, options, strict, gradients):
+    model = part(make(**options))
+    with torch.set_grad_enabled(gradients):
+        exported = torch.export.export(model, (image,), dynamic_shapes=dynamic_shapes(), strict=strict)
+    assert "litevae" not in str(exported.graph)
+    assert_equal_for_all_sizes(exported.module(), model)
+
+
+@pytest.mark.parametrize(("options", "gradients"), [({}, True), (WAVELET, False)])
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace")  # deprecated, but OpenVINO uses it
+def test_trace(make, image, options, gradients):
+    model = Whole(make(**options))
+    with torch.set_grad_enabled(gradients), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", torch.jit.TracerWarning)
+        traced = torch.jit.trace(model, image)  # which checks itself
+    assert not [each for each in caught if issubclass(each.category, torch.jit.TracerWarning)]
+    assert_equal_for_all_sizes(traced, model)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")),
+    reason="needs onnx, onnxscript and onnxruntime",
+)
+@pytest.mark.parametrize("part", [Moments, Whole])
+def test_onnx_with_dynamic_sizes(make, image, part, tmp_path):
+    import onnxruntime
+
+    model = part(make())
+    path = tmp_path / "model.onnx"
+    with torch.no_grad():
+        torch.onnx.export(model, (image,), path, dynamo=True, dynamic_shapes=dynamic_shapes(), verbose=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def run(image: Tensor) -> Tensor:
+        (name,) = (each.name for each in session.get_inputs())
+        return torch.from_numpy(session.run(None, {name: image.numpy()})[0])
+
+    assert_equal_for_all_sizes(run, model)
