@@ -59,6 +59,7 @@ NOTED = (
 # The subjects, besides the encoders, that the report's summary compares with their fastest rivals.
 ALSO = (
     "decoders",
+    "accelerate_vae",
     "litevae encode",
     "training step, bf16 autocast, no discriminator, LPIPS",
     "training step, bf16 autocast, U-Net discriminator, LPIPS",
