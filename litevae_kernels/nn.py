@@ -7,6 +7,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litevae_kernels import conv3x3, group_norm_silu, modulate_weight, self_modulated_conv2d
+from litevae_kernels.arithmetic import widened
+
+
+class Conv2d(nn.Conv2d):
+    """`nn.Conv2d` that computes in float32 on a CPU without the arithmetic of its half precision, and rounds once."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return widened(super()._conv_forward, input, weight, bias)
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` that computes in float32 on a CPU without the arithmetic of its half precision, and rounds once."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return widened(F.linear, input, self.weight, self.bias)
 
 
 class GroupNormSiLU(nn.GroupNorm):

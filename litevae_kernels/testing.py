@@ -2,7 +2,7 @@
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -96,3 +96,52 @@ def shapes(count: int, *, largest: int = 67, seed: int = 0) -> list[tuple[int, i
         return rng.choice([rng.randint(1, 9), rng.randint(1, largest), 2 ** rng.randint(0, 6)])
 
     return [(rng.choice([1, 2, 3]), rng.choice([1, 2, 3, 4, 5]), side(), side()) for _ in range(count)]
+
+
+class Winograd:
+    """The 3x3 convolution by F(tile x tile, 3x3) in float64, whose intermediate values bound the kernels' errors.
+
+    Args:
+        tile: height and width of a tile of results.
+        points: the tile + 1 points at which polynomials are interpolated; infinity is the last point.
+    """
+
+    def __init__(self, tile: int, points: Sequence[float]) -> None:
+        finite = torch.tensor(points, dtype=torch.float64)
+        self.tile = tile
+        powers = finite[:, None] ** torch.arange(max(tile, 3))
+        others = [torch.cat([finite[:k], finite[k + 1 :]]) for k in range(len(points))]
+        scale = torch.stack([(p - rest).prod() for p, rest in zip(finite, others, strict=True)])
+        last = torch.zeros(1, max(tile, 3), dtype=torch.float64)
+        self.outputs = torch.cat([powers[:, :tile], last[:, :tile]]).T
+        self.outputs[-1, -1] = 1
+        self.taps = torch.cat([powers[:, :3] / scale[:, None], last[:, :3]])
+        self.taps[-1, -1] = 1
+        self.inputs = torch.zeros(tile + 2, tile + 2, dtype=torch.float64)
+        for row, roots in zip(self.inputs, [*others, finite], strict=True):
+            row[0] = 1  # coefficients of the product of (x - root), the lowest power first
+            for root in roots:
+                row.copy_(row.roll(1) - root * row)
+
+    def convolve(self, x: Tensor, weight: Tensor, *, absolute: bool = False) -> Tensor:
+        """Returns the convolution (N, C_out, H, W); with `absolute`, sums of absolute values throughout."""
+        b, g, a, x, weight = _absolute(absolute, self.inputs, self.taps, self.outputs, x, weight)
+        y = a @ torch.einsum("ncyxij,ocij->noyxij", b @ self._tiles(x, 1) @ b.T, g @ weight @ g.T) @ a.T
+        return y.permute(0, 1, 2, 4, 3, 5).flatten(4, 5).flatten(2, 3)[:, :, : x.shape[2], : x.shape[3]]
+
+    def weight_gradient(self, x: Tensor, grad: Tensor, *, absolute: bool = False) -> Tensor:
+        """Returns the gradient of the weight (C_out, C_in, 3, 3), by the adjoint of `convolve`."""
+        b, g, a, x, grad = _absolute(absolute, self.inputs, self.taps, self.outputs, x, grad)
+        inputs, gradients = b @ self._tiles(x, 1) @ b.T, a.T @ self._tiles(grad, 0) @ a
+        return g.T @ torch.einsum("ncyxij,noyxij->ocij", inputs, gradients) @ g
+
+    def _tiles(self, x: Tensor, border: int) -> Tensor:
+        """Returns the tiles (N, C, rows, columns, tile + 2 border, tile + 2 border) of (N, C, H, W)."""
+        rest = [-size % self.tile for size in x.shape[2:]]
+        x = torch.nn.functional.pad(x, (border, border + rest[1], border, border + rest[0]))
+        side = self.tile + 2 * border
+        return x.unfold(2, side, self.tile).unfold(3, side, self.tile)
+
+
+def _absolute(absolute: bool, *tensors: Tensor) -> list[Tensor]:
+    return [t.abs() if absolute else t for t in tensors]

@@ -1,12 +1,14 @@
 // The few vector operations that the float kernels need, in the instruction set that the file is compiled
-// for. LITEVAE_SIMD is defined if that set has vectors; scalar code serves the others.
+// for: AVX-512, AVX2, or any other set by the compiler's vector extension (SSE2, NEON).
 #pragma once
 
-#if defined(__AVX512F__) || defined(__AVX2__)
+#if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
 
 #include "convert.h"
-#define LITEVAE_SIMD 1
 
 namespace litevae {
 namespace {
@@ -81,7 +83,27 @@ inline void interleave(VecF even, VecF odd, VecF& a, VecF& b) {
   a.v = _mm512_permutex2var_ps(even.v, lo, odd.v);
   b.v = _mm512_permutex2var_ps(even.v, _mm512_add_epi32(lo, _mm512_set1_epi32(8)), odd.v);
 }
-#else
+
+// Transposes a matrix of `width` rows.
+inline void transpose(VecF* r) {
+  __m512 t[16];
+  for (int i = 0; i < 16; i += 4) {
+    const __m512 a = _mm512_unpacklo_ps(r[i].v, r[i + 1].v), b = _mm512_unpackhi_ps(r[i].v, r[i + 1].v);
+    const __m512 c = _mm512_unpacklo_ps(r[i + 2].v, r[i + 3].v),
+                 d = _mm512_unpackhi_ps(r[i + 2].v, r[i + 3].v);
+    t[i] = _mm512_shuffle_ps(a, c, 0x44), t[i + 1] = _mm512_shuffle_ps(a, c, 0xee);
+    t[i + 2] = _mm512_shuffle_ps(b, d, 0x44), t[i + 3] = _mm512_shuffle_ps(b, d, 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {  // The 4x4 blocks are transposed; now transpose the matrix of blocks.
+    const __m512 a = _mm512_shuffle_f32x4(t[i], t[i + 4], 0x88);
+    const __m512 b = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0x88);
+    const __m512 c = _mm512_shuffle_f32x4(t[i], t[i + 4], 0xdd);
+    const __m512 d = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0xdd);
+    r[i].v = _mm512_shuffle_f32x4(a, b, 0x88), r[i + 8].v = _mm512_shuffle_f32x4(a, b, 0xdd);
+    r[i + 4].v = _mm512_shuffle_f32x4(c, d, 0x88), r[i + 12].v = _mm512_shuffle_f32x4(c, d, 0xdd);
+  }
+}
+#elif defined(__AVX2__)
 struct VecF {
   using Scalar = float;
   static constexpr int width = 8;
@@ -158,17 +180,145 @@ inline void interleave(VecF even, VecF odd, VecF& a, VecF& b) {
   a.v = _mm256_permute2f128_ps(lo, hi, 0x20);
   b.v = _mm256_permute2f128_ps(lo, hi, 0x31);
 }
+
+// Transposes a matrix of `width` rows.
+inline void transpose(VecF* r) {
+  __m256 t[8];
+  for (int i = 0; i < 8; i += 4) {
+    const __m256 a = _mm256_unpacklo_ps(r[i].v, r[i + 1].v), b = _mm256_unpackhi_ps(r[i].v, r[i + 1].v);
+    const __m256 c = _mm256_unpacklo_ps(r[i + 2].v, r[i + 3].v),
+                 d = _mm256_unpackhi_ps(r[i + 2].v, r[i + 3].v);
+    t[i] = _mm256_shuffle_ps(a, c, 0x44), t[i + 1] = _mm256_shuffle_ps(a, c, 0xee);
+    t[i + 2] = _mm256_shuffle_ps(b, d, 0x44), t[i + 3] = _mm256_shuffle_ps(b, d, 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i].v = _mm256_permute2f128_ps(t[i], t[i + 4], 0x20);
+    r[i + 4].v = _mm256_permute2f128_ps(t[i], t[i + 4], 0x31);
+  }
+}
+#else
+struct VecF {
+  using Scalar = float;
+  static constexpr int width = 4;
+  typedef float Floats __attribute__((vector_size(16)));
+  typedef int32_t Mask __attribute__((vector_size(16)));  // the type of comparisons
+  typedef uint32_t Bits __attribute__((vector_size(16)));
+  typedef uint16_t Shorts __attribute__((vector_size(8)));
+  Floats v;
+
+  static VecF load(const float* from) {
+    VecF r;
+    std::memcpy(&r.v, from, sizeof r.v);
+    return r;
+  }
+  static VecF load(const BFloat16* from) { return {reinterpret_cast<Floats>(widened(from) << 16)}; }
+  static VecF load(const Half* from) {  // as in convert.h
+    const Bits bits = widened(from), sign = (bits & 0x8000) << 16, rest = bits & 0x7fff;
+    const Bits finite = reinterpret_cast<Bits>(reinterpret_cast<Floats>(rest << 13) * 0x1p112f);
+    const Bits infinite = 0x7f800000 | (rest & 0x3ff) << 13;
+    return {reinterpret_cast<Floats>(sign | chosen(rest >= 0x7c00, infinite, finite))};
+  }
+  // Loads `lanes` elements; the other lanes become zero.
+  template <class Stored>
+  static VecF load(const Stored* from, int lanes) {
+    Stored buffer[width] = {};
+    std::memcpy(buffer, from, static_cast<size_t>(lanes) * sizeof(Stored));
+    return load(buffer);
+  }
+  static VecF set(float value) { return {Floats{value, value, value, value}}; }
+  void store(float* to) const { std::memcpy(to, &v, sizeof v); }
+  void store(BFloat16* to) const {  // round to nearest even; a NaN stays a NaN
+    const Bits bits = reinterpret_cast<Bits>(v), odd = (bits >> 16) & 1;
+    narrow(chosen(v != v, bits | 0x400000, bits + 0x7fff + odd) >> 16, to);
+  }
+  void store(Half* to) const {  // as in convert.h
+    const Bits bits = reinterpret_cast<Bits>(v), sign = (bits >> 16) & 0x8000, rest = bits & 0x7fffffff;
+    const Bits normal = (rest - 0x38000000 + 0xfff + ((rest >> 13) & 1)) >> 13;
+    const Bits subnormal = reinterpret_cast<Bits>(reinterpret_cast<Floats>(rest) + 0.5f) - 0x3f000000;
+    const Bits infinite = Bits{} + 0x7c00, nan = Bits{} + 0x7e00;
+    Bits half = chosen(rest < 0x38800000, subnormal, normal);
+    half = chosen(rest >= 0x477ff000, chosen(rest > 0x7f800000, nan, infinite), half);
+    narrow(sign | half, to);
+  }
+  template <class Stored>
+  void store(Stored* to, int lanes) const {
+    Stored buffer[width];
+    store(buffer);
+    std::memcpy(to, buffer, static_cast<size_t>(lanes) * sizeof(Stored));
+  }
+  void stream(float* to) const { store(to); }  // these sets have no such store, or not worth one
+  VecF operator+(VecF o) const { return {v + o.v}; }
+  VecF operator-(VecF o) const { return {v - o.v}; }
+  VecF operator*(VecF o) const { return {v * o.v}; }
+  static VecF multiply_add(VecF a, VecF b, VecF c) {
+#if defined(__aarch64__)
+    return {reinterpret_cast<Floats>(vfmaq_f32(reinterpret_cast<float32x4_t>(c.v),
+                                               reinterpret_cast<float32x4_t>(a.v),
+                                               reinterpret_cast<float32x4_t>(b.v)))};
+#else
+    return {a.v * b.v + c.v};
+#endif
+  }
+  VecF operator/(VecF o) const { return {v / o.v}; }
+  VecF fraction() const {
+    const Floats t = cut();
+    return {t - whole(t)};
+  }
+  VecF times_power_of_two(VecF t) const {  // 2^floor(t)
+    const Bits power = reinterpret_cast<Bits>(__builtin_convertvector(whole(t.cut()), Mask) + 127) << 23;
+    return {v * reinterpret_cast<Floats>(power)};
+  }
+
+ private:
+  static Bits chosen(Mask mask, Bits yes, Bits no) {
+    const Bits m = reinterpret_cast<Bits>(mask);
+    return (m & yes) | (~m & no);
+  }
+  template <class Stored>
+  static Bits widened(const Stored* from) {
+    Shorts bits;
+    std::memcpy(&bits, from, sizeof bits);
+    return __builtin_convertvector(bits, Bits);
+  }
+  template <class Stored>
+  static void narrow(Bits bits, Stored* to) {
+    const Shorts low = __builtin_convertvector(bits, Shorts);
+    std::memcpy(to, &low, sizeof low);
+  }
+  // Clamps to the exponents of normal numbers and of infinity, and keeps a NaN.
+  Floats cut() const {
+    const Bits low = reinterpret_cast<Bits>(Floats{} - 126.0f), high = reinterpret_cast<Bits>(Floats{} + 128.0f);
+    const Bits below = chosen(v > 128.0f, high, reinterpret_cast<Bits>(v));
+    return reinterpret_cast<Floats>(chosen(v < -126.0f, low, below));
+  }
+  // Rounds to whole numbers, at most half a unit in the last place above: adding 1.5 * 2^23 rounds.
+  static Floats whole(Floats t) { return t - 0.5f + 12582912.0f - 12582912.0f; }
+};
+
+inline void deinterleave(VecF a, VecF b, VecF& even, VecF& odd) {
+  even.v = __builtin_shufflevector(a.v, b.v, 0, 2, 4, 6);
+  odd.v = __builtin_shufflevector(a.v, b.v, 1, 3, 5, 7);
+}
+
+inline void interleave(VecF even, VecF odd, VecF& a, VecF& b) {
+  a.v = __builtin_shufflevector(even.v, odd.v, 0, 4, 1, 5);
+  b.v = __builtin_shufflevector(even.v, odd.v, 2, 6, 3, 7);
+}
+
+// Transposes a matrix of `width` rows.
+inline void transpose(VecF* r) {
+  VecF a, b, c, d;
+  interleave(r[0], r[2], a, b), interleave(r[1], r[3], c, d);
+  interleave(a, c, r[0], r[1]), interleave(b, d, r[2], r[3]);
+}
 #endif
 
 // Streamed stores must be visible before another thread learns that the work is done.
-inline void stream_fence() { _mm_sfence(); }
+inline void stream_fence() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
 
 }  // namespace
 }  // namespace litevae
-#else
-namespace litevae {
-namespace {
-inline void stream_fence() {}
-}  // namespace
-}  // namespace litevae
-#endif

@@ -1,5 +1,5 @@
-// Vectors of the type of the arithmetic, which load and store any element type. They are VecF (simd.h) if the
-// instruction set has it, and otherwise plain arrays, which the compiler vectorises as well as it can.
+// Vectors of the type of the arithmetic, which load and store any element type: VecF (simd.h) for float, and for
+// double plain arrays, which the compiler vectorises as well as it can.
 #pragma once
 
 #include <math.h>
@@ -78,20 +78,7 @@ __attribute__((always_inline)) inline void one_plus_exp_minus(const VecN<double>
   for (int u = 0; u < U; ++u)
     for (int i = 0; i < VecN<double>::width; ++i) result[u].v[i] = 1.0 + ::exp(-z[u].v[i]);
 }
-template <int U>
-__attribute__((always_inline)) inline void one_plus_exp_minus(const VecN<float>* z, VecN<float>* result) {
-  for (int u = 0; u < U; ++u)
-    for (int i = 0; i < VecN<float>::width; ++i) {
-      const float t = z[u].v[i] * -1.44269504f, cut = t > 128.0f ? 128.0f : t < -126.0f ? -126.0f : t;
-      const float n = cut - 0.5f + 12582912.0f - 12582912.0f,
-                  f = cut - n;  // adding 1.5 * 2^23 rounds to whole numbers
-      float p = kExp2[0];
-      for (int k = 1; k <= kDegree; ++k) p = p * f + kExp2[k];
-      result[u].v[i] = 1.0f + p * float_of(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
-    }
-}
 
-#if defined(LITEVAE_SIMD)
 inline VecF multiply_add(VecF a, VecF b, VecF c) { return VecF::multiply_add(a, b, c); }
 
 template <int U>
@@ -104,10 +91,6 @@ __attribute__((always_inline)) inline void one_plus_exp_minus(const VecF* z, Vec
   for (int u = 0; u < U; ++u) result[u] = VecF::set(1.0f) + p[u].times_power_of_two(t[u]);
 }
 
-using VecFloat = VecF;
-#else
-using VecFloat = VecN<float>;
-#endif
 
 template <class T>
 struct VectorOf {
@@ -115,7 +98,7 @@ struct VectorOf {
 };
 template <>
 struct VectorOf<float> {
-  using type = VecFloat;
+  using type = VecF;
 };
 
 }  // namespace

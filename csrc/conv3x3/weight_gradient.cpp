@@ -155,6 +155,10 @@ void finish(const Plan& p, const float* sums, int64_t o, float* taps) {
   }
 }
 
+bool is_bf16_with_channels_innermost(const TensorView& t) {
+  return t.dtype == DType::bf16 && (t.size[1] == 1 || t.stride[1] == 1);
+}
+
 template <int V, int T>
 void weight_gradient(const WeightGradient& call, int threads) {
   const Plan p(call);
@@ -211,22 +215,24 @@ void weight_gradient(const WeightGradient& call, int threads) {
 }
 
 }  // namespace
+#endif
+
+void conv3x3_float32_weight_gradient(const WeightGradient& call, int threads);  // float32_weight_gradient.cpp
 
 void conv3x3_weight_gradient(const WeightGradient& call, int threads) {
-  switch (conv3x3::panel_vectors(call.x.size[1])) {  // at most 24 of 32 registers hold sums
-    case 2:
-      return weight_gradient<2, 8>(call, threads);
-    case 3:
-      return weight_gradient<3, 8>(call, threads);
-    default:
-      return weight_gradient<4, 4>(call, threads);
-  }
-}
-#else
-void conv3x3_weight_gradient(const WeightGradient&, int) {
-  throw std::logic_error("conv3x3 needs AVX512-BF16");
-}
+#if defined(__AVX512BF16__)
+  if (is_bf16_with_channels_innermost(call.x) && is_bf16_with_channels_innermost(call.grad))
+    switch (conv3x3::panel_vectors(call.x.size[1])) {  // at most 24 of 32 registers hold sums
+      case 2:
+        return weight_gradient<2, 8>(call, threads);
+      case 3:
+        return weight_gradient<3, 8>(call, threads);
+      default:
+        return weight_gradient<4, 4>(call, threads);
+    }
 #endif
+  conv3x3_float32_weight_gradient(call, threads);
+}
 
 }  // namespace LITEVAE_ISA
 }  // namespace litevae

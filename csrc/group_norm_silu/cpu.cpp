@@ -708,13 +708,13 @@ template <class Call>
 void dispatch(const Call& call, int threads) {
   switch (call.in.x.dtype) {
     case DType::f32:
-      return run<VecFloat, float>(call, threads);
+      return run<VecF, float>(call, threads);
     case DType::f64:
       return run<VecN<double>, double>(call, threads);
     case DType::f16:
-      return run<VecFloat, Half>(call, threads);
+      return run<VecF, Half>(call, threads);
     case DType::bf16:
-      return run<VecFloat, BFloat16>(call, threads);
+      return run<VecF, BFloat16>(call, threads);
   }
 }
 

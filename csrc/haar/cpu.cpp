@@ -39,7 +39,6 @@ void put_quad(const BandRows<T>& rows, int64_t at, const Quad<T>& q) {
   if (rows.keep != nullptr) rows.keep[at] = q.ll;
 }
 
-#if LITEVAE_SIMD
 // There are two passes over the rows, and the second reads from the first-level cache: sums give LL and V,
 // differences give H and D. Two streams of stores at a time are faster than four.
 template <bool kStream>
@@ -99,10 +98,8 @@ int64_t synthesis_vectors(const float* ll, const float* h, const float* v, const
   return stream ? synthesis_vectors<true>(ll, h, v, d, r0, r1, pairs, factor)
                 : synthesis_vectors<false>(ll, h, v, d, r0, r1, pairs, factor);
 }
-#endif
 
-// The vector functions return the number of pairs that they did. Types and machines without vector code do
-// none.
+// The vector functions return the number of pairs that they did. Types without vector code do none.
 template <class T>
 int64_t analysis_vectors(const T*, const T*, const BandRows<T>&, int64_t, T) {
   return 0;

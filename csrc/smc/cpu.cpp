@@ -137,7 +137,6 @@ void copy_run(const A* from, B* to, int64_t count) {
                  [&](int64_t i, auto lanes) { lanes.store(lanes.template load<V>(from + i), to + i); });
 }
 
-#if defined(LITEVAE_SIMD)
 // Transposes (2 width, kTaps) values to (kTaps, 2 width), or back, in registers; load(j) and store(j, vector)
 // access the j-th vector. Position kTaps i + k becomes 2 width k + i, which is 2 width times the old position
 // modulo (number of values - 1). A perfect shuffle of the two halves doubles each position, modulo the same.
@@ -155,7 +154,6 @@ void transpose(const Load& load, const Store& store) {
     transpose<Back, Times / 2>([&](int j) { return v[j]; }, store);
   }
 }
-#endif
 
 // Copies a filter from any order and type to any other, converting through V's type.
 template <class V, class A, class B>
@@ -168,7 +166,6 @@ void copy_filter(const Sizes& s, const A* from, Order in, B* to, Order out) {
     return;
   }
   int64_t done = 0;  // channels that are copied already
-#if defined(LITEVAE_SIMD)
   if constexpr (sizeof(typename V::Scalar) == sizeof(float)) {
     constexpr int W = VecF::width;
     const A* sources[kTaps];
@@ -183,7 +180,6 @@ void copy_filter(const Sizes& s, const A* from, Order in, B* to, Order out) {
         transpose<true, 2 * W>([&](int j) { return VecF::load(sources[j / 2] + done + j % 2 * W); },
                                [&](int j, VecF v) { v.store(to + done * kTaps + j * W); });
   }
-#endif
   for (int64_t k = 0; k < s.taps; ++k)
     for (int64_t i = done; i < s.inputs; ++i)
       put(static_cast<typename V::Scalar>(to_float(source(k)[i * in.channel])), target(k)[i * out.channel]);
@@ -369,11 +365,11 @@ bool in_double(const Inputs& in) { return in.norm.dtype == DType::f64; }
 }  // namespace
 
 void modulate_weight_forward(const Forward& call, int threads) {
-  in_double(call.in) ? forward<VecN<double>>(call, threads) : forward<VecFloat>(call, threads);
+  in_double(call.in) ? forward<VecN<double>>(call, threads) : forward<VecF>(call, threads);
 }
 
 void modulate_weight_backward(const Backward& call, int threads) {
-  in_double(call.in) ? backward<VecN<double>>(call, threads) : backward<VecFloat>(call, threads);
+  in_double(call.in) ? backward<VecN<double>>(call, threads) : backward<VecF>(call, threads);
 }
 
 }  // namespace LITEVAE_ISA

@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from litevae_kernels.nn import Conv2d
+
 MIN_SIZE = 24  # pixels; three halvings leave 3, and two 4x4 convolutions of stride 1 remove one each
 LAYERS = ((1, 2), (2, 2), (4, 2), (8, 1))  # width as a multiple of `channels`, and stride
 
@@ -31,12 +33,12 @@ class PatchGANDiscriminator(nn.Module):
         before = 3
         for multiplier, stride in LAYERS:
             width, first = channels * multiplier, not layers
-            layers.append(nn.Conv2d(before, width, 4, stride, padding=1, bias=first))
+            layers.append(Conv2d(before, width, 4, stride, padding=1, bias=first))
             if not first:
                 layers.append(nn.BatchNorm2d(width))
             layers.append(nn.LeakyReLU(0.2, inplace=True))
             before = width
-        layers.append(nn.Conv2d(before, 1, 4, padding=1))
+        layers.append(Conv2d(before, 1, 4, padding=1))
         self.layers = nn.Sequential(*layers)
         for layer in layers:
             if isinstance(layer, nn.Conv2d):

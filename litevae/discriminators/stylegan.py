@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from litevae_kernels.arithmetic import widened
+from litevae_kernels.nn import Conv2d
+
 MAX_CHANNELS = 512
 FINAL_SIZE = 4  # side of the last feature map
 GROUP_SIZE = 4  # number of images that share a minibatch standard deviation
@@ -108,10 +111,16 @@ class Blur(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # Computed in each call, because DDP writes to buffers between two calls that share a backward pass.
         kernel = (self.taps[:, None] * self.taps).expand(x.shape[1], 1, 4, 4)
-        return F.conv2d(x, kernel, stride=self.stride, padding=self.padding, groups=x.shape[1])
+        return widened(
+            lambda x, kernel: F.conv2d(
+                x, kernel, stride=self.stride, padding=self.padding, groups=x.shape[1]
+            ),
+            x,
+            kernel,
+        )
 
 
-class EqualisedConv2d(nn.Conv2d):
+class EqualisedConv2d(Conv2d):
     """A convolution with an equalised learning rate (Karras et al., 2018)."""
 
     def reset_parameters(self) -> None:
@@ -121,7 +130,7 @@ class EqualisedConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         weight = self.weight * self.weight[0].numel() ** -0.5
-        return F.conv2d(input, weight, self.bias, self.stride, self.padding)
+        return self._conv_forward(input, weight, self.bias)
 
 
 class EqualisedLinear(nn.Linear):
@@ -132,7 +141,7 @@ class EqualisedLinear(nn.Linear):
         nn.init.zeros_(self.bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.weight * self.in_features**-0.5, self.bias)
+        return widened(F.linear, input, self.weight * self.in_features**-0.5, self.bias)
 
 
 def activate(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.parametrize import register_parametrization
 
-from litevae_kernels.nn import Conv3x3
+from litevae_kernels.nn import Conv2d, Conv3x3, Linear
 
 # Widths of the encoder path, as multiples of `channels` (Schönfeld et al., 2020). The decoder path mirrors all but
 # the innermost, and repeats the outermost.
@@ -52,8 +52,8 @@ class UNetDiscriminator(nn.Module):
             ResBlock(before + skip, width, "up")
             for before, skip, width in zip([down[-1], *up], skips, up, strict=False)
         )
-        self.bottleneck_head = normalised(nn.Linear(down[-1], 1))
-        self.pixel_head = normalised(nn.Conv2d(channels, 1, 1))
+        self.bottleneck_head = normalised(Linear(down[-1], 1))
+        self.pixel_head = normalised(Conv2d(channels, 1, 1))
 
     def check_size(self, height: int, width: int) -> None:
         """Accepts every size."""
@@ -88,7 +88,7 @@ class ResBlock(nn.Module):
         self.preactivate = preactivate
         self.conv1 = normalised(Conv3x3(in_channels, out_channels))
         self.conv2 = normalised(Conv3x3(out_channels, out_channels))
-        self.conv_shortcut = normalised(nn.Conv2d(in_channels, out_channels, 1))
+        self.conv_shortcut = normalised(Conv2d(in_channels, out_channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.relu(x) if self.preactivate else x

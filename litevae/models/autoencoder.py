@@ -19,6 +19,7 @@ from litevae.models.layers import Norm, ResBlock, autocast_enabled, compute_dtyp
 from litevae.models.presets import get_preset
 from litevae.models.tiling import apply_by_tiles
 from litevae_kernels import haar_idwt2d
+from litevae_kernels.nn import Conv2d
 
 OutputType = Literal["image", "wavelet"]
 EncoderType = Literal["learned", "dwt", "dwt-2"]
@@ -178,8 +179,8 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             decoder_norm,
             num_upsamplers=levels - 1 if wavelet else levels,
         )
-        self.quant_conv = nn.Conv2d(moments, moments, 1) if use_1x1_conv else None
-        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if use_1x1_conv else None
+        self.quant_conv = Conv2d(moments, moments, 1) if use_1x1_conv else None
+        self.post_quant_conv = Conv2d(latent_channels, latent_channels, 1) if use_1x1_conv else None
 
         self.spatial_compression_ratio = 2**levels
         self.use_slicing = False

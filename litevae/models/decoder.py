@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litevae.models.layers import CheckpointedModule, MidBlock, Norm, ResBlock, norm_silu
-from litevae_kernels.nn import Conv3x3
+from litevae_kernels.nn import Conv2d, Conv3x3
 
 
 class Upsample(nn.Module):
@@ -70,14 +70,14 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         widths = list(block_out_channels)[::-1]
-        self.conv_in = nn.Conv2d(in_channels, widths[0], kernel_size=3, padding=1)
+        self.conv_in = Conv2d(in_channels, widths[0], kernel_size=3, padding=1)
         self.mid_block = MidBlock(widths[0], num_groups, norm, attention=True)
         self.up_blocks = nn.ModuleList(
             UpBlock(before, width, layers_per_block + 1, num_groups, norm, upsample=i < num_upsamplers)
             for i, (before, width) in enumerate(zip([widths[0], *widths], widths, strict=False))
         )
         self.conv_norm_out = norm_silu(widths[-1], num_groups, norm)
-        self.conv_out = nn.Conv2d(widths[-1], out_channels, kernel_size=3, padding=1)
+        self.conv_out = Conv2d(widths[-1], out_channels, kernel_size=3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(z))

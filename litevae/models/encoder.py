@@ -15,6 +15,7 @@ from litevae.models.layers import Norm, compute_dtype
 from litevae.models.nafnet import NAFNet
 from litevae.models.vit import ViT
 from litevae_kernels import haar_pyramid
+from litevae_kernels.nn import Conv2d
 
 Extractor = Literal["unet", "nafnet"]
 Aggregator = Literal["unet", "vit"]
@@ -31,7 +32,7 @@ class Downsample(nn.Module):
     def __init__(self, channels: int, factor: int) -> None:
         super().__init__()
         self.pool = nn.AvgPool2d(factor)
-        self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+        self.conv = Conv2d(channels, channels, kernel_size=3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(self.pool(x))

@@ -6,6 +6,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from litevae.models.layers import CheckpointedModule, MidBlock, Norm, ResBlock
+from litevae_kernels.nn import Conv2d
 
 RES_BLOCKS = 2  # per level and direction, which gives the paper's parameter counts
 
@@ -34,7 +35,7 @@ class FeatureUNet(CheckpointedModule):
     ) -> None:
         super().__init__()
         widths = [channels * multiplier for multiplier in multipliers for _ in range(RES_BLOCKS)]
-        self.conv_in = nn.Conv2d(in_channels, channels, kernel_size=3, padding=1)
+        self.conv_in = Conv2d(in_channels, channels, kernel_size=3, padding=1)
         self.encoder_blocks = nn.ModuleList(
             ResBlock(before, width, num_groups, norm)
             for before, width in zip([channels, *widths], widths, strict=False)
@@ -46,7 +47,7 @@ class FeatureUNet(CheckpointedModule):
             ResBlock(before + skip, width, num_groups, norm)
             for before, skip, width in zip([widths[-1], *up_widths], up_widths, up_widths, strict=False)
         )
-        self.conv_out = nn.Conv2d(up_widths[-1], out_channels, kernel_size=3, padding=1)
+        self.conv_out = Conv2d(up_widths[-1], out_channels, kernel_size=3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from diffusers.models.modeling_utils import get_parameter_dtype
 from torch import Tensor, nn
 
+from litevae_kernels.arithmetic import widened
 from litevae_kernels.backend import keep_backend
-from litevae_kernels.nn import Conv3x3, GroupNormSiLU, SelfModulatedConv2d
+from litevae_kernels.nn import Conv2d, Conv3x3, GroupNormSiLU, Linear, SelfModulatedConv2d
 
 Norm = Literal["group", "smc", "none"]
 
@@ -52,15 +53,19 @@ class CheckpointedModule(nn.Module):
         return self._gradient_checkpointing_func(keep_backend(block), *args)
 
 
-class ShortcutConv2d(nn.Conv2d):
+class ShortcutConv2d(Conv2d):
     """A 1x1 convolution of one input, or of two inputs as if they were concatenated."""
 
     def forward(self, input: Tensor, skip: Tensor | None = None) -> Tensor:
         if skip is None:
             return super().forward(input)
-        weight, weight_skip = self.weight.tensor_split([input.shape[1]], dim=1)
-        # The sum can be in place, because the backward pass of a convolution does not need its result.
-        return F.conv2d(input, weight, self.bias).add_(F.conv2d(skip, weight_skip))
+        return widened(_convolve_both, input, skip, self.weight, self.bias)
+
+
+def _convolve_both(input: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    weight, weight_skip = weight.tensor_split([input.shape[1]], dim=1)
+    # The sum can be in place, because the backward pass of a convolution does not need its result.
+    return F.conv2d(input, weight, bias).add_(F.conv2d(skip, weight_skip))
 
 
 class ResBlock(nn.Module):
@@ -114,14 +119,14 @@ class Attention(nn.Module):
     def __init__(self, channels: int, num_groups: int) -> None:
         super().__init__()
         self.group_norm = nn.GroupNorm(num_groups, channels, eps=EPS)
-        self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # named to_out.0, as in diffusers
+        self.to_q = Linear(channels, channels)
+        self.to_k = Linear(channels, channels)
+        self.to_v = Linear(channels, channels)
+        self.to_out = nn.ModuleList([Linear(channels, channels)])  # named to_out.0, as in diffusers
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.group_norm(x).flatten(2).transpose(1, 2).unsqueeze(1)  # (N, 1, HW, C)
-        h = F.scaled_dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
+        h = widened(F.scaled_dot_product_attention, self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
         return x + self.to_out[0](h).squeeze(1).transpose(1, 2).view_as(x)
 
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litevae.models.layers import EPS, CheckpointedModule
+from litevae_kernels.nn import Conv2d
 
 BLOCKS = 8  # per level of the U-Net that it replaces
 
@@ -43,13 +44,13 @@ class NAFBlock(nn.Module):
         super().__init__()
         wide = 2 * channels
         self.norm1 = LayerNorm2d(channels, eps=EPS)
-        self.expand1 = nn.Conv2d(channels, wide, 1)
-        self.depthwise = nn.Conv2d(wide, wide, kernel_size=3, padding=1, groups=wide)
-        self.attention = nn.Conv2d(channels, channels, 1)
-        self.project1 = nn.Conv2d(channels, channels, 1)
+        self.expand1 = Conv2d(channels, wide, 1)
+        self.depthwise = Conv2d(wide, wide, kernel_size=3, padding=1, groups=wide)
+        self.attention = Conv2d(channels, channels, 1)
+        self.project1 = Conv2d(channels, channels, 1)
         self.norm2 = LayerNorm2d(channels, eps=EPS)
-        self.expand2 = nn.Conv2d(channels, wide, 1)
-        self.project2 = nn.Conv2d(channels, channels, 1)
+        self.expand2 = Conv2d(channels, wide, 1)
+        self.project2 = Conv2d(channels, channels, 1)
         self.beta = nn.Parameter(torch.zeros(channels, 1, 1))
         self.gamma = nn.Parameter(torch.zeros(channels, 1, 1))
 
@@ -74,9 +75,9 @@ class NAFNet(CheckpointedModule):
     ) -> None:
         super().__init__()
         width = channels * max(multipliers)
-        self.conv_in = nn.Conv2d(in_channels, width, kernel_size=3, padding=1)
+        self.conv_in = Conv2d(in_channels, width, kernel_size=3, padding=1)
         self.blocks = nn.ModuleList(NAFBlock(width) for _ in range(BLOCKS * len(multipliers)))
-        self.conv_out = nn.Conv2d(width, out_channels, kernel_size=3, padding=1)
+        self.conv_out = Conv2d(width, out_channels, kernel_size=3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)

@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litevae.models.layers import EPS, CheckpointedModule
+from litevae_kernels.arithmetic import widened
+from litevae_kernels.nn import Conv2d, Linear
 
 BLOCKS = 4
 HEADS = 4
@@ -19,16 +21,17 @@ class TransformerBlock(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(channels, eps=EPS)
-        self.to_qkv = nn.Linear(channels, 3 * channels)
-        self.to_out = nn.Linear(channels, channels)
+        self.to_qkv = Linear(channels, 3 * channels)
+        self.to_out = Linear(channels, channels)
         self.norm2 = nn.LayerNorm(channels, eps=EPS)
-        self.linear1 = nn.Linear(channels, 4 * channels)
-        self.linear2 = nn.Linear(4 * channels, channels)
+        self.linear1 = Linear(channels, 4 * channels)
+        self.linear2 = Linear(4 * channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.to_qkv(self.norm1(x)).unflatten(2, (3, HEADS, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, heads, tokens, channels / heads)
-        x = x + self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        h = widened(F.scaled_dot_product_attention, q, k, v)
+        x = x + self.to_out(h.transpose(1, 2).flatten(2))
         return x + self.linear2(F.gelu(self.linear1(self.norm2(x))))
 
 
@@ -45,11 +48,11 @@ class ViT(CheckpointedModule):
     def __init__(self, in_channels: int, out_channels: int, channels: int, size: int) -> None:
         super().__init__()
         width = HEADS * channels
-        self.conv_in = nn.Conv2d(in_channels, width, kernel_size=3, padding=1)
+        self.conv_in = Conv2d(in_channels, width, kernel_size=3, padding=1)
         self.pos_embed = nn.Parameter(torch.empty(width, size, size))
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.blocks = nn.ModuleList(TransformerBlock(width) for _ in range(BLOCKS))
-        self.conv_out = nn.Conv2d(width, out_channels, 1)
+        self.conv_out = Conv2d(width, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         contiguous, size = x.is_contiguous(), x.shape[2:]

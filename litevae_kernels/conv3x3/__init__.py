@@ -1,15 +1,23 @@
 """The 3x3 convolution of ResBlocks, which also applies SiLU to its input and adds the residual.
 
-The stride is 1 and the padding one pixel of zeros. On a CPU with AVX512-BF16 (and without AMX, which PyTorch's own
-convolution uses), kernels of the compiled core serve bfloat16 calls. For the result and for both gradients they need 16
-multiplications where a direct convolution needs 36 (Winograd's F(2x2, 3x3), Lavin and Gray 2016). They round both
-transformed factors to bfloat16, in addition to the result, which makes the error about 2.5 times that of a direct
-bfloat16 convolution. Sums of four values must not overflow, and a NaN or an infinity spreads to every 2x2 tile of
-results that depends on it. Derivatives of higher order are computed by PyTorch. Forward-mode derivatives and the
-transforms of `torch.func` are not supported.
+The stride is 1 and the padding one pixel of zeros. Kernels of the compiled core serve the CPU, for the result and for
+both gradients, by Winograd's minimal filtering (Lavin and Gray 2016):
 
-PyTorch's convolution serves all other calls: other devices and dtypes, narrow layers, small images, channels that are
-not innermost in memory, `torch.export`, and every call under ``use_backend("reference")``. There is no Triton kernel:
+- float32, and bfloat16 and float16 on CPUs without their arithmetic: F(4x4, 3x3) with 36 multiplications where a
+  direct convolution needs 144, or F(2x2, 3x3) with 16 instead of 36 in images whose tiles would be mostly padding.
+  Half precision is widened when it is loaded, everything between is float32, and the result is rounded once.
+- bfloat16 with channels innermost in memory on a CPU with AVX512-BF16 (and without AMX, which PyTorch's own
+  convolution uses): F(2x2, 3x3) in bfloat16. Both transformed factors are rounded, in addition to the result, which
+  makes the error about 2.5 times that of a direct bfloat16 convolution.
+
+ERRORS
+Sums of a tile's values must not overflow, and a NaN or an infinity spreads to every tile of results that depends on
+it. Derivatives of higher order are computed by PyTorch. Forward-mode derivatives and the transforms of `torch.func`
+are not supported.
+
+PyTorch's direct convolution serves all other calls: other devices, float64, narrow layers, small images,
+`torch.export`, and every call under ``use_backend("reference")``, which is the way to an exact direct convolution. On
+a CPU without the arithmetic of a half precision, it computes in float32 and rounds once. There is no Triton kernel:
 if Triton is forced and does not serve the CPU, a call that the kernels would have served raises an error.
 """
 
@@ -17,27 +25,56 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from litevae_kernels.backend import choose, core, forced_backend
+from litevae_kernels.arithmetic import current_isa, multiplies, result_dtype
+from litevae_kernels.backend import choose, core, core_error, forced_backend
 from litevae_kernels.conv3x3 import op, reference
 from litevae_kernels.tensors import check_residual, check_tensor
 
-
-def _why_not() -> str | None:
-    if core is None:
-        return "the compiled core did not load"
-    if core.has_amx_bf16():
-        return "PyTorch's convolution is faster on this CPU, which has AMX"
-    if core.isa() != "avx512bf16":
-        return f"the kernels need AVX512-BF16, and this CPU runs {core.isa()}"
-    return None
-
-
-WHY_NOT = _why_not()  # Why the kernels serve no call on this machine; None if they serve some.
-# PyTorch's convolution is faster below either limit: the kernels pad the channels to this number, and transform all
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# PyTorch's convolution is faster below either limit: the kernels pad the channels to whole vectors, and transform all
 # weights whatever the size of the image. The limit is per image, not per batch, so that an image's result does not
 # depend on the other images of the batch.
-LEAST_CHANNELS = 32
-LEAST_PIXELS = 128
+LEAST_CHANNELS = 16
+LEAST_PIXELS = 64
+LEAST_CHANNELS_BFLOAT16 = 32  # of the kernels that multiply in bfloat16
+LEAST_PIXELS_BFLOAT16 = 128
+
+
+def why_not(dtype: torch.dtype, isa: str | None) -> str | None:
+    """Returns why the kernels serve no call of a dtype on the CPU; None if they serve some.
+
+    Args:
+        dtype: dtype of the result.
+        isa: instruction set, as `current_isa` returns it.
+    """
+    if core is None:
+        return f"the compiled core did not load ({core_error})"
+    if dtype not in DTYPES:
+        return "the kernels compute in float32"
+    if dtype == torch.float32 or not multiplies(dtype, isa):
+        return None
+    name = str(dtype).removeprefix("torch.")
+    if dtype == torch.float16 or isa != "avx512bf16":
+        return f"this CPU has {name} arithmetic, which only PyTorch's convolution uses"
+    return "PyTorch's convolution is faster on this CPU, which has AMX" if core.has_amx_bf16() else None
+
+
+def serves(dtype: torch.dtype, isa: str | None, channels_innermost: bool, channels: int, pixels: int) -> bool:
+    """Returns whether the kernels serve a call on the CPU.
+
+    Args:
+        dtype: dtype of the result.
+        isa: instruction set, as `current_isa` returns it.
+        channels_innermost: whether channels are adjacent in memory.
+        channels: number of input channels or output channels, whichever is lower.
+        pixels: number of pixels per image.
+    """
+    if why_not(dtype, isa) is not None:
+        return False
+    if dtype == torch.bfloat16 and multiplies(dtype, isa):
+        least = LEAST_CHANNELS_BFLOAT16, LEAST_PIXELS_BFLOAT16
+        return channels_innermost and channels >= least[0] and pixels >= least[1]
+    return channels >= LEAST_CHANNELS and pixels >= LEAST_PIXELS
 
 
 def conv3x3(
@@ -83,42 +120,59 @@ def conv3x3(
     if residual is not None:
         check_residual(residual, (batch, outputs, height, width))
     if _is_fused(x, weight, bias, residual):
-        if torch.is_grad_enabled():
-            x = x.to(torch.bfloat16)  # The backward pass keeps this tensor.
-            if silu_input and (x.requires_grad or weight.requires_grad):
-                x, silu_input = F.silu(x), False
+        x = x.to(result_dtype(x))  # The backward pass keeps this tensor.
+        if silu_input and torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+            x, silu_input = F.silu(x), False
         return op.conv3x3(x, weight, bias, residual, silu_input)
     return reference.forward(x, weight, bias, residual, silu_input)
 
 
 def _is_fused(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
     """Returns whether the kernels serve a call, which PyTorch's convolution could always serve as well."""
-    if WHY_NOT is not None or x.device.type != "cpu":
+    if x.device.type != "cpu":
         return False
+    dtype = result_dtype(x)
     operands = [t for t in (x, weight, bias) if t is not None]
     if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
         same = all(t.dtype != torch.float64 for t in operands)  # Autocast does not convert float64.
     else:
-        dtype = x.dtype
         same = all(t.dtype == dtype for t in operands)
     tensors = operands if residual is None else [*operands, residual]
     return (
-        dtype == torch.bfloat16
-        and same
+        same
         and all(t.device == x.device for t in tensors)
-        and x.stride(1) == 1
-        and min(weight.shape[:2]) >= LEAST_CHANNELS
-        and x.shape[2] * x.shape[3] >= LEAST_PIXELS
+        and serves(
+            dtype,
+            current_isa(),
+            x.stride(1) == 1,
+            min(weight.shape[:2]),
+            x.shape[2] * x.shape[3],
+        )
         and not torch.compiler._is_exporting_flag  # In torch 2.11, is_exporting() is also true when compiling.
         and choose("cpu") == "native"
     )
 
 
-def describe_backend(device_type: str) -> str:
-    """Returns what serves calls on a device, for `litevae_kernels.info`."""
-    if device_type == "cpu" and WHY_NOT is not None:
-        return f"PyTorch's convolution   (not native: {WHY_NOT})"
-    if device_type == "cpu" and forced_backend() in (None, "native"):
-        return "native for bfloat16, else PyTorch's convolution"
-    return "PyTorch's convolution"
+def describe_backend(device_type: str, dtype: torch.dtype | None = None) -> str:
+    """Returns what serves calls on a device, for `litevae_kernels.info`.
+
+    Args:
+        device_type: type of the device.
+        dtype: dtype of the result; default: all of them.
+    """
+    if device_type != "cpu" or forced_backend() not in (None, "native"):
+        return "PyTorch's convolution"
+    isa = current_isa()
+    if dtype is None:
+        served = [str(d).removeprefix("torch.") for d in DTYPES if why_not(d, isa) is None]
+        if served:
+            return f"native for {', '.join(served)}, else PyTorch's convolution"
+        return f"PyTorch's convolution   (not native: {why_not(torch.float32, isa)})"
+    reason = why_not(dtype, isa)
+    if reason is not None:
+        return f"PyTorch's convolution   (not native: {reason})"
+    if dtype == torch.float32 or not multiplies(dtype, isa):
+        limits, how = (LEAST_CHANNELS, LEAST_PIXELS), "" if dtype == torch.float32 else " in float32"
+    else:
+        limits, how = (LEAST_CHANNELS_BFLOAT16, LEAST_PIXELS_BFLOAT16), " if channels are innermost"
+    return f"native{how}, from {limits[0]} channels and {limits[1]} pixels; else PyTorch's convolution"

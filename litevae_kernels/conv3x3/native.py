@@ -1,4 +1,4 @@
-"""The convolution in the compiled core: C++ for CPUs with AVX512-BF16."""
+"""The convolution in the compiled core: C++ for the CPU."""
 
 import torch
 from torch import Tensor
@@ -10,21 +10,21 @@ from litevae_kernels.tensors import native_view
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, silu_input: bool, y: Tensor
 ) -> None:
-    """Fills `y`; it, `x` and `residual` are bfloat16 with channels innermost."""
+    """Fills `y`; it, `x` and `residual` have one dtype and adjacent channels or pixels."""
     assert core is not None
     views = [native_view(t) for t in (weight, bias, residual, y)]
     core.conv3x3_cpu(native_view(x), silu_input, *views, torch.get_num_threads())
 
 
 def input_gradient(grad: Tensor, weight: Tensor, grad_x: Tensor) -> None:
-    """Fills `grad_x`; it and `grad` are bfloat16 with channels innermost."""
+    """Fills `grad_x`; it and `grad` have one dtype and adjacent channels or pixels."""
     assert core is not None
     views = [native_view(t) for t in (grad, weight, grad_x)]
     core.conv3x3_input_gradient_cpu(*views, torch.get_num_threads())
 
 
 def weight_gradient(x: Tensor, grad: Tensor, grad_weight: Tensor) -> None:
-    """Fills `grad_weight`, of any dtype and layout; `x` and `grad` are bfloat16 with channels innermost."""
+    """Fills `grad_weight`; all three have any dtype and strides."""
     assert core is not None
     views = [native_view(t) for t in (x, grad, grad_weight)]
     core.conv3x3_weight_gradient_cpu(*views, torch.get_num_threads())

@@ -6,25 +6,46 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from litevae_kernels.arithmetic import current_isa, multiplies
 from litevae_kernels.conv3x3 import native, reference
-from litevae_kernels.tensors import differentiable_gradients
+from litevae_kernels.tensors import differentiable_gradients, memory_format_of
 
 
-def _output(x: Tensor, channels: int) -> Tensor:
+def _output(x: Tensor, channels: int, channels_last: bool) -> Tensor:
     batch, _, height, width = x.shape
     return torch.empty(
         (batch, channels, height, width),
-        dtype=torch.bfloat16,
+        dtype=x.dtype,
         device=x.device,
-        memory_format=torch.channels_last,
+        memory_format=memory_format_of(channels_last),
     )
+
+
+def _channels_innermost(x: Tensor) -> bool:
+    return x.stride(1) == 1
+
+
+def _in_layout(x: Tensor, channels_innermost: bool) -> Tensor:
+    """Returns `x` with adjacent channels or, otherwise, with adjacent pixels: `x` itself, if it is, or a copy."""
+    adjacent = x.stride(1) == 1 if channels_innermost else x.stride(3) == 1
+    return x if adjacent else x.contiguous(memory_format=memory_format_of(channels_innermost))
+
+
+def _rounded(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns a parameter in the dtype of the tensors, to which autocast rounds it."""
+    # The kernels that multiply in bfloat16 round the weight themselves.
+    if parameter.ndim == 4 and dtype == torch.bfloat16 and multiplies(dtype, current_isa()):
+        return parameter
+    return parameter.to(dtype)
 
 
 torch.library.define(
     "litevae::conv3x3",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, bool silu_input) -> Tensor",
 )
-torch.library.define("litevae::conv3x3_input_gradient", "(Tensor grad, Tensor weight) -> Tensor")
+torch.library.define(
+    "litevae::conv3x3_input_gradient", "(Tensor grad, Tensor weight, bool channels_last) -> Tensor"
+)
 torch.library.define("litevae::conv3x3_weight_gradient", "(Tensor x, Tensor grad, Tensor weight) -> Tensor")
 
 
@@ -32,19 +53,19 @@ torch.library.define("litevae::conv3x3_weight_gradient", "(Tensor x, Tensor grad
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, silu_input: bool
 ) -> Tensor:
-    y = _output(x, weight.shape[0])
-    x = _channels_innermost(x)
-    residual = None if residual is None else _channels_innermost(residual)
-    # Autocast rounds the bias as well; the kernel itself rounds the weight.
-    bias = None if bias is None else bias.to(torch.bfloat16)
-    native.forward(x, weight, bias, residual, silu_input, y)
+    innermost = _channels_innermost(x)
+    y = _output(x, weight.shape[0], innermost)
+    x = _in_layout(x, innermost)
+    residual = None if residual is None else _in_layout(residual.to(x.dtype), innermost)
+    bias = None if bias is None else _rounded(bias, x.dtype)
+    native.forward(x, _rounded(weight, x.dtype), bias, residual, silu_input, y)
     return y
 
 
 @torch.library.impl("litevae::conv3x3_input_gradient", "CPU")
-def _input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
-    grad_x = _output(grad, weight.shape[1])
-    native.input_gradient(_channels_innermost(grad), weight, grad_x)
+def _input_gradient(grad: Tensor, weight: Tensor, channels_last: bool) -> Tensor:
+    grad_x = _output(grad, weight.shape[1], channels_last)
+    native.input_gradient(_in_layout(grad, channels_last), _rounded(weight, grad.dtype), grad_x)
     return grad_x
 
 
@@ -54,18 +75,19 @@ def _weight_gradient(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
     grad_weight = torch.empty_like(weight)
     if x.numel() == 0:
         return grad_weight.zero_()
-    native.weight_gradient(_channels_innermost(x), _channels_innermost(grad), grad_weight)
+    innermost = _channels_innermost(x)
+    native.weight_gradient(_in_layout(x, innermost), _in_layout(grad, innermost), grad_weight)
     return grad_weight
 
 
 @torch.library.register_fake("litevae::conv3x3")
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, silu_input: bool) -> Tensor:
-    return _output(x, weight.shape[0])
+    return _output(x, weight.shape[0], _channels_innermost(x))
 
 
 @torch.library.register_fake("litevae::conv3x3_input_gradient")
-def _(grad: Tensor, weight: Tensor) -> Tensor:
-    return _output(grad, weight.shape[1])
+def _(grad: Tensor, weight: Tensor, channels_last: bool) -> Tensor:
+    return _output(grad, weight.shape[1], channels_last)
 
 
 @torch.library.register_fake("litevae::conv3x3_weight_gradient")
@@ -86,12 +108,6 @@ def _(x: torch.Size, weight: torch.Size, *_: Any, out_shape: torch.Size | None =
 @register_flop_formula(torch.ops.litevae.conv3x3_weight_gradient)
 def _(x: torch.Size, grad: torch.Size, weight: torch.Size, *, out_shape: torch.Size | None = None) -> int:
     return _flops(x, weight)
-
-
-def _channels_innermost(x: Tensor) -> Tensor:
-    """Returns `x` in bfloat16 with adjacent channels: `x` itself, if it is, or a copy."""
-    x = x.to(torch.bfloat16)
-    return x if x.stride(1) == 1 else x.contiguous(memory_format=torch.channels_last)
 
 
 class _Conv3x3(torch.autograd.Function):
@@ -125,7 +141,7 @@ class _Conv3x3(torch.autograd.Function):
                 )
             else:
                 if needs_x:
-                    grad_x = torch.ops.litevae.conv3x3_input_gradient(grad, weight).to(x.dtype)
+                    grad_x = torch.ops.litevae.conv3x3_input_gradient(grad, weight, _channels_innermost(x))
                 if needs_weight:
                     grad_weight = torch.ops.litevae.conv3x3_weight_gradient(x, grad, weight)
         bias_dtype, residual_dtype = ctx.dtypes

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from litevae_kernels.arithmetic import result_dtype, widened
 from litevae_kernels.backend import choose
 from litevae_kernels.conv3x3 import conv3x3
 from litevae_kernels.smc import op, reference
@@ -143,11 +144,7 @@ def self_modulated_conv2d(
         raise ValueError(
             f"groups is {groups}; with a weight of {tuple(weight.shape)} it does not give x's {x.shape[1]} channels"
         )
-    dtype, device_type = x.dtype, x.device.type
-    # The query raises an error for the meta device. Autocast does not convert float64.
-    autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
-    if autocast and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
+    dtype = result_dtype(x)
     memory_format = torch.channels_last if is_channels_last(x) else None
     modulated = modulate_weight(weight, scale, gain, eps=eps, dtype=dtype, memory_format=memory_format)
     if bias is not None:
@@ -156,7 +153,11 @@ def self_modulated_conv2d(
     plain = stride in (1, (1, 1)) and padding in (1, (1, 1)) and dilation in (1, (1, 1)) and groups == 1
     if plain and weight.shape[2:] == (3, 3):
         return conv3x3(x, modulated, bias, residual=residual, silu_input=silu_input)
-    y = F.conv2d(F.silu(x) if silu_input else x, modulated, bias, stride, padding, dilation, groups)
+
+    def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d(F.silu(x) if silu_input else x, weight, bias, stride, padding, dilation, groups)
+
+    y = widened(convolve, x, modulated, bias)
     if residual is None:
         return y
     check_residual(residual, y.shape)

@@ -1,4 +1,4 @@
-"""Compares the 3x3 convolution with torch in float64, whether or not the kernels serve it."""
+"""Compares the 3x3 convolution in bfloat16 with torch in float64, and calls that PyTorch serves with PyTorch."""
 
 import random
 import sys
@@ -8,11 +8,15 @@ import torch
 import torch.nn.functional as F
 
 from litevae_kernels import conv3x3, use_backend
-from litevae_kernels.conv3x3 import WHY_NOT
+from litevae_kernels.arithmetic import current_isa, widened
+from litevae_kernels.conv3x3 import why_not
 from litevae_kernels.nn import Conv3x3
 from litevae_kernels.testing import LAYOUTS, arrange, assert_within_budget, poisoned_memory
 
-needs_kernel = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
+needs_kernel = pytest.mark.skipif(
+    current_isa() != "avx512bf16" or why_not(torch.bfloat16, "avx512bf16") is not None,
+    reason="the kernels that multiply in bfloat16 do not serve this CPU",
+)
 
 # Winograd's transforms (csrc/conv3x3/cpu.cpp)
 B = torch.tensor([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]], dtype=torch.float64)
@@ -25,7 +29,7 @@ BF16 = 2**16  # units in the last place of float32 in one of bfloat16
 @pytest.fixture(autouse=True)
 def small_images_too(monkeypatch):
     """Makes the kernels serve small images as well, so that the tests are fast."""
-    monkeypatch.setattr(sys.modules["litevae_kernels.conv3x3"], "LEAST_PIXELS", 1)
+    monkeypatch.setattr(sys.modules["litevae_kernels.conv3x3"], "LEAST_PIXELS_BFLOAT16", 1)
 
 
 def values(*shape, dtype=torch.bfloat16, seed=0):
@@ -291,21 +295,26 @@ def test_gradients_have_the_same_bits_for_any_number_of_threads():
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
-def by_torch(x, weight, bias, residual, silu):
-    y = F.conv2d(F.silu(x) if silu else x, weight, bias, padding=1)
-    return y if residual is None else y + residual
+def by_torch(*tensors, silu):
+    """Returns PyTorch's convolution, in float32 if the CPU does not multiply the dtype."""
+
+    def convolve(x, weight, bias, residual):
+        y = F.conv2d(F.silu(x) if silu else x, weight, bias, padding=1)
+        return y if residual is None else y + residual
+
+    return widened(convolve, *tensors)
 
 
 @pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 def test_other_calls_are_torchs(dtype, layout, silu):
-    """PyTorch serves other dtypes, narrow layers, channels that are not innermost, and all calls of the reference."""
+    """PyTorch serves float64, small images, narrow layers, and all calls of the reference."""
     channels = 4 if dtype == torch.bfloat16 and layout == "channels_last" else 40
     x = arrange(values(2, channels, 6, 5, dtype=dtype), layout)
     weight, bias = values(36, channels, 3, 3, dtype=dtype, seed=1), values(36, dtype=dtype, seed=2)
     residual = values(2, 36, 6, 5, dtype=dtype, seed=3)
-    expected = by_torch(x, weight, bias, residual, silu)
+    expected = by_torch(x, weight, bias, residual, silu=silu)
     assert torch.equal(conv3x3(x, weight, bias, residual=residual, silu_input=silu), expected)
     with use_backend("reference"):
         assert torch.equal(conv3x3(x, weight, bias, residual=residual, silu_input=silu), expected)
@@ -321,7 +330,7 @@ def test_gradients_are_torchs(wanted):
     ]
     tensors[wanted].requires_grad_()  # in x, pixels are innermost
     y = conv3x3(*tensors[:3], residual=tensors[3], silu_input=True)
-    expected = by_torch(*tensors, True)
+    expected = by_torch(*tensors, silu=True)
     assert torch.equal(y, expected)
     grad = values(*y.shape, seed=4)
     assert torch.equal(*(torch.autograd.grad(result, tensors[wanted], grad)[0] for result in (y, expected)))
