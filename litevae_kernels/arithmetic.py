@@ -67,7 +67,9 @@ def widened(function: Callable[..., Tensor], x: Tensor, *operands: Tensor | None
         return function(x, *operands)
     autocast = torch.is_autocast_enabled("cpu")
     tensors = [x, *operands]
-    if any(t is not None and t.dtype != dtype and (not autocast or t.dtype == torch.float64) for t in tensors):
+    if any(
+        t is not None and t.dtype != dtype and (not autocast or t.dtype == torch.float64) for t in tensors
+    ):
         return function(x, *operands)  # which raises an error
     wide = [None if t is None else t.float() for t in tensors]
     if not autocast:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders import vae
+from diffusers.models.downsampling import Downsample2D as DiffusersDownsample2D
 from diffusers.models.resnet import ResnetBlock2D as DiffusersResnetBlock2D
 from diffusers.models.unets.unet_2d_blocks import DownEncoderBlock2D, UpDecoderBlock2D
 from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D as DiffusersUNetMidBlock2D
@@ -22,6 +23,7 @@ from diffusers.models.upsampling import Upsample2D as DiffusersUpsample2D
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from litevae_kernels.arithmetic import widened
 from litevae_kernels.backend import keep_backend
 from litevae_kernels.conv3x3 import conv3x3
 from litevae_kernels.group_norm_silu import group_norm_silu
@@ -101,7 +103,8 @@ def apply_conv(conv: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """Returns ``conv(x) + residual``."""
     if why_not_conv(conv) is None:
         return conv3x3(x, conv.weight, conv.bias, residual=residual)
-    y: Tensor = conv(x)
+    plain = why_called(conv, nn.Conv2d) is None
+    y: Tensor = widened(conv._conv_forward, x, conv.weight, conv.bias) if plain else conv(x)
     return y if residual is None else residual + y
 
 
@@ -133,7 +136,7 @@ class ResnetBlock2D(DiffusersResnetBlock2D):
             and why_called(self.conv_shortcut, nn.Conv2d) is None
         ):
             # The shortcut is computed first, so that the norm can overwrite x.
-            residual = self.conv_shortcut(x)
+            residual = apply_conv(self.conv_shortcut, x)
             h = apply_norm(self.norm1, self.nonlinearity, x, ours=True)
             del x
         else:
@@ -143,7 +146,7 @@ class ResnetBlock2D(DiffusersResnetBlock2D):
         h = self.dropout(h)
         if residual is None:
             # Like diffusers: DDP warns of gradients with other strides than the weight's.
-            residual = self.conv_shortcut(x.contiguous() if self.training else x)
+            residual = apply_conv(self.conv_shortcut, x.contiguous() if self.training else x)
         y = apply_conv(self.conv2, h, residual)
         box.put(y if self.output_scale_factor == 1 else y / self.output_scale_factor, ours=True)
 
@@ -162,6 +165,16 @@ class Upsample2D(DiffusersUpsample2D):
         # No variable refers to the tensor that is enlarged, so that it is free during the convolution.
         x = F.interpolate(_for_interpolation(box.take()), scale_factor=2.0, mode="nearest")
         box.put(apply_conv(self.conv, x), ours=why_not_conv(self.conv) is None)
+
+
+class Downsample2D(DiffusersDownsample2D):
+    """A convolution of stride 2, which PyTorch computes; in float32 if the CPU does not multiply half precision."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs:
+            return super().forward(hidden_states, *args, **kwargs)
+        x = F.pad(hidden_states, (0, 1, 0, 1)) if self.padding == 0 else hidden_states
+        return apply_conv(self.conv, x)
 
 
 def _for_interpolation(x: Tensor) -> Tensor:
@@ -240,6 +253,7 @@ def run_coder(coder: Any, sample: Tensor, blocks: list[nn.Module]) -> Tensor:
 REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
     DiffusersResnetBlock2D: ResnetBlock2D,
     DiffusersUpsample2D: Upsample2D,
+    DiffusersDownsample2D: Downsample2D,
     DiffusersUNetMidBlock2D: UNetMidBlock2D,
     vae.Encoder: Encoder,
     vae.Decoder: Decoder,
@@ -265,6 +279,8 @@ def why_not_replaced(module: nn.Module) -> str | None:
         or not module.interpolate
     ):
         return "is not an interpolation and a convolution"
+    if isinstance(module, DiffusersDownsample2D) and (not module.use_conv or module.norm is not None):
+        return "is not a convolution"
     return None
 
 
@@ -272,7 +288,7 @@ def layers_of(block: nn.Module) -> tuple[dict[str, nn.Module], list[str], str | 
     """Returns a block's norms and the activation after each, its convolutions, and the one that adds a residual."""
     if isinstance(block, ResnetBlock2D):
         return {"norm1": block.nonlinearity, "norm2": block.nonlinearity}, ["conv1", "conv2"], "conv2"
-    if isinstance(block, Upsample2D):
+    if isinstance(block, Upsample2D | Downsample2D):
         return {}, ["conv"], None
     if isinstance(block, Encoder | Decoder):
         return {"conv_norm_out": block.conv_act}, ["conv_in", "conv_out"], None
