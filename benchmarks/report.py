@@ -59,7 +59,7 @@ NOTED = (
 # Patterns of the subjects, besides the encoders, that the report's summary compares with their fastest rivals.
 ALSO = (
     "decoders",
-    "accelerated SD-VAE",
+    "accelerate_vae",
     "litevae encode",
     r"training step, \S+( autocast)?, no discriminator, LPIPS",
     r"training step, \S+( autocast)?, U-Net discriminator, LPIPS",

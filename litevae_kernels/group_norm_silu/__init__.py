@@ -26,6 +26,7 @@ def group_norm_silu(
     *,
     eps: float = 1e-6,
     skip: Tensor | None = None,
+    overwrite: bool = False,
 ) -> Tensor:
     """Returns the SiLU of the group normalisation of `x`, or of `x` and `skip` concatenated along the channels.
 
@@ -37,6 +38,9 @@ def group_norm_silu(
         eps: positive number added to the variance.
         skip: second input (N, C_skip, *), same dtype as `x`. Its channels follow those of `x`, as in
             ``torch.cat([x, skip], 1)`` but without the copy. `weight` and `bias` then are (C + C_skip).
+        overwrite: whether the result may take the memory of `x`, whose values the caller no longer needs. The kernel
+            for the CPU does so in eager mode while gradients are off, if `x` is dense and `skip` is missing; all
+            other calls ignore the permission.
 
     Returns:
         result (N, C, *), or (N, C + C_skip, *), with the dtype and memory format of `x`.
@@ -79,6 +83,8 @@ def group_norm_silu(
     arguments = (_as_4d(x), None if skip is None else _as_4d(skip), weight, bias, num_groups, eps)
     if backend == "reference":
         y = reference.forward(*arguments)
+    elif overwrite and backend == "native" and skip is None and op.can_overwrite(arguments[0]):
+        y = op.group_norm_silu_(arguments[0], weight, bias, num_groups, eps)
     else:
         refuse_tangents("group_norm_silu", backend, x, skip, weight, bias)
         y = op.group_norm_silu(*arguments, backend)

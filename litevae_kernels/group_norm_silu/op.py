@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from litevae_kernels.group_norm_silu import native, reference
 from litevae_kernels.tensors import differentiable_gradients, is_channels_last, memory_format_of
@@ -57,6 +58,10 @@ torch.library.define(
     "-> (Tensor y, Tensor stats)",
 )
 torch.library.define(
+    "litevae::group_norm_silu_",
+    "(Tensor(a!) x, Tensor? weight, Tensor? bias, int num_groups, float eps) -> ()",
+)
+torch.library.define(
     "litevae::group_norm_silu_backward",
     "(Tensor grad, Tensor x, Tensor? skip, Tensor? weight, Tensor? bias, Tensor stats, int num_groups, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
@@ -77,6 +82,15 @@ def _forward(
         return y, stats.zero_()
     _backend(backend).forward(x, skip, weight, bias, y, stats, num_groups, eps)
     return y, stats
+
+
+@torch.library.impl("litevae::group_norm_silu_", "CPU")
+def _forward_in_place(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, num_groups: int, eps: float
+) -> None:
+    # The kernel's second pass reads each value before it writes the result in its place.
+    stats = torch.empty((x.shape[0], num_groups, 2), dtype=torch.float64)
+    native.forward(x, None, weight, bias, x, stats, num_groups, eps)
 
 
 def _backward(
@@ -115,6 +129,11 @@ def _(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     return _outputs(x, skip, num_groups)
+
+
+@torch.library.register_fake("litevae::group_norm_silu_")
+def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, num_groups: int, eps: float) -> None:
+    return None
 
 
 @torch.library.register_fake("litevae::group_norm_silu_backward")
@@ -178,3 +197,23 @@ def group_norm_silu(
     if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         return torch.ops.litevae.group_norm_silu(x, skip, weight, bias, num_groups, eps, backend)[0]
     return _GroupNormSiLU.apply(x, skip, weight, bias, num_groups, eps, backend)
+
+
+def can_overwrite(x: Tensor) -> bool:
+    """Returns whether `group_norm_silu_` serves `x` (N, C, H, W)."""
+    return (
+        not torch.compiler.is_compiling()  # The compiler itself reuses memory.
+        and not torch.is_grad_enabled()
+        and forward_ad._current_level < 0  # A tangent would be lost.
+        and x.device.type == "cpu"
+        and x.numel() > 0
+        and x.is_contiguous(memory_format=memory_format_of(is_channels_last(x)))
+    )
+
+
+def group_norm_silu_(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, num_groups: int, eps: float
+) -> Tensor:
+    """Returns `x`, whose values it replaces by the result; without derivatives."""
+    torch.ops.litevae.group_norm_silu_(x, weight, bias, num_groups, eps)
+    return x

@@ -181,3 +181,36 @@ def check_graph_replay() -> Callable[[Callable[[], Sequence[Tensor]], Callable[[
                 assert torch.equal(a, b)
 
     return check
+
+
+@pytest.fixture
+def make_vae() -> Callable[..., Any]:
+    """Returns a function that makes a small AutoencoderKL with the configuration of a well-known model.
+
+    Its layers are wide enough for `conv3x3`'s kernels. Biases and norms are random, not zeros and ones.
+    """
+
+    def make(model: str = "sd", **config: Any) -> Any:
+        from diffusers import AutoencoderKL
+
+        no_quant_convs = {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
+        models = {
+            "sd": {"scaling_factor": 0.18215, "force_upcast": False},
+            "sdxl": {"scaling_factor": 0.13025, "force_upcast": True},
+            "sd3": {"scaling_factor": 1.5305, "shift_factor": 0.0609, **no_quant_convs},
+            "flux": {"scaling_factor": 0.3611, "shift_factor": 0.1159, **no_quant_convs},
+        }
+        torch.manual_seed(0)
+        blocks = {
+            "down_block_types": ("DownEncoderBlock2D",) * 2,
+            "up_block_types": ("UpDecoderBlock2D",) * 2,
+        }
+        sizes = {"block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": 8}
+        vae = AutoencoderKL(**blocks | sizes | {"sample_size": 32} | models[model] | config)
+        with torch.no_grad():
+            for parameter in vae.parameters():
+                if parameter.ndim == 1:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        return vae.eval()
+
+    return make

@@ -6,12 +6,14 @@ import litevae_kernels
 
 def test_public_names():
     assert sorted(litevae_kernels.__all__) == [
+        "accelerate_vae",
         "conv3x3",
         "group_norm_silu",
         "haar_dwt2d",
         "haar_idwt2d",
         "haar_pyramid",
         "modulate_weight",
+        "restore_vae",
         "self_modulated_conv2d",
         "use_backend",
         "wavedec2",

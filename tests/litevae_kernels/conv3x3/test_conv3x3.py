@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from litevae_kernels import conv3x3, use_backend
 from litevae_kernels.arithmetic import current_isa, widened
-from litevae_kernels.conv3x3 import dispatch, why_not
+from litevae_kernels.conv3x3 import dispatch
+from litevae_kernels.conv3x3.dispatch import why_not
 from litevae_kernels.nn import Conv3x3
 from litevae_kernels.testing import LAYOUTS, arrange, assert_within_budget, poisoned_memory
 

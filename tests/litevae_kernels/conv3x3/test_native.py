@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from litevae_kernels.arithmetic import current_isa
-from litevae_kernels.conv3x3 import native, why_not
+from litevae_kernels.conv3x3 import native
+from litevae_kernels.conv3x3.dispatch import why_not
 
 needs_kernel = pytest.mark.skipif(
     current_isa() != "avx512bf16" or why_not(torch.bfloat16, "avx512bf16") is not None,

@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from litevae_kernels import conv3x3
 from litevae_kernels.arithmetic import current_isa
-from litevae_kernels.conv3x3 import dispatch, why_not
+from litevae_kernels.conv3x3 import dispatch
+from litevae_kernels.conv3x3.dispatch import why_not
 from litevae_kernels.nn import Conv3x3
 
 needs_kernel = pytest.mark.skipif(

@@ -1,0 +1,74 @@
+"""The SD-VAE in diffusers' own operators against the same model after `litevae_kernels.accelerate_vae`.
+
+diffusers' model runs in eager mode in both layouts, the accelerated one as a user gets it, with contiguous parameters
+and inputs. The default run decodes one image of 256x256 in the machine's fastest dtype; `--full` adds 512x512, the
+encoder and the other dtypes.
+"""
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.harness import contest, dtype_name
+from benchmarks.models import SD_VAE, Configuration, Side, make_model
+from benchmarks.session import Goal, Session
+from benchmarks.test_against_sd_vae import INPUTS, Field
+from litevae_kernels import accelerate_vae
+from litevae_kernels.backend import core
+
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+SHAPES: dict[Side, tuple[int, int]] = {
+    "encoder": (3, 1),
+    "decoder": (4, 8),
+}  # channels, pixels per latent's pixel
+OURS = "litevae_kernels"
+GOALS: dict[Side, Goal] = {"encoder": Goal(), "decoder": Goal(speedup=1.7, memory_share=0.7)}
+
+
+def fastest_dtype(device: str) -> torch.dtype:
+    """Returns bfloat16 where the hardware multiplies it, else float32."""
+    on_cpu = device == "cpu"
+    multiplied = core is not None and (core.isa() == "avx512bf16" or core.has_amx_bf16())
+    return torch.float32 if on_cpu and not multiplied else torch.bfloat16
+
+
+DEFAULT = ("decoder", 256, fastest_dtype("cuda" if torch.cuda.is_available() else "cpu"))
+RACES = [
+    pytest.param(*race, marks=[] if race == DEFAULT else [pytest.mark.full])
+    for race in itertools.product(SHAPES, (256, 512), (torch.float32, torch.bfloat16))
+]
+
+
+@pytest.mark.parametrize(("side", "size", "dtype"), RACES)
+@torch.no_grad()
+def test_accelerated(
+    benchmark: Any, session: Session, device: str, side: Side, size: int, dtype: torch.dtype
+) -> None:
+    channels, factor = SHAPES[side]
+    field = Field(side, (1, channels, size // factor, size // factor), device)
+    model = make_model(SD_VAE, side, device)
+    gate = field.gate(model)
+    rivals = {f"diffusers, {name}": layout for name, layout in LAYOUTS.items()}
+    for name, layout in rivals.items():
+        field.enter(model, Configuration(dtype, layout, "eager"), name, gate)
+    accelerated = copy.deepcopy(model)
+    accelerate_vae(accelerated)
+    field.enter(accelerated, Configuration(dtype, torch.contiguous_format, "eager"), OURS, gate)
+    contest(
+        benchmark,
+        session,
+        f"accelerate_vae, SD-VAE's {side}, {dtype_name(dtype)}, 1 x {size}x{size}",
+        OURS,
+        field.providers,
+        inputs=INPUTS,
+        images=1,
+        works=field.works,
+        rivals=list(rivals),
+        goals={OURS: GOALS[side]},
+        rounds=15,
+        least=3,
+        seconds=20,
+    )
