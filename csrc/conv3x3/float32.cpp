@@ -213,9 +213,13 @@ void scatter(const float* from, const Image<S>& y, int64_t n, int64_t c, int64_t
 // ---------------------------------------------------------------------------------------------------------------
 // Products.
 
-// Computes one point's products of T tiles with a panel of V vectors.
+// Sums of so many channels are added up one after the other, and these sums again, which keeps the error of
+// many channels small.
+constexpr int64_t kChannelsPerSum = 128;
+
+// Computes one point's products of T tiles with a panel of V vectors, and adds them to earlier ones if `add`.
 template <int V, int T>
-void multiply(const float* in, int64_t channels, int64_t in_step, const float* weight, float* out) {
+void multiply(const float* in, int64_t channels, int64_t in_step, const float* weight, bool add, float* out) {
   VecF sum[T][V];
 #pragma GCC unroll 16
   for (int i = 0; i < T; ++i)
@@ -232,6 +236,11 @@ void multiply(const float* in, int64_t channels, int64_t in_step, const float* w
       }
     }
   }
+  if (add) {
+#pragma GCC unroll 16
+    for (int i = 0; i < T; ++i)
+      for (int v = 0; v < V; ++v) sum[i][v] = sum[i][v] + VecF::load(out + (i * V + v) * W);
+  }
 #pragma GCC unroll 16
   for (int i = 0; i < T; ++i)
     for (int v = 0; v < V; ++v) sum[i][v].store(out + (i * V + v) * W);
@@ -239,10 +248,10 @@ void multiply(const float* in, int64_t channels, int64_t in_step, const float* w
 
 template <int V, int T>
 void multiply_some(int64_t tiles, const float* in, int64_t channels, int64_t in_step, const float* weight,
-                   float* out) {
+                   bool add, float* out) {
   if constexpr (T > 1)
-    if (tiles < T) return multiply_some<V, T - 1>(tiles, in, channels, in_step, weight, out);
-  multiply<V, T>(in, channels, in_step, weight, out);
+    if (tiles < T) return multiply_some<V, T - 1>(tiles, in, channels, in_step, weight, add, out);
+  multiply<V, T>(in, channels, in_step, weight, add, out);
 }
 
 // Computes one point's products of any number of tiles, in nearly equal steps, with a panel of `vectors`.
@@ -253,10 +262,12 @@ void multiply_panel(int64_t vectors, int64_t tiles, const float* in, int64_t cha
     if (vectors < V) return multiply_panel<V - 1>(vectors, tiles, in, channels, weight, out);
   constexpr int T = tiles_at_once(V);
   const int64_t steps = ceil_div(tiles, T);
-  for (int64_t i = 0; i < steps; ++i) {
-    const int64_t first = tiles * i / steps, count = tiles * (i + 1) / steps - first;
-    multiply_some<V, T>(count, in + first * W, channels, tiles * W, weight, out + first * V * W);
-  }
+  for (int64_t c = 0; c < channels; c += kChannelsPerSum)
+    for (int64_t i = 0; i < steps; ++i) {
+      const int64_t first = tiles * i / steps, count = tiles * (i + 1) / steps - first;
+      multiply_some<V, T>(count, in + (c * tiles + first * W), min_of(kChannelsPerSum, channels - c),
+                          tiles * W, weight + c * V * W, c > 0, out + first * V * W);
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------
