@@ -39,10 +39,15 @@ def test_fold_makes_plain_convolutions_of_equal_outputs(modulated, image):
     assert not any(isinstance(module, SelfModulatedConv2d) for module in folded.modules())
     assert {key.rsplit(".", 1)[1] for key in before.keys() - folded.state_dict().keys()} == {"scale", "gain"}
     with torch.no_grad():
-        for autocast in (False, True):
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                # The weights are the same: normalised in float32 and rounded afterwards.
-                torch.testing.assert_close(folded(image).sample, modulated(image).sample)
+        exact = modulated(image).sample
+        torch.testing.assert_close(folded(image).sample, exact)
+        with torch.autocast("cpu", torch.bfloat16):
+            # Both normalise the weights in float32. Where a kernel that computes in float32 serves, only one of them
+            # may round the weights afterwards. The roundings of the images are as large, so the errors agree within
+            # a factor of sqrt(2); the rest of 1.5 allows for chance.
+            errors = [(model(image).sample - exact).norm() for model in (folded, modulated)]
+        assert max(errors) <= 1.5 * min(errors)
+        assert max(errors) <= 0.05 * exact.norm()
         for parameter in folded.parameters():
             parameter.zero_()
     # The model itself is unchanged and shares no memory with the copy.
