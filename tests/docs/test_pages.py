@@ -200,7 +200,7 @@ def run_command(command: str) -> None:
     words = shlex.split(command)
     place = 3 if words[1].startswith(("train", "experiment")) else 2  # after the name of the configuration
     short = shlex.split(SHORT.get(" ".join(words[:2]), ""))
-    if words[1] in ("train", "train-diffusion"):
+    if words[1] in ("train", "train-diffusion") and words[2] != "--help":
         # The prepared runs have no checkpoints, and a finished result without any is not replaced.
         load, result = {
             "train": (load_config, "model"),
