@@ -102,6 +102,7 @@ def test_an_image_without_a_maximum_level(shape):
 UNSUPPORTED = [*sorted({*pywt.Modes.modes} - {*MODES}), "sym", "zpd", "cpd", "ppd", "sp1", "per"]
 
 
+@pytest.mark.filterwarnings("ignore:.* has been renamed")  # PyWavelets says so of its old names.
 @pytest.mark.parametrize(
     "mode", [*UNSUPPORTED, "Symmetric", "mirror", "", None, 2, ("zero", "zero"), ["zero"], np.ones(2)]
 )
