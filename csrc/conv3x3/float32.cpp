@@ -15,6 +15,13 @@
 // and the other images of a batch do not change any bit. A NaN or an infinity reaches all outputs of the
 // tiles that contain it, even those that are not its neighbours.
 //
+// Accuracy, relative to float64, in norm and with normal inputs: 1.0e-6 for F(4x4, 3x3) and 3.6e-7 for F(2x2,
+// 3x3) from 128 channels on, and less for fewer; a direct convolution has 2.2e-7. The largest error of an
+// output is nine times that. Bound: with |M| the absolute values of a matrix, an error is at most 2^-24 (c +
+// 30) times
+//   |A^T| [(|G| |g| |G^T|) * (|B^T| |d| |B|)] |A|
+// summed over the channels, where c = min(channels, 128) + channels / 128 is the length of a chain of sums.
+//
 // This file is compiled once per instruction set, so everything below has internal linkage and uses no
 // library templates.
 #include <cstring>
@@ -352,7 +359,7 @@ void pack(const Forward& call, int64_t output, int64_t count, float* to) {
         load_taps<BFloat16>(w, call.transposed, output, lanes, channels, taps);
         break;
       case DType::f64:
-        throw std::invalid_argument("a 3x3 convolution's weight must not be float64");
+        break;  // refused by conv3x3_float32_forward
     }
     if (sizeof(S) < sizeof(float) && w.dtype != dtype_of<S>()) round_taps<S>(taps, channels * 9);
     for (int64_t i = 0; i < channels; ++i) {
@@ -628,6 +635,8 @@ void forward(const Forward& call, int threads) {
 
 void conv3x3_float32_forward(const Forward& call, int threads) {
   if (call.y.size[0] * call.y.size[1] * call.y.size[2] * call.y.size[3] == 0) return;
+  if (call.weight.dtype == DType::f64)
+    throw std::invalid_argument("a 3x3 convolution's weight must not be float64");
   switch (call.x.dtype) {
     case DType::f32:
       return forward<float>(call, threads);
