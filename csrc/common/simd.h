@@ -287,7 +287,8 @@ struct VecF {
   }
   // Clamps to the exponents of normal numbers and of infinity, and keeps a NaN.
   Floats cut() const {
-    const Bits low = reinterpret_cast<Bits>(Floats{} - 126.0f), high = reinterpret_cast<Bits>(Floats{} + 128.0f);
+    const Bits low = reinterpret_cast<Bits>(Floats{} - 126.0f),
+               high = reinterpret_cast<Bits>(Floats{} + 128.0f);
     const Bits below = chosen(v > 128.0f, high, reinterpret_cast<Bits>(v));
     return reinterpret_cast<Floats>(chosen(v < -126.0f, low, below));
   }

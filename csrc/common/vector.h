@@ -1,5 +1,5 @@
-// Vectors of the type of the arithmetic, which load and store any element type: VecF (simd.h) for float, and for
-// double plain arrays, which the compiler vectorises as well as it can.
+// Vectors of the type of the arithmetic, which load and store any element type: VecF (simd.h) for float, and
+// for double plain arrays, which the compiler vectorises as well as it can.
 #pragma once
 
 #include <math.h>
@@ -90,7 +90,6 @@ __attribute__((always_inline)) inline void one_plus_exp_minus(const VecF* z, Vec
     for (int u = 0; u < U; ++u) p[u] = multiply_add(p[u], f[u], VecF::set(kExp2[i]));
   for (int u = 0; u < U; ++u) result[u] = VecF::set(1.0f) + p[u].times_power_of_two(t[u]);
 }
-
 
 template <class T>
 struct VectorOf {

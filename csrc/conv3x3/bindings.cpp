@@ -15,7 +15,8 @@ namespace {
 bool multiplies_bf16(const TensorView& x, const TensorView& residual, const TensorView& y) {
   if (current_isa != Isa::avx512bf16) return false;
   for (const TensorView* t : {&x, &residual, &y})
-    if (t->data != nullptr && (t->dtype != DType::bf16 || (t->size[1] > 1 && t->stride[1] != 1))) return false;
+    if (t->data != nullptr && (t->dtype != DType::bf16 || (t->size[1] > 1 && t->stride[1] != 1)))
+      return false;
   return true;
 }
 

@@ -1,9 +1,10 @@
-// A 3x3 convolution (stride 1, padding of one zero) of bfloat16 tensors, and its gradients, as the core's
-// functions take them: y = conv(x) + bias + residual, or conv(silu(x)) + bias + residual, rounded once. They
-// need AVX512-BF16.
+// A 3x3 convolution (stride 1, padding of one zero) and its gradients, as the core's functions take them:
+// y = conv(x) + bias + residual, or conv(silu(x)) + bias + residual, rounded once.
 //
-// Accuracy: in addition to y, which any convolution rounds, both transformed factors are rounded to bfloat16.
-// The error is about 2.5 times that of a direct convolution.
+// Two sets of kernels serve it. The bf16 kernels (cpu.cpp, weight_gradient.cpp) multiply in bfloat16 and need
+// AVX512-BF16. In addition to y, which any convolution rounds, they round both transformed factors to
+// bfloat16, and their error is about 2.5 times that of a direct convolution. The float32 kernels
+// (float32.cpp) serve every CPU and every storage type but float64.
 #pragma once
 
 #include <cstdint>
@@ -13,11 +14,12 @@
 namespace litevae {
 namespace conv3x3 {
 
-// A missing tensor has no data. x, residual and y are bf16 with channels innermost.
+// A missing tensor has no data. For the bf16 kernels, x, residual and y are bf16 with channels innermost. For
+// the float32 kernels they have one dtype, and each has adjacent channels or adjacent pixels of a row.
 struct Forward {
   TensorView x;  // (N, I, H, W)
   bool silu;
-  TensorView weight;  // (O, I, 3, 3), any dtype and strides; rounded to bf16
+  TensorView weight;  // (O, I, 3, 3), any strides and any dtype but float64; rounded to x's dtype
   // If set, the weight is (I, O, 3, 3) and rotated by 180 degrees, and y is the gradient of a convolution's
   // input.
   bool transposed;
@@ -33,9 +35,9 @@ struct WeightGradient {
   TensorView weight;  // (O, I, 3, 3), any dtype and strides; written
 };
 
-// The size of the float32 kernels' tiles of outputs: the one that takes fewer multiplications. Larger tiles pad
-// more, and they have more weights to transform, which counts in small images. It is chosen per image, so that an
-// image's result does not depend on the other images of the batch.
+// The size of the float32 kernels' tiles of outputs: the one that takes fewer multiplications. Larger tiles
+// pad more, and they have more weights to transform, which counts in small images. It is chosen per image, so
+// that an image's result does not depend on the other images of the batch.
 static inline int output_tile(int64_t height, int64_t width) {
   const int64_t weights = 6;  // tiles whose products take as long as transforming the weights
   const auto cost = [&](int64_t tile) {

@@ -1,10 +1,11 @@
-// The one-dimensional transforms of Winograd's F(M, 3), which computes M adjacent outputs of a filter of three
-// taps with M + 2 multiplications (Lavin and Gray 2016). With d the M + 2 inputs and g the taps,
+// The one-dimensional transforms of Winograd's F(M, 3), which computes M adjacent outputs of a filter of
+// three taps with M + 2 multiplications (Lavin and Gray 2016). With d the M + 2 inputs and g the taps,
 //   y = A^T [(G g) * (B^T d)],
-// and applied to columns and then to rows, they give F(MxM, 3x3). The rows of the matrices belong to points at
-// which polynomials are interpolated, and to infinity, which is the last row:
+// and applied to columns and then to rows, they give F(MxM, 3x3). The rows of the matrices belong to points
+// at which polynomials are interpolated, and to infinity, which is the last row:
 //   F(2, 3): 0, 1, -1.
-//   F(4, 3): 0, 2/3, -2/3, 3/2, -3/2. Lavin and Gray's 0, 1, -1, 2, -2 have 2.2 times the error. The product of
+//   F(4, 3): 0, 2/3, -2/3, 3/2, -3/2. Lavin and Gray's 0, 1, -1, 2, -2 have 2.2 times the error. The product
+//   of
 //     the two magnitudes is one, which saves a multiplication.
 // Every function takes and writes arrays of vectors of any type with +, -, *, `set` and `multiply_add`.
 // Everything has internal linkage, because it is compiled once per instruction set.
