@@ -10,7 +10,20 @@ both gradients, by Winograd's minimal filtering (Lavin and Gray 2016):
   convolution uses): F(2x2, 3x3) in bfloat16. Both transformed factors are rounded, in addition to the result, which
   makes the error about 2.5 times that of a direct bfloat16 convolution.
 
-ERRORS
+In float32 the error relative to float64 (norm of the difference by norm of the result, normal inputs, AVX-512) is
+
+| channels in, out | F(2x2) | F(4x4) | direct (oneDNN) |
+| --- | --- | --- | --- |
+| 3, 128 | 1.2e-7 | 3.5e-7 | 0.9e-7 |
+| 16, 16 | 1.6e-7 | 4.8e-7 | 2.1e-7 |
+| 32, 32 | 2.0e-7 | 5.9e-7 | 2.2e-7 |
+| 96, 96 | 3.1e-7 | 9.0e-7 | 2.2e-7 |
+| 256, 256 | 3.6e-7 | 1.0e-6 | 2.3e-7 |
+| 512, 512 | 3.6e-7 | 1.1e-6 | 2.4e-7 |
+
+for the result and the gradient of the input, whatever the size of the image; for the gradient of the weight it is
+0.8e-6 (1x96x96x32x32) to 1.5e-6 (4x32x32x256x256), where the direct one has 0.2e-6 and 1.8e-6.
+
 Sums of a tile's values must not overflow, and a NaN or an infinity spreads to every tile of results that depends on
 it. Derivatives of higher order are computed by PyTorch. Forward-mode derivatives and the transforms of `torch.func`
 are not supported.

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from litevae_kernels.arithmetic import current_isa
 from litevae_kernels.conv3x3 import native, reference
-from litevae_kernels.conv3x3.dispatch import is_small, multiplies_bfloat16
+from litevae_kernels.conv3x3.dispatch import is_small
 from litevae_kernels.tensors import differentiable_gradients, memory_format_of
 
 
@@ -36,14 +36,6 @@ def _is_small(x: Tensor, weight: Tensor) -> bool:
     return is_small(x.dtype, current_isa(), min(weight.shape[:2]), x.shape[2] * x.shape[3])
 
 
-def _rounded(parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns a parameter in the dtype of the tensors, to which autocast rounds it."""
-    # The kernels that multiply in bfloat16 round the weight themselves.
-    if parameter.ndim == 4 and multiplies_bfloat16(dtype, current_isa()):
-        return parameter
-    return parameter.to(dtype)
-
-
 torch.library.define(
     "litevae::conv3x3",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, bool silu_input) -> Tensor",
@@ -60,9 +52,10 @@ def _forward(
 ) -> Tensor:
     innermost = _channels_innermost(x)
     y = _output(x, weight.shape[0], innermost)
-    weight, bias = _rounded(weight, x.dtype), None if bias is None else _rounded(bias, x.dtype)
+    # Autocast rounds the parameters; the kernels round the weight themselves.
+    bias = None if bias is None else bias.to(x.dtype)
     if _is_small(x, weight):
-        return y.copy_(reference.forward(x, weight, bias, residual, silu_input))
+        return y.copy_(reference.forward(x, weight.to(x.dtype), bias, residual, silu_input))
     residual = None if residual is None else _in_layout(residual.to(x.dtype), innermost)
     native.forward(_in_layout(x, innermost), weight, bias, residual, silu_input, y)
     return y
@@ -71,9 +64,8 @@ def _forward(
 @torch.library.impl("litevae::conv3x3_input_gradient", "CPU")
 def _input_gradient(grad: Tensor, weight: Tensor, channels_last: bool) -> Tensor:
     grad_x = _output(grad, weight.shape[1], channels_last)
-    weight = _rounded(weight, grad.dtype)
     if _is_small(grad, weight):
-        return grad_x.copy_(reference.input_gradient(grad, weight))
+        return grad_x.copy_(reference.input_gradient(grad, weight.to(grad.dtype)))
     native.input_gradient(_in_layout(grad, channels_last), weight, grad_x)
     return grad_x
 
@@ -85,7 +77,7 @@ def _weight_gradient(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
     if x.numel() == 0:
         return grad_weight.zero_()
     if _is_small(x, weight):
-        return grad_weight.copy_(reference.weight_gradient(x, grad, weight))
+        return grad_weight.copy_(reference.weight_gradient(x, grad, weight.shape))
     innermost = _channels_innermost(x)
     native.weight_gradient(_in_layout(x, innermost), _in_layout(grad, innermost), grad_weight)
     return grad_weight

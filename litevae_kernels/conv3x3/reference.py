@@ -1,5 +1,7 @@
 """The direct convolution in plain PyTorch: the oracle, and the fallback. Autograd differentiates it as it stands."""
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
@@ -27,10 +29,6 @@ def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
     return widened(lambda grad, weight: F.conv_transpose2d(grad, weight, padding=1), grad, weight)
 
 
-def weight_gradient(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
-    """Returns the gradient of the weight (C_out, C_in, 3, 3) in x's dtype; the weight's values do not matter."""
-
-    def gradient(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
-        return conv2d_weight(x, weight.shape, grad, padding=1)
-
-    return widened(gradient, x, grad, weight.to(x.dtype))
+def weight_gradient(x: Tensor, grad: Tensor, shape: Sequence[int]) -> Tensor:
+    """Returns the gradient of the weight of `shape`, (C_out, C_in, 3, 3), in x's dtype and without derivatives."""
+    return widened(lambda x, grad: conv2d_weight(x, shape, grad, padding=1), x, grad)
