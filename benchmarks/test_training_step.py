@@ -22,8 +22,8 @@ from litevae.discriminators import build_discriminator
 from litevae.losses import Objective
 from litevae.training.build import build_model
 from litevae.training.config import load_config
-from litevae.training.loop import make_accelerator
 from litevae.training.optimization import EMA
+from litevae.training.start import make_accelerator
 from litevae.training.step import TrainingStep
 
 INPUTS = 2

@@ -30,8 +30,9 @@ from litevae.models.interface import Autoencoder
 from litevae.signals import StopRequest
 from litevae.training.checkpoint import Checkpoint, random_state
 from litevae.training.config import check_batch_size
-from litevae.training.loop import Failure, Loop, SavedState, begin, output_folder
+from litevae.training.loop import Failure, Loop, SavedState
 from litevae.training.optimization import EMA, NetworkOptimizer, learning_rate_factor
+from litevae.training.start import begin, output_folder
 from litevae.training.step import Outcome, first_non_finite
 
 

@@ -1,35 +1,29 @@
 """The training loop that autoencoders and diffusion models share, with its checkpoints."""
 
-import importlib.util
 import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-import torch
-from accelerate import Accelerator, PartialState
-from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from diffusers import ModelMixin
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from litevae import settings
 from litevae.data.bad_images import BAD_IMAGES
-from litevae.environment import choose_precision, versions
+from litevae.environment import versions
 from litevae.errors import NonFiniteError, UserError, WorkerDied
-from litevae.files import TEMPORARY, replacing
-from litevae.lock import locked_by_run
+from litevae.files import replacing
 from litevae.models.weights import load_weights
 from litevae.signals import StopRequest
 from litevae.training.checkpoint import (
     STATE,
     Checkpoint,
-    choose_checkpoint,
     find_checkpoints,
     load_state,
     random_state,
@@ -39,14 +33,13 @@ from litevae.training.checkpoint import (
     restore_random_state,
     save_checkpoint,
 )
-from litevae.training.config import CheckpointConfig, RunConfig
+from litevae.training.config import CheckpointConfig
 from litevae.training.metrics_log import MetricsLog, format_progress, read_log
 from litevae.training.optimization import EMA
+from litevae.training.start import CHECKPOINTS
 from litevae.training.step import GRADIENT_RATIO, Outcome
 
 Result = TypeVar("Result")
-ConfigType = TypeVar("ConfigType", bound=RunConfig)
-CHECKPOINTS = "checkpoints"  # name of the folder of a run's checkpoints
 Failure = NonFiniteError | UserError | WorkerDied  # errors that end a run and let it save its state
 
 
@@ -300,126 +293,3 @@ class Loop(ABC, Generic[Result]):
         if failure:
             raise failure
         return result
-
-
-def begin(config: ConfigType, folder: Path) -> tuple[ConfigType, Accelerator, Checkpoint | None]:
-    """Chooses the checkpoint and the precision of a run, and creates its Accelerator.
-
-    The main process chooses for all processes. If `config.precision` is "auto", a run that resumes keeps the precision
-    of its checkpoint, whatever this machine multiplies fast, so that it continues to the same bits. A line on stderr
-    says which precision it is.
-
-    Args:
-        config: settings of the run.
-        folder: output folder.
-
-    Returns:
-        The settings with the precision that was chosen, the Accelerator, and the checkpoint to resume from, if any.
-
-    Raises:
-        UserError: `choose_checkpoint` or `make_accelerator` raised it.
-    """
-    state = PartialState(cpu=not torch.accelerator.is_available())  # as in make_accelerator
-    chosen: list[Any] = [None, config.precision]
-    if state.is_main_process:
-        try:
-            checkpoint = choose_checkpoint(config.resume, folder / CHECKPOINTS)
-            chosen = [checkpoint, choose_run_precision(config.precision, checkpoint, state.device)]
-        except UserError as error:
-            chosen[0] = error
-    broadcast_object_list(chosen)
-    checkpoint, precision = chosen
-    if isinstance(checkpoint, UserError):
-        raise checkpoint
-    config = replace(config, precision=precision)
-    return config, make_accelerator(precision, config.tracker, asdict(config), folder), checkpoint
-
-
-def choose_run_precision(precision: str, checkpoint: Checkpoint | None, device: torch.device) -> str:
-    """Returns the precision of a run; see `begin`."""
-    if precision != "auto":
-        return choose_precision(precision, device)
-    if checkpoint is not None:
-        precision = choose_precision(read_manifest(checkpoint.path)["config"]["precision"], device)
-        why = f"as in {checkpoint.path}"
-    else:
-        precision = choose_precision("auto", device)
-        why = (
-            "which this machine multiplies"
-            if precision == "bf16"
-            else "as this machine multiplies no bfloat16"
-        )
-    tqdm.write(f"precision=auto: {precision}, {why}", file=sys.stderr)
-    return precision
-
-
-def make_accelerator(precision: str, tracker: str, tracked: dict[str, Any], folder: Path) -> Accelerator:
-    """Creates the Accelerator of a run.
-
-    Args:
-        precision: "fp32", "bf16" or "fp16".
-        tracker: "tensorboard", "wandb" or "none".
-        tracked: settings of the run, for the tracker.
-        folder: output folder, for the tracker's files.
-
-    Raises:
-        UserError: this machine does not support the precision, or the tracker is not installed.
-    """
-    has_device = torch.accelerator.is_available()
-    if precision == "fp16" and not has_device:
-        raise UserError("precision=fp16 needs a GPU: a CPU takes bf16 and fp32")
-    if tracker != "none" and importlib.util.find_spec(tracker) is None:
-        raise UserError(f"tracker={tracker} is not installed: pip install {tracker}")
-    AcceleratorState._reset_state()  # it keeps the precision of an earlier run in this process
-    accelerator = Accelerator(
-        cpu=not has_device,  # lets several processes run on CPUs
-        mixed_precision="no" if precision == "fp32" else precision,
-        log_with=None if tracker == "none" else tracker,
-        project_dir=folder,
-    )
-    if tracker == "tensorboard":
-        accelerator.init_trackers("tensorboard")  # also the name of its folder
-    elif tracker == "wandb":
-        accelerator.init_trackers(
-            "litevae", config=tracked, init_kwargs={"wandb": {"dir": str(folder), "name": folder.name}}
-        )
-    return accelerator
-
-
-def output_folder(
-    folder: Path, command: str, replace: bool = False, result: str = "model", marker: str = "config.json"
-) -> AbstractContextManager[None]:
-    """Creates the output folder of a run and locks it, as `locked_by_run` does.
-
-    Args:
-        folder: output folder.
-        command: name of the command, for the message that a second run in the folder gets.
-        replace: whether the result of an earlier run without checkpoints may be replaced.
-        result: name of the folder in it that the run will replace.
-        marker: name of a file that `result` holds if a run has written it.
-
-    Raises:
-        UserError: files cannot be written there, another run writes there, or `result` exists and must not be
-            replaced.
-    """
-
-    def prepare() -> None:
-        for path in folder.glob(TEMPORARY):  # left by a run that was killed
-            path.unlink(missing_ok=True)
-        check_result(folder, replace, result, marker)
-
-    return locked_by_run(folder, command, prepare)
-
-
-def check_result(folder: Path, replace: bool, result: str, marker: str) -> None:
-    """Raises UserError if a run must not replace the result that is in its output folder; see `output_folder`."""
-    existing = folder / result  # it will be replaced as a whole
-    if not existing.exists() or not any(existing.iterdir()):
-        return
-    if not (existing / marker).is_file():
-        raise UserError(f"output_dir: {existing} exists and is not a {result}; give another folder")
-    if not replace and not any((folder / CHECKPOINTS).glob("step-*")):
-        raise UserError(
-            f"output_dir: {existing} is the {result} of a run without checkpoints, which cannot be continued: "
-            "give another output_dir, or delete it to train anew"
-        )

@@ -31,8 +31,9 @@ from litevae.training.checkpoint import DISCRIMINATOR, Checkpoint, random_state
 from litevae.training.config import Config, check_batch_size, list_stages
 from litevae.training.curves import draw_curves
 from litevae.training.data_loader import TrainingData
-from litevae.training.loop import Failure, Loop, SavedState, begin, output_folder
+from litevae.training.loop import Failure, Loop, SavedState
 from litevae.training.optimization import EMA, learning_rate_factor
+from litevae.training.start import begin, output_folder
 from litevae.training.step import Outcome, TrainingStep
 
 

@@ -3,12 +3,15 @@
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 from skimage import data
 
 import litevae.training.trainer as trainer_module
 from litevae.errors import UserError
 from litevae.training import load_config, train
+from litevae.training.checkpoint import find_checkpoints
 
 # A run that takes a few milliseconds per step.
 TINY = [
@@ -92,3 +95,24 @@ def no_pictures(monkeypatch):
     """Replaces the plots, which take Matplotlib seconds, with empty files."""
     for name in ("draw_curves", "draw_reconstructions"):
         monkeypatch.setattr(trainer_module, name, lambda *arguments: arguments[-1].touch())
+
+
+def newest_weights(folder):
+    """Returns all tensors of the newest checkpoint by file and name."""
+    (*_, newest) = find_checkpoints(folder / "checkpoints")
+    return {
+        (path.relative_to(newest.path), name): tensor
+        for path in newest.path.rglob("*.safetensors")
+        for name, tensor in load_file(path).items()
+    }
+
+
+@pytest.fixture
+def assert_same_run(logged):
+    def compare(first, second):
+        assert logged(first) == logged(second)
+        ours, theirs = newest_weights(first), newest_weights(second)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+    return compare

@@ -1,9 +1,7 @@
 """The training loop: how a run resumes, stops and fails, and what is checked before it begins."""
 
 import errno
-import importlib.util
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -11,39 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import litevae.training.trainer as trainer_module
 from litevae.data.bad_images import BadImages
 from litevae.data.batches import Batches
 from litevae.errors import NonFiniteError, UserError, WorkerDied
-from litevae.experiments.run import run_experiment
-from litevae.experiments.spec import Setup
 from litevae.training import train
-from litevae.training.checkpoint import find_checkpoints
 
 STAGES = ["stages=[{start: 6, size: 48, batch_size: 4}]"]
-
-
-def newest_weights(folder):
-    """Returns all tensors of the newest checkpoint by file and name."""
-    (*_, newest) = find_checkpoints(folder / "checkpoints")
-    return {
-        (path.relative_to(newest.path), name): tensor
-        for path in newest.path.rglob("*.safetensors")
-        for name, tensor in load_file(path).items()
-    }
-
-
-@pytest.fixture
-def assert_same_run(logged):
-    def compare(first, second):
-        assert logged(first) == logged(second)
-        ours, theirs = newest_weights(first), newest_weights(second)
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
-
-    return compare
 
 
 def test_a_run_killed_at_ten_random_instants_ends_with_the_same_bits(
@@ -177,62 +150,6 @@ def test_the_checkpoint_is_from_before_the_non_finite_steps(
     assert logged(tmp_path / "run") == logged(tmp_path / "whole")
 
 
-def test_a_resumed_run_keeps_its_precision_on_another_kind_of_machine(
-    tiny, tmp_path, no_pictures, cpu_multiplies, capsys, logged, assert_same_run
-):
-    def on(precisions, *settings, name="run"):
-        cpu_multiplies(*precisions)
-        train(tiny("max_steps=4", "checkpoint.every=2", *settings, name=name))
-        (line,) = [each for each in capsys.readouterr().err.splitlines() if "precision=auto" in each] or [""]
-        return line.rpartition("\r")[2]
-
-    with_bf16, without = ["bf16"], []
-    assert (
-        on(with_bf16, "precision=auto", name="whole") == "precision=auto: bf16, which this machine multiplies"
-    )
-    assert "precision: bf16" in (tmp_path / "whole" / "config.yaml").read_text().splitlines()
-    on(with_bf16, "precision=bf16", name="explicit")
-    assert logged(tmp_path / "whole") == logged(tmp_path / "explicit")
-    on(without, "precision=auto", name="fp32")
-    assert logged(tmp_path / "whole") != logged(tmp_path / "fp32")
-
-    on(with_bf16, "precision=auto")
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000004")
-    line = on(without, "precision=auto", "resume=auto")
-    assert line == f"precision=auto: bf16, as in {tmp_path / 'run' / 'checkpoints' / 'step-00000002'}"
-    assert_same_run(tmp_path / "whole", tmp_path / "run")
-
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000004")
-    train(tiny("max_steps=4", "checkpoint.every=2", "precision=fp32", "resume=auto"))
-    assert "was trained with other settings of precision" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ("precision=fp16", "precision=fp16 needs a GPU"),
-        ("tracker=wandb", "tracker=wandb is not installed: pip install wandb"),
-    ],
-)
-def test_precision_and_tracker_that_this_machine_lacks(tiny, monkeypatch, training_error, setting, message):
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert message in training_error(tiny(setting))
-
-
-def test_output_folder_that_cannot_be_made(tiny, tmp_path, training_error):
-    (tmp_path / "file").touch()
-    assert "cannot write to" in training_error(tiny(name="file/run"))
-
-
-def test_a_folder_called_model_that_no_run_has_written_is_not_deleted(tiny, tmp_path, training_error):
-    precious = tmp_path / "run" / "model" / "source.py"
-    precious.parent.mkdir(parents=True)
-    precious.write_text("mine")
-    assert "exists and is not a model" in training_error(tiny())
-    assert precious.read_text() == "mine"
-
-
 def test_a_worker_that_dies_ends_the_run_with_a_checkpoint(
     tiny, tmp_path, no_pictures, monkeypatch, logged, checkpoint_names
 ):
@@ -254,41 +171,3 @@ def test_a_worker_that_dies_ends_the_run_with_a_checkpoint(
     assert checkpoint_names(tmp_path / "run") == ["step-00000003"]
     train(tiny(*settings, "resume=auto"))
     assert logged(tmp_path / "run") == logged(tmp_path / "whole")
-
-
-def test_a_finished_model_without_checkpoints_is_not_replaced(
-    tiny, tmp_path, no_pictures, training_error, capsys
-):
-    train(tiny("max_steps=1", "checkpoint.every=0"))
-    before = (tmp_path / "run" / "model" / "config.json").stat().st_mtime_ns
-    for settings in ((), ("resume=auto",), ("checkpoint.every=1",)):
-        message = training_error(tiny("max_steps=1", *settings))
-        assert "run/model is the model of a run without checkpoints, which cannot be continued" in message
-        assert "give another output_dir, or delete it to train anew" in message
-    assert (tmp_path / "run" / "model" / "config.json").stat().st_mtime_ns == before
-    train(tiny("max_steps=1", "checkpoint.every=0"), replace=True)
-    assert (tmp_path / "run" / "model" / "config.json").stat().st_mtime_ns > before
-
-
-HOLDER = """
-import fcntl, sys
-with open(sys.argv[1], "w") as file:
-    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    file.write("litevae train (process 12)")
-    file.flush()
-    print("locked", flush=True)
-    sys.stdin.read()
-"""
-
-
-def test_a_second_run_in_the_same_folder_is_refused_and_changes_nothing(tiny, tmp_path, training_error):
-    (tmp_path / "run").mkdir()
-    child = [sys.executable, "-c", HOLDER, tmp_path / "run" / ".lock"]
-    with subprocess.Popen(child, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        assert other.stdout.readline() == b"locked\n"
-        message = training_error(tiny())
-        with pytest.raises(UserError, match=r"process 12"):
-            run_experiment("table09", Setup("tiny", tmp_path / "run", overrides=["max_steps=9"]))
-        other.kill()
-    assert message.startswith(f"{tmp_path / 'run'}: litevae train (process 12) is writing there: wait until")
-    assert [path.name for path in (tmp_path / "run").iterdir() if path.name != "images"] == [".lock"]
