@@ -222,7 +222,8 @@ def test_gpus_older_than_the_kernels_get_triton(monkeypatch, capability, chosen)
         **{name: torch.compiler.disable(lambda *_, value=value: value) for name, value in answers.items()}
     )
     # Only this module gets the substitute, because the compiler looks for GPUs as well.
-    monkeypatch.setattr(backend, "torch", types.SimpleNamespace(cuda=cuda, compiler=torch.compiler))
+    rest = {name: getattr(torch, name) for name in ("compiler", "jit", "_C")}
+    monkeypatch.setattr(backend, "torch", types.SimpleNamespace(cuda=cuda, **rest))
     backend._find_why_no_cuda.cache_clear()
     torch._dynamo.reset()
     try:

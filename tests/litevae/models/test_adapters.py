@@ -130,7 +130,7 @@ def test_adapters_train_in_the_whole_model(make, image):
     vae.requires_grad_(False)
     before = copy.deepcopy(vae)(image).sample
     vae = inject_adapter_in_model(LoraConfig(r=2, target_modules=names), vae)
-    assert torch.equal(vae(image).sample, before)  # adapters begin with zeros
+    torch.testing.assert_close(vae(image).sample, before, atol=1e-4, rtol=1e-4)  # adapters begin with zeros
     vae(image).sample.square().mean().backward()
     trained = {name for name, parameter in vae.named_parameters() if parameter.grad is not None}
     assert trained == {name for name, _ in vae.named_parameters() if "lora_" in name}

@@ -224,7 +224,9 @@ def test_images_and_latents_of_every_dtype_are_converted_to_the_models(
 ):
     vae = make(use_1x1_conv=use_1x1_conv).bfloat16()
     with torch.no_grad():
-        assert torch.equal(mode(vae, image.to(dtype)), mode(vae, image.to(dtype).bfloat16()))
+        encoded = mode(vae, image.to(dtype))  # the wavelet transform rounds only its result
+        assert encoded.dtype == torch.bfloat16
+        torch.testing.assert_close(encoded, mode(vae, image.bfloat16()), atol=0.05, rtol=0.05)
         decoded = vae.decode(latent.to(dtype)).sample
         assert decoded.dtype == torch.bfloat16
         assert torch.equal(decoded, vae.decode(latent.to(dtype).bfloat16()).sample)
