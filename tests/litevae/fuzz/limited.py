@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+import litevae.evaluation.complexity
+import litevae.training  # noqa: F401  (all imports come before the limit)
 from litevae.cli import main
 from litevae.models.build import with_fresh_weights
 from litevae.models.config import ModelConfig

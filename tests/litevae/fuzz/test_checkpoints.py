@@ -36,4 +36,4 @@ def test_any_manifest(explore, ends_well, broken_json, tmp_path, long):
 
     manifest.write_text(json.dumps(document))
     assert "state.pt: cannot be read" in ends_well(resume)
-    explore(broken_json(document), check, 150, long)
+    explore(broken_json(document), check, 80, long)

@@ -33,4 +33,4 @@ def test_any_config(explore, command, broken_json, tmp_path, one_thread, kind, l
         config.write_bytes(content)
         command("info", "model", "--size", "32")
 
-    explore(broken_json(json.loads(config.read_text())), check, 40, long)
+    explore(broken_json(json.loads(config.read_text())), check, 25, long)

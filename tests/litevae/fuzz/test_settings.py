@@ -25,7 +25,7 @@ def test_any_yaml_file(explore, command, broken_yaml, tmp_path, schema, options,
         (tmp_path / "x.yaml").write_bytes(content)
         command("config", "x.yaml", *options)
 
-    explore(broken_yaml(document), check, 100, long)
+    explore(broken_yaml(document), check, 40, long)
 
 
 @EACH
@@ -35,7 +35,7 @@ def test_any_argument(explore, command, texts, long):
     def check(arguments):
         command("config", "demo", *(f"{key}={value}" for key, value in arguments))
 
-    explore(st.lists(st.tuples(keys, texts), min_size=1, max_size=3), check, 100, long)
+    explore(st.lists(st.tuples(keys, texts), min_size=1, max_size=3), check, 40, long)
 
 
 @EACH
