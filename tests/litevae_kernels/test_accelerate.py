@@ -228,6 +228,7 @@ def test_peft(make_vae, when):
 
 def test_offloading_and_layerwise_casting(make_vae):
     from accelerate import cpu_offload
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 
     vae = make_vae()
     expected = sample(vae)
@@ -238,8 +239,13 @@ def test_offloading_and_layerwise_casting(make_vae):
     with torch.no_grad():
         assert_close(offloaded.decode(latents).sample, expected)
     assert accelerate_vae(offloaded).left["decoder.conv_in"].startswith("has a forward of its own")
-    with pytest.raises(RuntimeError, match="remove its offloading"):
-        restore_vae(offloaded)
+    restore_vae(offloaded)
+    with torch.no_grad():
+        assert_close(offloaded.decode(latents).sample, expected)
+    add_hook_to_module(vae.decoder, ModelHook())  # It keeps the accelerated forward.
+    with pytest.raises(RuntimeError, match="^decoder has a forward of its own; remove its offloading"):
+        restore_vae(vae)
+    remove_hook_from_module(vae.decoder)
     plain = make_vae()
     for model in (vae, plain):
         model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
