@@ -17,7 +17,7 @@ from benchmarks.models import SD_VAE, Configuration, Side, make_model
 from benchmarks.session import Goal, Session
 from benchmarks.test_against_sd_vae import INPUTS, Field
 from litevae_kernels import accelerate_vae
-from litevae_kernels.backend import core
+from litevae_kernels.arithmetic import current_isa, multiplies
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 SHAPES: dict[Side, tuple[int, int]] = {
@@ -28,14 +28,13 @@ OURS = "litevae_kernels"
 GOALS: dict[Side, Goal] = {"encoder": Goal(), "decoder": Goal(speedup=1.7, memory_share=0.7)}
 
 
-def fastest_dtype(device: str) -> torch.dtype:
+def fastest_dtype() -> torch.dtype:
     """Returns bfloat16 where the hardware multiplies it, else float32."""
-    on_cpu = device == "cpu"
-    multiplied = core is not None and (core.isa() == "avx512bf16" or core.has_amx_bf16())
-    return torch.float32 if on_cpu and not multiplied else torch.bfloat16
+    on_gpu = torch.cuda.is_available()
+    return torch.bfloat16 if on_gpu or multiplies(torch.bfloat16, current_isa()) else torch.float32
 
 
-DEFAULT = ("decoder", 256, fastest_dtype("cuda" if torch.cuda.is_available() else "cpu"))
+DEFAULT = ("decoder", 256, fastest_dtype())
 RACES = [
     pytest.param(*race, marks=[] if race == DEFAULT else [pytest.mark.full])
     for race in itertools.product(SHAPES, (256, 512), (torch.float32, torch.bfloat16))

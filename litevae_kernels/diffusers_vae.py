@@ -267,7 +267,8 @@ def why_not_replaced(module: nn.Module) -> str | None:
     if "forward" in module.__dict__:
         return "has a forward of its own"
     if isinstance(module, DiffusersResnetBlock2D):
-        if module.time_emb_proj is not None or module.time_embedding_norm != "default":
+        # The decoder's blocks have the name "group" here, for which diffusers has no case: they ignore an embedding.
+        if module.time_emb_proj is not None or module.time_embedding_norm == "scale_shift":
             return "has a time embedding"
         if module.upsample is not None or module.downsample is not None:
             return "changes the resolution"

@@ -1,7 +1,5 @@
 import copy
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -38,12 +36,6 @@ def sample(vae, latents=None):
 def assert_close(actual, expected, error=ERROR):
     assert actual.shape == expected.shape
     assert (actual - expected).norm() <= error * expected.norm()
-
-
-def test_kernels_do_not_import_diffusers():
-    code = "import sys, litevae_kernels; print('diffusers' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
 
 
 @pytest.mark.parametrize("model", ["sd", "sdxl", "sd3", "flux"])
@@ -86,7 +78,7 @@ def test_twice_is_once_and_restore_is_exact(make_vae):
 
 
 @pytest.mark.parametrize(
-    "value", [None, nn.Conv2d(1, 1, 1), LiteVAE.from_preset("litevae-s", block_out_channels=(16,) * 4)]
+    "value", [None, nn.Conv2d(1, 1, 1), LiteVAE.from_preset("litevae-s", block_out_channels=(32,) * 4)]
 )
 @pytest.mark.parametrize("function", [accelerate_vae, restore_vae])
 def test_other_models_are_refused(function, value):
@@ -137,9 +129,10 @@ def test_a_time_embedding_is_left(make_vae):
 
 
 def test_dropout_in_training(make_vae):
-    vae = make_vae()
+    # Random numbers are drawn in the order of the elements in memory, so both models must have the same layout.
+    vae = make_vae().to(memory_format=torch.channels_last)
     vae.decoder.mid_block.resnets[0].dropout.p = 0.5
-    latents = torch.randn(1, 4, 16, 16)
+    latents = torch.randn(1, 4, 16, 16).contiguous(memory_format=torch.channels_last)
     samples = []
     for _ in range(2):
         torch.manual_seed(0)
@@ -227,6 +220,7 @@ def test_peft(make_vae, when):
 
 def test_offloading_and_layerwise_casting(make_vae):
     from accelerate import cpu_offload
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 
     vae = make_vae()
     expected = sample(vae)
@@ -237,8 +231,13 @@ def test_offloading_and_layerwise_casting(make_vae):
     with torch.no_grad():
         assert_close(offloaded.decode(latents).sample, expected)
     assert accelerate_vae(offloaded).left["decoder.conv_in"].startswith("has a forward of its own")
-    with pytest.raises(RuntimeError, match="remove its offloading"):
-        restore_vae(offloaded)
+    restore_vae(offloaded)
+    with torch.no_grad():
+        assert_close(offloaded.decode(latents).sample, expected)
+    add_hook_to_module(vae.decoder, ModelHook())  # It keeps the accelerated forward.
+    with pytest.raises(RuntimeError, match=r"^decoder has a forward of its own; remove its offloading"):
+        restore_vae(vae)
+    remove_hook_from_module(vae.decoder)
     plain = make_vae()
     for model in (vae, plain):
         model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
@@ -311,7 +310,7 @@ def make_pipeline(kind, vae):
     arguments |= {"guidance_scale": 1.0, "height": 32, "width": 32}
     nothing = dict.fromkeys(("text_encoder", "tokenizer"))
     if kind in ("sd", "sdxl", "img2img"):
-        more = {}
+        more, scheduler = {}, DDIMScheduler(clip_sample=False, steps_offset=1)
         if kind == "sdxl":
             nothing |= dict.fromkeys(("text_encoder_2", "tokenizer_2"))
             arguments["pooled_prompt_embeds"] = torch.randn(1, 8)
@@ -331,9 +330,9 @@ def make_pipeline(kind, vae):
             **more,
         )
         if kind == "sdxl":
-            pipeline = diffusers.StableDiffusionXLPipeline(
-                vae, unet=unet, scheduler=DDIMScheduler(), **nothing
-            ).to(torch.float16)
+            pipeline = diffusers.StableDiffusionXLPipeline(vae, unet=unet, scheduler=scheduler, **nothing).to(
+                torch.float16
+            )
             arguments |= {key: x.half() for key, x in arguments.items() if isinstance(x, torch.Tensor)}
         else:
             cls = diffusers.StableDiffusionPipeline
@@ -342,9 +341,7 @@ def make_pipeline(kind, vae):
                 arguments |= {"image": torch.rand(1, 3, 32, 32), "strength": 0.9}
                 del arguments["height"], arguments["width"]
             nothing |= dict.fromkeys(("safety_checker", "feature_extractor"))
-            pipeline = cls(
-                vae, unet=unet, scheduler=DDIMScheduler(), requires_safety_checker=False, **nothing
-            )
+            pipeline = cls(vae, unet=unet, scheduler=scheduler, requires_safety_checker=False, **nothing)
     else:
         arguments["pooled_prompt_embeds"] = torch.randn(1, 8)
         sizes = {"num_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2}
@@ -372,5 +369,5 @@ def test_pipelines(make_vae, kind):
         images.append(pipeline(generator=torch.Generator().manual_seed(0), **arguments).images)
         accelerate_vae(pipeline.vae)
     assert images[0].std() > 0.01
-    # SDXL's pipeline converts its float16 model to float32 to decode, and stores the image in float16.
-    assert_close(images[1].double(), images[0].double(), 1e-3 if kind == "sdxl" else ERROR)
+    # SDXL's pipeline converts its float16 model to float32 to decode.
+    assert_close(images[1].double(), images[0].double())

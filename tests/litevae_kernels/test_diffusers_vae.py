@@ -55,14 +55,13 @@ def test_outputs(make_vae, model, dtype):
             exact = outputs(copy.deepcopy(vae).double(), images.double(), latents.double())
         for name, expected in exact.items():
             assert_as_exact(actual[name], plain[name], expected, f"{name}, gradients {gradients}")
-            assert actual[name].stride() == plain[name].stride()
+            assert actual[name].is_contiguous()  # as the inputs are; diffusers' attention changes the layout
 
 
 def test_float64_and_the_reference_backend_equal_diffusers(make_vae):
     vae = make_vae()
     for dtype, backend in ((torch.float64, "native"), (torch.float32, "reference")):
         vae.to(dtype)
-        both = [outputs(m, *inputs(vae, dtype)) for m in (accelerated(vae), vae)]
         with use_backend(backend), torch.no_grad():
             both = [outputs(m, *inputs(vae, dtype)) for m in (accelerated(vae), vae)]
         for name in both[0]:
