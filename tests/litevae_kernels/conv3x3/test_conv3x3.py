@@ -97,8 +97,7 @@ def check(x, weight, bias, residual, silu):
         actual = conv3x3(x, weight, bias, residual=residual, silu_input=silu)
     assert actual.dtype == torch.bfloat16
     assert actual.is_contiguous(memory_format=torch.channels_last)
-    wide, weight = x.double(), weight.double()
-    wide = F.silu(wide) if silu else wide
+    wide, weight = (F.silu(x.double()) if silu else x.double()), weight.double()
     exact = F.conv2d(wide, weight, padding=1)
     # Both factors are rounded to bfloat16. In comparison, the sums and transforms in float32 lose little.
     magnitude = 2 * BF16 * winograd(wide, weight, "factors")
@@ -123,9 +122,8 @@ def test_within_the_budget(layout, silu):
     rng = random.Random(f"{layout} {silu}")
     for seed in range(55):
         batch, inputs, outputs = rng.randint(1, 3), rng.randint(32, 100), rng.randint(32, 150)
-        height, width = rng.choice(
-            [(rng.randint(1, 20), rng.randint(1, 20)), (1, 1), (2, rng.randint(1, 300))]
-        )
+        sizes = [(rng.randint(1, 20), rng.randint(1, 20)), (1, 1), (2, rng.randint(1, 300))]
+        height, width = rng.choice(sizes)
         x = channels_innermost(values(batch, inputs, height, width, seed=seed), layout)
         weight = values(outputs, inputs, 3, 3, dtype=torch.bfloat16, seed=seed + 1) * inputs**-0.5 / 3
         bias = values(outputs, dtype=torch.bfloat16, seed=seed + 2) if rng.random() < 0.5 else None
@@ -248,9 +246,8 @@ def test_gradients_within_the_budget(layout, memory_format):
     rng = random.Random(f"{layout} {memory_format}")
     for seed in range(20):
         batch, inputs, outputs = rng.randint(1, 3), rng.randint(32, 150), rng.randint(32, 100)
-        height, width = rng.choice(
-            [(rng.randint(1, 20), rng.randint(1, 20)), (1, 1), (2, rng.randint(1, 300))]
-        )
+        sizes = [(rng.randint(1, 20), rng.randint(1, 20)), (1, 1), (2, rng.randint(1, 300))]
+        height, width = rng.choice(sizes)
         x = channels_innermost(values(batch, inputs, height, width, seed=seed), "channels_last")
         weight = values(outputs, inputs, 3, 3, seed=seed + 1) * inputs**-0.5 / 3
         bias = values(outputs, seed=seed + 2) if rng.random() < 0.5 else None
