@@ -25,11 +25,10 @@ for the result and the gradient of the input, whatever the size of the image; fo
 0.8e-6 (1x96x96x32x32) to 1.5e-6 (4x32x32x256x256), where the direct one has 0.2e-6 and 1.8e-6.
 
 Sums of a tile's values must not overflow, and a NaN or an infinity spreads to every tile of results that depends on
-it. Derivatives of higher order are computed by PyTorch. Forward-mode derivatives and the transforms of `torch.func`
-are not supported.
+it. Derivatives of higher order are computed by PyTorch. Forward-mode derivatives are not supported.
 
 PyTorch's direct convolution serves all other calls: other devices, float64, narrow layers, small images,
-`torch.export`, and every call under ``use_backend("reference")``, which is the way to an exact direct convolution. On
+`torch.export`, `torch.func`, and every call under ``use_backend("reference")``, which is the way to an exact direct convolution. On
 a CPU without the arithmetic of a half precision, it computes in float32 and rounds once. There is no Triton kernel:
 if Triton is forced and does not serve the CPU, a call that the kernels would have served raises an error.
 """
