@@ -12,20 +12,7 @@ from litevae import LiteVAE
 from litevae.models import feature_unet, nafnet, vit
 from litevae.models.layers import ResBlock
 from litevae.models.nafnet import NAFBlock
-from litevae_kernels.backend import core
 from litevae_kernels.nn import GroupNormSiLU, SelfModulatedConv2d
-
-ISAS = ("baseline", "avx2", "avx512", "avx512bf16")
-
-
-@pytest.fixture(params=ISAS[: ISAS.index(core.isa()) + 1] if core is not None else ())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs a test once for each instruction set of this CPU."""
-    assert core is not None
-    before = core.isa()
-    core.set_isa(request.param)
-    yield request.param
-    core.set_isa(before)
 
 
 @pytest.fixture(autouse=True)
