@@ -28,9 +28,10 @@ Sums of a tile's values must not overflow, and a NaN or an infinity spreads to e
 it. Derivatives of higher order are computed by PyTorch. Forward-mode derivatives are not supported.
 
 PyTorch's direct convolution serves all other calls: other devices, float64, narrow layers, small images,
-`torch.export`, `torch.func`, and every call under ``use_backend("reference")``, which is the way to an exact direct convolution. On
-a CPU without the arithmetic of a half precision, it computes in float32 and rounds once. There is no Triton kernel:
-if Triton is forced and does not serve the CPU, a call that the kernels would have served raises an error.
+`torch.export`, `torch.func`, and every call under ``use_backend("reference")``, which is the way to an exact direct
+convolution. On a CPU without the arithmetic of a half precision, it computes in float32 and rounds once. There is no
+Triton kernel: if Triton is forced and does not serve the CPU, a call that the kernels would have served raises an
+error.
 """
 
 import torch
