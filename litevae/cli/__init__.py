@@ -114,6 +114,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if message := explain_out_of_memory(error):
             return fail(message, 2)
+        if isinstance(error, ValueError) and str(error).startswith(
+            "LITEVAE_"
+        ):  # a variable of litevae_kernels
+            return fail(str(error), 2)
         # Typer's usage errors. Newer versions bundle a copy of Click, so the class is not always the same.
         if not hasattr(error, "format_message"):
             raise

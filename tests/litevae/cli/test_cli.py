@@ -1,4 +1,7 @@
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -149,3 +152,13 @@ def test_model_of_one_size(litevae, fails, tmp_path):
         ["eval", folder, tmp_path, "--metrics", "psnr"],
     ):
         assert "32" in fails(*command, "--size", 64)
+
+
+@pytest.mark.parametrize("variable", ["LITEVAE_CPU_ISA", "LITEVAE_BACKEND"])
+def test_wrong_variable_of_the_kernels_is_one_line(variable):
+    code = "import sys; from litevae.cli import main; sys.exit(main(['info']))"
+    environment = {**os.environ, variable: "nonsense"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"litevae: error: {variable} is 'nonsense'; allowed")
