@@ -79,6 +79,10 @@ def write_unfinished(folder: Path, number: int, identity: dict[str, Any], unfini
     sync_folder(folder)
 
 
+class AnotherRun(Exception):
+    """An unfinished shard belongs to a run with other settings."""
+
+
 def read_unfinished(folder: Path, number: int, identity: dict[str, Any]) -> Unfinished | None:
     """Reads the file that `write_unfinished` has written; None if it does not exist.
 
@@ -97,7 +101,8 @@ def read_unfinished(folder: Path, number: int, identity: dict[str, Any]) -> Unfi
         raise ValueError(CHANGED)
     try:
         saved = torch.load(io.BytesIO(content), weights_only=True)
-        other = saved.pop("identity") != identity
+        if saved.pop("identity") != identity:
+            raise AnotherRun
         unfinished = Unfinished(**saved)
         fits = isinstance(unfinished.moments, Tensor) and all(
             (
@@ -109,10 +114,10 @@ def read_unfinished(folder: Path, number: int, identity: dict[str, Any]) -> Unfi
                 all(type(key) is int and is_text(reason) for key, reason in unfinished.bad.items()),
             )
         )
+    except AnotherRun:
+        raise ValueError("was left by a run with another --batch-size, or of something else") from None
     except Exception:  # the unpickler can raise almost anything, with advice that does not apply
         raise ValueError("is not a file that litevae encode has written") from None
-    if other:
-        raise ValueError("was left by a run with another --batch-size, or of something else")
     if not fits:
         raise ValueError("is not a file that litevae encode has written")
     return unfinished

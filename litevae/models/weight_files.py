@@ -4,6 +4,7 @@ All of it is read as tensors alone: nothing in a file is executed.
 """
 
 import json
+import os
 import pickle
 import re
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from litevae.errors import UserError
+from litevae.errors import UserError, shorten
 from litevae.models.layers import OLD_ATTENTION_NAMES
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -107,7 +108,9 @@ def read_index(path: Path) -> list[Path]:
         raise UserError(f"{path}: not an index of weights") from None
     for part in parts:
         if part.parent != path.parent:
-            raise UserError(f"{path}: lists {str(part)[:80]!r}, which is not a file beside it")
+            raise UserError(
+                f"{path}: lists {shorten(os.path.relpath(part, path.parent))}, which is not a file beside it"
+            )
     return parts
 
 

@@ -7,9 +7,6 @@ import torch
 from PIL import Image
 from skimage import data
 
-from litevae.environment import DTYPES
-from litevae_kernels import arithmetic
-
 SIZE = 32
 SPEED = {"images_per_second", "data_wait"}  # values of a log that differ from run to run
 
@@ -25,11 +22,14 @@ def one_thread():
 
 @pytest.fixture
 def cpu_multiplies(monkeypatch):
-    """Returns a function that sets the half precisions ("bf16", "fp16") that the CPU seems to multiply."""
+    """Returns a function that sets the half precisions ("bf16", "fp16") that the CPU seems to multiply.
+
+    The kernels and layers still compute as this CPU does.
+    """
 
     def set_precisions(*names):
-        served = [torch.float32, *(DTYPES[name] for name in names)]
-        monkeypatch.setattr(arithmetic, "multiplies", lambda dtype, isa: dtype in served)
+        served = ("fp32", *names)
+        monkeypatch.setattr("litevae.environment.multiplies", lambda precision, device: precision in served)
 
     return set_precisions
 

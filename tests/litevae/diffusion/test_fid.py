@@ -65,4 +65,4 @@ def test_missing_weights_are_named_before_the_training(
         train(tiny("max_steps=1", wanted, "fid.measure=always", name="other"), autoencoder)
     assert not (tmp_path / "other" / "metrics.jsonl").exists()
     with pytest.raises(UserError, match="no images to compare with"):
-        train(tiny("fid.measure=always"), autoencoder)
+        train(tiny("fid.measure=always", name="third"), autoencoder)

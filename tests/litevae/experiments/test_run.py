@@ -30,7 +30,18 @@ def test_an_experiment_trains_measures_and_reports(tmp_path, own, own_text, caps
     (run,) = {c["output_dir"] for c in record["rows"][0]["configurations"]}
     evaluation = tmp_path / "eval.json"
     squares = out / "images" / "held-out-32"
-    options = ["--size", "32", "--metrics", "psnr,ssim", "--workers", "0", "-o", str(evaluation)]
+    options = [
+        "--size",
+        "32",
+        "--metrics",
+        "psnr,ssim",
+        "--workers",
+        "0",
+        "--precision",
+        "fp32",
+        "-o",
+        str(evaluation),
+    ]
     assert main(["eval", run, str(squares), *options]) == 0
     measured = json.loads(evaluation.read_text())
     assert measured["count"] == record["rows"][0]["images"] == 5

@@ -62,7 +62,7 @@ class TestProcesses:
         assert all(ended[1, rank] == (0, "status 0: []") for rank in (1, 2))
         status, said = ended[1, 0]  # only the first process prints
         assert status == 0
-        assert re.match(r"status 0: \['11 images in .* on 3 x cpu', 'bottleneck: ", said)
+        assert re.match(r"status 0: \['11 images in .* on 3 x cpu in fp32', 'bottleneck: ", said)
         assert said.endswith("three: all 10 images are encoded']")
         assert contents(runs / "three") == contents(runs / "one")
         assert len(contents(runs / "one")) == 6  # three shards, the index, the bad images and the lock

@@ -217,9 +217,10 @@ def test_completion_marker_describes_the_shard(tmp_path):
 
 def test_unfinished_shard_is_read_as_it_was_written(tmp_path):
     unfinished = Unfinished(torch.randn(2, 3, 8, 4, 4).half(), ["x", None, "y"], {1: "broken"})
-    assert read_unfinished(tmp_path, 0, {"model": "m"}) is None
-    write_unfinished(tmp_path, 0, {"model": "m"}, unfinished)
-    found = read_unfinished(tmp_path, 0, {"model": "m"})
+    identity = {"model": "m", "encoding": {"mirror": True}}
+    assert read_unfinished(tmp_path, 0, identity) is None
+    write_unfinished(tmp_path, 0, identity, unfinished)
+    found = read_unfinished(tmp_path, 0, identity)
     assert torch.equal(found.moments, unfinished.moments)
     assert (found.labels, found.bad) == (unfinished.labels, unfinished.bad)
     with pytest.raises(ValueError, match="was left by a run with another --batch-size"):
@@ -227,4 +228,4 @@ def test_unfinished_shard_is_read_as_it_was_written(tmp_path):
     path = unfinished_path(tmp_path, 0)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match="its content is not what was written"):
-        read_unfinished(tmp_path, 0, {"model": "m"})
+        read_unfinished(tmp_path, 0, identity)

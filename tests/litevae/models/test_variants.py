@@ -221,7 +221,7 @@ def test_layerwise_casting(make_variant, image, options):
         ({"extractor": "resnet"}, "extractor must be one of 'unet', 'nafnet', got 'resnet'"),
         ({"aggregator": "mlp"}, "aggregator must be one of 'unet', 'vit', got 'mlp'"),
         ({"encoder_norm": "batch"}, "encoder_norm must be one of 'group', 'smc', 'none', got 'batch'"),
-        ({"finest_level": 0}, "finest_level must be from 1 to 3, got 0"),
+        ({"finest_level": 0}, "finest_level must be a whole number from 1 to 16, got 0"),
         ({"finest_level": 4}, "finest_level must be from 1 to 3, got 4"),
         ({"encoder_type": "dwt"}, "latent_channels must be 12 for encoder_type='dwt', got 4"),
         ({**DWT, "in_channels": 1}, "latent_channels must be 4 for encoder_type='dwt', got 12"),

@@ -151,7 +151,7 @@ class TestLoadWeights:
         with pytest.raises(UserError, match=message):
             load_weights(make(latent_channels=5), folder, "init")
         baseline = AutoencoderKL()
-        with pytest.raises(UserError, match="_class_name is LiteVAE there and AutoencoderKL here"):
+        with pytest.raises(UserError, match="_class_name is 'LiteVAE' there and 'AutoencoderKL' here"):
             load_weights(baseline, folder, "init")
 
     @pytest.mark.parametrize(

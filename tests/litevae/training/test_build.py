@@ -107,7 +107,7 @@ class TestFineTuning:
             (["init=nowhere"], "nowhere: no such"),
             (["init={empty}"], "there is no config.json"),
             (["init={source}", "model.latent_channels=5"], "latent_channels is 4 there and 5 here"),
-            (["init={source}", "model.output_type=image"], "output_type is wavelet there and image here"),
+            (["init={source}", "model.output_type=image"], "output_type is 'wavelet' there and 'image' here"),
             (["init_decoder=nowhere"], "no such file"),
             (["init_decoder={source}", "model.latent_channels=5"], "another architecture"),
         ],

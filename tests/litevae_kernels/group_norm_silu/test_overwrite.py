@@ -13,20 +13,18 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.no_grad()
-def test_same_bits_under_every_instruction_set(each_isa, dtype, layout):
+@pytest.mark.usefixtures("isa")
+def test_same_bits_under_every_instruction_set(dtype, layout):
     torch.manual_seed(0)
     weight, bias = torch.randn(12), torch.randn(12)
-    for _ in each_isa:
-        for shape in ((2, 12, 37, 53), (3, 12, 1, 1), (1, 12, 128, 300), (0, 12, 4, 4)):
-            x = arrange(torch.randn(shape).to(dtype), layout)
-            expected, before = group_norm_silu(x, 4, weight, bias), x.clone()
-            actual = group_norm_silu(x, 4, weight, bias, overwrite=True)
-            assert torch.equal(actual, expected)
-            assert actual.stride() == expected.stride()
-            dense = any(
-                x.is_contiguous(memory_format=f) for f in (torch.contiguous_format, torch.channels_last)
-            )
-            assert torch.equal(actual if dense else before, x)
+    for shape in ((2, 12, 37, 53), (3, 12, 1, 1), (1, 12, 128, 300), (0, 12, 4, 4)):
+        x = arrange(torch.randn(shape).to(dtype), layout)
+        expected, before = group_norm_silu(x, 4, weight, bias), x.clone()
+        actual = group_norm_silu(x, 4, weight, bias, overwrite=True)
+        assert torch.equal(actual, expected)
+        assert actual.stride() == expected.stride()
+        dense = any(x.is_contiguous(memory_format=f) for f in (torch.contiguous_format, torch.channels_last))
+        assert torch.equal(actual if dense else before, x)
 
 
 def test_the_permission_is_ignored_where_values_are_needed():
