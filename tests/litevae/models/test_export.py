@@ -79,7 +79,8 @@ def test_trace(make, image, options, gradients):
     model = Whole(make(**options))
     with torch.set_grad_enabled(gradients), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", torch.jit.TracerWarning)
-        traced = torch.jit.trace(model, image)  # which checks itself
+        # The check compares the graph's direct convolutions with the kernels' of the plain call.
+        traced = torch.jit.trace(model, image, check_tolerance=1e-4)
     assert not [each for each in caught if issubclass(each.category, torch.jit.TracerWarning)]
     assert_equal_for_all_sizes(traced, model)
 
