@@ -1,5 +1,10 @@
 import os
 
+from benchmarks.instruction_sets import settings_of_rivals
+
+# oneDNN reads its variable when litevae_kernels asks for its dtypes, so this comes before the other imports.
+os.environ.update(settings_of_rivals())
+
 import pytest
 import torch
 
@@ -7,13 +12,6 @@ from benchmarks.session import Session
 from litevae.environment import device_name
 from litevae_kernels.allocator import keep_freed_memory
 from litevae_kernels.backend import core
-
-# The settings by which rivals use no more than the instruction set that LITEVAE_CPU_ISA names.
-RIVALS_ISA = {
-    "baseline": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"},
-    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
-    "avx512": {"ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"},
-}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -23,9 +21,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # The libraries read these variables when they compute for the first time.
-    for name, value in RIVALS_ISA.get(os.environ.get("LITEVAE_CPU_ISA", ""), {}).items():
-        os.environ.setdefault(name, value)
     config.addinivalue_line(
         "markers", "full(*devices): needs --full on these devices; on all devices if none is given"
     )

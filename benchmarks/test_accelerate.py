@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.harness import contest, dtype_name
+from benchmarks.harness import contest, dtype_name, served_dtypes
 from benchmarks.models import SD_VAE, Configuration, Side, make_model
 from benchmarks.session import Goal, Session
 from benchmarks.test_against_sd_vae import INPUTS, Field
 from litevae_kernels import accelerate_vae
-from litevae_kernels.arithmetic import current_isa, multiplies
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 SHAPES: dict[Side, tuple[int, int]] = {
@@ -28,16 +27,11 @@ OURS = "litevae_kernels"
 GOALS: dict[Side, Goal] = {"encoder": Goal(), "decoder": Goal(speedup=1.7, memory_share=0.7)}
 
 
-def fastest_dtype() -> torch.dtype:
-    """Returns bfloat16 where the hardware multiplies it, else float32."""
-    on_gpu = torch.cuda.is_available()
-    return torch.bfloat16 if on_gpu or multiplies(torch.bfloat16, current_isa()) else torch.float32
-
-
-DEFAULT = ("decoder", 256, fastest_dtype())
+DTYPES = served_dtypes("cuda" if torch.cuda.is_available() else "cpu")
+DEFAULT = ("decoder", 256, DTYPES[-1])
 RACES = [
     pytest.param(*race, marks=[] if race == DEFAULT else [pytest.mark.full])
-    for race in itertools.product(SHAPES, (256, 512), (torch.float32, torch.bfloat16))
+    for race in itertools.product(SHAPES, (256, 512), DTYPES)
 ]
 
 

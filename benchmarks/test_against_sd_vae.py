@@ -39,7 +39,7 @@ from litevae_kernels.backend import core
 SLICED = f"{SD_VAE} image by image"
 COMPARED = (SD_VAE, "LiteVAE-B", "LiteVAE-S")  # in all dtypes; the others in the usual configuration only
 INPUTS = 3  # one pass reads and writes far more than the caches hold
-BATCH = {"cpu": 2, "cuda": 32}  # with 4 images a GPU waits for Python
+BATCH = {"cpu": 2, "cuda": 32}  # with few images a GPU waits for Python
 DECODER_BATCH = {"cpu": 1, "cuda": 32}
 BATCHES = (1, 8, 32) if torch.cuda.is_available() else (1, 8)
 SIZES = (128, 256, 512)

@@ -1,4 +1,4 @@
-"""The software versions, the device and its precision, which results are recorded with."""
+"""The software versions, the device and its precision, which are recorded with results."""
 
 import functools
 import os
@@ -68,7 +68,7 @@ def choose_precision(precision: str, device: torch.device) -> str:
 def multiplies(precision: str, device: torch.device) -> bool:
     """Returns whether the hardware of `device` multiplies numbers of a precision.
 
-    An instruction set that LITEVAE_CPU_ISA lowers stands for a CPU with nothing better.
+    An instruction set lowered by LITEVAE_CPU_ISA stands for a CPU with nothing better.
     """
     if device.type == "cuda":
         return (
@@ -85,7 +85,7 @@ def _warn_emulated(precision: str) -> None:
         return
     dtype = str(DTYPES[precision]).removeprefix("torch.")
     tqdm.write(
-        f"precision {precision}: this CPU has no {dtype} arithmetic. The model computes in float32 and rounds, which "
-        "gains no speed; networks of other libraries emulate it, many times slower than fp32.",
+        f"precision {precision}: this CPU has no {dtype} arithmetic. The model computes in float32 and rounds the "
+        "results, so it is no faster than fp32; layers of other libraries emulate it and are many times slower.",
         file=sys.stderr,
     )

@@ -1,7 +1,7 @@
 """Half precision on CPUs that lack its arithmetic: widen to float32, compute, and round once.
 
-There, PyTorch's own bfloat16 and float16 convolutions and matrix products emulate the arithmetic, many times slower
-than float32.
+On such CPUs, PyTorch's own bfloat16 and float16 convolutions and matrix products emulate the arithmetic, many times
+more slowly than float32.
 """
 
 import platform
@@ -45,9 +45,8 @@ def multiplies(dtype: torch.dtype, isa: str | None) -> bool:
 
 def result_dtype(x: Tensor) -> torch.dtype:
     """Returns the dtype of a convolution of `x`: that of autocast if it is enabled, else x's."""
-    device_type = (
-        x.device.type
-    )  # Autocast does not convert float64, and the query raises an error for "meta".
+    # Autocast does not convert float64, and the query raises an error for "meta".
+    device_type = x.device.type
     if x.dtype != torch.float64 and device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return x.dtype

@@ -186,7 +186,7 @@ def is_tracing() -> bool:
 
 
 def is_exporting() -> bool:
-    """Returns whether calls go into a graph for others, of `torch.export`, `torch.onnx.export` or `torch.jit.trace`."""
+    """Returns whether `torch.export`, `torch.onnx.export` or `torch.jit.trace` records calls for other software."""
     # In torch 2.11, is_exporting() is also true when compiling.
     return torch.compiler._is_exporting_flag or (not torch.compiler.is_compiling() and is_tracing())
 

@@ -246,7 +246,7 @@ struct VecF {
     store(buffer);
     std::memcpy(to, buffer, static_cast<size_t>(lanes) * sizeof(Stored));
   }
-  void stream(float* to) const { store(to); }  // these sets have no such store, or not worth one
+  void stream(float* to) const { store(to); }  // these sets have no such store, or none worth using
   VecF operator+(VecF o) const { return {v + o.v}; }
   VecF operator-(VecF o) const { return {v - o.v}; }
   VecF operator*(VecF o) const { return {v * o.v}; }
@@ -292,18 +292,20 @@ struct VecF {
     const Bits below = chosen(v > 128.0f, high, reinterpret_cast<Bits>(v));
     return reinterpret_cast<Floats>(chosen(v < -126.0f, low, below));
   }
-  // Rounds to whole numbers, at most half a unit in the last place above: adding 1.5 * 2^23 rounds.
+  // Rounds t - 1/2 to a whole number, which is floor(t), or for a whole t possibly t - 1. Adding 1.5 * 2^23
+  // rounds.
   static Floats whole(Floats t) { return t - 0.5f + 12582912.0f - 12582912.0f; }
 };
 
 inline void deinterleave(VecF a, VecF b, VecF& even, VecF& odd) {
-  even.v = __builtin_shufflevector(a.v, b.v, 0, 2, 4, 6);
-  odd.v = __builtin_shufflevector(a.v, b.v, 1, 3, 5, 7);
+  // GCC has __builtin_shufflevector from version 12 on.
+  even.v = VecF::Floats{a.v[0], a.v[2], b.v[0], b.v[2]};
+  odd.v = VecF::Floats{a.v[1], a.v[3], b.v[1], b.v[3]};
 }
 
 inline void interleave(VecF even, VecF odd, VecF& a, VecF& b) {
-  a.v = __builtin_shufflevector(even.v, odd.v, 0, 4, 1, 5);
-  b.v = __builtin_shufflevector(even.v, odd.v, 2, 6, 3, 7);
+  a.v = VecF::Floats{even.v[0], odd.v[0], even.v[1], odd.v[1]};
+  b.v = VecF::Floats{even.v[2], odd.v[2], even.v[3], odd.v[3]};
 }
 
 // Transposes a matrix of `width` rows.

@@ -4,7 +4,7 @@
 // Two sets of kernels serve it. The bf16 kernels (cpu.cpp, weight_gradient.cpp) multiply in bfloat16 and need
 // AVX512-BF16. In addition to y, which any convolution rounds, they round both transformed factors to
 // bfloat16, and their error is about 2.5 times that of a direct convolution. The float32 kernels
-// (float32.cpp) serve every CPU and every storage type but float64.
+// (float32.cpp, float32_weight_gradient.cpp) serve every CPU and every storage type but float64.
 #pragma once
 
 #include <cstdint>
@@ -28,7 +28,8 @@ struct Forward {
   TensorView y;         // (N, O, H, W); written
 };
 
-// The gradient of a convolution's weight. x and grad are bf16 with channels innermost.
+// The gradient of a convolution's weight. For the bf16 kernels, x and grad are bf16 with channels innermost.
+// The float32 kernels take any strides, and any dtype but float64.
 struct WeightGradient {
   TensorView x;       // (N, I, H, W)
   TensorView grad;    // (N, O, H, W), of the convolution's result

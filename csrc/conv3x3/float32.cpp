@@ -66,7 +66,7 @@ struct Image {
   int64_t channels, width;
   int64_t n, channel, row, pixel;  // strides
   bool channels_adjacent;
-  bool streamed;  // Whole vectors of channels are whole cache lines, which stores write past the caches.
+  bool streamed;  // Stores bypass the caches; each vector of channels is a whole cache line.
 
   explicit Image(const TensorView& t)
       : data(static_cast<S*>(t.data)),
@@ -100,8 +100,8 @@ struct Image {
 };
 
 // How the work is divided: into tasks, each of which is a panel of output channels of a block of tiles. A
-// block has `images` rectangles of tiles, of the same place in adjacent images; more than one only if it has
-// all of their tiles.
+// block has `images` rectangles of tiles, of the same place in adjacent images. It has several images only if
+// all of their tiles would fit.
 struct Plan {
   int64_t batch, inputs, outputs, height, width;
   int64_t points, vectors, panels;  // vectors and panels of output channels
@@ -119,8 +119,9 @@ struct Plan {
     vectors = ceil_div(outputs, W), panels = ceil_div(vectors, kWidest);
     tile_rows = ceil_div(height, tile), tile_columns = ceil_div(width, tile);
     const int64_t padded = ceil_div(inputs, W) * W, per_image = tile_rows * tile_columns;
-    // If the transformed weights exceed the caches, each task transforms its own, for as many tiles as make
-    // up for it. Otherwise they are transformed once, and a block fits in the second-level cache.
+    // If the transformed weights exceed the caches, each task transforms its own, and processes enough tiles
+    // to make that worthwhile. Otherwise they are transformed once, and a block fits in the second-level
+    // cache.
     shared = 4 * weights(vectors) <= kSharedBytes;
     const int64_t bytes = points * 4 * (padded + (shared ? kWidest * W : 0));
     int64_t tiles = (shared ? kBlockBytes : kLargeBlockBytes) / bytes;
@@ -220,8 +221,8 @@ void scatter(const float* from, const Image<S>& y, int64_t n, int64_t c, int64_t
 // ---------------------------------------------------------------------------------------------------------------
 // Products.
 
-// Sums of so many channels are added up one after the other, and these sums again, which keeps the error of
-// many channels small.
+// The products of this many channels are added up one after the other, and then the partial sums, which keeps
+// the error of many channels small.
 constexpr int64_t kChannelsPerSum = 128;
 
 // Computes one point's products of T tiles with a panel of V vectors, and adds them to earlier ones if `add`.

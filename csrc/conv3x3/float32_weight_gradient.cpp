@@ -62,7 +62,7 @@ struct Plan {
     const int64_t channels = (panels * vectors + grad_vectors) * kLanes;
     const int64_t wanted = max_of(kDepth, min_of(8 * kDepth, kChunk / channels));
     chunk = max_of(1, min_of(segments, wanted / tiles)), depth = chunk * tiles;
-    // The distance is an odd number of cache lines, so that the points do not compete for the same sets.
+    // The extra cache line keeps most points from competing for the same sets.
     point_x = panels * vectors * depth * kLanes + 16, point_grad = grad_vectors * depth * kLanes + 16;
     point_sums = panels * vectors * kLanes * grad_vectors * kLanes;
   }

@@ -5,8 +5,7 @@
 // at which polynomials are interpolated, and to infinity, which is the last row:
 //   F(2, 3): 0, 1, -1.
 //   F(4, 3): 0, 2/3, -2/3, 3/2, -3/2. Lavin and Gray's 0, 1, -1, 2, -2 have 2.2 times the error. The product
-//   of
-//     the two magnitudes is one, which saves a multiplication.
+//   of the two magnitudes is one, which saves a multiplication.
 // Every function takes and writes arrays of vectors of any type with +, -, *, `set` and `multiply_add`.
 // Everything has internal linkage, because it is compiled once per instruction set.
 #pragma once
@@ -36,17 +35,6 @@ struct Winograd<2> {
   template <class V>
   static __attribute__((always_inline)) inline void outputs(const V* m, V* to) {
     to[0] = m[0] + (m[1] + m[2]), to[1] = (m[1] - m[2]) + m[3];
-  }
-  // A e, the adjoint of `outputs`
-  template <class V>
-  static __attribute__((always_inline)) inline void outputs_adjoint(const V* e, V* to) {
-    to[0] = e[0], to[1] = e[0] + e[1], to[2] = e[0] - e[1], to[3] = e[1];
-  }
-  // G^T m, the adjoint of `taps`
-  template <class V>
-  static __attribute__((always_inline)) inline void taps_adjoint(const V* m, V* to) {
-    const V half = V::set(0.5f), even = half * (m[1] + m[2]);
-    to[0] = m[0] + even, to[1] = half * (m[1] - m[2]), to[2] = even + m[3];
   }
 };
 

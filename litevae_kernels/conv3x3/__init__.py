@@ -4,7 +4,7 @@ The stride is 1 and the padding one pixel of zeros. Kernels of the compiled core
 both gradients, by Winograd's minimal filtering (Lavin and Gray 2016):
 
 - float32, and bfloat16 and float16 on CPUs without their arithmetic: F(4x4, 3x3) with 36 multiplications where a
-  direct convolution needs 144, or F(2x2, 3x3) with 16 instead of 36 in images whose tiles would be mostly padding.
+  direct convolution needs 144, or F(2x2, 3x3) with 16 instead of 36 in images of up to about 10x10 pixels.
   Half precision is widened when it is loaded, everything between is float32, and the result is rounded once.
 - bfloat16 with channels innermost in memory on a CPU with AVX512-BF16 (and without AMX, which PyTorch's own
   convolution uses): F(2x2, 3x3) in bfloat16. Both transformed factors are rounded, in addition to the result, which
@@ -100,7 +100,7 @@ def conv3x3(
     if residual is not None:
         check_residual(residual, (batch, outputs, height, width), x)
     check_flag(silu_input, "silu_input")
-    if _is_fused(x, weight, bias, residual):
+    if _is_fused(x, weight):
         refuse_tangents("conv3x3", "native", x, weight, bias, residual)
         x = x.to(result_dtype(x))  # The backward pass keeps this tensor.
         if silu_input and torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
@@ -109,28 +109,12 @@ def conv3x3(
     return reference.forward(x, weight, bias, residual, silu_input)
 
 
-def _is_fused(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
+def _is_fused(x: Tensor, weight: Tensor) -> bool:
     """Returns whether the kernels serve a call, which PyTorch's convolution could always serve as well."""
-    if x.device.type != "cpu":
-        return False
-    dtype = result_dtype(x)
-    operands = [t for t in (x, weight, bias) if t is not None]
-    if torch.is_autocast_enabled("cpu"):
-        same = all(t.dtype != torch.float64 for t in operands)  # Autocast does not convert float64.
-    else:
-        same = all(t.dtype == dtype for t in operands)
-    tensors = operands if residual is None else [*operands, residual]
+    pixels = x.shape[2] * x.shape[3]
     return (
-        same
-        and all(t.device == x.device for t in tensors)
-        and serves(
-            dtype,
-            current_isa(),
-            x.stride(1) == 1,
-            min(weight.shape[:2]),
-            x.shape[2] * x.shape[3],
-        )
-        and not torch.compiler._is_exporting_flag  # In torch 2.11, is_exporting() is also true when compiling.
+        x.device.type == "cpu"
+        and serves(result_dtype(x), current_isa(), x.stride(1) == 1, min(weight.shape[:2]), pixels)
         and choose("cpu") == "native"
     )
 

@@ -11,7 +11,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # weights whatever the size of the image. A limit is per image, not per batch, so that an image's result does not
 # depend on the other images of the batch.
 LEAST_CHANNELS = 3
-# Least pixels per image, from this number of channels on.
+# Pairs of channels and pixels: a layer with at least so many channels is served from so many pixels per image on.
 LEAST_PIXELS = ((16, 64), (LEAST_CHANNELS, 256))
 LEAST_CHANNELS_BFLOAT16 = 32  # of the kernels that multiply in bfloat16
 LEAST_PIXELS_BFLOAT16 = 128
@@ -39,8 +39,8 @@ def why_not(dtype: torch.dtype, isa: str | None) -> str | None:
 def serves(dtype: torch.dtype, isa: str | None, channels_innermost: bool, channels: int, pixels: int) -> bool:
     """Returns whether the operator serves a call on the CPU.
 
-    It calls PyTorch's convolution for small images, so that the size of the images is no part of a compiled graph,
-    except in bfloat16 on CPUs that multiply it.
+    Inside the operator, PyTorch's convolution computes small images, so a compiled graph does not depend on the size of
+    the images, except in bfloat16 on CPUs that multiply it.
 
     Args:
         dtype: dtype of the result.

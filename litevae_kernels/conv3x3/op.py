@@ -27,9 +27,14 @@ def _channels_innermost(x: Tensor) -> bool:
 
 
 def _in_layout(x: Tensor, channels_innermost: bool) -> Tensor:
-    """Returns `x` with adjacent channels or, otherwise, with adjacent pixels: `x` itself, if it is, or a copy."""
+    """Returns `x`, or a copy of it, with adjacent channels or, if not `channels_innermost`, adjacent pixels."""
     adjacent = x.stride(1) == 1 if channels_innermost else x.stride(3) == 1
     return x if adjacent else x.contiguous(memory_format=memory_format_of(channels_innermost))
+
+
+def _no_autocast() -> torch.autocast:
+    """Disables autocast, which may be on in a backward pass whose forward pass ran without it."""
+    return torch.autocast("cpu", enabled=False)
 
 
 def _is_small(x: Tensor, weight: Tensor) -> bool:
@@ -55,7 +60,8 @@ def _forward(
     # Autocast rounds the parameters; the kernels round the weight themselves.
     bias = None if bias is None else bias.to(x.dtype)
     if _is_small(x, weight):
-        return y.copy_(reference.forward(x, weight.to(x.dtype), bias, residual, silu_input))
+        with _no_autocast():
+            return y.copy_(reference.forward(x, weight.to(x.dtype), bias, residual, silu_input))
     residual = None if residual is None else _in_layout(residual.to(x.dtype), innermost)
     native.forward(_in_layout(x, innermost), weight, bias, residual, silu_input, y)
     return y
@@ -65,7 +71,8 @@ def _forward(
 def _input_gradient(grad: Tensor, weight: Tensor, channels_last: bool) -> Tensor:
     grad_x = _output(grad, weight.shape[1], channels_last)
     if _is_small(grad, weight):
-        return grad_x.copy_(reference.input_gradient(grad, weight.to(grad.dtype)))
+        with _no_autocast():
+            return grad_x.copy_(reference.input_gradient(grad, weight.to(grad.dtype)))
     native.input_gradient(_in_layout(grad, channels_last), weight, grad_x)
     return grad_x
 
@@ -77,7 +84,8 @@ def _weight_gradient(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
     if x.numel() == 0:
         return grad_weight.zero_()
     if _is_small(x, weight):
-        return grad_weight.copy_(reference.weight_gradient(x, grad, weight.shape))
+        with _no_autocast():
+            return grad_weight.copy_(reference.weight_gradient(x, grad, weight.shape))
     innermost = _channels_innermost(x)
     native.weight_gradient(_in_layout(x, innermost), _in_layout(grad, innermost), grad_weight)
     return grad_weight

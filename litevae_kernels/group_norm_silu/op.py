@@ -216,4 +216,5 @@ def group_norm_silu_(
 ) -> Tensor:
     """Returns `x`, whose values it replaces by the result; without derivatives."""
     torch.ops.litevae.group_norm_silu_(x, weight, bias, num_groups, eps)
+    torch.autograd.graph.increment_version(x)  # A backward pass that has saved x must fail.
     return x

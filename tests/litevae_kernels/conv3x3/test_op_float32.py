@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from litevae_kernels import conv3x3
+from litevae_kernels import conv3x3, use_backend
 from litevae_kernels.arithmetic import current_isa, multiplies
+from litevae_kernels.backend import core
 from litevae_kernels.conv3x3.dispatch import serves
 from litevae_kernels.nn import Conv3x3
 from litevae_kernels.testing import arrange
@@ -102,3 +103,20 @@ def test_training_compiles_whole_and_once_for_all_batch_sizes(precision, memory_
         ):  # The compiler chooses the layout in which it passes on the gradient of the result.
             assert results[0][i].stride() == results[1][i].stride()
     assert counter.frame_count == 1
+
+
+@pytest.mark.skipif(core is None, reason="needs the core")
+def test_a_forced_kernel_stays_in_an_exported_graph():
+    layer, image = Conv3x3(4, 4), (torch.randn(1, 4, 16, 16),)
+    with use_backend("native"):
+        assert "litevae.conv3x3" in str(torch.export.export(layer, image, strict=False).graph)
+    assert "litevae" not in str(torch.export.export(layer, image, strict=False).graph)
+
+
+def test_autocast_in_the_backward_pass_changes_nothing():
+    x, weight = torch.randn(1, 16, 4, 4, requires_grad=True), torch.randn(16, 16, 3, 3, requires_grad=True)
+    y, expected = conv3x3(x, weight), F.conv2d(x, weight, padding=1)
+    grad = torch.randn_like(expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(y, (x, weight), grad)
+    torch.testing.assert_close(found, torch.autograd.grad(expected, (x, weight), grad))

@@ -56,3 +56,13 @@ def test_operator_is_registered_correctly():
         (x, torch.ones(8), None, 4, 1e-6),
         test_utils=("test_schema", "test_faketensor"),
     )
+
+
+def test_a_backward_pass_that_needs_the_overwritten_values_fails():
+    h = torch.randn(1, 8, 4, 4, requires_grad=True) * 1
+    loss = (h * h).sum()
+    with torch.no_grad():
+        y = group_norm_silu(h, 4, overwrite=True)
+    if y.data_ptr() == h.data_ptr():  # where a kernel has overwritten them
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
