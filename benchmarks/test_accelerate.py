@@ -22,7 +22,7 @@ LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 SHAPES: dict[Side, tuple[int, int]] = {
     "encoder": (3, 1),
     "decoder": (4, 8),
-}  # channels, pixels per latent's pixel
+}  # channels, image pixels per latent pixel
 OURS = "litevae_kernels"
 GOALS: dict[Side, Goal] = {"encoder": Goal(), "decoder": Goal(speedup=1.7, memory_share=0.7)}
 

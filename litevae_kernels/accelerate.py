@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 NORM, CONV, ADDITION = "GroupNorm with SiLU", "3x3 convolution", "residual addition"
-NAMED = 2  # layers that the text of a report names per reason
+NAMED = 2  # number of layers that a report's text names for each reason
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,14 @@ def accelerate_vae(vae: AutoencoderKL) -> Report:
         What was fused, and why other layers were left.
 
     Raises:
-        TypeError: `vae` is no `AutoencoderKL`.
+        TypeError: `vae` is not an `AutoencoderKL`.
     """
     from litevae_kernels import diffusers_vae as blocks
 
     _check(vae)
     fused: dict[str, list[str]] = {NORM: [], CONV: [], ADDITION: []}
     left: dict[str, str] = {}
-    seen: list[str] = []  # names of layers; what they contain belongs to them
+    seen: list[str] = []  # layers already entered, whose submodules belong to them
 
     def enter(kind: str, name: str, reason: str | None) -> None:
         seen.append(name)
@@ -104,7 +104,7 @@ def restore_vae(vae: AutoencoderKL) -> None:
     """Undoes `accelerate_vae`: every module gets back the class of diffusers that it had.
 
     Raises:
-        TypeError: `vae` is no `AutoencoderKL`.
+        TypeError: `vae` is not an `AutoencoderKL`.
         RuntimeError: a hook of accelerate or diffusers was installed since and holds on to an accelerated forward.
     """
     from litevae_kernels import diffusers_vae as blocks

@@ -6,7 +6,7 @@ one of them; a call that the forced backend cannot serve raises an error.
 
 The native CPU kernels use the best instruction set that the CPU has. The environment variable ``LITEVAE_CPU_ISA``
 selects a lower one: ``baseline``, ``avx2``, ``avx512`` or ``avx512bf16`` on x86-64, and only ``baseline`` on other
-architectures. It is read at import, where a set that the CPU lacks raises a ValueError.
+architectures. It is read when the core is loaded, and a set that the CPU lacks raises a ValueError.
 """
 
 import contextlib

@@ -33,7 +33,7 @@ KERNEL_DEVICES = ("cpu", "cuda")
 
 
 def why_called(module: nn.Module, *classes: type[nn.Module]) -> str | None:
-    """Returns why only calling `module` runs all that a call of it must run; None if its parameters are enough."""
+    """Returns why `module` must be called as a module; None if its parameters are all that matters."""
     if type(module) not in classes:
         return f"is a {type(module).__name__}"
     if "forward" in module.__dict__:

@@ -129,7 +129,7 @@ class SelfModulatedConv2d(nn.Conv2d):
         return modulate_weight(self.weight, self.scale, self.gain, eps=self.eps)
 
     def _pad(self, input: Tensor) -> Tensor:
-        """Returns `input` with the padding around it that the convolution of another mode than zeros needs."""
+        """Returns `input`, padded as a padding mode other than zeros requires."""
         check_tensor(input, "x")
         left, right, top, bottom = self._reversed_padding_repeated_twice
         if input.ndim == 4 and input.shape[1] == self.in_channels:  # The convolution refuses any other.
