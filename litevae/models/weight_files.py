@@ -3,7 +3,6 @@
 All of it is read as tensors alone: nothing in a file is executed.
 """
 
-import json
 import os
 import pickle
 import re
@@ -18,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from litevae.errors import UserError, shorten
+from litevae.files import read_json
 from litevae.models.layers import OLD_ATTENTION_NAMES
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -102,7 +102,7 @@ def read_weights(source: Path, setting: str) -> dict[str, Tensor]:
 def read_index(path: Path) -> list[Path]:
     """Returns the files that the index of a model in parts lists."""
     try:
-        names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+        names = set(read_json(path)["weight_map"].values())
         parts = [path.parent / name for name in sorted(names)]
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise UserError(f"{path}: not an index of weights") from None

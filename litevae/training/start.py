@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from litevae.environment import choose_precision
+from litevae.environment import DTYPES, choose_precision
 from litevae.errors import UserError
 from litevae.files import TEMPORARY
 from litevae.lock import locked_by_run
@@ -62,7 +62,10 @@ def choose_run_precision(precision: str, checkpoint: Checkpoint | None, device: 
     if precision != "auto":
         return choose_precision(precision, device)
     if checkpoint is not None:
-        precision = choose_precision(read_manifest(checkpoint.path)["config"]["precision"], device)
+        precision = read_manifest(checkpoint.path)["config"].get("precision")
+        if not isinstance(precision, str) or precision not in DTYPES:
+            raise UserError(f"resume: {checkpoint.path}: its precision must be one of {', '.join(DTYPES)}")
+        precision = choose_precision(precision, device)
         why = f"as in {checkpoint.path}"
     else:
         precision = choose_precision("auto", device)

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 from litevae import LiteVAE
@@ -13,6 +14,7 @@ from litevae.latents import LatentDataset
 @pytest.fixture
 def feed(autoencoder, tmp_path):
     def make(config):
+        AcceleratorState._reset_state()  # it keeps the precision of an earlier run in this process
         return LatentData(config, autoencoder, Accelerator(cpu=True), tmp_path, resuming=False)
 
     return make
