@@ -79,10 +79,6 @@ def write_unfinished(folder: Path, number: int, identity: dict[str, Any], unfini
     sync_folder(folder)
 
 
-class AnotherRun(Exception):
-    """An unfinished shard belongs to a run with other settings."""
-
-
 def read_unfinished(folder: Path, number: int, identity: dict[str, Any]) -> Unfinished | None:
     """Reads the file that `write_unfinished` has written; None if it does not exist.
 
@@ -99,10 +95,15 @@ def read_unfinished(folder: Path, number: int, identity: dict[str, Any]) -> Unfi
     digest, content = content[:32], content[32:]
     if hashlib.sha256(content).digest() != digest:
         raise ValueError(CHANGED)
+    unusable = "is not a file that litevae encode has written"
     try:
         saved = torch.load(io.BytesIO(content), weights_only=True)
-        if saved.pop("identity") != identity:
-            raise AnotherRun
+        written_for = saved.pop("identity")
+    except Exception:  # the unpickler can raise almost anything, with advice that does not apply
+        raise ValueError(unusable) from None
+    if written_for != identity:
+        raise ValueError("was left by a run with another --batch-size, or of something else")
+    try:
         unfinished = Unfinished(**saved)
         fits = isinstance(unfinished.moments, Tensor) and all(
             (
@@ -114,12 +115,10 @@ def read_unfinished(folder: Path, number: int, identity: dict[str, Any]) -> Unfi
                 all(type(key) is int and is_text(reason) for key, reason in unfinished.bad.items()),
             )
         )
-    except AnotherRun:
-        raise ValueError("was left by a run with another --batch-size, or of something else") from None
-    except Exception:  # the unpickler can raise almost anything, with advice that does not apply
-        raise ValueError("is not a file that litevae encode has written") from None
+    except Exception:  # of values of any types
+        fits = False
     if not fits:
-        raise ValueError("is not a file that litevae encode has written")
+        raise ValueError(unusable)
     return unfinished
 
 

@@ -1,7 +1,6 @@
 """Loading of a LiteVAE from folders and files, and of other autoencoders' decoders into one."""
 
 import inspect
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL, ConfigMixin, ModelMixin
 
 from litevae.errors import UserError
+from litevae.files import read_json
 from litevae.models.checks import warn_of_two_scales
 from litevae.models.weight_files import list_weights, read_weights
 from litevae.models.weights import copy_weights, load_decoder
@@ -79,8 +79,8 @@ class PretrainedMixin(ModelMixin, ConfigMixin):
             file = path.parent if config is None else Path(config)
             file = file / "config.json" if file.is_dir() else file
             try:
-                config = json.loads(file.read_text(encoding="utf-8"))
-            except (OSError, ValueError, RecursionError) as error:
+                config = read_json(file)
+            except (OSError, ValueError) as error:
                 raise UserError(f"{path}: the configuration {file} cannot be read: {error}") from None
             if not isinstance(config, Mapping):
                 raise UserError(f"{file}: not a model's configuration")

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import torch
@@ -138,3 +139,9 @@ def test_load_decoder_is_one_call(make, latent, autoencoder_kl, tmp_path, use_1x
         torch.testing.assert_close(model.decode(latent).sample, expected, atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match=r"load_decoder: nowhere/.*: no such file"):
         model.load_decoder("nowhere")
+
+
+def test_a_configuration_that_is_no_regular_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "config.json")  # opening it would block
+    with pytest.raises(ValueError, match="not a regular file"):
+        LiteVAE.from_single_file(tmp_path / "x.safetensors")

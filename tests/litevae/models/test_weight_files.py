@@ -1,4 +1,5 @@
 import json
+import os
 import re
 
 import pytest
@@ -8,7 +9,7 @@ from safetensors.torch import save_file
 
 from litevae.errors import UserError
 from litevae.models.layers import OLD_ATTENTION_NAMES
-from litevae.models.weight_files import WEIGHTS, find_weights, list_weights, read_weights
+from litevae.models.weight_files import WEIGHTS, find_weights, list_weights, read_index, read_weights
 
 
 @pytest.fixture(scope="module")
@@ -178,3 +179,10 @@ def test_an_index_of_other_types_is_refused(tmp_path):
         (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(content))
         with pytest.raises(UserError, match="not an index of weights"):
             read_weights(tmp_path, "init")
+
+
+def test_an_index_that_is_no_regular_file_is_refused(tmp_path):
+    path = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
+    os.mkfifo(path)  # opening it would block
+    with pytest.raises(UserError, match="not an index of weights"):
+        read_index(path)
