@@ -1,28 +1,31 @@
 // Registers the 3x3 convolution and its gradients.
 #include "../common/bindings.h"
 
+#include <initializer_list>
+
 #include "../common/isa.h"
 #include "conv3x3.h"
 
 LITEVAE_DISPATCH_ISA(conv3x3_forward, conv3x3::Forward)
 LITEVAE_DISPATCH_ISA(conv3x3_float32_forward, conv3x3::Forward)
 LITEVAE_DISPATCH_ISA(conv3x3_weight_gradient, conv3x3::WeightGradient)
+LITEVAE_DISPATCH_ISA(conv3x3_float32_weight_gradient, conv3x3::WeightGradient)
 
 namespace litevae {
 namespace {
 
-// Whether the kernels that multiply in bfloat16 serve a call.
-bool multiplies_bf16(const TensorView& x, const TensorView& residual, const TensorView& y) {
+// Whether the kernels that multiply in bfloat16 serve a call with these activations.
+bool multiplies_bf16(std::initializer_list<const TensorView*> activations) {
   if (current_isa != Isa::avx512bf16) return false;
-  for (const TensorView* t : {&x, &residual, &y})
+  for (const TensorView* t : activations)
     if (t->data != nullptr && (t->dtype != DType::bf16 || (t->size[1] > 1 && t->stride[1] != 1)))
       return false;
   return true;
 }
 
 void run_forward(const conv3x3::Forward& call, int threads) {
-  multiplies_bf16(call.x, call.residual, call.y) ? conv3x3_forward(call, threads)
-                                                 : conv3x3_float32_forward(call, threads);
+  multiplies_bf16({&call.x, &call.residual, &call.y}) ? conv3x3_forward(call, threads)
+                                                      : conv3x3_float32_forward(call, threads);
 }
 
 void check_sizes(const TensorView& weight, const TensorView& x, const TensorView& y) {
@@ -48,7 +51,9 @@ void input_gradient(const TensorView& grad, const TensorView& weight, const Tens
 void weight_gradient(const TensorView& x, const TensorView& grad, const TensorView& grad_weight,
                      int threads) {
   check_sizes(grad_weight, x, grad);
-  conv3x3_weight_gradient({x, grad, grad_weight}, threads);
+  const conv3x3::WeightGradient call{x, grad, grad_weight};
+  multiplies_bf16({&x, &grad}) ? conv3x3_weight_gradient(call, threads)
+                               : conv3x3_float32_weight_gradient(call, threads);
 }
 
 }  // namespace

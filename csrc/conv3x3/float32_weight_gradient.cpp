@@ -15,6 +15,7 @@
 #include "../common/parallel.h"
 #include "../common/vector.h"
 #include "conv3x3.h"
+#include "taps.h"
 #include "winograd.h"
 
 namespace litevae {
@@ -268,20 +269,8 @@ void weight_gradient(const WeightGradient& call, int threads) {
     });
   }
 
-  const TensorView& w = call.weight;
-  parallel_for(threads, threads, [&](int64_t from, int64_t to) {
-    for (int64_t thread = from; thread < to; ++thread) {
-      float* taps = buffers + thread * 9 * width;
-      for (int64_t o = p.outputs * thread / threads; o < p.outputs * (thread + 1) / threads; ++o) {
-        finish(p, sums, o, taps);
-        for (int64_t k = 0; k < 9; ++k) {
-          const int64_t at = o * w.stride[0] + k / 3 * w.stride[2] + k % 3 * w.stride[3];
-          store_row(w.dtype, taps + k * width, static_cast<char*>(w.data) + at * element_size(w.dtype),
-                    w.stride[1], p.inputs, 1);
-        }
-      }
-    }
-  });
+  store_weight(call.weight, width, buffers, threads,
+               [&](int64_t o, float* taps) { finish(p, sums, o, taps); });
 }
 
 }  // namespace

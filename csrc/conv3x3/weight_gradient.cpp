@@ -18,6 +18,7 @@
 #include "../common/vector.h"
 #include "conv3x3.h"
 #include "rows.h"
+#include "taps.h"
 
 namespace litevae {
 namespace LITEVAE_ISA {
@@ -155,10 +156,6 @@ void finish(const Plan& p, const float* sums, int64_t o, float* taps) {
   }
 }
 
-bool is_bf16_with_channels_innermost(const TensorView& t) {
-  return t.dtype == DType::bf16 && (t.size[1] == 1 || t.stride[1] == 1);
-}
-
 template <int V, int T>
 void weight_gradient(const WeightGradient& call, int threads) {
   const Plan p(call);
@@ -198,41 +195,27 @@ void weight_gradient(const WeightGradient& call, int threads) {
     });
   }
 
-  const TensorView& w = call.weight;
-  parallel_for(threads, threads, [&](int64_t from, int64_t to) {
-    for (int64_t thread = from; thread < to; ++thread) {
-      float* taps = buffers + thread * 9 * width;
-      for (int64_t o = p.outputs * thread / threads; o < p.outputs * (thread + 1) / threads; ++o) {
-        finish(p, sums, o, taps);
-        for (int64_t k = 0; k < 9; ++k) {
-          const int64_t at = o * w.stride[0] + k / 3 * w.stride[2] + k % 3 * w.stride[3];
-          store_row(w.dtype, taps + k * width, static_cast<char*>(w.data) + at * element_size(w.dtype),
-                    w.stride[1], p.inputs, 1);
-        }
-      }
-    }
-  });
+  store_weight(call.weight, width, buffers, threads,
+               [&](int64_t o, float* taps) { finish(p, sums, o, taps); });
 }
 
 }  // namespace
-#endif
-
-void conv3x3_float32_weight_gradient(const WeightGradient& call, int threads);  // float32_weight_gradient.cpp
 
 void conv3x3_weight_gradient(const WeightGradient& call, int threads) {
-#if defined(__AVX512BF16__)
-  if (is_bf16_with_channels_innermost(call.x) && is_bf16_with_channels_innermost(call.grad))
-    switch (conv3x3::panel_vectors(call.x.size[1])) {  // at most 24 of 32 registers hold sums
-      case 2:
-        return weight_gradient<2, 8>(call, threads);
-      case 3:
-        return weight_gradient<3, 8>(call, threads);
-      default:
-        return weight_gradient<4, 4>(call, threads);
-    }
-#endif
-  conv3x3_float32_weight_gradient(call, threads);
+  switch (conv3x3::panel_vectors(call.x.size[1])) {  // at most 24 of 32 registers hold sums
+    case 2:
+      return weight_gradient<2, 8>(call, threads);
+    case 3:
+      return weight_gradient<3, 8>(call, threads);
+    default:
+      return weight_gradient<4, 4>(call, threads);
+  }
 }
+#else
+void conv3x3_weight_gradient(const WeightGradient&, int) {
+  throw std::logic_error("conv3x3 needs AVX512-BF16");
+}
+#endif
 
 }  // namespace LITEVAE_ISA
 }  // namespace litevae
