@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from litevae_kernels.backend import core
+from litevae_kernels.backend import core, is_exporting
 
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
 _ONEDNN = torch.backends.mkldnn.is_available()
@@ -62,7 +62,7 @@ def widened(function: Callable[..., Tensor], x: Tensor, *operands: Tensor | None
         x, operands: arguments of `function`.
     """
     dtype = result_dtype(x)
-    if x.device.type != "cpu" or multiplies(dtype, current_isa()) or torch.compiler._is_exporting_flag:
+    if x.device.type != "cpu" or multiplies(dtype, current_isa()) or is_exporting():
         return function(x, *operands)
     autocast = torch.is_autocast_enabled("cpu")
     tensors = [x, *operands]

@@ -8,20 +8,119 @@ from torch import Tensor, nn
 
 from litevae_kernels import conv3x3, group_norm_silu, modulate_weight, self_modulated_conv2d
 from litevae_kernels.arithmetic import widened
-from litevae_kernels.tensors import check_tensor, shape_of
+from litevae_kernels.smc import named_padding, pair
+from litevae_kernels.tensors import (
+    check_dtype,
+    check_eps,
+    check_flag,
+    check_tensor,
+    is_integer,
+    shape_of,
+    shown,
+)
+
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+def check_count(value: object, name: str) -> None:
+    """Checks a number of channels, features or groups.
+
+    Raises:
+        TypeError: it is not an integer.
+        ValueError: it is less than 1, or 2^31 or more.
+    """
+    needed = f"{name} is {shown(value)}; an integer from 1 to 2^31 - 1 is needed"
+    if not is_integer(value):
+        raise TypeError(needed)
+    if not 1 <= value < 2**31:
+        raise ValueError(needed)
 
 
 class Conv2d(nn.Conv2d):
-    """`nn.Conv2d` that computes in float32 on a CPU without the arithmetic of its half precision, and rounds once."""
+    """`nn.Conv2d` that computes in float32 on a CPU without the arithmetic of its half precision, and rounds once.
+
+    Raises:
+        TypeError: an argument of the constructor, or the input, has another type.
+        ValueError: an argument of the constructor is out of range, or `groups` does not divide the channels.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_count(groups, "groups")
+        for channels, name in ((in_channels, "in_channels"), (out_channels, "out_channels")):
+            check_count(channels, name)
+            if channels % groups:
+                raise ValueError(f"{name} is {channels}; a multiple of groups, {groups}, is needed")
+        kernel_size, dilation = pair(kernel_size, "kernel_size", 1), pair(dilation, "dilation", 1)
+        stride = pair(stride, "stride", 1)
+        if isinstance(padding, str):
+            named_padding(padding, stride)
+        else:
+            padding = pair(padding, "padding", 0)
+        check_flag(bias, "bias")
+        if not isinstance(padding_mode, str) or padding_mode not in PADDING_MODES:
+            allowed = ", ".join(map(repr, PADDING_MODES))
+            raise ValueError(f"padding_mode is {shown(padding_mode)}; allowed: {allowed}")
+        if dtype is not None:
+            check_dtype(dtype, "dtype is")
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+        )
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not isinstance(input, Tensor):
+            check_tensor(input, "x")
         return widened(super()._conv_forward, input, weight, bias)
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` that computes in float32 on a CPU without the arithmetic of its half precision, and rounds once."""
+    """`nn.Linear` that computes in float32 on a CPU without the arithmetic of its half precision, and rounds once.
+
+    Raises:
+        TypeError: an argument of the constructor, or the input, has another type.
+        ValueError: a number of features is less than 1.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_count(in_features, "in_features")
+        check_count(out_features, "out_features")
+        check_flag(bias, "bias")
+        if dtype is not None:
+            check_dtype(dtype, "dtype is")
+        super().__init__(in_features, out_features, bias, device, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
+        if not isinstance(input, Tensor):
+            check_tensor(input, "x")
         return widened(F.linear, input, self.weight, self.bias)
 
 
@@ -30,15 +129,37 @@ class GroupNormSiLU(nn.GroupNorm):
 
     Takes (N, C, *) and returns the same shape, dtype (also under autocast) and memory format. The constructor
     arguments and the state-dict keys are those of `nn.GroupNorm`. Raises the errors of
-    `litevae_kernels.group_norm_silu`.
+    `litevae_kernels.group_norm_silu`, the constructor also for a number of channels that the groups do not divide.
     """
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> None:
+        check_count(num_groups, "num_groups")
+        check_count(num_channels, "num_channels")
+        if num_channels % num_groups:
+            raise ValueError(
+                f"num_channels is {num_channels}; it must be divisible by num_groups, {num_groups}"
+            )
+        check_eps(eps)
+        check_flag(affine, "affine")
+        if dtype is not None:
+            check_dtype(dtype, "dtype is")
+        super().__init__(num_groups, num_channels, eps, affine, device, dtype, **kwargs)
 
     def forward(self, input: Tensor, skip: Tensor | None = None) -> Tensor:
         """Normalises `input` or, with a second input (N, C_skip, *), ``torch.cat([input, skip], 1)``."""
         return group_norm_silu(input, self.num_groups, self.weight, self.bias, eps=self.eps, skip=skip)
 
 
-class Conv3x3(nn.Conv2d):
+class Conv3x3(Conv2d):
     """A 3x3 convolution of stride 1 with one pixel of zero padding, through `litevae_kernels.conv3x3`.
 
     Takes (N, in_channels, H, W) and returns (N, out_channels, H, W) in the input's dtype, or under autocast in that
@@ -57,6 +178,7 @@ class Conv3x3(nn.Conv2d):
             if others := kwargs.keys() - {"bias", "device", "dtype"}:
                 raise TypeError(f"Conv3x3 takes {', '.join(sorted(others))} only with kernel_size")
             kwargs |= {"kernel_size": 3, "padding": 1}
+        check_flag(silu_input, "silu_input")
         super().__init__(in_channels, out_channels, *args, **kwargs)
         self.silu_input = silu_input
 
@@ -75,11 +197,12 @@ class Conv3x3(nn.Conv2d):
         options = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups, self.padding_mode)
         if options == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros"):
             return conv3x3(input, self.weight, self.bias, residual=residual, silu_input=silu_input)
+        check_tensor(input, "x")
         y = super().forward(F.silu(input) if silu_input else input)
         return y if residual is None else y + residual
 
 
-class SelfModulatedConv2d(nn.Conv2d):
+class SelfModulatedConv2d(Conv2d):
     """Self-modulated convolution (LiteVAE, Equation 3): a convolution that normalises its own weights.
 
     w'[o,i,k] = gain * scale[i] * w[o,i,k] / (sqrt(sum_{i,k} (scale[i] * w[o,i,k])^2) + eps)
@@ -108,6 +231,8 @@ class SelfModulatedConv2d(nn.Conv2d):
         silu_input: bool = False,
         **kwargs: Any,
     ):
+        check_eps(eps)
+        check_flag(silu_input, "silu_input")
         super().__init__(in_channels, out_channels, *args, **kwargs)
         self.eps = eps
         self.silu_input = silu_input

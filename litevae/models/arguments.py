@@ -75,6 +75,17 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
             raise ValueError(f"scaling_factor must be a number other than 0, got {shorten(value)}")
         if name in NAMES and not (is_list(value) and all(isinstance(each, str) for each in value)):
             raise ValueError(f"{name} must be a list of names, got {shorten(value)}")
+    for name in NUMBERS_PER_CHANNEL:
+        value = arguments.get(name)
+        if value is None:
+            continue
+        channels = arguments.get("latent_channels", len(value))
+        if len(value) != channels:
+            raise ValueError(
+                f"{name} must be {channels} numbers, one per latent channel, got {len(value)}: {shorten(value)}"
+            )
+        if name == "latents_std" and min(value) <= 0:
+            raise ValueError(f"{name} must be positive numbers, got {shorten(value)}")
     for name in NAMES:
         blocks = len(arguments.get("block_out_channels", (64,)))
         if len(arguments.get(name, ("",) * blocks)) != blocks:
@@ -98,7 +109,7 @@ def check_config(config: Any, model: type) -> None:
     for name in config:
         if name not in own and (name in MODULES or name == "quantization_config" or hasattr(model, name)):
             raise ValueError(f"{shorten(name)} is not a setting of {model.__name__}")
-    check_arguments(config)
+    check_arguments({"latent_channels": own["latent_channels"].default, **config})
 
 
 def is_whole(value: Any, smallest: int, largest: int) -> bool:

@@ -9,6 +9,7 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, ModelMixin  # noqa: F401  (see the end of this file)
 from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
@@ -24,13 +25,13 @@ from litevae.models.presets import get_preset
 from litevae.models.pretrained import PretrainedMixin
 from litevae.models.tiling import apply_by_tiles
 from litevae_kernels import haar_idwt2d
-from litevae_kernels.nn import Conv2d
+from litevae_kernels.nn import Conv2d, SelfModulatedConv2d
 
 OutputType = Literal["image", "wavelet"]
 EncoderType = Literal["learned", "dwt", "dwt-2"]
 
 
-class LiteVAE(PretrainedMixin, AutoencoderMixin):
+class LiteVAE(PretrainedMixin, AutoencoderMixin, PeftAdapterMixin):
     """LiteVAE (Sadat et al., 2024): a Haar pyramid, light U-Nets and Stable Diffusion's decoder.
 
     Images are (N, in_channels, H, W) in [-1, 1], where H and W are multiples of
@@ -81,12 +82,14 @@ class LiteVAE(PretrainedMixin, AutoencoderMixin):
     # The encoder concatenates its U-Nets' outputs, so it stays on one device.
     _no_split_modules = ("Encoder", "ResBlock", "Attention")
 
-    # The methods of AutoencoderKL that set the processors of the decoder's attention.
+    # The methods of AutoencoderKL that set the processors of the decoder's attention, and that blend tiles.
     attn_processors = AutoencoderKL.attn_processors
     set_attn_processor = AutoencoderKL.set_attn_processor
     set_default_attn_processor = AutoencoderKL.set_default_attn_processor
     fuse_qkv_projections = AutoencoderKL.fuse_qkv_projections
     unfuse_qkv_projections = AutoencoderKL.unfuse_qkv_projections
+    blend_v = AutoencoderKL.blend_v
+    blend_h = AutoencoderKL.blend_h
 
     @register_to_config
     def __init__(
@@ -231,7 +234,8 @@ class LiteVAE(PretrainedMixin, AutoencoderMixin):
 
         Raises:
             RuntimeError: weights are offloaded. Fold before `enable_model_cpu_offload` and the like.
-            TypeError: weights are stored in 8 bits (layerwise casting). Fold before enabling it.
+            TypeError: weights are stored in 8 bits (layerwise casting), or a self-modulated convolution has an adapter.
+                Fold before enabling or adding it.
         """
         if any(parameter.is_meta for parameter in self.parameters()):
             raise RuntimeError("fold needs all weights in memory, and some are offloaded (on device 'meta')")
@@ -239,6 +243,11 @@ class LiteVAE(PretrainedMixin, AutoencoderMixin):
         for module in folded.modules():
             if isinstance(module, ResBlock):
                 module.fold()
+        for name, module in folded.named_modules():
+            if isinstance(module, SelfModulatedConv2d):
+                raise TypeError(
+                    f"fold cannot reach {name}, which another library has wrapped: fold before adding adapters"
+                )
         modulated = [name for name in ("encoder_norm", "decoder_norm") if self.config[name] == "smc"]
         folded.register_to_config(**dict.fromkeys(modulated, "none"))
         return folded
@@ -263,10 +272,10 @@ class LiteVAE(PretrainedMixin, AutoencoderMixin):
             ValueError: the images are not 4-D, have another number of channels or another size, or are on
                 another device; or, with ``aggregator="vit"``, an image or a tile does not have
                 the size `sample_size`.
-            TypeError: the images have another dtype.
+            TypeError: the images are no dense tensor, or have another dtype.
         """
         check_image(x, self.config.in_channels, self.spatial_compression_ratio)
-        check_device("image", x, self, self.encoder.device)
+        check_device("image", x, self, self.encoder)
         moments = self._sliced(self._encode, x)
         posterior = DiagonalGaussianDistribution(moments)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
@@ -288,13 +297,13 @@ class LiteVAE(PretrainedMixin, AutoencoderMixin):
             Images (N, in_channels, f h, f w), roughly in [-1, 1] but not clamped.
 
         Raises:
-            ValueError: the latents are not 4-D, have another number of channels or are on another device.
-            TypeError: the latents have another dtype.
+            ValueError: the latents are not 4-D, have another number of channels or no pixels, or are on another device.
+            TypeError: the latents are no dense tensor, or have another dtype.
         """
-        conv = self.decoder.conv_in
         check_latent(z, self.config.latent_channels)
-        check_device("latent", z, self, conv.weight.device)
-        image = self._sliced(self._decode, z.to(compute_dtype(conv, z.device)))
+        check_device("latent", z, self, self.decoder)
+        z = z.to(compute_dtype(self.decoder.conv_in, z.device, self.decoder))
+        image = self._sliced(self._decode, z)
         return DecoderOutput(sample=image) if return_dict else (image,)
 
     def forward(

@@ -10,6 +10,7 @@ import torch
 from diffusers.models.modeling_utils import get_parameter_device
 from torch import Tensor, nn
 
+from litevae.models.layers import tensors_of
 from litevae_kernels.backend import is_tracing
 
 P = ParamSpec("P")
@@ -26,14 +27,15 @@ def check_image(x: Tensor, channels: int, factor: int) -> None:
 
     Raises:
         ValueError: the image is not (N, channels, H, W), or a side is not a multiple of `factor`, at least two of it.
-        TypeError: it is not floating point.
+        TypeError: it is no dense tensor, or has another dtype than those of `DTYPES`.
     """
-    check_channels("image", x, channels)
+    check_tensor("image", x, channels)
     if not x.is_floating_point():
         raise TypeError(
             f"image must be floating point in [-1, 1], got {x.dtype}; "
             "convert bytes with image.float() / 127.5 - 1"
         )
+    check_dtype("image", x)
     height, width = x.shape[-2:]
     if height % factor or width % factor or height < 2 * factor or width < 2 * factor:
         raise ValueError(
@@ -43,23 +45,41 @@ def check_image(x: Tensor, channels: int, factor: int) -> None:
 
 
 def check_latent(z: Tensor, channels: int) -> None:
-    """Raises ValueError unless `z` is (N, channels, h, w), and TypeError unless it has a dtype of `DTYPES`."""
-    check_channels("latent", z, channels)
-    if z.dtype not in DTYPES:
-        raise TypeError(f"latent must be float64, float32, bfloat16 or float16, got {z.dtype}")
+    """Checks a latent.
+
+    Raises:
+        ValueError: the latent is not (N, channels, h, w), or has no pixels.
+        TypeError: it is no dense tensor, or has another dtype than those of `DTYPES`.
+    """
+    check_tensor("latent", z, channels)
+    check_dtype("latent", z)
+    if 0 in z.shape[2:]:
+        raise ValueError(f"latent height and width must be at least 1, got {z.shape[2]}x{z.shape[3]}")
 
 
-def check_channels(name: str, x: Tensor, channels: int) -> None:
-    """Raises ValueError unless `x` is (N, channels, H, W)."""
+def check_dtype(name: str, x: Tensor) -> None:
+    """Raises TypeError unless `x` has a dtype of `DTYPES`."""
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}")
+
+
+def check_tensor(name: str, x: Any, channels: int) -> None:
+    """Raises TypeError unless `x` is a dense tensor, and ValueError unless it is (N, channels, H, W)."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, (N, {channels}, H, W), got a {type(x).__name__}")
+    if x.layout != torch.strided or x.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got {'a nested one' if x.is_nested else x.layout}")
     if x.ndim != 4:
         raise ValueError(f"{name} must be 4-D, (N, {channels}, H, W), got shape {tuple(x.shape)}")
     if x.shape[1] != channels:
         raise ValueError(f"{name} must have {channels} channels, got {x.shape[1]} in {tuple(x.shape)}")
 
 
-def check_device(name: str, x: Tensor, model: nn.Module, device: torch.device) -> None:
-    """Raises ValueError unless `x` is on `device`, a weight's, or on the device that `model` will run on."""
-    if device == x.device or device.type == "meta":  # accelerate's offloading loads weights on "meta" later
+def check_device(name: str, x: Tensor, model: nn.Module, part: nn.Module) -> None:
+    """Raises ValueError unless `x` is on the device of `part`, which takes it, or the one that `model` will run on."""
+    device = next((tensor.device for tensor in tensors_of(part)), None)
+    # accelerate's offloading loads weights on "meta" later
+    if device is None or device == x.device or device.type == "meta":
         return
     device = get_parameter_device(model)  # this accounts for diffusers' group offloading
     if device != x.device:

@@ -102,10 +102,6 @@ class Encoder(nn.Module):
             )
         )
 
-    @property
-    def device(self) -> torch.device:
-        return self.feature_aggregator.conv_in.weight.device
-
     def forward(self, image: Tensor) -> Tensor:
         """Returns the moments of images.
 
@@ -118,7 +114,7 @@ class Encoder(nn.Module):
                 f"image must be {size}x{size}, the sample_size that aggregator='vit' was made for, "
                 f"got {image.shape[2]}x{image.shape[3]}"
             )
-        dtype = compute_dtype(self.feature_aggregator.conv_in, image.device)
+        dtype = compute_dtype(self.feature_aggregator.conv_in, image.device, self)
         pyramid = haar_pyramid(image, self.levels, dtype=dtype)[self.finest_level - 1 :]
         features = [self.extract(i, level) for i, level in enumerate(pyramid)]
         return self.feature_aggregator(torch.cat(features, dim=1))
@@ -165,10 +161,6 @@ class WaveletEncoder(nn.Module):
         self.space_to_depth = space_to_depth
         # A buffer, because it also tells the model's dtype and device.
         self.register_buffer("logvar", torch.tensor(-30.0), persistent=False)
-
-    @property
-    def device(self) -> torch.device:
-        return self.logvar.device
 
     def forward(self, image: Tensor) -> Tensor:
         bands = haar_pyramid(image, self.levels, dtype=compute_dtype(self, image.device))[-1]

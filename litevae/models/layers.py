@@ -1,5 +1,6 @@
 """Blocks that the encoder's U-Nets and the decoder share. Parameters have diffusers' names."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Literal
@@ -27,14 +28,32 @@ def autocast_enabled(device: torch.device) -> bool:
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
-def compute_dtype(module: nn.Module, device: torch.device) -> torch.dtype:
+def tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    """Yields the parameters and the buffers of a module, which may be a replica of `nn.DataParallel`."""
+    if getattr(module, "_is_replica", False):  # whose parameters are plain attributes
+        for part in module.modules():
+            yield from part._former_parameters.values()  # type: ignore[operator, union-attr]
+    yield from itertools.chain(module.parameters(), module.buffers())
+
+
+def compute_dtype(module: nn.Module, device: torch.device, owner: nn.Module | None = None) -> torch.dtype:
     """Returns the dtype in which `module` computes on `device`: autocast's if enabled, else its parameters'.
 
     Under diffusers' layerwise casting this is the compute dtype, not the storage dtype.
+
+    Args:
+        module: layer, or what another library has put in its place.
+        device: device of the layer's input.
+        owner: module around the layer, whose parameters count if the layer lists none of a floating dtype.
     """
-    # The parameters of a replica of `nn.DataParallel` are plain attributes, which diffusers does not find.
-    weight = getattr(module, "weight", None) if getattr(module, "_is_replica", False) else None
-    dtype: torch.dtype = get_parameter_dtype(module) if weight is None else weight.dtype
+    dtype = torch.get_default_dtype()
+    for each in (module, owner):
+        found = () if each is None else tensors_of(each)
+        first = next((tensor.dtype for tensor in found if tensor.is_floating_point()), None)
+        if each is not None and first is not None:
+            # diffusers knows the compute dtype, but finds no parameters of a replica.
+            dtype = first if getattr(each, "_is_replica", False) else get_parameter_dtype(each)
+            break
     if autocast_enabled(device) and dtype != torch.float64:  # autocast leaves float64 alone
         return torch.get_autocast_dtype(device.type)
     return dtype
@@ -182,6 +201,8 @@ class Attention(DiffusersAttention):
             layer.__class__ = Linear
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[0] == 0:  # which the processors cannot reshape
+            return x
         # The sum is outside of the processor because that returns channels_last, and the result has x's layout.
         return x + super().forward(x)
 

@@ -87,7 +87,8 @@ def load_model(path: Path) -> "Autoencoder":
     from litevae.models import LiteVAE
     from litevae.models.baseline import SmallEncoderVAE
     from litevae.models.checks import warn_of_two_scales
-    from litevae.models.weight_files import find_weights
+    from litevae.models.weight_files import find_weights, weight_files
+    from litevae.models.weights import explain_shapes
 
     classes = {each.__name__: each for each in (LiteVAE, AutoencoderKL, SmallEncoderVAE)}
     try:
@@ -95,14 +96,22 @@ def load_model(path: Path) -> "Autoencoder":
     except ValueError as error:
         raise UserError(f"{config}: {error}") from None
     try:
-        variant = find_weights(folder)[1]
+        weights, variant = find_weights(folder)
+        weight_files(weights)  # they are regular files
         if variant is not None and os.environ.get("RANK", "0") == "0":
             print(f"{folder}: loading the weights of variant {variant}, the only ones", file=sys.stderr)
         model, loading = classes[kind].from_pretrained(
-            folder, variant=variant, output_loading_info=True, local_files_only=True
+            folder,
+            variant=variant,
+            use_safetensors=".safetensors" in weights.name,  # or diffusers reports that it looks for both
+            output_loading_info=True,
+            local_files_only=True,
         )
+    except UserError as error:
+        raise UserError(f"{folder}: cannot be loaded: {str(error).removeprefix(f'{folder}: ')}") from None
     except Exception as error:  # diffusers and safetensors let almost anything through
-        raise UserError(f"{folder}: cannot be loaded: {error}") from None
+        reason = explain_shapes(classes[kind], saved, weights) or error
+        raise UserError(f"{folder}: cannot be loaded: {reason}") from None
     if loading["missing_keys"]:
         raise UserError(f"{folder}: its weights lack {loading['missing_keys'][0]} and perhaps others")
     if kind != "LiteVAE":  # which warns by itself

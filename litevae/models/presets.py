@@ -3,6 +3,8 @@
 import difflib
 from typing import Any
 
+from litevae.errors import shorten
+
 PRESETS: dict[str, dict[str, Any]] = {
     "litevae-s": {
         "extractor_channels": 16,
@@ -35,7 +37,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def get_preset(name: str) -> dict[str, Any]:
     """Returns the constructor arguments of a preset, or raises ValueError that names the nearest preset."""
-    if name in PRESETS:
+    if isinstance(name, str) and name in PRESETS:
         return dict(PRESETS[name])
-    nearest = difflib.get_close_matches(name.lower(), PRESETS, n=1, cutoff=0.0)[0]
-    raise ValueError(f"unknown preset {name!r}: did you mean {nearest!r}? (presets: {', '.join(PRESETS)})")
+    nearest = difflib.get_close_matches(str(name)[:100].lower(), PRESETS, n=1, cutoff=0.0)[0]
+    raise ValueError(
+        f"unknown preset {shorten(name)}: did you mean {nearest!r}? (presets: {', '.join(PRESETS)})"
+    )

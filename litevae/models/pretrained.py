@@ -1,19 +1,23 @@
 """Loading of a LiteVAE from folders and files, and of other autoencoders' decoders into one."""
 
+import errno
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from diffusers import AutoencoderKL, ConfigMixin, ModelMixin
 
-from litevae.errors import UserError
+from litevae.errors import LONGEST_VALUE, UserError, one_line
 from litevae.files import read_json
 from litevae.models.checks import warn_of_two_scales
-from litevae.models.weight_files import list_weights, read_weights
-from litevae.models.weights import copy_weights, load_decoder
+from litevae.models.loading import read_config
+from litevae.models.weight_files import WEIGHTS, find_weights, list_weights, read_weights, weight_files
+from litevae.models.weights import SAME_DECODER, advice, copy_weights, explain_shapes, load_decoder
+
+CONFIG = "config.json"
 
 
 class PretrainedMixin(ModelMixin, ConfigMixin):
@@ -23,35 +27,81 @@ class PretrainedMixin(ModelMixin, ConfigMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
         """Loads a model from a folder, or from a repository of the Hub, as `ModelMixin.from_pretrained` does.
 
+        With ``ignore_mismatched_sizes=True``, weights that have another shape in the folder are those of a new model,
+        with a warning that names them.
+
         Raises:
-            ValueError: the folder holds a model of another class, or weights that do not cover the model, or only a
-                variant of the weights that is not asked for.
+            ValueError: the folder holds a model of another class, or weights that do not cover or do not fit the model
+                or are not regular files, or only a variant of the weights that is not asked for.
             OSError: there is no such folder, or it lacks a file.
         """
         folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
-        variants = list_weights(folder)
-        if variants and None not in variants and kwargs.get("variant") is None:
-            names = " or ".join(f"variant={name!r}" for name in variants)
-            raise UserError(f"{folder}: holds only a variant of the weights: pass {names}")
         info_wanted = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, output_loading_info=True, **kwargs
-        )
+        path = None if kwargs.get("use_flashpack") else cls._check_folder(folder, kwargs)
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, output_loading_info=True, **kwargs
+            )
+        except (ValueError, RuntimeError) as error:
+            own = inspect.signature(cls).parameters
+            changes = {name: value for name, value in kwargs.items() if name in own}
+            if (
+                path is None
+                or isinstance(error, UserError)
+                or not (reason := explain_shapes(cls, {**read_config(folder / CONFIG), **changes}, path))
+            ):
+                raise
+            raise UserError(f"{folder}: {reason}, or pass ignore_mismatched_sizes=True") from None
         if missing := sorted(info["missing_keys"]):
             rest = f" and {len(missing) - 1} others" if missing[1:] else ""
-            raise ValueError(f"{folder}: its weights lack {missing[0]}{rest} of the model in its config.json")
+            raise UserError(f"{folder}: its weights lack {missing[0]}{rest} of the model in its config.json")
+        if info["mismatched_keys"]:
+            fill_mismatched(model, [name for name, _, _ in info["mismatched_keys"]])
         warn_of_two_scales(model.config)
         return (model, info) if info_wanted else model
 
     @classmethod
-    def from_config(cls, config: Any, **kwargs: Any) -> Any:
+    def _check_folder(cls, folder: Path, kwargs: dict[str, Any]) -> Path | None:
+        """Checks the files in a local folder before diffusers reads them, and says in `kwargs` which ones to read.
+
+        Returns:
+            The path of the weights, as `find_weights` returns it; None if there is no such folder.
+        """
+        if folder.is_file():
+            raise UserError(f"{folder}: is a file, not a model folder: load it with from_single_file")
+        if not folder.is_dir():
+            return None
+        if (folder / "model_index.json").is_file() and not (folder / CONFIG).exists():
+            raise UserError(f"{folder}: holds a whole pipeline: pass subfolder='vae'")
+        if not (folder / CONFIG).exists():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder / CONFIG))
+        check_class(cls, read_config(folder / CONFIG), folder)
+        found, variant = list_weights(folder), kwargs.get("variant")
+        if not found:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder / WEIGHTS))
+        if None not in found and variant is None:
+            names = " or ".join(f"variant={name!r}" for name in found)
+            raise UserError(f"{folder}: holds only a variant of the weights: pass {names}")
+        path = find_weights(folder, variant)[0]
+        weight_files(path)
+        if kwargs.get("use_safetensors") is None:  # diffusers would report that it looks for both
+            kwargs["use_safetensors"] = ".safetensors" in path.name
+        return path
+
+    @classmethod
+    def from_config(cls, config: Any = None, **kwargs: Any) -> Any:
         """Returns a new model with random weights, as `ConfigMixin.from_config` does.
 
         Raises:
             ValueError: the configuration belongs to another class, such as `AutoencoderKL`.
         """
-        if isinstance(config, Mapping):
-            check_class(cls, config)
+        given = kwargs.get("pretrained_model_name_or_path", config)  # diffusers still takes a path
+        if given is not None:
+            if not isinstance(given, Mapping):
+                folder = Path(given, kwargs.get("subfolder") or "")
+                file = folder / CONFIG if folder.is_dir() else folder
+                given = read_config(file) if file.exists() else cls.load_config(given, **kwargs)
+            check_class(cls, given)
         return super().from_config(config, **kwargs)
 
     @classmethod
@@ -77,7 +127,7 @@ class PretrainedMixin(ModelMixin, ConfigMixin):
         path = Path(path)
         if not isinstance(config, Mapping):
             file = path.parent if config is None else Path(config)
-            file = file / "config.json" if file.is_dir() else file
+            file = file / CONFIG if file.is_dir() else file
             try:
                 config = read_json(file)
             except (OSError, ValueError) as error:
@@ -109,21 +159,39 @@ class PretrainedMixin(ModelMixin, ConfigMixin):
         load_decoder(self, Path(path), "load_decoder")
 
 
-def check_class(cls: type, config: Mapping[str, Any]) -> None:
-    """Raises ValueError if a configuration belongs to another class than `cls`."""
+def fill_mismatched(model: ModelMixin, names: Iterable[str]) -> None:
+    """Gives a model the named weights of a new one; diffusers has said which, and left them without values."""
+    fresh = type(model).from_config(model.config).state_dict()
+    for name in names:
+        owner, _, attribute = name.rpartition(".")
+        weight = torch.nn.Parameter(fresh[name].to(model.device, model.dtype))
+        setattr(model.get_submodule(owner), attribute, weight)
+
+
+def check_class(cls: type, config: Mapping[str, Any], source: Path | None = None) -> None:
+    """Checks that a configuration belongs to a class.
+
+    Args:
+        cls: class of the model.
+        config: content of its config.json.
+        source: folder of the configuration, for the message.
+
+    Raises:
+        UserError: it belongs to another class. The message says which one, how to load it, and whether a LiteVAE can
+            use its decoder.
+    """
     own = inspect.signature(cls).parameters
     foreign = [
         name for name in inspect.signature(AutoencoderKL).parameters if name in config and name not in own
     ]
-    kind = config.get("_class_name")
+    kind = config.get("_class_name") or config.get("model_type")  # the latter is of transformers
     # A configuration without a class is a part of one, and a subclass has the settings of its base.
     unknown = (
         kind not in (None, *(base.__name__ for base in cls.__mro__)) and "extractor_channels" not in config
     )
-    if foreign or unknown:
-        has = f", which has {', '.join(foreign[:3])}" if foreign else ""
-        kind = kind or "AutoencoderKL"
-        raise UserError(
-            f"the configuration is that of {kind}{has}, not of {cls.__name__}: load it with diffusers' {kind}, or its "
-            "decoder into a LiteVAE with load_decoder (init_decoder in training)"
-        )
+    if not (foreign or unknown):
+        return
+    kind = one_line(kind or "AutoencoderKL", LONGEST_VALUE)
+    has = f", which has {', '.join(foreign[:3])}" if foreign and kind in SAME_DECODER else ""
+    where = "" if source is None else f"{source}: "
+    raise UserError(f"{where}the configuration is that of {kind}{has}, not of {cls.__name__}: {advice(kind)}")

@@ -22,9 +22,10 @@ from litevae.models.layers import OLD_ATTENTION_NAMES
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
-# diffusion_pytorch_model[.VARIANT].FORMAT, or diffusion_pytorch_model.FORMAT.index[.VARIANT].json: its parts
+# diffusion_pytorch_model[.VARIANT].FORMAT, or diffusion_pytorch_model.FORMAT.index[.VARIANT].json: its parts.
+# Old versions of diffusers put the variant before "index".
 SINGLE = re.compile(r"diffusion_pytorch_model(?:\.(?!.*-\d{5}-of-)([^.]+))?\.(safetensors|bin)")
-INDEX = re.compile(r"diffusion_pytorch_model\.(safetensors|bin)\.index(?:\.([^.]+))?\.json")
+INDEX = re.compile(r"diffusion_pytorch_model\.(safetensors|bin)(?:\.([^.]+))?\.index(?:\.([^.]+))?\.json")
 
 ORIGINAL_DECODER = re.compile(r"(?:first_stage_model\.|vae\.)?decoder\.up\.(\d+)\.block\.")
 
@@ -41,30 +42,39 @@ def list_weights(folder: Path) -> dict[str | None, dict[tuple[str, bool], Path]]
         if match := SINGLE.fullmatch(path.name):
             found.setdefault(match[1], {})[match[2], False] = path
         elif match := INDEX.fullmatch(path.name):
-            found.setdefault(match[2], {})[match[1], True] = path
+            found.setdefault(match[2] or match[3], {})[match[1], True] = path
     return found
 
 
-def find_weights(folder: Path) -> tuple[Path, str | None]:
+def find_weights(folder: Path, variant: str | None = None) -> tuple[Path, str | None]:
     """Returns the file with the weights in the folder of a diffusers model, or the index of its parts.
 
     Safetensors are preferred to pickles, and the weights without a variant to the others.
+
+    Args:
+        folder: path of the folder.
+        variant: variant to take; default: none, or the only one.
 
     Returns:
         The path, and the variant or None.
 
     Raises:
-        UserError: there are no weights, or only several variants.
+        UserError: there are no weights, only several variants, or not the one asked for.
     """
     found = list_weights(folder)
     if not found:
         raise UserError(f"{folder / WEIGHTS}: no such file")
-    if None not in found and len(found) > 1:
-        variants = ", ".join(sorted(map(str, found)))
+    variants = ", ".join(sorted(str(each) for each in found if each is not None))
+    if variant is not None and variant not in found:
         raise UserError(
-            f"{folder}: holds the weights of several variants ({variants}): give the path of one file"
+            f"{folder}: holds no weights of variant {shorten(variant)}, only {variants or 'those without one'}"
         )
-    variant = None if None in found else next(iter(found))
+    if variant is None and None not in found:
+        if len(found) > 1:
+            raise UserError(
+                f"{folder}: holds the weights of several variants ({variants}): give the path of one file"
+            )
+        variant = next(iter(found))
     forms = found[variant]
     return next(
         forms[form, parts]
@@ -72,6 +82,24 @@ def find_weights(folder: Path) -> tuple[Path, str | None]:
         for parts in (False, True)
         if (form, parts) in forms
     ), variant
+
+
+def weight_files(path: Path) -> list[Path]:
+    """Returns the files of weights that `find_weights` returned, which are several if it is an index.
+
+    Raises:
+        UserError: the index is damaged, or a file is missing or not a regular one.
+    """
+    files = read_index(path) if path.suffix == ".json" else [path]
+    for file in files:
+        check_regular(file)
+    return files
+
+
+def check_regular(path: Path) -> None:
+    """Raises UserError unless `path` is a regular file: a FIFO would block, and a device may have no end."""
+    if not path.is_file():
+        raise UserError(f"{path}: {'is not a regular file' if path.exists() else 'no such file'}")
 
 
 def read_weights(source: Path, setting: str) -> dict[str, Tensor]:
@@ -88,12 +116,9 @@ def read_weights(source: Path, setting: str) -> dict[str, Tensor]:
     """
     try:
         path = find_weights(source)[0] if source.is_dir() or not source.suffix else source
-        if path.suffix == ".json":
-            weights: dict[str, Tensor] = {}
-            for part in read_index(path):
-                weights |= read_tensors(part)
-        else:
-            weights = read_tensors(path)
+        weights: dict[str, Tensor] = {}
+        for part in weight_files(path):
+            weights |= read_tensors(part)
         return with_current_names(weights)
     except UserError as error:
         raise UserError(f"{setting}: {error}") from None
@@ -116,8 +141,6 @@ def read_index(path: Path) -> list[Path]:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Returns the tensors of one file."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

@@ -1,11 +1,13 @@
 """Saving, loading and hashing the weights of models."""
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import diffusers
 import safetensors.torch
 import torch
 from diffusers import ModelMixin
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from litevae.errors import UserError, shorten
 from litevae.files import read_json, replacing_folder, write
+from litevae.models.loading import read_config
 from litevae.models.weight_files import WEIGHTS, read_weights
 
 if TYPE_CHECKING:
@@ -22,6 +25,15 @@ if TYPE_CHECKING:
 NOT_ARCHITECTURE = frozenset(
     {"sample_size", "scaling_factor", "shift_factor", "force_upcast", "latents_mean", "latents_std"}
 )
+
+
+# Classes of autoencoders whose decoder has the architecture of Stable Diffusion's, and where they are defined.
+SAME_DECODER = {
+    "AutoencoderKL": "diffusers'",
+    "AutoencoderKLFlux2": "diffusers'",
+    "VQModel": "diffusers'",
+    "SmallEncoderVAE": "litevae.models'",
+}
 
 
 def write_model(model: ModelMixin, folder: Path) -> None:
@@ -87,6 +99,11 @@ def load_decoder(model: "Autoencoder", source: Path, setting: str = "init_decode
     """
     if (source / "vae" / "config.json").is_file():  # a whole pipeline
         source = source / "vae"
+    kind = None
+    with contextlib.suppress(UserError):  # the weights alone may do
+        kind = read_config(source / "config.json").get("_class_name")
+    if kind not in (None, "LiteVAE", *SAME_DECODER) and hasattr(diffusers, str(kind)):
+        raise UserError(f"{setting}: {source} holds a model of class {kind}: {advice(kind)}")
     weights = read_weights(source, setting)
     if not any(name.startswith("decoder.") for name in weights):
         raise UserError(f"{setting}: {source}: holds no decoder of an autoencoder")
@@ -96,6 +113,17 @@ def load_decoder(model: "Autoencoder", source: Path, setting: str = "init_decode
     for name, part in parts.items():
         own = {key.removeprefix(f"{name}."): w for key, w in weights.items() if key.startswith(f"{name}.")}
         copy_weights(part, own, source, setting)
+
+
+def advice(kind: str) -> str:
+    """Returns how to load a model of another class than LiteVAE, and whether a LiteVAE can take its decoder."""
+    if kind in SAME_DECODER:
+        return (
+            f"load it with {SAME_DECODER[kind]} {kind}, or its decoder into a LiteVAE with load_decoder "
+            "(init_decoder in training)"
+        )
+    load = f"load it with diffusers' {kind}; " if hasattr(diffusers, kind) else ""
+    return f"{load}a LiteVAE takes only the decoder of an AutoencoderKL, with load_decoder"
 
 
 def copy_weights(module: nn.Module, weights: dict[str, Tensor], source: Path, setting: str) -> None:
@@ -112,6 +140,29 @@ def copy_weights(module: nn.Module, weights: dict[str, Tensor], source: Path, se
                 f"and {tuple(own[name].shape)} here"
             )
     module.load_state_dict(weights)
+
+
+def explain_shapes(model: type[ModelMixin], config: Mapping[str, Any], path: Path) -> str | None:
+    """Returns which weight has another shape than in the model, after `from_pretrained` has failed; None if none has.
+
+    Args:
+        model: class of the model.
+        config: configuration of the model.
+        path: weights, as `find_weights` returns them.
+    """
+    try:
+        with torch.device("meta"):
+            own = model.from_config(dict(config)).state_dict()
+        weights = read_weights(path, "")
+    except ValueError:
+        return None
+    for name, tensor in own.items():
+        if name in weights and weights[name].shape != tensor.shape:
+            return (
+                f"{name} is {tuple(weights[name].shape)} in {path.name} and {tuple(tensor.shape)} in the model of "
+                "config.json: use the files of one model"
+            )
+    return None
 
 
 def hash_encoder(model: "Autoencoder") -> str:

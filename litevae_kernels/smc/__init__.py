@@ -151,8 +151,8 @@ def self_modulated_conv2d(
     if scale.shape != (x.shape[1],):
         raise ValueError(f"scale has shape {shape_of(scale)}; x's channels are needed: ({x.shape[1]},)")
     check_tensor(weight, "weight")
-    stride, dilation = _pair(stride, "stride", 1), _pair(dilation, "dilation", 1)
-    padding = _named_padding(padding, stride) if isinstance(padding, str) else _pair(padding, "padding", 0)
+    stride, dilation = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
+    padding = named_padding(padding, stride) if isinstance(padding, str) else pair(padding, "padding", 0)
     if type(groups) is not int and not is_integer(groups):
         raise TypeError(f"groups is {shown(groups)}; an integer is needed")
     if weight.ndim == 4 and weight.shape[1] * groups != x.shape[1]:
@@ -190,7 +190,7 @@ def self_modulated_conv2d(
     return add_residual(y, residual)
 
 
-def _pair(value: object, name: str, least: int) -> tuple[int, int]:
+def pair(value: object, name: str, least: int) -> tuple[int, int]:
     """Returns `value`, an integer or a sequence of one or two, as two integers from `least` to 2^31 - 1."""
     first, second = value if type(value) is tuple and len(value) == 2 else (value, value)
     # This condition is for speed.
@@ -206,7 +206,7 @@ def _pair(value: object, name: str, least: int) -> tuple[int, int]:
     return int(first), int(second)
 
 
-def _named_padding(padding: str, stride: tuple[int, int]) -> tuple[int, int] | str:
+def named_padding(padding: str, stride: tuple[int, int]) -> tuple[int, int] | str:
     """Returns "same", or for "valid" no padding."""
     if padding not in ("same", "valid"):
         raise ValueError(f"padding is {shown(padding)}; allowed: integers, 'same' and 'valid'")

@@ -129,3 +129,11 @@ def test_compiles_whole_and_exports():
 def test_widening_takes_missing_operands(without_half):
     x, weight = values(2, 3, dtype=torch.bfloat16), values(4, 3, dtype=torch.bfloat16)
     assert torch.equal(widened(F.linear, x, weight, None), F.linear(x.float(), weight.float()).bfloat16())
+
+
+@pytest.mark.usefixtures("without_half_on_any_architecture")
+def test_a_trace_for_other_software_is_not_widened():
+    layer, x = Conv2d(8, 4, 1).bfloat16(), values(2, 8, 6, 5, dtype=torch.bfloat16)
+    with torch.no_grad():
+        traced = torch.jit.trace(layer, x, check_trace=False)
+    assert "aten::to" not in str(traced.inlined_graph)

@@ -236,3 +236,34 @@ def test_a_box_keeps_nothing_that_was_taken():
     box.put(torch.zeros(1), ours=False)
     assert not box.ours
     assert box.take() == 0
+
+
+class Around(nn.Module):
+    """Stands for a convolution by its constructor and its forward alone."""
+
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_every_convolution_may_be_inside_another_module(make_vae, when):
+    vae = make_vae()
+    images, latents = inputs(vae)
+    with torch.no_grad():
+        expected = outputs(vae, images, latents)
+    if when == "after":
+        accelerate_vae(vae)
+    for module in list(vae.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is nn.Conv2d:
+                setattr(module, name, Around(child))
+    report = accelerate_vae(vae)
+    assert not report.fused["3x3 convolution"]
+    assert report.left["decoder.conv_in"] == "is a Around"
+    with torch.no_grad():
+        actual = outputs(vae, images, latents)
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)

@@ -334,3 +334,60 @@ def test_conv3x3_has_the_keys_of_conv2d():
     x = torch.randn(2, 4, 6, 5)
     assert torch.equal(layer(x), plain(x))
     assert repr(Conv3x3(4, 5, bias=False, silu_input=True)).endswith("bias=False, silu_input=True)")
+
+
+CHANNELS = (0, -1, 1.5, "3", None, True, torch.ones(2), 2**31, 10**30)
+FLAGS = (torch.ones(2), 1, "yes")
+CONV = {"in_channels": 4, "out_channels": 4}
+GEOMETRY = {
+    **dict.fromkeys(("kernel_size", "stride", "dilation"), (0, -1, 1.5, None, (1, 2, 3), torch.ones(2), "1")),
+    "padding": (-1, 1.5, None, "3", (1, 1, 1)),
+    "groups": (0, 3, 1.5, None, torch.ones(2)),
+    "padding_mode": ("mirror", None, 1),
+}
+CONSTRUCTORS = [
+    *((layer, CONV | {"kernel_size": 3}, GEOMETRY) for layer in (Conv2d, Conv3x3, SelfModulatedConv2d)),
+    *(
+        (layer, CONV | {"kernel_size": 3}, dict.fromkeys(CONV, CHANNELS))
+        for layer in (Conv2d, SelfModulatedConv2d)
+    ),
+    (Conv3x3, CONV, dict.fromkeys(CONV, CHANNELS)),
+    (Conv3x3, CONV, {"bias": FLAGS, "silu_input": FLAGS, "dtype": (torch.int32, "half")}),
+    (SelfModulatedConv2d, CONV | {"kernel_size": 3}, {"eps": (0, -1, None, "1"), "silu_input": FLAGS}),
+    (
+        Linear,
+        {"in_features": 4, "out_features": 4},
+        {"in_features": CHANNELS, "out_features": CHANNELS, "bias": FLAGS, "dtype": (torch.int32,)},
+    ),
+    (
+        GroupNormSiLU,
+        {"num_groups": 2, "num_channels": 4},
+        {
+            "num_groups": (*CHANNELS, 3),
+            "num_channels": (*CHANNELS, 5),
+            "eps": (0, -1, None, "1", torch.ones(2)),
+            "affine": FLAGS,
+            "dtype": (torch.int32,),
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("layer", "arguments", "broken"), CONSTRUCTORS)
+def test_a_wrong_argument_of_a_constructor_is_named_with_what_is_allowed(layer, arguments, broken):
+    layer(**arguments)
+    for name, values in broken.items():
+        for value in values:
+            with pytest.raises(
+                (TypeError, ValueError), match=rf"\b{name}\b.*(needed|allowed|divisible)"
+            ) as caught:
+                layer(**{**arguments, name: value})
+            assert "\n" not in str(caught.value)
+            assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("x", [[1], None, np.zeros((1, 4, 4, 4))], ids=lambda x: type(x).__name__)
+def test_an_input_that_is_no_tensor_is_refused(x):
+    for layer in (Conv2d(4, 4, 1), Linear(4, 4), Conv3x3(4, 4), Conv3x3(4, 4, 1), GroupNormSiLU(2, 4)):
+        with pytest.raises(TypeError, match=f"^x is a {type(x).__name__}; a torch.Tensor is needed$"):
+            layer(x)

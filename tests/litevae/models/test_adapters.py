@@ -134,3 +134,78 @@ def test_adapters_train_in_the_whole_model(make, image):
     vae(image).sample.square().mean().backward()
     trained = {name for name, parameter in vae.named_parameters() if parameter.grad is not None}
     assert trained == {name for name, _ in vae.named_parameters() if "lora_" in name}
+
+
+class Around(nn.Module):
+    """Stands for a layer by its constructor and its forward alone."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+class Hidden(Around):
+    """The same without parameters, like a layer whose weights are packed in another format."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        nn.Module.__init__(self)
+        self.layer = layer.forward
+
+
+@pytest.mark.parametrize("around", [Around, Hidden])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_1x1_conv": True},
+        {"encoder_norm": "smc", "decoder_norm": "smc"},
+        {"extractor": "nafnet", "aggregator": "vit", "sample_size": 32},
+    ],
+    ids=str,
+)
+def test_every_convolution_may_be_inside_another_module(make_variant, square_image, options, around):
+    vae = make_variant(**options)
+    with torch.no_grad():
+        expected = vae(square_image).sample
+    for module in list(vae.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Conv2d):
+                setattr(module, name, around(child))
+    with torch.no_grad():
+        torch.testing.assert_close(vae(square_image).sample, expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(vae(square_image.double()).sample, expected, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="image must be on the model's device cpu, got meta"):
+        vae.encode(square_image.to("meta"))
+    if around is Around:
+        with torch.no_grad():
+            assert vae.bfloat16()(square_image).sample.dtype == torch.bfloat16
+
+
+def test_the_adapter_methods_of_diffusers(make, image, tmp_path):
+    def output():
+        with torch.no_grad():
+            return vae(image).sample
+
+    vae = make()
+    plain = output()
+    config = LoraConfig(r=2, target_modules=["conv1", "conv2", "to_q", "conv_in"], init_lora_weights=False)
+    torch.manual_seed(1)
+    vae.add_adapter(config, "first")
+    adapted = output()
+    assert (adapted - plain).norm() > 1e-3 * plain.norm()
+    assert vae.active_adapters() == ["first"]
+    vae.disable_adapters()
+    torch.testing.assert_close(output(), plain, atol=1e-4, rtol=1e-4)
+    vae.enable_adapters()
+    vae.fuse_lora()
+    torch.testing.assert_close(output(), adapted, atol=1e-3, rtol=1e-3)
+    vae.unfuse_lora()
+    vae.save_lora_adapter(tmp_path, "first")
+
+    vae = make()
+    vae.load_lora_adapter(tmp_path, prefix=None, adapter_name="second")
+    torch.testing.assert_close(output(), adapted, atol=1e-4, rtol=1e-4)
+    vae.delete_adapters("second")
+    assert torch.equal(output(), plain)

@@ -46,3 +46,27 @@ def test_an_entry_that_would_hide_a_part_of_the_model_is_refused(model):
 def test_a_baseline_is_checked_before_it_is_built():
     with pytest.raises(ValueError, match=r"^block_out_channels must be 1 to 16 whole numbers"):
         SmallEncoderVAE(block_out_channels=[128] * 5000)
+
+
+@pytest.mark.parametrize("name", ["latents_mean", "latents_std"])
+@pytest.mark.parametrize("model", [LiteVAE, AutoencoderKL, SmallEncoderVAE])
+def test_there_is_one_statistic_per_latent_channel(model, name):
+    for value in ([1.0] * 3, [1.0] * 5):
+        with pytest.raises(
+            ValueError, match=f"^{name} must be 4 numbers, one per latent channel, got {len(value)}: "
+        ):
+            check_config({name: value}, model)
+        if model is not AutoencoderKL:
+            with pytest.raises(ValueError, match=f"^{name} must be 4 numbers"):
+                model(**{name: value})
+    check_config({"latent_channels": 3, name: [1.0] * 3}, model)
+    for zero in ([1.0, 0.0], [1.0, -1.0]):
+        with pytest.raises(ValueError, match=r"^latents_std must be positive numbers"):
+            check_arguments({"latents_std": zero})
+
+
+def test_a_preset_of_another_type_is_named():
+    for value in (3, None, ["litevae-b"], "x" * 500):
+        with pytest.raises(ValueError, match=r"^unknown preset .*presets: litevae-s") as caught:
+            LiteVAE.from_preset(value)
+        assert len(str(caught.value)) < 300

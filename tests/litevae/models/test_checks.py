@@ -1,5 +1,6 @@
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -59,3 +60,51 @@ def test_only_warnings_of_the_tracer_are_left_out():
     with pytest.warns(UserWarning, match="of the function") as caught:
         torch.jit.trace(without_tracer_warnings(function), torch.zeros(2), check_trace=False)
     assert not any(issubclass(each.category, torch.jit.TracerWarning) for each in caught)
+
+
+HOSTILE = [
+    ([1], TypeError, r"must be a torch\.Tensor, \(N, C, H, W\), got a list"),
+    (None, TypeError, "got a NoneType"),
+    (np.zeros((1, 4, 16, 16)), TypeError, "got a ndarray"),
+    (torch.zeros(4, 16), ValueError, r"must be 4-D, \(N, C, H, W\), got shape \(4, 16\)"),
+    (torch.zeros(1, 7, 16, 16), ValueError, r"must have C channels, got 7 in \(1, 7, 16, 16\)"),
+    (torch.zeros(1, 4, 16, 16).to_sparse(), TypeError, r"must be a dense tensor, got torch\.sparse_coo"),
+    (torch.zeros(1, 4, 16, 16).to(torch.float8_e4m3fn), TypeError, "float16, got torch.float8_e4m3fn"),
+    (torch.zeros(1, 4, 16, 16, dtype=torch.int32), TypeError, "got torch.int32"),
+    (torch.zeros(1, 4, 0, 16), ValueError, "height and width must be .* got 0x16"),
+]
+
+
+@pytest.mark.parametrize("call", ["encode", "tiled_encode", "forward", "decode", "tiled_decode"])
+def test_hostile_inputs_are_refused_in_one_line(make, call):
+    vae = make(in_channels=4)
+    name = "latent" if "decode" in call else "image"
+    for value, error, message in HOSTILE:
+        with pytest.raises(error, match=f"^{name} .*{message.replace('C', '4')}") as caught:
+            getattr(vae, call)(value)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"decoder_norm": "smc", "output_type": "wavelet", "use_1x1_conv": True},
+        {"extractor": "nafnet", "aggregator": "vit", "sample_size": 32},
+        {"encoder_type": "dwt", "latent_channels": 12},
+    ],
+    ids=str,
+)
+def test_a_batch_may_be_empty(make_variant, options):
+    vae = make_variant(**options)
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients):
+            posterior = vae.encode(torch.zeros(0, 3, 32, 32)).latent_dist
+            assert posterior.mode().shape == (0, vae.config.latent_channels, 4, 4)
+            assert vae.decode(posterior.mode()).sample.shape == (0, 3, 32, 32)
+            assert vae.tiled_decode(torch.zeros(0, vae.config.latent_channels, 40, 8)).sample.shape == (
+                0,
+                3,
+                320,
+                64,
+            )

@@ -2,6 +2,8 @@
 
 import copy
 import importlib
+import inspect
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,6 +33,26 @@ def test_stands_in_for_autoencoder_kl():
     assert needed <= set(ours.config)
     assert len(ours.config.block_out_channels) == 4
     assert not ours.config.force_upcast
+
+
+# Settings of an AutoencoderKL that a LiteVAE does not have; docs/diffusers.md lists them.
+ONLY_AUTOENCODER_KL = {
+    *("out_channels", "down_block_types", "up_block_types", "act_fn", "norm_num_groups"),
+    *("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"),
+}
+
+
+def test_has_the_public_names_of_autoencoder_kl():
+    with torch.device("meta"):
+        ours, theirs = LiteVAE(), AutoencoderKL()
+    public = {name for name in dir(theirs) if not name.startswith("_")}
+    assert public <= set(dir(ours))
+    assert set(theirs.config) - set(ours.config) == ONLY_AUTOENCODER_KL
+    page = (Path(__file__).parents[3] / "docs" / "diffusers.md").read_text()
+    assert all(f"`{name}`" in page for name in ONLY_AUTOENCODER_KL)
+    for name in ("encode", "decode", "forward", "tiled_encode", "tiled_decode"):
+        own, other = (list(inspect.signature(getattr(model, name)).parameters) for model in (ours, theirs))
+        assert own == other
 
 
 def test_runs_in_a_pipeline(make, tmp_path):

@@ -119,6 +119,16 @@ def test_fold_needs_weights_in_memory_and_at_full_width(modulated):
         modulated.fold()
 
 
+def test_fold_does_not_reach_into_adapters(modulated):
+    modulated.decoder.mid_block.resnets[0].conv1 = torch.nn.Sequential(
+        modulated.decoder.mid_block.resnets[0].conv1
+    )
+    with pytest.raises(
+        TypeError, match=r"reach decoder\.mid_block\.resnets\.0\.conv1\.0, .*before adding adapters"
+    ):
+        modulated.fold()
+
+
 def test_a_folded_decoder_exports_to_pytorchs_own_operators(make, latent):
     vae = make(decoder_norm="smc").fold().eval()
     exported = torch.export.export(vae.decoder, (latent,), strict=True)

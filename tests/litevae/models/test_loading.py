@@ -149,6 +149,18 @@ class TestFolders:
         with pytest.raises(UserError, match="not an AutoencoderKL but LiteVAE"):
             load_model(Path(f"diffusers:{tmp_path}"))
 
+    def test_a_baseline_of_other_shapes_is_explained_without_diffusers_advice(self, tmp_path):
+        diffusers_vae().save_pretrained(tmp_path)
+        weights = load_file(tmp_path / WEIGHTS)
+        weights["decoder.conv_in.bias"] = torch.zeros(3)
+        save_file(weights, tmp_path / WEIGHTS, {"format": "pt"})
+        message = (
+            r"cannot be loaded: decoder\.conv_in\.bias is \(3,\) in .*\.safetensors and \(16,\) in the model"
+        )
+        with pytest.raises(UserError, match=message) as caught:
+            load_model(tmp_path)
+        assert "low_cpu_mem_usage" not in str(caught.value)
+
     @pytest.mark.parametrize("damage", ["missing", "cut", "lacks", "shape", "settings"])
     def test_damaged_files_are_one_line(self, tmp_path, damage):
         litevae(1).save_pretrained(tmp_path)

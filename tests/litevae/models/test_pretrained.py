@@ -1,11 +1,21 @@
 import json
 import os
+import re
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLWan,
+    AutoencoderTiny,
+    AutoModel,
+    UNet2DModel,
+    VQModel,
+)
 
 from litevae import LiteVAE
+from litevae.models.loading import load_model
 
 
 @pytest.fixture
@@ -40,6 +50,78 @@ class TestOtherModels:
         with pytest.raises(ValueError, match="that of UNet2DModel, not of LiteVAE"):
             LiteVAE.from_config({"_class_name": "UNet2DModel", "in_channels": 3})
 
+    @pytest.mark.parametrize(
+        "other",
+        [
+            AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4),
+            AutoencoderKLWan(base_dim=4, z_dim=4),
+            UNet2DModel(
+                block_out_channels=(8,),
+                down_block_types=("DownBlock2D",),
+                norm_num_groups=4,
+                up_block_types=("UpBlock2D",),
+            ),
+        ],
+        ids=lambda model: type(model).__name__,
+    )
+    def test_a_model_whose_decoder_is_another_is_said_to_be_one(self, make, tmp_path, other):
+        other.save_pretrained(tmp_path)
+        name = type(other).__name__
+        advice = f"load it with diffusers' {name}; a LiteVAE takes only the decoder of an AutoencoderKL"
+        for load in (LiteVAE.from_pretrained, LiteVAE.from_config):
+            with pytest.raises(
+                ValueError, match=f"configuration is that of {name}, not of LiteVAE: {advice}"
+            ):
+                load(tmp_path)
+        with pytest.raises(ValueError, match=f"^load_decoder: .* holds a model of class {name}: {advice}"):
+            make().load_decoder(tmp_path)
+
+    @pytest.mark.parametrize("kind", [AutoencoderKLFlux2, VQModel])
+    def test_other_classes_with_the_same_decoder(self, make, latent, tmp_path, kind):
+        torch.manual_seed(0)
+        other = kind(
+            block_out_channels=(8, 8, 16, 16),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            norm_num_groups=4,
+            layers_per_block=1,
+            latent_channels=4,
+        )
+        other.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=f"diffusers' {kind.__name__}, or its decoder into a LiteVAE"):
+            LiteVAE.from_pretrained(tmp_path)
+        model = make(use_1x1_conv=True)
+        model.load_decoder(tmp_path)
+        with torch.no_grad():
+            expected = other.decoder(other.post_quant_conv(latent))
+            torch.testing.assert_close(model.decode(latent).sample, expected, atol=1e-5, rtol=1e-5)
+
+    @pytest.mark.parametrize("given", ["folder", "file", "keyword", "subfolder"])
+    @pytest.mark.filterwarnings("ignore:.*to pass a pretrained model name:FutureWarning")
+    def test_a_path_of_a_configuration_is_checked_as_well(self, make, autoencoder_kl, tmp_path, given):
+        def load(folder):
+            if given == "keyword":
+                return LiteVAE.from_config(pretrained_model_name_or_path=folder)
+            if given == "subfolder":
+                return LiteVAE.from_config(folder.parent, subfolder=folder.name)
+            return LiteVAE.from_config(folder / "config.json" if given == "file" else folder)
+
+        autoencoder_kl.save_config(tmp_path / "theirs")
+        make().save_config(tmp_path / "ours")
+        assert load(tmp_path / "ours").config.extractor_channels == 8
+        with pytest.raises(ValueError, match=self.MESSAGE):
+            load(tmp_path / "theirs")
+
+    def test_a_pipeline_a_file_and_a_model_of_transformers(self, make, tmp_path):
+        (tmp_path / "model_index.json").write_text("{}")
+        with pytest.raises(ValueError, match="holds a whole pipeline: pass subfolder='vae'"):
+            LiteVAE.from_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="is a file, not a model folder: load it with from_single_file"):
+            LiteVAE.from_pretrained(tmp_path / "model_index.json")
+        (tmp_path / "config.json").write_text('{"model_type": "clip"}')
+        with pytest.raises(ValueError, match="the configuration is that of clip, not of LiteVAE"):
+            LiteVAE.from_pretrained(tmp_path)
+
     def test_own_and_partial_configurations_remain(self, make, tiny_config):
         class Own(LiteVAE):
             pass
@@ -68,6 +150,59 @@ class TestFolders:
         model, info = LiteVAE.from_pretrained(tmp_path, output_loading_info=True)
         assert_same(model, make())
         assert info["missing_keys"] == []
+
+    @pytest.mark.parametrize(
+        "options", [{}, {"low_cpu_mem_usage": False}, {"torch_dtype": torch.bfloat16}], ids=str
+    )
+    def test_weights_of_another_shape(self, make, tmp_path, options, capfd):
+        make().save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=", or pass ignore_mismatched_sizes=True") as caught:
+            LiteVAE.from_pretrained(tmp_path, latent_channels=5, **options)
+        text = str(caught.value)
+        assert re.search(
+            r"conv_out\.weight is \(8, 8, 3, 3\) in diffusion.* and \(10, 8, 3, 3\) in the model", text
+        )
+        assert "low_cpu_mem_usage" not in text
+        capfd.readouterr()
+        loaded = LiteVAE.from_pretrained(tmp_path, latent_channels=5, ignore_mismatched_sizes=True, **options)
+        assert {x.dtype for x in loaded.parameters()} == {options.get("torch_dtype", torch.float32)}
+        own = make().state_dict()
+        torch.manual_seed(3)
+        fresh = LiteVAE.from_config(loaded.config).state_dict()
+        names = {name for name in own if own[name].shape != fresh[name].shape}
+        said = capfd.readouterr().err
+        assert names
+        assert all(name in said for name in names)
+        for name, weight in loaded.state_dict().items():
+            assert not weight.is_meta
+            if name in names:  # drawn at random in the same range
+                assert 0 < weight.float().std() < 2 * fresh[name].std()
+            else:
+                assert torch.equal(weight, own[name].to(weight.dtype))
+
+    @pytest.mark.parametrize("form", ["bin", "parts"])
+    def test_pickles_alone_are_loaded_without_a_word(self, make, tmp_path, form, capfd):
+        make().save_pretrained(
+            tmp_path, safe_serialization=False, max_shard_size="20KB" if form == "parts" else "10GB"
+        )
+        assert_same(LiteVAE.from_pretrained(tmp_path), make())
+        assert_same(load_model(tmp_path), make())
+        assert not re.sub(r".*Loading checkpoint shards.*", "", capfd.readouterr().err).strip()
+
+    @pytest.mark.parametrize("kind", ["missing", "fifo", "device"])
+    def test_weights_that_are_no_file_are_one_line(self, make, tmp_path, kind, capfd):
+        make().save_pretrained(tmp_path)
+        path = tmp_path / "diffusion_pytorch_model.safetensors"
+        path.unlink()
+        if kind == "fifo":
+            os.mkfifo(path)
+        elif kind == "device":
+            path.symlink_to("/dev/zero")
+        for load in (LiteVAE.from_pretrained, load_model):
+            with pytest.raises((ValueError, OSError), match=r"o such file|is not a regular file") as caught:
+                load(tmp_path)
+            assert "\n" not in str(caught.value)
+        assert capfd.readouterr().err == ""
 
     @pytest.mark.parametrize("subfolder", [None, "vae"])
     def test_a_variant_is_named(self, make, tmp_path, subfolder):

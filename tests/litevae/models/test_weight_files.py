@@ -9,7 +9,14 @@ from safetensors.torch import save_file
 
 from litevae.errors import UserError
 from litevae.models.layers import OLD_ATTENTION_NAMES
-from litevae.models.weight_files import WEIGHTS, find_weights, list_weights, read_index, read_weights
+from litevae.models.weight_files import (
+    WEIGHTS,
+    find_weights,
+    list_weights,
+    read_index,
+    read_weights,
+    weight_files,
+)
 
 
 @pytest.fixture(scope="module")
@@ -186,3 +193,35 @@ def test_an_index_that_is_no_regular_file_is_refused(tmp_path):
     os.mkfifo(path)  # opening it would block
     with pytest.raises(UserError, match="not an index of weights"):
         read_index(path)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
+@pytest.mark.parametrize("part", [False, True])
+def test_weights_that_are_no_regular_file_are_refused(vae, tmp_path, kind, part):
+    vae.save_pretrained(tmp_path, max_shard_size="20KB" if part else "10GB")
+    path = sorted(tmp_path.glob("*.safetensors"))[-1]
+    path.unlink()
+    if kind == "fifo":
+        os.mkfifo(path)  # opening it would block
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    with pytest.raises(UserError, match=rf"^init: .*{path.name}: is not a regular file$"):
+        read_weights(tmp_path, "init")
+    with pytest.raises(UserError, match=r"is not a regular file$"):
+        weight_files(find_weights(tmp_path)[0])
+
+
+def test_a_variant_can_be_asked_for(vae, tmp_path):
+    vae.save_pretrained(tmp_path, variant="fp16")
+    for name in ("diffusion_pytorch_model.safetensors.ema.index.json", WEIGHTS):
+        (tmp_path / name).touch()
+    for variant, name in (
+        (None, WEIGHTS),
+        ("fp16", "diffusion_pytorch_model.fp16.safetensors"),
+        ("ema", "diffusion_pytorch_model.safetensors.ema.index.json"),
+    ):
+        assert find_weights(tmp_path, variant) == (tmp_path / name, variant)
+    with pytest.raises(UserError, match="holds no weights of variant 'int8', only ema, fp16"):
+        find_weights(tmp_path, "int8")
