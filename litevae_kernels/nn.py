@@ -1,6 +1,6 @@
 """Modules that wrap the operators. Their state-dict keys are those of the plain PyTorch layers."""
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from litevae_kernels.tensors import (
     shown,
 )
 
-PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
 def check_count(value: object, name: str) -> None:
@@ -54,7 +54,7 @@ class Conv2d(nn.Conv2d):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: PaddingMode = "zeros",
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -70,8 +70,8 @@ class Conv2d(nn.Conv2d):
         else:
             padding = pair(padding, "padding", 0)
         check_flag(bias, "bias")
-        if not isinstance(padding_mode, str) or padding_mode not in PADDING_MODES:
-            allowed = ", ".join(map(repr, PADDING_MODES))
+        if not isinstance(padding_mode, str) or padding_mode not in get_args(PaddingMode):
+            allowed = ", ".join(map(repr, get_args(PaddingMode)))
             raise ValueError(f"padding_mode is {shown(padding_mode)}; allowed: {allowed}")
         if dtype is not None:
             check_dtype(dtype, "dtype is")

@@ -10,7 +10,7 @@ import torch
 from diffusers.models.modeling_utils import get_parameter_device
 from torch import Tensor, nn
 
-from litevae.models.layers import tensors_of
+from litevae.models.layers import first_tensor
 from litevae_kernels.backend import is_tracing
 
 P = ParamSpec("P")
@@ -77,9 +77,9 @@ def check_tensor(name: str, x: Any, channels: int) -> None:
 
 def check_device(name: str, x: Tensor, model: nn.Module, part: nn.Module) -> None:
     """Raises ValueError unless `x` is on the device of `part`, which takes it, or the one that `model` will run on."""
-    device = next((tensor.device for tensor in tensors_of(part)), None)
+    first = first_tensor(part)
     # accelerate's offloading loads weights on "meta" later
-    if device is None or device == x.device or device.type == "meta":
+    if first is None or first.device == x.device or first.device.type == "meta":
         return
     device = get_parameter_device(model)  # this accounts for diffusers' group offloading
     if device != x.device:

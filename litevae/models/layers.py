@@ -1,6 +1,5 @@
 """Blocks that the encoder's U-Nets and the decoder share. Parameters have diffusers' names."""
 
-import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Literal
@@ -28,12 +27,21 @@ def autocast_enabled(device: torch.device) -> bool:
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
-def tensors_of(module: nn.Module) -> Iterator[Tensor]:
-    """Yields the parameters and the buffers of a module, which may be a replica of `nn.DataParallel`."""
-    if getattr(module, "_is_replica", False):  # whose parameters are plain attributes
-        for part in module.modules():
-            yield from part._former_parameters.values()  # type: ignore[operator, union-attr]
-    yield from itertools.chain(module.parameters(), module.buffers())
+def first_tensor(module: nn.Module, *, floating: bool = False) -> Tensor | None:
+    """Returns the first parameter of a module, or buffer if it has none; None without either.
+
+    Args:
+        module: any module, also a replica of `nn.DataParallel`, whose parameters are plain attributes.
+        floating: whether to pass over tensors of other dtypes than floating ones.
+    """
+    replicated: list[Tensor] = []
+    if getattr(module, "_is_replica", False):
+        replicated = [tensor for part in module.modules() for tensor in part._former_parameters.values()]  # type: ignore[operator]
+    for tensors in (replicated, module.parameters(), module.buffers()):
+        for tensor in tensors:
+            if not floating or tensor.is_floating_point():
+                return tensor
+    return None
 
 
 def compute_dtype(module: nn.Module, device: torch.device, owner: nn.Module | None = None) -> torch.dtype:
@@ -48,11 +56,10 @@ def compute_dtype(module: nn.Module, device: torch.device, owner: nn.Module | No
     """
     dtype = torch.get_default_dtype()
     for each in (module, owner):
-        found = () if each is None else tensors_of(each)
-        first = next((tensor.dtype for tensor in found if tensor.is_floating_point()), None)
-        if each is not None and first is not None:
+        first = None if each is None else first_tensor(each, floating=True)
+        if first is not None:
             # diffusers knows the compute dtype, but finds no parameters of a replica.
-            dtype = first if getattr(each, "_is_replica", False) else get_parameter_dtype(each)
+            dtype = first.dtype if getattr(each, "_is_replica", False) else get_parameter_dtype(each)
             break
     if autocast_enabled(device) and dtype != torch.float64:  # autocast leaves float64 alone
         return torch.get_autocast_dtype(device.type)

@@ -162,9 +162,10 @@ class PretrainedMixin(ModelMixin, ConfigMixin):
 def fill_mismatched(model: ModelMixin, names: Iterable[str]) -> None:
     """Gives a model the named weights of a new one; diffusers has said which, and left them without values."""
     fresh = type(model).from_config(model.config).state_dict()
+    device = next((weight.device for weight in model.parameters() if not weight.is_meta), torch.device("cpu"))
     for name in names:
         owner, _, attribute = name.rpartition(".")
-        weight = torch.nn.Parameter(fresh[name].to(model.device, model.dtype))
+        weight = torch.nn.Parameter(fresh[name].to(device, model.dtype))
         setattr(model.get_submodule(owner), attribute, weight)
 
 

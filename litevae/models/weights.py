@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from litevae.errors import UserError, shorten
 from litevae.files import read_json, replacing_folder, write
+from litevae.models.layers import NoConv2d
 from litevae.models.loading import read_config
 from litevae.models.weight_files import WEIGHTS, read_weights
 
@@ -99,16 +100,16 @@ def load_decoder(model: "Autoencoder", source: Path, setting: str = "init_decode
     """
     if (source / "vae" / "config.json").is_file():  # a whole pipeline
         source = source / "vae"
-    kind = None
+    kind: Any = None
     with contextlib.suppress(UserError):  # the weights alone may do
         kind = read_config(source / "config.json").get("_class_name")
     if kind not in (None, "LiteVAE", *SAME_DECODER) and hasattr(diffusers, str(kind)):
-        raise UserError(f"{setting}: {source} holds a model of class {kind}: {advice(kind)}")
+        raise UserError(f"{setting}: {source} holds a model of class {kind}: {advice(str(kind))}")
     weights = read_weights(source, setting)
     if not any(name.startswith("decoder.") for name in weights):
         raise UserError(f"{setting}: {source}: holds no decoder of an autoencoder")
     parts = {"decoder": model.decoder}
-    if isinstance(model.post_quant_conv, nn.Conv2d):
+    if not isinstance(model.post_quant_conv, NoConv2d | None):
         parts["post_quant_conv"] = model.post_quant_conv
     for name, part in parts.items():
         own = {key.removeprefix(f"{name}."): w for key, w in weights.items() if key.startswith(f"{name}.")}

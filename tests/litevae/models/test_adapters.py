@@ -176,9 +176,9 @@ def test_every_convolution_may_be_inside_another_module(make_variant, square_ima
     with torch.no_grad():
         torch.testing.assert_close(vae(square_image).sample, expected, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(vae(square_image.double()).sample, expected, atol=1e-4, rtol=1e-4)
-    with pytest.raises(ValueError, match="image must be on the model's device cpu, got meta"):
-        vae.encode(square_image.to("meta"))
     if around is Around:
+        with pytest.raises(ValueError, match="image must be on the model's device cpu, got meta"):
+            vae.encode(square_image.to("meta"))
         with torch.no_grad():
             assert vae.bfloat16()(square_image).sample.dtype == torch.bfloat16
 
@@ -205,7 +205,7 @@ def test_the_adapter_methods_of_diffusers(make, image, tmp_path):
     vae.save_lora_adapter(tmp_path, "first")
 
     vae = make()
-    vae.load_lora_adapter(tmp_path, prefix=None, adapter_name="second")
+    vae.load_lora_adapter(tmp_path, prefix=None, adapter_name="second", use_safetensors=True)
     torch.testing.assert_close(output(), adapted, atol=1e-4, rtol=1e-4)
     vae.delete_adapters("second")
     assert torch.equal(output(), plain)

@@ -106,12 +106,13 @@ def test_weights_that_are_offloaded_between_layers(make, image, decoder_norm):
         assert torch.equal(vae.decode(vae.encode(image).latent_dist.mode()).sample, expected)
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize(
     "options",
     [{}, {"decoder_norm": "smc", "output_type": "wavelet"}, {"encoder_type": "dwt", "latent_channels": 12}],
     ids=str,
 )
-def test_replicas_of_data_parallel(make, image, options, monkeypatch):
+def test_replicas_of_data_parallel(make, image, options, wrapped, monkeypatch):
     """A replica's parameters are plain attributes; where there is no GPU, only their copies are made differently."""
     replicate = importlib.import_module("torch.nn.parallel.replicate")
     monkeypatch.setattr(
@@ -120,6 +121,10 @@ def test_replicas_of_data_parallel(make, image, options, monkeypatch):
         lambda tensors, devices, detach=False: [[tensor.clone() for tensor in tensors] for _ in devices],
     )
     vae = make(**options)
+    if wrapped:
+        vae.decoder.conv_in = nn.Sequential(vae.decoder.conv_in)
+        if "encoder_type" not in options:
+            vae.encoder.feature_aggregator.conv_in = nn.Sequential(vae.encoder.feature_aggregator.conv_in)
     (replica,) = replicate.replicate(vae, [0])
     assert not list(replica.parameters())
     expected = vae(image).sample
