@@ -10,6 +10,7 @@ import pickle
 import secrets
 import shutil
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPException
@@ -166,7 +167,8 @@ def parse_json(content: bytes) -> Any:
     if sum(map(content.count, (b",", b"[", b"{"))) > MOST_JSON_VALUES:
         raise ValueError(f"has more than {MOST_JSON_VALUES:,} values")
     try:
-        value = json.loads(content)
+        with explaining_digits():
+            value = json.loads(content)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     level = [value]
@@ -180,6 +182,21 @@ def parse_json(content: bytes) -> Any:
     if level:
         raise ValueError(f"nested more than {DEEPEST_JSON} deep")
     return value
+
+
+@contextmanager
+def explaining_digits() -> Iterator[None]:
+    """Replaces Python's message for a decimal number of too many digits, which advises on Python's own settings.
+
+    Raises:
+        ValueError: such a number was to be read. The message is the reason.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "integer string conversion" not in str(error):
+            raise
+        raise ValueError(f"has a whole number of more than {sys.get_int_max_str_digits():,} digits") from None
 
 
 def sha256(path: Path) -> str:
