@@ -126,6 +126,14 @@ def files_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
+def can_be_path(text: str) -> bool:
+    """Returns whether the operating system takes a text as a path: no null character, no half of a surrogate pair."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+
+
 def open_regular(path: Path) -> io.BufferedReader:
     """Opens a regular file, or a link to one, for reading.
 

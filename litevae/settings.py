@@ -5,7 +5,6 @@ Each field of a configuration dataclass is declared with `setting` or `section`,
 
 import difflib
 import math
-import os
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from litevae.errors import UserError, one_line, shorten
+from litevae.files import can_be_path
 from litevae.typed_yaml import is_text, parse, read
 
 MOST_FILES = 32  # that extend each other
@@ -318,11 +318,7 @@ def check_ranges(config: Any, prefix: str = "") -> None:
 
 def check_text(key: str, text: str) -> None:
     """Raises UserError if the text of a setting has characters that no file's name can have."""
-    try:
-        valid = b"\0" not in os.fsencode(text)
-    except UnicodeEncodeError:  # half of a pair of surrogates
-        valid = False
-    if not valid:
+    if not can_be_path(text):
         raise UserError(f"{key} must be text without null characters and surrogates, got {shorten(text)}")
 
 

@@ -8,6 +8,7 @@ import torch
 
 from litevae.errors import UserError
 from litevae.files import (
+    can_be_path,
     explaining_weights,
     files_in,
     open_regular,
@@ -236,3 +237,14 @@ def test_json_of_limited_size_is_read(tmp_path):
     assert read_json(tmp_path / "x.json") == {"a": [1, {"b": None}]}
     with pytest.raises(ValueError, match="longer than 9 bytes"):
         read_json(tmp_path / "x.json", longest=9)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("a/b", True), ("", True), ("\udcff", True), ("a\n", True), ("a\0", False), ("\ud800", False)],
+)
+def test_texts_that_the_system_takes_as_paths(tmp_path, text, expected):
+    assert can_be_path(text) is expected
+    if not expected:
+        with pytest.raises(ValueError, match=r"null|surrogates"):
+            os.stat(tmp_path / text)
