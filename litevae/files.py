@@ -72,6 +72,18 @@ def write(path: Path, content: bytes) -> None:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from None
 
 
+def make_folder(folder: Path) -> None:
+    """Creates a folder and those above it, unless it exists.
+
+    Raises:
+        OSError: that is not possible; `strerror` is the reason.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:  # also where a link leads nowhere
+        raise NotADirectoryError(errno.ENOTDIR, "exists and is not a folder", str(error.filename)) from None
+
+
 def sync_folder(folder: Path) -> None:
     """Flushes the folder's entries (created and renamed files) to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -11,6 +11,7 @@ from litevae.files import (
     can_be_path,
     explaining_weights,
     files_in,
+    make_folder,
     open_regular,
     open_to_append,
     read_json,
@@ -248,3 +249,15 @@ def test_texts_that_the_system_takes_as_paths(tmp_path, text, expected):
     if not expected:
         with pytest.raises(ValueError, match=r"null|surrogates"):
             os.stat(tmp_path / text)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    make_folder(tmp_path / "a" / "b")
+    make_folder(tmp_path / "a" / "b")
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("file", "link"):
+        with pytest.raises(OSError, match=f"exists and is not a folder: .*{name}"):
+            make_folder(tmp_path / name)
+    with pytest.raises(NotADirectoryError):
+        make_folder(tmp_path / "file" / "b")
