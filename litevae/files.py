@@ -146,6 +146,22 @@ def can_be_path(text: str) -> bool:
         return False
 
 
+def why_missing(path: "str | os.PathLike[str]", kind: str) -> str:
+    """Returns why a path is not a file or folder, for a message: it does not exist, its links form a cycle, and so on.
+
+    Args:
+        path: path that is no such `kind`.
+        kind: "file", "folder" or "file or folder".
+    """
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return f"no such {kind}"
+    except OSError as error:
+        return error.strerror or f"no such {kind}"
+    return f"not a {'regular file' if kind == 'file' else kind}"
+
+
 def open_regular(path: Path) -> io.BufferedReader:
     """Opens a regular file, or a link to one, for reading.
 

@@ -5,6 +5,7 @@ Each field of a configuration dataclass is declared with `setting` or `section`,
 
 import difflib
 import math
+import os
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from litevae.errors import UserError, one_line, shorten
-from litevae.files import can_be_path
+from litevae.files import can_be_path, why_missing
 from litevae.typed_yaml import is_text, parse, read
 
 MOST_FILES = 32  # that extend each other
@@ -146,8 +147,8 @@ def find_config(name: str, folder: Path) -> Path:
     """Returns the file for `name`: a path that ends in .yaml, or the name of a configuration in `folder`."""
     if is_path(name):
         path = Path(name)
-        if not path.is_file():
-            raise UserError(f"{name}: {'not a regular file' if path.exists() else 'no such file'}")
+        if not os.path.isfile(path):
+            raise UserError(f"{name}: {why_missing(path, 'file')}")
         return path
     names = shipped(folder)
     if name not in names:

@@ -27,6 +27,7 @@ from litevae.files import (
     read_json,
     sha256,
     sync_folder,
+    why_missing,
     write,
 )
 from litevae.models.weights import write_model, write_tensors
@@ -269,7 +270,7 @@ def open_named(path: Path) -> Checkpoint:
     Raises:
         UserError: there is no complete checkpoint.
     """
-    if (path / MANIFEST).exists():
+    if os.path.exists(path / MANIFEST):
         try:
             return open_checkpoint(path)
         except UserError as error:
@@ -279,7 +280,7 @@ def open_named(path: Path) -> Checkpoint:
         raise UserError(f"resume: {list(refused.values())[-1]}, and {path} has no complete checkpoint")
     if not complete:
         lacking = f"no complete checkpoint: has neither {MANIFEST} nor checkpoints/step-*"
-        raise UserError(f"resume: {path}: {lacking if path.exists() else 'no such folder'}")
+        raise UserError(f"resume: {path}: {lacking if os.path.exists(path) else why_missing(path, 'folder')}")
     for refused_path, problem in refused.items():
         if number(refused_path) > number(complete[-1].path):
             tqdm.write(f"resume: {problem}; continuing from {complete[-1].path}", file=sys.stderr)

@@ -20,6 +20,7 @@ from litevae.files import (
     sha256,
     sync_folder,
     weights_path,
+    why_missing,
     write,
 )
 
@@ -261,3 +262,18 @@ def test_a_folder_that_cannot_be_made(tmp_path):
             make_folder(tmp_path / name)
     with pytest.raises(NotADirectoryError):
         make_folder(tmp_path / "file" / "b")
+
+
+def test_why_nothing_is_at_a_path(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "fifo")
+    for name, kind, reason in (
+        ("nowhere", "file", "no such file"),
+        ("file/x", "folder", "no such folder"),
+        ("file", "folder", "not a folder"),
+        ("fifo", "file", "not a regular file"),
+        ("loop", "file", "Too many levels of symbolic links"),
+        ("n" * 5000, "folder", "File name too long"),
+    ):
+        assert why_missing(tmp_path / name, kind) == reason
