@@ -1,5 +1,7 @@
 """Errors that the command line shows as one line instead of a traceback."""
 
+import os
+
 LONGEST_MESSAGE = 400  # characters
 LONGEST_VALUE = 80  # characters of a value within a message
 
@@ -45,3 +47,10 @@ def shorten(value: object) -> str:
     if isinstance(value, int) and value.bit_length() > 1000:  # Python refuses to print more than 4300 digits
         return f"a number of about {value.bit_length() * 3 // 10} digits"
     return one_line(repr(value), LONGEST_VALUE)
+
+
+def describe_os_error(error: OSError) -> str:
+    """Returns an operating system's error as the path, without its middle if it is long, and the reason."""
+    if error.filename is None or not error.strerror:
+        return str(error)
+    return f"{one_line(os.fsdecode(error.filename), 2 * LONGEST_VALUE)}: {error.strerror}"

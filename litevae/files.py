@@ -10,6 +10,7 @@ import pickle
 import secrets
 import shutil
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPException
@@ -71,6 +72,18 @@ def write(path: Path, content: bytes) -> None:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from None
 
 
+def make_folder(folder: Path) -> None:
+    """Creates a folder and those above it, unless it exists.
+
+    Raises:
+        OSError: that is not possible; `strerror` is the reason.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:  # also where a link leads nowhere
+        raise NotADirectoryError(errno.ENOTDIR, "exists and is not a folder", str(error.filename)) from None
+
+
 def sync_folder(folder: Path) -> None:
     """Flushes the folder's entries (created and renamed files) to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -125,6 +138,30 @@ def files_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
+def can_be_path(text: str) -> bool:
+    """Returns whether the operating system takes a text as a path: no null character, no half of a surrogate pair."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+
+
+def why_missing(path: "str | os.PathLike[str]", kind: str) -> str:
+    """Returns why a path is not a file or folder, for a message: it does not exist, its links form a cycle, and so on.
+
+    Args:
+        path: path that is no such `kind`.
+        kind: "file", "folder" or "file or folder".
+    """
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return f"no such {kind}"
+    except OSError as error:
+        return error.strerror or f"no such {kind}"
+    return f"not a {'regular file' if kind == 'file' else kind}"
+
+
 def open_regular(path: Path) -> io.BufferedReader:
     """Opens a regular file, or a link to one, for reading.
 
@@ -166,7 +203,8 @@ def parse_json(content: bytes) -> Any:
     if sum(map(content.count, (b",", b"[", b"{"))) > MOST_JSON_VALUES:
         raise ValueError(f"has more than {MOST_JSON_VALUES:,} values")
     try:
-        value = json.loads(content)
+        with explaining_digits():
+            value = json.loads(content)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     level = [value]
@@ -180,6 +218,21 @@ def parse_json(content: bytes) -> Any:
     if level:
         raise ValueError(f"nested more than {DEEPEST_JSON} deep")
     return value
+
+
+@contextmanager
+def explaining_digits() -> Iterator[None]:
+    """Replaces Python's message for a decimal number of too many digits, which advises on Python's own settings.
+
+    Raises:
+        ValueError: such a number was to be read. The message is the reason.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "integer string conversion" not in str(error):
+            raise
+        raise ValueError(f"has a whole number of more than {sys.get_int_max_str_digits():,} digits") from None
 
 
 def sha256(path: Path) -> str:

@@ -16,7 +16,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from litevae.errors import UserError
-from litevae.files import NO_FOLLOW
+from litevae.files import NO_FOLLOW, make_folder
 
 LOCK = ".lock"
 
@@ -90,7 +90,7 @@ def locked_by_run(folder: Path, command: str, prepare: Callable[[], None] = lamb
         failure: list[UserError | None] = [None]
         try:
             if state.is_main_process:
-                make_folder(folder)
+                make_writable(folder)
                 until_end.enter_context(locked(folder, command))
                 prepare()
         except OSError as error:
@@ -101,14 +101,14 @@ def locked_by_run(folder: Path, command: str, prepare: Callable[[], None] = lamb
         if failure[0] is not None:
             raise failure[0]
         if not state.is_main_process:
-            make_folder(folder)  # on a computer that does not share it
+            make_writable(folder)  # on a computer that does not share it
             until_end.enter_context(locked(folder, command, state.process_index))
         yield
 
 
-def make_folder(folder: Path) -> None:
+def make_writable(folder: Path) -> None:
     """Creates a folder; raises OSError if that is not possible, or if files cannot be written there."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with tempfile.TemporaryFile(dir=folder):
         pass
 

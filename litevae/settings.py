@@ -4,7 +4,6 @@ Each field of a configuration dataclass is declared with `setting` or `section`,
 """
 
 import difflib
-import io
 import math
 import os
 import re
@@ -14,16 +13,13 @@ from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
-import yaml  # type: ignore[import-untyped]
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from litevae.errors import UserError, one_line, shorten
-from litevae.files import open_regular
+from litevae.files import can_be_path, why_missing
+from litevae.typed_yaml import is_text, parse, read
 
-LONGEST_YAML = 2**18  # bytes
-MOST_YAML_NODES = 10**4  # with every alias replaced by what it stands for
-DEEPEST_YAML = 32  # nested lists and mappings
 MOST_FILES = 32  # that extend each other
 LARGEST = 2**63 - 1  # of a whole number
 LONGEST_NAME = 200  # characters of a name that are compared; the time grows with their square
@@ -102,7 +98,7 @@ def load(schema: type[Schema], name: str | None, overrides: Sequence[str], folde
             has an `example: ClassVar[str]` that shows how to write one.
         name: name of a configuration shipped in `folder`, or a path that ends in .yaml; None for the defaults.
         overrides: settings such as "max_steps=20" or "data.size=64". Text is taken as it is given; every other
-            value is in YAML notation.
+            value is in YAML notation, in which text is taken as it is written (see `litevae.typed_yaml.parse`).
         folder: folder that holds the shipped configurations of this schema as NAME.yaml.
 
     Raises:
@@ -111,7 +107,8 @@ def load(schema: type[Schema], name: str | None, overrides: Sequence[str], folde
     """
     keys = dict(all_keys(schema))
     config = OmegaConf.structured(schema)
-    for file, values in reversed([] if name is None else read_files(find_config(name, folder), folder)):
+    files = [] if name is None else read_files(schema, find_config(name, folder), folder)
+    for file, values in reversed(files):
         apply(config, values, keys, f"{file}: ")
 
     for override in overrides:
@@ -124,10 +121,10 @@ def load(schema: type[Schema], name: str | None, overrides: Sequence[str], folde
             if is_text(keys[key]):
                 set_value(config, key, as_given(text), keys, f"{override}: ")
             else:
-                apply(config, OmegaConf.from_dotlist([override]), keys, f"{override}: ")
+                apply(config, {key: parse(text, keys[key])}, keys, f"{override}: ")
         except UserError:
             raise
-        except Exception:  # OmegaConf lets some errors of int(), float() and PyYAML through
+        except Exception:  # PyYAML lets some errors of int() and float() through
             raise UserError(f"{override}: {key} must be {expected(key, keys)}") from None
 
     try:
@@ -150,8 +147,8 @@ def find_config(name: str, folder: Path) -> Path:
     """Returns the file for `name`: a path that ends in .yaml, or the name of a configuration in `folder`."""
     if is_path(name):
         path = Path(name)
-        if not path.is_file():
-            raise UserError(f"{name}: {'not a regular file' if path.exists() else 'no such file'}")
+        if not os.path.isfile(path):
+            raise UserError(f"{name}: {why_missing(path, 'file')}")
         return path
     names = shipped(folder)
     if name not in names:
@@ -173,8 +170,8 @@ def unknown_config(name: str, names: Sequence[str]) -> str:
     )
 
 
-def read_files(path: Path, folder: Path) -> list[tuple[Path, Any]]:
-    """Returns the settings of the file, then those of the file that it `extends`, and so on."""
+def read_files(schema: type, path: Path, folder: Path) -> list[tuple[Path, Any]]:
+    """Returns the settings of a file for `schema`, then those of the file that it `extends`, and so on."""
     files: list[tuple[Path, Any]] = []
     following: str | None = str(path)
     while following is not None:
@@ -184,11 +181,10 @@ def read_files(path: Path, folder: Path) -> list[tuple[Path, Any]]:
         if len(files) == MOST_FILES:
             raise UserError(f"{path}: extended by {MOST_FILES} files, one after the other; no more are read")
         try:
-            values = OmegaConf.load(io.StringIO(read_yaml(path)))
-            following = values.pop("extends", None) if isinstance(values, DictConfig) else None
-        except (
-            Exception
-        ) as error:  # besides their own errors, the libraries raise those of int(), date() and others
+            values = read(path, schema)
+            values = {} if values is None else values  # an empty file
+            following = values.pop("extends", None) if isinstance(values, dict) else None
+        except Exception as error:  # besides its own errors, PyYAML raises those of int(), date() and others
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"{path}: cannot be read: {one_line(reason) or type(error).__name__}") from None
         if not isinstance(following, str | None):
@@ -197,49 +193,12 @@ def read_files(path: Path, folder: Path) -> list[tuple[Path, Any]]:
     return files
 
 
-def read_yaml(path: Path) -> str:
-    """Reads a YAML file and checks how much it contains, before anything is built of it.
-
-    A few aliases of aliases stand for billions of nodes, and deep nesting exhausts Python's stack.
-
-    Raises:
-        OSError, UnicodeDecodeError, yaml.YAMLError: the file cannot be read.
-        ValueError: it is longer, has more nodes or is nested deeper than allowed. The message is the reason.
-    """
-    with open_regular(path) as file:
-        content = file.read(LONGEST_YAML + 1)
-    if len(content) > LONGEST_YAML:
-        raise ValueError(f"longer than {LONGEST_YAML:,} bytes")
-    text = content.decode("utf-8")
-    counts = [0]  # nodes in each open list or mapping
-    names: list[str | None] = []  # anchors of those
-    anchors: dict[str | None, int] = {}  # nodes that each anchor stands for
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        if isinstance(event, yaml.CollectionStartEvent):
-            counts.append(1)
-            names.append(event.anchor)
-        elif isinstance(event, yaml.CollectionEndEvent):
-            count = counts.pop()
-            anchors[names.pop()] = count
-            counts[-1] += count
-        elif isinstance(event, yaml.AliasEvent):
-            counts[-1] += anchors.get(event.anchor, 1)
-        elif isinstance(event, yaml.ScalarEvent):
-            anchors[event.anchor] = 1
-            counts[-1] += 1
-        if len(counts) > DEEPEST_YAML:
-            raise ValueError(f"nested more than {DEEPEST_YAML} deep")
-        if counts[-1] > MOST_YAML_NODES:
-            raise ValueError(f"has more than {MOST_YAML_NODES:,} values")
-    return text
-
-
 def apply(config: DictConfig, values: Any, keys: Keys, where: str) -> None:
     """Sets each of `values` in `config`; a UserError for one that does not fit begins with `where`."""
-    if not isinstance(values, DictConfig):
+    if not isinstance(values, dict):
         raise UserError(f"{where}must be a mapping of settings")
     # Keys are set one by one, because OmegaConf's own errors do not always name the key.
-    for key, value in leaves(OmegaConf.to_container(values, resolve=False), keys):
+    for key, value in leaves(values, keys):
         if key not in keys:
             raise UserError(where + unknown_key(key, keys))
         # YAML reads an empty value as null.
@@ -252,11 +211,6 @@ def set_value(config: DictConfig, key: str, value: Any, keys: Keys, where: str) 
         OmegaConf.update(config, key, value)
     except Exception:  # OmegaConf lets some errors of int() and float() through
         raise UserError(f"{where}{key} must be {expected(key, keys)}") from None
-
-
-def is_text(kind: Any) -> bool:
-    """Returns whether the values of a type are text that may be given without quotes."""
-    return kind is str or typing.get_origin(kind) is Literal
 
 
 def as_given(text: str) -> str:
@@ -365,11 +319,7 @@ def check_ranges(config: Any, prefix: str = "") -> None:
 
 def check_text(key: str, text: str) -> None:
     """Raises UserError if the text of a setting has characters that no file's name can have."""
-    try:
-        valid = b"\0" not in os.fsencode(text)
-    except UnicodeEncodeError:  # half of a pair of surrogates
-        valid = False
-    if not valid:
+    if not can_be_path(text):
         raise UserError(f"{key} must be text without null characters and surrogates, got {shorten(text)}")
 
 

@@ -23,7 +23,7 @@ from litevae.cli.resolution import resolution
 from litevae.cli.scale import scale
 from litevae.cli.train import train
 from litevae.cli.train_diffusion import train_diffusion
-from litevae.errors import LONGEST_MESSAGE, NonFiniteError, UserError, WorkerDied, one_line
+from litevae.errors import LONGEST_MESSAGE, NonFiniteError, UserError, WorkerDied, describe_os_error, one_line
 from litevae.memory import explain_out_of_memory
 
 # Without Rich, whose boxes break long lines: an error is one line.
@@ -106,9 +106,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status if isinstance(status, int) else 0
     except UserError as error:
         return fail(str(error), 2)
-    except (NonFiniteError, WorkerDied, OSError) as error:
-        named_wrongly = isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP)
-        return fail(str(error), 2 if named_wrongly else 1)
+    except OSError as error:
+        return fail(describe_os_error(error), 2 if error.errno in (errno.ENAMETOOLONG, errno.ELOOP) else 1)
+    except (NonFiniteError, WorkerDied) as error:
+        return fail(str(error), 1)
     except (KeyboardInterrupt, typer.Abort):
         return fail("interrupted", 130)
     except Exception as error:

@@ -134,8 +134,10 @@ def results(folder: Path, *names: str, overwrite: bool) -> list[Path]:
 
 def make_folder(folder: Path) -> None:
     """Creates a folder; raises UserError if that is not possible."""
+    from litevae import files
+
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        files.make_folder(folder)
     except OSError as error:
         raise UserError(f"{folder}: cannot be made: {error.strerror}") from None
 

@@ -1,5 +1,6 @@
 """`litevae reconstruct`."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -8,6 +9,7 @@ import typer
 
 from litevae.cli.common import OverwriteOption, check_new, make_folder
 from litevae.errors import UserError
+from litevae.files import why_missing
 from litevae.models.loading import load_model
 
 TILE = 1024  # pixels; a multiple of every model's compression factor
@@ -30,9 +32,9 @@ def reconstruct(
     reconstructed in tiles. Images that cannot be read or reconstructed are left out, and the exit status is then 2.
     """
     for image in images:
-        if not image.is_file():
-            special = "not a regular file" if image.exists() else "no such file"
-            raise UserError(f"{image}: {'is a folder, not an image' if image.is_dir() else special}")
+        if not os.path.isfile(image):
+            is_folder = "is a folder, not an image"
+            raise UserError(f"{image}: {is_folder if os.path.isdir(image) else why_missing(image, 'file')}")
     targets = name_outputs(images, output)
     check_new(*targets, overwrite=overwrite)
     autoencoder = load_model(model)

@@ -14,6 +14,7 @@ from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
 from litevae.errors import UserError
+from litevae.files import why_missing
 
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3) in sRGB
 
@@ -65,9 +66,8 @@ def decode_image(file: Path | IO[bytes]) -> Pixels:
             against decompression bombs), or has pixels of unknown colour (floating-point, LAB).
     """
     try:
-        if isinstance(file, Path) and not file.is_file():
-            special = "not a regular file" if file.exists() else "no such file"
-            raise BadImage("is a folder, not an image" if file.is_dir() else special)
+        if isinstance(file, Path) and not os.path.isfile(file):
+            raise BadImage("is a folder, not an image" if file.is_dir() else why_missing(file, "file"))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow would warn once per file with unusual metadata
             set_pixel_limit()

@@ -10,6 +10,7 @@ from litevae.data.images import Pixels, decode_image
 from litevae.data.paths import PackedStrings, expand_pattern, find_images
 from litevae.data.tar_shards import TarShards
 from litevae.errors import UserError
+from litevae.files import why_missing
 
 # Real colour photographs that the scikit-image wheel contains, so that nothing is downloaded.
 TRAINING_PHOTOGRAPHS = (
@@ -73,7 +74,8 @@ def open_images(path: str) -> ImageSource:
         return open_folder(Path(path))
     files = [path] if os.path.exists(path) else expand_pattern(path)
     if not files:
-        raise UserError(f"{path}: no such file or folder, and no file matches it as a pattern")
+        reason = why_missing(path, "file or folder")
+        raise UserError(f"{path}: {reason}, and no file matches it as a pattern")
     if special := next((file for file in files if os.path.exists(file) and not os.path.isfile(file)), None):
         raise UserError(f"{special}: not a regular file")  # a FIFO would block
     kinds = {Path(file).suffix.lower() for file in files}

@@ -100,9 +100,9 @@ class DiffusionTrainer(Loop[DiffusionResult]):
     decisive_settings = ("seed", "precision", "model", "data", "noise")
 
     def __init__(self, config: DiffusionConfig, autoencoder: Autoencoder) -> None:
-        config, accelerator, checkpoint = begin(config, folder := Path(config.output_dir))
+        config, accelerator, checkpoint, note = begin(config, folder := Path(config.output_dir))
         self.config = config
-        super().__init__(config, folder, accelerator)
+        super().__init__(config, folder, accelerator, note)
         check_batch_size(
             config.data.batch_size, config.optimizer.accumulation, self.accelerator.num_processes
         )

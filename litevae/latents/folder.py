@@ -13,7 +13,7 @@ from litevae.data.bad_images import BAD_IMAGES, BadImages
 from litevae.data.sources import ImageSource
 from litevae.environment import versions
 from litevae.errors import UserError
-from litevae.files import TEMPORARY
+from litevae.files import TEMPORARY, make_folder
 from litevae.latents.encoder import Precision
 from litevae.latents.index import FORMAT, Shard, marker_path, read_index, read_marker, write_index
 from litevae.latents.shards import Unfinished, find_damage, read_unfinished, unfinished_path
@@ -128,7 +128,7 @@ class LatentFolder:
                 another model, other images or other settings.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
             if read_index(self.path) is None and any(
                 # A run that has not written its index yet leaves only these.
                 path.name != LOCK and not path.match(TEMPORARY)

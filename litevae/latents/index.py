@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from litevae.errors import UserError, shorten
-from litevae.files import parse_json, read_json, replacing, sync_folder, write
+from litevae.files import parse_json, read_json, replacing, sync_folder, why_missing, write
 
 FORMAT = "litevae latents, version 1"
 INDEX = "index.json"
@@ -194,9 +194,8 @@ def read_complete_index(folder: Path) -> dict[str, Any]:
     """Reads index.json as `read_index` does; `UserError` unless the folder is complete."""
     index = read_index(folder)
     if index is None:
-        raise UserError(
-            f"{folder}: {'has no index.json: not encoded images' if folder.is_dir() else 'no such folder'}"
-        )
+        reason = "has no index.json: not encoded images"
+        raise UserError(f"{folder}: {reason if folder.is_dir() else why_missing(folder, 'folder')}")
     if not index["complete"]:
         raise UserError(f"{folder}: not complete: run the same litevae encode command again to continue it")
     return index

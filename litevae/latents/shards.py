@@ -16,9 +16,10 @@ import operator
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, SupportsIndex, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from litevae.data.paths import PackedStrings
-from litevae.errors import UserError
+from litevae.errors import UserError, shorten
 from litevae.files import open_regular, replacing, sha256, sync_folder, write
 from litevae.latents.index import (
     IMAGES,
@@ -281,24 +282,57 @@ class LatentDataset(Dataset[Latent]):
     def __getitem__(self, index: slice | Sequence[int] | Tensor) -> LatentBatch: ...
 
     def __getitem__(self, index: Any) -> Latent | LatentBatch:
-        if isinstance(index, SupportsIndex) and not (isinstance(index, Tensor | np.ndarray) and index.ndim):
-            return self.item(operator.index(index))
-        if not isinstance(index, slice):
-            index = np.asarray(index) if len(index) else np.empty(0, np.int64)
-        items = [self.item(number) for number in np.arange(len(self))[index].tolist()]
+        numbers = self.resolve(index)
+        if isinstance(numbers, int):
+            return self.item(numbers)
+        items = [self.item(number) for number in numbers]
         shape = self.index["latents"]["shape"]
         moments = torch.stack([item.moments for item in items]) if items else torch.empty(0, *shape)
         return LatentBatch(moments, torch.tensor([item.label for item in items], dtype=torch.int64))
 
-    def item(self, index: int) -> Latent:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"item {index} of {len(self)}")
-        copy, position = divmod(index % len(self), self.count)
-        number = int(torch.searchsorted(self.ends, position, right=True))
-        if number not in self.files:
-            self.files[number] = load_file(self.folder / self.shards[number].file)
-        row = position - int(self.ends[number]) + self.shards[number].count
-        moments = self.files[number][MIRRORED if copy else MOMENTS][row]
+    def resolve(self, index: Any) -> int | Sequence[int]:
+        """Returns the numbers of the items that `__getitem__` selects, each from 0.
+
+        Raises:
+            IndexError: an item does not exist, or a mask has another length.
+            TypeError: `index` is of another type or has more dimensions.
+        """
+        if isinstance(index, slice):
+            return range(len(self))[index]
+        try:
+            array = index.numpy(force=True) if isinstance(index, Tensor) else np.asarray(index)
+        except Exception:  # a ragged list, or a tensor that NumPy has no equivalent of
+            array = np.empty((0, 0))
+        kind = array.dtype.kind
+        if array.shape == (0,) and isinstance(index, list | tuple):  # float64 in NumPy
+            return []
+        if array.ndim == 0 and kind != "b":
+            with suppress(TypeError):  # `index` is not a whole number
+                return self.position(operator.index(index))
+        if array.ndim == 1 and kind == "b":
+            if len(array) != len(self):
+                raise IndexError(f"a mask must have {len(self)} booleans, one per item, got {len(array)}")
+            return [int(number) for number in np.flatnonzero(array)]
+        if array.ndim == 1 and kind in "iu":
+            return [self.position(number) for number in array.tolist()]
+        raise TypeError(
+            "an index must be a whole number, a slice, or a flat sequence or tensor of whole numbers or booleans, "
+            f"got {shorten(index)}"
+        )
+
+    def position(self, number: int) -> int:
+        """Returns the number of an item, counted from 0; `IndexError` if it does not exist."""
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"item {shorten(number)} of {len(self)}")
+        return number % len(self)
+
+    def item(self, number: int) -> Latent:
+        copy, position = divmod(number, self.count)
+        shard = int(torch.searchsorted(self.ends, position, right=True))
+        if shard not in self.files:
+            self.files[shard] = load_file(self.folder / self.shards[shard].file)
+        row = position - int(self.ends[shard]) + self.shards[shard].count
+        moments = self.files[shard][MIRRORED if copy else MOMENTS][row]
         return Latent(moments.float(), int(self.targets[position]))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -306,7 +340,10 @@ class LatentDataset(Dataset[Latent]):
 
     def name(self, index: int) -> str:
         """Returns the image's name within the data that it was encoded from."""
-        return self.names[index % self.count]
+        number = self.resolve(index)
+        if not isinstance(number, int):
+            raise TypeError(f"the index of a name must be a whole number, got {shorten(index)}")
+        return self.names[number % self.count]
 
     def sample(self, moments: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Calls `sample_latents` with the scaling and shift factors of the model that encoded the images."""

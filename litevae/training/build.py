@@ -10,7 +10,7 @@ from litevae.models.build import with_fresh_weights
 from litevae.models.interface import Autoencoder, check_size
 from litevae.models.loading import model_folder, report_weights
 from litevae.models.weights import load_decoder, load_weights
-from litevae.training.config import Config, check_training_config, list_stages
+from litevae.training.config import Config, check_training_config
 
 
 def build_model(config: Config) -> Autoencoder:
@@ -42,7 +42,9 @@ def build_fresh_model(config: Config) -> Autoencoder:
     try:
         return with_fresh_weights(config.model, config.data.size)
     except ValueError as error:
-        raise UserError(f"model: {error}") from None
+        # The model's sample_size is the setting data.size.
+        name, found, rest = str(error).partition("sample_size")
+        raise UserError(f"data.size{rest}" if found and not name else f"model: {error}") from None
 
 
 def check_run(config: Config) -> None:
@@ -61,5 +63,7 @@ def check_run(config: Config) -> None:
 
 def check_sizes(model: Autoencoder, config: Config) -> None:
     """Raises UserError if the model does not take the images of a stage."""
-    for stage in list_stages(config):
-        check_size(model, stage.size, "data.size")
+    check_size(model, config.data.size, "data.size")
+    for index, stage in enumerate(config.stages):
+        if stage.size is not None and stage.start <= config.max_steps:
+            check_size(model, stage.size, f"stages[{index}].size")

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,17 @@ from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from litevae.errors import UserError, one_line, shorten
-from litevae.files import files_in, open_regular, random_sibling, read_json, sha256, sync_folder, write
+from litevae.files import (
+    can_be_path,
+    files_in,
+    open_regular,
+    random_sibling,
+    read_json,
+    sha256,
+    sync_folder,
+    why_missing,
+    write,
+)
 from litevae.models.weights import write_model, write_tensors
 
 MANIFEST, STATE, DISCRIMINATOR = "manifest.json", "state.pt", "discriminator.safetensors"
@@ -107,8 +118,29 @@ def find_damaged_file(checkpoint: Checkpoint) -> str | None:
 
 def find_checkpoints(folder: Path) -> list[Checkpoint]:
     """Returns the complete checkpoints in `folder`, oldest first."""
-    found = [open_checkpoint(path) for path in folder.glob("step-*")]
-    return sorted(filter(None, found), key=lambda checkpoint: checkpoint.step)
+    return scan(folder)[0]
+
+
+def scan(folder: Path) -> tuple[list[Checkpoint], dict[Path, str]]:
+    """Opens the checkpoints in a folder, oldest first.
+
+    Returns:
+        The complete checkpoints, and for each of the other folders why it is refused.
+    """
+    complete: list[Checkpoint] = []
+    refused: dict[Path, str] = {}
+    named = [path for path in folder.glob("step-*") if re.fullmatch("step-[0-9]{8,}", path.name)]
+    for path in sorted(named, key=number):
+        try:
+            complete.append(open_checkpoint(path))
+        except UserError as error:
+            refused[path] = str(error)
+    return sorted(complete, key=lambda checkpoint: checkpoint.step), refused
+
+
+def number(path: Path) -> int:
+    """Returns the step in the name of a checkpoint's folder."""
+    return int(path.name.removeprefix("step-"))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -133,17 +165,30 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     for name, file in files.items():
         if type(file.get("bytes")) is not int or not isinstance(file.get("sha256"), str):
             raise ValueError(f"files must give the bytes and sha256 of {shorten(name)}")
+    if STATE not in files:
+        raise ValueError(f"files must name {STATE}, got {shorten(list(files))}")
     return manifest
 
 
-def open_checkpoint(path: Path) -> Checkpoint | None:
-    """Returns the checkpoint at `path`, or None if a file is missing, has another length or is not in its folder."""
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Returns the checkpoint at `path`, whose files exist and have the lengths that its manifest lists.
+
+    Raises:
+        UserError: it is refused. The message names the file and the reason.
+    """
+    file = path / MANIFEST
     try:
         manifest = read_manifest(path)
-        complete = all(length_within(path, name) == file["bytes"] for name, file in manifest["files"].items())
-        return Checkpoint(path, manifest["step"], manifest.get("psnr")) if complete else None
-    except (OSError, ValueError):
-        return None
+        for name, listed in manifest["files"].items():
+            length = length_within(path, name)
+            if length != listed["bytes"]:
+                file = path / name
+                raise ValueError(f"has {length} bytes, not {shorten(listed['bytes'])}")
+    except OSError as error:
+        raise UserError(f"{error.filename or file}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{file}: {error}") from None
+    return Checkpoint(path, manifest["step"], manifest.get("psnr"))
 
 
 def length_within(folder: Path, name: str) -> int:
@@ -153,7 +198,7 @@ def length_within(folder: Path, name: str) -> int:
         OSError: it cannot be opened, or is not a regular file.
         ValueError: the name leads out of the folder, if need be by a link.
     """
-    parts = PurePosixPath(name).parts
+    parts = PurePosixPath(name).parts if can_be_path(name) else ()
     above = [folder.joinpath(*parts[:count]) for count in range(1, len(parts) + 1)]
     if not parts or PurePosixPath(name).is_absolute() or ".." in parts or any(map(Path.is_symlink, above)):
         raise ValueError(f"{shorten(name)} is not within the checkpoint")
@@ -194,25 +239,19 @@ def choose_checkpoint(resume: str, folder: Path) -> Checkpoint | None:
         UserError: there is no complete checkpoint at that path, it is damaged, or the run would overwrite newer
             ones; for "auto", all checkpoints in `folder` are damaged.
     """
-    own = find_checkpoints(folder)
+    own, refused = scan(folder)
     chosen: Checkpoint | None = None
-    damaged = sorted(folder.glob("step-*")) if not own and resume in ("", "auto") else []
-    if damaged:  # only a complete checkpoint is given such a name
+    if refused and not own and resume in ("", "auto"):  # only a complete checkpoint is given such a name
         raise UserError(
-            f"{damaged[-1]}: damaged, and {folder} has none that is intact: delete them, or give another output_dir"
+            f"{list(refused.values())[-1]}, and {folder} has no checkpoint that is intact: delete them, or give "
+            "another output_dir"
         )
     if resume == "auto":
         if not own and folder.parent.joinpath("metrics.jsonl").is_file():
             tqdm.write(f"resume: {folder} holds no checkpoint; starting from step 1", file=sys.stderr)
-        return newest_intact(own)
+        return newest_intact(own, refused)
     if resume:
-        path = Path(resume)
-        candidates = [open_checkpoint(path), *reversed(find_checkpoints(path / "checkpoints"))]
-        chosen = next(filter(None, candidates), None)
-        if chosen is None:
-            raise UserError(
-                f"resume: {path}: {'no complete checkpoint' if path.exists() else 'no such folder'}"
-            )
+        chosen = open_named(Path(resume))
         if problem := find_damaged_file(chosen):
             raise UserError(f"resume: {problem}")
     if own and (chosen is None or own[-1].step > chosen.step):
@@ -223,18 +262,54 @@ def choose_checkpoint(resume: str, folder: Path) -> Checkpoint | None:
     return chosen
 
 
-def newest_intact(checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:
-    """Returns the newest intact checkpoint; renames damaged newer ones, so that they do not count as ones to keep.
+def open_named(path: Path) -> Checkpoint:
+    """Returns the checkpoint at `path`, or the newest complete one of the run at `path`.
+
+    A line on stderr names a newer one that is refused.
+
+    Raises:
+        UserError: there is no complete checkpoint.
+    """
+    if os.path.exists(path / MANIFEST):
+        try:
+            return open_checkpoint(path)
+        except UserError as error:
+            raise UserError(f"resume: {error}") from None
+    complete, refused = scan(path / "checkpoints")
+    if not complete and refused:
+        raise UserError(f"resume: {list(refused.values())[-1]}, and {path} has no complete checkpoint")
+    if not complete:
+        lacking = f"no complete checkpoint: has neither {MANIFEST} nor checkpoints/step-*"
+        raise UserError(f"resume: {path}: {lacking if os.path.exists(path) else why_missing(path, 'folder')}")
+    for refused_path, problem in refused.items():
+        if number(refused_path) > number(complete[-1].path):
+            tqdm.write(f"resume: {problem}; continuing from {complete[-1].path}", file=sys.stderr)
+    return complete[-1]
+
+
+def newest_intact(complete: Sequence[Checkpoint], refused: Mapping[Path, str]) -> Checkpoint | None:
+    """Returns the newest intact checkpoint of a run.
+
+    Newer ones, which are damaged or refused, are renamed, so that they do not count as ones to keep. A line on stderr
+    says so for each.
+
+    Args:
+        complete: complete checkpoints, oldest first.
+        refused: further folders, with the reasons why they are refused.
 
     Raises:
         UserError: all checkpoints are damaged.
     """
-    damaged: list[tuple[Path, str]] = []
-    for checkpoint in reversed(checkpoints):
+    problems = dict(refused)
+    newest = ""  # problem of the newest complete checkpoint
+    for checkpoint in reversed(complete):
         if problem := find_damaged_file(checkpoint):
-            damaged.append((checkpoint.path, problem))
+            problems[checkpoint.path] = problem
+            newest = newest or problem
             continue
-        for path, problem in damaged:
+        for path, problem in problems.items():
+            if number(path) < number(checkpoint.path):
+                continue
             renamed = path.with_name(f"damaged-{path.name}")
             shutil.rmtree(renamed, ignore_errors=True)
             os.rename(path, renamed)
@@ -243,8 +318,8 @@ def newest_intact(checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:
                 file=sys.stderr,
             )
         return checkpoint
-    if damaged:
-        raise UserError(f"resume: {damaged[0][1]}, and there is no older one that is intact")
+    if newest:
+        raise UserError(f"resume: {newest}, and there is no older one that is intact")
     return None
 
 

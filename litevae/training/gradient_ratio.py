@@ -1,6 +1,7 @@
 """The ratio of the adversarial to the reconstruction gradient over a training run (Section 6, Figure 7)."""
 
 import math
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from litevae.errors import UserError
+from litevae.files import why_missing
 from litevae.plotting import DPI
 from litevae.training.metrics_log import read_log
 from litevae.training.step import GRADIENT_RATIO
@@ -44,10 +46,9 @@ def read_gradient_ratios(run: Path) -> GradientRatios:
         UserError: there is no such folder or log, or the log has no ratio.
     """
     path = run / "metrics.jsonl"
-    if not path.is_file():
-        raise UserError(
-            f"{run}: {'not a training run: there is no metrics.jsonl' if run.is_dir() else 'no such folder'}"
-        )
+    if not os.path.isfile(path):
+        reason = "not a training run: there is no metrics.jsonl"
+        raise UserError(f"{run}: {reason if os.path.isdir(run) else why_missing(run, 'folder')}")
     lines = [line for line in read_log(path, sys.maxsize) if is_positive(line.get(GRADIENT_RATIO))]
     if not lines:
         raise UserError(

@@ -82,8 +82,9 @@ class Loop(ABC, Generic[Result]):
     network: ModelMixin
     ema: EMA[Any] | None
 
-    def __init__(self, config: LoopConfig, output_dir: Path, accelerator: Accelerator) -> None:
+    def __init__(self, config: LoopConfig, output_dir: Path, accelerator: Accelerator, note: str) -> None:
         self.output_dir, self.accelerator = output_dir, accelerator
+        self.note = note  # a line that `run` prints to stderr, if it is not empty
         self.loop_config = config
         self.is_main: bool = accelerator.is_main_process
         self.lines: list[dict[str, Any]] = []
@@ -234,6 +235,8 @@ class Loop(ABC, Generic[Result]):
             with replacing(self.output_dir / "config.yaml") as path:
                 path.write_text(f"# {versions()}\n{settings.dump(config)}", encoding="utf-8")
             remove_temporary(self.checkpoint_folder)
+            if self.note:
+                tqdm.write(self.note, file=sys.stderr)
         self.start = time.perf_counter()
         stopped = False
         failure: Failure | None = None

@@ -1,7 +1,6 @@
 """The start of a run: its output folder, its checkpoint to resume from, its precision, and its Accelerator."""
 
 import importlib.util
-import sys
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,7 +10,6 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
-from tqdm import tqdm  # type: ignore[import-untyped]
 
 from litevae.environment import DTYPES, choose_precision
 from litevae.errors import UserError
@@ -24,43 +22,45 @@ ConfigType = TypeVar("ConfigType", bound=RunConfig)
 CHECKPOINTS = "checkpoints"  # name of the folder of a run's checkpoints
 
 
-def begin(config: ConfigType, folder: Path) -> tuple[ConfigType, Accelerator, Checkpoint | None]:
+def begin(config: ConfigType, folder: Path) -> tuple[ConfigType, Accelerator, Checkpoint | None, str]:
     """Chooses the checkpoint and the precision of a run, and creates its Accelerator.
 
     The main process chooses for all processes. If `config.precision` is "auto", a run that resumes keeps the precision
-    of its checkpoint, whatever this machine multiplies fast, so that it continues to the same bits. A line on stderr
-    says which precision it is.
+    of its checkpoint, whatever this machine multiplies fast, so that it continues to the same bits.
 
     Args:
         config: settings of the run.
         folder: output folder.
 
     Returns:
-        The settings with the precision that was chosen, the Accelerator, and the checkpoint to resume from, if any.
+        The settings with the precision that was chosen, the Accelerator, the checkpoint to resume from, if any, and
+        a line that says which precision "auto" is, or "" for another `config.precision`.
 
     Raises:
         UserError: `choose_checkpoint` or `make_accelerator` raised it.
     """
     state = PartialState(cpu=not torch.accelerator.is_available())  # as in make_accelerator
-    chosen: list[Any] = [None, config.precision]
+    chosen: list[Any] = [None, config.precision, ""]
     if state.is_main_process:
         try:
             checkpoint = choose_checkpoint(config.resume, folder / CHECKPOINTS)
-            chosen = [checkpoint, choose_run_precision(config.precision, checkpoint, state.device)]
+            chosen = [checkpoint, *choose_run_precision(config.precision, checkpoint, state.device)]
         except UserError as error:
             chosen[0] = error
     broadcast_object_list(chosen)
-    checkpoint, precision = chosen
+    checkpoint, precision, note = chosen
     if isinstance(checkpoint, UserError):
         raise checkpoint
     config = replace(config, precision=precision)
-    return config, make_accelerator(precision, config.tracker, asdict(config), folder), checkpoint
+    return config, make_accelerator(precision, config.tracker, asdict(config), folder), checkpoint, note
 
 
-def choose_run_precision(precision: str, checkpoint: Checkpoint | None, device: torch.device) -> str:
-    """Returns the precision of a run; see `begin`."""
+def choose_run_precision(
+    precision: str, checkpoint: Checkpoint | None, device: torch.device
+) -> tuple[str, str]:
+    """Returns the precision of a run and the line about it; see `begin`."""
     if precision != "auto":
-        return choose_precision(precision, device)
+        return choose_precision(precision, device), ""
     if checkpoint is not None:
         precision = read_manifest(checkpoint.path)["config"].get("precision")
         if not isinstance(precision, str) or precision not in DTYPES:
@@ -74,8 +74,7 @@ def choose_run_precision(precision: str, checkpoint: Checkpoint | None, device: 
             if precision == "bf16"
             else "as this machine multiplies no bfloat16"
         )
-    tqdm.write(f"precision=auto: {precision}, {why}", file=sys.stderr)
-    return precision
+    return precision, f"precision=auto: {precision}, {why}"
 
 
 def make_accelerator(precision: str, tracker: str, tracked: dict[str, Any], folder: Path) -> Accelerator:

@@ -97,9 +97,9 @@ class Trainer(Loop[TrainingResult]):
     decisive_settings = ("seed", "precision", "data", "stages", "loss")
 
     def __init__(self, config: Config) -> None:
-        config, accelerator, checkpoint = begin(config, folder := Path(config.output_dir))
+        config, accelerator, checkpoint, note = begin(config, folder := Path(config.output_dir))
         self.config = config
-        super().__init__(config, folder, accelerator)
+        super().__init__(config, folder, accelerator, note)
         self.stages = list_stages(config)
         set_seed(config.seed)
         self.network = self.model = build_model(config)

@@ -1,7 +1,9 @@
+import os
+
 import pytest
 
 import litevae.cli
-from litevae.errors import LONGEST_MESSAGE, NonFiniteError, UserError, shorten
+from litevae.errors import LONGEST_MESSAGE, NonFiniteError, UserError, describe_os_error, shorten
 
 
 @pytest.mark.parametrize(("error", "status"), [(UserError, 2), (NonFiniteError, 1), (OSError, 1)])
@@ -56,3 +58,19 @@ def test_a_lack_of_memory_is_a_line(monkeypatch, capsys, error):
     monkeypatch.setattr(litevae.cli, "app", fail)
     assert litevae.cli.main([]) == 2
     assert capsys.readouterr().err.startswith("litevae: error: out of memory: asked for ")
+
+
+def test_an_error_of_the_system_names_the_path_and_the_reason(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    for path, reason in (
+        (tmp_path / "loop", "Too many levels of symbolic links"),
+        (tmp_path / ("n" * 5000), "File name too long"),
+        (os.fsencode(tmp_path / "none\udcff"), "No such file or directory"),
+    ):
+        with pytest.raises(OSError, match=reason) as caught:
+            os.stat(path)
+        message = describe_os_error(caught.value)
+        assert message.startswith(str(tmp_path))
+        assert message.endswith(f": {reason}")
+        assert len(message) < 250
+    assert describe_os_error(OSError("checkpoint x: cannot be written")) == "checkpoint x: cannot be written"

@@ -8,8 +8,10 @@ import torch
 
 from litevae.errors import UserError
 from litevae.files import (
+    can_be_path,
     explaining_weights,
     files_in,
+    make_folder,
     open_regular,
     open_to_append,
     read_json,
@@ -18,6 +20,7 @@ from litevae.files import (
     sha256,
     sync_folder,
     weights_path,
+    why_missing,
     write,
 )
 
@@ -236,3 +239,41 @@ def test_json_of_limited_size_is_read(tmp_path):
     assert read_json(tmp_path / "x.json") == {"a": [1, {"b": None}]}
     with pytest.raises(ValueError, match="longer than 9 bytes"):
         read_json(tmp_path / "x.json", longest=9)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("a/b", True), ("", True), ("\udcff", True), ("a\n", True), ("a\0", False), ("\ud800", False)],
+)
+def test_texts_that_the_system_takes_as_paths(tmp_path, text, expected):
+    assert can_be_path(text) is expected
+    if not expected:
+        with pytest.raises(ValueError, match=r"null|surrogates"):
+            os.stat(tmp_path / text)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    make_folder(tmp_path / "a" / "b")
+    make_folder(tmp_path / "a" / "b")
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("file", "link"):
+        with pytest.raises(OSError, match=f"exists and is not a folder: .*{name}"):
+            make_folder(tmp_path / name)
+    with pytest.raises(NotADirectoryError):
+        make_folder(tmp_path / "file" / "b")
+
+
+def test_why_nothing_is_at_a_path(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "fifo")
+    for name, kind, reason in (
+        ("nowhere", "file", "no such file"),
+        ("file/x", "folder", "no such folder"),
+        ("file", "folder", "not a folder"),
+        ("fifo", "file", "not a regular file"),
+        ("loop", "file", "Too many levels of symbolic links"),
+        ("n" * 5000, "folder", "File name too long"),
+    ):
+        assert why_missing(tmp_path / name, kind) == reason

@@ -100,7 +100,8 @@ def test_missing_file_is_named(folder):
         ("parts: 3", "parts must be a list such as [{count: 3}], each with the settings count"),
         ("- 1\n- 2", "must be a mapping"),
         ("a: [1", "cannot be read"),
-        ("3", "cannot be read"),
+        ("3", "must be a mapping"),
+        ("0", "must be a mapping"),
     ],
 )
 def test_mistake_in_a_file_names_the_file(folder, tmp_path, text, expected):

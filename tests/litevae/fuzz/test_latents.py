@@ -7,6 +7,8 @@ from contextlib import suppress
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save
 
 from litevae import LiteVAE
 from litevae.data.sources import open_images
@@ -36,12 +38,35 @@ def test_any_index(explore, ends_well, command, broken_json, encoded, long):
             ends_well(lambda: [LatentDataset(encoded)[i] for i in range(10)])
         ends_well(LatentDataset, encoded, True, False)
 
-    explore(broken_json(json.loads(index.read_text())), check, 120, long)
+    document = json.loads(index.read_text())
+    document["shards"][0]["bad"] = {"a.png": "broken"}
+    explore(broken_json(document), check, 120, long)
+
+
+@EACH
+def test_any_names_and_labels_in_a_shard(explore, ends_well, command, broken_json, encoded, long):
+    path = encoded / "shard-00000.safetensors"
+    before = path.read_bytes()
+    with safe_open(path, framework="pt") as file:
+        listed = json.loads(file.metadata()["images"])
+    tensors = load_file(path)
+    index = json.loads((encoded / "index.json").read_text())
+
+    def check(content):
+        changed = save(tensors, {"images": content.decode(errors="replace")})
+        path.write_bytes(changed)
+        index["shards"][0] |= {"bytes": len(changed), "sha256": hashlib.sha256(changed).hexdigest()}
+        (encoded / "index.json").write_text(json.dumps(index))
+        command("encode", "--verify", encoded)
+        ends_well(lambda: [LatentDataset(encoded)[i] for i in range(10)])
+
+    explore(broken_json([*listed, ["a.png", "7"], ["b.png", None]]), check, 60, long)
+    assert path.read_bytes() != before
 
 
 @EACH
 def test_any_note_of_a_shard(explore, ends_well, broken_json, encoded, long):
-    note = json.loads((encoded / "index.json").read_text())["shards"][0]
+    note = json.loads((encoded / "index.json").read_text())["shards"][0] | {"bad": {"a.png": "broken"}}
 
     def check(content):
         marker_path(encoded, 0).write_bytes(content)

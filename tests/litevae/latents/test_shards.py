@@ -94,10 +94,69 @@ def test_one_item_counts_from_either_end(folder, index):
     assert torch.equal(item.moments, dataset[int(index) % 20].moments)
 
 
-@pytest.mark.parametrize("index", [20, -21, [20], torch.tensor([-21])])
-def test_items_that_do_not_exist(folder, index):
-    with pytest.raises(IndexError):
-        LatentDataset(folder, check=False)[index]
+EMPTY = np.empty(0)
+WITHOUT_ITEM = [20, -21, 2**70, -(10**5000), [20], torch.tensor([-21]), np.array([2**63], np.uint64)]
+WRONG_MASK = [[True], torch.ones(19, dtype=torch.bool), np.zeros(21, bool), np.empty(0, bool)]
+NO_INDEX = [
+    1.0,
+    1e400,
+    float("nan"),
+    1j,
+    None,
+    ...,
+    True,
+    False,
+    np.True_,
+    np.float64(1),
+    "1",
+    b"1",
+    "",
+    {},
+    {1: 2},
+]
+NO_INDEX += [{1}, object(), [1.0], [None], ["1"], [1, "1"], [[1]], [[1], [1, 2]], slice(1.0), EMPTY]
+NO_INDEX += [np.zeros((2, 2), int), np.array(1.0), np.array(True), np.empty((0, 2), int), [[]]]
+NO_INDEX += [
+    torch.tensor(1.0),
+    torch.tensor(True),
+    torch.tensor([1.0]),
+    torch.empty(0),
+    torch.ones(2, 20) > 0,
+]
+NO_INDEX += [
+    torch.zeros(1, 1, dtype=torch.int64),
+    torch.ones(2, requires_grad=True),
+    torch.ones(2).bfloat16(),
+]
+NO_INDEX += [torch.zeros(2, dtype=torch.int64, device="meta"), torch.eye(2).to_sparse()]
+
+
+@pytest.mark.parametrize(
+    ("index", "error"),
+    [
+        *((index, IndexError) for index in (*WITHOUT_ITEM, *WRONG_MASK)),
+        *((index, TypeError) for index in NO_INDEX),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_an_index_that_selects_no_items_is_refused_in_one_line(folder, index, error):
+    dataset = LatentDataset(folder, check=False)
+    for use in (dataset.__getitem__, *([dataset.name] * (error is TypeError or isinstance(index, int)))):
+        with pytest.raises(error) as caught:
+            use(index)
+        assert "\n" not in str(caught.value)
+        assert 0 < len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "kind", [np.int8, np.uint8, np.int32, np.uint64, torch.int16, torch.uint8, torch.int32]
+)
+def test_whole_numbers_of_any_type_are_indices(folder, kind):
+    dataset = LatentDataset(folder, check=False)
+    many = torch.tensor([3, 7], dtype=kind) if isinstance(kind, torch.dtype) else np.array([3, 7], kind)
+    assert torch.equal(dataset[many].moments, torch.stack([dataset[3].moments, dataset[7].moments]))
+    assert torch.equal(dataset[many[1]].moments, dataset[7].moments)
+    assert dataset.name(many[1]) == dataset.name(7) == dataset.name(-13)
 
 
 def test_a_copy_for_another_process_maps_the_files_itself(folder):

@@ -131,7 +131,8 @@ class TestFineTuning:
     ("setting", "message"),
     [
         ("data.size=100", "data.size must be a multiple of 8, at least 16, got 100"),
-        ("stages=[{start: 9, size: 100}]", "data.size must be a multiple of 8, at least 16, got 100"),
+        ("data.size=1000000", "data.size must be a whole number from 1 to 65536, got 1000000"),
+        ("stages=[{start: 9, size: 100}]", r"stages\[0\].size must be a multiple of 8, at least 16, got 100"),
         ("model.preset=litevae-x", "model: unknown preset 'litevae-x': did you mean"),
         ("data.train=", "data.train is empty"),
     ],

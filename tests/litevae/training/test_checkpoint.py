@@ -118,9 +118,36 @@ class TestDamage:
         for path in run.iterdir():
             (path / "state.pt").write_bytes(b"cut")
         with pytest.raises(
-            UserError, match=r"step-00000002: damaged, and .* has none that is intact: delete them"
+            UserError,
+            match=r"step-00000002/state.pt: has 3 bytes, not \d+, and .* has no checkpoint that is intact: delete them",
         ):
             choose_checkpoint(resume, run)
+
+    def test_a_refused_checkpoint_is_named_with_the_reason(self, run, capsys, tmp_path, checkpoint_names):
+        manifest = run / "step-00000002" / "manifest.json"
+        content = json.loads(manifest.read_text())
+        manifest.write_text(json.dumps(content | {"files": {}}))
+        with pytest.raises(UserError) as caught:
+            choose_checkpoint(str(run / "step-00000002"), tmp_path / "none")
+        reason = f"resume: {manifest}: files must name state.pt, got []"
+        assert str(caught.value) == reason
+        (run / "step-notes").mkdir()  # not a checkpoint
+        assert choose_checkpoint(str(run.parent), tmp_path / "none").step == 1
+        assert capsys.readouterr().err == f"{reason}; continuing from {run / 'step-00000001'}\n"
+        assert choose_checkpoint("auto", run).step == 1
+        renamed = "renamed to damaged-step-00000002, continuing from"
+        assert capsys.readouterr().err == f"{reason}; {renamed} {run / 'step-00000001'}\n"
+        assert checkpoint_names(tmp_path / "run") == ["damaged-step-00000002", "step-00000001", "step-notes"]
+
+    def test_an_older_refused_checkpoint_stays(self, run, capsys, tmp_path, checkpoint_names):
+        (run / "step-00000001" / "manifest.json").unlink()
+        assert (
+            choose_checkpoint("auto", run).step
+            == choose_checkpoint(str(run.parent), tmp_path / "a").step
+            == 2
+        )
+        assert capsys.readouterr().err == ""
+        assert checkpoint_names(tmp_path / "run") == ["step-00000001", "step-00000002"]
 
 
 def test_a_full_disk_gives_a_one_line_error_and_loses_no_checkpoint(
@@ -176,7 +203,10 @@ def checkpoint(tmp_path):
         files = {"state.pt": {"bytes": 5, "sha256": digest}}
         content = {"step": 3, "psnr": None, "config": {}, "files": files} | changes
         (folder / "manifest.json").write_text(json.dumps(content))
-        return open_checkpoint(folder)
+        try:
+            return open_checkpoint(folder)
+        except UserError as error:
+            return str(error)
 
     assert rewrite() == Checkpoint(folder, 3, None)
     return folder, rewrite, digest
@@ -192,7 +222,14 @@ def test_a_manifest_names_only_regular_files_of_its_folder(checkpoint, name):
     (folder / "linked").symlink_to("model")
     os.mkfifo(folder / "fifo")
     for size in (5, 2, 0, 4096):
-        assert rewrite(files={name: {"bytes": size, "sha256": digest}}) is None
+        files = {name: {"bytes": size, "sha256": digest}, "state.pt": {"bytes": 5, "sha256": digest}}
+        reason = rewrite(files=files)
+        assert (
+            "is not within the checkpoint" in reason
+            or "not a regular file" in reason
+            or "cannot be" in reason
+        )
+        assert reason.startswith(str(folder))
 
 
 @pytest.mark.parametrize(
@@ -201,20 +238,33 @@ def test_a_manifest_names_only_regular_files_of_its_folder(checkpoint, name):
         *({"step": value} for value in (None, True, "3", 3.0, -1, 10**30, [])),
         *({"psnr": value} for value in (True, "1", [], {})),
         *({"files": value} for value in (None, [], {"state.pt": None}, {"state.pt": {"bytes": 5}})),
+        *({"files": value} for value in ({}, {"model/config.json": {"bytes": 2, "sha256": "0"}})),
         *({"files": {"state.pt": {"bytes": size, "sha256": "0"}}} for size in (True, 5.0, "5", [])),
         *({"config": value} for value in (None, [], 1)),
     ],
     ids=str,
 )
-def test_a_manifest_of_wrong_types_is_none(checkpoint, changes):
-    assert checkpoint[1](**changes) is None
+def test_a_manifest_of_wrong_types_is_refused(checkpoint, changes):
+    folder, rewrite, _ = checkpoint
+    assert rewrite(**changes).startswith(f"{folder / 'manifest.json'}: {next(iter(changes))} must ")
 
 
-@pytest.mark.parametrize("content", ["", "[]", "[" * 5000, "null", '{"step": 1}', "9" * 5000])
-def test_a_manifest_that_is_something_else_is_none(checkpoint, content):
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("", "Expecting value"),
+        ("[]", "not the manifest of a checkpoint"),
+        ("[" * 5000, "nested too deeply"),
+        ("null", "not the manifest of a checkpoint"),
+        ('{"step": 1}', "config must be a mapping"),
+        ("9" * 5000, "has a whole number of more than"),
+    ],
+)
+def test_a_manifest_that_is_something_else_is_refused(checkpoint, content, reason):
     folder, *_ = checkpoint
     (folder / "manifest.json").write_text(content)
-    assert open_checkpoint(folder) is None
+    with pytest.raises(UserError, match=f"manifest.json: {reason}"):
+        open_checkpoint(folder)
 
 
 def test_a_manifest_that_is_a_fifo_is_none(checkpoint):

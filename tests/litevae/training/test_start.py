@@ -44,6 +44,18 @@ def test_a_resumed_run_keeps_its_precision_on_another_kind_of_machine(
     assert "was trained with other settings of precision" in capsys.readouterr().err
 
 
+def test_the_precision_is_told_only_when_the_run_begins(tiny, capsys, training_error):
+    for setting in (
+        "data.size=1000000",
+        "init=nowhere",
+        "resume=nowhere",
+        "data.train=nowhere",
+        "data.size=36",
+    ):
+        training_error(tiny("precision=auto", setting))
+        assert "precision" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
@@ -60,6 +72,17 @@ def test_precision_and_tracker_that_this_machine_lacks(tiny, monkeypatch, traini
 def test_output_folder_that_cannot_be_made(tiny, tmp_path, training_error):
     (tmp_path / "file").touch()
     assert "cannot write to" in training_error(tiny(name="file/run"))
+    (tmp_path / "loop").symlink_to("loop")
+    for name, reason in (
+        ("loop", "exists and is not a folder"),
+        ("loop/x", "Too many levels"),
+        ("n" * 5000, "too long"),
+    ):
+        message = training_error(tiny(name=name))
+        assert message.startswith("cannot write to ")
+        assert reason in message
+        assert name[:100] in message
+        assert len(message) <= 400
 
 
 def test_a_folder_called_model_that_no_run_has_written_is_not_deleted(tiny, tmp_path, training_error):

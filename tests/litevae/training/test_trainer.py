@@ -285,7 +285,10 @@ class TestTinyRun:
         [
             (["data.train=nowhere"], "nowhere"),
             (["data.train={empty}"], "no images"),
-            (["stages=[{{start: 2, size: 33}}]"], "data.size must be a multiple of 4, at least 16, got 33"),
+            (
+                ["stages=[{{start: 2, size: 33}}]"],
+                "stages[0].size must be a multiple of 4, at least 16, got 33",
+            ),
         ],
         ids=lambda value: str(value),
     )
