@@ -86,7 +86,7 @@ def make_images(batch: int, device: str, dtype: torch.dtype) -> list[Tensor]:
     ]
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [pytest.param("litevae-b", marks=pytest.mark.full("cpu")), "litevae-s"])
 def test_inference(benchmark: Any, session: Session, device: str, preset: str) -> None:
     dtype = served_dtypes(device)[-1]
     images = make_images(BATCH[device], device, dtype)
@@ -130,6 +130,7 @@ def compile_for_inference(model: nn.Module, device: str) -> Callable[[Tensor], T
     return torch.compile(copy.deepcopy(model), fullgraph=True, dynamic=False, options=options)
 
 
+@pytest.mark.full("cpu")
 def test_training_step(benchmark: Any, session: Session, device: str) -> None:
     """Forward and backward with float32 parameters, under autocast to bf16 where the hardware multiplies it."""
     dtype = served_dtypes(device)[-1]
