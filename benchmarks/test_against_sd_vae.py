@@ -85,18 +85,13 @@ class Field:
         """Adds OpenVINO in every dtype, and ONNX Runtime in float32, where they are installed."""
         plain = unfused(model)
         module = Exported(plain, call_of(plain, self.side))
+        found = in_openvino(module, self.inputs[0], served_dtypes(self.device))
         calls = {
-            Configuration(dtype, torch.contiguous_format, "OpenVINO"): in_openvino(
-                module, self.inputs[0], dtype
-            )
-            for dtype in served_dtypes(self.device)
+            Configuration(dtype, torch.contiguous_format, "OpenVINO"): call for dtype, call in found.items()
         }
-        calls[Configuration(torch.float32, torch.contiguous_format, "ONNX Runtime")] = in_onnxruntime(
-            module, self.inputs[0]
-        )
+        if (call := in_onnxruntime(module, self.inputs[0])) is not None:
+            calls[Configuration(torch.float32, torch.contiguous_format, "ONNX Runtime")] = call
         for configuration, call in calls.items():
-            if call is None:
-                continue
             gate.check(call, self.inputs[0], configuration)
             provider = f"{name}, {dtype_name(configuration.dtype)}, {configuration.mode}"
             self.providers[provider] = lambda i, call=call: call(self.inputs[i])

@@ -86,7 +86,8 @@ def make_images(batch: int, device: str, dtype: torch.dtype) -> list[Tensor]:
     ]
 
 
-@pytest.mark.parametrize("preset", [pytest.param("litevae-b", marks=pytest.mark.full("cpu")), "litevae-s"])
+@pytest.mark.full("cpu")
+@pytest.mark.parametrize("preset", PRESETS)
 def test_inference(benchmark: Any, session: Session, device: str, preset: str) -> None:
     dtype = served_dtypes(device)[-1]
     images = make_images(BATCH[device], device, dtype)

@@ -33,7 +33,6 @@ INPUTS = 11  # times 9 MB of weights or images: more than the last cache of a CP
 # (batch, channels, height, width) of the decoder's 3x3 convolutions, starting at the latent
 IMAGES = [(8, 512, 32, 32), (2, 512, 64, 64), (2, 256, 128, 128)]
 COPY = "copy of the same bytes"
-DEFAULT = IMAGES[1]  # the only one without --full on a CPU
 
 Parameters = tuple[Tensor, Tensor, Tensor]  # weight, scale, gain
 
@@ -218,11 +217,8 @@ def check_convolution(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Non
     assert relative_error(y[:1], exact) < max(3.5 * relative_error(direct, exact), least)
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [shape if shape == DEFAULT else pytest.param(shape, marks=pytest.mark.full("cpu")) for shape in IMAGES],
-    ids=lambda shape: "x".join(map(str, shape)),
-)
+@pytest.mark.full("cpu")
+@pytest.mark.parametrize("shape", IMAGES, ids=lambda shape: "x".join(map(str, shape)))
 def test_inference(benchmark: Any, session: Session, device: str, shape: tuple[int, ...]) -> None:
     """Times a folded layer, which is an ordinary convolution and must be as fast as one."""
     dtype = served_dtypes(device)[-1]

@@ -134,5 +134,5 @@ def test_step(benchmark: Any, session: Session, device: str, size: int, adversar
         rivals=[SD_VAE, SD_VAE_CONTIGUOUS],
         goals=GOALS[dtype],
         whole=True,
-        least=4,
+        least=3,
     )
