@@ -29,6 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 LEFT_OUT = pytest.StashKey[list[str]]()  # what this run does not measure without --full
+SESSION = pytest.StashKey[Session]()
 TESTS = pytest.StashKey[set[str]]()  # all benchmarks; empty if only some were named
 
 
@@ -51,6 +52,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if SESSION in config.stash:
+        for result in config.stash[SESSION].results:
+            for line in result.verdicts():
+                terminalreporter.write_line(line)
     if left_out := config.stash.get(LEFT_OUT, []):
         terminalreporter.write_line(f"Left out without --full: {', '.join(left_out)}")
 
@@ -74,7 +79,8 @@ def session(request: pytest.FixtureRequest) -> Session:
     ):  # the workspace of matrix products stays allocated and belongs to no provider
         matrix = torch.ones(64, 64, device="cuda")
         matrix @ matrix
-    return Session(machine(), tests=request.config.stash[TESTS])
+    request.config.stash[SESSION] = Session(machine(), tests=request.config.stash[TESTS])
+    return request.config.stash[SESSION]
 
 
 @pytest.fixture(scope="session")

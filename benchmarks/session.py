@@ -45,6 +45,20 @@ class Result:
     x: float | None = None
     test: str = field(default_factory=current_test)  # benchmark that measured it
 
+    def verdicts(self) -> list[str]:
+        """Returns a line per ratio that has a bar or a goal."""
+        ratios = [("time over ours", self.times_ours, self.bar)] if self.bar is not None else []
+        if self.goal is not None:
+            ratios += [
+                ("images/s over the best rival's", self.speedup, self.goal["speedup"]),
+                ("peak memory over the best rival's", self.memory_share, self.goal["memory_share"]),
+            ]
+        return [
+            f"{self.subject}: {self.provider}: {what} {ratio:.2f}" + (f", bar {bar:.3g}" if bar else "")
+            for what, ratio, bar in ratios
+            if ratio is not None
+        ]
+
 
 @dataclass(frozen=True)
 class Work:

@@ -41,3 +41,20 @@ def test_a_renamed_subject_is_replaced(save):
 def test_figures_of_deleted_benchmarks_are_dropped(save):
     save({test: test for test in TESTS})
     assert set(save({TESTS[0]: "new"}, TESTS[:1])) == {TESTS[0], TESTS[2]}  # nothing is known about test_b.py
+
+
+def test_ratios_with_a_bar_or_a_goal_are_named(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.session import Result
+
+    figures = dict.fromkeys(Result.__dataclass_fields__, None) | {"subject": "decode", "provider": "torch"}
+    assert not Result(**figures | {"times_ours": 3.0}).verdicts()
+    assert Result(**figures | {"times_ours": 3.0, "bar": 2.5}).verdicts() == [
+        "decode: torch: time over ours 3.00, bar 2.5"
+    ]
+    goal = {"speedup": 1.7, "memory_share": None}
+    ours = Result(**figures | {"times_ours": 1.0, "goal": goal, "speedup": 1.5, "memory_share": 0.6})
+    assert ours.verdicts() == [
+        "decode: torch: images/s over the best rival's 1.50, bar 1.7",
+        "decode: torch: peak memory over the best rival's 0.60",
+    ]
