@@ -1,4 +1,6 @@
 import os
+from collections import Counter
+from collections.abc import Callable
 
 from benchmarks.instruction_sets import settings_of_rivals
 
@@ -16,7 +18,7 @@ from litevae_kernels.backend import core
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--full", action="store_true", help="also run the grids and curves, which take hours on a CPU"
+        "--full", action="store_true", help="also run all shapes, grids and curves, which take hours on a CPU"
     )
 
 
@@ -26,7 +28,15 @@ def pytest_configure(config: pytest.Config) -> None:
     )
 
 
+LEFT_OUT = pytest.StashKey[list[str]]()  # what this run does not measure without --full
+SESSION = pytest.StashKey[Session]()
+TESTS = pytest.StashKey[set[str]]()  # all benchmarks; empty if only some were named
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    named = any("::" in argument for argument in config.args)
+    config.stash[TESTS] = set() if named else {item.nodeid for item in items}
+    config.stash[LEFT_OUT] = []
     if config.getoption("--full"):
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -34,8 +44,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     def left_out(item: pytest.Item) -> bool:
         return any(not mark.args or device in mark.args for mark in item.iter_markers("full"))
 
-    config.hook.pytest_deselected(items=[item for item in items if left_out(item)])
+    deselected = [item for item in items if left_out(item)]
+    counts = Counter(item.nodeid.rpartition("/")[2].partition("[")[0] for item in deselected)
+    config.stash[LEFT_OUT] += [f"{name} ({count})" for name, count in counts.items()]
+    config.hook.pytest_deselected(items=deselected)
     items[:] = [item for item in items if not left_out(item)]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if SESSION in config.stash:
+        for result in config.stash[SESSION].results:
+            for line in result.verdicts():
+                terminalreporter.write_line(line)
+    if left_out := config.stash.get(LEFT_OUT, []):
+        terminalreporter.write_line(f"Left out without --full: {', '.join(left_out)}")
 
 
 def machine() -> str:
@@ -46,7 +68,7 @@ def machine() -> str:
 
 
 @pytest.fixture(scope="session")
-def session() -> Session:
+def session(request: pytest.FixtureRequest) -> Session:
     """The figures of this run, written to benchmarks/results/ after each benchmark."""
     keep_freed_memory()  # the same for all providers
     torch.manual_seed(0)
@@ -57,12 +79,26 @@ def session() -> Session:
     ):  # the workspace of matrix products stays allocated and belongs to no provider
         matrix = torch.ones(64, 64, device="cuda")
         matrix @ matrix
-    return Session(machine())
+    request.config.stash[SESSION] = Session(machine(), tests=request.config.stash[TESTS])
+    return request.config.stash[SESSION]
 
 
 @pytest.fixture(scope="session")
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def wanted(request: pytest.FixtureRequest, device: str) -> Callable[[str], bool]:
+    """Returns a function that decides whether to measure what its argument names: on a CPU, only with --full."""
+
+    def decide(what: str) -> bool:
+        if device != "cpu" or request.config.getoption("--full"):
+            return True
+        request.config.stash[LEFT_OUT].append(what)
+        return False
+
+    return decide
 
 
 @pytest.fixture(autouse=True)

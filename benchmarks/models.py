@@ -122,24 +122,34 @@ def deploy(model: Autoencoder, side: Side, configuration: Configuration) -> Call
     return call if options is None else compiled(call, **options)
 
 
-def fastest(model: Autoencoder, side: Side, x: Tensor, dtype: torch.dtype) -> tuple[Configuration, float]:
-    """Returns the fastest configuration of a model in one dtype, and its seconds per call with `x`.
+@dataclass(frozen=True)
+class Trial:
+    """A configuration that was tried, its call, and the seconds that the call takes."""
+
+    configuration: Configuration
+    call: Callable[[Tensor], Tensor]
+    seconds: float
+
+
+def fastest(model: Autoencoder, side: Side, x: Tensor, dtype: torch.dtype) -> Trial:
+    """Returns the fastest configuration of a model in one dtype for inputs like `x`.
 
     The eager layouts are compared first; the better one is then compiled in every mode but max-autotune, which takes
     minutes. `test_grid` compares all combinations.
     """
     modes = [mode for mode in MODES[model.device.type] if "max-autotune" not in mode]
 
-    def measure(configuration: Configuration) -> tuple[float, Configuration]:
+    def measure(configuration: Configuration) -> Trial:
         call, image = deploy(model, side, configuration), as_input(x, configuration)
-        return min(seconds(call, image) for _ in range(3)), configuration  # the first call compiles
+        call(image)  # compiles
+        return Trial(configuration, call, min(seconds(call, image) for _ in range(2)))
 
     best = min(
-        (measure(Configuration(dtype, layout, modes[0])) for layout in LAYOUTS), key=lambda found: found[0]
+        (measure(Configuration(dtype, layout, modes[0])) for layout in LAYOUTS),
+        key=lambda trial: trial.seconds,
     )
-    others = [measure(replace(best[1], mode=mode)) for mode in modes[1:]]
-    taken, configuration = min([best, *others], key=lambda found: found[0])
-    return configuration, taken
+    others = [measure(replace(best.configuration, mode=mode)) for mode in modes[1:]]
+    return min([best, *others], key=lambda trial: trial.seconds)
 
 
 def seconds(call: Callable[[Tensor], Tensor], x: Tensor) -> float:

@@ -64,7 +64,7 @@ ALSO = (
     r"training step, \S+( autocast)?, no discriminator, LPIPS",
     r"training step, \S+( autocast)?, U-Net discriminator, LPIPS",
     "haar_pyramid (forward|backward), fp32, 32x3x256x256",
-    "group_norm_silu (forward|forward and backward), bf16 channels_last, all",
+    r"group_norm_silu (forward|forward and backward), \w+ channels_last, (all|4x96x128x128)",
     "conv3x3 with bias and residual, inference, .*, 4x96x96x128x128",
     "conv3x3 forward and backward, .*, 4x96x96x128x128",
     "self_modulated_conv2d inference, .*3x3 on 2x512x64x64",

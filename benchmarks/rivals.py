@@ -7,7 +7,7 @@ runs in float32 only. Its instruction set cannot be lowered; OpenVINO follows ``
 import importlib
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -40,20 +40,24 @@ class Exported(nn.Module):
         return self.call(x)
 
 
-def in_openvino(module: Exported, x: Tensor, dtype: torch.dtype) -> Call | None:
-    """Returns a float32 function that OpenVINO computes in `dtype`; None if OpenVINO is not installed."""
+def in_openvino(module: Exported, x: Tensor, dtypes: Iterable[torch.dtype]) -> dict[torch.dtype, Call]:
+    """Returns float32 functions that OpenVINO computes in each of `dtypes`; none if OpenVINO is not installed."""
     openvino = optional("openvino")
     if openvino is None:
-        return None
+        return {}
     with use_backend("reference"), warnings.catch_warnings(action="ignore"):
-        model = openvino.convert_model(module, example_input=x)
-    settings = {
-        "INFERENCE_PRECISION_HINT": {"fp32": "f32"}.get(dtype_name(dtype), dtype_name(dtype)),
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "PERFORMANCE_HINT": "LATENCY",
-    }
-    run = openvino.Core().compile_model(model, "CPU", settings)
-    return lambda x: torch.from_numpy(run(x.numpy(), share_inputs=True)[0].copy())
+        model = openvino.convert_model(module, example_input=x)  # runs the module several times
+
+    def compile_for(dtype: torch.dtype) -> Call:
+        settings = {
+            "INFERENCE_PRECISION_HINT": {"fp32": "f32"}.get(dtype_name(dtype), dtype_name(dtype)),
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        run = openvino.Core().compile_model(model, "CPU", settings)
+        return lambda x: torch.from_numpy(run(x.numpy(), share_inputs=True)[0].copy())
+
+    return {dtype: compile_for(dtype) for dtype in dtypes}
 
 
 def in_onnxruntime(module: Exported, x: Tensor) -> Call | None:

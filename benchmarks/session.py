@@ -1,6 +1,7 @@
 """The figures of one run of the benchmarks, and their file in `results/`."""
 
 import json
+import os
 import re
 from dataclasses import asdict, dataclass, field
 from datetime import date
@@ -10,6 +11,11 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def current_test() -> str:
+    """Returns the node ID of the running benchmark, such as "benchmarks/test_haar.py::test_forward[fp32]"."""
+    return os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" (")[0]
 
 
 @dataclass
@@ -37,6 +43,21 @@ class Result:
     goal: dict[str, float | None] | None = None  # fields of a `Goal`
     chart: str | None = None  # curve over `x` that the figure is a point of
     x: float | None = None
+    test: str = field(default_factory=current_test)  # benchmark that measured it
+
+    def verdicts(self) -> list[str]:
+        """Returns a line per ratio that has a bar or a goal."""
+        ratios = [("time over ours", self.times_ours, self.bar)] if self.bar is not None else []
+        if self.goal is not None:
+            ratios += [
+                ("images/s over the best rival's", self.speedup, self.goal["speedup"]),
+                ("peak memory over the best rival's", self.memory_share, self.goal["memory_share"]),
+            ]
+        return [
+            f"{self.subject}: {self.provider}: {what} {ratio:.2f}" + (f", bar {bar:.3g}" if bar else "")
+            for what, ratio, bar in ratios
+            if ratio is not None
+        ]
 
 
 @dataclass(frozen=True)
@@ -69,9 +90,16 @@ class Goal:
 
 @dataclass
 class Session:
-    """The figures of one run of the benchmarks."""
+    """The figures of one run of the benchmarks.
+
+    Attributes:
+        device: name of the machine.
+        tests: node IDs of all benchmarks in the files of this run; empty if unknown.
+        results: the figures.
+    """
 
     device: str
+    tests: set[str] = field(default_factory=set)
     results: list[Result] = field(default_factory=list)
 
     @property
@@ -79,14 +107,17 @@ class Session:
         return RESULTS / f"{slug(self.device)}.json"
 
     def saved(self) -> list[dict[str, Any]]:
-        """Returns the figures of this run and, for other subjects, of earlier runs on this machine."""
+        """Returns the rows of the results file: this run's, once it is saved, and earlier ones."""
         rows: list[dict[str, Any]] = []
         if self.path.exists():
             rows = json.loads(self.path.read_text())["results"]
         return rows
 
     def save(self) -> None:
-        """Writes ``results/<device>.json``. Subjects that were not run keep their figures."""
+        """Writes ``results/<device>.json``, in which benchmarks that were not run keep their figures.
+
+        Earlier rows are dropped if their subject or their benchmark was run, or if the benchmark no longer exists.
+        """
         stamp = {
             "device": self.device,
             "threads": torch.get_num_threads(),
@@ -94,7 +125,15 @@ class Session:
             "date": date.today().isoformat(),
         }
         subjects = {result.subject for result in self.results}
-        rows = [row for row in self.saved() if row["subject"] not in subjects]
+        run = {result.test for result in self.results}
+        files = {test.partition("::")[0] for test in self.tests}
+        rows = [
+            row
+            for row in self.saved()
+            if row["subject"] not in subjects
+            and row["test"] not in run
+            and (row["test"] in self.tests or row["test"].partition("::")[0] not in files)
+        ]
         rows += [{**asdict(result), **stamp} for result in self.results]
         self.path.parent.mkdir(exist_ok=True)
         self.path.write_text(json.dumps({"device": self.device, "results": rows}, indent=1) + "\n")

@@ -30,8 +30,14 @@ GOALS: dict[Side, Goal] = {"encoder": Goal(), "decoder": Goal(speedup=1.7, memor
 DTYPES = served_dtypes("cuda" if torch.cuda.is_available() else "cpu")
 DEFAULT = ("decoder", 256, DTYPES[-1])
 RACES = [
-    pytest.param(*race, marks=[] if race == DEFAULT else [pytest.mark.full])
-    for race in itertools.product(SHAPES, (256, 512), DTYPES)
+    pytest.param(
+        side,
+        size,
+        dtype,
+        id=f"{side}-{size}-{dtype_name(dtype)}",
+        marks=[] if (side, size, dtype) == DEFAULT else [pytest.mark.full],
+    )
+    for side, size, dtype in itertools.product(SHAPES, (256, 512), DTYPES)
 ]
 
 

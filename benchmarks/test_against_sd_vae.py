@@ -2,10 +2,11 @@
 
 The SD-VAE, LiteVAE-B and LiteVAE-S are entered in every dtype that the hardware multiplies, each in the layout and mode
 that were fastest in a trial just before. On a CPU, OpenVINO and ONNX Runtime also run the SD-VAE and LiteVAE-B. The
-option `--full` measures all configurations (`test_grid`) and enters each model in the best of its grid at other sizes
-and batches.
+option `--full` adds the other models and the decoders, measures all configurations (`test_grid`) and enters each model
+in the best of its grid at other sizes and batches.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -62,13 +63,20 @@ class Field:
         self.providers: dict[str, Provider] = {}
         self.works: dict[str, Work] = {}
 
-    def enter(self, model: Any, configuration: Configuration, name: str, gate: Gate) -> None:
-        """Adds a provider after its output has passed the gate."""
+    def enter(
+        self,
+        model: Any,
+        configuration: Configuration,
+        name: str,
+        gate: Gate,
+        call: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """Adds a provider after its output has passed the gate; `call` is the deployed model if there is one."""
         layout = Configuration(configuration.dtype, configuration.memory_format, "")
         if layout not in self.cast:
             self.cast[layout] = [as_input(x, layout) for x in self.inputs]
         inputs = self.cast[layout]
-        call = deploy(model, self.side, configuration)
+        call = call or deploy(model, self.side, configuration)
         gate.check(call, inputs[0], configuration)
         self.providers[name] = lambda i: call(inputs[i])
         self.works[name] = work(model, self.side, self.inputs[0], configuration.dtype)
@@ -77,18 +85,13 @@ class Field:
         """Adds OpenVINO in every dtype, and ONNX Runtime in float32, where they are installed."""
         plain = unfused(model)
         module = Exported(plain, call_of(plain, self.side))
+        found = in_openvino(module, self.inputs[0], served_dtypes(self.device))
         calls = {
-            Configuration(dtype, torch.contiguous_format, "OpenVINO"): in_openvino(
-                module, self.inputs[0], dtype
-            )
-            for dtype in served_dtypes(self.device)
+            Configuration(dtype, torch.contiguous_format, "OpenVINO"): call for dtype, call in found.items()
         }
-        calls[Configuration(torch.float32, torch.contiguous_format, "ONNX Runtime")] = in_onnxruntime(
-            module, self.inputs[0]
-        )
+        if (call := in_onnxruntime(module, self.inputs[0])) is not None:
+            calls[Configuration(torch.float32, torch.contiguous_format, "ONNX Runtime")] = call
         for configuration, call in calls.items():
-            if call is None:
-                continue
             gate.check(call, self.inputs[0], configuration)
             provider = f"{name}, {dtype_name(configuration.dtype)}, {configuration.mode}"
             self.providers[provider] = lambda i, call=call: call(self.inputs[i])
@@ -103,27 +106,29 @@ def label(name: str, configuration: Configuration) -> str:
 
 
 @torch.no_grad()
-def test_encoder(benchmark: Any, session: Session, device: str) -> None:
+def test_encoder(benchmark: Any, session: Session, device: str, wanted: Callable[[str], bool]) -> None:
     """The headline: the models at their best, and the SD-VAE at the best of all its configurations and runtimes.
 
-    The SD-VAE also runs image by image, which needs the memory of one image; LiteVAE treats its finest level so by
-    default.
+    With `--full`, the SD-VAE also runs image by image, which needs the memory of one image; LiteVAE treats its finest
+    level so by default.
     """
     batch = BATCH[device]
     field = Field("encoder", (batch, 3, 256, 256), device)
     best: dict[str, str] = {}
-    for name in NAMES:
+    others = [name for name in NAMES if name not in COMPARED]
+    for name in NAMES if wanted(f"{', '.join(others)} beside the others") else COMPARED:
         model = make_model(name, "encoder", device)
         gate = field.gate(model)
-        found = {usual_configuration(device): 0.0}
         if name in COMPARED:
-            found = dict(fastest(model, "encoder", field.inputs[0], dtype) for dtype in served_dtypes(device))
-        for configuration in found:
-            field.enter(model, configuration, label(name, configuration), gate)
-        best[name] = label(name, min(found, key=lambda configuration: found[configuration]))
+            trials = [fastest(model, "encoder", field.inputs[0], dtype) for dtype in served_dtypes(device)]
+            for trial in trials:
+                field.enter(model, trial.configuration, label(name, trial.configuration), gate, trial.call)
+            best[name] = label(name, min(trials, key=lambda trial: trial.seconds).configuration)
+        else:
+            field.enter(model, usual_configuration(device), label(name, usual_configuration(device)), gate)
         if name in (SD_VAE, "LiteVAE-B") and device == "cpu":
             field.enter_runtimes(model, name, gate)
-        if name == SD_VAE:
+        if name == SD_VAE and wanted(SLICED):
             model.enable_slicing()
             configuration = usual_configuration(device)
             field.enter(model, configuration, label(SLICED, configuration), gate)
@@ -217,6 +222,7 @@ DECODERS: dict[str, tuple[dict[str, str], bool]] = {
 }
 
 
+@pytest.mark.full("cpu")
 @torch.no_grad()
 def test_decoder(benchmark: Any, session: Session, device: str) -> None:
     """The decoders; LiteVAE's with GroupNorm and image output is the SD-VAE's own, in fused operators."""
@@ -229,7 +235,7 @@ def test_decoder(benchmark: Any, session: Session, device: str) -> None:
     for configuration in dict.fromkeys(
         [
             *(replace(usual, memory_format=layout) for layout in LAYOUTS),
-            fastest(sd_vae, "decoder", field.inputs[0], usual.dtype)[0],
+            fastest(sd_vae, "decoder", field.inputs[0], usual.dtype).configuration,
         ]
     ):
         rivals.append(label(SD_VAE, configuration))

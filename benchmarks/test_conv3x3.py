@@ -1,4 +1,7 @@
-"""The 3x3 convolution of ResBlocks against PyTorch's, at sizes of LiteVAE-B's encoder and of the decoder."""
+"""The 3x3 convolution of ResBlocks against PyTorch's, at sizes of LiteVAE-B's encoder and of the decoder.
+
+The default run has LiteVAE-B's widest layer; `--full` adds the other sizes.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -61,7 +64,11 @@ def make_weight(outputs: int, inputs: int) -> Tensor:
 
 
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-by_size = pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
+by_size = pytest.mark.parametrize(
+    "size",
+    [SIZES[0], *(pytest.param(size, marks=pytest.mark.full) for size in SIZES[1:])],
+    ids=lambda size: "x".join(map(str, size)),
+)
 
 
 @by_dtype

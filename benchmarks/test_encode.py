@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -57,6 +58,7 @@ def write_photographs(folder: Path, count: int) -> None:
             (folder / f"{i:05d}.jpg").hardlink_to(folder / f"{i % DISTINCT:05d}.jpg")
 
 
+@pytest.mark.full("cpu")
 @torch.inference_mode()
 def test_encode(benchmark: Any, session: Session, device: str, tmp_path: Path) -> None:
     count, batch = COUNT[device], BATCH[device]

@@ -86,6 +86,7 @@ def make_images(batch: int, device: str, dtype: torch.dtype) -> list[Tensor]:
     ]
 
 
+@pytest.mark.full("cpu")
 @pytest.mark.parametrize("preset", PRESETS)
 def test_inference(benchmark: Any, session: Session, device: str, preset: str) -> None:
     dtype = served_dtypes(device)[-1]
@@ -130,6 +131,7 @@ def compile_for_inference(model: nn.Module, device: str) -> Callable[[Tensor], T
     return torch.compile(copy.deepcopy(model), fullgraph=True, dynamic=False, options=options)
 
 
+@pytest.mark.full("cpu")
 def test_training_step(benchmark: Any, session: Session, device: str) -> None:
     """Forward and backward with float32 parameters, under autocast to bf16 where the hardware multiplies it."""
     dtype = served_dtypes(device)[-1]

@@ -281,9 +281,10 @@ def bars_for(training: bool) -> dict[str, float]:
 DIRECTIONS = {"forward": False, "forward and backward": True}
 
 
+@pytest.mark.full("cpu")
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_all_calls_of_the_model(benchmark: Any, session: Session, device: str, direction: str) -> None:
-    """The headline: all calls of one pass through the encoder, each with its own tensors."""
+    """All calls of one pass through the encoder, each with its own tensors."""
     training = DIRECTIONS[direction]
     calls = [
         make_inputs(size, device, torch.bfloat16, torch.channels_last, training=training)
@@ -310,8 +311,14 @@ CASES = {
 }
 
 
+ALWAYS = ("bf16 channels_last", "fp32 channels_last")  # also without --full on a CPU
+
+
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [case if case in ALWAYS else pytest.param(case, marks=pytest.mark.full("cpu")) for case in CASES],
+)
 def test_largest_call(benchmark: Any, session: Session, device: str, case: str, direction: str) -> None:
     pick, dtype, memory_format = CASES[case]
     training = DIRECTIONS[direction]

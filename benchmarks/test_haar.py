@@ -74,6 +74,13 @@ CASES = {
 }
 
 
+# On a CPU, the default run measures float32.
+by_case = pytest.mark.parametrize(
+    "case",
+    [case if case == "fp32" else pytest.param(case, marks=pytest.mark.full("cpu")) for case in CASES],
+)
+
+
 def rounding(case: str) -> float:
     """Returns the allowed error of a rival relative to the root mean square: one rounding per addition."""
     return 4 * LEVELS * max(torch.finfo(dtype).eps for dtype in CASES[case][:2])
@@ -166,7 +173,7 @@ def compete_forward(
     )
 
 
-@pytest.mark.parametrize("case", CASES)
+@by_case
 def test_pyramid_forward(benchmark: Any, session: Session, device: str, case: str) -> None:
     compete_forward(benchmark, session, device, case, SHAPE)
 
@@ -178,7 +185,7 @@ def test_forward_over_size(benchmark: Any, session: Session, device: str, size: 
     compete_forward(benchmark, session, device, "fp32", (4, 3, size, size), chart, size)
 
 
-@pytest.mark.parametrize("case", CASES)
+@by_case
 def test_pyramid_backward(benchmark: Any, session: Session, device: str, case: str) -> None:
     dtype, ours, by_slicing, by_ptwt = contestants(case)
     images = [torch.randn(SHAPE, device=device).to(dtype).requires_grad_() for _ in range(INPUTS)]

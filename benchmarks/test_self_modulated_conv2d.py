@@ -217,6 +217,7 @@ def check_convolution(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Non
     assert relative_error(y[:1], exact) < max(3.5 * relative_error(direct, exact), least)
 
 
+@pytest.mark.full("cpu")
 @pytest.mark.parametrize("shape", IMAGES, ids=lambda shape: "x".join(map(str, shape)))
 def test_inference(benchmark: Any, session: Session, device: str, shape: tuple[int, ...]) -> None:
     """Times a folded layer, which is an ordinary convolution and must be as fast as one."""
@@ -275,6 +276,7 @@ def check_step(step: Step, x: Tensor, parameters: Sequence[Tensor], grad: Tensor
         assert error <= losing, f"{name}: error {error:.3g} of the norm, {losing:.3g} allowed"
 
 
+@pytest.mark.full("cpu")
 @pytest.mark.parametrize("shape", IMAGES, ids=lambda shape: "x".join(map(str, shape)))
 def test_training_step(benchmark: Any, session: Session, device: str, shape: tuple[int, ...]) -> None:
     """Forward and backward with float32 parameters under autocast, as in training."""

@@ -47,10 +47,11 @@ def accelerate_vae(vae: AutoencoderKL) -> Report:
     """Makes an `AutoencoderKL` use the fused operators, in place; `restore_vae` undoes it.
 
     The residual blocks, the upsampling layers, the encoder and the decoder change class, to subclasses of their own
-    that have the same name. The parameters, the state dict, the configuration and thus `save_pretrained` stay as
-    they are, and so do hooks, slicing, tiling, gradient checkpointing and ``vae.to(...)``. `torch.compile`, copies
-    and pickles of the model work; to unpickle one, litevae_kernels must be installed. Later changes are respected: a
-    layer that gets a hook or an adapter is called as PyTorch calls it, without fusion.
+    that have the same name. So do all convolutions and linear layers, which then compute half precision in float32
+    on a CPU without its arithmetic. The parameters, the state dict, the configuration and thus `save_pretrained`
+    stay as they are, and so do hooks, slicing, tiling, gradient checkpointing and ``vae.to(...)``. `torch.compile`,
+    copies and pickles of the model work; to unpickle one, litevae_kernels must be installed. Later changes are
+    respected: a layer that gets a hook or an adapter is called as PyTorch calls it, without fusion.
 
     The activations inside the encoder and the decoder are channels_last on CPUs and CUDA, whatever the layout of the
     parameters, which is not changed; results have the layout of the inputs. Forward-mode derivatives and the

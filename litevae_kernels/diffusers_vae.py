@@ -23,10 +23,10 @@ from diffusers.models.upsampling import Upsample2D as DiffusersUpsample2D
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from litevae_kernels.arithmetic import widened
 from litevae_kernels.backend import keep_backend
 from litevae_kernels.conv3x3 import conv3x3
 from litevae_kernels.group_norm_silu import group_norm_silu
+from litevae_kernels.nn import Conv2d, Linear
 from litevae_kernels.tensors import is_channels_last, memory_format_of
 
 KERNEL_DEVICES = ("cpu", "cuda")
@@ -53,7 +53,7 @@ def why_called(module: nn.Module, *classes: type[nn.Module]) -> str | None:
 
 def why_not_conv(conv: nn.Module) -> str | None:
     """Returns why `conv3x3` cannot stand for a convolution; None if it can."""
-    reason = why_called(conv, nn.Conv2d)
+    reason = why_called(conv, nn.Conv2d, Conv2d)
     if reason is not None:
         return reason
     assert isinstance(conv, nn.Conv2d)
@@ -103,8 +103,7 @@ def apply_conv(conv: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """Returns ``conv(x) + residual``."""
     if why_not_conv(conv) is None:
         return conv3x3(x, conv.weight, conv.bias, residual=residual)
-    plain = why_called(conv, nn.Conv2d) is None
-    y: Tensor = widened(conv._conv_forward, x, conv.weight, conv.bias) if plain else conv(x)
+    y: Tensor = conv(x)
     return y if residual is None else residual + y
 
 
@@ -133,7 +132,7 @@ class ResnetBlock2D(DiffusersResnetBlock2D):
             box.ours
             and not torch.is_grad_enabled()
             and residual is None
-            and why_called(self.conv_shortcut, nn.Conv2d) is None
+            and why_called(self.conv_shortcut, nn.Conv2d, Conv2d) is None
         ):
             # The shortcut is computed first, so that the norm can overwrite x.
             residual = apply_conv(self.conv_shortcut, x)
@@ -168,7 +167,7 @@ class Upsample2D(DiffusersUpsample2D):
 
 
 class Downsample2D(DiffusersDownsample2D):
-    """A convolution of stride 2, which PyTorch computes; in float32 if the CPU does not multiply half precision."""
+    """A convolution of stride 2, which PyTorch computes."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs:
@@ -257,6 +256,9 @@ REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
     DiffusersUNetMidBlock2D: UNetMidBlock2D,
     vae.Encoder: Encoder,
     vae.Decoder: Decoder,
+    # These two only widen half precision on CPUs without its arithmetic: quant convs, shortcuts and attention.
+    nn.Conv2d: Conv2d,
+    nn.Linear: Linear,
 }
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import litevae_kernels
+from litevae_kernels import arithmetic
 
 Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]  # a kernel, its arguments and its named arguments
 
@@ -146,6 +147,14 @@ def resources(tmp_path: Path) -> Callable[[Any], tuple[int, int]]:
         pytest.skip("this Triton has no ptxas that assembles its PTX")
 
     return assemble
+
+
+@pytest.fixture
+def without_half_on_any_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the CPU one that does not multiply half precision."""
+    monkeypatch.setattr(arithmetic, "_X86", False)
+    monkeypatch.setattr(arithmetic, "_BFLOAT16", False)
+    monkeypatch.setattr(arithmetic, "_FLOAT16", False)
 
 
 @pytest.fixture

@@ -25,13 +25,6 @@ def without_half():
     core.set_isa(before)
 
 
-@pytest.fixture
-def without_half_on_any_architecture(monkeypatch):
-    monkeypatch.setattr(arithmetic, "_X86", False)
-    monkeypatch.setattr(arithmetic, "_BFLOAT16", False)
-    monkeypatch.setattr(arithmetic, "_FLOAT16", False)
-
-
 def test_what_a_cpu_multiplies(monkeypatch):
     monkeypatch.setattr(arithmetic, "_X86", True)
     monkeypatch.setattr(arithmetic, "_BFLOAT16", True)

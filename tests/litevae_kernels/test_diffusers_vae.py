@@ -69,6 +69,34 @@ def test_float64_and_the_reference_backend_equal_diffusers(make_vae):
             assert (both[0][name] - both[1][name]).norm() <= tolerance * both[1][name].norm()
 
 
+class HalfProducts(TorchDispatchMode):
+    """Names the convolutions and matrix products that get half precision."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        if any(part in name for part in ("aten::convolution", "mm", "linear")) and any(
+            isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float16) for x in tree_leaves(args)
+        ):
+            self.names.add(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("without_half_on_any_architecture")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_multiplied_in_float32_by_a_cpu_without_it(make_vae, dtype):
+    vae = make_vae().to(dtype)
+    with torch.no_grad(), HalfProducts() as plain:
+        outputs(vae, *inputs(vae, dtype))
+    assert {"aten::convolution", "aten::addmm"} <= plain.names
+    with torch.no_grad(), HalfProducts() as seen:
+        outputs(accelerated(vae), *inputs(vae, dtype))
+    assert not seen.names
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients(make_vae, checkpointing):
     vae = make_vae()

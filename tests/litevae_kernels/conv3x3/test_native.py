@@ -8,14 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from litevae_kernels.arithmetic import current_isa
 from litevae_kernels.conv3x3 import native
-from litevae_kernels.conv3x3.dispatch import why_not
-
-needs_kernel = pytest.mark.skipif(
-    current_isa() != "avx512bf16" or why_not(torch.bfloat16, "avx512bf16") is not None,
-    reason="the kernels that multiply in bfloat16 do not serve this CPU",
-)
 
 
 def whole_numbers(*shape, factor=1, largest=7, seed=0):
@@ -31,7 +24,7 @@ def nan(*shape):
     return channels_last(torch.full(shape, float("nan"), dtype=torch.bfloat16))
 
 
-@needs_kernel
+@pytest.mark.usefixtures("needs_kernel")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("inputs", [5, 32, 40])
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (6, 9), (7, 130)])
@@ -45,7 +38,7 @@ def test_forward_is_exact_for_whole_numbers(height, width, inputs, dtype):
     assert torch.equal(y, expected.bfloat16())
 
 
-@needs_kernel
+@pytest.mark.usefixtures("needs_kernel")
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_input_gradient_is_exact_for_whole_numbers(memory_format):
     grad = channels_last(whole_numbers(2, 50, 9, 7))
@@ -56,7 +49,7 @@ def test_input_gradient_is_exact_for_whole_numbers(memory_format):
     assert torch.equal(grad_x, expected.bfloat16())
 
 
-@needs_kernel
+@pytest.mark.usefixtures("needs_kernel")
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_weight_gradient_is_exact_for_whole_numbers(memory_format):
     x, grad = channels_last(whole_numbers(2, 40, 9, 7)), channels_last(whole_numbers(2, 50, 9, 7, seed=1))

@@ -9,15 +9,8 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from litevae_kernels import conv3x3
-from litevae_kernels.arithmetic import current_isa
 from litevae_kernels.conv3x3 import dispatch
-from litevae_kernels.conv3x3.dispatch import why_not
 from litevae_kernels.nn import Conv3x3
-
-needs_kernel = pytest.mark.skipif(
-    current_isa() != "avx512bf16" or why_not(torch.bfloat16, "avx512bf16") is not None,
-    reason="the kernels that multiply in bfloat16 do not serve this CPU",
-)
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +28,7 @@ def channels_last(x):
     return x.contiguous(memory_format=torch.channels_last)
 
 
-@needs_kernel
+@pytest.mark.usefixtures("needs_kernel")
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_fake_strides_are_the_real_ones(memory_format):
     x, grad = channels_last(values(2, 32, 6, 5)), values(2, 40, 6, 5, seed=1)
@@ -53,7 +46,7 @@ def test_fake_strides_are_the_real_ones(memory_format):
         assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
 
 
-@needs_kernel
+@pytest.mark.usefixtures("needs_kernel")
 def test_gradients_of_no_images():
     x, weight = channels_last(values(0, 64, 5, 4)), values(48, 64, 3, 3)
     x.requires_grad_(), weight.requires_grad_()
@@ -62,7 +55,7 @@ def test_gradients_of_no_images():
     assert not weight.grad.any()
 
 
-@needs_kernel
+@pytest.mark.usefixtures("needs_kernel")
 def test_higher_derivatives_are_torchs():
     x = channels_last(values(1, 32, 5, 4)).requires_grad_()
     weight = values(32, 32, 3, 3, seed=1).requires_grad_()
@@ -76,7 +69,7 @@ def test_higher_derivatives_are_torchs():
         assert torch.equal(actual, expected)
 
 
-@needs_kernel
+@pytest.mark.usefixtures("needs_kernel")
 @pytest.mark.parametrize("grad_enabled", [False, True])
 def test_a_tangent_is_an_error_and_not_lost(grad_enabled):
     x = channels_last(values(1, 32, 4, 4))
@@ -86,7 +79,7 @@ def test_a_tangent_is_an_error_and_not_lost(grad_enabled):
             conv3x3(dual, values(32, 32, 3, 3))
 
 
-@needs_kernel
+@pytest.mark.usefixtures("needs_kernel")
 @pytest.mark.parametrize("residual", [False, True])
 def test_opcheck(residual):
     x = channels_last(values(2, 32, 6, 5))
@@ -96,7 +89,7 @@ def test_opcheck(residual):
     )
 
 
-@needs_kernel
+@pytest.mark.usefixtures("needs_kernel")
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_opcheck_of_the_gradients(memory_format):
     x, grad = (channels_last(values(2, 32, 6, 5, seed=seed)) for seed in (0, 1))
@@ -105,7 +98,7 @@ def test_opcheck_of_the_gradients(memory_format):
     torch.library.opcheck(torch.ops.litevae.conv3x3_weight_gradient.default, (x, grad, weight))
 
 
-@needs_kernel
+@pytest.mark.usefixtures("needs_kernel")
 @pytest.mark.parametrize("silu", [False, True])
 def test_training_compiles_whole_and_once_for_all_batch_sizes(silu):
     counter = CompileCounterWithBackend("aot_eager")
@@ -129,7 +122,7 @@ def test_training_compiles_whole_and_once_for_all_batch_sizes(silu):
     assert counter.frame_count == 1
 
 
-@needs_kernel
+@pytest.mark.usefixtures("needs_kernel")
 def test_compiles_whole_and_once_for_all_batch_sizes():
     counter = CompileCounterWithBackend("aot_eager")
     layer = Conv3x3(32, 48, silu_input=True).bfloat16().eval()
