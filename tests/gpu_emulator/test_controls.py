@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 from kernel_cases.running import run_case
-from ptx_emulator.emulator import Kernel
 
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -65,24 +64,20 @@ def test_a_written_input_is_reported(cuda_kernels: Any) -> None:
     assert any("write to an input" in line for line in cuda_kernels.emulator.problems())
 
 
-def total(kernels: dict[str, Kernel], field: str) -> tuple[int, int]:
-    """Returns the bytes that threads asked for and the bytes of the sectors."""
-    found = [getattr(kernel, field) for kernel in kernels.values()]
-    return sum(t.bytes for t in found), 32 * sum(t.sectors for t in found)
+@pytest.mark.parametrize(("dtype", "requests"), [(F32, 2), (BF16, 1)], ids=str)
+def test_traffic_of_haar_analysis(cuda_kernels: Any, dtype: torch.dtype, requests: int) -> None:
+    """Planar rows are read once, and each level's coefficients are written once, in whole sectors.
 
-
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_sectors_of_haar_analysis(cuda_kernels: Any, dtype: torch.dtype) -> None:
-    """Planar rows are read once, in whole sectors."""
+    A thread reads eight pixels of a row in vectors of 16 bytes, so `requests` of them touch each sector.
+    """
     image = torch.randn(1, 3, 64, 256).to(dtype)
-    kernels = cuda_kernels.emulator.count_traffic(lambda: transform(cuda_kernels, image))
-    wanted, moved = total(kernels, "loads")
-    assert wanted == image.nbytes
-    assert moved == image.nbytes
-    wanted, moved = total(kernels, "stores")
+    (kernel,) = cuda_kernels.emulator.count_traffic(lambda: transform(cuda_kernels, image)).values()
+    assert kernel.loads.widths == {16: image.nbytes}
+    assert kernel.loads.bytes == image.nbytes == 32 * kernel.loads.distinct
+    assert kernel.loads.excess == requests
     coefficients = image.nbytes * 21 // 16  # each level has as many coefficients as its LL has pixels
-    assert wanted == coefficients
-    assert moved <= 2 * coefficients  # the coarsest rows of a tile are shorter than a sector
+    assert kernel.stores.bytes == coefficients == 32 * kernel.stores.distinct
+    assert kernel.stores.excess == 1
 
 
 def test_problems_fail_a_case(cuda_kernels: Any) -> None:

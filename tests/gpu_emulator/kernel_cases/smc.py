@@ -10,9 +10,10 @@ from kernel_cases.running import Kernels
 from litevae_kernels.testing import assert_within_budget
 
 F32, F64, F16, BF16 = DTYPES
-# In half units in the last place: products and quotients, and the sum of squares (or of g v), which is a sum per
-# thread and then two sums of 16 partial sums.
-OPERATIONS = 12
+OPERATIONS = 12  # products and quotients, in half units in the last place
+# The sum of squares (or of g v) is a sum per thread, and then two sums of 16 partial sums in CUDA, or a tree in Triton.
+THREADS = {"cuda": 256, "triton": 128}
+PARTIALS = {"cuda": 32, "triton": 64}
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ def check(kernels: Kernels, rng: random.Random, case: Case) -> None:
     exact_grads = torch.autograd.grad(exact, leaves, wide_grad)
 
     count = case.channels * case.kernel[0] * case.kernel[1]
-    operations = OPERATIONS + count // 256 + 1 + case.kernel[0] * case.kernel[1] + 32
+    sums = count // THREADS[kernels.name] + 1 + PARTIALS[kernels.name]
+    operations = OPERATIONS + sums + case.kernel[0] * case.kernel[1]
     with torch.no_grad():
         d, g = n + case.eps, torch.ones(1).double() if gain is None else gain.double()
         along = (wide_grad * v).abs().sum((1, 2, 3), keepdim=True)

@@ -25,8 +25,9 @@ struct Problem {
 };
 
 struct KernelRecord {
-  uint64_t launches = 0, instructions = 0;  // instructions of threads
-  std::map<std::string, Traffic> traffic;   // by "load 16", "store 4"
+  uint64_t launches = 0, instructions = 0;          // instructions of threads
+  uint64_t loaded_sectors = 0, stored_sectors = 0;  // distinct ones of each launch
+  std::map<std::string, Traffic> traffic;           // by "load 16", "store 4"
 };
 
 struct Device {

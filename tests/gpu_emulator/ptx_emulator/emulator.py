@@ -19,8 +19,9 @@ class Traffic:
 
     requests: int = 0  # instructions of warps
     bytes: int = 0  # that the threads asked for
-    sectors: int = 0  # of 32 bytes, which memory moves, once per request that touches them
-    lines: int = 0  # of 128 bytes, likewise
+    distinct: int = 0  # sectors of 32 bytes, once per launch: what memory moves if caches never miss twice
+    sectors: int = 0  # likewise, once per request that touches them: what the first cache moves
+    lines: int = 0  # of 128 bytes, once per request
     widths: dict[int, int] = field(default_factory=dict)  # bytes by width of a thread's access
 
     @property
@@ -132,7 +133,10 @@ class Emulator:
 
     def kernels(self) -> dict[str, Kernel]:
         """Returns the kernels that ran since the last `reset`, by name."""
-        out = {name: Kernel(int(runs), int(steps)) for name, runs, steps in self._report("kernel")}
+        out = {}
+        for name, *numbers in self._report("kernel"):
+            launches, instructions, loaded, stored = map(int, numbers)
+            out[name] = Kernel(launches, instructions, Traffic(distinct=loaded), Traffic(distinct=stored))
         for name, kind, *numbers in self._report("traffic"):
             direction, width = kind.split()
             traffic = out[name].loads if direction == "load" else out[name].stores
@@ -160,9 +164,9 @@ class Emulator:
     def count_traffic(self, call: Callable[[], object]) -> dict[str, Kernel]:
         """Runs `call` and returns its kernels by name, with the sectors of global memory that they touch.
 
-        A GPU moves at least the distinct sectors of a request; caches may serve some that several requests touch. So
-        32 bytes times the sectors bounds the traffic of the caches, and `Traffic.excess` is 1 where every byte of every
-        sector is used.
+        32 times `Traffic.distinct` are the bytes that memory moves if the caches hold everything for the length of a
+        launch. 32 times `Traffic.sectors` are those between the first cache and the threads. `Traffic.excess` is 1 where
+        a request uses every byte of its sectors.
         """
         self.reset()
         self._library.emulator_set_options(0, 1)

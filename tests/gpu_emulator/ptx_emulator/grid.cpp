@@ -79,6 +79,8 @@ void run(Device& device, Launch launch) {
   for (int z = 0; z < launch.grid.z; ++z)
     for (int y = 0; y < launch.grid.y; ++y)
       for (int x = 0; x < launch.grid.x; ++x) block.run({x, y, z}, number++);
+  block.record.loaded_sectors += block.loaded_sectors.size();
+  block.record.stored_sectors += block.stored_sectors.size();
 }
 
 }  // namespace ptx

@@ -1,6 +1,7 @@
 // Runs the blocks of a launch one after another.
 #pragma once
 
+#include <unordered_set>
 #include <vector>
 
 #include "warp.h"
@@ -33,6 +34,7 @@ class Block {
   SharedMemory shared;
   const int64_t dynamic_offset;  // of dynamic shared memory
   KernelRecord& record;
+  std::unordered_set<uint64_t> loaded_sectors, stored_sectors;  // if traffic is counted
   Size position{};
   // A number of a thread that is unique in the launch, and not 0.
   uint32_t number_of(int thread) const {

@@ -308,8 +308,11 @@ class Parser {
   }
 
   bool label() {
+    const auto in_name = [](char c) {
+      return isalnum(static_cast<unsigned char>(c)) || c == '$' || c == '_' || c == '%' || c == '.';
+    };
     size_t end = at;
-    while (isalnum(static_cast<unsigned char>(text[end])) || strchr("$_%.", text[end]) != nullptr) ++end;
+    while (in_name(text[end])) ++end;  // a string ends with a zero
     if (end == at || text[end] != ':' || text[end + 1] == ':') return false;
     labels[text.substr(at, end - at)] = static_cast<int>(f->code.size());
     at = end + 1;
@@ -514,10 +517,12 @@ class Parser {
     if (in.op == Op::cvta) in.space = space();
     if (in.op == Op::shf && has("wrap") == has("clamp")) return false;
     if (in.op == Op::cvt && in.saturate) return false;
-    // Results are rounded to nearest even, and to integers towards zero.
+    // Results are rounded to nearest even, and to integers towards zero. There is no carry flag.
     const bool to_integer = in.op == Op::cvt && !is_float(in.type) && in.source_type != Type::none;
-    return !has("rz") && !has("rm") && !has("rp") && !has("rni") && !has("rmi") && !has("rpi") &&
-           (!has("rzi") || to_integer);
+    if (has("rzi") && !to_integer) return false;
+    const char* const unknown_words[] = {"rz", "rm", "rp", "rni", "rmi", "rpi", "cc", "relu"};
+    return std::none_of(std::begin(unknown_words), std::end(unknown_words),
+                        [&](const char* w) { return has(w); });
   }
 
   bool decode_comparison(Instruction& in, const vector<string>& arguments) {

@@ -554,6 +554,7 @@ void Warp::count_request(bool is_load, uint32_t active, const Lanes& addresses, 
   });
   std::sort(sectors.begin(), sectors.end());
   sectors.erase(std::unique(sectors.begin(), sectors.end()), sectors.end());
+  (is_load ? block.loaded_sectors : block.stored_sectors).insert(sectors.begin(), sectors.end());
   Traffic& traffic = block.record.traffic[(is_load ? "load " : "store ") + std::to_string(bytes)];
   traffic.requests += 1, traffic.bytes += static_cast<uint64_t>(std::popcount(active)) * bytes;
   traffic.sectors += sectors.size();
