@@ -165,8 +165,8 @@ class Emulator:
         """Runs `call` and returns its kernels by name, with the sectors of global memory that they touch.
 
         32 times `Traffic.distinct` are the bytes that memory moves if the caches hold everything for the length of a
-        launch. 32 times `Traffic.sectors` are those between the first cache and the threads. `Traffic.excess` is 1 where
-        a request uses every byte of its sectors.
+        launch. 32 times `Traffic.sectors` are those between the first cache and the threads. `Traffic.excess` is 1
+        where a request uses every byte of its sectors.
         """
         self.reset()
         self._library.emulator_set_options(0, 1)
