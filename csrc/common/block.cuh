@@ -1,14 +1,9 @@
-// Kernels whose threads work together, in phases that each end with a barrier. Without nvcc, a phase is a
-// loop over the block's threads, so that tests can run every block of a grid on the CPU.
+// Kernels whose threads work together, in phases that each end with a barrier.
 #pragma once
 
 #include <cmath>
 
 #include "device.cuh"
-
-#if !defined(__CUDACC__)
-#include <vector>
-#endif
 
 namespace litevae {
 namespace {
@@ -17,33 +12,20 @@ namespace {
 struct Block {
   int threads;
   void* dynamic_shared;  // shared memory whose size is known at the launch
-#if !defined(__CUDACC__)
-  bool backwards;  // runs the threads in reverse, because their order within a phase must not matter
-#endif
 
   template <class Phase>
   LITEVAE_DEVICE void each(const Phase& phase) const {
-#if defined(__CUDACC__)
     phase(static_cast<int>(threadIdx.x));
     __syncthreads();
-#else
-    for (int i = 0; i < threads; ++i) phase(backwards ? threads - 1 - i : i);
-#endif
   }
 };
 
 // State that a thread keeps from phase to phase, in its registers.
 template <class State>
 struct Private {
-#if defined(__CUDACC__)
   State state;
   LITEVAE_DEVICE explicit Private(const Block&) {}
   LITEVAE_DEVICE State& operator[](int) { return state; }
-#else
-  std::vector<State> all;
-  explicit Private(const Block& block) : all(block.threads) {}
-  State& operator[](int thread) { return all[thread]; }
-#endif
 };
 
 // Divides `rest` in place and returns the remainder. 64-bit division is slow and rarely needed.

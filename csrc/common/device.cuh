@@ -1,5 +1,4 @@
-// How a GPU thread moves vectors of stored elements to and from registers. Without nvcc the same code is
-// plain C++, so that tests can run every thread of a grid on the CPU.
+// How a GPU thread moves vectors of stored elements to and from registers.
 #pragma once
 
 #include <cstdint>
@@ -9,22 +8,12 @@
 #include "convert.h"
 #include "tensor_view.h"
 
-#if defined(__CUDACC__)
 #define LITEVAE_DEVICE __device__ __forceinline__
 #define LITEVAE_CONSTEXPR __host__ __device__ constexpr
 #define LITEVAE_DEVICE_CALL static __device__ __noinline__
-#else
-#define LITEVAE_DEVICE inline
-#define LITEVAE_CONSTEXPR constexpr
-#define LITEVAE_DEVICE_CALL static
-#endif
 
 namespace litevae {
 namespace {
-
-#if !defined(__CUDACC__)
-void check_alignment(const void* address, int64_t bytes);  // defined by the test
-#endif
 
 // The widest access, at most 16 bytes, into which a run of `bytes` bytes can be cut. The run must be aligned
 // to it.
@@ -44,7 +33,6 @@ LITEVAE_DEVICE To bit_cast(const From& from) {
 // move them ahead of stores.
 template <int kAlign, int kWords>
 LITEVAE_DEVICE void load_words(const void* from, uint32_t (&to)[kWords]) {
-#if defined(__CUDACC__)
   if constexpr (kAlign == 16) {
 #pragma unroll
     for (int i = 0; i < kWords / 4; ++i) {
@@ -61,15 +49,10 @@ LITEVAE_DEVICE void load_words(const void* from, uint32_t (&to)[kWords]) {
 #pragma unroll
     for (int i = 0; i < kWords; ++i) to[i] = __ldg(static_cast<const uint32_t*>(from) + i);
   }
-#else
-  check_alignment(from, kAlign);
-  memcpy(to, from, sizeof(to));
-#endif
 }
 
 template <int kAlign, int kWords>
 LITEVAE_DEVICE void store_words(void* to, const uint32_t (&from)[kWords]) {
-#if defined(__CUDACC__)
   if constexpr (kAlign == 16) {
 #pragma unroll
     for (int i = 0; i < kWords / 4; ++i)
@@ -82,30 +65,14 @@ LITEVAE_DEVICE void store_words(void* to, const uint32_t (&from)[kWords]) {
 #pragma unroll
     for (int i = 0; i < kWords; ++i) static_cast<uint32_t*>(to)[i] = from[i];
   }
-#else
-  check_alignment(to, kAlign);
-  memcpy(to, from, sizeof(from));
-#endif
 }
 
 LITEVAE_DEVICE uint16_t load_short(const void* from) {
-#if defined(__CUDACC__)
   return __ldg(static_cast<const unsigned short*>(from));
-#else
-  check_alignment(from, 2);
-  uint16_t bits;
-  memcpy(&bits, from, 2);
-  return bits;
-#endif
 }
 
 LITEVAE_DEVICE void store_short(void* to, uint16_t bits) {
-#if defined(__CUDACC__)
   *static_cast<unsigned short*>(to) = bits;  // memcpy would store two bytes one by one
-#else
-  check_alignment(to, 2);
-  memcpy(to, &bits, 2);
-#endif
 }
 
 // Conversions between a stored element and a register. They are written in PTX because cuda_fp16.h and
@@ -114,13 +81,9 @@ LITEVAE_DEVICE float widen(BFloat16 value) {
   return bit_cast<float>(static_cast<uint32_t>(value.bits) << 16);
 }
 LITEVAE_DEVICE float widen(Half value) {
-#if defined(__CUDACC__)
   float wide;
   asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value.bits));
   return wide;
-#else
-  return to_float(value);
-#endif
 }
 
 // One of the two 16-bit types, which is known at run time.
@@ -135,18 +98,12 @@ LITEVAE_DEVICE float widen(Either16 value, bool is_half) {
 // Rounds two values to nearest even, and packs the first into the low half.
 template <class S>
 LITEVAE_DEVICE uint32_t narrow(float low, float high) {
-#if defined(__CUDACC__)
   uint32_t both;
   if constexpr (std::is_same<S, Half>::value)
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
   else
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
   return both;
-#else
-  S a, b;
-  from_float(low, a), from_float(high, b);
-  return static_cast<uint32_t>(b.bits) << 16 | a.bits;
-#endif
 }
 
 // Converts the N elements of whole words.

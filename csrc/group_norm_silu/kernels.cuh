@@ -78,16 +78,12 @@ LITEVAE_CONSTEXPR int lanes_of(Kind kind) {
 }
 
 LITEVAE_DEVICE float sigmoid(float z) {
-#if defined(__CUDACC__)
   // exp overflows to infinity, and 1 / infinity is 0. This is PTX because the intrinsics also spend time on
   // subnormal numbers.
   float e, s;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(z * -1.4426950408889634f));
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(s) : "f"(1.f + e));
   return s;
-#else
-  return 1.f / (1.f + std::exp(-z));
-#endif
 }
 LITEVAE_DEVICE double sigmoid(double z) { return 1. / (1. + exp(-z)); }
 

@@ -1,5 +1,5 @@
 // Divides GroupNorm+SiLU among thread blocks and picks the kernels; kernels.cuh explains the words. This is
-// plain host code. The argument `launch` runs a kernel, so that tests can run it on the CPU.
+// plain host code. The argument `launch` runs a kernel.
 #pragma once
 
 #include <algorithm>

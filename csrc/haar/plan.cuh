@@ -1,5 +1,5 @@
 // Divides a transform into passes of up to three levels, and picks the kernel of each. This is plain host
-// code; `launch` runs a kernel, so that tests can run it on the CPU.
+// code; `launch` runs a kernel.
 #pragma once
 
 #include "tile.cuh"

@@ -329,7 +329,7 @@ struct Gather {
   }
 };
 
-// --- Launches: plain host code. `launch` runs a kernel, on a GPU or, in the tests, on the CPU.
+// --- Launches: plain host code. `launch` runs a kernel.
 
 // Returns how many bytes of shared memory a block needs for `copies` of a filter.
 template <class T>

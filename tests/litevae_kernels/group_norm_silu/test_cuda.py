@@ -1,6 +1,6 @@
 """GroupNorm+SiLU on a GPU, through the public function, on every backend that serves one.
 
-tests/csrc runs the CUDA C++ kernels on the CPU, test_triton.py the Triton ones under its interpreter.
+tests/gpu_emulator runs the same kernels on an emulated GPU, and test_triton.py the Triton ones in its interpreter.
 """
 
 import random
@@ -24,7 +24,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 CASES = {"native": 30, "triton": 3}  # per test; Triton compiles kernels for nearly every case
 DENSE = (torch.contiguous_format, torch.channels_last)
 
-# Half units in the last place of what `bounds` gives, as tests/csrc counts them: 8 roundings of z and 10 of its
+# Half units in the last place of what `bounds` gives, as tests/gpu_emulator counts them: 8 roundings of z and 10 of its
 # sigmoid, 38 of the gradients; sums of at most 288 additions before they are float64 or cut in pieces.
 FORWARD, GRADIENT, CHAIN = 20, 38, 288
 

@@ -54,7 +54,7 @@ def test_the_core_refuses_tensors_that_do_not_fit(y, weight, groups, message):
         )
 
 
-# tests/csrc shows that the kernels stay inside this much.
+# tests/gpu_emulator shows that the kernels stay inside this much.
 @pytest.mark.skipif(not cuda_built, reason="the core was built without CUDA")
 def test_scratch_memory_grows_with_the_pixels():
     def scratch_bytes(*shape, dtype=torch.float32):

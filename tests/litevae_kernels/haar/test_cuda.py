@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels on a GPU through the public functions; tests/csrc runs the same kernels on the CPU."""
+"""The CUDA C++ kernels on a GPU through the public functions; tests/gpu_emulator emulates one."""
 
 import random
 

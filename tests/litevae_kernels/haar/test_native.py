@@ -64,7 +64,7 @@ def test_the_core_refuses_coefficients_that_do_not_fit(shape, levels, message):
         native.analysis(random_image(2, 3, 7, 10), [poisoned(*shape)], levels, "zero", 1.0, True)
 
 
-# tests/csrc shows that the kernels use exactly this much.
+# tests/gpu_emulator shows that the kernels use exactly this much.
 @needs_cuda_build
 def test_scratch_memory_holds_the_ll_between_passes_of_three_levels():
     def scratch_bytes(levels, image_dtype=torch.float32, coeff_dtype=torch.float32):

@@ -1,6 +1,6 @@
 """Tests weight modulation on a GPU, through the public function, on every backend that serves a GPU.
 
-tests/csrc runs the CUDA C++ kernels on the CPU.
+tests/gpu_emulator runs the same kernels on an emulated GPU.
 """
 
 import random

@@ -56,7 +56,7 @@ def test_the_core_refuses_tensors_that_do_not_fit(changes, message):
         native.forward(*(tensors | changes).values(), 1e-8)
 
 
-# tests/csrc shows that the kernels use exactly this much.
+# tests/gpu_emulator shows that the kernels use exactly this much.
 @pytest.mark.skipif(not cuda_built, reason="the core was built without CUDA")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_scratch_memory_holds_each_filters_part_of_the_gradients(dtype):

@@ -1,0 +1,86 @@
+#include "grid.h"
+
+#include <algorithm>
+
+namespace ptx {
+namespace {
+
+int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
+
+int64_t shared_bytes(const Launch& launch) {
+  return round_up(launch.entry.static_shared, 16) + launch.dynamic_shared;
+}
+
+void check_limits(Device& device, const Launch& launch) {
+  const Function& entry = launch.entry;
+  const int64_t threads = launch.block.count();
+  if (threads < 1 || threads > 1024) device.report("launch: a block needs 1 to 1024 threads", entry.name);
+  if (entry.most_threads > 0 && threads > entry.most_threads)
+    device.report("launch: more threads than __launch_bounds__ allows", entry.name);
+  if (shared_bytes(launch) > kMostShared)
+    device.report("launch: more than 227 KB of shared memory", entry.name);
+}
+
+}  // namespace
+
+Block::Block(Device& device, Launch& launch)
+    : device(device),
+      launch(launch),
+      shared(shared_bytes(launch)),
+      dynamic_offset(round_up(launch.entry.static_shared, 16)),
+      record(device.kernels[launch.entry.name]) {}
+
+void Block::run(Size where, int64_t number_of_block) {
+  position = where, number = number_of_block;
+  shared.begin_block();
+  const int threads = static_cast<int>(launch.block.count());
+  const int count = (threads + kWarp - 1) / kWarp;
+  std::vector<Warp> warps;
+  warps.reserve(count);
+  for (int i = 0; i < count; ++i) {
+    // The order of warps must not matter, so every other block takes them backwards.
+    const int index = number % 2 != 0 ? count - 1 - i : i;
+    warps.emplace_back(*this, index, threads - kWarp * index);
+  }
+  const auto waits = [](const Warp& warp) { return !warp.waiting().empty(); };
+  while (true) {
+    for (Warp& warp : warps) warp.run();
+    if (std::none_of(warps.begin(), warps.end(), waits)) return;
+    check_barrier(warps);
+    shared.pass_barrier();
+    for (Warp& warp : warps) warp.pass_barrier();
+  }
+}
+
+void Block::check_barrier(const std::vector<Warp>& warps) {
+  const Warp* first = nullptr;
+  bool same = true, ended = false;
+  for (const Warp& warp : warps) {
+    ended = ended || warp.has_ended_threads();
+    for (const Path& path : warp.waiting()) {
+      if (first == nullptr) first = &warp;
+      const Operand &one = first->at(first->waiting()[0]).from[0], &other = warp.at(path).from[0];
+      if (one.kind != Operand::Kind::immediate || other.kind != one.kind || other.value != one.value)
+        fail("barriers of different numbers, which the emulator does not know");
+      same = same && path.pc == first->waiting()[0].pc;
+    }
+  }
+  const std::string place = first->place_of(first->at(first->waiting()[0]), 0);
+  if (!same) device.report("barrier: threads of a block wait at different barriers", place);
+  if (ended) device.report("barrier: some threads of the block have ended", place);
+}
+
+void run(Device& device, Launch launch) {
+  check_limits(device, launch);
+  device.memory.begin_launch();
+  Block block(device, launch);
+  ++block.record.launches;
+  int64_t number = 0;
+  for (int z = 0; z < launch.grid.z; ++z)
+    for (int y = 0; y < launch.grid.y; ++y)
+      for (int x = 0; x < launch.grid.x; ++x) block.run({x, y, z}, number++);
+  block.record.loaded_sectors += block.loaded_sectors.size();
+  block.record.stored_sectors += block.stored_sectors.size();
+}
+
+}  // namespace ptx

@@ -1,0 +1,93 @@
+// Runs the threads of one warp in lock step.
+//
+// Lanes that stand at the same instruction form a path. The lowest path runs first, so that lanes that
+// diverged meet again as early as they can. Checks do not depend on this order.
+#pragma once
+
+#include <array>
+#include <vector>
+
+#include "arithmetic.h"
+#include "device.h"
+
+namespace ptx {
+
+class Block;
+
+struct Path {
+  int pc;
+  uint32_t lanes;        // a bit per lane
+  bool blocked = false;  // waits for other lanes of its warp
+};
+
+// A call of a function by some lanes of a warp.
+struct Frame {
+  const Function& function;
+  Frame* caller;
+  std::vector<uint64_t> registers;  // 32 lanes per register
+  std::vector<uint8_t> locals;      // local_bytes per lane
+  std::vector<uint8_t> storage;     // the parameters of a function that is not an entry, per lane
+  uint8_t* parameters;
+  int64_t parameter_step;  // from lane to lane; 0 for an entry, whose parameters are common
+  std::vector<Path> paths;
+
+  Frame(const Function& function, Frame* caller, uint8_t* arguments);
+  uint8_t* parameters_of(int lane) { return parameters + lane * parameter_step; }
+  uint8_t* locals_of(int lane) { return locals.data() + lane * function.local_bytes; }
+  void add(Path path);
+  Path take();  // the lowest path that is not blocked
+  // Whether an address is in the parameters or in the local memory of this call or of one of its callers.
+  bool owns(uint64_t address, int bytes) const;
+};
+
+class Warp {
+ public:
+  Warp(Block& block, int index, int threads);
+  // Runs until every thread waits at a barrier or has ended.
+  void run() { run(entry); }
+  void pass_barrier();
+  const std::vector<Path>& waiting() const { return at_barrier; }
+  bool has_ended_threads() const { return live != all; }
+  const Instruction& at(const Path& path) const { return entry.function.code[path.pc]; }
+  std::string place_of(const Instruction& in, int lane) const;  // for messages
+
+ private:
+  void run(Frame& frame);
+  bool step(Frame& frame, Path& path);
+  void execute(Frame& frame, const Instruction& in, uint32_t active);
+  bool control(Frame& frame, Path& path, const Instruction& in, uint32_t active);
+  bool branch(Frame& frame, Path& path, const Instruction& in, uint32_t active);
+  void call(Frame& frame, const Instruction& in, uint32_t active);
+  bool leave(const Frame& frame, Path& path, const Instruction& in, uint32_t active);
+  bool wait(const Frame& frame, Path& path, const Instruction& in, uint32_t active);
+  bool gather(Frame& frame, Path& path, const Instruction& in, uint32_t active);
+
+  void compute_lanes(Frame& frame, const Instruction& in, uint32_t active);
+  void move(Frame& frame, const Instruction& in, uint32_t active);
+  void convert_address(Frame& frame, const Instruction& in, uint32_t active);
+  void load(Frame& frame, const Instruction& in, uint32_t active);
+  void store(Frame& frame, const Instruction& in, uint32_t active);
+  void shuffle(Frame& frame, const Instruction& in, uint32_t active);
+  void load_matrices(Frame& frame, const Instruction& in);
+  void store_matrices(Frame& frame, const Instruction& in);
+
+  const uint64_t* row(Frame& frame, const Operand& operand, Lanes& buffer);
+  void assign(Frame& frame, const Operand& to, uint32_t active, const uint64_t* values);
+  uint64_t special(Special which, int lane) const;
+  uint8_t* resolve(Frame& frame, const Instruction& in, int lane, uint64_t address, int bytes,
+                   const uint8_t* written);
+  uint8_t* resolve_shared(const Instruction& in, int lane, const Access& access);
+  uint8_t* resolve_global(const Instruction& in, int lane, const Access& access);
+  void count_request(bool is_load, uint32_t active, const Lanes& addresses, int bytes);
+  void report(const char* what, const Instruction& in, int lane);
+
+  Block& block;
+  const int index;
+  const uint32_t all;  // the lanes that have a thread
+  uint32_t live;       // those that have not ended
+  std::array<uint32_t, kWarp> epochs{};
+  std::vector<Path> at_barrier;
+  Frame entry;
+};
+
+}  // namespace ptx

@@ -1,0 +1,92 @@
+"""Every kernel of every operator on the emulated GPU."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kernel_cases.running import Kernels, cases_of, run_case, run_covering, run_random
+from ptx_emulator import build
+
+import litevae_kernels
+from litevae_kernels.core_interface import OPERATORS
+
+PACKAGE = Path(litevae_kernels.__file__).parent
+WITH_KERNELS = {
+    "cuda": build.OPERATORS,
+    "triton": [name for name in OPERATORS if (PACKAGE / name / "triton.py").exists()],
+}
+BACKENDS = tuple(WITH_KERNELS)
+EACH = [(backend, name) for backend, names in WITH_KERNELS.items() for name in names]
+TESTED = sorted(path.stem for path in Path(__file__).parent.glob("kernel_cases/*.py"))
+# Operators whose cases are missing fail a test of their own, and not the collection.
+COVERING = [
+    (backend, operator, name)
+    for backend, operator in EACH
+    if operator in TESTED
+    for name in cases_of(operator).COVERING[backend]
+]
+
+
+@pytest.fixture
+def kernels(backend: str, request: pytest.FixtureRequest) -> Kernels:
+    return request.getfixturevalue(f"{backend}_kernels")
+
+
+@pytest.mark.parametrize(("backend", "operator"), EACH)
+def test_every_operator_has_cases(backend: str, operator: str) -> None:
+    assert operator in TESTED, f"kernel_cases/{operator}.py is missing; see CONTRIBUTING.md"
+    assert cases_of(operator).COVERING[backend]
+
+
+@pytest.mark.parametrize(("backend", "operator", "name"), COVERING)
+def test_equals_the_oracle(kernels: Any, operator: str, name: str) -> None:
+    run_covering(kernels, operator, name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_kernel_ran(kernels: Any, backend: str) -> None:
+    """The kernels are those of the compiled PTX, or of the modules of Triton kernels."""
+    ran: set[str] = set()
+    for with_kernels, operator, name in COVERING:
+        if with_kernels == backend:
+            ran |= run_covering(kernels, operator, name)
+    assert ran == kernels.all_kernels()
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("operator", WITH_KERNELS["cuda"])
+def test_random_calls(cuda_kernels: Any, operator: str, seed: int) -> None:
+    run_random(cuda_kernels, operator, seed, count=5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2, 22))
+@pytest.mark.parametrize("operator", WITH_KERNELS["cuda"])
+def test_many_random_calls(cuda_kernels: Any, operator: str, seed: int) -> None:
+    run_random(cuda_kernels, operator, seed, count=20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("operator", WITH_KERNELS["triton"])
+def test_random_calls_of_triton(triton_kernels: Any, operator: str, seed: int) -> None:
+    run_random(triton_kernels, operator, seed, count=3)
+
+
+SPECIAL = [("smc", "LARGE"), ("smc", "SPECIAL"), ("group_norm_silu", "SPECIAL")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("operator", "group", "name"),
+    [(operator, group, name) for operator, group in SPECIAL for name in getattr(cases_of(operator), group)],
+)
+def test_special_cases(cuda_kernels: Any, operator: str, group: str, name: str) -> None:
+    run_case(cuda_kernels, operator, getattr(cases_of(operator), group)[name])
+
+
+def test_tensors_may_have_no_elements(cuda_kernels: Any) -> None:
+    haar = importlib.import_module("kernel_cases.haar")
+    case = haar.Case(True, (0, 3, 8, 8), 2, "symmetric", True, haar.F32, haar.F32, "contiguous", "contiguous")
+    assert run_case(cuda_kernels, "haar", case) == set()
