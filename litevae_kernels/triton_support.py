@@ -20,6 +20,9 @@ def kernel(function: Callable[..., Any]) -> Any:
 
     Triton would compile a kernel again for a size of 1 or a multiple of 16. Kernels learn about alignment from their
     constexpr vector widths instead.
+
+    Every launch sets enable_fp_fusion=False. Otherwise Triton 3.8 contracts the product of one lane with an addition
+    of another lane's, so that the lanes of a sum get different results. Kernels call `tl.fma` where it is wanted.
     """
     integers = [name for name, kind in function.__annotations__.items() if kind is tl.int64]
     return triton.jit(function, do_not_specialize=integers)

@@ -80,9 +80,9 @@ def _parameters(
 def _slope(x, grad, high, low, rstd, w, b):
     """Returns the normalised x, and grad times the derivative of SiLU."""
     normal = ((x - high) - low) * rstd
-    z = normal * w + b
+    z = tl.fma(normal, w, b)
     sigmoid = 1 / (1 + tl.exp(-z))
-    return normal, grad * sigmoid * (1 + z * (1 - sigmoid))
+    return normal, grad * sigmoid * tl.fma(z, 1 - sigmoid, 1.0)
 
 
 @kernel
@@ -118,17 +118,17 @@ def group_norm_silu_stats_kernel(
         at = _offsets(n, channel, now, (x_n, x_c, x_h, x_w), width, X_INNER, X_PIXELS, X_VEC)
         change = tl.where(mask, tl.load(x + at, mask=mask, other=0).to(ACC) - shift, 0)
         total += change
-        squares += change * change
+        squares = tl.fma(change, change, squares)
     # `count` is the number of pixels that each place has seen.
     valid = tl.minimum(pixels - start, steps * TILE_P).to(tl.int32)
     count = tl.maximum(valid - tl.arange(0, TILE_P) + (TILE_P - 1), 0) // TILE_P
     share = total / tl.maximum(count, 1).to(ACC)[:, None]
     weight = count.to(ACC)[:, None]
-    squares = tl.maximum(squares - total * share, 0)
+    squares = tl.maximum(tl.fma(-total, share, squares), 0)
     distance = (shift - reference[None, :]) + share
     mean = tl.sum(distance * weight, 0) / valid.to(ACC)
     apart = distance - mean[None, :]
-    squares = tl.sum(squares + weight * apart * apart, 0)
+    squares = tl.sum(tl.fma(weight * apart, apart, squares), 0)
     out = partials + ((n * chunks + chunk) * all_channels + first + channel)
     plane = batch * chunks * all_channels
     tl.store(out, reference, mask=has_channel)
@@ -162,8 +162,8 @@ def group_norm_silu_stats_join_kernel(
         mean += tl.load(at + plane, mask=mask, other=0).to(tl.float64)
         count = tl.minimum(pixels - chunk * chunk_pixels, chunk_pixels).to(tl.float64)
         change = tl.where(mask, mean - shift, 0)
-        total += count * change
-        squares += tl.load(at + 2 * plane, mask=mask, other=0).to(tl.float64) + count * change * change
+        total = tl.fma(count, change, total)
+        squares += tl.fma(count * change, change, tl.load(at + 2 * plane, mask=mask, other=0).to(tl.float64))
     size = (pixels * group_channels).to(tl.float64)
     distance = tl.sum(total, 0) / size
     variance = tl.maximum(tl.sum(squares, 0) / size - distance * distance, 0)
@@ -200,7 +200,7 @@ def group_norm_silu_apply_kernel(
         now = pixel + step * TILE_P
         mask = (now < pixels)[:, None] & has_channel[None, :]
         at = _offsets(n, channel, now, (x_n, x_c, x_h, x_w), width, X_INNER, X_PIXELS, X_VEC)
-        z = ((tl.load(x + at, mask=mask, other=0).to(ACC) - high) - low) * slope + b
+        z = tl.fma((tl.load(x + at, mask=mask, other=0).to(ACC) - high) - low, slope, b)
         at = _offsets(n, channel, now, (y_n, y_c, y_h, y_w), width, Y_INNER, Y_PIXELS, Y_VEC)
         tl.store(y + at, z / (1 + tl.exp(-z)), mask=mask)
 
@@ -370,7 +370,7 @@ def group_norm_silu_grad_kernel(
         incoming = tl.load(grad + at, mask=mask, other=0).to(ACC)
         normal, dz = _slope(value, incoming, high, low, rstd, w, b)
         at = _offsets(n, channel, now, (out_n, out_c, out_h, out_w), width, OUT_INNER, OUT_PIXELS, OUT_VEC)
-        tl.store(out + at, dz * slope - (constant + normal * multiple), mask=mask)
+        tl.store(out + at, tl.fma(dz, slope, -tl.fma(normal, multiple, constant)), mask=mask)
 
 
 def _power_of_two(*values: int) -> int:
@@ -462,7 +462,7 @@ class _Part(NamedTuple):
             "TILE_P": tile_p,
             "TILE_C": self.tile[1],
             "num_warps": max(1, min(4, tile_p * self.tile[1] // 512)),
-            "enable_fp_fusion": True,  # the default of Triton is changing
+            "enable_fp_fusion": False,
         }
         return grid_of(n * chunks * triton.cdiv(c, self.tile[1])), (chunks, chunk // tile_p), options
 
@@ -514,7 +514,7 @@ def forward(
             )  # fmt: skip
         group_norm_silu_stats_join_kernel[grid_of(n * num_groups)](
             partials, stats, n, channels, pixels, *groups, chunks, chunk,
-            EPS=eps, BLOCK=512, num_warps=4, enable_fp_fusion=True,
+            EPS=eps, BLOCK=512, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
         for part in parts:
             grid, tiling, options = part.tiling(part.chunk(8))
@@ -567,12 +567,12 @@ def backward(
             )  # fmt: skip
         group_norm_silu_sums_join_kernel[grid_of(n * num_groups)](
             partials, weight, stats, totals, coefficients, steps[0], n, channels, height * width, *groups, chunks,
-            ROWS=512 // block, BLOCK=block, num_warps=4, enable_fp_fusion=True,
+            ROWS=512 // block, BLOCK=block, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
         if grad_weight is not None or grad_bias is not None:
             group_norm_silu_parameters_kernel[(triton.cdiv(channels, 16),)](
                 totals, grad_weight, grad_bias, n, channels,
-                ROWS=32, BLOCK=16, num_warps=4, enable_fp_fusion=True,
+                ROWS=32, BLOCK=16, num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip
         for part, incoming, strides, constants in inputs:
             out = grad_x if part.x is x else grad_skip

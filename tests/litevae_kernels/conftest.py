@@ -55,7 +55,12 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Launch]]:
                 assert len(grid) <= dimensions
                 assert 0 < grid[0] < 2**31
                 assert all(size < 2**16 for size in grid[1:])
-                return lambda *args, **kwargs: seen.append((self.kernel, args, kwargs))
+
+                def launch(*args: Any, **kwargs: Any) -> None:
+                    assert kwargs["enable_fp_fusion"] is False
+                    seen.append((self.kernel, args, kwargs))
+
+                return launch
 
         with monkeypatch.context() as patch:
             for name in dir(kernels):
@@ -114,6 +119,24 @@ def accesses() -> Callable[[str, str], Counter[int]]:
         return Counter(int(vector or 1) * int(bits) // 8 for vector, bits in widths)
 
     return count
+
+
+@pytest.fixture
+def lanes_agree() -> Callable[[str], bool]:
+    """Returns a function that says whether all lanes of the sums in PTX add the same rounded values.
+
+    They do unless an fma has an operand from a shuffle: its own product is then not rounded, and its neighbour's is.
+    """
+
+    def agree(ptx: str) -> bool:
+        shuffled = set(re.findall(r"shfl\.sync\.\S+\s+(%\w+)", ptx))
+        for target, source in re.findall(r"mov\.\S+\s+([^,;]*|\{[^}]*\}),\s*([^;]*);", ptx):  # in order of the flow
+            if shuffled.intersection(re.findall(r"%\w+", source)):
+                shuffled.update(re.findall(r"%\w+", target))
+        operands = re.findall(r"fma\.\S+\s+%\w+,([^;]*);", ptx)
+        return not any(shuffled.intersection(re.findall(r"%\w+", x)) for x in operands)
+
+    return agree
 
 
 @pytest.fixture

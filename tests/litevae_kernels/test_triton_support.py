@@ -30,6 +30,14 @@ def test_sizes_do_not_specialise_a_kernel():
     assert arguments == {"x": False, "size": True, "stride": True, "BLOCK": False}
 
 
+def test_a_contraction_across_lanes_is_seen_in_ptx(lanes_agree):
+    shuffle = "shfl.sync.bfly.b32 %r2|%p1, %r1, 16, 31, -1; mov.b32 %f3, %r2;"
+    assert lanes_agree(f"mul.rn.f32 %f1, %f4, %f4; {shuffle} add.rn.f32 %f5, %f1, %f3;")
+    assert not lanes_agree(f"mul.rn.f32 %f1, %f4, %f4; {shuffle} fma.rn.f32 %f5, %f4, %f4, %f3;")
+    wide = "shfl.sync.bfly.b32 %r2|%p1, %r1, 16, 31, -1; mov.b64 %rd2, {%r2, %r3};"
+    assert not lanes_agree(f"{wide} fma.rn.f64 %rd5, %rd4, %rd4, %rd2;")
+
+
 def test_a_tensor_on_the_cpu_changes_no_device():
     assert isinstance(support.on_device(torch.zeros(1)), contextlib.nullcontext)
 
