@@ -130,7 +130,9 @@ def lanes_agree() -> Callable[[str], bool]:
 
     def agree(ptx: str) -> bool:
         shuffled = set(re.findall(r"shfl\.sync\.\S+\s+(%\w+)", ptx))
-        for target, source in re.findall(r"mov\.\S+\s+([^,;]*|\{[^}]*\}),\s*([^;]*);", ptx):  # in order of the flow
+        for target, source in re.findall(
+            r"mov\.\S+\s+([^,;]*|\{[^}]*\}),\s*([^;]*);", ptx
+        ):  # in order of the flow
             if shuffled.intersection(re.findall(r"%\w+", source)):
                 shuffled.update(re.findall(r"%\w+", target))
         operands = re.findall(r"fma\.\S+\s+%\w+,([^;]*);", ptx)
