@@ -10,6 +10,7 @@ architectures. It is read when the core is loaded, and a set that the CPU lacks 
 """
 
 import contextlib
+import ctypes
 import functools
 import importlib
 import importlib.util
@@ -138,6 +139,31 @@ def keep_backend(function: Callable[P, T]) -> Callable[P, T]:
     return call
 
 
+def _driver_version() -> tuple[int, int]:
+    """Returns the newest CUDA version that the GPU driver supports; (0, 0) if the driver's library does not load."""
+    version = ctypes.c_int(0)
+    with contextlib.suppress(OSError, AttributeError):
+        driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+        driver.cuDriverGetVersion(ctypes.byref(version))
+    return version.value // 1000, version.value % 1000 // 10
+
+
+def _target_serves(target: str, major: int, minor: int, newest_ptx: bool) -> bool:
+    """Returns whether code for `target`, such as "80", "90a", "100f" or "PTX-80", runs on a GPU sm_{major}{minor}.
+
+    Machine code serves GPUs of its major version from its minor version on, and PTX all newer GPUs if the driver
+    compiles it. Architecture-specific code (a) serves one GPU only, and family-specific code (f) never leaves the
+    major version, even as PTX.
+    """
+    kind, digits, suffix = re.fullmatch(r"(PTX-|)(\d+)([af]?)", target).groups()  # type: ignore[union-attr]
+    built, gpu = divmod(int(digits), 10), (major, minor)
+    if kind and not newest_ptx:
+        return False
+    if suffix == "a":
+        return gpu == built
+    return gpu >= built and (major == built[0] or (bool(kind) and not suffix))
+
+
 @functools.cache
 def _find_why_no_cuda() -> str | None:
     assert core is not None
@@ -145,11 +171,18 @@ def _find_why_no_cuda() -> str | None:
         return f"the core has no CUDA: {core.cuda_reason}"
     if not torch.cuda.is_available():
         return None  # The core would serve a GPU if there were one.
-    oldest = min(int(re.findall(r"\d+", name)[0]) for name in core.cuda_architectures.split())
+    toolkit = tuple(int(number) for number in core.cuda_version.split(".")[:2])
+    driver = _driver_version()
+    if driver[0] < toolkit[0]:
+        newest = f"CUDA {driver[0]}.{driver[1]}"
+        return f"the core was built by CUDA {core.cuda_version}, and the GPU driver supports {newest}"
+    targets = core.cuda_architectures.split()
     for device in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(device)
-        if 10 * major + minor < oldest:
-            return f"the core was built for sm_{oldest} and newer, and GPU {device} is sm_{major}{minor}"
+        if not any(_target_serves(target, major, minor, driver >= toolkit) for target in targets):
+            return f"the core was built for {', '.join(targets)}, and GPU {device} is sm_{major}{minor}" + (
+                f" with a driver for CUDA {driver[0]}.{driver[1]}" if driver < toolkit else ""
+            )
     return None
 
 

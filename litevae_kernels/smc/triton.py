@@ -72,7 +72,7 @@ def _store(pointer, value, mask):
     tl.store(pointer, value, mask=mask)
 
 
-@kernel
+@kernel("scale", "gain", "norm")
 def modulate_weight_kernel(
     weight, scale, gain, modulated, norm,
     weight_o: tl.int64, weight_i: tl.int64, weight_h: tl.int64, weight_w: tl.int64,
@@ -103,7 +103,7 @@ def modulate_weight_kernel(
                 weight, scale, o, j, j < count, inputs, group_filters, weight_o, weight_i, weight_h, weight_w,
                 scale_i, KERNEL, KERNEL_W, CHANNELS_INNER, WEIGHT_VEC, ACC,
             )  # fmt: skip
-            squares += v * v
+            squares = tl.fma(v, v, squares)
     length = tl.sqrt(tl.sum(squares, 0))
     tl.store(norm + o * norm_o, length)
     factor = 1 / (length + EPS)
@@ -125,7 +125,7 @@ def modulate_weight_kernel(
             _store(modulated + at, v * factor, j < count)
 
 
-@kernel
+@kernel("scale", "gain", "norm", "factors")
 def modulate_weight_grad_kernel(
     grad, weight, scale, gain, norm, grad_weight, factors,
     grad_o: tl.int64, grad_i: tl.int64, grad_h: tl.int64, grad_w: tl.int64,
@@ -155,7 +155,7 @@ def modulate_weight_grad_kernel(
         )  # fmt: skip
         channel, tap = _element(j, inputs, KERNEL, CHANNELS_INNER)
         at = _at(o, channel, tap, j, grad_o, grad_i, grad_h, grad_w, KERNEL_W, GRAD_VEC)
-        products += v * tl.load(grad + at, mask=j < count, other=0).to(ACC)
+        products = tl.fma(v, tl.load(grad + at, mask=j < count, other=0).to(ACC), products)
     dot = tl.sum(products, 0)
     length = tl.load(norm + o * norm_o)
     slope = 1 / (length + EPS)
@@ -178,10 +178,10 @@ def modulate_weight_grad_kernel(
         at = _at(o, channel, tap, j, grad_o, grad_i, grad_h, grad_w, KERNEL_W, GRAD_VEC)
         g = tl.load(grad + at, mask=j < count, other=0).to(ACC)
         at = _at(o, channel, tap, j, out_o, out_i, out_h, out_w, KERNEL_W, OUT_VEC)
-        _store(grad_weight + at, s * (factor * g - along * v), j < count)
+        _store(grad_weight + at, s * tl.fma(factor, g, -along * v), j < count)
 
 
-@kernel
+@kernel("grad", "weight", "scale", "factors", "partials")
 def modulate_weight_scales_kernel(
     grad, weight, scale, factors, partials,
     grad_o: tl.int64, grad_i: tl.int64, grad_h: tl.int64, grad_w: tl.int64,
@@ -213,12 +213,12 @@ def modulate_weight_scales_kernel(
         w = tl.load(here, mask=mask, other=0).to(ACC)
         there = grad + (o * grad_o + i[None, :] * grad_i + (row * grad_h + col * grad_w))
         g = tl.load(there, mask=mask, other=0).to(ACC)
-        total += w * (factor * g - along * (s * w))
+        total = tl.fma(w, tl.fma(factor, g, -along * (s * w)), total)
     out = partials + block * (filters // group_filters * inputs)
     tl.store(out + at, tl.sum(total, 0), mask=i < inputs)
 
 
-@kernel
+@kernel("partials", "out")
 def modulate_weight_sum_kernel(
     partials, out, rows: tl.int64, cols: tl.int64, ROWS: tl.constexpr, COLS: tl.constexpr, ACC: tl.constexpr
 ):
@@ -267,7 +267,7 @@ def _order(
         "INDEX": tl.int32 if count < 2**30 else tl.int64,
         "ACC": tl.float64 if norm.dtype == torch.float64 else tl.float32,
         "num_warps": 8 if count > 1024 else 4,
-        "enable_fp_fusion": True,  # set here because Triton's default is changing
+        "enable_fp_fusion": False,
     }
     return (filters, inputs, filters * inputs // scale.numel(), count // vector), options
 
@@ -321,10 +321,12 @@ def backward(
             grad, weight, scale, factors, partials, *grad.stride(), *weight.stride(), scale.stride(0),
             filters, inputs, group_filters, blocks,
             KERNEL=options["KERNEL"], KERNEL_W=options["KERNEL_W"], ACC=acc, ROWS=rows, COLS=cols,
-            num_warps=4, enable_fp_fusion=True,
+            num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
         modulate_weight_sum_kernel[grid_of(triton.cdiv(scale.numel(), 32))](
-            partials, grad_scale, blocks, scale.numel(), ROWS=32, COLS=32, ACC=acc
+            partials, grad_scale, blocks, scale.numel(), ROWS=32, COLS=32, ACC=acc, enable_fp_fusion=False
         )
         if grad_gain is not None:
-            modulate_weight_sum_kernel[(1, 1)](factors[2], grad_gain, filters, 1, ROWS=1024, COLS=1, ACC=acc)
+            modulate_weight_sum_kernel[(1, 1)](
+                factors[2], grad_gain, filters, 1, ROWS=1024, COLS=1, ACC=acc, enable_fp_fusion=False
+            )

@@ -56,7 +56,12 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Launch]]:
                 assert len(grid) <= dimensions
                 assert 0 < grid[0] < 2**31
                 assert all(size < 2**16 for size in grid[1:])
-                return lambda *args, **kwargs: seen.append((self.kernel, args, kwargs))
+
+                def launch(*args: Any, **kwargs: Any) -> None:
+                    assert not kwargs["enable_fp_fusion"] or "sum" not in self.kernel.fn.__code__.co_names
+                    seen.append((self.kernel, args, kwargs))
+
+                return launch
 
         with monkeypatch.context() as patch:
             for name in dir(kernels):
@@ -86,11 +91,13 @@ def compile_for_sm90() -> Callable[[Launch], Any]:
             if isinstance(x, tuple):
                 return tuple(type_of(y, (*path, i)) for i, y in enumerate(x))
             if isinstance(x, Tensor):
-                if x.data_ptr() % 16 == 0:
+                if x.data_ptr() % 16 == 0 and not kernel.params[path[0]].do_not_specialize_on_alignment:
                     attributes[path] = [["tt.divisibility", 16]]
                 return f"*{names[x.dtype]}"
             if isinstance(x, int):
                 return "i64"
+            if isinstance(x, float):
+                return "fp64"
             constants[path] = None
             return "constexpr"
 
@@ -115,6 +122,26 @@ def accesses() -> Callable[[str, str], Counter[int]]:
         return Counter(int(vector or 1) * int(bits) // 8 for vector, bits in widths)
 
     return count
+
+
+@pytest.fixture
+def lanes_agree() -> Callable[[str], bool]:
+    """Returns a function that says whether all lanes of the sums in PTX add the same rounded values.
+
+    They do unless an fma has an operand from a shuffle: its own product is then not rounded, and its neighbour's is.
+    """
+
+    def agree(ptx: str) -> bool:
+        shuffled = set(re.findall(r"shfl\.sync\.\S+\s+(%\w+)", ptx))
+        for target, source in re.findall(
+            r"mov\.\S+\s+([^,;]*|\{[^}]*\}),\s*([^;]*);", ptx
+        ):  # in order of the flow
+            if shuffled.intersection(re.findall(r"%\w+", source)):
+                shuffled.update(re.findall(r"%\w+", target))
+        operands = re.findall(r"fma\.\S+\s+%\w+,([^;]*);", ptx)
+        return not any(shuffled.intersection(re.findall(r"%\w+", x)) for x in operands)
+
+    return agree
 
 
 @pytest.fixture

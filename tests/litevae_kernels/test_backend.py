@@ -208,34 +208,97 @@ def test_a_compiled_function_follows_the_choice():
     assert ["litevae.haar_analysis" in names for names in targets] == [True, False]
 
 
+@pytest.fixture
+def with_gpu(monkeypatch):
+    """Returns a function that simulates a core built with CUDA, a GPU and its driver."""
+
+    def simulate(capability, architectures="80 90 PTX-80", toolkit="13.0.88", driver=(13, 0)):
+        core = types.SimpleNamespace(cuda_version=toolkit, cuda_architectures=architectures, cuda_reason="")
+        monkeypatch.setattr(backend, "core", core)
+        monkeypatch.setattr(backend, "cuda_built", True)
+        monkeypatch.setattr(backend, "triton_installed", True)
+        monkeypatch.setattr(backend, "_driver_version", lambda: driver)
+        answers = {"is_available": True, "device_count": 1, "get_device_capability": capability}
+        # The real functions are not traced by the compiler either.
+        cuda = types.SimpleNamespace(
+            **{name: torch.compiler.disable(lambda *_, value=value: value) for name, value in answers.items()}
+        )
+        # Only this module gets the substitute, because the compiler looks for GPUs as well.
+        rest = {name: getattr(torch, name) for name in ("compiler", "jit", "_C")}
+        monkeypatch.setattr(backend, "torch", types.SimpleNamespace(cuda=cuda, **rest))
+        backend._find_why_no_cuda.cache_clear()
+
+    yield simulate
+    backend._find_why_no_cuda.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("capability", "chosen"), [((7, 5), "triton"), ((8, 0), "native"), ((12, 1), "native")]
 )
-def test_gpus_older_than_the_kernels_get_triton(monkeypatch, capability, chosen):
-    core = types.SimpleNamespace(cuda_version="13.0", cuda_architectures="80 90 PTX-80", cuda_reason="")
-    monkeypatch.setattr(backend, "core", core)
-    monkeypatch.setattr(backend, "cuda_built", True)
-    monkeypatch.setattr(backend, "triton_installed", True)
-    answers = {"is_available": True, "device_count": 1, "get_device_capability": capability}
-    # The real functions are not traced by the compiler either.
-    cuda = types.SimpleNamespace(
-        **{name: torch.compiler.disable(lambda *_, value=value: value) for name, value in answers.items()}
-    )
-    # Only this module gets the substitute, because the compiler looks for GPUs as well.
-    rest = {name: getattr(torch, name) for name in ("compiler", "jit", "_C")}
-    monkeypatch.setattr(backend, "torch", types.SimpleNamespace(cuda=cuda, **rest))
-    backend._find_why_no_cuda.cache_clear()
+def test_gpus_older_than_the_kernels_get_triton(with_gpu, capability, chosen):
+    with_gpu(capability)
     torch._dynamo.reset()
-    try:
+    assert backend.choose("cuda") == chosen
+    compiled = torch.compile(lambda x: (x, backend.choose("cuda")), fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(1))[1] == chosen
+    if chosen == "triton":
+        assert backend.why_not("native", "cuda") == (
+            "the core was built for 80, 90, PTX-80, and GPU 0 is sm_75"
+        )
+
+
+@pytest.mark.parametrize(
+    ("architectures", "serves", "refuses"),
+    [
+        ("90a PTX-90a", [(9, 0)], [(8, 9), (9, 1), (10, 0)]),
+        ("100f PTX-100f", [(10, 0), (10, 3)], [(9, 0), (11, 0), (12, 0)]),
+        ("103f PTX-103f", [(10, 3)], [(10, 0)]),
+        ("80 90a PTX-80", [(8, 6), (9, 0), (10, 0)], [(7, 5)]),
+        ("86", [(8, 6), (8, 9)], [(8, 0), (9, 0)]),
+    ],
+)
+def test_code_for_one_architecture_serves_no_other(with_gpu, architectures, serves, refuses):
+    for capability in serves + refuses:
+        with_gpu(capability, architectures)
+        assert backend.choose("cuda") == ("native" if capability in serves else "triton"), capability
+    major, minor = refuses[-1]
+    assert backend.why_not("native", "cuda") == (
+        f"the core was built for {architectures.replace(' ', ', ')}, and GPU 0 is sm_{major}{minor}"
+    )
+
+
+def test_a_driver_older_than_the_core_gets_triton(with_gpu):
+    with_gpu((9, 0), driver=(12, 8))  # driver 570
+    assert backend.choose("cuda") == "triton"
+    with (
+        use_backend("native"),
+        pytest.raises(RuntimeError, match=r"by CUDA 13\.0\.88, and the GPU driver supports CUDA 12\.8$"),
+    ):
+        backend.choose("cuda")
+    # Machine code runs on every driver of the major version, but an older one does not compile newer PTX.
+    for capability, chosen in (((9, 0), "native"), ((12, 0), "triton")):
+        with_gpu(capability, toolkit="13.2", driver=(13, 0))
         assert backend.choose("cuda") == chosen
-        compiled = torch.compile(lambda x: (x, backend.choose("cuda")), fullgraph=True, backend="eager")
-        assert compiled(torch.zeros(1))[1] == chosen
-        if chosen == "triton":
-            assert backend.why_not("native", "cuda") == (
-                "the core was built for sm_80 and newer, and GPU 0 is sm_75"
-            )
-    finally:
-        backend._find_why_no_cuda.cache_clear()
+    assert backend.why_not("native", "cuda").endswith("GPU 0 is sm_120 with a driver for CUDA 13.0")
+
+
+def test_the_driver_s_version(monkeypatch):
+    class Driver:
+        def __init__(self, name):
+            assert "cuda" in name
+
+        def cuDriverGetVersion(self, at):
+            at._obj.value = 12080
+            return 0
+
+    monkeypatch.setattr(backend.ctypes, "CDLL", Driver)
+    assert backend._driver_version() == (12, 8)
+
+    def missing(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(backend.ctypes, "CDLL", missing)
+    assert backend._driver_version() == (0, 0)
 
 
 def test_a_core_of_another_version_is_refused():

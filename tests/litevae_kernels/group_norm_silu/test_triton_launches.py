@@ -161,6 +161,7 @@ def test_kernels_compile(
     run_both: Any,
     tmp_path: Path,
     compile_for_sm90: Any,
+    lanes_agree: Any,
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     done = set()
@@ -170,6 +171,7 @@ def test_kernels_compile(
             done.add(key)
             compiled = compile_for_sm90(launch)
             assert len(compiled.asm["cubin"]) > 0
+            assert lanes_agree(compiled.asm["ptx"]), key
             if case.get("dtype") != torch.float64 and "join" not in key[0] and "parameters" not in key[0]:
                 # only the split of the mean is float64, and no Python float makes arithmetic wider
                 assert not re.search(r"\b(mul|fma|div)\.(\w+\.)*f64", compiled.asm["ptx"]), key

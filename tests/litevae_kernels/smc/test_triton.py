@@ -308,12 +308,27 @@ def test_kernels_compile(
     tmp_path: Path,
     compile_for_sm90: Any,
     resources: Any,
+    lanes_agree: Any,
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     for launch in run_both(**case):
         compiled = compile_for_sm90(launch)
+        assert lanes_agree(compiled.asm["ptx"]), launch[0].__name__
         assert len(compiled.asm["cubin"]) > 0
         assert resources(compiled)[1] == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("filter", [(1, 1, 1), (4, 3, 3), (128, 1, 1), (30, 3, 3)])
+def test_equal_filters_give_equal_norms_and_weights(filter: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    weight, grad = (torch.randn(1, *filter, device="cuda").expand(64, *filter) for _ in range(2))
+    scale = torch.randn(filter[0], device="cuda")
+    out, grad_weight = (torch.empty(weight.shape, device="cuda") for _ in range(2))
+    for x in run(grad, weight, scale, None, 1e-8, out, grad_weight)[:3]:
+        assert x is not None
+        assert torch.equal(x, x[:1].expand_as(x))
 
 
 @pytest.mark.gpu
