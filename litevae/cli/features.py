@@ -71,7 +71,7 @@ def features(
             raise UserError(f"{name}: {error}") from None
     make_folder(output)
     step = max(1, len(images) // PICTURES)
-    shown = [(Path(label).stem, pixels) for label, pixels in images][::step][:PICTURES]
+    shown = [(Path(label).stem, inside(pixels)) for label, pixels in images][::step][:PICTURES]
     maps = {name: each[::step][:PICTURES] for name, each in magnitudes.items()}
     with replacing(picture) as path:
         draw_feature_maps(shown, maps, imbalances, path)

@@ -63,7 +63,12 @@ def latents(
 
     from litevae.data.sources import open_images
     from litevae.data.squares import load_validation
-    from litevae.evaluation.latent_space import collect_latents, distance_from_gaussian, draw_distances
+    from litevae.evaluation.latent_space import (
+        SIGMAS,
+        collect_latents,
+        distance_from_gaussian,
+        draw_distances,
+    )
     from litevae.evaluation.pictures import draw_reconstructions
     from litevae.files import replacing
     from litevae.latents.statistics import latent_statistics
@@ -91,8 +96,14 @@ def latents(
         "std": statistics.std,
         "scaling_factor": statistics.scaling_factor,
         "squared_mmd": [
-            {"sigma": d.sigma, "mean": d.mean, "std": d.std, "half_width_95": d.half_width}
-            for d in discrepancies
+            {
+                "sigma": sigma,
+                "scaled_sigma": d.sigma,
+                "mean": d.mean,
+                "std": d.std,
+                "half_width_95": d.half_width,
+            }
+            for sigma, d in zip(SIGMAS, discrepancies, strict=True)
         ],
     }
     write_json(record, record_file)
@@ -101,6 +112,6 @@ def latents(
     for channel, (mean, std) in enumerate(zip(statistics.mean, statistics.std, strict=True)):
         print(f"channel {channel}: mean {mean:.4f}, standard deviation {std:.4f}")
     print(f"{'sigma':>5}{'1000 MMD²':>16}, {groups} groups (± half the 95% confidence interval)")
-    for d in discrepancies:
-        print(f"{d.sigma:5g}{1000 * d.mean:9.2f} ± {1000 * d.half_width:.2f}")
+    for sigma, d in zip(SIGMAS, discrepancies, strict=True):
+        print(f"{sigma:5g}{1000 * d.mean:9.2f} ± {1000 * d.half_width:.2f}")
     print(f"see {record_file}, {picture} and {plot}")

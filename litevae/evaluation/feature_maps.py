@@ -3,7 +3,7 @@
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from litevae.models.interface import Autoencoder
 from litevae.plotting import DPI
 
 Magnitude = npt.NDArray[np.float64]  # (h, w)
+Array = TypeVar("Array", bound=npt.NDArray[Any])
 STRONGEST = 99.9  # percentile
 
 
@@ -55,10 +56,13 @@ def feature_magnitude(model: Autoencoder, image: Pixels) -> Magnitude:
     return magnitude.cpu().numpy()
 
 
-def inside(magnitude: Magnitude) -> Magnitude:
-    """Cuts an eighth of a map's side from each border, where zero padding makes the magnitudes unlike the rest."""
-    rows, columns = (-(-length // 8) for length in magnitude.shape)
-    return magnitude[rows:-rows, columns:-columns]
+def inside(array: Array) -> Array:
+    """Cuts an eighth of the side from each border of a map or an image, (H, W) or (H, W, C).
+
+    Zero padding makes the magnitudes at the borders unlike the rest.
+    """
+    rows, columns = (-(-length // 8) for length in array.shape[:2])
+    return array[rows:-rows, columns:-columns]
 
 
 def imbalance(magnitudes: Sequence[Magnitude]) -> float:

@@ -175,6 +175,7 @@ def features(experiment: Experiment, setup: Setup, rows: Sequence[Row]) -> Pictu
         numbers[row.spec.name] = imbalance(list(found.values()))
         row.values.append({"imbalance": numbers[row.spec.name], "seconds": trained.seconds})
         row.count = len(images)
+    shown = [(name, inside(pixels)) for name, pixels in shown]
     return {"": lambda path: draw_feature_maps(shown, maps, numbers, path)}
 
 
