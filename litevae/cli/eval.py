@@ -75,7 +75,7 @@ def evaluate(
     from litevae.environment import DTYPES, choose_precision
     from litevae.evaluation.evaluate import evaluate as run
     from litevae.evaluation.fid import INCEPTION_NAME
-    from litevae.evaluation.yardsticks import BELOW, below_haar, yardstick_labels
+    from litevae.evaluation.yardsticks import BELOW, below_haar, for_json, yardstick_labels
 
     has_device = torch.accelerator.is_available()
     state = PartialState(cpu=not has_device)
@@ -108,10 +108,7 @@ def evaluate(
         "latent": "sample" if sample else "mode",
         "precision": chosen[0],
         "metrics": {name: finite(value) for name, value in result.values.items()},
-        "yardsticks": {
-            labels[key]: {name: finite(value) for name, value in values.items()}
-            for key, values in result.yardsticks.items()
-        },
+        "yardsticks": {labels[key]: values for key, values in for_json(result.yardsticks).items()},
         "below_haar_yardstick": below,
         "without_error": result.exact,
         "networks": {

@@ -1,5 +1,6 @@
 """Yardsticks: reconstructions without any learning, which a model must beat to earn its place."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -121,6 +122,14 @@ def measure_yardsticks(model: Autoencoder, images: Sequence[Pixels]) -> dict[str
             for metric, measure in (("psnr", psnr), ("ssim", ssim))
         }
         for name in YARDSTICKS
+    }
+
+
+def for_json(yardsticks: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float | None]]:
+    """Returns the values of yardsticks with None for an infinite PSNR, which JSON does not have."""
+    return {
+        name: {metric: value if math.isfinite(value) else None for metric, value in values.items()}
+        for name, values in yardsticks.items()
     }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 
 from litevae.environment import device_name, versions
-from litevae.evaluation.yardsticks import BELOW
+from litevae.evaluation.yardsticks import BELOW, for_json
 from litevae.experiments.spec import Experiment, Setup, measured_size, measured_sizes
 from litevae.experiments.trained import Row
 from litevae.experiments.verdict import confidence, heading_of, join_words, number, verdicts
@@ -62,7 +62,7 @@ def write_report(
                 "row": row.spec.row,
                 "paper": row.spec.paper,
                 "values": row.values,
-                "yardsticks": row.yardsticks,
+                "yardsticks": for_json(row.yardsticks),
                 "others": [trained.others for trained in row.trained],
                 "images": row.count,
                 "configurations": [asdict(trained.config) for trained in row.trained],

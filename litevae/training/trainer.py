@@ -19,7 +19,7 @@ from litevae.errors import UserError, WorkerDied
 from litevae.evaluation.metrics import psnr, ssim
 from litevae.evaluation.pictures import draw_grid, draw_reconstructions
 from litevae.evaluation.reconstruction import reconstruct
-from litevae.evaluation.yardsticks import below_haar, measure_yardsticks
+from litevae.evaluation.yardsticks import below_haar, for_json, measure_yardsticks
 from litevae.files import replacing
 from litevae.losses import Objective
 from litevae.memory import check_batch
@@ -284,7 +284,7 @@ class Trainer(Loop[TrainingResult]):
                 "measured_on": f"{height}x{width} pixels, 8 bits, mode of the posterior, mean over the images",
                 "psnr": result.psnr,
                 "ssim": result.ssim,
-                "yardsticks": result.yardsticks,
+                "yardsticks": for_json(result.yardsticks),
                 "below_haar_yardstick": below_haar({"psnr": result.psnr}, result.yardsticks)
                 if result.psnr is not None
                 else None,

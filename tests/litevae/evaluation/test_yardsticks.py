@@ -17,6 +17,7 @@ from litevae.evaluation.yardsticks import (
     YARDSTICKS,
     below_haar,
     coarsest_haar,
+    for_json,
     haar_count,
     make_yardsticks,
     measure_yardsticks,
@@ -122,6 +123,10 @@ def test_labels_say_what_is_kept():
         BLOCK_MEANS: "4x4 block means, enlarged",
         HAAR: "3 Haar coefficients per 4x4 block",
     }
+
+
+def test_an_infinite_psnr_is_none_in_json():
+    assert for_json({HAAR: {"psnr": np.inf, "ssim": 1.0}}) == {HAAR: {"psnr": None, "ssim": 1.0}}
 
 
 def test_only_a_lower_psnr_is_below():
