@@ -1,7 +1,7 @@
 """The report of an experiment in Markdown and JSON, with the paper's figures beside ours."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -11,7 +11,7 @@ from litevae.environment import device_name, versions
 from litevae.evaluation.yardsticks import BELOW, for_json
 from litevae.experiments.spec import Experiment, Setup, measured_size, measured_sizes
 from litevae.experiments.trained import Row
-from litevae.experiments.verdict import confidence, heading_of, join_words, number, verdicts
+from litevae.experiments.verdict import confidence, error_bar, heading_of, join_words, number, verdicts
 from litevae.files import replacing
 from litevae.training.config import list_stages
 
@@ -104,7 +104,7 @@ def description(experiment: Experiment, setup: Setup, rows: Sequence[Row]) -> st
         + (f", with {seeds} seeds (mean ± half the 95% confidence interval)" if seeds > 1 else ", one seed")
         + f". {trained_with(rows)} {measurement(experiment, setup, rows)}"
     )
-    if experiment.kind == "mmd":
+    if experiment.kind in ("mmd", "regularisation"):
         text += " ± of the distances is over groups of images instead of seeds."
     if not all(trained.alone for row in rows for trained in row.trained):
         text += " Some runs did not have the machine to themselves, so their seconds say little."
@@ -174,8 +174,8 @@ def measurement(experiment: Experiment, setup: Setup, rows: Sequence[Row]) -> st
 
 def table(experiment: Experiment, rows: Sequence[Row]) -> str:
     """Returns the Markdown table: the experiment's columns, our figures, the paper's figures."""
-    ours = list(dict.fromkeys(key for row in rows for values in row.values for key in values))
-    paper = list(dict.fromkeys(key for row in rows for key in row.spec.paper))
+    ours = columns(values for row in rows for values in row.values)
+    paper = columns(row.spec.paper for row in rows)
     head = [
         *experiment.columns,
         *(f"ours: {heading_of(key)}" for key in ours),
@@ -183,11 +183,11 @@ def table(experiment: Experiment, rows: Sequence[Row]) -> str:
     ]
     lines = [head, ["---"] * len(head)]
     for row in rows:
-        cells = [mean_and_spread([v[key] for v in row.values if key in v], key) for key in ours]
+        cells = [mean_and_interval([v for v in row.values if key in v], key) for key in ours]
         cells = [
             f"{cell}, {BELOW}" if below(row, key) else cell for key, cell in zip(ours, cells, strict=True)
         ]
-        published = [number(row.spec.paper[key], key) if key in row.spec.paper else "" for key in paper]
+        published = [mean_and_interval([row.spec.paper] * (key in row.spec.paper), key) for key in paper]
         lines.append([*row.spec.row, *cells, *published])
     return markdown(lines)
 
@@ -222,8 +222,18 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def mean_and_spread(values: Sequence[float], key: str) -> str:
-    if not values:
+def columns(measured: Iterable[Mapping[str, float]]) -> list[str]:
+    """Returns the names of all values but the error bars, which share the cell of their value."""
+    names = dict.fromkeys(name for values in measured for name in values)
+    return [name for name in names if not name.startswith(error_bar(""))]
+
+
+def mean_and_interval(measured: Sequence[Mapping[str, float]], key: str) -> str:
+    """Returns the mean of a value over seeds, with its own error bars, or else those over the seeds."""
+    if not measured:
         return ""
+    values = [each[key] for each in measured]
     mean = number(fmean(values), key)
+    if (bar := error_bar(key)) in measured[0]:
+        return f"{mean} ± {number(fmean(each[bar] for each in measured), key)}"
     return f"{mean} ± {number(confidence(values), key)}" if len(values) > 1 else mean

@@ -37,6 +37,15 @@ def test_the_settings_that_matter_are_stated(report, row):
     assert "| set | A | 21.00 ± 12.71 |" in text
 
 
+def test_an_error_bar_stands_beside_its_value(report, row):
+    measured = row("A", [0.0, 0.0], {"sigma 25": 8.67, "± at 25": 0.1})
+    measured.values = [{"sigma 25": 4.0, "± at 25": 1.0}, {"sigma 25": 6.0, "± at 25": 2.0}]
+    text = report([measured], kind="mmd")
+    assert "| Dataset | Model | ours: sigma 25 | paper: sigma 25 |" in text
+    assert "| set | A | 5 ± 1.5 | 8.67 ± 0.1 |" in text
+    assert "± of the distances is over groups of images instead of seeds." in text
+
+
 def test_yardsticks_stand_below_the_table_and_mark_the_rows_below_the_last(report, row):
     rows = [row("A", [20.0, 21.0]), row("B", [25.0]), row("C", [18.0])]
     low = {"mean colour": {"psnr": 15.0}, "3 Haar coefficients per 8x8 block": {"psnr": 19.0}}
