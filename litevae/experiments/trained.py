@@ -131,10 +131,10 @@ def train_once(config: Config) -> Trained:
         resumed = Path(config.output_dir).is_dir()
         usage = Usage()
         result = train(config, replace=True)  # of a run of this experiment that was stopped
-        if not resumed:
-            write_others(Path(config.output_dir), usage.others())
         if result.stopped_by:
             raise Stopped(f"stopped by {result.stopped_by}: the same command continues")
+        if not resumed:
+            write_others(Path(config.output_dir), usage.others())
         PartialState().wait_for_everyone()
         record = finished(config.output_dir)
     if record is None:

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         (["diffusion.max_steps=3"], "diffusion.max_steps=3: this experiment has no second stage"),
         (
             ["loss.adversarial=0.1", "max_steps=5"],
-            "row 'both': max_steps=5 ends before step 101, at which the row changes",
+            "row 'both': max_steps=5 ends before step 201, at which the row changes",
         ),
     ],
 )
