@@ -18,7 +18,7 @@ from litevae.models.interface import Autoencoder
 from litevae.plotting import DPI
 
 Magnitude = npt.NDArray[np.float64]  # (h, w)
-Array = TypeVar("Array", bound=npt.NDArray[Any])
+Array = TypeVar("Array", Magnitude, Pixels)
 STRONGEST = 99.9  # percentile
 
 

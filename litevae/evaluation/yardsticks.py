@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -70,7 +71,8 @@ def coarsest_haar(images: Tensor, factor: int, count: int) -> Tensor:
         count: number of coefficients per channel and block; 0 gives a uniform grey.
     """
     levels = factor.bit_length() - 1
-    average, *details = wavedec2(images - MIDDLE, levels)
+    coefficients = wavedec2(images - MIDDLE, levels)
+    average, details = cast(Tensor, coefficients[0]), coefficients[1:]
     kept: list[Tensor | tuple[Tensor, ...]] = [average if count else torch.zeros_like(average)]
     left = count - 1
     for bands in details:

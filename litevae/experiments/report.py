@@ -210,8 +210,8 @@ def yardsticks(experiment: Experiment, rows: Sequence[Row]) -> list[str]:
     metrics = list(dict.fromkeys(name for _, values in shared for name, _ in values))
     lines = [["Yardstick", *(heading_of(name) for name in metrics), "for"]]
     lines.append(["---"] * len(lines[0]))
-    for (label, values), names in shared.items():
-        found = dict(values)
+    for (label, pairs), names in shared.items():
+        found = dict(pairs)
         cells = [number(found[name], name) if name in found else "" for name in metrics]
         lines.append([label, *cells, "all rows" if len(names) == len(rows) else "; ".join(names)])
     return ["Reconstructions without any learning, measured on the same pixels:", markdown(lines)]
