@@ -53,7 +53,9 @@ def evaluate(
 
     Images are cropped to the middle square and resized; images and reconstructions are rounded to 8 bits before
     every metric. PSNR (in dB), SSIM and LPIPS (VGG16) are means over the images. rFID compares Inception features
-    and is biased upwards if there are few images: compare it only at equal counts.
+    and is biased upwards if there are few images: compare it only at equal counts. Three yardsticks without any
+    learning are measured on the same pixels: the mean colour, the enlarged means of f x f blocks, and as many of
+    each block's coarsest Haar coefficients as the latent has channels. A model below the last one is marked.
 
     The JSON file records the crop, the count, the precision, the SHA-256 of the weights and the versions beside the
     figures. An interrupted evaluation continues from FILE.partial when the same command runs in as many processes.
@@ -73,6 +75,7 @@ def evaluate(
     from litevae.environment import DTYPES, choose_precision
     from litevae.evaluation.evaluate import evaluate as run
     from litevae.evaluation.fid import INCEPTION_NAME
+    from litevae.evaluation.yardsticks import BELOW, below_haar, for_json, yardstick_labels
 
     has_device = torch.accelerator.is_available()
     state = PartialState(cpu=not has_device)
@@ -96,6 +99,8 @@ def evaluate(
     )
     if not state.is_main_process:  # only the first process reports
         return
+    labels = yardstick_labels(autoencoder)
+    below = below_haar(result.values, result.yardsticks)
     record = {
         **measured,
         "count": result.count,
@@ -103,6 +108,8 @@ def evaluate(
         "latent": "sample" if sample else "mode",
         "precision": chosen[0],
         "metrics": {name: finite(value) for name, value in result.values.items()},
+        "yardsticks": {labels[key]: values for key, values in for_json(result.yardsticks).items()},
+        "below_haar_yardstick": below,
         "without_error": result.exact,
         "networks": {
             name: network
@@ -121,8 +128,12 @@ def evaluate(
     )
     for file, digest in measured["weights"].items():
         print(f"weights: {file}, SHA-256 {digest}")
-    print("".join(f"{COLUMNS[name][0]:>10}" for name in result.values))
-    print("".join(f"{value:10.{COLUMNS[name][1]}f}" for name, value in result.values.items()))
+    width = max(len(label) for label in labels.values())
+    print(" " * width + "".join(f"{COLUMNS[name][0]:>10}" for name in result.values))
+    rows = {"model": result.values} | {labels[key]: values for key, values in result.yardsticks.items()}
+    for label, values in rows.items():
+        figures = "".join(f"{value:10.{COLUMNS[name][1]}f}" for name, value in values.items())
+        print(f"{label:{width}}{figures}{f'  {BELOW}' * (below and label == 'model')}")
     if result.exact and "psnr" in names:
         print(f"images reconstructed without an error: {result.exact}; the PSNR is the mean of the others")
     if result.unreadable:

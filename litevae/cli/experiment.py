@@ -44,20 +44,22 @@ def experiment(
         ),
     ] = None,
 ) -> None:
-    """Run one of the paper's tables or figures.
+    """Run one of the paper's tables or figures, or one of ours.
 
     \b
     Example: litevae experiment list
              litevae experiment table09
              litevae experiment table05 --scale paper --data imagenet=TRAIN --validation imagenet=VAL
              litevae experiment table04 max_steps=20
+             litevae experiment kl --scale medium --seeds 3
              torchrun --nproc-per-node 2 --no-python litevae experiment table01 --scale paper ...
 
-    Trains every model of the experiment and writes NAME.md, with our figures beside the paper's and a verdict on
-    each of the paper's statements, NAME.json with every setting, and the figures as PNG files. tiny runs the same
-    code with the full encoders on scikit-image's photographs, at a quarter of the image size, for 0.2% of the
-    steps and with a small decoder: about a minute per model on two CPU cores. medium, for a GPU, has half the
-    size, 1% of the steps and the full decoder. Their figures cannot be compared with the paper's.
+    Trains every model of the experiment and writes NAME.md, with our figures beside the paper's, yardsticks without
+    any learning, and a verdict on each of the paper's statements, for which several seeds are needed; NAME.json with
+    every setting; and the figures as PNG files. tiny is a smoke test, whose report says only that everything ran. It
+    runs the same code with the full encoders on scikit-image's photographs, at a quarter of the image size, for 0.2%
+    of the steps and with a small decoder: about a minute per model on two CPU cores. medium, for a GPU, has half the
+    size, 1% of the steps and the full decoder. Its figures cannot be compared with the paper's.
 
     Models are stored in DIR/runs under a hash of their settings. Experiments share the models that they have in
     common, and an interrupted command continues with the remaining models (at the paper's scale, from its last

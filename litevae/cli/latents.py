@@ -50,8 +50,9 @@ def latents(
 
     The figures are 1000 times the squared maximum mean discrepancy between a standard Gaussian and samples of the
     latents, which are divided by the standard deviation of all elements together. They are given for RBF kernels
-    of several sigma, as mean and standard deviation over groups of images. The paper does not state its unit:
-    compare models with one another, at equal size, count and groups.
+    of several sigma, which are the paper's for latents of 4096 elements and grow with the root of their number; ±
+    is half the width of a 95% confidence interval over groups of images. The paper does not state its unit: compare
+    models with one another, at equal size, count and groups.
     """
     record_file, picture, plot = results(
         output, "latents.json", "latents.png", "distances.png", overwrite=overwrite
@@ -62,7 +63,12 @@ def latents(
 
     from litevae.data.sources import open_images
     from litevae.data.squares import load_validation
-    from litevae.evaluation.latent_space import collect_latents, distance_from_gaussian, draw_distances
+    from litevae.evaluation.latent_space import (
+        SIGMAS,
+        collect_latents,
+        distance_from_gaussian,
+        draw_distances,
+    )
     from litevae.evaluation.pictures import draw_reconstructions
     from litevae.files import replacing
     from litevae.latents.statistics import latent_statistics
@@ -89,14 +95,23 @@ def latents(
         "mean": statistics.mean,
         "std": statistics.std,
         "scaling_factor": statistics.scaling_factor,
-        "squared_mmd": [{"sigma": d.sigma, "mean": d.mean, "std": d.std} for d in discrepancies],
+        "squared_mmd": [
+            {
+                "sigma": sigma,
+                "scaled_sigma": d.sigma,
+                "mean": d.mean,
+                "std": d.std,
+                "half_width_95": d.half_width,
+            }
+            for sigma, d in zip(SIGMAS, discrepancies, strict=True)
+        ],
     }
     write_json(record, record_file)
 
     print(f"{statistics.count} images, middle square, {size} x {size}; samples of the posterior")
     for channel, (mean, std) in enumerate(zip(statistics.mean, statistics.std, strict=True)):
         print(f"channel {channel}: mean {mean:.4f}, standard deviation {std:.4f}")
-    print(f"{'sigma':>5}{'1000 MMD²':>16}, {groups} groups")
-    for d in discrepancies:
-        print(f"{d.sigma:5g}{1000 * d.mean:9.2f} ± {1000 * d.std:.2f}")
+    print(f"{'sigma':>5}{'1000 MMD²':>16}, {groups} groups (± half the 95% confidence interval)")
+    for sigma, d in zip(SIGMAS, discrepancies, strict=True):
+        print(f"{sigma:5g}{1000 * d.mean:9.2f} ± {1000 * d.half_width:.2f}")
     print(f"see {record_file}, {picture} and {plot}")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from litevae.cli.common import OverwriteOption, check_new, make_folder
+from litevae.cli.common import OverwriteOption, check_new, check_new_file, make_folder
 from litevae.errors import UserError
 from litevae.files import why_missing
 from litevae.models.loading import load_model
@@ -19,17 +19,27 @@ def reconstruct(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a model, or of a training run.")],
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files of any size.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the PNG files.")],
+    picture: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="PNG file for a picture with a row per image: input, yardstick, reconstruction and latent.",
+        ),
+    ] = None,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Encode and decode images, and print the PSNR of each.
+    """Encode and decode images, and print the PSNR of each beside that of a yardstick.
 
     \b
     Example: litevae reconstruct runs/demo photo.jpg scan.png -o reconstructed
+             litevae reconstruct runs/demo photo.jpg -o reconstructed --picture comparison.png
 
     Writes each reconstruction as an 8-bit RGB PNG file of the same name and size. If several images have the same
     name, the later ones get a number. Images are turned upright, transparent images are composited on white, and
-    16 bits are scaled to 8; the PSNR is measured against the result. Images larger than 1024 pixels are
-    reconstructed in tiles. Images that cannot be read or reconstructed are left out, and the exit status is then 2.
+    16 bits are scaled to 8; the PSNR is measured against the result. The yardstick keeps as many of the coarsest
+    Haar coefficients of each block of pixels as the latent has channels, without any learning; a model below it is
+    marked. Images larger than 1024 pixels are reconstructed in tiles. Images that cannot be read or reconstructed are
+    left out, and the exit status is then 2.
     """
     for image in images:
         if not os.path.isfile(image):
@@ -37,13 +47,24 @@ def reconstruct(
             raise UserError(f"{image}: {is_folder if os.path.isdir(image) else why_missing(image, 'file')}")
     targets = name_outputs(images, output)
     check_new(*targets, overwrite=overwrite)
+    if picture is not None:
+        check_new_file(picture, overwrite)
+        if picture.resolve() in {path.resolve() for path in (*images, *targets)}:
+            raise UserError(f"--picture {picture} is an input or a reconstruction: give another file")
     autoencoder = load_model(model)
 
     from PIL import Image
 
     from litevae.data.images import read_image
     from litevae.evaluation.metrics import psnr
+    from litevae.evaluation.pictures import draw_reconstructions
     from litevae.evaluation.reconstruction import reconstruct as run
+    from litevae.evaluation.yardsticks import (
+        BELOW,
+        HAAR,
+        reconstruct_without_learning,
+        yardstick_labels,
+    )
     from litevae.files import replacing
     from litevae.models.interface import check_rgb, fixed_size, spatial_compression
 
@@ -54,7 +75,10 @@ def reconstruct(
     autoencoder.tile_sample_min_size = tile
     autoencoder.tile_latent_min_size = tile // spatial_compression(autoencoder)
 
+    yardstick = yardstick_labels(autoencoder)[HAAR]
     values: list[float] = []
+    yardsticks: list[float] = []
+    shown = []
     for path, target in zip(images, targets, strict=True):
         try:
             pixels = read_image(path)
@@ -71,9 +95,21 @@ def reconstruct(
         values.append(psnr(pixels, result))
         with replacing(target) as temporary:
             Image.fromarray(result).save(temporary)
-        print(f"{path}: {pixels.shape[1]}x{pixels.shape[0]}, PSNR {values[-1]:.2f} dB, {target}")
+        yardsticks.append(psnr(pixels, reconstruct_without_learning(autoencoder, pixels)[HAAR]))
+        below = f" ({BELOW})" * (values[-1] < yardsticks[-1])
+        print(
+            f"{path}: {pixels.shape[1]}x{pixels.shape[0]}, PSNR {values[-1]:.2f} dB{below}, {yardstick} "
+            f"{yardsticks[-1]:.2f} dB, {target}"
+        )
+        if picture is not None:
+            shown.append((path.stem, pixels))
     if len(values) > 1:
-        print(f"mean PSNR of {len(values)} images: {sum(values) / len(values):.2f} dB")
+        means = [sum(each) / len(values) for each in (values, yardsticks)]
+        print(f"mean PSNR of {len(values)} images: {means[0]:.2f} dB, {yardstick} {means[1]:.2f} dB")
+    if picture is not None and shown:
+        with replacing(picture) as temporary:
+            draw_reconstructions(autoencoder, shown, temporary)
+        print(f"see {picture}")
     if len(values) < len(images):
         raise UserError(f"{len(images) - len(values)} of {len(images)} images cannot be reconstructed")
 

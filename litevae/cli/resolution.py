@@ -65,6 +65,7 @@ def resolution(
 
     from litevae.data.sources import open_images
     from litevae.evaluation.resolution import draw_resolutions, relative_degradation, sweep_resolutions
+    from litevae.evaluation.yardsticks import BELOW, below_haar, for_json, yardstick_labels
     from litevae.files import replacing
 
     images = open_images(data)
@@ -79,6 +80,7 @@ def resolution(
     if not state.is_main_process:  # only the first process reports
         return
     make_folder(output)
+    labels = {name: yardstick_labels(model) for name, model in autoencoders.items()}
     trained = {name: int(model.config.sample_size) for name, model in autoencoders.items()}
     values = {
         name: {size: result.values for size, result in by_size.items()} for name, by_size in found.items()
@@ -103,6 +105,9 @@ def resolution(
                     "unreadable": result.unreadable,
                     "without_error": result.exact,
                     "metrics": {metric: finite(value) for metric, value in result.values.items()},
+                    "yardsticks": {
+                        labels[name][key]: each for key, each in for_json(result.yardsticks).items()
+                    },
                     "degradation_percent": {metric: finite(worse[metric][size]) for metric in wanted},
                 }
             )
@@ -110,7 +115,8 @@ def resolution(
                 f"{result.values[metric]:10.{COLUMNS[metric][1]}f}{worse[metric][size]:+10.1f} %"
                 for metric in wanted
             ]
-            rows.append((name, f"{size:6}" + "".join(figures)))
+            mark = f"  {BELOW}" * below_haar(result.values, result.yardsticks)
+            rows.append((name, f"{size:6}" + "".join(figures) + mark))
         record = provenance(paths[name], data, *pixels)
         records.append({"name": name, "trained_at": trained[name], **record, "results": measured})
     write_json({"latent": "mode", "models": records}, record_file)

@@ -33,17 +33,17 @@ def train(
     CPU cores, downloads nothing, and holds out one photograph, chelsea the cat, for validation. The other
     configurations are the paper's: imagenet-b (256 x 256), imagenet-128-b, imagenet-b-tuned (128, then 256), ffhq-b,
     and the baselines imagenet-sd-vae and imagenet-vae-small. The paper's other models are settings of these:
-    model.preset=litevae-s, -m or -l, and model.latent_channels=12. The encoders of its ablations are
-    model.encoder_type, extractor, shared_extractor, aggregator, finest_level and encoder_norm. data.train is a folder
-    of images, WebDataset shards, a Hugging Face dataset on disk, .parquet files, or demo.
+    model.preset=litevae-s, -m or -l, and model.latent_channels=12 with loss.kl=6.25e-8. The encoders of its
+    ablations are model.encoder_type, extractor, shared_extractor, aggregator, finest_level and encoder_norm.
+    data.train is a folder of images, WebDataset shards, a Hugging Face dataset on disk, .parquet files, or demo.
 
     A run writes these files to its folder:
 
     \b
-      reconstructions.png  input, reconstruction and latent of some images
+      reconstructions.png  input, Haar yardstick, reconstruction and latent of some images
       validation/          the validation images beside their reconstructions, for each measurement
       curves.png           the losses, and PSNR and SSIM of the validation images
-      metrics.json         the same PSNR and SSIM as numbers
+      metrics.json         the same PSNR and SSIM as numbers, beside those of the yardsticks
       metrics.jsonl        one line per logged step: loss is the minimised sum of the weighted/NAME,
                            NAME is that term without its weight, and discriminator is its own loss
       config.yaml          every setting; litevae train runs/demo/config.yaml output_dir=runs/again
@@ -65,6 +65,7 @@ def train(
     data.max_bad_fraction of the images are unusable, the run also saves its state, and exits with status 2. It does
     so with status 1 if a process that reads images is killed.
     """
+    from litevae.evaluation.yardsticks import BELOW, HAAR, below_haar
     from litevae.training import load_config
     from litevae.training import train as run
 
@@ -74,8 +75,13 @@ def train(
         return
     if result.stopped_by:
         print(stopped_message(result.stopped_by, result.steps, settings.checkpoint.every > 0))
-    measured = (
-        "" if result.psnr is None else f"; validation: PSNR {result.psnr:.2f} dB, SSIM {result.ssim:.3f}"
-    )
+    measured = ""
+    if result.psnr is not None:
+        haar = result.yardsticks[HAAR]
+        below = below_haar({"psnr": result.psnr}, result.yardsticks)
+        measured = (
+            f"; validation: PSNR {result.psnr:.2f} dB, SSIM {result.ssim:.3f}{f' ({BELOW})' * below}; "
+            f"Haar yardstick: {haar['psnr']:.2f} dB, {haar['ssim']:.3f}"
+        )
     print(f"{result.steps} step{'s' * (result.steps != 1)} in {result.seconds:.0f} s{measured}")
     print(f"see {result.output_dir / 'reconstructions.png'} and {result.output_dir / 'curves.png'}")

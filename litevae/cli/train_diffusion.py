@@ -11,7 +11,9 @@ from litevae.models.loading import load_model
 
 
 def train_diffusion(
-    config: Annotated[str, typer.Argument(metavar="CONFIG", help="small, ldm-ffhq, or a .yaml file.")],
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG", help="small, ldm-ffhq, ldm-celeba-hq, or a .yaml file.")
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="Settings that replace those of the configuration."),

@@ -91,6 +91,11 @@ class NoiseConfig:
     )
     beta_start: float = setting(0.0015, "ddpm: first beta; not above noise.beta_end.", minimum=1e-8)
     beta_end: float = setting(0.0195, "ddpm: last beta.", minimum=1e-8, maximum=0.999)
+    sampler: Literal["ddpm", "ddim"] = setting(
+        "ddpm",
+        "ddpm: sampler that adds fresh noise in each step (DDIM's eta = 1), as LDM for FFHQ; ddim adds none (eta = 0), "
+        "as LDM for CelebA-HQ.",
+    )
 
 
 @dataclass

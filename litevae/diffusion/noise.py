@@ -4,7 +4,7 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, EDMEulerScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, EDMEulerScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 
@@ -80,8 +80,9 @@ class DDPM:
     The network predicts the noise in sqrt(a_t) y + sqrt(1 - a_t) noise, where a_t decreases with the step t. The
     loss is the mean squared error.
 
-    The sampler adds fresh noise in every step, which is DDIM (Song et al., 2021) with eta = 1, as LDM samples
-    faces. With eta = 0, the errors of the noisiest steps, where little of the latent is left, stay in the image.
+    The sampler is DDIM (Song et al., 2021). With eta = 1 it adds fresh noise in every step, as LDM does for FFHQ.
+    With eta = 0, LDM's choice for CelebA-HQ, the errors of the noisiest steps, where little of the latent is left,
+    stay in the image.
     """
 
     data_std = 1.0
@@ -98,8 +99,10 @@ class DDPM:
         predicted = network(noisy, level, return_dict=False)[0]
         return F.mse_loss(predicted.float(), noise)
 
-    def scheduler(self) -> DDPMScheduler:
-        return DDPMScheduler(
+    def scheduler(self) -> DDPMScheduler | DDIMScheduler:
+        # diffusers' DDPM is DDIM with eta = 1, and its DDIM has eta = 0 unless the pipeline asks for another.
+        kind = DDPMScheduler if self.config.sampler == "ddpm" else DDIMScheduler
+        return kind(
             num_train_timesteps=self.config.steps,
             beta_schedule=self.config.beta_schedule,
             beta_start=self.config.beta_start,

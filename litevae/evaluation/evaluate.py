@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from litevae.data.batches import Batches
@@ -18,9 +19,10 @@ from litevae.data.images import to_model_range
 from litevae.data.sources import ImageSource
 from litevae.data.squares import SquareDataset
 from litevae.errors import UserError
-from litevae.evaluation.fid import make_fid
+from litevae.evaluation.fid import make_fid, share_features
 from litevae.evaluation.metrics import batch_psnr, batch_ssim
 from litevae.evaluation.reconstruction import reconstruct_batch
+from litevae.evaluation.yardsticks import YARDSTICKS, make_yardsticks
 from litevae.files import open_regular, replacing
 from litevae.losses.perceptual import LPIPS
 from litevae.memory import check_batch
@@ -29,6 +31,9 @@ from litevae.models.interface import Autoencoder, check_size
 METRICS = ("rfid", "lpips", "psnr", "ssim")
 SAVE_EVERY = 60.0  # seconds
 SUMS = ("sums", "count", "exact", "unreadable")  # buffers of `Sums`
+REAL = ("real_features_sum", "real_features_cov_sum", "real_features_num_samples")  # states of the FID
+MODEL = "model"
+MEASURED = (MODEL, *YARDSTICKS)
 
 
 @dataclass(frozen=True)
@@ -38,13 +43,14 @@ class Evaluation:
     `values` holds the requested metrics: rfid and lpips (0 or more; lower is better), psnr in dB, and ssim (1 or
     less; higher is better). `count` images were measured and `unreadable` ones left out. `exact` of them were
     reconstructed without an error. Their PSNR is infinite, so the mean PSNR leaves them out; it is infinite if
-    all images are exact.
+    all images are exact. `yardsticks` holds the same metrics of each yardstick on the same pixels.
     """
 
     values: dict[str, float]
     count: int
     unreadable: int
     exact: int
+    yardsticks: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @torch.inference_mode()
@@ -66,8 +72,8 @@ def evaluate(
     Images and reconstructions are rounded to 8 bits before every metric. PSNR, SSIM (Wang et al., 2004, as
     `litevae.evaluation.metrics.ssim`) and LPIPS (0.1, VGG16) are means over the images. rFID is the Fréchet
     distance (Heusel et al., 2017) of the 2048 Inception features; images are resized for Inception as in the
-    original. Under `torchrun` each process measures its share, and all return the same result. A progress bar is
-    shown on stderr.
+    original. The yardsticks of `litevae.evaluation.yardsticks` are measured beside the model. Under `torchrun` each
+    process measures its share, and all return the same result. A progress bar is shown on stderr.
 
     Args:
         model: autoencoder of RGB images; it runs on its own device and in its own dtype.
@@ -117,7 +123,8 @@ def evaluate(
         for batch in Batches(loader):
             numbers, pixels = batch.readable
             if numbers:
-                sums.add(*reconstruct_batch(model, pixels, numbers if sample else None))
+                pixels, reconstructions = reconstruct_batch(model, pixels, numbers if sample else None)
+                sums.add(pixels, {MODEL: reconstructions, **make_yardsticks(model, pixels)})
             sums.unreadable += len(batch.errors)
             done += len(batch.numbers)
             bar.update(len(batch.numbers))
@@ -140,64 +147,86 @@ def check_metrics(metrics: Sequence[str]) -> None:
 
 
 class Sums(nn.Module):
-    """Running sums of the metrics, in float64.
+    """Running sums of the metrics of the model and of each yardstick, in float64.
 
     Args:
         metrics: names from `METRICS`.
         features: network that replaces Inception, as in `evaluate`.
     """
 
-    sums: Tensor  # sums of psnr, ssim and lpips
+    sums: Tensor  # sums of psnr, ssim and lpips: a row for each of `MEASURED`
     count: Tensor
-    exact: Tensor
+    exact: Tensor  # one for each of `MEASURED`
     unreadable: Tensor
 
     def __init__(self, metrics: Sequence[str], features: nn.Module | None) -> None:
         super().__init__()
         self.metrics = tuple(metrics)
         self.lpips = LPIPS() if "lpips" in metrics else None
-        self.fid = make_fid(features) if "rfid" in metrics else None
-        self.register_buffer("sums", torch.zeros(3, dtype=torch.float64))
-        for name in ("count", "exact", "unreadable"):
+        self.fids: dict[str, FrechetInceptionDistance] = {}
+        if "rfid" in metrics:
+            first = make_fid(features)
+            self.fids = {MODEL: first} | {name: share_features(first) for name in YARDSTICKS}
+        self.fid_modules = nn.ModuleList(self.fids.values())  # for `to`
+        self.register_buffer("sums", torch.zeros(len(MEASURED), 3, dtype=torch.float64))
+        self.register_buffer("exact", torch.zeros(len(MEASURED), dtype=torch.int64))
+        for name in ("count", "unreadable"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
 
-    def add(self, images: Tensor, reconstructions: Tensor) -> None:
-        """Adds (N, 3, H, W) uint8 images and their reconstructions."""
-        if self.fid is not None:
-            self.fid.update(images, real=True)
-            self.fid.update(reconstructions, real=False)
-        if self.lpips is not None:
-            distance = self.lpips(to_model_range(images), to_model_range(reconstructions))
-            self.sums[2] += distance.double() * len(images)
-        ratios = batch_psnr(images, reconstructions)
-        different = ratios.isfinite()
-        self.sums[0] += ratios[different].sum()
-        if "ssim" in self.metrics:
-            self.sums[1] += batch_ssim(images, reconstructions).sum()
+    def add(self, images: Tensor, reconstructions: Mapping[str, Tensor]) -> None:
+        """Adds (N, 3, H, W) uint8 images and their reconstructions by each of `MEASURED`."""
+        if self.fids:
+            self.fids[MODEL].update(images, real=True)
+        for row, name in enumerate(MEASURED):
+            restored = reconstructions[name]
+            if self.fids:
+                self.fids[name].update(restored, real=False)
+            if self.lpips is not None:
+                distance = self.lpips(to_model_range(images), to_model_range(restored))
+                self.sums[row, 2] += distance.double() * len(images)
+            ratios = batch_psnr(images, restored)
+            different = ratios.isfinite()
+            self.sums[row, 0] += ratios[different].sum()
+            if "ssim" in self.metrics:
+                self.sums[row, 1] += batch_ssim(images, restored).sum()
+            self.exact[row] += (~different).sum()
         self.count += len(images)
-        self.exact += (~different).sum()
 
     def result(self) -> Evaluation:
         """Returns the metrics over the images of all processes."""
         sums = reduce(self.sums, "sum")
-        count, exact, unreadable = (int(reduce(n, "sum")) for n in (self.count, self.exact, self.unreadable))
+        exact: list[int] = reduce(self.exact, "sum").tolist()
+        count, unreadable = (int(reduce(n, "sum")) for n in (self.count, self.unreadable))
         if not count:
             raise UserError("none of the images can be read")
-        different = count - exact
-        values = {
-            "psnr": sums[0].item() / different if different else torch.inf,
-            "ssim": sums[1].item() / count,
-            "lpips": sums[2].item() / count,
-        }
-        if self.fid is not None:
-            if count < 2:
-                raise UserError("rfid needs at least two images, and only 1 can be read")
-            self.fid.orig_dtype = torch.float64  # the dtype of its result
-            values["rfid"] = self.fid.compute().item()
-        return Evaluation({name: values[name] for name in self.metrics}, count, unreadable, exact)
+        if self.fids and count < 2:
+            raise UserError("rfid needs at least two images, and only 1 can be read")
+        found: dict[str, dict[str, float]] = {}
+        for row, name in enumerate(MEASURED):
+            different = count - exact[row]
+            values = {
+                "psnr": sums[row, 0].item() / different if different else torch.inf,
+                "ssim": sums[row, 1].item() / count,
+                "lpips": sums[row, 2].item() / count,
+            }
+            if self.fids:
+                values["rfid"] = self.fid(name)
+            found[name] = {metric: values[metric] for metric in self.metrics}
+        own = found.pop(MODEL)
+        return Evaluation(own, count, unreadable, exact[0], found)
+
+    def fid(self, name: str) -> float:
+        """Returns the Fréchet distance of one of `MEASURED`. The images' statistics are those of the model's."""
+        fid = self.fids[name]
+        for state in REAL:
+            setattr(fid, state, getattr(self.fids[MODEL], state).clone())
+        fid.orig_dtype = torch.float64  # the dtype of its result
+        return float(fid.compute().item())
 
     def save(self, path: Path, settings: Mapping[str, Any], done: int) -> None:
-        fid = {} if self.fid is None else {name: getattr(self.fid, name) for name in self.fid._defaults}
+        fid = {
+            name: {state: getattr(fid, state) for state in fid._defaults} for name, fid in self.fids.items()
+        }
         own = {name: getattr(self, name) for name in SUMS}
         with replacing(path) as temporary:
             torch.save({"settings": dict(settings), "done": done, "own": own, "fid": fid}, temporary)
@@ -223,10 +252,10 @@ class Sums(nn.Module):
         try:
             for name in SUMS:
                 getattr(self, name).copy_(saved["own"][name])
-            if self.fid is not None:
-                for name in self.fid._defaults:
-                    setattr(self.fid, name, getattr(self.fid, name).copy_(saved["fid"][name]))
-                self.fid._update_count = 1  # without it, torchmetrics warns that nothing was added
+            for name, fid in self.fids.items():
+                for state in fid._defaults:
+                    setattr(fid, state, getattr(fid, state).copy_(saved["fid"][name][state]))
+                fid._update_count = 1  # without it, torchmetrics warns that nothing was added
             return int(saved["done"])
         except Exception as error:  # the entries may be of any type
             raise UserError(f"{path}: cannot be read ({type(error).__name__}): delete it") from None

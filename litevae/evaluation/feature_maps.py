@@ -3,7 +3,7 @@
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from litevae.models.interface import Autoencoder
 from litevae.plotting import DPI
 
 Magnitude = npt.NDArray[np.float64]  # (h, w)
+Array = TypeVar("Array", Magnitude, Pixels)
 STRONGEST = 99.9  # percentile
 
 
@@ -53,6 +54,15 @@ def feature_magnitude(model: Autoencoder, image: Pixels) -> Magnitude:
     if not magnitude.isfinite().all():
         raise UserError("the decoder's features are not finite")
     return magnitude.cpu().numpy()
+
+
+def inside(array: Array) -> Array:
+    """Cuts an eighth of the side from each border of a map or an image, (H, W) or (H, W, C).
+
+    Zero padding makes the magnitudes at the borders unlike the rest.
+    """
+    rows, columns = (-(-length // 8) for length in array.shape[:2])
+    return array[rows:-rows, columns:-columns]
 
 
 def imbalance(magnitudes: Sequence[Magnitude]) -> float:

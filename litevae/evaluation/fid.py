@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from litevae.files import explaining_weights, weights_path
@@ -42,3 +42,21 @@ def make_fid(features: nn.Module | None) -> FrechetInceptionDistance:
         return FrechetInceptionDistance(
             feature=2048, feature_extractor_weights_path=str(path), antialias=False
         )
+
+
+def share_features(fid: FrechetInceptionDistance) -> FrechetInceptionDistance:
+    """Returns another Fréchet distance, without any images yet, on the same network."""
+    return FrechetInceptionDistance(feature=SameFeatures(fid.inception, len(fid.real_features_sum)))
+
+
+class SameFeatures(nn.Module):
+    """Calls a network that another module owns, so that it is neither copied nor moved twice."""
+
+    def __init__(self, network: nn.Module, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.call = (network,)  # a tuple is not registered
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.call[0](images)
+        return features

@@ -1,5 +1,6 @@
 """Statistics of a model's latents, and their distance from Gaussian noise (Table 6)."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
+from scipy.stats import t as student
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -21,6 +23,9 @@ from litevae.models.interface import Autoencoder, check_size, encode_pixels
 from litevae.plotting import DPI
 
 SIGMAS = (25.0, 50.0, 100.0, 250.0, 500.0)  # Table 6
+# Number of elements of the latents that these bandwidths are meant for: n_z = 4 at 256 x 256 pixels and f = 8, the
+# SD-VAE's. The paper does not say for which latents its figures are.
+REFERENCE_ELEMENTS = 4 * 32 * 32
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,12 @@ class Discrepancy:
     sigma: float
     mean: float
     std: float
+    groups: int
+
+    @property
+    def half_width(self) -> float:
+        """Returns half the width of the 95% confidence interval of the mean, by Student's t."""
+        return float(student.ppf(0.975, self.groups - 1)) * self.std / math.sqrt(self.groups)
 
 
 @torch.inference_mode()
@@ -118,7 +129,7 @@ def squared_distances(x: Tensor, y: Tensor) -> Tensor:
 
 
 def distance_from_gaussian(
-    latents: Tensor, sigmas: Sequence[float] = SIGMAS, groups: int = 10
+    latents: Tensor, sigmas: Sequence[float] | None = None, groups: int = 10
 ) -> list[Discrepancy]:
     """Returns the squared MMD between latents and samples of a standard Gaussian, per kernel, with error bars.
 
@@ -130,7 +141,7 @@ def distance_from_gaussian(
 
     Args:
         latents: latents (N, n_z, h, w).
-        sigmas: bandwidth of each kernel.
+        sigmas: bandwidth of each kernel. None takes the paper's, scaled to the latent's size by `scaled_sigmas`.
         groups: number of groups, at least 2.
 
     Raises:
@@ -141,6 +152,7 @@ def distance_from_gaussian(
             f"{len(latents)} images cannot be shared among {groups} groups: there must be at least two groups "
             "of at least two images"
         )
+    sigmas = scaled_sigmas(latents[0].numel()) if sigmas is None else sigmas
     vectors = latents.double().flatten(1) * latent_statistics(latents).scaling_factor
     generator = torch.Generator().manual_seed(-1)  # images' samples are drawn from 0, 1, 2, ...
     noise = torch.randn(vectors.shape, generator=generator).to(vectors)
@@ -149,11 +161,20 @@ def distance_from_gaussian(
         [squared_mmd(vectors[i::groups], noise[i::groups], sigmas) for i in range(groups)]
     )
     return [
-        Discrepancy(sigma, mean, std)
+        Discrepancy(sigma, mean, std, groups)
         for sigma, mean, std in zip(
             sigmas, estimates.mean(0).tolist(), estimates.std(0).tolist(), strict=True
         )
     ]
+
+
+def scaled_sigmas(elements: int) -> list[float]:
+    """Returns Table 6's bandwidths for latents of this number of elements.
+
+    Two samples of a standard Gaussian of d elements are about sqrt(2d) apart. The bandwidths are multiplied by
+    sqrt(d / 4096), so that they mean the same in every dimension, and are the paper's for 4096 elements.
+    """
+    return [sigma * math.sqrt(elements / REFERENCE_ELEMENTS) for sigma in SIGMAS]
 
 
 def draw_distances(statistics: LatentStatistics, discrepancies: Sequence[Discrepancy], path: Path) -> None:
@@ -169,7 +190,7 @@ def draw_distances(statistics: LatentStatistics, discrepancies: Sequence[Discrep
     left.errorbar(
         [d.sigma for d in discrepancies],
         [1000 * d.mean for d in discrepancies],
-        [1000 * d.std for d in discrepancies],
+        [1000 * d.half_width for d in discrepancies],
         fmt="o-",
         capsize=4,
         linewidth=1.4,
@@ -178,7 +199,7 @@ def draw_distances(statistics: LatentStatistics, discrepancies: Sequence[Discrep
     left.set(
         xscale="log",
         xlabel="sigma of the RBF kernel",
-        ylabel="1000 MMD² (mean ± standard deviation)",
+        ylabel="1000 MMD² (mean and 95% confidence interval)",
         title="distance from a standard Gaussian, over groups of images",
     )
     left.set_xticks([d.sigma for d in discrepancies], [f"{d.sigma:g}" for d in discrepancies])

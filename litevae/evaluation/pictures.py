@@ -11,6 +11,7 @@ from PIL import Image
 from litevae.data.images import Pixels
 from litevae.evaluation.metrics import psnr
 from litevae.evaluation.reconstruction import decode, encode
+from litevae.evaluation.yardsticks import HAAR, reconstruct_without_learning, yardstick_labels
 from litevae.files import replacing
 from litevae.models.interface import Autoencoder, spatial_compression
 from litevae.plotting import DPI
@@ -19,7 +20,7 @@ from litevae.plotting import DPI
 def draw_reconstructions(
     model: Autoencoder, images: Sequence[tuple[str, Pixels]], path: Path, principal: bool = True
 ) -> None:
-    """Draws one row per image: input, reconstruction, and latent as RGB.
+    """Draws one row per image: input, Haar yardstick, reconstruction, and latent as RGB.
 
     Args:
         model: autoencoder of RGB images.
@@ -30,7 +31,7 @@ def draw_reconstructions(
     factor = spatial_compression(model)
     latents = [encode(model, image) for _, image in images]
     colours = latents_as_rgb([latent[0].float().cpu() for latent in latents], principal)
-    columns = ("input", "reconstruction", "latent as RGB")
+    columns = ("input", yardstick_labels(model)[HAAR], "reconstruction", "latent as RGB")
     width, left, top = 3.6, 0.35, 0.55  # inches: a picture, and the margins
     heights = [width * image.shape[0] / image.shape[1] for _, image in images]
     gap = 0.1
@@ -51,7 +52,8 @@ def draw_reconstructions(
     for row, (label, image) in enumerate(images):
         reconstruction = decode(model, latents[row], (image.shape[0], image.shape[1]))
         latent = np.kron(colours[row], np.ones((factor, factor, 1), np.uint8))
-        pictures = (image, reconstruction, latent[: image.shape[0], : image.shape[1]])
+        yardstick = reconstruct_without_learning(model, image)[HAAR]
+        pictures = (image, yardstick, reconstruction, latent[: image.shape[0], : image.shape[1]])
         y -= heights[row]
         for column, picture in enumerate(pictures):
             x = left + column * (width + gap)
@@ -67,11 +69,11 @@ def draw_reconstructions(
                 axes.set_title(columns[column], fontsize=11, pad=4)
             if column == 0:
                 axes.set_ylabel(label, fontsize=10)
-            if column == 1:
+            if column in (1, 2):
                 axes.text(
                     0.98,
                     0.03,
-                    f"{psnr(image, reconstruction):.1f} dB",
+                    f"{psnr(image, picture):.1f} dB",
                     transform=axes.transAxes,
                     ha="right",
                     fontsize=9,

@@ -1,29 +1,36 @@
 """Measurements of an experiment's models: one function per kind of experiment."""
 
 import re
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
+from torch import Tensor
 
 from litevae.data.images import Pixels
 from litevae.data.sources import open_images
 from litevae.data.squares import load_validation
+from litevae.diffusion import DiffusionConfig, LatentDiffusionPipeline
 from litevae.diffusion import train as train_diffusion
+from litevae.diffusion.pictures import draw_samples
+from litevae.diffusion.pipeline import generate
 from litevae.errors import UserError
 from litevae.evaluation.complexity import count_parameters, measure_complexity, measure_speed
 from litevae.evaluation.evaluate import evaluate
-from litevae.evaluation.feature_maps import draw_feature_maps, feature_magnitude, imbalance
-from litevae.evaluation.latent_space import collect_latents, distance_from_gaussian
+from litevae.evaluation.feature_maps import draw_feature_maps, feature_magnitude, imbalance, inside
+from litevae.evaluation.latent_space import SIGMAS, collect_latents, distance_from_gaussian
 from litevae.evaluation.pictures import draw_reconstructions
 from litevae.evaluation.resolution import draw_resolutions, relative_degradation, sweep_resolutions
+from litevae.evaluation.yardsticks import YARDSTICKS, yardstick_labels
 from litevae.experiments.demo_images import held_out_images, squares_folder
 from litevae.experiments.plan import diffusion_config, wanted_metrics
-from litevae.experiments.spec import Experiment, Setup, measured_size
+from litevae.experiments.spec import Experiment, Setup, measured_size, measured_sizes
 from litevae.experiments.trained import Row, Stopped, Trained, finished
+from litevae.experiments.verdict import error_bar
 from litevae.latents import Settings, encode_images
-from litevae.latents.statistics import measure_latents, store_scale
+from litevae.latents.statistics import latent_statistics, measure_latents, store_scale
 from litevae.models import LiteVAE
 from litevae.models.encoder import Encoder
 from litevae.models.interface import Autoencoder
@@ -31,6 +38,7 @@ from litevae.models.loading import find_model, load_model
 from litevae.training.gradient_ratio import draw_gradient_ratios, read_gradient_ratios
 
 COMPLEXITY_SIZE = 256
+COMPLEXITY_REPETITIONS = 3  # for a confidence interval
 SHOWN = 3  # images per picture
 IMBALANCE_IMAGES = 32
 MMD_IMAGES = 2000
@@ -64,7 +72,43 @@ def reconstruction(experiment: Experiment, setup: Setup, rows: Sequence[Row]) ->
             )
             row.values.append({**parameters(row, trained), **result.values, "seconds": trained.seconds})
             row.count = result.count
+            row.yardsticks = labelled(trained, result.yardsticks)
     return {}
+
+
+def labelled(trained: Trained, values: Mapping[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Returns the values of the yardsticks by what they are called for this model."""
+    labels = yardstick_labels(load(trained))
+    return {labels[name]: each for name, each in values.items()}
+
+
+def regularisation(experiment: Experiment, setup: Setup, rows: Sequence[Row]) -> Pictures:
+    """Measures the reconstructions, the spread of the latents and their distance from a Gaussian."""
+    reconstruction(experiment, setup, rows)
+    for row in rows:
+        for trained, values in zip(row.trained, row.values, strict=True):
+            latents = sample_latents(setup, row, trained)
+            statistics = latent_statistics(latents)
+            values["spread of the latents"] = 1 / statistics.scaling_factor
+            values |= distances(setup, latents)
+    return {}
+
+
+def sample_latents(setup: Setup, row: Row, trained: Trained) -> Tensor:
+    """Returns latents of held-out images, (N, n_z, h, w)."""
+    size = measured_size(trained.config, row.spec, setup.at)
+    images = open_images(held_out_images(setup, row.spec, size))
+    return collect_latents(load(trained), images, size, MMD_IMAGES, workers=trained.config.data.workers)
+
+
+def distances(setup: Setup, latents: Tensor) -> dict[str, float]:
+    """Returns 1000 times the squared MMD for each of Table 6's kernels, each with its error bar."""
+    found = distance_from_gaussian(latents, groups=min(setup.at.mmd_groups, len(latents) // 2))
+    values: dict[str, float] = {}
+    for sigma, each in zip(SIGMAS, found, strict=True):
+        name = f"sigma {sigma:g}"
+        values |= {name: 1000 * each.mean, error_bar(name): 1000 * each.half_width}
+    return values
 
 
 def parameters(row: Row, trained: Trained) -> dict[str, float]:
@@ -80,20 +124,9 @@ def parameters(row: Row, trained: Trained) -> dict[str, float]:
 def mmd(experiment: Experiment, setup: Setup, rows: Sequence[Row]) -> Pictures:
     for row in rows:
         for trained in row.trained:
-            size = measured_size(trained.config, row.spec, setup.at)
-            latents = collect_latents(
-                load(trained),
-                open_images(many_images(setup, row, size)),
-                size,
-                MMD_IMAGES,
-                workers=trained.config.data.workers,
-            )
-            found = distance_from_gaussian(latents, groups=setup.at.mmd_groups)
+            latents = sample_latents(setup, row, trained)
             row.count = len(latents)
-            row.values.append(
-                {f"sigma {d.sigma:g}": 1000 * d.mean for d in found}
-                | {f"± at {d.sigma:g}": 1000 * d.std for d in found}
-            )
+            row.values.append(distances(setup, latents))
     return {}
 
 
@@ -101,13 +134,14 @@ def complexity(experiment: Experiment, setup: Setup, rows: Sequence[Row]) -> Pic
     if PartialState().num_processes > 1:
         raise UserError("this experiment times models on one device: run it in one process")
     models = [on_device(find_model(row.spec.model, COMPLEXITY_SIZE)) for row in rows]
-    speeds = measure_speed(models, "encoder", COMPLEXITY_SIZE, setup.at.complexity_batch)
-    for row, model, speed in zip(rows, models, speeds, strict=True):
-        cost = measure_complexity(model, COMPLEXITY_SIZE)
-        values = {"parameters (M)": cost.encoder_parameters / 1e6, "GMACs": cost.encoder_macs / 1e9}
-        if speed.peak_memory is not None:
-            values["memory (MB)"] = speed.peak_memory / 1e6
-        row.values.append({**values, "images/s": speed.images_per_second})
+    for _ in range(COMPLEXITY_REPETITIONS):
+        speeds = measure_speed(models, "encoder", COMPLEXITY_SIZE, setup.at.complexity_batch)
+        for row, model, speed in zip(rows, models, speeds, strict=True):
+            cost = measure_complexity(model, COMPLEXITY_SIZE)
+            values = {"parameters (M)": cost.encoder_parameters / 1e6, "GMACs": cost.encoder_macs / 1e9}
+            if speed.peak_memory is not None:
+                values["memory (MB)"] = speed.peak_memory / 1e6
+            row.values.append({**values, "images/s": speed.images_per_second})
     return {}
 
 
@@ -136,16 +170,17 @@ def features(experiment: Experiment, setup: Setup, rows: Sequence[Row]) -> Pictu
         images = named_images(held_out_images(setup, row.spec, size), size, IMBALANCE_IMAGES)
         shown = images[:: max(1, len(images) // SHOWN)][:SHOWN]
         model = load(trained)
-        found = {name: feature_magnitude(model, pixels) for name, pixels in images}
+        found = {name: inside(feature_magnitude(model, pixels)) for name, pixels in images}
         maps[row.spec.name] = [found[name] for name, _ in shown]
         numbers[row.spec.name] = imbalance(list(found.values()))
         row.values.append({"imbalance": numbers[row.spec.name], "seconds": trained.seconds})
         row.count = len(images)
+    shown = [(name, inside(pixels)) for name, pixels in shown]
     return {"": lambda path: draw_feature_maps(shown, maps, numbers, path)}
 
 
 def resolution(experiment: Experiment, setup: Setup, rows: Sequence[Row]) -> Pictures:
-    sizes, metrics = [size // setup.at.size for size in experiment.sizes], wanted_metrics(experiment, setup)
+    sizes, metrics = measured_sizes(experiment, setup.at), wanted_metrics(experiment, setup)
     folder = held_out_images(setup, rows[0].spec, max(sizes))  # so that images are shrunk, not enlarged
     workers = rows[0].trained[0].config.data.workers
     models = {row.spec.name: load(row.trained[0]) for row in rows}
@@ -159,6 +194,17 @@ def resolution(experiment: Experiment, setup: Setup, rows: Sequence[Row]) -> Pic
         name = row.spec.name
         by_metric = {metric: {size: values[name][size][metric] for size in sizes} for metric in metrics}
         row.count = found[name][sizes[0]].count
+        row.yardsticks = labelled(
+            row.trained[0],
+            {
+                key: {
+                    f"{metric} at {size}": found[name][size].yardsticks[key][metric]
+                    for metric in metrics
+                    for size in sizes
+                }
+                for key in YARDSTICKS
+            },
+        )
         row.values.append(
             {f"{metric} at {size}": by_metric[metric][size] for metric in metrics for size in sizes}
             | {
@@ -204,7 +250,7 @@ def generation(experiment: Experiment, setup: Setup, rows: Sequence[Row]) -> Pic
         encoded = encode_images(load(trained), images, folder, Settings(size, mirror=True), workers=workers)
         if encoded.stopped_by:
             raise Stopped(f"stopped by {encoded.stopped_by}: the same command continues")
-        config = diffusion_config(experiment, setup, trained.folder, str(folder), source)
+        config = diffusion_config(experiment, setup, row.spec, trained.folder, str(folder), source)
         record = finished(config.output_dir)
         if record is None:
             result = train_diffusion(config, load(trained), replace=True)
@@ -219,16 +265,29 @@ def generation(experiment: Experiment, setup: Setup, rows: Sequence[Row]) -> Pic
             {**values, "steps of the second stage": record["steps"], "its seconds": record["seconds"]}
         )
         row.count = encoded.total
-
-        def copy(path: Path, samples: Path = Path(config.output_dir) / "samples.png") -> None:
-            shutil.copyfile(samples, path)
-
-        pictures[f"-{slug('-'.join(row.spec.row))}"] = copy
+        if (
+            "fid" not in experiment.metrics
+        ):  # a figure; a table has none, because figures show the same models
+            pictures[f"-{slug('-'.join(row.spec.row))}"] = partial(
+                draw_generated, config, experiment.first_sample
+            )
     return pictures
 
 
+def draw_generated(config: DiffusionConfig, first: int, path: Path) -> None:
+    """Draws `config.sample.count` images of a trained diffusion model, of which `first` is the number of the first."""
+    pipeline = LatentDiffusionPipeline.from_pretrained(Path(config.output_dir) / "pipeline")
+    pipeline.to(PartialState().device)
+    pipeline.set_progress_bar_config(disable=True)
+    settings = config.sample
+    numbers = range(first, first + settings.count)
+    batches = generate(pipeline, numbers, config.seed, settings.steps, settings.batch_size)
+    draw_samples(torch.cat(list(batches)), path)
+
+
 def many_images(setup: Setup, row: Row, size: int) -> str:
-    """Returns held-out images; below the paper's scale the training images, because one photograph gives too few."""
+    """Returns images for the second stage; below the paper's scale the training images, because one photograph gives
+    too few."""
     if not setup.at.demo:
         return held_out_images(setup, row.spec, size)
     return str(squares_folder(setup.output, held_out=False, size=size))
@@ -258,6 +317,7 @@ KINDS: dict[str, Callable[[Experiment, Setup, Sequence[Row]], Pictures]] = {
     "reconstruction": reconstruction,
     "complexity": complexity,
     "mmd": mmd,
+    "regularisation": regularisation,
     "latents": latents,
     "features": features,
     "resolution": resolution,

@@ -19,6 +19,7 @@ from litevae.experiments.spec import (
     RunSpec,
     Setup,
     load_experiment,
+    measured_sizes,
     training_config,
 )
 from litevae.experiments.trained import digest
@@ -28,6 +29,8 @@ from litevae.models.interface import check_size
 from litevae.training.config import Config, check_batch_size, list_stages
 
 WITHOUT_WEIGHTS = ("psnr", "ssim")
+WITH_METRICS = ("reconstruction", "regularisation", "resolution")  # kinds that measure chosen metrics
+WITH_SEEDS = ("reconstruction", "regularisation", "mmd")  # kinds that measure all of a row's runs
 OURS = (
     "seed",
     "output_dir",
@@ -51,7 +54,7 @@ def prepare(name: str, setup: Setup) -> tuple[Experiment, list[list[Config]]]:
     check_options(experiment, setup)
     if experiment.kind == "complexity":
         return experiment, []
-    if experiment.kind in ("reconstruction", "resolution"):
+    if experiment.kind in WITH_METRICS:
         metrics = wanted_metrics(experiment, setup)
         check_metrics(metrics)
         Sums(metrics, None)  # raises if weights are missing
@@ -84,9 +87,9 @@ def check_options(experiment: Experiment, setup: Setup) -> None:
         raise UserError(f"{setup.overrides[0]}: this experiment trains nothing")
     if setup.diffusion_overrides and experiment.kind != "generation":
         raise UserError(f"{SECOND_STAGE}{setup.diffusion_overrides[0]}: this experiment has no second stage")
-    if setup.metrics is not None and experiment.kind not in ("reconstruction", "resolution"):
+    if setup.metrics is not None and experiment.kind not in WITH_METRICS:
         raise UserError("--metrics: this experiment has its own metrics")
-    if (setup.seeds or 1) > 1 and experiment.kind not in ("reconstruction", "mmd"):
+    if (setup.seeds or 1) > 1 and experiment.kind not in WITH_SEEDS:
         raise UserError(f"--seeds {setup.seeds}: this experiment shows one model per row")
 
 
@@ -129,7 +132,7 @@ def check_run(experiment: Experiment, setup: Setup, config: Config) -> None:
         if config.loss.adversarial:
             build_discriminator(config.discriminator, *sizes)
     if experiment.kind == "resolution":
-        sizes += [size // setup.at.size for size in experiment.sizes]
+        sizes += measured_sizes(experiment, setup.at)
     for size in sizes:
         check_size(model, size)
     for stage in list_stages(config):
@@ -139,7 +142,7 @@ def check_run(experiment: Experiment, setup: Setup, config: Config) -> None:
 
 def check_second_stage(experiment: Experiment, setup: Setup, run: RunSpec) -> None:
     config = diffusion_config(
-        experiment, setup, Path("autoencoder"), "latents", held_out_images(setup, run, 64)
+        experiment, setup, run, Path("autoencoder"), "latents", held_out_images(setup, run, 64)
     )
     check_batch_size(
         config.data.batch_size,
@@ -151,12 +154,12 @@ def check_second_stage(experiment: Experiment, setup: Setup, run: RunSpec) -> No
 
 
 def diffusion_config(
-    experiment: Experiment, setup: Setup, model: Path, latents: str, images: str
+    experiment: Experiment, setup: Setup, run: RunSpec, model: Path, latents: str, images: str
 ) -> DiffusionConfig:
     """Returns the configuration of the second stage, whose folder is inside the autoencoder's."""
     wanted = [] if "fid" in experiment.metrics else ["fid.measure=never"]
     config = load_diffusion_config(
-        setup.at.second_stage,
+        setup.at.second_stage if setup.at.demo else run.diffusion or setup.at.second_stage,
         [
             *setup.at.diffusion,
             *wanted,

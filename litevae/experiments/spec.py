@@ -10,7 +10,15 @@ from litevae.settings import load, shipped
 from litevae.training.config import CONFIGS, Config, list_stages, load_config
 
 Kind = Literal[
-    "reconstruction", "complexity", "mmd", "generation", "latents", "features", "resolution", "gradients"
+    "reconstruction",
+    "regularisation",
+    "complexity",
+    "mmd",
+    "generation",
+    "latents",
+    "features",
+    "resolution",
+    "gradients",
 ]
 FOLDER = CONFIGS / "experiments"
 
@@ -22,7 +30,8 @@ class Scale:
     `size`: divisor of the image sizes. `steps`: steps kept per thousand. `settings` of training and `diffusion`
     settings of the second stage replace the experiment's. `demo`: whether to train on scikit-image's photographs
     instead of data sets that the user names. `mmd_groups`: groups of images for the MMD. `complexity_batch`: batch
-    size for timing.
+    size for timing. `smoke`: whether the scale only tests that everything runs, so that its reports give neither
+    figures nor verdicts.
     """
 
     description: str
@@ -34,6 +43,7 @@ class Scale:
     demo: bool = False
     mmd_groups: int = 10
     complexity_batch: int = 32
+    smoke: bool = False
 
 
 # Below the paper's scale no weights are downloaded, so there is no LPIPS, and there is a discriminator only where
@@ -50,7 +60,6 @@ DEMO_SETTINGS = (
     "validate_every=50",
     "tracker=none",
 )
-DEMO_KL = 1e-4  # with 0.01, latents would hold little after so few steps
 SCALES = {
     "paper": Scale("the paper's setting", diffusion=("fid.measure=always",)),
     "medium": Scale(
@@ -82,6 +91,7 @@ SCALES = {
         demo=True,
         mmd_groups=4,
         complexity_batch=1,
+        smoke=True,
     ),
 }
 # AutoencoderKL in diffusers has one list of widths for both sides, and only the decoder may shrink.
@@ -100,6 +110,7 @@ class RunSpec:
     model: str = ""  # a preset or sd-vae, where nothing is trained
     settings: list[str] = field(default_factory=list)  # settings that replace the configuration's
     demo: list[str] = field(default_factory=list)  # further settings below the paper's scale
+    diffusion: str = ""  # configuration of the second stage at the paper's scale; empty for the scale's
     size: int | None = None  # side in pixels to measure at; None for the last training size
     paper: dict[str, float] = field(default_factory=dict)  # published figures by metric
 
@@ -120,6 +131,7 @@ class Claim:
     metrics: list[str] = field(default_factory=lambda: ["psnr", "ssim"])
     among: str = ""  # first cell of the rows, where several rows have these names
     at_least: bool = False  # the claim is that `better` is as good, not that it is better
+    factor: float = 1.0  # the claim is that `better` is more than this many times better
     equal_seconds: bool = False  # compare with `than` as it was after the training time of `better`
     ours: bool = False  # our claim, not the paper's
 
@@ -134,6 +146,7 @@ class Experiment:
     sizes: list[int] = field(default_factory=list)  # sides in pixels, for the kind resolution
     settings: list[str] = field(default_factory=list)  # settings of all rows
     demo: list[str] = field(default_factory=list)  # further settings below the paper's scale
+    first_sample: int = 0  # number of the first image that a figure of generated images shows
     seeds: int = 1  # runs per row below the paper's scale; the paper does not say how many it averages
     note: str = ""  # differences from the paper, and questions that the paper leaves open
     runs: list[RunSpec] = field(default_factory=list)
@@ -212,7 +225,6 @@ def scaled_settings(paper: Config, scale: Scale) -> list[str]:
         *([SD_VAE_ENCODER] if paper.model.kind == "sd-vae" else []),
         f"data.size={paper.data.size // scale.size}",
         f"max_steps={step(paper.max_steps)}",
-        f"loss.kl={min(paper.loss.kl, DEMO_KL)}",
         f"stages=[{stages}]",
         f"loss.adversarial_start={step(paper.loss.adversarial_start - 1) + 1}",
     ]
@@ -221,6 +233,14 @@ def scaled_settings(paper: Config, scale: Scale) -> list[str]:
 def measured_size(config: Config, run: RunSpec, scale: Scale) -> int:
     """Returns the side in pixels of the squares that a row is measured on."""
     return list_stages(config)[-1].size if run.size is None else run.size // scale.size
+
+
+LEAST_SIZE = 32  # pixels; SSIM's window leaves little of smaller images
+
+
+def measured_sizes(experiment: Experiment, scale: Scale) -> list[int]:
+    """Returns the sides in pixels that models are measured at, for the kind resolution."""
+    return [size // scale.size for size in experiment.sizes if size // scale.size >= LEAST_SIZE]
 
 
 SECOND_STAGE = "diffusion."  # prefix of overrides for the second stage

@@ -35,8 +35,9 @@ T = TypeVar("T")
 class LossConfig:
     """Weights and settings of the losses. A term of weight 0 is neither computed nor reported.
 
-    The paper does not print its weights. For kl, wavelet and gaussian, 0.01, 1.0 and 0.5 are the weights that the
-    public re-implementation reports. With the adaptive weight, adversarial=0.5 is Equation 2.
+    The paper does not print its weights. For wavelet and gaussian, 1.0 and 0.5 are the weights that the README of
+    RGenDiff/open-litevae reports. kl is LDM's 1e-6 on sums over an image, converted to means per element for n_z = 4
+    and f = 8: see `litevae.losses.kl`. With the adaptive weight, adversarial=0.5 is Equation 2.
     """
 
     l1: float = setting(1.0, "Weight of the L1 loss.", minimum=0)
@@ -47,7 +48,10 @@ class LossConfig:
     gaussian: float = setting(0.5, "Weight of the Gaussian loss.", minimum=0)
     ldl: float = setting(0.0, "Weight of the LDL loss, which needs ema_decay above 0.", minimum=0)
     kl: float = setting(
-        0.01, "Weight of the KL divergence of the posterior from a standard Gaussian.", minimum=0
+        2.083e-8,
+        "Weight of the KL divergence of the posterior from a standard Gaussian, a mean per element. LDM's weight is "
+        "1e-6 n_z / (3 f^2).",
+        minimum=0,
     )
     adversarial: float = setting(0.0, "Weight of the adversarial loss; 0 trains no discriminator.", minimum=0)
     adversarial_loss: AdversarialLoss = setting("hinge", "Kind of the adversarial loss.")

@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from litevae.errors import UserError, WorkerDied
 from litevae.evaluation.metrics import psnr, ssim
 from litevae.evaluation.pictures import draw_grid, draw_reconstructions
 from litevae.evaluation.reconstruction import reconstruct
+from litevae.evaluation.yardsticks import below_haar, for_json, measure_yardsticks
 from litevae.files import replacing
 from litevae.losses import Objective
 from litevae.memory import check_batch
@@ -43,7 +44,8 @@ class TrainingResult:
 
     `psnr` (dB) and `ssim` are means over the validation images at the end, or None without such images. `seconds`
     is wall-clock time without the start. `stopped_by` is the signal that ended the run early, such as "SIGINT",
-    otherwise None.
+    otherwise None. `yardsticks` holds the PSNR and SSIM of each of `litevae.evaluation.yardsticks` on the same
+    images, and is empty without such images.
     """
 
     output_dir: Path
@@ -52,6 +54,7 @@ class TrainingResult:
     psnr: float | None
     ssim: float | None
     stopped_by: str | None
+    yardsticks: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def train(config: Config, replace: bool = False) -> TrainingResult:
@@ -258,8 +261,10 @@ class Trainer(Loop[TrainingResult]):
         self.save()
         final: dict[str, Any] = self.history[-1] if self.data.validation else {"psnr": None, "ssim": None}
         stopped_by = (signal_name or "another process") if stopped else None
+        images = [image for _, image in self.data.validation]
+        yardsticks = measure_yardsticks(self.best_model, images) if images else {}
         result = TrainingResult(
-            self.output_dir, self.step, self.seconds, final["psnr"], final["ssim"], stopped_by
+            self.output_dir, self.step, self.seconds, final["psnr"], final["ssim"], stopped_by, yardsticks
         )
         if self.is_main:
             self.write_results(result, complete=not (stopped or failure))
@@ -279,12 +284,17 @@ class Trainer(Loop[TrainingResult]):
                 "measured_on": f"{height}x{width} pixels, 8 bits, mode of the posterior, mean over the images",
                 "psnr": result.psnr,
                 "ssim": result.ssim,
+                "yardsticks": for_json(result.yardsticks),
+                "below_haar_yardstick": below_haar({"psnr": result.psnr}, result.yardsticks)
+                if result.psnr is not None
+                else None,
                 "history": self.history,
             },
             "steps": result.steps,
             "skipped_steps": self.skipped,
             "complete": complete,  # whether all steps were performed
             "seconds": round(result.seconds, 1),
+            "precision": self.config.precision,  # what "auto" stands for on this machine
             "stopped_by": result.stopped_by,
             "versions": versions(),
         }

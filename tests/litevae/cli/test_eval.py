@@ -8,6 +8,7 @@ from diffusers import AutoencoderKL
 from skimage.metrics import peak_signal_noise_ratio
 
 from litevae.cli import main
+from litevae.evaluation.yardsticks import measure_yardsticks
 from litevae.files import sha256
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -41,6 +42,15 @@ def test_result(run, tiny_folder, tiny_model, square_pixels, tmp_path):
     assert f"torch {torch.__version__}" in record["versions"]["litevae"]
     assert record["networks"] == {}
     assert f"{psnr:10.2f}" in output
+    expected = measure_yardsticks(tiny_model, list(square_pixels))
+    haar = "3 Haar coefficients per 4x4 block"
+    assert list(record["yardsticks"]) == ["mean colour", "4x4 block means, enlarged", haar]
+    for found, values in zip(record["yardsticks"].values(), expected.values(), strict=True):
+        assert found == pytest.approx(values)
+    assert f"{haar}{expected['haar']['psnr']:10.2f}{expected['haar']['ssim']:10.4f}\n" in output
+    assert record["below_haar_yardstick"] is True  # the model is not trained
+    (line,) = [line for line in output.splitlines() if line.startswith("model ")]
+    assert line.endswith("  below the Haar yardstick")
     assert "8 images, middle square, 32 x 32, 8 bits; mode of the posterior; fp32" in output
     assert "unreadable images, left out: 1" in output
 

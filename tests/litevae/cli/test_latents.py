@@ -39,9 +39,10 @@ def test_result(run, tmp_path, tiny_model, squares):
     latents = collect_latents(tiny_model, open_images(str(squares)), SIZE, workers=0)
     expected = distance_from_gaussian(latents, groups=4)
     assert [d["sigma"] for d in record["squared_mmd"]] == [25, 50, 100, 250, 500]
+    assert [d["scaled_sigma"] for d in record["squared_mmd"]] == [d.sigma for d in expected]
     assert [d["mean"] for d in record["squared_mmd"]] == pytest.approx([d.mean for d in expected], rel=1e-6)
     assert record["count"] == 8
-    assert f"   50{1000 * expected[1].mean:9.2f} ± {1000 * expected[1].std:.2f}\n" in output
+    assert f"   50{1000 * expected[1].mean:9.2f} ± {1000 * expected[1].half_width:.2f}\n" in output
     with Image.open(tmp_path / "out" / "latents.png") as picture:
         assert picture.width > 1000  # three columns
     with Image.open(tmp_path / "out" / "distances.png") as picture:

@@ -3,8 +3,10 @@ from PIL import Image
 from skimage import data
 from skimage.metrics import peak_signal_noise_ratio
 
+from litevae import LiteVAE
 from litevae.cli import main
 from litevae.data.images import read_image
+from litevae.evaluation.yardsticks import reconstruct_without_learning
 
 
 def image_files(folder):
@@ -31,16 +33,38 @@ def image_files(folder):
 def test_every_kind_of_image(litevae, model, tmp_path):
     images = image_files(tmp_path)
     lines = litevae("reconstruct", model, *images, "-o", tmp_path / "out").splitlines()
-    values = []
+    loaded, values, yardsticks = LiteVAE.from_pretrained(model), [], []
     for path, line in zip(images, lines, strict=False):
         pixels = read_image(path)
         result = Image.open(tmp_path / "out" / f"{path.stem}.png")
         assert (result.mode, result.size) == ("RGB", (pixels.shape[1], pixels.shape[0]))
         values.append(peak_signal_noise_ratio(pixels, np.asarray(result)))
-        assert line.startswith(f"{path}: {result.width}x{result.height}, PSNR {values[-1]:.2f} dB, ")
+        yardsticks.append(
+            peak_signal_noise_ratio(pixels, reconstruct_without_learning(loaded, pixels)["haar"])
+        )
+        below = " (below the Haar yardstick)" if values[-1] < yardsticks[-1] else ""
+        assert line == (
+            f"{path}: {result.width}x{result.height}, PSNR {values[-1]:.2f} dB{below}, "
+            f"12 Haar coefficients per 8x8 block {yardsticks[-1]:.2f} dB, {tmp_path / 'out' / path.stem}.png"
+        )
     assert Image.open(tmp_path / "out" / "turned.png").size == (45, 67)
-    assert lines[len(images) :] == [f"mean PSNR of 8 images: {np.mean(values):.2f} dB"]
+    assert lines[len(images) :] == [
+        f"mean PSNR of 8 images: {np.mean(values):.2f} dB, "
+        f"12 Haar coefficients per 8x8 block {np.mean(yardsticks):.2f} dB"
+    ]
     assert len(list((tmp_path / "out").iterdir())) == len(images)
+
+
+def test_a_picture_shows_the_yardstick_beside_the_reconstruction(litevae, fails, model, tmp_path):
+    image = tmp_path / "cat.png"
+    Image.fromarray(data.chelsea()[:24, :32]).save(image)
+    command = ["reconstruct", model, image, "-o", tmp_path / "out", "--picture", tmp_path / "rows.png"]
+    assert litevae(*command).endswith(f"see {tmp_path / 'rows.png'}\n")
+    width, height = Image.open(tmp_path / "rows.png").size
+    assert width > 4 * height  # four pictures of 4:3 side by side
+    assert "is an input or a reconstruction" in fails(
+        *command[:-1], tmp_path / "out" / "cat.png", "--overwrite"
+    )
 
 
 def test_same_names_get_numbers(litevae, model, tmp_path):

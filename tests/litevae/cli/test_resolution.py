@@ -48,6 +48,8 @@ def test_result(run, tmp_path, squares):
     worse = 100 * (before - expected["psnr"]) / before
     assert model["results"][1]["degradation_percent"]["psnr"] == pytest.approx(worse)
     assert f"group    64{expected['psnr']:10.2f}{worse:+10.1f} %" in output
+    assert list(model["results"][0]["yardsticks"])[-1] == "3 Haar coefficients per 4x4 block"
+    assert output.count("below the Haar yardstick\n") == 4  # the models are not trained
     with Image.open(tmp_path / "out" / "resolution.png") as picture:
         assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 50
     assert "resolution.json already exists" in run(status=2).err

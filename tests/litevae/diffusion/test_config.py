@@ -8,19 +8,25 @@ GIVEN = ("model=runs/demo", "data.latents=latents")
 
 
 def test_each_command_finds_its_own_kind():
-    assert shipped_diffusion_configs() == ["ldm-ffhq", "small"]
+    assert shipped_diffusion_configs() == ["ldm-celeba-hq", "ldm-ffhq", "small"]
     assert not set(shipped_diffusion_configs()) & set(shipped_configs())
     for name in shipped_diffusion_configs():
         assert isinstance(load_diffusion_config(name, GIVEN), DiffusionConfig)
     with pytest.raises(
-        UserError, match=r"no configuration named 'demo': did you mean .*there are: ldm-ffhq, small"
+        UserError,
+        match=r"no configuration named 'demo': did you mean .*there are: ldm-celeba-hq, ldm-ffhq, small",
     ):
         load_diffusion_config("demo")
 
 
 def test_ldm_ffhq_has_the_settings_of_ldm():
     """The settings are those of Rombach et al. (2022), Table 12, and of their configuration file."""
+    celeba = load_diffusion_config("ldm-celeba-hq", GIVEN)
+    assert (celeba.data.batch_size, celeba.optimizer.learning_rate) == (48, 9.6e-5)
+    assert celeba.noise.sampler == "ddim"
     config = load_diffusion_config("ldm-ffhq", GIVEN)
+    assert config.noise.sampler == "ddpm"
+    assert celeba.unet == config.unet
     assert (config.unet.block_out_channels, config.unet.layers_per_block) == ([224, 448, 672, 896], 2)
     assert (config.data.batch_size, config.max_steps, config.optimizer.learning_rate) == (42, 635_000, 8.4e-5)
     noise = config.noise

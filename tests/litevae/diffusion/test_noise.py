@@ -154,3 +154,18 @@ def test_sampling_with_the_best_denoiser_gives_the_distribution_back(kind, mean,
     # 4 standard errors of this number of samples.
     assert samples.mean().item() == pytest.approx(expected[0], abs=4 * std / count**0.5)
     assert samples.std().item() == pytest.approx(expected[1], rel=4 / (2 * count) ** 0.5)
+
+
+def test_ddim_adds_no_noise():
+    """Equation 12 of Song et al. with eta = 0, from step 999 to 499 and to no noise, in float64."""
+    scheduler = make_noise(NoiseConfig(kind="ddpm", sampler="ddim")).scheduler()
+    scheduler.set_timesteps(2)
+    kept = np.cumprod(1 - np.linspace(0.0015**0.5, 0.0195**0.5, 1000) ** 2)
+    found, noise = inputs()
+    expected = found.double()
+    for time, a, b in zip(scheduler.timesteps, kept[[999, 499]], (kept[499], 1.0), strict=True):
+        found = scheduler.step(noise, time, found, return_dict=False)[0]
+        latents = (expected - (1 - a) ** 0.5 * noise.double()) / a**0.5
+        expected = b**0.5 * latents + (1 - b) ** 0.5 * noise.double()
+    # The product of a thousand factors, each rounded to 2^-24, divides numbers of about 100.
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3)

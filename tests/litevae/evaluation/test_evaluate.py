@@ -17,6 +17,7 @@ from litevae.data.sources import open_images
 from litevae.errors import UserError
 from litevae.evaluation.evaluate import evaluate
 from litevae.evaluation.metrics import batch_psnr, batch_ssim
+from litevae.evaluation.yardsticks import YARDSTICKS, reconstruct_without_learning
 from litevae.losses.perceptual import LPIPS
 
 SIZE = 32
@@ -121,7 +122,7 @@ def test_all_metrics_of_a_folder(model, folder, pairs, monkeypatch):
     # VGG's features are float32, and the batches have another size.
     assert found.values["lpips"] == pytest.approx(np.mean(distances), rel=1e-4)
 
-    a, b = (torch.cat(features.seen[side::2]).numpy() for side in (0, 1))
+    a, b = (torch.cat(features.seen[side::5]).numpy() for side in (0, 1))
     for z, pixels in zip((a, b), pairs, strict=True):  # another batch size can round a pixel differently
         assert z == pytest.approx(pixels.mean((1, 2), dtype=np.float64), abs=5 / SIZE**2)
     covariances = [np.cov(z, rowvar=False) for z in (a, b)]
@@ -129,6 +130,25 @@ def test_all_metrics_of_a_folder(model, folder, pairs, monkeypatch):
         sum(covariances) - 2 * sqrtm(covariances[0] @ covariances[1]).real
     )
     assert found.values["rfid"] == pytest.approx(distance, rel=1e-9)
+
+    # The yardsticks are measured like another model on the same images.
+    assert list(found.yardsticks) == list(YARDSTICKS)
+    for number, name in enumerate(YARDSTICKS):
+        restored = np.stack([reconstruct_without_learning(model, image)[name] for image in pairs[0]])
+        values = found.yardsticks[name]
+        assert list(values) == list(found.values)
+        expected = [peak_signal_noise_ratio(x, y) for x, y in zip(pairs[0], restored, strict=True)]
+        assert values["psnr"] == pytest.approx(np.mean(expected))
+        expected = [skimage_ssim(x, y) for x, y in zip(pairs[0], restored, strict=True)]
+        assert values["ssim"] == pytest.approx(np.mean(expected))
+        c = torch.cat(features.seen[2 + number :: 5]).numpy()
+        assert c == pytest.approx(restored.mean((1, 2)))
+        covariances = [np.cov(z, rowvar=False) for z in (a, c)]
+        distance = ((a.mean(0) - c.mean(0)) ** 2).sum() + np.trace(
+            sum(covariances) - 2 * sqrtm(covariances[0] @ covariances[1]).real
+        )
+        assert values["rfid"] == pytest.approx(distance, rel=1e-6, abs=1e-6)
+        assert (values["lpips"] > 0) == (values["psnr"] < np.inf)
 
 
 @pytest.mark.parametrize("sample", [False, True])
@@ -187,9 +207,10 @@ def test_a_sample_is_the_images_own(model, folder):
 def test_images_without_an_error_are_left_out_of_the_psnr():
     sums = evaluate_module.Sums(("psnr", "ssim"), None)
     image = torch.from_numpy(data.chelsea()[None, :SIZE, :SIZE].copy()).permute(0, 3, 1, 2)
-    sums.add(image, image)
+    yardsticks = dict.fromkeys(YARDSTICKS, image ^ 3)
+    sums.add(image, {"model": image, **yardsticks})
     assert sums.result().values == {"psnr": np.inf, "ssim": 1}
-    sums.add(image, image ^ 1)  # off by one everywhere
+    sums.add(image, {"model": image ^ 1, **yardsticks})  # off by one everywhere
     found = sums.result()
     assert (found.count, found.exact) == (2, 1)
     assert found.values["psnr"] == pytest.approx(20 * np.log10(255))

@@ -7,7 +7,7 @@ from skimage import data
 
 from litevae import LiteVAE
 from litevae.errors import UserError
-from litevae.evaluation.feature_maps import draw_feature_maps, feature_magnitude, imbalance
+from litevae.evaluation.feature_maps import draw_feature_maps, feature_magnitude, imbalance, inside
 
 SIZE = 32
 
@@ -60,6 +60,14 @@ def test_magnitude_is_the_root_mean_square_of_what_goes_into_the_output_layers(m
     # The same operations in float64.
     np.testing.assert_allclose(found, np.sqrt(np.mean(features.numpy()[0] ** 2, axis=0)), rtol=1e-10)
     assert not model.decoder.up_blocks[-1]._forward_hooks
+
+
+def test_borders_are_left_out():
+    marked = np.zeros((32, 17))
+    marked[4:-4, 3:-3] = 1  # an eighth, rounded up
+    assert (inside(marked) == 1).all()
+    assert inside(marked).sum() == marked.sum()
+    assert inside(np.zeros((16, 16, 3), np.uint8)).shape == (12, 12, 3)
 
 
 def test_imbalance_of_known_maps():

@@ -2,6 +2,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from PIL import Image
 from skimage import data
@@ -9,7 +10,13 @@ from skimage import data
 from litevae import LiteVAE
 from litevae.data.sources import open_images
 from litevae.errors import UserError
-from litevae.evaluation.latent_space import collect_latents, distance_from_gaussian, squared_mmd
+from litevae.evaluation.latent_space import (
+    SIGMAS,
+    collect_latents,
+    distance_from_gaussian,
+    scaled_sigmas,
+    squared_mmd,
+)
 from litevae.latents.statistics import latent_statistics, measure_latents
 
 SIZE = 32
@@ -77,6 +84,15 @@ def test_error_bars_are_those_of_the_groups():
     estimates = [squared_mmd(scaled[i::3], noise[i::3], [2.0]).item() for i in range(3)]
     assert found.mean == pytest.approx(np.mean(estimates), rel=1e-9)
     assert found.std == pytest.approx(np.std(estimates, ddof=1), rel=1e-9)
+    low, high = scipy.stats.t.interval(0.95, 2, np.mean(estimates), scipy.stats.sem(estimates))
+    assert found.half_width == pytest.approx((high - low) / 2, rel=1e-6)
+
+
+def test_bandwidths_grow_with_the_distances_of_the_latents():
+    assert scaled_sigmas(4096) == list(SIGMAS)
+    assert scaled_sigmas(256) == [sigma / 4 for sigma in SIGMAS]
+    found = distance_from_gaussian(torch.randn(4, 4, 8, 8), groups=2)
+    assert [each.sigma for each in found] == scaled_sigmas(256)
 
 
 def test_gaussian_latents_are_near_and_others_far():

@@ -40,11 +40,13 @@ def no_pictures(monkeypatch):
         monkeypatch.setattr(f"litevae.training.trainer.{name}", lambda *arguments: arguments[-1].touch())
 
 
-def make_trained(seconds=10.0, steps=100, history=()):
+def make_trained(seconds=10.0, steps=100, history=(), others=0.0):
     config = load_config("demo", [f"max_steps={steps}"])
     last = history[-1] if history else {}
     return Trained(
-        config, {"seconds": seconds, "steps": steps, "validation": {"history": list(history), **last}}
+        config,
+        {"seconds": seconds, "steps": steps, "validation": {"history": list(history), **last}},
+        others,
     )
 
 
@@ -53,9 +55,9 @@ def make_row(name, psnrs, paper=None, runs=None):
     return Row(RunSpec(row=["set", name], paper=paper or {}), runs, [{"psnr": value} for value in psnrs], 28)
 
 
-def make_report(tmp_path, rows, claims=(), **settings):
+def make_report(tmp_path, rows, claims=(), scale="medium", **settings):
     experiment = Experiment(title="a title", columns=["Dataset", "Model"], claims=list(claims), **settings)
-    path = write_report("table07", experiment, Setup("tiny", tmp_path), rows, [], 12.0)
+    path = write_report("table07", experiment, Setup(scale, tmp_path), rows, [], 12.0)
     return path.read_text()
 
 

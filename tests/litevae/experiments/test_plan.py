@@ -2,6 +2,8 @@ import pytest
 
 import litevae.experiments.trained as trained_module
 from litevae.cli import main
+from litevae.experiments.plan import diffusion_config
+from litevae.experiments.spec import Setup, load_experiment
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -27,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         (["diffusion.max_steps=3"], "diffusion.max_steps=3: this experiment has no second stage"),
         (
             ["loss.adversarial=0.1", "max_steps=5"],
-            "row 'both': max_steps=5 ends before step 101, at which the row changes",
+            "row 'both': max_steps=5 ends before step 201, at which the row changes",
         ),
     ],
 )
@@ -54,3 +56,16 @@ def test_mistakes_end_it_before_any_training(tmp_path, own, monkeypatch, capsys,
 def test_options_that_would_do_nothing_are_refused(tmp_path, capsys, name, arguments, message):
     assert main(["experiment", name, *arguments, "-o", str(tmp_path)]) == 2
     assert message.removeprefix("diffusion.") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("row", "batch", "rate", "sampler"),
+    [(0, 42, 8.4e-5, "ddpm"), (1, 42, 8.4e-5, "ddpm"), (2, 48, 9.6e-5, "ddim"), (3, 48, 9.6e-5, "ddim")],
+)
+def test_each_data_set_of_table_7_has_ldms_own_settings(tmp_path, row, batch, rate, sampler):
+    experiment = load_experiment("table07")
+    config = diffusion_config(
+        experiment, Setup("paper", tmp_path), experiment.runs[row], tmp_path, "latents", "images"
+    )
+    assert (config.data.batch_size, config.optimizer.learning_rate) == (batch, rate)
+    assert config.noise.sampler == sampler

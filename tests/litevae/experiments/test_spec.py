@@ -8,17 +8,19 @@ from litevae.experiments.spec import (
     SCALES,
     load_experiment,
     measured_size,
+    measured_sizes,
     shipped_experiments,
     training_config,
 )
 from litevae.models.build import with_fresh_weights
 
-NAMES = [f"figure{n:02}" for n in range(2, 10)] + [f"table{n:02}" for n in range(1, 23)]
+NAMES = ["kl", "shared-resolutions"]
+NAMES += [f"figure{n:02}" for n in range(2, 10)] + [f"table{n:02}" for n in range(1, 23)]
 
 
 def test_every_table_and_figure_is_there():
-    # Figure 1 is a diagram; Tables 23 and 24 define the presets.
-    assert shipped_experiments() == NAMES
+    # Figure 1 is a diagram; Tables 23 and 24 define the presets. The other two are not tables of the paper.
+    assert shipped_experiments() == sorted(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -41,6 +43,33 @@ def test_rows_are_valid_settings_at_all_scales(name):
         ]
         assert tiny.data.train == "demo"
         assert tiny.loss.lpips == 0 or not tiny.loss.pretrained  # no download is needed
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "kl"])
+def test_all_models_train_with_ldms_kl_weight_and_a_discriminator_from_mid_run(name):
+    experiment = load_experiment(name)
+    for run in experiment.runs if experiment.kind != "complexity" else []:
+        config = training_config(experiment, run, SCALES["paper"])
+        factor = 2 ** (len(config.model.block_out_channels) - 1)
+        learned = config.model.encoder_type == "learned"
+        expected = 1e-6 * config.model.latent_channels / (3 * factor**2) * learned
+        assert config.loss.kl == pytest.approx(expected, rel=1e-3)
+        middle = (
+            100_001 if config.max_steps == 150_000 else config.max_steps // 2 + 1
+        )  # Table 5's second stage
+        assert config.loss.adversarial_start == middle
+
+
+def test_resolutions_are_those_at_which_ssim_means_something():
+    assert measured_sizes(load_experiment("figure05"), SCALES["tiny"]) == [32, 64, 128]
+    assert measured_sizes(load_experiment("figure05"), SCALES["paper"]) == [64, 128, 256, 512]
+
+
+def test_figures_five_and_eight_claim_all_metrics():
+    for name in ("figure05", "figure08"):
+        experiment = load_experiment(name)
+        (claim,) = experiment.claims
+        assert claim.metrics == [f"worst {metric} degradation (%)" for metric in experiment.metrics]
 
 
 @pytest.mark.parametrize("row", ["VAE", "LiteVAE-S", "LiteVAE-B", "VAE-Small"])

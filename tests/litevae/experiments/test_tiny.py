@@ -23,8 +23,9 @@ def test_leaves_a_table(output, name):
     assert "tiny scale, not the paper's" in text.splitlines()[0]
     for run in experiment.runs:
         assert f"| {' | '.join(run.row)} |" in text
-    for claim in experiment.claims:
-        assert claim.text in text
+    assert "A smoke test" in text
+    for word in ("shows", "PSNR", "paper:"):
+        assert word not in text
     for row in json.loads((output / f"{name}.json").read_text())["rows"]:
         assert row["values"]
     if name.startswith("figure"):

@@ -1,6 +1,12 @@
+import os
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
-from litevae.experiments.trained import digest, finished
+import pytest
+
+from litevae.experiments.trained import Trained, Usage, digest, finished, read_others, write_others
 from litevae.training import load_config
 
 
@@ -19,3 +25,30 @@ def test_runs_are_shared_by_what_decides_their_outcome(tmp_path):
     assert digest(config) == digest(same)
     for other in ("seed=1", "loss.kl=0.1", "model.latent_channels=4", "validate_every=3"):
         assert digest(load_config("demo", [other])) != digest(config)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/stat"), reason="the processors' time is read from /proc")
+def test_the_work_of_others_is_measured_and_that_of_the_run_is_not():
+    usage, clock = Usage(), time.monotonic()
+    child = subprocess.Popen(
+        [sys.executable, "-c", "import time\nwhile time.process_time() < 0.3: pass"],
+        stdout=subprocess.DEVNULL,
+    )
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and nobody has taken its time yet
+
+    def seconds():
+        return usage.others() * (time.monotonic() - clock) * os.cpu_count()
+
+    as_another = seconds()
+    child.wait()
+    as_a_part_of_this_run = seconds()
+    assert as_another > 0.25
+    assert as_another - as_a_part_of_this_run > 0.2  # whatever else the machine does
+
+
+def test_a_run_counts_as_alone_only_if_that_was_measured(tmp_path):
+    assert read_others(tmp_path) is None
+    for others, alone in ((0.01, True), (0.2, False), (None, False)):
+        write_others(tmp_path, others)
+        assert read_others(tmp_path) == others
+        assert Trained(load_config("demo"), {}, read_others(tmp_path)).alone is alone

@@ -25,6 +25,7 @@ from litevae.data.squares import middle_square
 from litevae.errors import NonFiniteError, UserError
 from litevae.evaluation.metrics import psnr, ssim
 from litevae.evaluation.reconstruction import reconstruct
+from litevae.evaluation.yardsticks import measure_yardsticks
 from litevae.training import load_config, train
 
 SHORT = [
@@ -89,7 +90,10 @@ class TestFinishedRun:
         expected = psnr(data.chelsea(), reconstruction), ssim(data.chelsea(), reconstruction)
         assert (result.psnr, result.ssim) == pytest.approx(expected, abs=1e-3)
         assert (metrics["validation"]["psnr"], metrics["validation"]["ssim"]) == (result.psnr, result.ssim)
-        assert (metrics["steps"], metrics["stopped_by"]) == (20, None)
+        assert (metrics["steps"], metrics["stopped_by"], metrics["precision"]) == (20, None, "fp32")
+        expected = measure_yardsticks(model, [data.chelsea()])
+        assert metrics["validation"]["yardsticks"] == result.yardsticks == expected
+        assert metrics["validation"]["below_haar_yardstick"] is True
 
     def test_pictures_open(self, finished):
         for name in ("reconstructions.png", "curves.png"):
