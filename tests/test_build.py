@@ -1,6 +1,8 @@
-"""The build with `LITEVAE_BUILD_CUDA=auto`, which never fails because of CUDA."""
+"""The build never fails because of CUDA if `LITEVAE_BUILD_CUDA=auto`, and without a compiler leaves the core out."""
 
 import os
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -72,3 +74,49 @@ def test_kernels_that_do_not_compile_are_left_out_unless_they_are_demanded(tmp_p
         assert "-DLITEVAE_CUDA_REASON=the build with CUDA failed" in lines[-2]
         assert "trying it without CUDA" in result.stderr
         assert len(list((tmp_path / "lib").iterdir())) == 1
+
+
+NO_COMPILER = """
+cat >&2 <<'end'
+-- The CXX compiler identification is unknown
+CMake Error at CMakeLists.txt:2 (project):
+  No CMAKE_CXX_COMPILER could be found.
+
+end
+exit 1
+"""
+
+
+@pytest.mark.parametrize(
+    ("variables", "status"),
+    [
+        ({}, 0),
+        ({"LITEVAE_BUILD_CORE": "0"}, 0),
+        ({"LITEVAE_BUILD_CORE": "1"}, 1),
+        ({"LITEVAE_BUILD_CUDA": "1"}, 1),
+    ],
+)
+def test_core_is_left_out_where_it_cannot_be_built(tmp_path, variables, status):
+    environment = on_path(tmp_path / "bin", "cmake", NO_COMPILER) | variables
+    command = [sys.executable, ROOT / "setup.py", "-q", "build_ext", "--build-lib", tmp_path / "lib"]
+    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == status, result.stderr
+    reason = "No CMAKE_CXX_COMPILER could be found."
+    if variables.get("LITEVAE_BUILD_CORE") == "0":
+        reason = "built with LITEVAE_BUILD_CORE=0"
+    last = result.stderr.splitlines()[-1]
+    if status:
+        assert last == f"litevae: the compiled core cannot be built: {reason}"
+        return
+    assert f"litevae: the compiled core is left out: {reason}" in last
+    (stand_in,) = (tmp_path / "lib").iterdir()
+    with pytest.raises(ImportError, match=re.escape(f"the package was installed without it: {reason}")):
+        runpy.run_path(str(stand_in))
+
+
+def test_unknown_value_is_refused(tmp_path):
+    environment = {**os.environ, "LITEVAE_BUILD_CORE": "yes"}
+    command = [sys.executable, ROOT / "setup.py", "-q", "build_ext", "--build-lib", tmp_path / "lib"]
+    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == "LITEVAE_BUILD_CORE is 'yes'; allowed: auto, 0, 1"

@@ -14,6 +14,7 @@ from litevae.cli.config import config
 from litevae.cli.encode import encode
 from litevae.cli.eval import evaluate
 from litevae.cli.experiment import experiment
+from litevae.cli.export import export
 from litevae.cli.features import features
 from litevae.cli.gradients import gradients
 from litevae.cli.info import info
@@ -37,6 +38,7 @@ app.command()(info)
 app.command()(scale)
 app.command()(encode)
 app.command("eval")(evaluate)
+app.command()(export)
 app.command()(complexity)
 app.command()(latents)
 app.command()(experiment)
@@ -71,6 +73,7 @@ def callback(
              litevae scale runs/demo path/to/images
              litevae encode runs/demo path/to/images latents
              litevae eval runs/demo path/to/images
+             litevae export runs/demo exported
              litevae complexity
              litevae latents runs/demo path/to/images -o latents
              litevae train-diffusion small model=runs/demo data.latents=latents

@@ -5,12 +5,15 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from litevae.errors import UserError
 from litevae.models.loading import DIFFUSERS, model_folder
+
+if TYPE_CHECKING:
+    import torch
 
 # By metric: heading, and digits after the decimal point.
 COLUMNS = {"rfid": ("rFID", 3), "lpips": ("LPIPS", 4), "psnr": ("PSNR", 2), "ssim": ("SSIM", 4)}
@@ -73,6 +76,24 @@ def cores_per_process() -> int:
 def choose_workers(given: int | None) -> int:
     """Returns the number of processes that read images: the one that the user gives, or the default."""
     return min(cores_per_process(), 16) if given is None else given
+
+
+def choose_device(name: str | None) -> "torch.device":
+    """Returns the device that the user names, or else the GPU if there is one; `UserError` if it does not work."""
+    import torch
+
+    if name is None:
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).item()  # on "meta" there are no values
+    except (
+        RuntimeError,
+        AssertionError,
+    ) as error:  # PyTorch asserts that it was built with the device's code
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(f"--device {name}: {reason}") from None
+    return device
 
 
 def stopped_message(signal_name: str, steps: int, has_checkpoints: bool) -> str:
@@ -163,6 +184,16 @@ def provenance(model: Path, data: str, *sizes: int) -> dict[str, Any]:
         data: source of the images, as `open_images` takes it.
         sizes: sides of the squares in pixels.
     """
+    return {
+        **model_provenance(model),
+        "data": data,
+        "crop": f"middle square, resized to {' and '.join(f'{size} x {size}' for size in sizes)} (Pillow's "
+        "bicubic, antialiased), 8 bits",
+    }
+
+
+def model_provenance(model: Path) -> dict[str, Any]:
+    """Returns the folder of a model, the digests of its weights, and the versions of the software."""
     from importlib.metadata import version
 
     from litevae.environment import versions
@@ -175,8 +206,5 @@ def provenance(model: Path, data: str, *sizes: int) -> dict[str, Any]:
     return {
         "model": str(model),
         "weights": {file.name: sha256(file) for file in files},
-        "data": data,
-        "crop": f"middle square, resized to {' and '.join(f'{size} x {size}' for size in sizes)} (Pillow's "
-        "bicubic, antialiased), 8 bits",
         "versions": {"litevae": versions()} | {package: version(package) for package in packages},
     }

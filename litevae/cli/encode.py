@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
-from litevae.cli.common import WorkersOption, choose_workers, cores_per_process
+from litevae.cli.common import WorkersOption, choose_device, choose_workers, cores_per_process
 from litevae.errors import UserError
 from litevae.models.loading import load_model
 
@@ -163,23 +163,6 @@ def encode(
         print(
             "this model's scaling_factor is 1: measure it with litevae scale, then run this command again to record it"
         )
-
-
-def choose_device(name: str | None) -> "torch.device":
-    import torch
-
-    if name is None:
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (
-        RuntimeError,
-        AssertionError,
-    ) as error:  # PyTorch asserts that it was built with the device's code
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise UserError(f"--device {name}: {reason}") from None
-    return device
 
 
 def report(

@@ -165,5 +165,5 @@ class WaveletEncoder(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         bands = haar_pyramid(image, self.levels, dtype=compute_dtype(self, image.device))[-1]
         mean = F.pixel_unshuffle(bands, self.space_to_depth)
-        logvar = torch.empty_like(mean).copy_(self.logvar)  # an expanded tensor would lose the memory format
+        logvar = torch.zeros_like(mean) + self.logvar  # an expanded tensor would lose the memory format
         return torch.cat([mean, logvar], dim=1)

@@ -114,7 +114,7 @@ RUNS = (
 
 # Commands that take more than a few seconds all the same, as a pattern of their beginnings.
 SLOW = (
-    r"litevae (complexity|resolution|features|info|experiment (?!list)|train (demo|imagenet-(sd-vae|vae)))\b"
+    r"litevae (complexity|resolution|features|info|export|experiment (?!list)|train (demo|imagenet-(sd-vae|vae)))\b"
     r"|python examples/"
 )
 

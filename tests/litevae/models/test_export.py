@@ -1,7 +1,8 @@
 """Export and tracing: with dynamic sizes, without custom operators, and without warnings of the tracer."""
 
-import importlib.util
 import warnings
+from importlib.util import find_spec
+from typing import get_args
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from litevae.models import encoder
+from litevae.models.export import PACKAGES, RUNTIMES, Format, compare_exported, export_model
 
 WAVELET = {"decoder_norm": "smc", "output_type": "wavelet"}
 SIZES = [(1, 3, 8, 8), (3, 3, 20, 12)]
@@ -85,23 +87,32 @@ def test_trace(make, image, options, gradients):
     assert_equal_for_all_sizes(traced, model)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
-    not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")),
-    reason="needs onnx, onnxscript and onnxruntime",
+def encoders(format: str) -> list:
+    """Parameters of a test: the Haar encoder, which is exported in seconds, and the learned one."""
+    needs = [name for name in PACKAGES.get(format, ()) + RUNTIMES.get(format, ()) if find_spec(name) is None]
+    skip = [pytest.mark.skipif(bool(needs), reason=f"needs {', '.join(needs)}")]
+    haar = {"encoder_type": "dwt", "latent_channels": 12, "block_out_channels": (8, 8), "decoder_norm": "smc"}
+    return [pytest.param(format, haar, marks=skip), pytest.param(format, {}, marks=[*skip, pytest.mark.slow])]
+
+
+@pytest.mark.parametrize(
+    ("format", "options"), [each for name in get_args(Format) for each in encoders(name)]
 )
-@pytest.mark.parametrize("part", [Moments, Whole])
-def test_onnx_with_dynamic_sizes(make, image, part, tmp_path):
-    import onnxruntime
+def test_files_run_with_dynamic_sizes(make_variant, tmp_path, format, options):
+    model = make_variant(**({"block_out_channels": (8, 8, 8)} | options)).eval()
+    files = export_model(model, tmp_path, format)
+    f = model.spatial_compression_ratio
+    images = [torch.randn(n, 3, height * f, width * f) for n, height, width in ((1, 2, 2), (3, 5, 3))]
+    errors = compare_exported(model, files, format, "fp32", images)
+    assert set(errors) == {"encoder", "decoder"}
+    assert max(errors.values()) < 1e-5
 
-    model = part(make())
-    path = tmp_path / "model.onnx"
-    with torch.no_grad():
-        torch.onnx.export(model, (image,), path, dynamo=True, dynamic_shapes=dynamic_shapes(), verbose=False)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
-    def run(image: Tensor) -> Tensor:
-        (name,) = (each.name for each in session.get_inputs())
-        return torch.from_numpy(session.run(None, {name: image.numpy()})[0])
-
-    assert_equal_for_all_sizes(run, model)
+def test_half_precision_and_a_fixed_size(make_variant, tmp_path):
+    model = make_variant(
+        block_out_channels=(8, 8, 8), extractor="nafnet", aggregator="vit", sample_size=16
+    ).eval()
+    files = export_model(model, tmp_path, "torch-export", "bf16")
+    errors = compare_exported(model, files, "torch-export", "bf16", [torch.randn(3, 3, 16, 16)])
+    assert 1e-4 < max(errors.values()) < 5e-2
+    assert model.dtype == torch.float32
