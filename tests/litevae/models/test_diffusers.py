@@ -148,3 +148,18 @@ def test_processors_of_the_attention(make, latent):
         torch.testing.assert_close(vae.decode(latent).sample, expected)
         vae.set_attn_processor(AttnProcessor2_0())
         assert torch.equal(vae.decode(latent).sample, expected)
+
+
+def test_forward_mode_with_the_processor_that_the_page_names(make, latent):
+    vae, z = make().double(), latent.double()
+    vae.set_attn_processor(AttnProcessor())
+    direction = torch.randn(z.shape, generator=torch.Generator().manual_seed(3), dtype=z.dtype)
+
+    def decode(z):
+        return vae.decode(z).sample
+
+    with torch.no_grad():
+        expected = (decode(z + 1e-5 * direction) - decode(z - 1e-5 * direction)) / 2e-5
+        torch.testing.assert_close(
+            torch.func.jvp(decode, (z,), (direction,))[1], expected, atol=1e-6, rtol=1e-5
+        )
