@@ -131,13 +131,16 @@ class Trial:
     seconds: float
 
 
-def fastest(model: Autoencoder, side: Side, x: Tensor, dtype: torch.dtype) -> Trial:
+def fastest(
+    model: Autoencoder, side: Side, x: Tensor, dtype: torch.dtype, *, compiled_too: bool = True
+) -> Trial:
     """Returns the fastest configuration of a model in one dtype for inputs like `x`.
 
-    The eager layouts are compared first; the better one is then compiled in every mode but max-autotune, which takes
-    minutes. `test_grid` compares all combinations.
+    The eager layouts are compared first; the better one is then compiled, if `compiled_too`, in every mode but
+    max-autotune, which takes minutes. `test_grid` compares all combinations.
     """
     modes = [mode for mode in MODES[model.device.type] if "max-autotune" not in mode]
+    modes = modes if compiled_too else modes[:1]
 
     def measure(configuration: Configuration) -> Trial:
         call, image = deploy(model, side, configuration), as_input(x, configuration)
