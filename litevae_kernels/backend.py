@@ -174,7 +174,8 @@ def _find_why_no_cuda() -> str | None:
     toolkit = tuple(int(number) for number in core.cuda_version.split(".")[:2])
     driver = _driver_version()
     if driver[0] < toolkit[0]:
-        return f"the core was built by CUDA {core.cuda_version}, and the GPU driver supports CUDA {driver[0]}.{driver[1]}"
+        newest = f"CUDA {driver[0]}.{driver[1]}"
+        return f"the core was built by CUDA {core.cuda_version}, and the GPU driver supports {newest}"
     targets = core.cuda_architectures.split()
     for device in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(device)

@@ -15,17 +15,25 @@ from torch import Tensor
 GRID = tl.constexpr(2**30)  # programs on the grid's first axis
 
 
-def kernel(function: Callable[..., Any]) -> Any:
-    """Compiles a kernel whose integer arguments are int64, once for all of their values.
+def kernel(*scalars: str) -> Callable[[Callable[..., Any]], Any]:
+    """Returns a decorator that compiles a kernel whose numbers are int64 and float64, once for all of their values.
 
     Triton would compile a kernel again for a size of 1 or a multiple of 16. Kernels learn about alignment from their
     constexpr vector widths instead.
 
-    Every launch sets enable_fp_fusion=False. Otherwise Triton 3.8 contracts the product of one lane with an addition
-    of another lane's, so that the lanes of a sum get different results. Kernels call `tl.fma` where it is wanted.
+    Launches of kernels with sums set enable_fp_fusion=False. Otherwise Triton 3.8 contracts the product of one lane
+    with the addition of another lane's, so that the lanes of a sum get different results. These kernels call `tl.fma`.
+
+    Args:
+        scalars: Names of the pointers that are not accessed as vectors. Their alignment does not matter, so it does
+            not compile the kernel again.
     """
-    integers = [name for name, kind in function.__annotations__.items() if kind is tl.int64]
-    return triton.jit(function, do_not_specialize=integers)
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        integers = [name for name, kind in function.__annotations__.items() if kind is tl.int64]
+        return triton.jit(function, do_not_specialize=integers, do_not_specialize_on_alignment=list(scalars))
+
+    return decorate
 
 
 @triton.jit

@@ -180,7 +180,10 @@ void run_pass(Pass p, const Shape& shape, bool in_double, const Launch& launch) 
   const int64_t edge_tiles = p.tiles_x * p.tiles_y - p.nx * p.ny;
   if (edge_tiles > 0) {
     p.channel_groups = shape.channels;
-    p.threads = shape.batch * shape.channels * edge_tiles;
+    p.edge_tiles = shape.batch * shape.channels * edge_tiles;
+    int64_t positions = kAnalysis ? 0 : edge_positions(p.levels, 0);
+    for (int level = 1; kAnalysis && level <= p.levels; ++level) positions += edge_positions(p.levels, level);
+    p.threads = p.edge_tiles * positions;
     in_double ? launch(Edge<kAnalysis, double>(), p) : launch(Edge<kAnalysis, float>(), p);
   }
 }

@@ -19,6 +19,7 @@ struct Pass {
   int64_t channel_groups;    // number of groups of channels; one thread handles one group
   int64_t x0, y0, nx, ny;    // first tile and number of tiles of the fast path
   int64_t tiles_x, tiles_y;  // number of all tiles; the slow path handles the others
+  int64_t edge_tiles;        // number of tiles of the slow path, in all channels of all images
   bool channels_first;       // neighbouring threads take neighbouring channels rather than neighbouring tiles
 
   int64_t height, width;
@@ -405,22 +406,17 @@ LITEVAE_DEVICE_CALL Quad<T> pull_quad(const Pass& p, int64_t n, int64_t c, int64
                    pull_ll<T, kLevel - 1>(p, n, c, bottom, right), static_cast<T>(p.factor));
 }
 
+// Stores the coefficients of a level at y, x, if that is inside the level.
 template <class T, int kLevel>
-LITEVAE_DEVICE void pull_bands(const Pass& p, const Place& at) {
-  if (kLevel > p.levels) return;
-  const int tile_height = 1 << (p.levels - kLevel), tile_width = kTileWidth >> kLevel;
-  const int64_t height = size_at(p.height, kLevel), width = size_at(p.width, kLevel);
-  for (int64_t y = at.y * tile_height; y < (at.y + 1) * tile_height && y < height; ++y)
-    for (int64_t x = at.x * tile_width; x < (at.x + 1) * tile_width && x < width; ++x) {
-      const Quad<T> q = pull_quad<T, kLevel>(p, at.n, at.c, y, x);
-      const Band(&bands)[4] = p.bands[kLevel - 1];
-      if (bands[kLL].data != nullptr) store_one(bands[kLL], p.coeff_dtype, at.n, at.c, y, x, q.ll);
-      store_one(bands[kH], p.coeff_dtype, at.n, at.c, y, x, q.h);
-      store_one(bands[kV], p.coeff_dtype, at.n, at.c, y, x, q.v);
-      store_one(bands[kD], p.coeff_dtype, at.n, at.c, y, x, q.d);
-      if (kLevel == p.levels && p.carry.data != nullptr)
-        store_one(p.carry, kDTypeOf<T>, at.n, at.c, y, x, q.ll);
-    }
+LITEVAE_DEVICE void pull_bands(const Pass& p, int64_t n, int64_t c, int64_t y, int64_t x) {
+  if (y >= size_at(p.height, kLevel) || x >= size_at(p.width, kLevel)) return;
+  const Quad<T> q = pull_quad<T, kLevel>(p, n, c, y, x);
+  const Band(&bands)[4] = p.bands[kLevel - 1];
+  if (bands[kLL].data != nullptr) store_one(bands[kLL], p.coeff_dtype, n, c, y, x, q.ll);
+  store_one(bands[kH], p.coeff_dtype, n, c, y, x, q.h);
+  store_one(bands[kV], p.coeff_dtype, n, c, y, x, q.v);
+  store_one(bands[kD], p.coeff_dtype, n, c, y, x, q.d);
+  if (kLevel == p.levels && p.carry.data != nullptr) store_one(p.carry, kDTypeOf<T>, n, c, y, x, q.ll);
 }
 
 template <class T, int kLevel>
@@ -461,6 +457,11 @@ LITEVAE_DEVICE_CALL T pull_pixel(const Pass& p, int64_t n, int64_t c, int64_t y,
   return value;
 }
 
+// The number of positions of a level in a tile of the slow path.
+LITEVAE_CONSTEXPR int64_t edge_positions(int levels, int level) {
+  return (int64_t{1} << (levels - level)) * (kTileWidth >> level);
+}
+
 LITEVAE_DEVICE Place edge_place_of(const Pass& p, int64_t thread) {
   Place at;
   const int64_t full_rows = p.tiles_y - p.ny;
@@ -498,20 +499,42 @@ struct Inside {
   }
 };
 
+// A thread makes one position of one level, so that the loads of a tile are spread over many threads.
 template <bool kIsAnalysis, class T>
 struct Edge {
   static constexpr bool kAnalysis = kIsAnalysis;
   static LITEVAE_DEVICE void run(const Pass& p, int64_t thread) {
-    const Place at = edge_place_of(p, thread);
     if constexpr (kAnalysis) {
-      pull_bands<T, 1>(p, at);
-      pull_bands<T, 2>(p, at);
-      pull_bands<T, 3>(p, at);
+      level<1>(p, thread);
     } else {
-      const int64_t tile_height = int64_t{1} << p.levels;
-      for (int64_t y = at.y * tile_height; y < (at.y + 1) * tile_height && y < p.height; ++y)
-        for (int64_t x = at.x * kTileWidth; x < (at.x + 1) * kTileWidth && x < p.width; ++x)
-          store_one(p.image, p.image_dtype, at.n, at.c, y, x, pull_pixel<T, 0>(p, at.n, at.c, y, x));
+      const Position at = position(p, thread, 0);
+      if (at.y < p.height && at.x < p.width)
+        store_one(p.image, p.image_dtype, at.n, at.c, at.y, at.x,
+                  pull_pixel<T, 0>(p, at.n, at.c, at.y, at.x));
+    }
+  }
+
+ private:
+  struct Position {
+    int64_t n, c, y, x;
+  };
+
+  static LITEVAE_DEVICE Position position(const Pass& p, int64_t thread, int level) {
+    const int width = kTileWidth >> level, height = 1 << (p.levels - level);
+    const int64_t inside_x = pop_index(thread, width), inside_y = pop_index(thread, height);
+    const Place at = edge_place_of(p, thread);
+    return {at.n, at.c, at.y * height + inside_y, at.x * width + inside_x};
+  }
+
+  // The threads of level 1 come first, then those of the others: those of a warp do the same work.
+  template <int kLevel>
+  static LITEVAE_DEVICE void level(const Pass& p, int64_t thread) {
+    const int64_t threads = edge_positions(p.levels, kLevel) * p.edge_tiles;
+    if (thread < threads) {
+      const Position at = position(p, thread, kLevel);
+      pull_bands<T, kLevel>(p, at.n, at.c, at.y, at.x);
+    } else if constexpr (kLevel < kPassLevels) {
+      level<kLevel + 1>(p, thread - threads);
     }
   }
 };

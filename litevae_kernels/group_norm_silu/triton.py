@@ -85,7 +85,7 @@ def _slope(x, grad, high, low, rstd, w, b):
     return normal, grad * sigmoid * tl.fma(z, 1 - sigmoid, 1.0)
 
 
-@kernel
+@kernel("partials")
 def group_norm_silu_stats_kernel(
     x, partials,
     x_n: tl.int64, x_c: tl.int64, x_h: tl.int64, x_w: tl.int64,
@@ -136,12 +136,12 @@ def group_norm_silu_stats_kernel(
     tl.store(out + 2 * plane, squares, mask=has_channel)
 
 
-@kernel
+@kernel("partials", "stats")
 def group_norm_silu_stats_join_kernel(
     partials, stats,
     batch: tl.int64, all_channels: tl.int64, pixels: tl.int64, groups: tl.int64, group_channels: tl.int64,
-    chunks: tl.int64, chunk_pixels: tl.int64,
-    EPS: tl.constexpr, BLOCK: tl.constexpr,
+    chunks: tl.int64, chunk_pixels: tl.int64, eps: tl.float64,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Writes stats (batch, groups, 2), one group per program, from partials (3, batch, chunks, all_channels)."""
     program = program_index()
@@ -168,10 +168,10 @@ def group_norm_silu_stats_join_kernel(
     distance = tl.sum(total, 0) / size
     variance = tl.maximum(tl.sum(squares, 0) / size - distance * distance, 0)
     tl.store(stats + 2 * program, shift + distance)
-    tl.store(stats + 2 * program + 1, 1 / tl.sqrt(variance + EPS))
+    tl.store(stats + 2 * program + 1, 1 / tl.sqrt(variance + eps))
 
 
-@kernel
+@kernel("weight", "bias", "stats")
 def group_norm_silu_apply_kernel(
     x, weight, bias, stats, y,
     x_n: tl.int64, x_c: tl.int64, x_h: tl.int64, x_w: tl.int64,
@@ -205,7 +205,7 @@ def group_norm_silu_apply_kernel(
         tl.store(y + at, z / (1 + tl.exp(-z)), mask=mask)
 
 
-@kernel
+@kernel("weight", "bias", "stats", "partials")
 def group_norm_silu_sums_kernel(
     x, grad, weight, bias, stats, partials,
     x_n: tl.int64, x_c: tl.int64, x_h: tl.int64, x_w: tl.int64,
@@ -246,7 +246,7 @@ def group_norm_silu_sums_kernel(
     tl.store(out + batch * chunks * all_channels, tl.sum(product, 0), mask=has_channel)
 
 
-@kernel
+@kernel("partials", "weight", "stats", "totals", "coefficients")
 def group_norm_silu_sums_join_kernel(
     partials, weight, stats, totals, coefficients,
     weight_c: tl.int64,
@@ -294,7 +294,7 @@ def group_norm_silu_sums_join_kernel(
     tl.store(coefficients + 2 * program + 1, tl.sum(multiple, 0) * factor)
 
 
-@kernel
+@kernel("totals", "grad_weight", "grad_bias")
 def group_norm_silu_parameters_kernel(
     totals,
     grad_weight,
@@ -330,7 +330,7 @@ def group_norm_silu_parameters_kernel(
         tl.store(grad_weight + channel, product, mask=has_channel)
 
 
-@kernel
+@kernel("weight", "bias", "stats", "coefficients")
 def group_norm_silu_grad_kernel(
     x, grad, weight, bias, stats, coefficients, out,
     x_n: tl.int64, x_c: tl.int64, x_h: tl.int64, x_w: tl.int64,
@@ -411,17 +411,14 @@ def _view(x: Tensor) -> _View:
 
 
 def _tile(inner: str, channels: int, pixels: int) -> tuple[int, int]:
-    """Returns the (pixels, channels) of a tile, both powers of two."""
-    most = triton.next_power_of_2(channels)
-    tile_p = triton.next_power_of_2(pixels)
+    """Returns the (pixels, channels) of a tile, both powers of two: few different ones, as each is a kernel."""
     if inner == "channels":
         even = channels & -channels
-        tile_c = min(even if even >= 32 else most, 64)
-        tile_p = min(tile_p, max(TILE // tile_c, 1))
-    tile_p = min(tile_p, TILE)
-    if inner != "channels" or tile_p * tile_c < TILE:
-        tile_c = min(most, TILE // tile_p)
-    return tile_p, tile_c
+        tile_c = even if even >= 32 else max(triton.next_power_of_2(channels), 8)
+        tile_c = min(tile_c, 64, TILE)
+        return TILE // tile_c, tile_c
+    tile_p = min(max(triton.next_power_of_2(pixels), 64), TILE)
+    return tile_p, TILE // tile_p
 
 
 def _steps(batch: int, channels: int, pixels: int, tile: tuple[int, int], most: int) -> int:
@@ -441,20 +438,25 @@ class _Part(NamedTuple):
     first: int
     tile: tuple[int, int]
 
-    def sizes(self) -> tuple[int, int, int, int, int]:
+    def vectors(self, *others: _View) -> tuple[int, int]:
+        """Returns the (channels, pixels) of the longest vectors in the part and in `others`; masks have that grain."""
+        views = (self.view, *others)
+        c_vec, p_vec = (
+            max((v.vector for v in views if v.inner == inner), default=1) for inner in ("channels", "pixels")
+        )
+        return c_vec, p_vec
+
+    def sizes(self, *others: _View) -> tuple[int, int, int, int, int]:
         n, c, height, width = self.x.shape
-        c_vec, p_vec = self.vectors()
+        c_vec, p_vec = self.vectors(*others)
         return n, c // c_vec, height * width // p_vec, width, self.first
 
-    def vectors(self) -> tuple[int, int]:
-        return _power_of_two(self.x.shape[1]), _power_of_two(self.x.shape[2] * self.x.shape[3])
-
-    def tiling(self, chunk: int) -> tuple[tuple[int, int], tuple[int, int], dict[str, Any]]:
+    def tiling(self, chunk: int, *others: _View) -> tuple[tuple[int, int], tuple[int, int], dict[str, Any]]:
         """Returns the grid, (chunks, steps) and the options of a launch with `chunk` pixels per program."""
         n, c, height, width = self.x.shape
         tile_p = min(self.tile[0], chunk)
         chunks = triton.cdiv(height * width, chunk)
-        c_vec, p_vec = self.vectors()
+        c_vec, p_vec = self.vectors(*others)
         options = {
             "C_VEC": c_vec,
             "P_VEC": p_vec,
@@ -462,7 +464,6 @@ class _Part(NamedTuple):
             "TILE_P": tile_p,
             "TILE_C": self.tile[1],
             "num_warps": max(1, min(4, tile_p * self.tile[1] // 512)),
-            "enable_fp_fusion": False,
         }
         return grid_of(n * chunks * triton.cdiv(c, self.tile[1])), (chunks, chunk // tile_p), options
 
@@ -510,20 +511,20 @@ def forward(
             grid, tiling, options = part.tiling(chunk)
             group_norm_silu_stats_kernel[grid](
                 part.x, partials, *part.view.strides, *part.sizes(), channels, *tiling,
-                **part.view.constants("X"), **options,
+                **part.view.constants("X"), **options, enable_fp_fusion=False,
             )  # fmt: skip
         group_norm_silu_stats_join_kernel[grid_of(n * num_groups)](
-            partials, stats, n, channels, pixels, *groups, chunks, chunk,
-            EPS=eps, BLOCK=512, num_warps=4, enable_fp_fusion=False,
+            partials, stats, n, channels, pixels, *groups, chunks, chunk, eps,
+            BLOCK=512, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
         for part in parts:
-            grid, tiling, options = part.tiling(part.chunk(8))
             out = y.narrow(1, part.first, part.x.shape[1])
             view = _view(out)
+            grid, tiling, options = part.tiling(part.chunk(8), view)
             group_norm_silu_apply_kernel[grid](
                 part.x, weight, bias, stats, out, *part.view.strides, *view.strides, _step(weight), _step(bias),
-                *part.sizes(), *groups, *tiling,
-                **part.view.constants("X"), **view.constants("Y"), **options,
+                *part.sizes(view), *groups, *tiling,
+                **part.view.constants("X"), **view.constants("Y"), **options, enable_fp_fusion=True,
             )  # fmt: skip
 
 
@@ -551,19 +552,19 @@ def backward(
     partials = x.new_empty((2, n, chunks, channels), dtype=dtype)
     totals = x.new_empty((2, n, channels), dtype=torch.float64)
     coefficients = x.new_empty((n, num_groups, 2), dtype=dtype)
-    block = min(triton.next_power_of_2(groups[1]), 64)
+    block = 4 if groups[1] <= 4 else 16
     inputs = []
     for part in parts:
         incoming = grad.narrow(1, part.first, part.x.shape[1])
         view = _view(incoming)
         constants = part.view.constants("X") | view.constants("GRAD")
-        inputs.append((part, incoming, part.view.strides + view.strides, constants))
+        inputs.append((part, incoming, view, constants))
     with on_device(x):
-        for part, incoming, strides, constants in inputs:
-            grid, tiling, options = part.tiling(chunk)
+        for part, incoming, view, constants in inputs:
+            grid, tiling, options = part.tiling(chunk, view)
             group_norm_silu_sums_kernel[grid](
-                part.x, incoming, weight, bias, stats, partials, *strides, *steps,
-                *part.sizes(), channels, *groups, *tiling, **constants, **options,
+                part.x, incoming, weight, bias, stats, partials, *part.view.strides, *view.strides, *steps,
+                *part.sizes(view), channels, *groups, *tiling, **constants, **options, enable_fp_fusion=False,
             )  # fmt: skip
         group_norm_silu_sums_join_kernel[grid_of(n * num_groups)](
             partials, weight, stats, totals, coefficients, steps[0], n, channels, height * width, *groups, chunks,
@@ -574,13 +575,14 @@ def backward(
                 totals, grad_weight, grad_bias, n, channels,
                 ROWS=32, BLOCK=16, num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip
-        for part, incoming, strides, constants in inputs:
+        for part, incoming, view, constants in inputs:
             out = grad_x if part.x is x else grad_skip
             if out is None:
                 continue
-            grid, tiling, options = part.tiling(part.chunk(8))
-            view = _view(out)
+            to = _view(out)
+            grid, tiling, options = part.tiling(part.chunk(8), view, to)
             group_norm_silu_grad_kernel[grid](
-                part.x, incoming, weight, bias, stats, coefficients, out, *strides, *view.strides, *steps,
-                *part.sizes(), *groups, *tiling, **constants, **view.constants("OUT"), **options,
+                part.x, incoming, weight, bias, stats, coefficients, out, *part.view.strides, *view.strides,
+                *to.strides, *steps, *part.sizes(view, to), *groups, *tiling, **constants, **to.constants("OUT"),
+                **options, enable_fp_fusion=True,
             )  # fmt: skip

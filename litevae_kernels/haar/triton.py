@@ -111,37 +111,56 @@ def _store_row(
 
 
 @triton.jit
-def _butterfly(a, b, c, d, FACTOR: tl.constexpr):
+def _butterfly(a, b, c, d, factor):
     """Transforms the pixels a b / c d to LL, H, V, D. It is its own adjoint."""
     left = a + c  # rows before columns, as in the core
     right = b + d
     left_change = a - c
     right_change = b - d
     return (
-        (left + right) * FACTOR,
-        (left_change + right_change) * FACTOR,
-        (left - right) * FACTOR,
-        (left_change - right_change) * FACTOR,
+        (left + right) * factor,
+        (left_change + right_change) * factor,
+        (left - right) * factor,
+        (left_change - right_change) * factor,
     )
 
 
 @triton.jit
+def _zeros(COUNT: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    """Returns COUNT tensors (BLOCK,) of zeros."""
+    out = ()
+    for _ in tl.static_range(COUNT):
+        out = out + (tl.zeros((BLOCK,), ACC),)
+    return out
+
+
+@triton.jit
 def _analyse(
-    image, bands, places, mask, ROW: tl.constexpr, LEVEL: tl.constexpr, FACTOR: tl.constexpr, ACC: tl.constexpr,
+    image, bands, places, mask, row, LEVEL: tl.constexpr, factor, ACC: tl.constexpr,
     TILE: tl.constexpr, CHANNELS: tl.constexpr, IMAGE_PACKED: tl.constexpr, BANDS_PACKED: tl.constexpr,
     STACKED: tl.constexpr, VECS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Returns row ROW of the tile in LEVEL's LL (level 0: the image), and stores all sub-bands on the way."""
+    """Returns a row of the tile in LEVEL's LL (level 0: the image), and stores all sub-bands on the way."""
     COLS: tl.constexpr = TILE >> LEVEL
-    offsets = places[LEVEL][0] + ROW * places[LEVEL][1][0]
+    offsets = places[LEVEL][0] + row * places[LEVEL][1][0]
     steps = places[LEVEL][1]
     if LEVEL == 0:
         ll = _load_row(image, offsets, steps, mask, ACC, COLS, CHANNELS, IMAGE_PACKED, VECS[0], BLOCK)
     else:
-        upper = _analyse(image, bands, places, mask, 2 * ROW, LEVEL - 1, FACTOR, ACC, TILE, CHANNELS, IMAGE_PACKED,
-                         BANDS_PACKED, STACKED, VECS, BLOCK)  # fmt: skip
-        lower = _analyse(image, bands, places, mask, 2 * ROW + 1, LEVEL - 1, FACTOR, ACC, TILE, CHANNELS, IMAGE_PACKED,
-                         BANDS_PACKED, STACKED, VECS, BLOCK)  # fmt: skip
+        if CHANNELS > 1 and LEVEL > 1:
+            upper = _zeros(2 * COLS * CHANNELS, ACC, BLOCK)
+            lower = upper
+            for half in range(
+                2
+            ):  # a loop, because Triton's time to compile grows with the square of the accesses
+                upper = lower
+                lower = _analyse(image, bands, places, mask, 2 * row + half, LEVEL - 1, factor, ACC, TILE, CHANNELS,
+                                 IMAGE_PACKED, BANDS_PACKED, STACKED, VECS, BLOCK)  # fmt: skip
+        else:
+            upper = _analyse(image, bands, places, mask, 2 * row, LEVEL - 1, factor, ACC, TILE, CHANNELS, IMAGE_PACKED,
+                             BANDS_PACKED, STACKED, VECS, BLOCK)  # fmt: skip
+            lower = _analyse(image, bands, places, mask, 2 * row + 1, LEVEL - 1, factor, ACC, TILE, CHANNELS,
+                             IMAGE_PACKED, BANDS_PACKED, STACKED, VECS, BLOCK)  # fmt: skip
         ll = ()
         quads = ()
         for col in tl.static_range(COLS):
@@ -151,7 +170,7 @@ def _analyse(
                     upper[(2 * col + 1) * CHANNELS + channel],
                     lower[2 * col * CHANNELS + channel],
                     lower[(2 * col + 1) * CHANNELS + channel],
-                    FACTOR,
+                    factor,
                 )
                 ll = ll + (quad[0],)
                 quads = quads + (quad,)
@@ -159,28 +178,28 @@ def _analyse(
         for first in tl.static_range(0, 4, PER_TENSOR):
             pointer = bands[((LEVEL - 1) * 4 + first) // PER_TENSOR]
             if pointer is not None:
-                row = ()
+                stored = ()
                 for col in tl.static_range(COLS):
                     for band in tl.static_range(first, first + PER_TENSOR):
                         for channel in tl.static_range(CHANNELS):
-                            row = row + (quads[col * CHANNELS + channel][band],)
-                _store_row(pointer, offsets, steps, mask, row, COLS, PER_TENSOR * CHANNELS, BANDS_PACKED, VECS[LEVEL],
-                           BLOCK)  # fmt: skip
+                            stored = stored + (quads[col * CHANNELS + channel][band],)
+                _store_row(pointer, offsets, steps, mask, stored, COLS, PER_TENSOR * CHANNELS, BANDS_PACKED,
+                           VECS[LEVEL], BLOCK)  # fmt: skip
     return ll
 
 
 @triton.jit
 def _synthesise(
-    image, bands, places, mask, coarser, ROW: tl.constexpr, LEVEL: tl.constexpr, FACTOR: tl.constexpr,
+    image, bands, places, mask, coarser, row, LEVEL: tl.constexpr, factor,
     ACC: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr, IMAGE_PACKED: tl.constexpr,
     BANDS_PACKED: tl.constexpr, STACKED: tl.constexpr, VECS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Stores all pixels under row ROW of the tile in LEVEL's LL (level 0: the image).
+    """Stores all pixels under a row of the tile in LEVEL's LL (level 0: the image).
 
     coarser: the row that the coarser levels add to LEVEL's LL; empty if there is none.
     """
     COLS: tl.constexpr = TILE >> LEVEL
-    offsets = places[LEVEL][0] + ROW * places[LEVEL][1][0]
+    offsets = places[LEVEL][0] + row * places[LEVEL][1][0]
     steps = places[LEVEL][1]
     if LEVEL == 0:
         _store_row(image, offsets, steps, mask, coarser, COLS, CHANNELS, IMAGE_PACKED, VECS[0], BLOCK)
@@ -191,12 +210,12 @@ def _synthesise(
         for first in tl.static_range(0, 4, PER_TENSOR):
             pointer = bands[((LEVEL - 1) * 4 + first) // PER_TENSOR]
             if pointer is not None:
-                row = _load_row(
+                loaded = _load_row(
                     pointer, offsets, steps, mask, ACC, COLS, LANES, BANDS_PACKED, VECS[LEVEL], BLOCK
                 )
             else:  # the LL of flat coefficients
-                row = coarser
-            rows = rows + (row,)
+                loaded = coarser
+            rows = rows + (loaded,)
         quads = ()
         for col in tl.static_range(COLS):
             for channel in tl.static_range(CHANNELS):
@@ -208,15 +227,25 @@ def _synthesise(
                     quad = quad + (
                         rows[band // PER_TENSOR][col * LANES + band % PER_TENSOR * CHANNELS + channel],
                     )
-                quads = quads + (_butterfly(quad[0], quad[1], quad[2], quad[3], FACTOR),)
+                quads = quads + (_butterfly(quad[0], quad[1], quad[2], quad[3], factor),)
+        halves = ()
         for half in tl.static_range(2):
             pixels = ()
             for col in tl.static_range(COLS):
                 for side in tl.static_range(2):
                     for channel in tl.static_range(CHANNELS):
                         pixels = pixels + (quads[col * CHANNELS + channel][2 * half + side],)
-            _synthesise(image, bands, places, mask, pixels, 2 * ROW + half, LEVEL - 1, FACTOR, ACC, TILE, CHANNELS,
-                        IMAGE_PACKED, BANDS_PACKED, STACKED, VECS, BLOCK)  # fmt: skip
+            halves = halves + (pixels,)
+        if CHANNELS > 1 and LEVEL > 1:
+            finer = halves[0]
+            for half in range(2):  # a loop as in `_analyse`
+                _synthesise(image, bands, places, mask, finer, 2 * row + half, LEVEL - 1, factor, ACC, TILE, CHANNELS,
+                            IMAGE_PACKED, BANDS_PACKED, STACKED, VECS, BLOCK)  # fmt: skip
+                finer = halves[1]
+        else:
+            for half in tl.static_range(2):
+                _synthesise(image, bands, places, mask, halves[half], 2 * row + half, LEVEL - 1, factor, ACC, TILE,
+                            CHANNELS, IMAGE_PACKED, BANDS_PACKED, STACKED, VECS, BLOCK)  # fmt: skip
 
 
 @triton.jit
@@ -280,7 +309,7 @@ def _places(
 
 # Strides are single parameters. In a tuple Triton would compile the kernel again for integers that are 1, divisible
 # by 16, or beyond 32 bits: `do_not_specialize` has no effect there.
-@kernel
+@kernel("carry")
 def haar_fused_kernel(
     image, bands, carry,
     image_n: tl.int64, image_c: tl.int64, image_h: tl.int64, image_w: tl.int64,
@@ -288,8 +317,8 @@ def haar_fused_kernel(
     n2: tl.int64, c2: tl.int64, h2: tl.int64, w2: tl.int64,
     n3: tl.int64, c3: tl.int64, h3: tl.int64, w3: tl.int64,
     carry_n: tl.int64, carry_c: tl.int64, carry_h: tl.int64, carry_w: tl.int64,
-    tiles: tl.int64, channels: tl.int64, rows: tl.int64, cols: tl.int64,
-    ANALYSIS: tl.constexpr, FACTOR: tl.constexpr, LEVELS: tl.constexpr, ACC: tl.constexpr, TILE: tl.constexpr,
+    tiles: tl.int64, channels: tl.int64, rows: tl.int64, cols: tl.int64, factor: tl.float64,
+    ANALYSIS: tl.constexpr, LEVELS: tl.constexpr, ACC: tl.constexpr, TILE: tl.constexpr,
     CHANNELS: tl.constexpr, IMAGE_PACKED: tl.constexpr, BANDS_PACKED: tl.constexpr, STACKED: tl.constexpr,
     VECS: tl.constexpr, CHANNELS_INNER: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -302,6 +331,7 @@ def haar_fused_kernel(
     level's LL once more, or the share that coarser levels add to it; may be None. VECS: elements per access to the
     image and to each level. rows, cols, channels: numbers of rows and columns of tiles, and of groups of channels.
     """
+    factor = tl.cast(factor, ACC)
     position, mask = _position(tiles, channels, rows, cols, CHANNELS_INNER, WIDE, BLOCK)
     strides = ((image_n, image_c, image_h, image_w), (n1, c1, h1, w1), (n2, c2, h2, w2), (n3, c3, h3, w3))
     places = _places(
@@ -311,7 +341,7 @@ def haar_fused_kernel(
     at_carry = _offset(position, (carry_n, carry_c, carry_h, carry_w), 1, COLS)
     carry_steps = (carry_h, carry_w, carry_c)
     if ANALYSIS:
-        ll = _analyse(image, bands, places, mask, 0, LEVELS, FACTOR, ACC, TILE, CHANNELS, IMAGE_PACKED, BANDS_PACKED,
+        ll = _analyse(image, bands, places, mask, 0, LEVELS, factor, ACC, TILE, CHANNELS, IMAGE_PACKED, BANDS_PACKED,
                       STACKED, VECS, BLOCK)  # fmt: skip
         if carry is not None:
             _store_row(carry, at_carry, carry_steps, mask, ll, COLS, CHANNELS, False, 1, BLOCK)
@@ -319,13 +349,13 @@ def haar_fused_kernel(
         coarser = ()
         if carry is not None:
             coarser = _load_row(carry, at_carry, carry_steps, mask, ACC, COLS, CHANNELS, False, 1, BLOCK)
-        _synthesise(image, bands, places, mask, coarser, 0, LEVELS, FACTOR, ACC, TILE, CHANNELS, IMAGE_PACKED,
+        _synthesise(image, bands, places, mask, coarser, 0, LEVELS, factor, ACC, TILE, CHANNELS, IMAGE_PACKED,
                     BANDS_PACKED, STACKED, VECS, BLOCK)  # fmt: skip
 
 
 @triton.jit
 def _analyse_block(
-    image, bands, strides, position, mask, height, width, extra_row, extra_col, FACTOR: tl.constexpr,
+    image, bands, strides, position, mask, height, width, extra_row, extra_col, factor,
     ACC: tl.constexpr,
 ):  # fmt: skip
     """Stores the four coefficients of one 2x2 block."""
@@ -341,7 +371,7 @@ def _analyse_block(
     pixel_b = tl.load(upper + right * image_w, mask=mask & has_right, other=0).to(ACC)
     pixel_c = tl.load(lower + 2 * col * image_w, mask=has_bottom, other=0).to(ACC)
     pixel_d = tl.load(lower + right * image_w, mask=has_bottom & has_right, other=0).to(ACC)
-    quad = _butterfly(pixel_a, pixel_b, pixel_c, pixel_d, FACTOR)
+    quad = _butterfly(pixel_a, pixel_b, pixel_c, pixel_d, factor)
     for band in tl.static_range(5):
         if bands[band] is not None:
             _store(bands[band] + _offset(position, strides[1 + band], 1, 1), quad[band % 4], mask)
@@ -349,7 +379,7 @@ def _analyse_block(
 
 @triton.jit
 def _synthesise_block(
-    image, bands, strides, position, mask, height, width, extra_row, extra_col, FACTOR: tl.constexpr,
+    image, bands, strides, position, mask, height, width, extra_row, extra_col, factor,
     ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Stores the pixels of one 2x2 block.
@@ -383,7 +413,7 @@ def _synthesise_block(
         ll = loaded[0]
         if bands[4] is not None:
             ll += loaded[4]
-        shares = shares + (_butterfly(ll, loaded[1], loaded[2], loaded[3], FACTOR),)
+        shares = shares + (_butterfly(ll, loaded[1], loaded[2], loaded[3], factor),)
     first = image + _offset(position, strides[0], 2, 2)
     for y in tl.static_range(2):
         for x in tl.static_range(2):
@@ -397,7 +427,7 @@ def _synthesise_block(
             _store(first + (y * strides[0][2] + x * strides[0][3]), pixel, exists)
 
 
-@kernel
+@kernel("image", "bands")
 def haar_level_kernel(
     image, bands,
     image_n: tl.int64, image_c: tl.int64, image_h: tl.int64, image_w: tl.int64,
@@ -407,8 +437,8 @@ def haar_level_kernel(
     d_n: tl.int64, d_c: tl.int64, d_h: tl.int64, d_w: tl.int64,
     carry_n: tl.int64, carry_c: tl.int64, carry_h: tl.int64, carry_w: tl.int64,
     quads: tl.int64, channels: tl.int64, height: tl.int64, width: tl.int64,
-    extra_row: tl.int64, extra_col: tl.int64,
-    ANALYSIS: tl.constexpr, FACTOR: tl.constexpr, ACC: tl.constexpr, CHANNELS_INNER: tl.constexpr,
+    extra_row: tl.int64, extra_col: tl.int64, factor: tl.float64,
+    ANALYSIS: tl.constexpr, ACC: tl.constexpr, CHANNELS_INNER: tl.constexpr,
     WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Transforms one level of any size; each thread does one 2x2 block.
@@ -419,6 +449,7 @@ def haar_level_kernel(
     LL and the carry may be None. The carry is LL once more, or the share that coarser levels add to it.
     extra_row, extra_col: index of the sample that replaces the missing one of an odd axis; -1: a zero does.
     """
+    factor = tl.cast(factor, ACC)
     position, mask = _position(
         quads, channels, (height + 1) // 2, (width + 1) // 2, CHANNELS_INNER, WIDE, BLOCK
     )
@@ -432,10 +463,10 @@ def haar_level_kernel(
     )
     if ANALYSIS:
         _analyse_block(
-            image, bands, strides, position, mask, height, width, extra_row, extra_col, FACTOR, ACC
+            image, bands, strides, position, mask, height, width, extra_row, extra_col, factor, ACC
         )
     else:
-        _synthesise_block(image, bands, strides, position, mask, height, width, extra_row, extra_col, FACTOR, ACC,
+        _synthesise_block(image, bands, strides, position, mask, height, width, extra_row, extra_col, factor, ACC,
                           BLOCK)  # fmt: skip
 
 
@@ -594,8 +625,8 @@ def _launch_fused(
         c // channels,
         rows,
         cols,
+        0.5 * scale,
         ANALYSIS=analysis,
-        FACTOR=0.5 * scale,
         LEVELS=count,
         ACC=acc,
         TILE=tile,
@@ -634,8 +665,8 @@ def _launch_level(
         height,
         width,
         *extra,
+        0.5 * scale,
         ANALYSIS=analysis,
-        FACTOR=0.5 * scale,
         ACC=acc,
         CHANNELS_INNER=c > 1 and _strides(bands[1])[1] == 1,
     )

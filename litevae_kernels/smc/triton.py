@@ -72,7 +72,7 @@ def _store(pointer, value, mask):
     tl.store(pointer, value, mask=mask)
 
 
-@kernel
+@kernel("scale", "gain", "norm")
 def modulate_weight_kernel(
     weight, scale, gain, modulated, norm,
     weight_o: tl.int64, weight_i: tl.int64, weight_h: tl.int64, weight_w: tl.int64,
@@ -125,7 +125,7 @@ def modulate_weight_kernel(
             _store(modulated + at, v * factor, j < count)
 
 
-@kernel
+@kernel("scale", "gain", "norm", "factors")
 def modulate_weight_grad_kernel(
     grad, weight, scale, gain, norm, grad_weight, factors,
     grad_o: tl.int64, grad_i: tl.int64, grad_h: tl.int64, grad_w: tl.int64,
@@ -181,7 +181,7 @@ def modulate_weight_grad_kernel(
         _store(grad_weight + at, s * tl.fma(factor, g, -along * v), j < count)
 
 
-@kernel
+@kernel("grad", "weight", "scale", "factors", "partials")
 def modulate_weight_scales_kernel(
     grad, weight, scale, factors, partials,
     grad_o: tl.int64, grad_i: tl.int64, grad_h: tl.int64, grad_w: tl.int64,
@@ -218,7 +218,7 @@ def modulate_weight_scales_kernel(
     tl.store(out + at, tl.sum(total, 0), mask=i < inputs)
 
 
-@kernel
+@kernel("partials", "out")
 def modulate_weight_sum_kernel(
     partials, out, rows: tl.int64, cols: tl.int64, ROWS: tl.constexpr, COLS: tl.constexpr, ACC: tl.constexpr
 ):

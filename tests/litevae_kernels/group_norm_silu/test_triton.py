@@ -180,10 +180,11 @@ def check(
 
 
 def draw(seed: int, device: str) -> tuple[Any, ...]:
-    r = random.Random(seed)
+    # What kernels are compiled for, which on a GPU takes most of the time: there all shapes share a few choices.
+    r = random.Random(seed if INTERPRETED else seed // len(SHAPES))
     torch.manual_seed(seed)
     n, c, c_skip, groups, h, w = SHAPES[seed % len(SHAPES)]
-    dtype = r.choice(DTYPES)
+    dtype = r.choice(DTYPES) if INTERPRETED else DTYPES[seed // len(SHAPES) % len(DTYPES)]
     # half precision would keep only the mean, and no type is wider than float64
     mean = r.choice((0, 0, 3, 1e4, 1e6)) if dtype == torch.float32 else r.choice((0, 0, 3))
     spread = 10 ** r.uniform(-1, 1)
@@ -209,7 +210,7 @@ def test_equals_pytorch_in_float64(device: str, group: int, monkeypatch: pytest.
     for seed in range(group * CASES, (group + 1) * CASES):
         with monkeypatch.context() as patch:
             # several chunks, or several tiles per chunk, where the sizes for a GPU would give a single tile
-            patch.setattr(kernels, "TILE", (512, 1024, 256)[seed % 3])
+            patch.setattr(kernels, "TILE", (512, 1024, 256)[seed % 3] if INTERPRETED else (256, 2048)[group % 2])
             patch.setattr(kernels, "PROGRAMS", (1, 4, 10**9)[seed // 13 % 3])
             patch.setattr(kernels, "MAX_STEPS", 4)
             case = draw(seed, device)
