@@ -4,8 +4,10 @@ A machine's speed drifts by half within minutes, so figures from separate runs c
 every provider once, one after the other, on the next of several input sets that together exceed the caches. The
 figures are medians over the rounds, of the times and of the ratios within a round.
 
-On a GPU the time is measured by events around calls that are queued while the GPU is still busy, so that Python's
-microseconds per call do not count. A training step waits for the GPU itself and is timed as a whole.
+On a GPU, a CUDA graph records several calls on all input sets, and events around its replay measure the time, so that
+neither Python's microseconds per call nor compilations count. A provider that replays CUDA graphs of its own
+(`mode="reduce-overhead"`) cannot be recorded: its calls are queued while the GPU is still busy. A training step waits
+for the GPU itself and is timed as a whole.
 """
 
 import gc
@@ -29,6 +31,7 @@ from litevae_kernels.backend import why_not
 
 GPU_SECONDS = 2e-3  # minimum time between two events, filled with repeated calls
 GPU_CLOCK = 2e9  # cycles per second, for a rough wait
+LAUNCH_SECONDS = 1e-4  # more than the host needs to launch a CUDA graph
 WARM_UPS = 3  # calls before a CUDA graph is recorded
 YARDSTICKS = {"cpu": (2048, 2**28), "cuda": (8192, 2**31)}  # side of the matrix, bytes of the copy
 COPY = "copy"
@@ -148,19 +151,29 @@ def reserved_memory() -> int:
     return torch.cuda.memory_reserved()
 
 
+def has_own_graphs() -> bool:
+    """Returns whether code that was compiled since the last reset of the compiler replays CUDA graphs of its own."""
+    from torch._inductor import cudagraph_trees
+
+    return cudagraph_trees.get_manager(torch.cuda.current_device(), create_if_none_exists=False) is not None
+
+
 class Stopwatch:
     """Times one provider; each call takes the next input set of `turn`, which all providers share."""
 
-    def __init__(self, provider: Provider, turn: Iterator[int], whole: bool) -> None:
+    def __init__(self, provider: Provider, turn: Iterator[int], inputs: int, whole: bool) -> None:
         self.provider = provider
         self.turn = turn
+        self.inputs = inputs
+        self.graph: torch.cuda.CUDAGraph | None = None
         self.on_gpu = torch.cuda.is_available()
         self.queued = self.on_gpu and not whole
         self.peak_memory: int | None = None
         self.repeats = 1
         held = 0
         if self.on_gpu:
-            torch._dynamo.reset()  # this provider's CUDA graphs must not share the memory of others
+            if has_own_graphs():
+                torch._dynamo.reset()  # this provider's CUDA graphs must not share the memory of others
             held = reserved_memory()
         self.times_itself = isinstance(self.provider(next(turn)), Timed)  # compiles, and touches the memory
         if self.times_itself:
@@ -187,7 +200,25 @@ class Stopwatch:
         torch.cuda.synchronize()
         self.peak_memory = torch.cuda.max_memory_allocated() - before + max(0, held)
         if self.queued:
-            self.repeats = max(1, math.ceil(GPU_SECONDS / self.seconds()))
+            repeats = max(1, math.ceil(GPU_SECONDS / self.seconds()))
+            if has_own_graphs():
+                self.repeats = repeats
+            else:
+                self.repeats = math.ceil(repeats / self.inputs) * self.inputs
+                self._record()
+
+    def _record(self) -> None:
+        """Records the calls of a measurement, after one on the recording stream, where libraries allocate first."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.provider(next(self.turn))
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(self.repeats):
+                self.provider(next(self.turn))
+        self.graph = graph
 
     def seconds(self) -> float:
         """Returns the time of one call; on a GPU, the mean of `repeats` calls."""
@@ -204,17 +235,21 @@ class Stopwatch:
             return elapsed
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
-        torch.cuda._sleep(int(1.5 * self.repeats * self.host_seconds * GPU_CLOCK))
+        waits = LAUNCH_SECONDS if self.graph else 1.5 * self.repeats * self.host_seconds
+        torch.cuda._sleep(int(waits * GPU_CLOCK))
         start.record()
-        for _ in range(self.repeats):
-            self.provider(next(self.turn))
+        if self.graph:
+            self.graph.replay()
+        else:
+            for _ in range(self.repeats):
+                self.provider(next(self.turn))
         end.record()
         torch.cuda.synchronize()
         return start.elapsed_time(end) / 1e3 / self.repeats
 
     def warm_up(self) -> None:
-        """Compiles and records again what was discarded so that others could be measured."""
-        if not self.times_itself:
+        """Compiles again what was discarded so that others could be measured; a recorded graph was not."""
+        if not self.times_itself and self.graph is None:
             for _ in range(WARM_UPS):
                 self.seconds()
 
@@ -279,7 +314,7 @@ def contest(
         works |= works_of_yards
     providers = providers | yards
     turn = itertools.cycle(range(inputs))
-    watches = {name: Stopwatch(provider, turn, whole) for name, provider in providers.items()}
+    watches = {name: Stopwatch(provider, turn, inputs, whole) for name, provider in providers.items()}
     if torch.cuda.is_available():
         for watch in watches.values():
             watch.warm_up()

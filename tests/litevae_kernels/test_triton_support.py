@@ -21,13 +21,18 @@ def test_a_grid_holds_any_number_of_programs(programs, grid):
     assert grid[1] < 2**16
 
 
-def test_sizes_do_not_specialise_a_kernel():
-    def function(x, size: tl.int64, stride: tl.int64, BLOCK: tl.constexpr):
+def test_sizes_and_the_alignment_of_scalars_do_not_specialise_a_kernel():
+    def function(x, weight, size: tl.int64, eps: tl.float64, BLOCK: tl.constexpr):
         pass
 
-    compiled = support.kernel(function)
-    arguments = {p.name: p.do_not_specialize for p in compiled.params}
-    assert arguments == {"x": False, "size": True, "stride": True, "BLOCK": False}
+    parameters = {p.name: p for p in support.kernel("weight")(function).params}
+    assert [name for name, p in parameters.items() if p.do_not_specialize] == ["size"]
+    assert [name for name, p in parameters.items() if p.do_not_specialize_on_alignment] == ["weight"]
+    # Triton never specialises a float whose type is given.
+    assert {name: parameters[name].annotation_type for name in ("size", "eps")} == {
+        "size": "i64",
+        "eps": "fp64",
+    }
 
 
 def test_a_contraction_across_lanes_is_seen_in_ptx(lanes_agree):

@@ -210,7 +210,9 @@ def test_equals_pytorch_in_float64(device: str, group: int, monkeypatch: pytest.
     for seed in range(group * CASES, (group + 1) * CASES):
         with monkeypatch.context() as patch:
             # several chunks, or several tiles per chunk, where the sizes for a GPU would give a single tile
-            patch.setattr(kernels, "TILE", (512, 1024, 256)[seed % 3] if INTERPRETED else (256, 2048)[group % 2])
+            patch.setattr(
+                kernels, "TILE", (512, 1024, 256)[seed % 3] if INTERPRETED else (256, 2048)[group % 2]
+            )
             patch.setattr(kernels, "PROGRAMS", (1, 4, 10**9)[seed // 13 % 3])
             patch.setattr(kernels, "MAX_STEPS", 4)
             case = draw(seed, device)
