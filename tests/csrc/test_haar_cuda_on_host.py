@@ -20,7 +20,7 @@ from litevae_kernels.haar import reference
 from litevae_kernels.haar.shapes import MODES, level_sizes
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # in the order of the core's codes
-KINDS = ("any", "planar", "channels", "pixels_planar", "pixels_interleaved")
+KINDS = ("any", "planar", "channels", "pixels_planar", "pixels_interleaved", "rows")
 LAYOUTS = ("planar", "interleaved", "planar_sliced", "interleaved_sliced", "transposed", "misaligned", "wild")
 SOURCE = Path(__file__).with_name("haar_cuda_on_host.cpp")
 
@@ -130,6 +130,7 @@ MADE_FOR = {
     "channels": ("interleaved", "interleaved_sliced", 4),
     "pixels_planar": ("planar", "interleaved", 3),
     "pixels_interleaved": ("interleaved", "interleaved", 3),
+    "rows": ("planar", "misaligned", 2),
 }
 
 
