@@ -142,6 +142,26 @@ LITEVAE_DEVICE void load_vector(const void* from, T (&to)[N], IsHalf... is_half)
   }
 }
 
+// Rounds N elements to the type S, for an even N if S has 16 bits.
+template <class S, int N, class T, int kWords>
+LITEVAE_DEVICE void pack(const T (&from)[N], uint32_t (&words)[kWords]) {
+  static_assert(kWords * 4 == N * sizeof(S), "");
+  if constexpr (sizeof(S) == 8) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const uint64_t bits = bit_cast<uint64_t>(static_cast<double>(from[i]));
+      words[2 * i] = static_cast<uint32_t>(bits), words[2 * i + 1] = static_cast<uint32_t>(bits >> 32);
+    }
+  } else if constexpr (sizeof(S) == 4) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) words[i] = bit_cast<uint32_t>(static_cast<float>(from[i]));
+  } else {
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i)
+      words[i] = narrow<S>(static_cast<float>(from[2 * i]), static_cast<float>(from[2 * i + 1]));
+  }
+}
+
 template <class S, int N, class T>
 LITEVAE_DEVICE void store_vector(void* to, const T (&from)[N]) {
   constexpr int kBytes = N * static_cast<int>(sizeof(S));
@@ -153,21 +173,106 @@ LITEVAE_DEVICE void store_vector(void* to, const T (&from)[N]) {
     }
   } else {
     uint32_t words[kBytes / 4];
-    if constexpr (sizeof(S) == 8) {
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        const uint64_t bits = bit_cast<uint64_t>(static_cast<double>(from[i]));
-        words[2 * i] = static_cast<uint32_t>(bits), words[2 * i + 1] = static_cast<uint32_t>(bits >> 32);
-      }
-    } else if constexpr (sizeof(S) == 4) {
-#pragma unroll
-      for (int i = 0; i < N; ++i) words[i] = bit_cast<uint32_t>(static_cast<float>(from[i]));
-    } else {
-#pragma unroll
-      for (int i = 0; i < N / 2; ++i)
-        words[i] = narrow<S>(static_cast<float>(from[2 * i]), static_cast<float>(from[2 * i + 1]));
-    }
+    pack<S>(from, words);
     store_words<vector_bytes(kBytes)>(to, words);
+  }
+}
+
+// Moves all words down by kBy, where `move` says so.
+template <int kBy, int kWords>
+LITEVAE_DEVICE void shift_words(uint32_t (&words)[kWords], bool move) {
+#pragma unroll
+  for (int i = 0; i + kBy < kWords; ++i) words[i] = move ? words[i + kBy] : words[i];
+}
+
+// Moves all words down by 16 bits, where `move` says so.
+template <int kWords>
+LITEVAE_DEVICE void shift_halves(uint32_t (&words)[kWords], bool move) {
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) {
+    const uint32_t next = i + 1 < kWords ? words[i + 1] : 0;
+    words[i] = move ? words[i] >> 16 | next << 16 : words[i];
+  }
+}
+
+// Loads N adjacent elements of at most 32 bits, which are aligned as one element is. It reads whole vectors:
+// up to 14 bytes before the elements and up to 16 bytes after them, if these are `readable`.
+template <class S, int N, class T>
+LITEVAE_DEVICE void load_unaligned(const char* from, bool readable, T (&to)[N]) {
+  constexpr int kBytes = N * static_cast<int>(sizeof(S)), kVector = static_cast<int>(vector_bytes(kBytes));
+  if constexpr (kVector >= 8) {
+    if (readable) {
+      constexpr int kWords = kBytes / 4, kMore = kVector / 4;
+      const auto shift = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(from)) & (kVector - 1);
+      uint32_t first[kWords], last[kMore] = {}, all[kWords + kMore];
+      load_words<kVector>(from - shift, first);
+      if (shift != 0) load_words<kVector>(from - shift + kBytes, last);
+#pragma unroll
+      for (int i = 0; i < kWords + kMore; ++i) all[i] = i < kWords ? first[i] : last[i - kWords];
+      if constexpr (kVector == 16) shift_words<2>(all, (shift & 8) != 0);
+      shift_words<1>(all, (shift & 4) != 0);
+      if constexpr (sizeof(S) == 2) shift_halves(all, (shift & 2) != 0);
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) first[i] = all[i];
+      unpack<S>(first, to);
+      return;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    T one[1];
+    load_vector<S>(from + i * static_cast<int>(sizeof(S)), one);
+    to[i] = one[0];
+  }
+}
+
+// Where `move` says so, stores the first kCount words at `to`, and moves the others down and `to` up.
+template <int kCount, int kWords>
+LITEVAE_DEVICE void store_first(char*& to, uint32_t (&words)[kWords], int& left, bool move) {
+  if constexpr (kCount <= kWords) {
+    if (move) {
+      uint32_t first[kCount];
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) first[i] = words[i];
+      store_words<4 * kCount>(to, first);
+      to += 4 * kCount, left -= kCount;
+    }
+    shift_words<kCount>(words, move);
+  }
+}
+
+// Stores N adjacent elements of at most 32 bits, which are aligned as one element is: single elements up to
+// the first vector and after the last one.
+template <class S, int N, class T>
+LITEVAE_DEVICE void store_unaligned(char* to, const T (&from)[N]) {
+  constexpr int kBytes = N * static_cast<int>(sizeof(S));
+  if constexpr (kBytes < 8) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const T one[1] = {from[i]};
+      store_vector<S>(to + i * static_cast<int>(sizeof(S)), one);
+    }
+  } else {
+    constexpr int kWords = kBytes / 4;
+    uint32_t words[kWords];
+    pack<S>(from, words);
+    const auto address = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(to));
+    int left = kWords;  // whole words between the first and the last 16 bits
+    const bool halves = sizeof(S) == 2 && (address & 2) != 0;
+    uint32_t last = 0;
+    if (halves) {
+      store_short(to, static_cast<uint16_t>(words[0]));
+      last = words[kWords - 1] >> 16;
+      shift_halves(words, true);
+      to += 2, --left;
+    }
+    store_first<1>(to, words, left, (reinterpret_cast<uintptr_t>(to) & 4) != 0);
+    store_first<2>(to, words, left, (reinterpret_cast<uintptr_t>(to) & 8) != 0 && left >= 2);
+#pragma unroll
+    for (int vector = 0; vector < kWords / 4; ++vector) store_first<4>(to, words, left, left >= 4);
+    store_first<2>(to, words, left, left >= 2);
+    store_first<1>(to, words, left, left >= 1);
+    if (halves) store_short(to, static_cast<uint16_t>(last));
   }
 }
 

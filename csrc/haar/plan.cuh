@@ -29,6 +29,7 @@ class Layouts {
     }
     if (image_is_planar() && coeffs_are_planar()) return Kind::planar;
     if (shape.channels % 2 == 0 && channels_come_in_pairs()) return Kind::channels;
+    if (rows_are_contiguous()) return Kind::rows;
     return Kind::any;
   }
 
@@ -64,6 +65,11 @@ class Layouts {
       const int64_t run = (kTileWidth >> level) * coeff_size();
       return (b.w == 1 || width(level) == 1) && rows_fit(b, coeff_size(), level, run, true, false);
     });
+  }
+
+  bool rows_are_contiguous() const {
+    return p.image.w == 1 && image_size() <= 4 && coeff_size() <= 4 &&
+           each_band([&](const Band& b, int level) { return b.w == 1 || width(level) == 1; });
   }
 
   bool image_is_interleaved() const {
@@ -123,10 +129,13 @@ void launch_levels(const Pass& p, const Launch& launch) {
   }
 }
 
-// `Exact` loads one type, for layouts that are worth a kernel per type. `Either` loads both 16-bit types.
-template <bool kAnalysis, class Exact, class Either, class Launch>
+// `S` is the type to load in layouts that are worth a kernel per type. `Either` loads both 16-bit types.
+template <bool kAnalysis, class S, class Either, class Launch>
 void launch_kind(const Pass& p, Kind kind, const Launch& launch) {
+  using Exact = Load<S>;
   switch (kind) {
+    case Kind::rows:
+      return launch_levels<kAnalysis, LoadRow<S>, float, Kind::rows>(p, launch);
     case Kind::planar:
       return launch_levels<kAnalysis, Exact, float, Kind::planar>(p, launch);
     case Kind::pixels_planar:
@@ -171,11 +180,11 @@ void run_pass(Pass p, const Shape& shape, bool in_double, const Launch& launch) 
     if (in_double)
       launch_levels<kAnalysis, Load<double>, double, Kind::planar>(p, launch);
     else if (from == DType::f32)
-      launch_kind<kAnalysis, Load<float>, Load<float>>(p, kind, launch);
+      launch_kind<kAnalysis, float, Load<float>>(p, kind, launch);
     else if (from == DType::f16)
-      launch_kind<kAnalysis, Load<Half>, LoadEither16>(p, kind, launch);
+      launch_kind<kAnalysis, Half, LoadEither16>(p, kind, launch);
     else
-      launch_kind<kAnalysis, Load<BFloat16>, LoadEither16>(p, kind, launch);
+      launch_kind<kAnalysis, BFloat16, LoadEither16>(p, kind, launch);
   }
   const int64_t edge_tiles = p.tiles_x * p.tiles_y - p.nx * p.ny;
   if (edge_tiles > 0) {

@@ -35,11 +35,12 @@ struct Pass {
 
 // Memory layout of the elements that a thread reads and writes.
 enum class Kind {
-  any,                // any strides: single elements
-  planar,             // contiguous rows: vectors along a row
-  channels,           // channels innermost, an even number of them: two channels per thread
-  pixels_planar,      // three channels: contiguous rows in the image, the 12 coefficients of a pixel adjacent
-  pixels_interleaved  // three channels: channels innermost in the image and in the coefficients
+  any,            // any strides: single elements
+  planar,         // contiguous rows: vectors along a row
+  channels,       // channels innermost, an even number of them: two channels per thread
+  pixels_planar,  // three channels: contiguous rows in the image, the 12 coefficients of a pixel adjacent
+  pixels_interleaved,  // three channels: channels innermost in the image and in the coefficients
+  rows                 // contiguous rows that vectors do not fit: vectors with single elements around them
 };
 
 LITEVAE_CONSTEXPR int lanes_of(Kind kind) {
@@ -72,12 +73,27 @@ struct LoadEither16 {
   }
 };
 
+// A run of a row that vectors do not fit. `inner`: the runs on both sides belong to the row as well.
+template <class S>
+struct LoadRow {
+  static constexpr bool kLoads = true;
+  bool inner;
+  template <int N, class T>
+  LITEVAE_DEVICE void run(const char* at, T (&v)[N]) const {
+    load_unaligned<S>(at, inner, v);
+  }
+};
+
 template <class S>
 struct Store {
   static constexpr bool kLoads = false;
   template <int N, class T>
   LITEVAE_DEVICE void operator()(char* at, const T (&v)[N]) const {
     store_vector<S>(at, v);
+  }
+  template <int N, class T>
+  LITEVAE_DEVICE void run(char* at, const T (&v)[N]) const {
+    store_unaligned<S>(at, v);
   }
 };
 
@@ -125,6 +141,8 @@ LITEVAE_DEVICE void move_row(char* first, const Band& b, const Move& move, T (&v
   if constexpr (kKind == Kind::planar || kKind == Kind::pixels_planar) {
 #pragma unroll
     for (int k = 0; k < kLanes; ++k) move(first + k * b.c, v[k]);
+  } else if constexpr (kKind == Kind::rows) {
+    move.run(first, v[0]);
   } else if constexpr (kKind == Kind::pixels_interleaved) {
     T flat[N * kLanes];
     if constexpr (Move::kLoads) move(first, flat);
@@ -487,13 +505,15 @@ struct Inside {
   static constexpr bool kAnalysis = kIsAnalysis;
   static LITEVAE_DEVICE void run(const Pass& p, int64_t thread) {
     const Place at = place_of<kKind>(p, thread);
-    Tile<kAnalysis, From, T, kLevels, kKind>{p, load_of(p), static_cast<T>(p.factor), at}.run();
+    Tile<kAnalysis, From, T, kLevels, kKind>{p, load_of(p, at), static_cast<T>(p.factor), at}.run();
   }
 
  private:
-  static LITEVAE_DEVICE From load_of(const Pass& p) {
+  static LITEVAE_DEVICE From load_of(const Pass& p, const Place& at) {
     if constexpr (std::is_same<From, LoadEither16>::value)
       return LoadEither16{(kAnalysis ? p.image_dtype : p.coeff_dtype) == DType::f16};
+    else if constexpr (kKind == Kind::rows)
+      return From{at.x > 0 && at.x + 1 < p.width / kTileWidth};
     else
       return From();
   }

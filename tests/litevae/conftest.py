@@ -1,14 +1,54 @@
 import json
 import os
 import signal
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from PIL import Image
 from skimage import data
 
+from litevae_kernels import backend
+
 SIZE = 32
 SPEED = {"images_per_second", "data_wait"}  # values of a log that differ from run to run
+
+
+def _none():
+    return False  # not a mock, which the compiler could not trace
+
+
+@contextmanager
+def hide_gpus():
+    """Hides GPUs from code that asks PyTorch for one, in this process and in its children."""
+    if not torch.accelerator.is_available():
+        yield
+        return
+    torch.cuda.device_count()  # before the driver reads CUDA_VISIBLE_DEVICES, which it does once
+    with (
+        mock.patch.object(torch.cuda, "is_available", _none),
+        mock.patch.object(torch.accelerator, "is_available", _none),
+        mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""),
+    ):
+        backend._find_why_no_cuda.cache_clear()
+        yield
+    backend._find_why_no_cuda.cache_clear()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Runs the tests of this folder on the CPU, fixtures included, unless they are marked `gpu`."""
+    if Path(__file__).parent not in item.path.parents or item.get_closest_marker("gpu"):
+        return (yield)
+    with hide_gpus():
+        return (yield)
+
+
+@pytest.fixture
+def hidden_gpus():
+    return hide_gpus
 
 
 @pytest.fixture(scope="module")

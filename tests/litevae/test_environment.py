@@ -93,3 +93,16 @@ def test_half_precision_that_a_cpu_emulates_is_named_once(cpu_multiplies, capsys
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith("precision fp16: this CPU has no float16 arithmetic. ")
     assert second.startswith("precision bf16: this CPU has no bfloat16 arithmetic. ")
+
+
+def test_tests_that_are_not_marked_see_no_gpu(hidden_gpus, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    for module in (torch.cuda, torch.accelerator):
+        monkeypatch.setattr(module, "is_available", lambda: True)
+    with hidden_gpus():
+        assert not torch.cuda.is_available()
+        assert not torch.accelerator.is_available()
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    assert torch.cuda.is_available()
+    assert torch.accelerator.is_available()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
