@@ -77,7 +77,7 @@ def test_links_that_form_a_cycle_are_named(tmp_path, monkeypatch):
     Path("loop").symlink_to("loop")
     assert name_each([Path("loop"), Path("loop/x")], None) == {"loop": Path("loop"), "x": Path("loop/x")}
     for source in ("loop", "loop/x", "*"):
-        with pytest.raises(UserError, match="loop.*: Too many levels of symbolic links"):
+        with pytest.raises(UserError, match=r"loop.*: Too many levels of symbolic links"):
             open_images(source)
     Path("a.png").touch()
     assert name_outputs([Path("a.png")], Path("loop")) == [Path("loop/a.png")]
