@@ -175,7 +175,7 @@ def test_rounds_like_torch(emulator: Any, name: str, dtype: torch.dtype) -> None
     generator = torch.Generator().manual_seed(0)
     bits = torch.randint(-(2**31), 2**31, (1024,), generator=generator, dtype=torch.int64).int()
     numbers = bits.view(torch.float32).nan_to_num()
-    halves = torch.arange(1024) / 1024 + 1  # between any two neighbours of either type
+    halves = torch.arange(1024) / 2048 + 1  # between any two neighbours of either type
     x = torch.cat([numbers, halves, halves * 2.0**-15, halves * -32752])
     out = torch.empty(4096, dtype=dtype)
     emulator.reset()
