@@ -120,7 +120,7 @@ def name_each(paths: Sequence[Path], names: str | None) -> dict[str, Path]:
     Raises:
         UserError: the number of names is not that of the paths, or a name occurs twice.
     """
-    chosen = [Path(str(path).removeprefix(DIFFUSERS)).resolve().name for path in paths]
+    chosen = [os.path.basename(os.path.realpath(str(path).removeprefix(DIFFUSERS))) for path in paths]
     if names is not None:
         chosen = [name.strip() for name in names.split(",")]
     elif len(set(chosen)) < len(chosen):

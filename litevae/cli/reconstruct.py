@@ -123,8 +123,10 @@ def name_outputs(images: list[Path], folder: Path) -> list[Path]:
             number += 1
             target = folder / f"{image.stem}-{number}.png"
         targets.append(target)
-    inputs = {image.resolve() for image in images}
+    inputs = {
+        os.path.realpath(image) for image in images
+    }  # unlike Path.resolve, it takes links that form a cycle
     for target in targets:
-        if target.resolve() in inputs:
+        if os.path.realpath(target) in inputs:
             raise UserError(f"{target} is an input and would be overwritten: give another folder with -o")
     return targets

@@ -11,7 +11,8 @@ from string import ascii_lowercase, ascii_uppercase
 import numpy as np
 
 from litevae.data.images import EXTENSIONS
-from litevae.errors import UserError
+from litevae.errors import LONGEST_VALUE, UserError, one_line
+from litevae.files import explaining_digits
 
 MOST_NAMES = 10**6  # that a pattern may stand for
 DEEPEST_BRACES = 50
@@ -62,9 +63,10 @@ def expand_pattern(pattern: str) -> list[str]:
             f"{pattern}: the braces stand for {count:.3g} names; at most {MOST_NAMES:,} are allowed"
         )
     try:
-        parts = expand_urls(pattern)
+        with explaining_digits():
+            parts = expand_urls(pattern)
     except ValueError as error:
-        raise UserError(f"{pattern}: {error}") from None
+        raise UserError(f"{one_line(pattern, 2 * LONGEST_VALUE)}: {error}") from None
     files: list[str] = []
     for part in parts:
         found = sorted(glob.glob(part, recursive=True))

@@ -76,8 +76,8 @@ def open_images(path: str) -> ImageSource:
     if not files:
         reason = why_missing(path, "file or folder")
         raise UserError(f"{path}: {reason}, and no file matches it as a pattern")
-    if special := next((file for file in files if os.path.exists(file) and not os.path.isfile(file)), None):
-        raise UserError(f"{special}: not a regular file")  # a FIFO would block
+    if special := next((file for file in files if not os.path.isfile(file)), None):  # a FIFO would block
+        raise UserError(f"{special}: {why_missing(special, 'file')}")
     kinds = {Path(file).suffix.lower() for file in files}
     if kinds == {".tar"}:
         return TarShards(files)

@@ -57,7 +57,7 @@ def test_every_kernel_ran(kernels: Any, backend: str) -> None:
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("operator", WITH_KERNELS["cuda"])
 def test_random_calls(cuda_kernels: Any, operator: str, seed: int) -> None:
-    run_random(cuda_kernels, operator, seed, count=5)
+    run_random(cuda_kernels, operator, seed, count=15)
 
 
 @pytest.mark.slow

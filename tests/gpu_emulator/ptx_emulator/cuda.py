@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.util
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -39,17 +38,13 @@ class DeviceTensor:
 
 
 def load_core(path: Path) -> ModuleType:
-    """Returns the emulated core. The real one stays what `import litevae_core` gives."""
-    real = sys.modules.get("litevae_core")
-    spec = importlib.util.spec_from_file_location("litevae_core", path)
+    """Returns the emulated core, beside the real one: pybind11 caches modules by their full names."""
+    spec = importlib.util.spec_from_file_location("ptx_emulator.litevae_core", path)
     assert spec is not None
     assert spec.loader is not None
     core = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(core)
-    if real is None:
-        sys.modules.pop("litevae_core", None)
-    else:
-        sys.modules["litevae_core"] = real
+    assert core.compiler == "emulator"
     return core
 
 

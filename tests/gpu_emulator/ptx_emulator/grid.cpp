@@ -8,7 +8,8 @@ namespace {
 int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 
 int64_t shared_bytes(const Launch& launch) {
-  return round_up(launch.entry.static_shared, 16) + launch.dynamic_shared;
+  const int64_t fixed = launch.entry.static_shared;
+  return launch.dynamic_shared == 0 ? fixed : round_up(fixed, 16) + launch.dynamic_shared;
 }
 
 void check_limits(Device& device, const Launch& launch) {

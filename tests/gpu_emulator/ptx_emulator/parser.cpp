@@ -326,9 +326,8 @@ class Parser {
     } else if (begins_with(statement, ".param") || begins_with(statement, ".local")) {
       // Parameters of calls are local memory of the caller.
       const Declaration d(statement);
-      f->local_bytes = round_up(f->local_bytes, 16);
       locals[d.name] = f->local_bytes;
-      f->local_bytes += d.size;
+      f->local_bytes = round_up(f->local_bytes + d.size, 16);
     } else if (contains(statement, ".shared")) {
       declare_shared(statement);
     } else if (!begins_with(statement, ".pragma")) {

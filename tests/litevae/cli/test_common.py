@@ -17,6 +17,8 @@ from litevae.cli.common import (
     stopped_message,
     write_json,
 )
+from litevae.cli.reconstruct import name_outputs
+from litevae.data.sources import open_images
 from litevae.errors import UserError
 from litevae.files import sha256
 
@@ -68,6 +70,17 @@ def test_folders_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be made"):
         make_folder(tmp_path / "file" / "b")
+
+
+def test_links_that_form_a_cycle_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    assert name_each([Path("loop"), Path("loop/x")], None) == {"loop": Path("loop"), "x": Path("loop/x")}
+    for source in ("loop", "loop/x", "*"):
+        with pytest.raises(UserError, match=r"loop.*: Too many levels of symbolic links"):
+            open_images(source)
+    Path("a.png").touch()
+    assert name_outputs([Path("a.png")], Path("loop")) == [Path("loop/a.png")]
 
 
 def test_json_has_no_infinity(tmp_path):

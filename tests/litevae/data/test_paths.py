@@ -97,3 +97,10 @@ def test_a_pattern_of_too_many_names_is_refused_before_it_is_expanded(pattern, m
     with pytest.raises(UserError) as caught:
         expand_pattern(pattern)
     assert message in str(caught.value) or message == "Unbalanced braces"
+
+
+def test_a_number_of_too_many_digits_in_braces_is_refused_in_our_words():
+    with pytest.raises(
+        UserError, match=r"^x-\{0..9+\.\.\.9+\}.tar: has a whole number of more than 4,300 digits$"
+    ):
+        expand_pattern("x-{0.." + "9" * 5000 + "}.tar")
