@@ -1,5 +1,6 @@
 """The plot of a training run's losses and validation metrics."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ def draw_curves(
     lines: Sequence[Mapping[str, Any]],
     terms: Sequence[str],
     history: Sequence[Mapping[str, float]],
+    yardstick: Mapping[str, float],
     path: Path,
 ) -> None:
     """Plots the losses over the steps on the left, and the PSNR and SSIM of the validation images on the right.
@@ -23,6 +25,7 @@ def draw_curves(
         lines: one mapping per logged step, with "step", "loss" and the active `terms`.
         terms: names of the terms to plot.
         history: one mapping per validation, with at least "step", "psnr" and "ssim".
+        yardstick: "psnr" and "ssim" of the Haar yardstick, drawn as dashed lines; empty for none.
         path: PNG file to write.
     """
     count = 2 if history else 1
@@ -51,6 +54,11 @@ def draw_curves(
         right.plot(steps, [point["psnr"] for point in history], "o-", markersize=3, color="C0")
         ssim_axes.plot(steps, [point["ssim"] for point in history], "s-", markersize=3, color="C1")
         right.set(title="validation images", xlabel="step")
+        if yardstick:
+            right.set_title("validation images (dashed: Haar yardstick)")
+            for part, metric, color in ((right, "psnr", "C0"), (ssim_axes, "ssim", "C1")):
+                if math.isfinite(yardstick[metric]):
+                    part.axhline(yardstick[metric], color=color, linestyle="--", linewidth=1)
         right.set_ylabel("PSNR (dB)", color="C0")
         ssim_axes.set_ylabel("SSIM", color="C1")
         ssim_axes.spines["top"].set_visible(False)

@@ -19,7 +19,7 @@ from litevae.errors import UserError, WorkerDied
 from litevae.evaluation.metrics import psnr, ssim
 from litevae.evaluation.pictures import draw_grid, draw_reconstructions
 from litevae.evaluation.reconstruction import reconstruct
-from litevae.evaluation.yardsticks import below_haar, for_json, measure_yardsticks
+from litevae.evaluation.yardsticks import HAAR, below_haar, for_json, measure_yardsticks
 from litevae.files import replacing
 from litevae.losses import Objective
 from litevae.memory import check_batch
@@ -304,4 +304,4 @@ class Trainer(Loop[TrainingResult]):
             draw_reconstructions(self.best_model, self.data.shown, path)
         terms = [*self.train_step.objective.weights, *["discriminator"] * bool(self.discriminator)]
         with replacing(self.output_dir / "curves.png") as path:
-            draw_curves(self.lines, terms, self.history, path)
+            draw_curves(self.lines, terms, self.history, result.yardsticks.get(HAAR, {}), path)

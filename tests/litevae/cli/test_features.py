@@ -7,7 +7,7 @@ from skimage import data
 
 from litevae import LiteVAE
 from litevae.cli import main
-from litevae.evaluation.feature_maps import feature_magnitude, imbalance
+from litevae.evaluation.feature_maps import feature_magnitude, imbalance, inside
 
 SIZE = 32
 
@@ -35,7 +35,7 @@ def test_command(tmp_path, capsys):
     assert main(command) == 0
     output = capsys.readouterr().out
     record = json.loads((tmp_path / "out" / "features.json").read_text())
-    expected = imbalance([feature_magnitude(make(), square) for square in squares])
+    expected = imbalance([inside(feature_magnitude(make(), square)) for square in squares])
     assert record["count"] == 5
     assert [model["name"] for model in record["models"]] == ["SMC", "GroupNorm"]
     assert record["models"][1]["imbalance"] == pytest.approx(expected, rel=1e-6)

@@ -12,6 +12,7 @@ from litevae.experiments.spec import (
     shipped_experiments,
     training_config,
 )
+from litevae.experiments.trained import digest
 from litevae.models.build import with_fresh_weights
 
 NAMES = ["kl", "shared-resolutions"]
@@ -63,6 +64,16 @@ def test_all_models_train_with_ldms_kl_weight_and_a_discriminator_from_mid_run(n
 def test_resolutions_are_those_at_which_ssim_means_something():
     assert measured_sizes(load_experiment("figure05"), SCALES["tiny"]) == [32, 64, 128]
     assert measured_sizes(load_experiment("figure05"), SCALES["paper"]) == [64, 128, 256, 512]
+
+
+def test_no_two_figures_show_the_same_generated_images():
+    shown = []
+    for name in NAMES:
+        experiment = load_experiment(name)
+        if experiment.kind == "generation" and "fid" not in experiment.metrics:
+            models = [training_config(experiment, run, SCALES["tiny"]) for run in experiment.runs]
+            shown += [(experiment.first_sample, digest(model)) for model in models]
+    assert len(shown) == len(set(shown)) == 2  # Figures 6 and 9
 
 
 def test_figures_five_and_eight_claim_all_metrics():

@@ -18,8 +18,8 @@ def draw(tmp_path, monkeypatch):
         Figure, "savefig", lambda self, *arguments: (figures.append(self), save(self, *arguments))
     )
 
-    def draw(lines, terms, history=HISTORY):
-        draw_curves(lines, terms, history, tmp_path / "curves.png")
+    def draw(lines, terms, history=HISTORY, **yardstick):
+        draw_curves(lines, terms, history, yardstick, tmp_path / "curves.png")
         with Image.open(tmp_path / "curves.png") as picture:
             assert picture.size == (1200 if history else 600, 480)
         return figures.pop().axes
@@ -60,6 +60,15 @@ def test_validation_metrics_have_an_axis_each(draw):
     for axes, values in ((psnr, [20.0, 22.0]), (ssim, [0.5, 0.6])):
         (line,) = axes.lines
         assert (line.get_xdata().tolist(), line.get_ydata().tolist()) == ([2, 4], values)
+
+
+def test_the_haar_yardstick_is_a_dashed_line_in_each(draw):
+    _, psnr, ssim = draw([{"step": 1, "loss": 1.0}], [], psnr=28.5, ssim=0.7)
+    for axes, value in ((psnr, 28.5), (ssim, 0.7)):
+        (line,) = [line for line in axes.lines if line.get_linestyle() == "--"]
+        assert set(line.get_ydata()) == {value}
+    _, psnr, _ = draw([{"step": 1, "loss": 1.0}], [], psnr=float("inf"), ssim=1.0)
+    assert len(psnr.lines) == 1
 
 
 def test_a_run_without_steps_or_validation_has_one_empty_plot(draw):
