@@ -88,7 +88,8 @@ def _norm_forward(
     """Serves inputs of the float32 kernels; a vector of channels must not be divided between `x` and `skip`."""
     if _is_small(x, weight) or (skip is not None and x.shape[1] % WIDEST_VECTOR):
         norm = (norm_weight, norm_bias, num_groups, eps, "native")
-        return _forward(torch.ops.litevae.group_norm_silu(x, skip, *norm)[0], weight, bias, residual, False)
+        h = torch.ops.litevae.group_norm_silu(x, skip, *norm)[0]
+        return torch.ops.litevae.conv3x3(h, weight, bias, residual, False)
     innermost = _channels_innermost(x)
     y = _output(x, weight.shape[0], innermost)
     if y.numel() == 0:
