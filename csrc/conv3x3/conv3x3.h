@@ -14,10 +14,20 @@
 namespace litevae {
 namespace conv3x3 {
 
+// A group normalisation of the input, before the SiLU. The channels of `skip` follow those of x. Only the
+// float32 kernels apply it, and only if x has whole vectors of channels or there is no `skip`.
+struct Norm {
+  TensorView skip;          // (N, I - I_x, H, W), or missing
+  TensorView weight, bias;  // (1, I, 1, 1), any dtype, or missing
+  const double* stats;      // (N, groups, 2): mean and 1 / sqrt(var + eps); null without a norm
+  int64_t groups;
+};
+
 // A missing tensor has no data. For the bf16 kernels, x, residual and y are bf16 with channels innermost. For
 // the float32 kernels they have one dtype, and each has adjacent channels or adjacent pixels of a row.
 struct Forward {
-  TensorView x;  // (N, I, H, W)
+  TensorView x;  // (N, I, H, W), or its first channels if the norm has a `skip`
+  Norm norm;
   bool silu;
   TensorView weight;  // (O, I, 3, 3), any strides and any dtype but float64; rounded to x's dtype
   // If set, the weight is (I, O, 3, 3) and rotated by 180 degrees, and y is the gradient of a convolution's
@@ -26,6 +36,8 @@ struct Forward {
   TensorView bias;      // (1, O, 1, 1), any dtype
   TensorView residual;  // (N, O, H, W)
   TensorView y;         // (N, O, H, W); written
+
+  int64_t inputs() const { return x.size[1] + (norm.skip.data ? norm.skip.size[1] : 0); }
 };
 
 // The gradient of a convolution's weight. For the bf16 kernels, x and grad are bf16 with channels innermost.

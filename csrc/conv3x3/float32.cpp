@@ -113,7 +113,7 @@ struct Plan {
   int64_t point_inputs, point_products;  // distance between the values of two points of a block
 
   Plan(const Forward& call, int64_t tile, int threads) {
-    batch = call.x.size[0], inputs = call.x.size[1], outputs = call.y.size[1];
+    batch = call.x.size[0], inputs = call.inputs(), outputs = call.y.size[1];
     height = call.x.size[2], width = call.x.size[3];
     points = (tile + 2) * (tile + 2);
     vectors = ceil_div(outputs, W), panels = ceil_div(vectors, kWidest);
@@ -156,12 +156,20 @@ void clear(float* to, int64_t vectors) {
   for (int64_t i = 0; i < vectors; ++i) VecF::set(0).store(to + i * W);
 }
 
-void silu(float* values, int64_t vectors) {
+// A vector of channels is convolved as SiLU((x - mean) factor + offset).
+struct Activation {
+  VecF mean, factor, offset;
+};
+
+void activate(const Activation a, float* values, int64_t vectors) {
   constexpr int kAtOnce = 4;
   for (int64_t i = 0; i < vectors; i += kAtOnce) {
     const int64_t rest = vectors - i;
     VecF z[kAtOnce], divisor[kAtOnce];
-    for (int u = 0; u < kAtOnce; ++u) z[u] = u < rest ? VecF::load(values + (i + u) * W) : VecF::set(0);
+    for (int u = 0; u < kAtOnce; ++u) {
+      const VecF x = u < rest ? VecF::load(values + (i + u) * W) : VecF::set(0);
+      z[u] = multiply_add(x - a.mean, a.factor, a.offset);
+    }
     one_plus_exp_minus<kAtOnce>(z, divisor);
     for (int u = 0; u < kAtOnce; ++u)
       if (u < rest) (z[u] / divisor[u]).store(values + (i + u) * W);
@@ -342,7 +350,7 @@ template <int M, class S>
 void pack(const Forward& call, int64_t output, int64_t count, float* to) {
   constexpr int N = M + 2;
   constexpr int64_t kChannels = 32;  // per step, so that the taps stay in the first-level cache
-  const int64_t inputs = call.x.size[1];
+  const int64_t inputs = call.inputs();
   const int lanes = static_cast<int>(min_of(W, call.y.size[1] - output));
   alignas(64) float taps[kChannels * 9 * W];
   for (int64_t c = 0; c < inputs; c += kChannels) {
@@ -385,9 +393,10 @@ void pack(const Forward& call, int64_t output, int64_t count, float* to) {
 // The data that all threads share.
 template <class S>
 struct Task {
-  Image<S> x, residual, y;
+  Image<S> x, skip, residual, y;
   Plan p;
   bool silu;
+  const float* norm;     // (N, 3, padded inputs): means, factors and offsets, or null
   const float* bias;     // zeros if there is no bias
   const float* weights;  // of all panels, or null
   const Forward& call;
@@ -421,6 +430,14 @@ template <int M, class S>
 void transform_inputs(const Task<S>& k, const Patch& b, int64_t c, int64_t tiles, const Space<M>& space) {
   constexpr int N = M + 2;
   const Plan& p = k.p;
+  const Image<S>& image = c < k.x.channels ? k.x : k.skip;
+  const int64_t channel = c < k.x.channels ? c : c - k.x.channels;
+  Activation activation{VecF::set(0), VecF::set(1), VecF::set(0)};
+  if (k.norm != nullptr) {
+    const int64_t padded = ceil_div(p.inputs, W) * W;
+    const float* at = k.norm + b.n * 3 * padded + c;
+    activation = {VecF::load(at), VecF::load(at + padded), VecF::load(at + 2 * padded)};
+  }
   const int64_t pixels = M * b.columns + 2;
   const int64_t first = max_of(0, b.left - 1), last = min_of(p.width, b.left - 1 + pixels);
   const int64_t step = p.line * W;
@@ -437,8 +454,8 @@ void transform_inputs(const Task<S>& k, const Patch& b, int64_t c, int64_t tiles
       }
       const int64_t before = first - (b.left - 1), count = last - first;
       clear(to, before);
-      gather(k.x, b.n, c, next, first, count, to + before * W);
-      if (k.silu) silu(to + before * W, count);
+      gather(image, b.n, channel, next, first, count, to + before * W);
+      if (k.silu) activate(activation, to + before * W, count);
       clear(to + (before + count) * W, pixels - before - count);
     }
     for (int64_t x = 0; x < pixels; ++x) {
@@ -595,13 +612,39 @@ void convolve(const Task<S>& k, int64_t begin, int64_t end, const Space<M>& spac
   stream_fence();
 }
 
+// The value of a parameter of the norm.
+double value(const TensorView& t, int64_t channel, double missing) {
+  if (t.data == nullptr) return missing;
+  double v;
+  load_row(t.dtype, static_cast<const char*>(t.data) + channel * t.stride[1] * element_size(t.dtype), 1, 1, 1,
+           &v);
+  return v;
+}
+
+// The coefficients of the norm. What the mean loses when it is rounded goes into the offset.
+void fill_norm(const Forward& call, float* to) {
+  const conv3x3::Norm& norm = call.norm;
+  const int64_t channels = call.inputs(), padded = ceil_div(channels, W) * W, each = channels / norm.groups;
+  for (int64_t n = 0; n < call.x.size[0]; ++n, to += 3 * padded)
+    for (int64_t c = 0; c < padded; ++c) {
+      const double* stats = norm.stats + 2 * (n * norm.groups + min_of(c, channels - 1) / each);
+      const float mean = static_cast<float>(stats[0]);
+      const double factor = stats[1] * value(norm.weight, min_of(c, channels - 1), 1);
+      const double offset = value(norm.bias, min_of(c, channels - 1), 0) - (stats[0] - mean) * factor;
+      to[c] = c < channels ? mean : 0;
+      to[padded + c] = c < channels ? static_cast<float>(factor) : 0;
+      to[2 * padded + c] = c < channels ? static_cast<float>(offset) : 0;
+    }
+}
+
 template <int M, class S>
 void forward(const Forward& call, int threads) {
   const Plan p(call, M, threads);
   const int64_t tasks = p.tasks(), outputs = p.vectors * W;
   threads = static_cast<int>(min_of(threads, tasks));
   const int64_t per_thread = Space<M>::floats(p), shared = p.shared ? p.weights(p.vectors) : 0;
-  Buffer scratch((threads * per_thread + shared + outputs) * 4);
+  const int64_t coefficients = call.norm.stats == nullptr ? 0 : p.batch * 3 * ceil_div(p.inputs, W) * W;
+  Buffer scratch((threads * per_thread + shared + outputs + coefficients) * 4);
   float* weights = scratch.take<float>(shared);
   float* memory = scratch.take<float>(threads * per_thread);
   float* bias = scratch.take<float>(outputs);
@@ -609,8 +652,18 @@ void forward(const Forward& call, int threads) {
   if (call.bias.data != nullptr)
     load_row(call.bias.dtype, static_cast<const char*>(call.bias.data), call.bias.stride[1], p.outputs, 1,
              bias);
-  const Task<S> k{
-      Image<S>(call.x), Image<S>(call.residual), Image<S>(call.y), p, call.silu, bias, weights, call};
+  float* norm = coefficients == 0 ? nullptr : scratch.take<float>(coefficients);
+  if (norm != nullptr) fill_norm(call, norm);
+  const Task<S> k{Image<S>(call.x),
+                  Image<S>(call.norm.skip),
+                  Image<S>(call.residual),
+                  Image<S>(call.y),
+                  p,
+                  call.silu,
+                  norm,
+                  bias,
+                  weights,
+                  call};
   if (p.shared)
     parallel_for(p.vectors, threads, [&](int64_t begin, int64_t end) {
       for (int64_t panel = 0; panel < p.panels; ++panel) {

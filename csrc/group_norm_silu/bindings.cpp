@@ -27,11 +27,11 @@ Inputs make_inputs(const TensorView& x, const OptionalView& skip, const Optional
 }
 
 Forward make_forward(const TensorView& x, const OptionalView& skip, const OptionalView& weight,
-                     const OptionalView& bias, const TensorView& y, uintptr_t stats, int64_t groups,
+                     const OptionalView& bias, const OptionalView& y, uintptr_t stats, int64_t groups,
                      double eps) {
   const Inputs in = make_inputs(x, skip, weight, bias, stats, groups);
-  check_fits(y.dtype == x.dtype && same_size(y, x, in.channels()), "y");
-  return {in, y, eps};
+  if (y) check_fits(y->dtype == x.dtype && same_size(*y, x, in.channels()), "y");
+  return {in, y.value_or(TensorView{}), eps};
 }
 
 Backward make_backward(const TensorView& grad, const TensorView& x, const OptionalView& skip,
@@ -55,7 +55,7 @@ void bind_group_norm_silu(py::module_& m) {
   m.def(
       "group_norm_silu_cpu",
       [](const TensorView& x, const OptionalView& skip, const OptionalView& weight, const OptionalView& bias,
-         const TensorView& y, uintptr_t stats, int64_t groups, double eps, int threads) {
+         const OptionalView& y, uintptr_t stats, int64_t groups, double eps, int threads) {
         group_norm_silu_forward(make_forward(x, skip, weight, bias, y, stats, groups, eps), threads);
       },
       WithoutGil());

@@ -592,6 +592,7 @@ void forward(const Forward& call, const Shape& s, int threads) {
     passes.for_images(first, last, [&](int64_t n, double* mean, auto coefficients) {
       finish_moments(s, call, n, mean, coefficients);
     });
+    if (call.y.data == nullptr) return;
     passes.for_tasks(first, last, true, [&](const Task& task, double*, auto coefficients) {
       for_strips<Layout>(
           s, task, Layout::max_written, [&](auto width, const Chunk& chunk, const Strip& strip) {

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from litevae_kernels.arithmetic import widened
 from litevae_kernels.backend import keep_backend
+from litevae_kernels.conv3x3.normed import norm_silu_conv3x3, normalises
+from litevae_kernels.diffusers_vae import why_called
 from litevae_kernels.nn import Conv2d, Conv3x3, GroupNormSiLU, Linear, SelfModulatedConv2d
 
 Norm = Literal["group", "smc", "none"]
@@ -128,6 +130,28 @@ def has_forward_of(layer: nn.Module, cls: type[nn.Module]) -> bool:
     return getattr(forward, "__func__", forward) is cls.forward
 
 
+def fuses(norm: nn.Module, conv: nn.Module, x: Tensor) -> bool:
+    """Returns whether one operator applies `norm` and `conv` to `x`.
+
+    A layer with hooks, or one that another library has changed or replaced, must be called as a module.
+    """
+    if why_called(norm, GroupNormSiLU) is not None or why_called(conv, Conv3x3) is not None:
+        return False
+    assert isinstance(conv, Conv3x3)
+    return normalises(x, conv.weight)
+
+
+def convolve_normalised(
+    norm: nn.Module, conv: nn.Module, inputs: list[Tensor], residual: Tensor | None = None
+) -> Tensor:
+    """Returns ``conv(norm(*inputs)) + residual`` for layers that `fuses` accepts."""
+    assert isinstance(norm, GroupNormSiLU)
+    assert isinstance(conv, Conv3x3)
+    parameters = (norm.num_groups, norm.weight, norm.bias, conv.weight, conv.bias)
+    skip = inputs[1] if len(inputs) > 1 else None
+    return norm_silu_conv3x3(inputs[0], *parameters, eps=norm.eps, skip=skip, residual=residual)
+
+
 class ResBlock(nn.Module):
     """A residual block with two 3x3 convolutions: x + conv2(silu(norm2(conv1(silu(norm1(x)))))).
 
@@ -158,12 +182,20 @@ class ResBlock(nn.Module):
             isinstance(self.norm1, GroupNormSiLU) and self.conv_shortcut is not None
         ):
             inputs = [torch.cat(inputs, dim=1)]  # some layer takes only one input
-        h = self.norm2(self.convolve(self.conv1, self.norm1(*inputs)))
+        if fuses(self.norm1, self.conv1, x):
+            h = convolve_normalised(self.norm1, self.conv1, inputs)
+        else:
+            h = self.convolve(self.conv1, self.norm1(*inputs))
+        fused = fuses(self.norm2, self.conv2, h)
+        if not fused:
+            h = self.norm2(h)
         # Computed only now, so that it does not add to peak memory in conv1.
         residual = inputs[0]
         if self.conv_shortcut is not None:
             own = has_forward_of(self.conv_shortcut, ShortcutConv2d)
             residual = self.conv_shortcut(*inputs) if own else self.conv_shortcut(torch.cat(inputs, dim=1))
+        if fused:
+            return convolve_normalised(self.norm2, self.conv2, [h], residual)
         return self.convolve(self.conv2, h, residual)
 
     def convolve(self, conv: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:

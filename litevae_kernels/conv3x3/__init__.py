@@ -80,16 +80,32 @@ def conv3x3(
             shape, a size other than the batch is zero, or the tensors are on several devices.
         NotImplementedError: a tensor has a forward-mode tangent, and a kernel would serve the call.
     """
+    check_arguments(x, weight, bias, residual)
+    check_flag(silu_input, "silu_input")
+    if is_fused(x, weight):
+        refuse_tangents("conv3x3", "native", x, weight, bias, residual)
+        x = x.to(result_dtype(x))  # The backward pass keeps this tensor.
+        if silu_input and torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+            x, silu_input = F.silu(x), False
+        return op.conv3x3(x, weight, bias, residual, silu_input)
+    return reference.forward(x, weight, bias, residual, silu_input)
+
+
+def check_arguments(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, skip: Tensor | None = None
+) -> None:
+    """Raises the errors of `conv3x3`; the channels of `skip` follow those of `x`."""
     check_tensor(x, "x")
     check_tensor(weight, "weight")
     if x.ndim != 4:
         raise ValueError(f"x has {x.ndim} dimensions; 4 are needed: (batch, channels, height, width)")
-    if weight.ndim != 4 or weight.shape[1:] != (x.shape[1], 3, 3):
+    channels = x.shape[1] + (0 if skip is None else skip.shape[1])
+    if weight.ndim != 4 or weight.shape[1:] != (channels, 3, 3):
         raise ValueError(
-            f"weight has shape {shape_of(weight)}; (C_out, {x.shape[1]}, 3, 3) is needed for x's channels"
+            f"weight has shape {shape_of(weight)}; (C_out, {channels}, 3, 3) is needed for x's channels"
         )
     check_operand(weight, "weight", x)
-    batch, channels, height, width = x.shape
+    batch, _, height, width = x.shape
     outputs = weight.shape[0]
     if not (channels and height and width and outputs):
         raise ValueError(
@@ -99,17 +115,9 @@ def conv3x3(
         check_bias(bias, outputs, x)
     if residual is not None:
         check_residual(residual, (batch, outputs, height, width), x)
-    check_flag(silu_input, "silu_input")
-    if _is_fused(x, weight):
-        refuse_tangents("conv3x3", "native", x, weight, bias, residual)
-        x = x.to(result_dtype(x))  # The backward pass keeps this tensor.
-        if silu_input and torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-            x, silu_input = F.silu(x), False
-        return op.conv3x3(x, weight, bias, residual, silu_input)
-    return reference.forward(x, weight, bias, residual, silu_input)
 
 
-def _is_fused(x: Tensor, weight: Tensor) -> bool:
+def is_fused(x: Tensor, weight: Tensor) -> bool:
     """Returns whether the kernels serve a call, which PyTorch's convolution could always serve as well."""
     pixels = x.shape[2] * x.shape[3]
     return (

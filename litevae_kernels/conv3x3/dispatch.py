@@ -15,6 +15,7 @@ LEAST_CHANNELS = 3
 LEAST_PIXELS = ((16, 64), (LEAST_CHANNELS, 256))
 LEAST_CHANNELS_BFLOAT16 = 32  # of the kernels that multiply in bfloat16
 LEAST_PIXELS_BFLOAT16 = 128
+WIDEST_VECTOR = 16  # channels per vector, with AVX-512
 
 
 def why_not(dtype: torch.dtype, isa: str | None) -> str | None:

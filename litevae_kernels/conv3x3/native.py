@@ -16,6 +16,27 @@ def forward(
     core.conv3x3_cpu(native_view(x), silu_input, *views, torch.get_num_threads())
 
 
+def norm_forward(
+    x: Tensor,
+    skip: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    stats: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor,
+) -> None:
+    """Fills `y` with the convolution of the SiLU of a group normalisation, whose statistics are `stats`.
+
+    `y`, `x`, `skip` and `residual` have one dtype and adjacent channels or pixels.
+    """
+    assert core is not None
+    norm = [native_view(t) for t in (x, skip, norm_weight, norm_bias)]
+    views = [native_view(t) for t in (weight, bias, residual, y)]
+    core.norm_silu_conv3x3_cpu(*norm, stats.data_ptr(), stats.shape[1], *views, torch.get_num_threads())
+
+
 def input_gradient(grad: Tensor, weight: Tensor, grad_x: Tensor) -> None:
     """Fills `grad_x`; it and `grad` have one dtype and adjacent channels or pixels."""
     assert core is not None

@@ -8,7 +8,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from litevae_kernels.arithmetic import current_isa
 from litevae_kernels.conv3x3 import native, reference
-from litevae_kernels.conv3x3.dispatch import is_small
+from litevae_kernels.conv3x3.dispatch import WIDEST_VECTOR, is_small
+from litevae_kernels.group_norm_silu.native import statistics
 from litevae_kernels.tensors import differentiable_gradients, memory_format_of
 
 
@@ -46,6 +47,11 @@ torch.library.define(
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, bool silu_input) -> Tensor",
 )
 torch.library.define(
+    "litevae::norm_silu_conv3x3",
+    "(Tensor x, Tensor? skip, int num_groups, Tensor? norm_weight, Tensor? norm_bias, float eps, "
+    "Tensor weight, Tensor? bias, Tensor? residual) -> Tensor",
+)
+torch.library.define(
     "litevae::conv3x3_input_gradient", "(Tensor grad, Tensor weight, bool channels_last) -> Tensor"
 )
 torch.library.define("litevae::conv3x3_weight_gradient", "(Tensor x, Tensor grad, Tensor weight) -> Tensor")
@@ -64,6 +70,36 @@ def _forward(
             return y.copy_(reference.forward(x, weight.to(x.dtype), bias, residual, silu_input))
     residual = None if residual is None else _in_layout(residual.to(x.dtype), innermost)
     native.forward(_in_layout(x, innermost), weight, bias, residual, silu_input, y)
+    return y
+
+
+@torch.library.impl("litevae::norm_silu_conv3x3", "CPU")
+def _norm_forward(
+    x: Tensor,
+    skip: Tensor | None,
+    num_groups: int,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """Serves inputs of the float32 kernels; a vector of channels must not be divided between `x` and `skip`."""
+    if _is_small(x, weight) or (skip is not None and x.shape[1] % WIDEST_VECTOR):
+        norm = (norm_weight, norm_bias, num_groups, eps, "native")
+        h = torch.ops.litevae.group_norm_silu(x, skip, *norm)[0]
+        return torch.ops.litevae.conv3x3(h, weight, bias, residual, False)
+    innermost = _channels_innermost(x)
+    y = _output(x, weight.shape[0], innermost)
+    if y.numel() == 0:
+        return y
+    x, skip = _in_layout(x, innermost), None if skip is None else _in_layout(skip, innermost)
+    stats = torch.empty((x.shape[0], num_groups, 2), dtype=torch.float64)
+    statistics(x, skip, stats, num_groups, eps)
+    bias = None if bias is None else bias.to(x.dtype)
+    residual = None if residual is None else _in_layout(residual.to(x.dtype), innermost)
+    native.norm_forward(x, skip, norm_weight, norm_bias, stats, weight, bias, residual, y)
     return y
 
 
@@ -96,6 +132,21 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, s
     return _output(x, weight.shape[0], _channels_innermost(x))
 
 
+@torch.library.register_fake("litevae::norm_silu_conv3x3")
+def _(
+    x: Tensor,
+    skip: Tensor | None,
+    num_groups: int,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    return _output(x, weight.shape[0], _channels_innermost(x))
+
+
 @torch.library.register_fake("litevae::conv3x3_input_gradient")
 def _(grad: Tensor, weight: Tensor, channels_last: bool) -> Tensor:
     return _output(grad, weight.shape[1], channels_last)
@@ -113,6 +164,21 @@ def _flops(x: torch.Size, weight: torch.Size) -> int:
 
 @register_flop_formula([torch.ops.litevae.conv3x3, torch.ops.litevae.conv3x3_input_gradient])
 def _(x: torch.Size, weight: torch.Size, *_: Any, out_shape: torch.Size | None = None, **__: Any) -> int:
+    return _flops(x, weight)
+
+
+@register_flop_formula(torch.ops.litevae.norm_silu_conv3x3)
+def _(
+    x: torch.Size,
+    skip: torch.Size | None,
+    num_groups: int,
+    norm_weight: torch.Size | None,
+    norm_bias: torch.Size | None,
+    eps: float,
+    weight: torch.Size,
+    *_: Any,
+    out_shape: torch.Size | None = None,
+) -> int:
     return _flops(x, weight)
 
 

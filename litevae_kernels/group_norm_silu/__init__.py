@@ -53,6 +53,23 @@ def group_norm_silu(
             tensors are on several devices.
         NotImplementedError: a tensor has a forward-mode tangent, and the backend is not the reference.
     """
+    eps = check_arguments(x, num_groups, weight, bias, eps, skip)
+    backend = choose(x.device.type)
+    arguments = (_as_4d(x), None if skip is None else _as_4d(skip), weight, bias, num_groups, eps)
+    if backend == "reference":
+        y = reference.forward(*arguments)
+    elif overwrite and backend == "native" and skip is None and op.can_overwrite(arguments[0]):
+        y = op.group_norm_silu_(arguments[0], weight, bias, num_groups, eps)
+    else:
+        refuse_tangents("group_norm_silu", backend, x, skip, weight, bias)
+        y = op.group_norm_silu(*arguments, backend)
+    return y if x.ndim == 4 else y.reshape(x.shape[0], y.shape[1], *x.shape[2:])
+
+
+def check_arguments(
+    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, skip: Tensor | None
+) -> float:
+    """Returns `eps` as a float; raises the errors of `group_norm_silu`."""
     check_tensor(x, "x")
     if x.ndim < 2:
         raise ValueError(f"x has {x.ndim} dimensions; at least 2 are needed: (batch, channels, ...)")
@@ -79,16 +96,7 @@ def group_norm_silu(
     for name, other in (("skip", skip), ("weight", weight), ("bias", bias)):
         if other is not None:
             check_device(other, name, x, "x")
-    backend = choose(x.device.type)
-    arguments = (_as_4d(x), None if skip is None else _as_4d(skip), weight, bias, num_groups, eps)
-    if backend == "reference":
-        y = reference.forward(*arguments)
-    elif overwrite and backend == "native" and skip is None and op.can_overwrite(arguments[0]):
-        y = op.group_norm_silu_(arguments[0], weight, bias, num_groups, eps)
-    else:
-        refuse_tangents("group_norm_silu", backend, x, skip, weight, bias)
-        y = op.group_norm_silu(*arguments, backend)
-    return y if x.ndim == 4 else y.reshape(x.shape[0], channels, *x.shape[2:])
+    return eps
 
 
 def _as_4d(x: Tensor) -> Tensor:

@@ -47,6 +47,16 @@ def forward(
         )
 
 
+def statistics(x: Tensor, skip: Tensor | None, stats: Tensor, num_groups: int, eps: float) -> None:
+    """Fills `stats` (N, num_groups, 2) on the CPU, without computing a result."""
+    assert core is not None
+    x, skip = _gapless(x, x), None if skip is None else _gapless(skip, x)
+    views = [native_view(t) for t in (x, skip)]
+    core.group_norm_silu_cpu(
+        *views, None, None, None, stats.data_ptr(), num_groups, eps, torch.get_num_threads()
+    )
+
+
 def backward(
     grad: Tensor,
     x: Tensor,

@@ -159,3 +159,16 @@ def test_compute_dtype():
         assert compute_dtype(conv.double(), cpu) == torch.float64  # autocast leaves float64 alone
         assert conv(torch.ones(1, 1, 2, 2, dtype=torch.float64)).dtype == torch.float64
     assert compute_dtype(conv.half(), cpu) == torch.float16
+
+
+def test_residual_block_calls_a_norm_that_has_a_hook():
+    torch.manual_seed(0)
+    block, x, seen = ResBlock(32, 32, 8), torch.randn(1, 32, 16, 16), []
+    with torch.no_grad():
+        expected = block(x)
+        handle = block.norm2.register_forward_hook(lambda *args: seen.append(args))
+        assert torch.equal(block(x), expected)
+        assert len(seen) == 1
+        handle.remove()
+        block.conv2 = torch.nn.Conv2d(32, 32, 3, padding=1)
+        assert block(x).shape == x.shape

@@ -1,0 +1,62 @@
+"""The 3x3 convolution of the SiLU of a group normalisation, without a normalised tensor in memory."""
+
+import torch
+from torch import Tensor
+
+from litevae_kernels.arithmetic import current_isa, result_dtype
+from litevae_kernels.conv3x3 import check_arguments, conv3x3, is_fused
+from litevae_kernels.conv3x3.dispatch import multiplies_bfloat16
+from litevae_kernels.group_norm_silu import check_arguments as check_norm
+from litevae_kernels.group_norm_silu import group_norm_silu
+from litevae_kernels.tensors import refuse_tangents
+
+
+def norm_silu_conv3x3(
+    x: Tensor,
+    num_groups: int,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    skip: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Returns ``conv3x3(group_norm_silu(x, num_groups, ...), weight, bias, residual=residual)``.
+
+    While no gradients are recorded, the float32 kernels for the CPU compute the statistics in one pass over the
+    input, and normalise and activate it while they read it. All other calls run the two operators.
+
+    Args:
+        x, num_groups, eps, skip: arguments of `group_norm_silu`; `x` and `skip` are 4-D.
+        norm_weight, norm_bias: its scale and its offset.
+        weight, bias, residual: arguments of `conv3x3`.
+
+    Returns:
+        (N, C_out, H, W) in x's dtype, or under autocast in that of autocast.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as the two operators do.
+    """
+    if not normalises(x, weight):
+        h = group_norm_silu(x, num_groups, norm_weight, norm_bias, eps=eps, skip=skip)
+        return conv3x3(h, weight, bias, residual=residual)
+    eps = check_norm(x, num_groups, norm_weight, norm_bias, eps, skip)
+    check_arguments(x, weight, bias, residual, skip)
+    refuse_tangents("norm_silu_conv3x3", "native", x, skip, norm_weight, norm_bias, weight, bias, residual)
+    return torch.ops.litevae.norm_silu_conv3x3(
+        x, skip, num_groups, norm_weight, norm_bias, eps, weight, bias, residual
+    )
+
+
+def normalises(x: Tensor, weight: Tensor) -> bool:
+    """Returns whether the kernels normalise `x` (N, C, H, W) while they convolve it with `weight`."""
+    dtype = result_dtype(x)
+    return (
+        not torch.is_grad_enabled()
+        and x.ndim == weight.ndim == 4
+        and x.dtype == dtype
+        and not multiplies_bfloat16(dtype, current_isa())
+        and is_fused(x, weight)
+    )
