@@ -88,12 +88,14 @@ def initialise_as_wavelet(model: Autoencoder) -> None:
             "initialise=wavelet needs a LiteVAE with learned U-Nets and model.decoder_norm=smc, whose signal is not "
             "normalised on its way"
         )
-    bands = extractor.conv_out.out_channels
+    bands, colours = extractor.conv_out.out_channels, model.config.in_channels
     passed = min(bands, model.config.latent_channels)
-    narrowest = min(*model.config.block_out_channels, 2 * extractor.conv_in.out_channels)
-    if narrowest < 2 * passed:
+    # The decoder carries each coefficient twice.
+    carried = min(passed, min(model.config.block_out_channels) // 2)
+    if min(extractor.conv_in.out_channels, aggregator.conv_in.out_channels) < passed or carried < colours:
         raise ValueError(
-            f"initialise=wavelet needs decoder blocks of at least {2 * passed} channels and an encoder of {passed}"
+            f"initialise=wavelet needs decoder blocks of at least {2 * colours} channels, {colours} latent channels "
+            f"and an encoder of at least {passed} channels"
         )
     initialise(model)
     branches = {id(conv) for block in res_blocks(model) for conv in (block.conv1, block.conv2)}
@@ -108,16 +110,15 @@ def initialise_as_wavelet(model: Autoencoder) -> None:
         pass_on(unet.conv_out, passed)
     decoder = model.decoder
     # SiLU precedes the decoder's last convolution, and silu(x) - silu(-x) = x.
-    pass_on(decoder.conv_in, passed)
-    decoder.conv_in.weight[passed : 2 * passed] = -decoder.conv_in.weight[:passed]
+    pass_on(decoder.conv_in, carried)
+    decoder.conv_in.weight[carried : 2 * carried] = -decoder.conv_in.weight[:carried]
     for block in res_blocks(decoder):
-        pass_on(block.conv_shortcut, 2 * passed)
+        pass_on(block.conv_shortcut, 2 * carried)
     for up_block in decoder.up_blocks:
         for upsampler in up_block.upsamplers:
-            pass_on(upsampler.conv, 2 * passed)
-    colours = min(model.config.in_channels, passed)
+            pass_on(upsampler.conv, 2 * carried)
     nn.init.zeros_(decoder.conv_out.weight)
-    for sign, first in ((1, 0), (-1, passed)):
+    for sign, first in ((1, 0), (-1, carried)):
         centre(decoder.conv_out)[:colours, first : first + colours] = sign * torch.eye(colours)
     moments = aggregator.conv_out
     moments.weight[moments.out_channels // 2 :] *= 0.1

@@ -102,6 +102,7 @@ def test_encoder_without_parameters():
         {},
         {"output_type": "wavelet", "use_1x1_conv": True},
         {"latent_channels": 4, "shared_extractor": True},
+        {"block_out_channels": (16, 16, 16, 16), "num_groups": 8},
         {"latent_channels": 16, "finest_level": 2, "encoder_norm": "smc"},
     ],
     ids=str,
@@ -131,7 +132,8 @@ def test_the_latent_starts_as_the_coarsest_sub_bands(options):
         {"aggregator": "vit"},
         {"encoder_type": "dwt"},
         {"kind": "sd-vae", "decoder_norm": "group"},
-        {"block_out_channels": [16, 32, 32, 32]},
+        {"block_out_channels": [5, 32, 32, 32], "num_groups": 1},
+        {"latent_channels": 2},
     ],
     ids=str,
 )
