@@ -16,6 +16,7 @@ from litevae.training.checkpoint import find_checkpoints
 # A run that takes a few milliseconds per step.
 TINY = [
     "initialise=random",
+    "loss.l1=1",
     "loss.l2=0",
     "loss.wavelet=1",
     "loss.gaussian=0.5",

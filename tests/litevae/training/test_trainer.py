@@ -29,6 +29,7 @@ from litevae.training import load_config, train
 
 SHORT = [
     "initialise=random",
+    "loss.l1=1",
     "loss.l2=0",
     "loss.wavelet=1",
     "loss.gaussian=0.5",
