@@ -11,25 +11,26 @@ from litevae.models import LiteVAE
 from litevae.models.arguments import check_arguments
 from litevae.models.baseline import SmallEncoderVAE
 from litevae.models.config import ModelConfig
-from litevae.models.initialise import initialise
+from litevae.models.initialise import initialise, initialise_as_wavelet
 from litevae.models.interface import Autoencoder
 
 
-def with_fresh_weights(config: ModelConfig, size: int) -> Autoencoder:
+def with_fresh_weights(config: ModelConfig, size: int, wavelet: bool = False) -> Autoencoder:
     """Returns a model with the weights that training starts from.
 
     Args:
         config: kind and settings of the model.
         size: side of the training images in pixels.
+        wavelet: whether the latent starts as sub-bands of the image, as `initialise_as_wavelet` makes it.
 
     Raises:
-        ValueError: the model does not take these settings.
+        ValueError: the model does not take these settings, or cannot start as `wavelet` asks.
         UserError: its weights exceed the memory of the machine.
     """
     with torch.device("meta"):  # which takes no memory
         check_memory(weights_size(build(config, size)), "weights")
     model = build(config, size)
-    initialise(model)
+    (initialise_as_wavelet if wavelet else initialise)(model)
     return model
 
 

@@ -40,7 +40,7 @@ def build_model(config: Config) -> Autoencoder:
 def build_fresh_model(config: Config) -> Autoencoder:
     """Builds the model of a run with fresh weights; raises UserError if it does not take a setting."""
     try:
-        return with_fresh_weights(config.model, config.data.size)
+        return with_fresh_weights(config.model, config.data.size, config.initialise == "wavelet")
     except ValueError as error:
         # The model's sample_size is the setting data.size.
         name, found, rest = str(error).partition("sample_size")

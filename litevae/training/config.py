@@ -121,6 +121,11 @@ class Config(RunConfig):
     )
     channels_last: bool = setting(True, "Keep models and images in the channels_last memory format.")
     compile: bool = setting(False, "Compile the models with torch.compile.")
+    initialise: Literal["random", "wavelet"] = setting(
+        "random",
+        "Weights that training from scratch starts with: random; or those with which the latent consists of sub-bands "
+        "of the image, for decoder_norm=smc.",
+    )
     init: str = setting("", "Folder of a model, run or checkpoint that provides the initial weights.")
     init_decoder: str = setting(
         "", "Folder or file of a Stable Diffusion VAE that provides the decoder's initial weights."

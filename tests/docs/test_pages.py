@@ -50,6 +50,7 @@ LANGUAGES = {"python", "sh", "yaml", "text", "cpp", "cmake", "bibtex", "toml"}
 NOT_RUN = {
     r"torchrun ": "starts several processes, as the tests of training, latents and evaluation do",
     r"litevae experiment \w+ --scale (medium|paper)": "takes days on a GPU",
+    r"sudo apt-get |python -m litevae\.experiments\.photographs ": "needs packages of Debian, from the network",
     r"pip install ": "needs the network; .ci/run installs the package",
     r"python3 -m venv |\. \.venv/": "makes an environment, which needs the network; .ci/run makes one",
     r"pre-commit ": "needs the network, from which it fetches its environments",

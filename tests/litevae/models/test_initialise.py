@@ -1,10 +1,12 @@
+import numpy as np
 import pytest
+import pywt
 import torch
 
 from litevae import LiteVAE
 from litevae.models.build import with_fresh_weights
 from litevae.models.config import ModelConfig
-from litevae.models.initialise import initialise
+from litevae.models.initialise import initialise, initialise_as_wavelet
 
 SMALL = {
     "latent_channels": 12,
@@ -92,3 +94,50 @@ def test_encoder_without_parameters():
     initialise(model)
     image = torch.rand(2, 3, 32, 32) * 2 - 1
     assert 0.01 < model(image).sample.std() < 10
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"output_type": "wavelet", "use_1x1_conv": True},
+        {"latent_channels": 4, "shared_extractor": True},
+        {"block_out_channels": (16, 16, 16, 16), "num_groups": 8},
+        {"latent_channels": 16, "finest_level": 2, "encoder_norm": "smc"},
+    ],
+    ids=str,
+)
+def test_the_latent_starts_as_the_coarsest_sub_bands(options):
+    torch.manual_seed(0)
+    model = LiteVAE.from_preset("litevae-s", **{**SMALL, **options}, decoder_norm="smc")
+    initialise_as_wavelet(model)
+    image = torch.rand(1, 3, 64, 64, dtype=torch.float64) * 2 - 1
+    with torch.no_grad():
+        posterior = model.encode(image.float()).latent_dist
+        reconstruction = model.decode(posterior.mean).sample
+    means, details = pywt.wavedec2(image.numpy(), "haar", level=3)[:2]
+    bands = np.concatenate([means, *details], axis=1) / 2**3  # the pyramid's scale
+    count = min(12, model.config.latent_channels)
+    np.testing.assert_allclose(posterior.mean[:, :count], bands[:, :count], atol=1e-5)
+    assert (posterior.logvar + 8).abs().max() < 1
+    block_means = torch.nn.functional.interpolate(torch.from_numpy(means / 8).float(), scale_factor=8.0)
+    torch.testing.assert_close(reconstruction, block_means, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"decoder_norm": "group"},
+        {"extractor": "nafnet"},
+        {"aggregator": "vit"},
+        {"encoder_type": "dwt"},
+        {"kind": "sd-vae", "decoder_norm": "group"},
+        {"block_out_channels": [5, 32, 32, 32], "num_groups": 1},
+        {"latent_channels": 2},
+    ],
+    ids=str,
+)
+def test_models_that_cannot_start_as_sub_bands_are_refused(settings):
+    config = ModelConfig(**{"preset": "litevae-s", "decoder_norm": "smc", **SMALL, **settings})
+    with pytest.raises(ValueError, match="initialise=wavelet needs"), torch.device("meta"):
+        with_fresh_weights(config, 64, wavelet=True)

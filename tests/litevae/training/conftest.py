@@ -15,6 +15,13 @@ from litevae.training.checkpoint import find_checkpoints
 
 # A run that takes a few milliseconds per step.
 TINY = [
+    "initialise=random",
+    "loss.l1=1",
+    "loss.l2=0",
+    "loss.wavelet=1",
+    "loss.gaussian=0.5",
+    "loss.kl=1e-4",
+    "optimizer.learning_rate=2e-3",
     "data.size=32",
     "data.batch_size=2",
     "model.latent_channels=4",

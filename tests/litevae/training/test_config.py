@@ -94,7 +94,7 @@ def test_wrong_type_names_key_and_type(override, expected):
         ("loss.lpips=inf", "loss.lpips must be 0 or more"),
         ("loss.adversarial=-0.5", "loss.adversarial must be 0 or more"),
         ("loss.adversarial_start=-1", "loss.adversarial_start must be 0 or more"),
-        ("loss={l1: 0, wavelet: 0, gaussian: 0, adversarial: 1}", "nothing to train for"),
+        ("loss={l1: 0, l2: 0, wavelet: 0, gaussian: 0, adversarial: 1}", "nothing to train for"),
         ("output_dir=", "output_dir"),
         ("stages=[{start: 1, size: 32}]", "stages[0].start must be above 1, got 1"),
         ("stages=[{start: 9, size: 32}, {start: 9, size: 64}]", "stages[1].start must be above 9, got 9"),
@@ -104,7 +104,7 @@ def test_wrong_type_names_key_and_type(override, expected):
             "stages=[{start: 9, batch_size: 100001}]",
             "stages[0].batch_size must be 100000 or less, got 100001",
         ),
-        ("optimizer.accumulation=3", "optimizer.accumulation must divide the batch of 4, got 3"),
+        ("optimizer.accumulation=3", "optimizer.accumulation must divide the batch of 8, got 3"),
         ("discriminator.betas=[0,1]", "discriminator.betas must all be below 1, got [0.0, 1.0]"),
         ("discriminator.learning_rate=-1", "discriminator.learning_rate must be 0 or more, got -1"),
         ("discriminator.learning_rate=1e7", "discriminator.learning_rate must be 1000000.0 or less"),
@@ -142,6 +142,7 @@ def test_stages_follow_each_other():
     settings = [
         "max_steps=20",
         "data.size=32",
+        "data.batch_size=4",
         "stages=[{start: 6, size: 48}, {start: 11, size: 64, batch_size: 2}]",
     ]
     stages = [Stage(1, 5, 32, 4, 0), Stage(6, 10, 48, 4, 20), Stage(11, 20, 64, 2, 40)]
@@ -154,7 +155,13 @@ def test_stages_follow_each_other():
 
 def test_a_stage_keeps_what_it_does_not_set():
     config = load_config(
-        "demo", ["max_steps=9", "data.size=32", "stages=[{start: 3, batch_size: 8}, {start: 6, size: 48}]"]
+        "demo",
+        [
+            "max_steps=9",
+            "data.size=32",
+            "data.batch_size=4",
+            "stages=[{start: 3, batch_size: 8}, {start: 6, size: 48}]",
+        ],
     )
     assert [(stage.size, stage.batch_size) for stage in list_stages(config)] == [(32, 4), (32, 8), (48, 8)]
 

@@ -25,6 +25,7 @@ LOSSES = ["loss.pretrained=false"] + [
     }.items()
 ]
 RUN = [
+    "initialise=random",
     "model.latent_channels=4",
     "model.block_out_channels=[16,32,32]",
     "model.layers_per_block=1",

@@ -29,6 +29,13 @@ from litevae.evaluation.yardsticks import measure_yardsticks
 from litevae.training import load_config, train
 
 SHORT = [
+    "initialise=random",
+    "loss.l1=1",
+    "loss.l2=0",
+    "loss.wavelet=1",
+    "loss.gaussian=0.5",
+    "loss.kl=1e-4",
+    "optimizer.learning_rate=2e-3",
     "max_steps=20",
     "precision=fp32",
     "data.size=32",
@@ -69,7 +76,7 @@ class TestFinishedRun:
     def test_log_has_every_loss_and_the_total_falls(self, finished):
         lines = logged(finished[0])
         assert [line["step"] for line in lines] == [1, 5, 10, 15, 20]
-        weights = load_config("demo").loss
+        weights = load_config("demo", SHORT).loss
         for line in lines:
             weighted = {
                 f"weighted/{name}": getattr(weights, name) * line[name]
