@@ -113,9 +113,9 @@ def photographs(model: "Autoencoder") -> "list[Tensor]":
 
     from litevae.data.images import to_model_range
     from litevae.data.sources import load_photograph
-    from litevae.models.interface import fixed_size
+    from litevae.models.interface import fixed_size, spatial_compression
 
-    side = fixed_size(model) or 256
+    side = fixed_size(model) or min(256, 32 * spatial_compression(model))  # attention grows with the latent
     crops = np.stack([load_photograph(name)[:side, :side] for name in PHOTOGRAPHS])
     channels = [channel % 3 for channel in range(model.config.in_channels)]
     squares = to_model_range(torch.from_numpy(crops).permute(0, 3, 1, 2)[:, channels])
