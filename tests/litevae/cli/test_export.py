@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from litevae import LiteVAE
+from litevae.cli.export import photographs
 from litevae.models import export as exporting
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -91,3 +92,18 @@ def test_wrong_file_is_not_kept(fails, wavelet_model, monkeypatch, tmp_path):
         in message
     )
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(("size", "batches"), [(320, 1), (None, 2)])
+def test_photographs_fit_the_model(size, batches):
+    """The smallest photograph has fewer rows than a model of 320 pixels takes."""
+    options = (
+        {"aggregator": "vit", "sample_size": size} if size else {"encoder_type": "dwt", "latent_channels": 12}
+    )
+    with torch.device("meta"):
+        model = LiteVAE(block_out_channels=(8, 8), num_groups=4, **options)
+    with torch.device("cpu"):
+        found = photographs(model)
+    assert len(found) == batches
+    assert found[0].shape == (3, 3, size or 256, size or 256)
+    assert all(-1 <= batch.min() < batch.max() <= 1 for batch in found)
