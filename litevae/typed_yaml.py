@@ -33,6 +33,7 @@ class Loader(yaml.SafeLoader):
 
 
 Loader.add_constructor(TAG + "int", Loader.construct_yaml_int)
+# This expression is OmegaConf's.
 Loader.add_implicit_resolver(
     TAG + "float",
     re.compile(
@@ -48,8 +49,8 @@ Loader.add_implicit_resolver(
 )
 
 
-def read(path: Path, schema: Any) -> Any:
-    """Reads a YAML file of limited length as `parse` does.
+def read(path: Path, kind: Any) -> Any:
+    """Reads a YAML file of limited length as `parse` reads a document.
 
     Raises:
         OSError, UnicodeDecodeError: the file cannot be read, or is not a regular file.
@@ -59,7 +60,7 @@ def read(path: Path, schema: Any) -> Any:
         content = file.read(LONGEST_YAML + 1)
     if len(content) > LONGEST_YAML:
         raise ValueError(f"longer than {LONGEST_YAML:,} bytes")
-    return parse(content.decode("utf-8"), schema)
+    return parse(content.decode("utf-8"), kind)
 
 
 def parse(text: str, kind: Any) -> Any:
@@ -70,7 +71,8 @@ def parse(text: str, kind: Any) -> Any:
 
     Args:
         text: YAML document.
-        kind: type of the value: a dataclass with a field per key, which may be dotted, or the type of a field.
+        kind: type of the value: a dataclass with a field per key, which may be dotted, or the type of a field; None if
+            it is unknown.
 
     Raises:
         ValueError: the text is no YAML, or exceeds a limit. The message is the reason.
