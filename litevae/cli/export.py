@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from litevae.models.interface import Autoencoder
 
 PHOTOGRAPHS = ("chelsea", "astronaut", "coffee")
+# The settings by which diffusion pipelines scale latents.
+SCALES = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
 
 def export(
@@ -95,8 +97,7 @@ def export(
         "opset": opset if format == "onnx" else None,
         "device": str(on),
         "parts": parts,
-        "scaling_factor": autoencoder.config.scaling_factor,
-        "shift_factor": autoencoder.config.shift_factor,
+        **{name: autoencoder.config.get(name) for name in SCALES},
     }
     write_json(record | model_provenance(model), targets[-1])
 
