@@ -100,7 +100,7 @@ def check_extent(text: str) -> None:
         ValueError: it has more nodes or is nested deeper than allowed. The message is the reason.
     """
     counts = [0]  # nodes in each open list or mapping
-    names: list[str | None] = []  # anchors of those
+    names: list[str | None] = []  # anchor of each open list or mapping
     anchors: dict[str | None, int] = {}  # nodes that each anchor stands for
     for event in yaml.parse(text, Loader=Loader):
         if isinstance(event, yaml.CollectionStartEvent):
@@ -145,7 +145,8 @@ def as_declared(node: yaml.Node, kind: Any) -> yaml.Node:
         elements = []
         names: set[str] = set()
         for key, value in node.value:
-            merged = key.tag == TAG + "merge"  # of a mapping, or of several in a list, into this one
+            # The value of a merge key is a mapping, or a list of several, whose entries this one takes over.
+            merged = key.tag == TAG + "merge"
             if isinstance(key, yaml.ScalarNode) and not merged:
                 if key.value in names:
                     raise yaml.MarkedYAMLError(
