@@ -66,6 +66,7 @@ class CMakeBuild(build_ext):
             file=sys.stderr,
         )
         target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)  # Python would import the core of an earlier build instead.
         stand_in = target.parent / "litevae_core.py"
         stand_in.write_text(f"raise ImportError({f'the package was installed without it: {reason}'!r})\n")
 

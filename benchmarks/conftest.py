@@ -28,7 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
     )
 
 
-LEFT_OUT = pytest.StashKey[list[str]]()  # what this run does not measure without --full
+LEFT_OUT = pytest.StashKey[list[str]]()  # benchmarks that this run leaves out without --full
 SESSION = pytest.StashKey[Session]()
 TESTS = pytest.StashKey[set[str]]()  # all benchmarks; empty if only some were named
 

@@ -33,6 +33,7 @@ class Loader(yaml.SafeLoader):
 
 
 Loader.add_constructor(TAG + "int", Loader.construct_yaml_int)
+# This expression is OmegaConf's.
 Loader.add_implicit_resolver(
     TAG + "float",
     re.compile(
@@ -48,8 +49,8 @@ Loader.add_implicit_resolver(
 )
 
 
-def read(path: Path, schema: Any) -> Any:
-    """Reads a YAML file of limited length as `parse` does.
+def read(path: Path, kind: Any) -> Any:
+    """Reads a YAML file of limited length as `parse` reads a document.
 
     Raises:
         OSError, UnicodeDecodeError: the file cannot be read, or is not a regular file.
@@ -59,7 +60,7 @@ def read(path: Path, schema: Any) -> Any:
         content = file.read(LONGEST_YAML + 1)
     if len(content) > LONGEST_YAML:
         raise ValueError(f"longer than {LONGEST_YAML:,} bytes")
-    return parse(content.decode("utf-8"), schema)
+    return parse(content.decode("utf-8"), kind)
 
 
 def parse(text: str, kind: Any) -> Any:
@@ -70,7 +71,8 @@ def parse(text: str, kind: Any) -> Any:
 
     Args:
         text: YAML document.
-        kind: type of the value: a dataclass with a field per key, which may be dotted, or the type of a field.
+        kind: type of the value: a dataclass with a field per key, which may be dotted, or the type of a field; None if
+            it is unknown.
 
     Raises:
         ValueError: the text is no YAML, or exceeds a limit. The message is the reason.
@@ -98,7 +100,7 @@ def check_extent(text: str) -> None:
         ValueError: it has more nodes or is nested deeper than allowed. The message is the reason.
     """
     counts = [0]  # nodes in each open list or mapping
-    names: list[str | None] = []  # anchors of those
+    names: list[str | None] = []  # anchor of each open list or mapping
     anchors: dict[str | None, int] = {}  # nodes that each anchor stands for
     for event in yaml.parse(text, Loader=Loader):
         if isinstance(event, yaml.CollectionStartEvent):
@@ -143,7 +145,8 @@ def as_declared(node: yaml.Node, kind: Any) -> yaml.Node:
         elements = []
         names: set[str] = set()
         for key, value in node.value:
-            merged = key.tag == TAG + "merge"  # of a mapping, or of several in a list, into this one
+            # The value of a merge key is a mapping, or a list of several, whose entries this one takes over.
+            merged = key.tag == TAG + "merge"
             if isinstance(key, yaml.ScalarNode) and not merged:
                 if key.value in names:
                     raise yaml.MarkedYAMLError(

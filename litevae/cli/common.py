@@ -79,18 +79,20 @@ def choose_workers(given: int | None) -> int:
 
 
 def choose_device(name: str | None) -> "torch.device":
-    """Returns the device that the user names, or else the GPU if there is one; `UserError` if it does not work."""
+    """Returns the device that the user names, or else the GPU if there is one.
+
+    Raises:
+        UserError: there is no such device, or it does not work.
+    """
     import torch
 
     if name is None:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device).item()  # on "meta" there are no values
-    except (
-        RuntimeError,
-        AssertionError,
-    ) as error:  # PyTorch asserts that it was built with the device's code
+        torch.empty(1, device=device).item()  # This fails on "meta", where tensors have no values.
+    # PyTorch raises AssertionError if it was built without the device's code.
+    except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise UserError(f"--device {name}: {reason}") from None
     return device

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from litevae.models.interface import Autoencoder
 
 PHOTOGRAPHS = ("chelsea", "astronaut", "coffee")
+# The settings by which diffusion pipelines scale latents.
+SCALES = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
 
 def export(
@@ -56,8 +58,8 @@ def export(
     Writes encoder and decoder as .onnx (onnx), .pt2 (torch-export, aoti) or .xml and .bin (openvino), and
     export.json, which states their inputs and outputs, the precision, the opset, the constants that diffusion
     pipelines apply to latents, and the measured errors. Batch size, height and width are dynamic. The encoder takes
-    images in [-1, 1] and gives the mean and the log-variance of the latent along the channels; the first half is
-    what to decode. The graphs hold standard operators only, and plain instead of self-modulated convolutions.
+    images in [-1, 1] and gives the mean and the log-variance of the latent along the channels; decode the first half.
+    The graphs hold standard operators only, and plain instead of self-modulated convolutions.
 
     aoti compiles for this machine's kind of processor, or GPU with --device cuda. OpenVINO stores fp16 weights and
     takes float32 inputs.
@@ -66,7 +68,7 @@ def export(
 
     on = choose_device(device)
     exporting.check_export(format, precision, on, check)
-    names = [f"{part}{suffix}" for part in ("encoder", "decoder") for suffix in suffixes(format)]
+    names = [f"{part}{suffix}" for part in ("encoder", "decoder") for suffix in exporting.SUFFIXES[format]]
     targets = results(output, *names, "export.json", overwrite=overwrite)
     autoencoder = load_model(model)
     make_folder(output)
@@ -95,28 +97,27 @@ def export(
         "opset": opset if format == "onnx" else None,
         "device": str(on),
         "parts": parts,
-        "scaling_factor": autoencoder.config.scaling_factor,
-        "shift_factor": autoencoder.config.shift_factor,
+        **{name: autoencoder.config.get(name) for name in SCALES},
     }
     write_json(record | model_provenance(model), targets[-1])
 
 
-def suffixes(format: str) -> tuple[str, ...]:
-    """Returns the suffixes of a part's files, the one that names the part first."""
-    return {"onnx": (".onnx",), "openvino": (".xml", ".bin")}.get(format, (".pt2",))
-
-
 def photographs(model: "Autoencoder") -> "list[Tensor]":
-    """Returns batches of photographs in [-1, 1]: three squares and, where the model takes it, one that is none."""
+    """Returns batches of photographs in [-1, 1], (N, in_channels, H, W).
+
+    The first has three square images. The second has one that is not square, and is left out if the model takes one
+    size only.
+    """
     import numpy as np
     import torch
 
     from litevae.data.images import to_model_range
     from litevae.data.sources import load_photograph
+    from litevae.data.squares import middle_square
     from litevae.models.interface import fixed_size, spatial_compression
 
     side = fixed_size(model) or min(256, 32 * spatial_compression(model))  # attention grows with the latent
-    crops = np.stack([load_photograph(name)[:side, :side] for name in PHOTOGRAPHS])
+    crops = np.stack([middle_square(load_photograph(name), side) for name in PHOTOGRAPHS])
     channels = [channel % 3 for channel in range(model.config.in_channels)]
     squares = to_model_range(torch.from_numpy(crops).permute(0, 3, 1, 2)[:, channels])
     return [squares] if fixed_size(model) else [squares, squares[:1, :, : side // 2]]

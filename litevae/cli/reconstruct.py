@@ -123,9 +123,8 @@ def name_outputs(images: list[Path], folder: Path) -> list[Path]:
             number += 1
             target = folder / f"{image.stem}-{number}.png"
         targets.append(target)
-    inputs = {
-        os.path.realpath(image) for image in images
-    }  # unlike Path.resolve, it takes links that form a cycle
+    # Unlike Path.resolve, realpath accepts links that form a cycle.
+    inputs = {os.path.realpath(image) for image in images}
     for target in targets:
         if os.path.realpath(target) in inputs:
             raise UserError(f"{target} is an input and would be overwritten: give another folder with -o")

@@ -76,7 +76,7 @@ def coarsest_haar(images: Tensor, factor: int, count: int) -> Tensor:
     kept: list[Tensor | tuple[Tensor, ...]] = [average if count else torch.zeros_like(average)]
     left = count - 1
     for bands in details:
-        side = 2 ** (len(kept) - 1)  # of the part of a sub-band that belongs to one block
+        side = 2 ** (len(kept) - 1)  # side of the part of a sub-band that belongs to one block
         kept.append(tuple(keep_first(band, side, left - i * side**2) for i, band in enumerate(bands)))
         left -= 3 * side**2
     return waverec2(kept, output_size=(images.shape[2], images.shape[3])) + MIDDLE

@@ -112,7 +112,7 @@ def distances(setup: Setup, latents: Tensor) -> dict[str, float]:
 
 
 def parameters(row: Row, trained: Trained) -> dict[str, float]:
-    """Counts those parameters of which the paper prints the number."""
+    """Counts the parameters whose number the paper prints."""
     model = load(trained)
     found = {"parameters (M)": count_parameters(model)[0] / 1e6}
     if isinstance(model, LiteVAE) and isinstance(model.encoder, Encoder):
@@ -265,9 +265,8 @@ def generation(experiment: Experiment, setup: Setup, rows: Sequence[Row]) -> Pic
             {**values, "steps of the second stage": record["steps"], "its seconds": record["seconds"]}
         )
         row.count = encoded.total
-        if (
-            "fid" not in experiment.metrics
-        ):  # a figure; a table has none, because figures show the same models
+        # A table with FID has no pictures, because figures show the same models.
+        if "fid" not in experiment.metrics:
             pictures[f"-{slug('-'.join(row.spec.row))}"] = partial(
                 draw_generated, config, experiment.first_sample
             )
@@ -275,7 +274,7 @@ def generation(experiment: Experiment, setup: Setup, rows: Sequence[Row]) -> Pic
 
 
 def draw_generated(config: DiffusionConfig, first: int, path: Path) -> None:
-    """Draws `config.sample.count` images of a trained diffusion model, of which `first` is the number of the first."""
+    """Draws `config.sample.count` images of a trained diffusion model, whose numbers begin at `first`."""
     pipeline = LatentDiffusionPipeline.from_pretrained(Path(config.output_dir) / "pipeline")
     pipeline.to(PartialState().device)
     pipeline.set_progress_bar_config(disable=True)
@@ -286,8 +285,10 @@ def draw_generated(config: DiffusionConfig, first: int, path: Path) -> None:
 
 
 def many_images(setup: Setup, row: Row, size: int) -> str:
-    """Returns images for the second stage; below the paper's scale the training images, because one photograph gives
-    too few."""
+    """Returns the folder of the images for the second stage.
+
+    Below the paper's scale these are the training images, because one held-out photograph gives too few.
+    """
     if not setup.at.demo:
         return held_out_images(setup, row.spec, size)
     return str(squares_folder(setup.output, held_out=False, size=size))

@@ -193,7 +193,7 @@ def table(experiment: Experiment, rows: Sequence[Row]) -> str:
 
 
 def below(row: Row, key: str) -> bool:
-    """Returns whether a row's mean PSNR, of which `key` is the name, is below the Haar yardstick."""
+    """Returns whether `key` names a PSNR, and the row's mean of it is below the Haar yardstick."""
     values = [value[key] for value in row.values if key in value]
     *_, haar = [{}, *row.yardsticks.values()]
     return key.startswith("psnr") and key in haar and bool(values) and fmean(values) < haar[key]
@@ -218,7 +218,7 @@ def yardsticks(experiment: Experiment, rows: Sequence[Row]) -> list[str]:
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """Returns the lines of a Markdown table, of which the second separates the heading."""
+    """Returns a Markdown table; the second of its lines separates the heading."""
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -64,7 +64,7 @@ class Row:
 
 
 class Usage:
-    """The processors' time since this object was made: that of this run's processes, and that of everything else."""
+    """Measures the processors' time that other work has used since this object was made."""
 
     def __init__(self) -> None:
         self.start = self.measure()

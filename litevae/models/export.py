@@ -15,15 +15,21 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from litevae.environment import DTYPES
-from litevae.errors import UserError, one_line
+from litevae.errors import UserError, one_line, shorten
 from litevae.models.autoencoder import LiteVAE
 from litevae.models.interface import Autoencoder, fixed_size, spatial_compression
 
 Format = Literal["onnx", "torch-export", "aoti", "openvino"]
 Part = Literal["encoder", "decoder"]
-OPSET = 18  # of ONNX; TensorRT 10, OpenVINO and ONNX Runtime know it
+OPSET = 18  # version of ONNX's operator set that TensorRT 10, OpenVINO and ONNX Runtime support
 
-SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch-export": ".pt2", "aoti": ".pt2", "openvino": ".xml"}
+# Suffixes of the files of a part. The first is that of the file to load.
+SUFFIXES: dict[Format, tuple[str, ...]] = {
+    "onnx": (".onnx",),
+    "torch-export": (".pt2",),
+    "aoti": (".pt2",),
+    "openvino": (".xml", ".bin"),
+}
 PACKAGES: dict[Format, tuple[str, ...]] = {"onnx": ("onnx", "onnxscript"), "openvino": ("openvino",)}
 RUNTIMES: dict[Format, tuple[str, ...]] = {"onnx": ("onnxruntime",)}  # beside PACKAGES
 # Largest relative error against the model in float32. A graph that is wrong is off by far more.
@@ -31,7 +37,7 @@ TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
 
 
 class Encode(nn.Module):
-    """Images to the moments of the posterior: the mean, then the log-variance, along the channels."""
+    """Maps images to the moments of the posterior: the mean, then the log-variance, along the channels."""
 
     def __init__(self, model: Autoencoder) -> None:
         super().__init__()
@@ -42,7 +48,7 @@ class Encode(nn.Module):
 
 
 class Decode(nn.Module):
-    """Latents to images."""
+    """Maps latents to images."""
 
     def __init__(self, model: Autoencoder) -> None:
         super().__init__()
@@ -92,8 +98,13 @@ def check_export(format: Format, precision: str, device: torch.device, check: bo
         check: whether the result will be run.
 
     Raises:
-        UserError: a package is not installed, or the format does not have the precision or the device.
+        UserError: there is no such format or precision, a package is not installed, or the format does not have the
+            precision or the device.
     """
+    if format not in SUFFIXES:
+        raise UserError(f"format must be {', '.join(SUFFIXES)}, got {shorten(format)}")
+    if precision not in TOLERANCES:
+        raise UserError(f"precision must be {', '.join(TOLERANCES)}, got {shorten(precision)}")
     needed = PACKAGES.get(format, ()) + (RUNTIMES.get(format, ()) if check else ())
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         way_out = (
@@ -157,7 +168,7 @@ def export_model(
     files: dict[Part, Path] = {}
     for part, signature in signatures(model).items():
         program = capture(model, part, signature, dtype, device)
-        files[part] = folder / f"{part}{SUFFIXES[format]}"
+        files[part] = folder / f"{part}{SUFFIXES[format][0]}"
         with quietly():
             if format == "onnx":
                 write_onnx(program, files[part], signature, opset)
@@ -175,7 +186,7 @@ def prepare(model: Autoencoder, dtype: torch.dtype, device: torch.device) -> Aut
     model = model.fold() if isinstance(model, LiteVAE) else copy.deepcopy(model)
     model.disable_tiling()
     model.disable_slicing()
-    # diffusers' own `to` prints a notice
+    # The `to` of diffusers would print a notice.
     return nn.Module.to(model.eval().requires_grad_(False), device, dtype)
 
 
@@ -184,7 +195,7 @@ def capture(
 ) -> ExportedProgram:
     """Returns the graph of a part for every batch size and every image size that the model takes."""
     module = Encode(model) if part == "encoder" else Decode(model)
-    # Sizes of the example differ from each other and from 1, which torch.export would take for constants.
+    # The example's sizes differ from each other and from 1, because torch.export would take 1 for a constant.
     example = {"batch": 2, "height": 6, "width": 8}
     dynamic: dict[int, Any] = {}
     shape: list[int] = []
@@ -267,7 +278,7 @@ def load_exported(
     if format == "openvino":
         import openvino
 
-        # otherwise OpenVINO rounds to bfloat16 where the CPU multiplies it
+        # Without the hint, OpenVINO computes in bfloat16 on a CPU that multiplies it.
         run = openvino.Core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         return lambda x: torch.from_numpy(run(x.contiguous().numpy())[0].copy())
 
@@ -310,7 +321,7 @@ def compare_exported(
         try:
             run = load_exported(file, format, device)
         except Exception as error:  # each runtime has its own kinds
-            raise UserError(f"{file}: {format} cannot load it: {one_line(error)}") from None
+            raise UserError(f"{file.name}: {format} cannot load it: {one_line(error)}") from None
         errors[part] = 0.0
         for image in images:
             x = image.to(device)
@@ -321,14 +332,14 @@ def compare_exported(
             try:
                 actual = run(x)
             except Exception as error:
-                raise UserError(f"{file}: {format} cannot run it: {one_line(error)}") from None
+                raise UserError(f"{file.name}: {format} cannot run it: {one_line(error)}") from None
             difference = torch.linalg.vector_norm(actual.float() - expected) / torch.linalg.vector_norm(
                 expected
             )
             errors[part] = max(errors[part], float(difference))
         if not errors[part] <= TOLERANCES[precision]:
             raise UserError(
-                f"{file}: its output is wrong: the relative error is {errors[part]:.2g}, "
+                f"{file.name}: its output is wrong: the relative error is {errors[part]:.2g}, "
                 f"and at most {TOLERANCES[precision]:g} is due to {precision}"
             )
     return errors

@@ -182,14 +182,14 @@ class ResBlock(nn.Module):
             isinstance(self.norm1, GroupNormSiLU) and self.conv_shortcut is not None
         ):
             inputs = [torch.cat(inputs, dim=1)]  # some layer takes only one input
-        if fuses(self.norm1, self.conv1, x):
+        if fuses(self.norm1, self.conv1, inputs[0]):
             h = convolve_normalised(self.norm1, self.conv1, inputs)
         else:
             h = self.convolve(self.conv1, self.norm1(*inputs))
         fused = fuses(self.norm2, self.conv2, h)
         if not fused:
             h = self.norm2(h)
-        # Computed only now, so that it does not add to peak memory in conv1.
+        # The shortcut is computed only now, so that it does not add to the peak memory of conv1.
         residual = inputs[0]
         if self.conv_shortcut is not None:
             own = has_forward_of(self.conv_shortcut, ShortcutConv2d)
@@ -240,7 +240,7 @@ class Attention(DiffusersAttention):
             layer.__class__ = Linear
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[0] == 0:  # which the processors cannot reshape
+        if x.shape[0] == 0:  # The processors cannot reshape an empty batch.
             return x
         # The sum is outside of the processor because that returns channels_last, and the result has x's layout.
         return x + super().forward(x)

@@ -294,7 +294,7 @@ class Trainer(Loop[TrainingResult]):
             "skipped_steps": self.skipped,
             "complete": complete,  # whether all steps were performed
             "seconds": round(result.seconds, 1),
-            "precision": self.config.precision,  # what "auto" stands for on this machine
+            "precision": self.config.precision,  # the precision that "auto" stands for on this machine
             "stopped_by": result.stopped_by,
             "versions": versions(),
         }

@@ -29,9 +29,9 @@ def norm_silu_conv3x3(
     input, and normalise and activate it while they read it. All other calls run the two operators.
 
     Args:
-        x, num_groups, eps, skip: arguments of `group_norm_silu`; `x` and `skip` are 4-D.
-        norm_weight, norm_bias: its scale and its offset.
-        weight, bias, residual: arguments of `conv3x3`.
+        x, num_groups, eps, skip: arguments of `group_norm_silu`; `x` is (N, C, H, W) and `skip` (N, C_skip, H, W).
+        norm_weight, norm_bias: its scale and its offset, (C + C_skip).
+        weight, bias, residual: arguments of `conv3x3`; `weight` is (C_out, C + C_skip, 3, 3).
 
     Returns:
         (N, C_out, H, W) in x's dtype, or under autocast in that of autocast.
@@ -52,11 +52,10 @@ def norm_silu_conv3x3(
 
 def normalises(x: Tensor, weight: Tensor) -> bool:
     """Returns whether the kernels normalise `x` (N, C, H, W) while they convolve it with `weight`."""
+    # The operators themselves refuse what is not a dense tensor.
+    if torch.is_grad_enabled() or not all(
+        isinstance(t, Tensor) and t.layout == torch.strided and t.ndim == 4 for t in (x, weight)
+    ):
+        return False
     dtype = result_dtype(x)
-    return (
-        not torch.is_grad_enabled()
-        and x.ndim == weight.ndim == 4
-        and x.dtype == dtype
-        and not multiplies_bfloat16(dtype, current_isa())
-        and is_fused(x, weight)
-    )
+    return x.dtype == dtype and not multiplies_bfloat16(dtype, current_isa()) and is_fused(x, weight)

@@ -150,9 +150,8 @@ def _analyse(
         if CHANNELS > 1 and LEVEL > 1:
             upper = _zeros(2 * COLS * CHANNELS, ACC, BLOCK)
             lower = upper
-            for half in range(
-                2
-            ):  # a loop, because Triton's time to compile grows with the square of the accesses
+            # This is a loop because Triton's compile time grows with the square of the number of accesses.
+            for half in range(2):
                 upper = lower
                 lower = _analyse(image, bands, places, mask, 2 * row + half, LEVEL - 1, factor, ACC, TILE, CHANNELS,
                                  IMAGE_PACKED, BANDS_PACKED, STACKED, VECS, BLOCK)  # fmt: skip
@@ -238,7 +237,7 @@ def _synthesise(
             halves = halves + (pixels,)
         if CHANNELS > 1 and LEVEL > 1:
             finer = halves[0]
-            for half in range(2):  # a loop as in `_analyse`
+            for half in range(2):  # This is a loop for the same reason as in `_analyse`.
                 _synthesise(image, bands, places, mask, finer, 2 * row + half, LEVEL - 1, factor, ACC, TILE, CHANNELS,
                             IMAGE_PACKED, BANDS_PACKED, STACKED, VECS, BLOCK)  # fmt: skip
                 finer = halves[1]

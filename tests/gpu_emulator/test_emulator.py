@@ -65,7 +65,7 @@ def test_runs_without_problems(emulator: Any, exchange: Any) -> None:
     assert emulator.kernels()["exchange"].launches == 1
 
 
-# What the threads do in place of the barrier and before the store, and the report of it.
+# By case: the code in place of the barrier and before the store, and the report of it.
 FAULTS = {
     "no barrier": ("", "", "shared memory: read of another thread's write without a barrier"),
     "a warp's barrier": (

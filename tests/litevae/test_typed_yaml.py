@@ -102,7 +102,7 @@ def load(tmp_path, text):
 def test_text_in_a_file_is_taken_as_it_is_written(tmp_path, text):
     document = DOCUMENT.format(text)
     found = typed_yaml.parse(document, Settings)
-    expected = yaml.load(document, Loader=yaml.BaseLoader)  # which leaves all scalars as they are
+    expected = yaml.load(document, Loader=yaml.BaseLoader)  # This loader leaves all scalars as they are.
     assert found == expected
     assert expected["words"][0] == text.partition(" #")[0]
     (tmp_path / "base.yaml").write_text(document)

@@ -90,6 +90,7 @@ def _assert_equal(got: Poisoned, want: Tensor, what: str) -> None:
 # Image layout, coefficient layout and number of channels for each kind of memory access (csrc/haar/plan.cuh).
 _KINDS = {
     "any": ("transposed", "contiguous", 2),
+    "rows": ("contiguous", "contiguous", 2),
     "planar": ("contiguous", "contiguous_sliced", 2),
     "channels": ("channels_last", "channels_last_sliced", 4),
     "pixels planar": ("contiguous", "channels_last", 3),
@@ -105,8 +106,9 @@ def _covering_cuda() -> dict[str, Case]:
         ):
             store = load if load == F64 else (F32, BF16, F16)[(i + levels) % 3]
             dtypes = (load, store) if analysis else (store, load)
-            # Height: tiles inside and at the border, odd at every level. Width: rows of vectors that stay aligned.
-            shape = (1 + i % 2, channels, 27, 43 if kind == "any" else 40)
+            # Height: tiles inside and at the border, odd at every level. Width: rows of vectors that stay aligned,
+            # or for the kinds without such rows an odd one.
+            shape = (1 + i % 2, channels, 27, 43 if kind in ("any", "rows") else 40)
             mode = MODES[i % len(MODES)]
             name = f"{'analysis' if analysis else 'synthesis'} {kind} {str(load)[6:]} {levels}"
             cases[name] = Case(analysis, shape, levels, mode, kind != "planar", *dtypes, image, coeffs)

@@ -18,9 +18,9 @@ from litevae_kernels.core_interface import INTERFACE
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[2] / "csrc"
-# Those that have CUDA kernels.
+# The operators that have CUDA kernels.
 OPERATORS = sorted(path.parent.name for path in CSRC.glob("*/cuda.cu"))
-# The PTX of CMakeLists.txt: all architectures share that of the oldest one.
+# CMakeLists.txt compiles the same PTX: all architectures share that of the oldest one.
 NVCC_FLAGS = [
     "-std=c++17", "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hidden", "--no-compress", "-cudart=none",
     "-gencode=arch=compute_80,code=compute_80",
@@ -28,7 +28,8 @@ NVCC_FLAGS = [
 # Contraction would round once where PTX rounds twice.
 EMULATOR_FLAGS = ["-std=c++20", "-O2", "-march=native", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden"]
 CORE_FLAGS = ["-std=c++17", "-O0", "-fPIC", "-fvisibility=hidden", "-DLITEVAE_CUDA", "-DLITEVAE_ISA=baseline"]
-# What CMake writes to build.h. The name of the compiler separates pybind11's types from those of the real core.
+# This is the build.h that CMake would write. The name of the compiler separates pybind11's types from those of the real
+# core.
 BUILD_H = f"""
 #define LITEVAE_INTERFACE {INTERFACE}
 #define LITEVAE_FOR_EACH_OPERATOR(X) {" ".join(f"X({name})" for name in OPERATORS)}
@@ -130,7 +131,7 @@ def _compile(cache: Path, commands: Sequence[Command]) -> list[Path]:
             _run([*arguments, "-c", str(source)], target)
         return target
 
-    # nvcc's files are the slowest, and the first of the list in that order.
+    # nvcc's files are compiled first, because they are the slowest.
     by_size = sorted(commands, key=lambda command: command[1].suffix != ".cu")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = dict(zip((c[1] for c in by_size), pool.map(compile, by_size), strict=True))

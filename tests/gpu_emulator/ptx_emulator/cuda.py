@@ -20,7 +20,7 @@ DEVICE = torch.device("cuda", 0)
 class DeviceTensor:
     """A CPU tensor that says it is on a GPU, with as much of a tensor's interface as native.py uses.
 
-    Whoever asks for its address may access its memory.
+    Kernels may access its memory once its address has been asked for.
     """
 
     device = DEVICE

@@ -18,10 +18,11 @@ class Traffic:
     """The requests of a kernel's warps to global memory, of one direction."""
 
     requests: int = 0  # instructions of warps
-    bytes: int = 0  # that the threads asked for
-    distinct: int = 0  # sectors of 32 bytes, once per launch: what memory moves if caches never miss twice
-    sectors: int = 0  # likewise, once per request that touches them: what the first cache moves
-    lines: int = 0  # of 128 bytes, once per request
+    bytes: int = 0  # requested by the threads
+    # Sectors of 32 bytes, counted once per launch. Memory moves these if caches never miss twice.
+    distinct: int = 0
+    sectors: int = 0  # sectors, counted once per request that touches them: the first cache moves these
+    lines: int = 0  # lines of 128 bytes, counted once per request
     widths: dict[int, int] = field(default_factory=dict)  # bytes by width of a thread's access
 
     @property
@@ -32,10 +33,10 @@ class Traffic:
 
 @dataclass
 class Kernel:
-    """What a kernel did since the last `reset`."""
+    """The work of a kernel since the last `reset`."""
 
     launches: int
-    instructions: int  # of all threads
+    instructions: int  # sum over the threads
     loads: Traffic = field(default_factory=Traffic)
     stores: Traffic = field(default_factory=Traffic)
 

@@ -28,11 +28,11 @@ class Block {
   Block(Device& device, Launch& launch);
   void run(Size position, int64_t number);
 
-  // What its warps use.
+  // The state that the warps of the block share.
   Device& device;
   Launch& launch;
   SharedMemory shared;
-  const int64_t dynamic_offset;  // of dynamic shared memory
+  const int64_t dynamic_offset;  // offset of dynamic shared memory
   KernelRecord& record;
   std::unordered_set<uint64_t> loaded_sectors, stored_sectors;  // if traffic is counted
   Size position{};

@@ -601,7 +601,7 @@ class Parser {
   std::unordered_map<string, int> labels;
   vector<std::pair<size_t, string>> jumps;
   vector<std::unordered_map<string, int>> scopes;  // names of registers
-  vector<string> words;                            // of the current instruction's name
+  vector<string> words;                            // words of the current instruction's name
 };
 
 }  // namespace

@@ -92,7 +92,7 @@ class TritonKernels:
 
 
 class _Driver:
-    """As much of a Triton driver as its compiler and its launches use."""
+    """The part of a Triton driver that Triton's compiler and launches use."""
 
     def __init__(self, kernels: TritonKernels) -> None:
         self.utils, self.launcher_cls, self._kernels = self, kernels.launcher, kernels

@@ -10,7 +10,7 @@
 namespace ptx {
 namespace {
 
-constexpr uint64_t kPoison = 0xdeadbeefdeadbeef;  // of registers that nothing was written to
+constexpr uint64_t kPoison = 0xdeadbeefdeadbeef;  // value of registers that nothing was written to
 
 int first_lane(uint32_t lanes) { return std::countr_zero(lanes); }
 

@@ -84,7 +84,7 @@ class Warp {
   Block& block;
   const int index;
   const uint32_t all;  // the lanes that have a thread
-  uint32_t live;       // those that have not ended
+  uint32_t live;       // lanes that have not ended
   std::array<uint32_t, kWarp> epochs{};
   std::vector<Path> at_barrier;
   Frame entry;

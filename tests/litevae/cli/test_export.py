@@ -5,9 +5,13 @@ import pytest
 import torch
 
 from litevae import LiteVAE
+from litevae.cli.export import photographs
 from litevae.models import export as exporting
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:config.json has scaling_factor and latents_mean"),
+]
 
 
 @pytest.fixture
@@ -15,6 +19,7 @@ def wavelet_model(tmp_path):
     """A model whose encoder is a Haar transform, which every format exports in seconds."""
     torch.manual_seed(0)
     options = {"block_out_channels": (8, 8), "layers_per_block": 1, "num_groups": 4, "scaling_factor": 0.5}
+    options |= {"latents_mean": [0.0] * 12, "latents_std": [2.0] * 12}
     model = LiteVAE(encoder_type="dwt", latent_channels=12, decoder_norm="smc", **options)
     model.save_pretrained(tmp_path / "model")
     return model
@@ -28,6 +33,7 @@ def test_onnx_runs_and_states_what_it_is(litevae, wavelet_model, tmp_path):
     record = json.loads((output / "export.json").read_text())
     assert (record["format"], record["precision"], record["opset"]) == ("onnx", "fp32", 18)
     assert (record["scaling_factor"], record["shift_factor"]) == (0.5, None)
+    assert (record["latents_mean"], record["latents_std"]) == ([0.0] * 12, [2.0] * 12)
     assert record["parts"]["encoder"]["input"] == {
         "name": "image",
         "shape": ["batch", 3, "2*height", "2*width"],
@@ -91,3 +97,18 @@ def test_wrong_file_is_not_kept(fails, wavelet_model, monkeypatch, tmp_path):
         in message
     )
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(("size", "batches"), [(320, 1), (None, 2)])
+def test_photographs_fit_the_model(size, batches):
+    """The smallest photograph has fewer rows than a model of 320 pixels takes."""
+    options = (
+        {"aggregator": "vit", "sample_size": size} if size else {"encoder_type": "dwt", "latent_channels": 12}
+    )
+    with torch.device("meta"):
+        model = LiteVAE(block_out_channels=(8, 8), num_groups=4, **options)
+    with torch.device("cpu"):
+        found = photographs(model)
+    assert len(found) == batches
+    assert found[0].shape == (3, 3, size or 256, size or 256)
+    assert all(-1 <= batch.min() < batch.max() <= 1 for batch in found)

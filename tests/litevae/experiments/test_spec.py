@@ -125,6 +125,10 @@ def test_mistakes_are_named(tmp_path):
             "{runs: [{row: [A]}], claims: [{better: A, than: B, text: It helps.}]}",
             "claim 'It helps.' is about 'B', and no row has this name",
         ),
+        (
+            "{runs: [{row: [A]}], claims: [{better: A, than: A, text: Same., metrics: [GMACs], at_least: true}]}",
+            "claim 'Same.': at_least needs a margin, and GMACs has none; allowed: rfid, lpips, psnr, ssim, fid",
+        ),
     ):
         path.write_text(text)
         with pytest.raises(UserError, match=re.escape(message)):

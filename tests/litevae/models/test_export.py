@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from litevae.errors import UserError
 from litevae.models import encoder
 from litevae.models.export import PACKAGES, RUNTIMES, Format, compare_exported, export_model
 
@@ -118,3 +119,16 @@ def test_half_precision_and_a_fixed_size(make_variant, tmp_path):
     errors = compare_exported(model, files, "torch-export", "bf16", [torch.randn(3, 3, 16, 16)])
     assert 1e-4 < max(errors.values()) < 5e-2
     assert model.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("format", "precision", "message"),
+    [
+        ("pt2", "fp32", "format must be onnx, torch-export, aoti, openvino, got 'pt2'"),
+        ("onnx", "int8", "precision must be fp32, fp16, bf16, got 'int8'"),
+    ],
+)
+def test_unknown_format_or_precision_is_refused(make_variant, tmp_path, format, precision, message):
+    with pytest.raises(UserError, match=message):
+        export_model(make_variant(block_out_channels=(8, 8)), tmp_path, format, precision)
+    assert not list(tmp_path.iterdir())

@@ -89,6 +89,11 @@ def test_missing_parameters_empty_batches_gradients_and_the_reference():
             assert torch.equal(compiled(t, 8, None, None, weight[:, :32]), plain[: len(t)])
         with pytest.raises(ValueError, match=r"weight has shape .*\(C_out, 48, 3, 3\)"):
             norm_silu_conv3x3(x, 8, *norm, weight[:, :32], skip=skip)
+        for wrong in (3, x.to_sparse()):
+            with pytest.raises(TypeError, match="x is "):
+                norm_silu_conv3x3(wrong, 8, *norm, weight)
+            with pytest.raises(TypeError, match="weight is "):
+                norm_silu_conv3x3(x, 8, None, None, wrong)
         with pytest.raises(ValueError, match="num_groups is 7"):
             norm_silu_conv3x3(x, 7, *norm, weight, skip=skip)
     leaf = x.clone().requires_grad_()

@@ -180,7 +180,7 @@ def check(
 
 
 def draw(seed: int, device: str) -> tuple[Any, ...]:
-    # What kernels are compiled for, which on a GPU takes most of the time: there all shapes share a few choices.
+    # The choices decide which kernels are compiled. On a GPU that takes most of the time, so all shapes share a few.
     r = random.Random(seed if INTERPRETED else seed // len(SHAPES))
     torch.manual_seed(seed)
     n, c, c_skip, groups, h, w = SHAPES[seed % len(SHAPES)]
