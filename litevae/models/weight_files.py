@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from litevae.errors import UserError, shorten
-from litevae.files import read_json
+from litevae.files import read_json, why_missing
 from litevae.models.layers import OLD_ATTENTION_NAMES
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -63,7 +63,7 @@ def find_weights(folder: Path, variant: str | None = None) -> tuple[Path, str | 
     """
     found = list_weights(folder)
     if not found:
-        raise UserError(f"{folder / WEIGHTS}: no such file")
+        raise UserError(f"{folder / WEIGHTS}: {why_missing(folder / WEIGHTS, 'file')}")
     variants = ", ".join(sorted(str(each) for each in found if each is not None))
     if variant is not None and variant not in found:
         raise UserError(
@@ -98,8 +98,8 @@ def weight_files(path: Path) -> list[Path]:
 
 def check_regular(path: Path) -> None:
     """Raises UserError unless `path` is a regular file: a FIFO would block, and a device may have no end."""
-    if not path.is_file():
-        raise UserError(f"{path}: {'is not a regular file' if path.exists() else 'no such file'}")
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: {why_missing(path, 'file')}")
 
 
 def read_weights(source: Path, setting: str) -> dict[str, Tensor]:

@@ -201,7 +201,7 @@ class TestFolders:
         elif kind == "device":
             path.symlink_to("/dev/zero")
         for load in (LiteVAE.from_pretrained, load_model):
-            with pytest.raises((ValueError, OSError), match=r"o such file|is not a regular file") as caught:
+            with pytest.raises((ValueError, OSError), match=r"o such file|not a regular file") as caught:
                 load(tmp_path)
             assert "\n" not in str(caught.value)
         assert (capfd.readouterr().err, caplog.text) == ("", "")
