@@ -143,6 +143,7 @@ def find_model(name: str, size: int = 256) -> "Autoencoder":
     from litevae.models.presets import get_preset
 
     kind, *overrides = re.split(r",(?=\w+=)", name)  # no key follows the commas in a list
+    given = one_line(name, 2 * LONGEST_VALUE)
     if kind == "sd-vae":
         base = ["kind=sd-vae", "use_1x1_conv=true"]
     else:
@@ -150,13 +151,13 @@ def find_model(name: str, size: int = 256) -> "Autoencoder":
         try:
             get_preset(kind)
         except ValueError as error:
-            raise UserError(f"{name}: {why_missing(name, 'folder')}, and {error}") from None
+            raise UserError(f"{given}: {why_missing(name, 'folder')}, and {error}") from None
     for override in overrides:
         if override.startswith(("kind=", "preset=")):
-            raise UserError(f"{name}: {kind} determines this already, got {override}")
+            raise UserError(f"{given}: {kind} determines this already, got {override}")
     try:
         config = settings.load(ModelConfig, None, [*base, *overrides])
         check_model_config(config)
         return with_fresh_weights(config, size)
     except (UserError, ValueError) as error:
-        raise UserError(f"{name}: {error}") from None
+        raise UserError(f"{given}: {error}") from None
