@@ -155,7 +155,7 @@ def why_missing(path: "str | os.PathLike[str]", kind: str) -> str:
     """
     try:
         os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a null character
         return f"no such {kind}"
     except OSError as error:
         return error.strerror or f"no such {kind}"

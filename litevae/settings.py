@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from litevae.errors import UserError, one_line, shorten
-from litevae.files import can_be_path, why_missing
+from litevae.files import why_missing
 from litevae.typed_yaml import is_text, parse, read
 
 MOST_FILES = 32  # that extend each other
@@ -318,9 +318,9 @@ def check_ranges(config: Any, prefix: str = "") -> None:
 
 
 def check_text(key: str, text: str) -> None:
-    """Raises UserError if the text of a setting has characters that no file's name can have."""
-    if not can_be_path(text):
-        raise UserError(f"{key} must be text without null characters and surrogates, got {shorten(text)}")
+    """Raises UserError for null characters, which no path has, and for invalid UTF-8, which no YAML file can record."""
+    if re.search("[\0\ud800-\udfff]", text):  # Python reads invalid bytes as surrogates
+        raise UserError(f"{key} must be text without null characters and invalid UTF-8, got {shorten(text)}")
 
 
 def violation(entry: "Field[Any]", value: Any) -> str | None:

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from litevae.data.config import MOST_WORKERS
 from litevae.errors import UserError
+from litevae.files import why_missing
 from litevae.models.loading import DIFFUSERS, model_folder
 
 if TYPE_CHECKING:
@@ -55,6 +57,7 @@ WorkersOption = Annotated[
     int | None,
     typer.Option(
         min=0,
+        max=MOST_WORKERS,
         metavar="N",
         help="Processes that read images, per process of the command.  [default: all cores shared, at most 16]",
     ),
@@ -144,8 +147,8 @@ def check_new(*files: Path, overwrite: bool) -> None:
 def check_new_file(file: Path, overwrite: bool) -> None:
     """Raises UserError if the file exists and may not be replaced, or if its folder does not exist."""
     check_new(file, overwrite=overwrite)
-    if not file.parent.is_dir():
-        raise UserError(f"{file.parent}: no such folder")
+    if not os.path.isdir(file.parent):
+        raise UserError(f"{file.parent}: {why_missing(file.parent, 'folder')}")
 
 
 def results(folder: Path, *names: str, overwrite: bool) -> list[Path]:

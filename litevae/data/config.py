@@ -6,6 +6,8 @@ from typing import Literal
 from litevae.errors import UserError
 from litevae.settings import setting
 
+MOST_WORKERS = 512  # without a limit, a mistyped number would fill the memory with processes
+
 
 @dataclass
 class DataConfig:
@@ -38,7 +40,10 @@ class DataConfig:
     )
     flip: bool = setting(True, "Mirror half of the crops.")
     workers: int = setting(
-        4, "Processes that read images, per training process; 0 reads in the training process.", minimum=0
+        4,
+        "Processes that read images, per training process; 0 reads in the training process.",
+        minimum=0,
+        maximum=MOST_WORKERS,
     )
     max_bad_fraction: float = setting(
         0.01, "Fraction of the images that may be unusable; the run stops at more.", minimum=0, below=1

@@ -12,7 +12,7 @@ import numpy as np
 
 from litevae.data.images import EXTENSIONS
 from litevae.errors import LONGEST_VALUE, UserError, one_line
-from litevae.files import explaining_digits
+from litevae.files import explaining_digits, why_missing
 
 MOST_NAMES = 10**6  # that a pattern may stand for
 DEEPEST_BRACES = 50
@@ -71,7 +71,7 @@ def expand_pattern(pattern: str) -> list[str]:
     for part in parts:
         found = sorted(glob.glob(part, recursive=True))
         if not found and len(parts) > 1:
-            raise UserError(f"{part}: no such file (of {pattern})")
+            raise UserError(f"{part}: {why_missing(part, 'file')} (of {pattern})")
         files += found
     return list(dict.fromkeys(files))
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from litevae import settings
+from litevae.data.config import MOST_WORKERS
 from litevae.errors import UserError
 from litevae.settings import section, setting
 from litevae.training.config import CONFIGS, CheckpointConfig, OptimizerConfig, RunConfig, check_batch_size
@@ -34,7 +35,10 @@ class DiffusionDataConfig:
     )
     batch_size: int = setting(64, "Latents per step, over all processes together.", minimum=1, maximum=10**5)
     workers: int = setting(
-        4, "Processes that read data, per training process; 0 reads in the training process.", minimum=0
+        4,
+        "Processes that read data, per training process; 0 reads in the training process.",
+        minimum=0,
+        maximum=MOST_WORKERS,
     )
     max_bad_fraction: float = setting(
         0.01,

@@ -9,9 +9,10 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import Encoder
 
 from litevae.models.arguments import check_arguments
+from litevae.models.pretrained import PretrainedMixin
 
 
-class SmallEncoderVAE(AutoencoderKL):
+class SmallEncoderVAE(PretrainedMixin, AutoencoderKL):
     """An `AutoencoderKL` whose encoder and decoder differ in width: VAE-Small of Table 2b.
 
     Whatever the decoder is, the rest of the encoder is Stable Diffusion's: two ResBlocks per block, and

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
@@ -56,6 +57,25 @@ class Decode(nn.Module):
 
     def forward(self, latent: Tensor) -> Tensor:
         return self.model.decode(latent).sample
+
+
+class Enlarge(nn.Module):
+    """The upsampling layer of an `AutoencoderKL`, without branches on the batch size.
+
+    diffusers copies large channels-last batches, which limits an exported graph to batches below 64.
+
+    Args:
+        layer: layer of the decoder that is replaced.
+    """
+
+    def __init__(self, layer: Upsample2D) -> None:
+        super().__init__()
+        self.conv = layer.conv
+
+    def forward(self, hidden_states: Tensor, *_: Any) -> Tensor:
+        enlarged = nn.functional.interpolate(hidden_states, scale_factor=2.0, mode="nearest")
+        convolved: Tensor = self.conv(enlarged)
+        return convolved
 
 
 @dataclass(frozen=True)
@@ -186,6 +206,9 @@ def prepare(model: Autoencoder, dtype: torch.dtype, device: torch.device) -> Aut
     model = model.fold() if isinstance(model, LiteVAE) else copy.deepcopy(model)
     model.disable_tiling()
     model.disable_slicing()
+    for block in model.decoder.modules():
+        if isinstance(layers := getattr(block, "upsamplers", None), nn.ModuleList):
+            block.upsamplers = nn.ModuleList(Enlarge(e) if isinstance(e, Upsample2D) else e for e in layers)
     # The `to` of diffusers would print a notice.
     return nn.Module.to(model.eval().requires_grad_(False), device, dtype)
 

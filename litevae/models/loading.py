@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from litevae.errors import LONGEST_VALUE, UserError, one_line
-from litevae.files import read_json
+from litevae.files import read_json, why_missing
 from litevae.models.arguments import check_config
 
 if TYPE_CHECKING:
@@ -31,8 +31,11 @@ def model_folder(path: Path) -> Path:
     """
     within = ("", "vae") if str(path).startswith(DIFFUSERS) else ("", "ema", "model")
     path = Path(str(path).removeprefix(DIFFUSERS))
-    if not path.is_dir():
-        raise UserError(f"{path}: {'is a file, not a model folder' if path.exists() else 'no such folder'}")
+    if not os.path.isdir(path):  # Path.is_dir lets some errors through
+        is_file = os.path.isfile(path)
+        raise UserError(
+            f"{path}: {'is a file, not a model folder' if is_file else why_missing(path, 'folder')}"
+        )
     for folder in (path / name for name in within):
         if (folder / "config.json").is_file():
             return folder
@@ -114,7 +117,7 @@ def load_model(path: Path) -> "Autoencoder":
         raise UserError(f"{folder}: cannot be loaded: {reason}") from None
     if loading["missing_keys"]:
         raise UserError(f"{folder}: its weights lack {loading['missing_keys'][0]} and perhaps others")
-    if kind != "LiteVAE":  # which warns by itself
+    if kind == "AutoencoderKL":  # the others warn by themselves
         warn_of_two_scales(model.config)
     return model
 
@@ -131,7 +134,7 @@ def find_model(name: str, size: int = 256) -> "Autoencoder":
         UserError: `load_model` raised it, `name` is neither a folder nor such a name, or the model does not take
             the settings.
     """
-    if Path(name).exists() or name.startswith(DIFFUSERS):
+    if os.path.exists(name) or name.startswith(DIFFUSERS):
         return load_model(Path(name))
 
     from litevae import settings
@@ -140,6 +143,7 @@ def find_model(name: str, size: int = 256) -> "Autoencoder":
     from litevae.models.presets import get_preset
 
     kind, *overrides = re.split(r",(?=\w+=)", name)  # no key follows the commas in a list
+    given = one_line(name, 2 * LONGEST_VALUE)
     if kind == "sd-vae":
         base = ["kind=sd-vae", "use_1x1_conv=true"]
     else:
@@ -147,13 +151,13 @@ def find_model(name: str, size: int = 256) -> "Autoencoder":
         try:
             get_preset(kind)
         except ValueError as error:
-            raise UserError(f"{name}: no such folder, and {error}") from None
+            raise UserError(f"{given}: {why_missing(name, 'folder')}, and {error}") from None
     for override in overrides:
         if override.startswith(("kind=", "preset=")):
-            raise UserError(f"{name}: {kind} determines this already, got {override}")
+            raise UserError(f"{given}: {kind} determines this already, got {override}")
     try:
         config = settings.load(ModelConfig, None, [*base, *overrides])
         check_model_config(config)
         return with_fresh_weights(config, size)
     except (UserError, ValueError) as error:
-        raise UserError(f"{name}: {error}") from None
+        raise UserError(f"{given}: {error}") from None

@@ -1,4 +1,4 @@
-"""Loading of a LiteVAE from folders and files, and of other autoencoders' decoders into one."""
+"""Loading of autoencoders from folders and files, and of other autoencoders' decoders into one."""
 
 import errno
 import inspect
@@ -135,7 +135,7 @@ class PretrainedMixin(ModelMixin, ConfigMixin):
             if not isinstance(config, Mapping):
                 raise UserError(f"{file}: not a model's configuration")
         weights = read_weights(path, "from_single_file")
-        if any(name.startswith("encoder.down_blocks.") for name in weights):
+        if not issubclass(cls, AutoencoderKL) and any(n.startswith("encoder.down_blocks.") for n in weights):
             raise UserError(
                 f"{path} holds an AutoencoderKL: a {cls.__name__} takes its decoder with load_decoder"
             )
@@ -181,15 +181,17 @@ def check_class(cls: type, config: Mapping[str, Any], source: Path | None = None
         UserError: it belongs to another class. The message says which one, how to load it, and whether a LiteVAE can
             use its decoder.
     """
-    own = inspect.signature(cls).parameters
+    own, theirs = (inspect.signature(each).parameters for each in (cls, AutoencoderKL))
+    extends = issubclass(cls, AutoencoderKL)
+    distinctive = ("encoder_block_out_channels" if extends else "extractor_channels") in config
+    # The configuration of a class that extends AutoencoderKL records its settings too.
     foreign = [
-        name for name in inspect.signature(AutoencoderKL).parameters if name in config and name not in own
+        name for name in theirs if name in config and name not in own and not (extends and distinctive)
     ]
     kind = config.get("_class_name") or config.get("model_type")  # the latter is of transformers
     # A configuration without a class is a part of one, and a subclass has the settings of its base.
-    unknown = (
-        kind not in (None, *(base.__name__ for base in cls.__mro__)) and "extractor_channels" not in config
-    )
+    family = [base.__name__ for base in cls.__mro__ if issubclass(base, PretrainedMixin)]
+    unknown = kind not in (None, *family) and not distinctive
     if not (foreign or unknown):
         return
     kind = one_line(kind or "AutoencoderKL", LONGEST_VALUE)

@@ -63,6 +63,8 @@ def find_weights(folder: Path, variant: str | None = None) -> tuple[Path, str | 
     """
     found = list_weights(folder)
     if not found:
+        if not os.path.isdir(folder):
+            raise UserError(f"{folder}: {why_missing(folder, 'file or folder')}")
         raise UserError(f"{folder / WEIGHTS}: no such file")
     variants = ", ".join(sorted(str(each) for each in found if each is not None))
     if variant is not None and variant not in found:

@@ -275,5 +275,6 @@ def test_why_nothing_is_at_a_path(tmp_path):
         ("fifo", "file", "not a regular file"),
         ("loop", "file", "Too many levels of symbolic links"),
         ("n" * 5000, "folder", "File name too long"),
+        ("a\0b", "file", "no such file"),
     ):
         assert why_missing(tmp_path / name, kind) == reason

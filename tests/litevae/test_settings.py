@@ -212,6 +212,7 @@ ALIASES = "a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(
         ("name: " + "x" * 10**6, "longer than 262,144 bytes"),
         ("name: [" + "1," * 10**5 + "]", "more than 10,000 values"),
         ('name: "a\\0b"', "name must be text without null characters"),
+        ('name: "\\udcff"', "name must be text without null characters and invalid UTF-8"),
         ("name: 2024-13-45", None),
     ],
     ids=lambda value: str(value)[:20],

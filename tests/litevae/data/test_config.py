@@ -16,6 +16,7 @@ def test_defaults_are_in_range():
         ("batch_size=0", "batch_size must be 1 or more, got 0"),
         ("batch_size=100001", "batch_size must be 100000 or less, got 100001"),
         ("workers=-1", "workers must be 0 or more, got -1"),
+        ("workers=1000000", "workers must be 512 or less, got 1000000"),
         ("max_bad_fraction=1", "max_bad_fraction must be below 1, got 1.0"),
         ("crop=centre", "crop must be random or random_resized or native"),
     ],

@@ -6,9 +6,11 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
+from litevae import LiteVAE
 from litevae.models.baseline import SmallEncoderVAE
 
 WIDTHS = (32, 32, 64)
+SMALL = {"block_out_channels": (16, 16), "layers_per_block": 1, "num_groups": 4}
 
 
 @pytest.fixture
@@ -72,6 +74,26 @@ def test_round_trip_through_a_folder(image, tmp_path, use_1x1_conv, caplog, monk
     assert (loaded.quant_conv is not None) == use_1x1_conv
     with torch.no_grad():
         torch.testing.assert_close(loaded(image).sample, model(image).sample)
+
+
+def test_a_file_is_loaded(image, tmp_path):
+    model = SmallEncoderVAE(WIDTHS, block_out_channels=(8, 8, 16), norm_num_groups=4).eval()
+    model.save_pretrained(tmp_path)
+    loaded = SmallEncoderVAE.from_single_file(tmp_path / "diffusion_pytorch_model.safetensors")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(image).sample, model(image).sample, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("build", [AutoencoderKL, lambda: LiteVAE.from_preset("litevae-s", **SMALL)])
+def test_a_model_of_another_class_is_refused(build, tmp_path):
+    model = build()
+    model.save_pretrained(tmp_path)
+    message = f"the configuration is that of {type(model).__name__}.* not of SmallEncoderVAE: "
+    for load in (SmallEncoderVAE.from_pretrained, SmallEncoderVAE.from_config):
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path)
+    with pytest.raises(ValueError, match="not of SmallEncoderVAE"):
+        SmallEncoderVAE.from_config(dict(model.config))
 
 
 def test_number_of_blocks_must_agree():

@@ -6,6 +6,7 @@ from typing import get_args
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -132,3 +133,15 @@ def test_unknown_format_or_precision_is_refused(make_variant, tmp_path, format, 
     with pytest.raises(UserError, match=message):
         export_model(make_variant(block_out_channels=(8, 8)), tmp_path, format, precision)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_autoencoder_kl_takes_any_batch(tmp_path):
+    model = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+    )
+    files = export_model(model, tmp_path, "torch-export")
+    images = [torch.randn(1, 3, 8, 12), torch.randn(70, 3, 8, 8)]
+    assert max(compare_exported(model, files, "torch-export", "fp32", images).values()) < 1e-5

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 from diffusers import AutoencoderKL
 
@@ -5,6 +7,7 @@ from litevae import LiteVAE
 from litevae.errors import UserError
 from litevae.models.baseline import SmallEncoderVAE
 from litevae.models.loading import find_model
+from litevae.models.weight_files import read_weights
 
 SMALL = "block_out_channels=[16,16],layers_per_block=1,num_groups=4"
 
@@ -36,6 +39,16 @@ def test_sd_vae_takes_widths_of_its_encoder():
 def test_a_folder_is_loaded(tmp_path):
     find_model(f"litevae-s,{SMALL}").save_pretrained(tmp_path / "model")
     assert isinstance(find_model(str(tmp_path)), LiteVAE)
+
+
+@pytest.mark.parametrize("name", ["loop", "diffusers:loop", "loop/x"])
+def test_links_that_form_a_cycle_are_named(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    with pytest.raises(UserError, match=r"^[a-z:]*loop(/x)?: Too many levels of symbolic links"):
+        find_model(name)
+    with pytest.raises(UserError, match=r"^init_decoder: .*Too many levels of symbolic links"):
+        read_weights(Path("loop"), "init_decoder")
 
 
 @pytest.mark.parametrize(
