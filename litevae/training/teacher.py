@@ -17,7 +17,7 @@ from litevae.models.loading import load_model, model_folder
 from litevae.models.weight_files import find_weights, weight_files
 from litevae.models.weights import copy_weights
 
-# Pipelines apply these settings of a model to its latents, or, force_upcast, to its decoder's precision.
+# Pipelines normalise a model's latents by these settings; force_upcast is about the precision of its decoder.
 TAKEN_OVER = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast")
 
 

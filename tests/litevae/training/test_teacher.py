@@ -30,7 +30,10 @@ def save_teacher(folder, **settings):
         **SCALE,
         **settings,
     }
-    AutoencoderKL(**settings).save_pretrained(folder)
+    model = AutoencoderKL(**settings)
+    with torch.no_grad():
+        model.encoder.conv_out.weight *= 10  # latents of a realistic size
+    model.save_pretrained(folder)
     return folder
 
 
@@ -62,14 +65,14 @@ def posteriors(*models):
 
 
 def test_the_encoder_learns_the_teachers_posterior(sd, distilling, logged, no_pictures):
-    config = distilling(sd, "max_steps=30", "optimizer.learning_rate=2e-3", "optimizer.schedule=constant")
+    config = distilling(sd, "max_steps=30", "optimizer.warmup_steps=10", "optimizer.learning_rate=2e-3")
     result = train(config)
     lines = logged(result.output_dir)
     terms = {"teacher_kl", "teacher_mean", "teacher_logvar"}
     assert {name for name in lines[0] if name.startswith("weighted/")} == {
         f"weighted/{name}" for name in terms
     }
-    assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
+    assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
     teacher, model = (
         AutoencoderKL.from_pretrained(sd / "vae"),
         LiteVAE.from_pretrained(result.output_dir / "model"),
