@@ -142,7 +142,8 @@ def describe_teacher(teacher: Teacher, preset: str, steps: int) -> str:
         steps: number of training steps.
     """
     digests = "\n".join(f"- `{name}`, SHA-256 `{digest}`" for name, digest in teacher.digests.items())
-    scale = ", ".join(f"{name} {shorten(teacher.model.config.get(name))}" for name in TAKEN_OVER[:-1])
+    values = {name: teacher.model.config.get(name) for name in TAKEN_OVER[:-1]}
+    scale = ", ".join(f"{name} {shorten(value)}" for name, value in values.items() if value is not None)
     return f"""---
 library_name: diffusers
 tags: [litevae, autoencoder, distillation]
@@ -155,8 +156,8 @@ The encoder is {preset}. In {steps} training steps it learned to produce the pos
 
 {digests}
 
-The decoder is that autoencoder's, unchanged. So is the normalisation of the latents: {scale}. Do not run
-`litevae scale` on this model. It takes the place of `vae` in the pipelines of that autoencoder:
+The decoder is that autoencoder's, unchanged, and so is the normalisation of the latents: {scale}.
+Do not run `litevae scale` on this model. It takes the place of `vae` in the pipelines of that autoencoder:
 
 ```python
 from litevae import LiteVAE
