@@ -11,6 +11,7 @@ import typer
 
 from litevae.cli.complexity import complexity
 from litevae.cli.config import config
+from litevae.cli.distill import distill
 from litevae.cli.encode import encode
 from litevae.cli.eval import evaluate
 from litevae.cli.experiment import experiment
@@ -31,6 +32,7 @@ from litevae.memory import explain_out_of_memory
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
 # A setting written as an option reaches the command, whose message explains settings.
 app.command(context_settings={"ignore_unknown_options": True})(train)
+app.command(context_settings={"ignore_unknown_options": True})(distill)
 app.command("train-diffusion", context_settings={"ignore_unknown_options": True})(train_diffusion)
 app.command(context_settings={"ignore_unknown_options": True})(config)
 app.command()(reconstruct)
@@ -67,6 +69,7 @@ def callback(
 
     \b
     Example: litevae train demo
+             litevae distill path/to/sd-vae data.train=path/to/images
              litevae config demo
              litevae reconstruct runs/demo photo.jpg -o reconstructed
              litevae info litevae-b

@@ -1,5 +1,6 @@
 """`litevae eval`."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +20,7 @@ from litevae.cli.common import (
     check_new_file,
     choose_workers,
     finite,
+    model_provenance,
     parse_metrics,
     provenance,
     write_json,
@@ -38,6 +40,13 @@ def evaluate(
     sample: Annotated[
         bool, typer.Option("--sample", help="Decode a sample of each posterior instead of its mode.")
     ] = False,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="The autoencoder that the model's encoder was distilled from, to compare them.",
+        ),
+    ] = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE", help="JSON file for the result.")
     ] = Path("eval.json"),
@@ -49,6 +58,7 @@ def evaluate(
     Example: litevae eval runs/imagenet-b path/to/images -o imagenet-b.json
              litevae eval diffusers:path/to/sd-vae path/to/images -o sd-vae.json
              litevae eval runs/demo demo --size 64 --metrics psnr,ssim
+             litevae eval runs/distill path/to/images --teacher path/to/sd-vae
              torchrun --nproc-per-node 2 --no-python litevae eval runs/imagenet-b path/to/images
 
     Images are cropped to the middle square and resized; images and reconstructions are rounded to 8 bits before
@@ -56,6 +66,11 @@ def evaluate(
     and is biased upwards if there are few images: compare it only at equal counts. Three yardsticks without any
     learning are measured on the same pixels: the mean colour, the enlarged means of f x f blocks, and as many of
     each block's coarsest Haar coefficients as the latent has channels. A model below the last one is marked.
+
+    --teacher also measures the autoencoder that the model was distilled from, the speed of both encoders, and the
+    errors of the model's posterior: of its mean relative to the standard deviation of the teacher's posterior at
+    that place (two samples of that posterior differ by 1.41) and relative to that of the teacher's latents, and of
+    its log-variance.
 
     The JSON file records the crop, the count, the precision, the SHA-256 of the weights and the versions beside the
     figures. An interrupted evaluation continues from FILE.partial when the same command runs in as many processes.
@@ -66,6 +81,13 @@ def evaluate(
     names = parse_metrics(metrics)
     check_new_file(output, overwrite)
     autoencoder = load_model(model)
+    other = None
+    if teacher is not None:
+        from litevae.evaluation.teacher import check_same_latents, compare_latents
+        from litevae.training.teacher import load_teacher, teacher_folder
+
+        other = load_teacher(teacher)
+        check_same_latents(autoencoder, other)
 
     import torch
     from accelerate import PartialState
@@ -73,6 +95,7 @@ def evaluate(
 
     from litevae.data.sources import open_images
     from litevae.environment import DTYPES, choose_precision
+    from litevae.evaluation.complexity import measure_speed
     from litevae.evaluation.evaluate import evaluate as run
     from litevae.evaluation.fid import INCEPTION_NAME
     from litevae.evaluation.yardsticks import BELOW, below_haar, for_json, yardstick_labels
@@ -97,6 +120,12 @@ def evaluate(
         partial,
         {"data": data, "weights": measured["weights"], "precision": chosen[0]},
     )
+    rows = {"model": result.values}
+    if other is not None:
+        torch.nn.Module.to(other, state.device, DTYPES[chosen[0]])
+        options = (size, count, batch_size, choose_workers(workers))
+        rows["teacher"] = run(other, open_images(data), names, *options, sample).values
+        errors = compare_latents(autoencoder, other, open_images(data), *options)
     if not state.is_main_process:  # only the first process reports
         return
     labels = yardstick_labels(autoencoder)
@@ -120,6 +149,18 @@ def evaluate(
             if name in names
         },
     }
+    if other is not None and teacher is not None:
+        speeds = measure_speed([autoencoder, other], "encoder", size)
+        record["teacher"] = {
+            "model": teacher,
+            "weights": model_provenance(teacher_folder(teacher))["weights"],
+            "metrics": {name: finite(value) for name, value in rows["teacher"].items()},
+            "latent_errors": {name: finite(value) for name, value in asdict(errors).items()},
+            "encoder_images_per_second": {
+                "model": speeds[0].images_per_second,
+                "teacher": speeds[1].images_per_second,
+            },
+        }
     write_json(record, output)
 
     print(
@@ -130,10 +171,17 @@ def evaluate(
         print(f"weights: {file}, SHA-256 {digest}")
     width = max(len(label) for label in labels.values())
     print(" " * width + "".join(f"{COLUMNS[name][0]:>10}" for name in result.values))
-    rows = {"model": result.values} | {labels[key]: values for key, values in result.yardsticks.items()}
+    rows |= {labels[key]: values for key, values in result.yardsticks.items()}
     for label, values in rows.items():
         figures = "".join(f"{value:10.{COLUMNS[name][1]}f}" for name, value in values.items())
         print(f"{label:{width}}{figures}{f'  {BELOW}' * (below and label == 'model')}")
+    if other is not None:
+        own, others = (speed.images_per_second for speed in speeds)
+        print(
+            f"error of the latent's mean: {errors.sigmas:.3g} standard deviations of the teacher's posterior, "
+            f"{errors.relative:.2%} of the latents' standard deviation; of its log-variance: {errors.logvar:.3g}"
+        )
+        print(f"encoder: {own:.4g} images/s, the teacher's {others:.4g} images/s ({own / others:.1f}x)")
     if result.exact and "psnr" in names:
         print(f"images reconstructed without an error: {result.exact}; the PSNR is the mean of the others")
     if result.unreadable:

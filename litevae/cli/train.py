@@ -1,6 +1,7 @@
 """`litevae train`."""
 
 import os
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -65,11 +66,16 @@ def train(
     data.max_bad_fraction of the images are unusable, the run also saves its state, and exits with status 2. It does
     so with status 1 if a process that reads images is killed.
     """
+    run_training(config, overrides or ())
+
+
+def run_training(config: str, overrides: Sequence[str]) -> None:
+    """Trains an autoencoder with the settings of `load_config`, and prints its results."""
     from litevae.evaluation.yardsticks import BELOW, HAAR, below_haar
     from litevae.training import load_config
     from litevae.training import train as run
 
-    settings = load_config(config, overrides or ())
+    settings = load_config(config, overrides)
     result = run(settings)
     if int(os.environ.get("RANK", "0")):  # only the first process prints
         return

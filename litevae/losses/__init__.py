@@ -4,14 +4,16 @@ from litevae.losses.adversarial import adaptive_weight, discriminator_loss, gene
 from litevae.losses.gaussian import gaussian_loss
 from litevae.losses.kl import kl_loss
 from litevae.losses.ldl import ldl_loss
-from litevae.losses.objective import RECONSTRUCTION_TERMS, TERMS, Loss, LossConfig, Objective
+from litevae.losses.objective import RECONSTRUCTION_TERMS, TEACHER_TERMS, TERMS, Loss, LossConfig, Objective
 from litevae.losses.perceptual import LPIPS, ESRGANLoss
 from litevae.losses.reconstruction import l1_loss, l2_loss
+from litevae.losses.teacher import teacher_kl_loss
 from litevae.losses.wavelet import wavelet_loss
 
 __all__ = [
     "LPIPS",
     "RECONSTRUCTION_TERMS",
+    "TEACHER_TERMS",
     "TERMS",
     "ESRGANLoss",
     "Loss",
@@ -25,5 +27,6 @@ __all__ = [
     "l1_loss",
     "l2_loss",
     "ldl_loss",
+    "teacher_kl_loss",
     "wavelet_loss",
 ]

@@ -21,11 +21,13 @@ from litevae.losses.kl import kl_loss
 from litevae.losses.ldl import ldl_loss
 from litevae.losses.perceptual import LPIPS, ESRGANLoss
 from litevae.losses.reconstruction import l1_loss, l2_loss
+from litevae.losses.teacher import teacher_kl_loss
 from litevae.losses.wavelet import wavelet_loss
 from litevae.settings import setting
 
 RECONSTRUCTION_TERMS = ("l1", "l2", "lpips", "esrgan", "wavelet", "gaussian", "ldl")
-TERMS = (*RECONSTRUCTION_TERMS, "kl", "adversarial")
+TEACHER_TERMS = ("teacher_kl", "teacher_mean", "teacher_logvar")
+TERMS = (*RECONSTRUCTION_TERMS, "kl", *TEACHER_TERMS, "adversarial")
 
 
 T = TypeVar("T")
@@ -52,6 +54,15 @@ class LossConfig:
         "Weight of the KL divergence of the posterior from a standard Gaussian, a mean per element. LDM's weight is "
         "1e-6 n_z / (3 f^2).",
         minimum=0,
+    )
+    teacher_kl: float = setting(
+        0.0, "Weight of the KL divergence of the posterior from the teacher's, a mean per element.", minimum=0
+    )
+    teacher_mean: float = setting(
+        0.0, "Weight of the L1 distance of the posterior's mean from the teacher's.", minimum=0
+    )
+    teacher_logvar: float = setting(
+        0.0, "Weight of the L1 distance of the posterior's log-variance from the teacher's.", minimum=0
     )
     adversarial: float = setting(0.0, "Weight of the adversarial loss; 0 trains no discriminator.", minimum=0)
     adversarial_loss: AdversarialLoss = setting("hinge", "Kind of the adversarial loss.")
@@ -92,7 +103,7 @@ class Objective(nn.Module):
         config: weights and settings of the terms.
 
     Raises:
-        ValueError: no reconstruction term has a weight.
+        ValueError: no term that compares images or posteriors has a weight.
         UserError: the weights of a VGG network are missing and cannot be downloaded.
     """
 
@@ -102,8 +113,9 @@ class Objective(nn.Module):
         self.weights: dict[str, float] = {
             name: getattr(config, name) for name in TERMS if getattr(config, name)
         }
-        if not any(name in self.weights for name in RECONSTRUCTION_TERMS):
-            raise ValueError(f"one of {', '.join(RECONSTRUCTION_TERMS)} must have a weight other than 0")
+        comparing = (*RECONSTRUCTION_TERMS, *TEACHER_TERMS)
+        if not any(name in self.weights for name in comparing):
+            raise ValueError(f"one of {', '.join(comparing)} must have a weight other than 0")
         self.networks = nn.ModuleDict()
         for name, network in {"lpips": LPIPS, "esrgan": ESRGANLoss}.items():
             if name in self.weights:
@@ -117,6 +129,11 @@ class Objective(nn.Module):
         """Returns whether `generator` needs the EMA model's reconstruction."""
         return "ldl" in self.weights
 
+    @property
+    def needs_reconstruction(self) -> bool:
+        """Returns whether `generator` needs the reconstruction, which terms of posteriors alone do not."""
+        return any(name in self.weights for name in (*RECONSTRUCTION_TERMS, "adversarial"))
+
     def uses_discriminator(self, step: int) -> bool:
         """Returns whether the adversarial term and the discriminator's update are active at `step`."""
         return "adversarial" in self.weights and step >= self.config.adversarial_start
@@ -124,11 +141,12 @@ class Objective(nn.Module):
     def generator(
         self,
         image: Tensor,
-        reconstruction: Tensor,
+        reconstruction: Tensor | None,
         mean: Tensor,
         logvar: Tensor,
         *,
         step: int,
+        teacher: tuple[Tensor, Tensor] | None = None,
         discriminator: nn.Module | None = None,
         last_weight: Tensor | None = None,
         ema_reconstruction: Tensor | None = None,
@@ -136,9 +154,12 @@ class Objective(nn.Module):
         """Returns the autoencoder's loss on one batch, computed in float32 even under autocast.
 
         Args:
-            image, reconstruction: image in [-1, 1] and its reconstruction, (N, 3, H, W).
+            image, reconstruction: image in [-1, 1] and its reconstruction, (N, 3, H, W); the latter is needed
+                if `needs_reconstruction`.
             mean, logvar: mean and log-variance of the posterior, (N, n_z, h, w).
             step: number of the training step.
+            teacher: mean and log-variance of the teacher's posterior, (N, n_z, h, w); needed for the terms in
+                `TEACHER_TERMS`.
             discriminator: module that returns a tuple of logits, one tensor per head; needed if
                 `uses_discriminator(step)`. Its parameters get no gradient. If it is a
                 DistributedDataParallel, the wrapped module is called.
@@ -147,9 +168,12 @@ class Objective(nn.Module):
             ema_reconstruction: reconstruction by the EMA model, (N, 3, H, W); needed if `needs_ema`.
 
         Raises:
-            ValueError: `discriminator`, `last_weight` or `ema_reconstruction` is needed and missing.
+            ValueError: `reconstruction`, `teacher`, `discriminator`, `last_weight` or `ema_reconstruction` is
+                needed and missing.
             TypeError: the discriminator returns a tensor instead of a tuple.
         """
+        # No active term reads a reconstruction that is not needed.
+        restored = required(reconstruction, "reconstruction") if self.needs_reconstruction else image
         adversarial = self.uses_discriminator(step)
         adaptive = adversarial and self.config.adversarial_weight == "adaptive"
         logits: list[Tensor] = []
@@ -158,21 +182,28 @@ class Objective(nn.Module):
             if isinstance(inner, DistributedDataParallel):
                 inner = inner.module  # DDP would wait for gradients that frozen parameters never get
             with frozen(inner):
-                logits = to_float32(inner(reconstruction.float()))
+                logits = to_float32(inner(restored.float()))
+
+        def target() -> tuple[Tensor, Tensor]:
+            teacher_mean, teacher_logvar = required(teacher, "teacher")
+            return teacher_mean.float(), teacher_logvar.float()
 
         with torch.autocast(image.device.type, enabled=False):
-            image, reconstruction = image.float(), reconstruction.float()
+            image, restored = image.float(), restored.float()
             compute: dict[str, Callable[[], Tensor]] = {
-                "l1": lambda: l1_loss(image, reconstruction),
-                "l2": lambda: l2_loss(image, reconstruction),
-                "lpips": lambda: self.networks["lpips"](image, reconstruction),
-                "esrgan": lambda: self.networks["esrgan"](image, reconstruction),
-                "wavelet": lambda: wavelet_loss(image, reconstruction),
-                "gaussian": lambda: gaussian_loss(image, reconstruction),
+                "l1": lambda: l1_loss(image, restored),
+                "l2": lambda: l2_loss(image, restored),
+                "lpips": lambda: self.networks["lpips"](image, restored),
+                "esrgan": lambda: self.networks["esrgan"](image, restored),
+                "wavelet": lambda: wavelet_loss(image, restored),
+                "gaussian": lambda: gaussian_loss(image, restored),
                 "ldl": lambda: ldl_loss(
-                    image, reconstruction, required(ema_reconstruction, "ema_reconstruction").float()
+                    image, restored, required(ema_reconstruction, "ema_reconstruction").float()
                 ),
                 "kl": lambda: kl_loss(mean.float(), logvar.float()),
+                "teacher_kl": lambda: teacher_kl_loss(mean.float(), logvar.float(), *target()),
+                "teacher_mean": lambda: l1_loss(target()[0], mean.float()),
+                "teacher_logvar": lambda: l1_loss(target()[1], logvar.float()),
                 "adversarial": lambda: generator_loss(logits, self.config.adversarial_loss),
             }
             active = [name for name in self.weights if name != "adversarial" or adversarial]

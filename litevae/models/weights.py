@@ -50,10 +50,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     write(path, safetensors.torch.save(contiguous, {"format": "pt"}))
 
 
-def save_model(model: ModelMixin, folder: Path) -> None:
-    """Writes config.json and the weights of `model` to `folder`, replacing any model that is there."""
+def save_model(model: ModelMixin, folder: Path, card: str | None = None) -> None:
+    """Writes config.json, the weights of `model` and its card, README.md, to `folder`, replacing any model there."""
     with replacing_folder(folder) as new:
         write_model(model, new)
+        if card is not None:
+            write(new / "README.md", card.encode())
 
 
 def load_weights(model: ModelMixin, folder: Path, setting: str) -> None:

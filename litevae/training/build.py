@@ -6,23 +6,28 @@ import torch
 
 from litevae.data.config import check_has_images
 from litevae.errors import UserError
+from litevae.losses import TEACHER_TERMS
 from litevae.models.build import with_fresh_weights
 from litevae.models.interface import Autoencoder, check_size
 from litevae.models.loading import model_folder, report_weights
 from litevae.models.weights import load_decoder, load_weights
 from litevae.training.config import Config, check_training_config
+from litevae.training.teacher import Teacher, check_student
 
 
-def build_model(config: Config) -> Autoencoder:
-    """Builds the model of a run, with fresh weights or those of `config.init` and `config.init_decoder`.
+def build_model(config: Config, teacher: Teacher | None = None) -> Autoencoder:
+    """Builds the model of a run, with fresh weights or those of `config.init`, `config.init_decoder` and the teacher.
 
     Args:
         config: settings of the run.
+        teacher: teacher of the run; its decoder is taken over, and it keeps only its encoder.
 
     Raises:
         UserError: the model does not take a setting, or weights are missing, are damaged or belong to another
             architecture.
     """
+    if teacher is not None:
+        check_student(config.model, teacher)
     model = build_fresh_model(config)
     if config.init:
         folder = model_folder(Path(config.init))
@@ -30,11 +35,28 @@ def build_model(config: Config) -> Autoencoder:
         load_weights(model, folder, "init")
     if config.init_decoder:
         load_decoder(model, Path(config.init_decoder))
+    if teacher is not None:
+        teacher.teach(model)
     if config.freeze_encoder:
         for part in (model.encoder, model.quant_conv):
             if part is not None:
                 part.requires_grad_(False)
     return model
+
+
+def load_teacher(config: Config) -> Teacher | None:
+    """Loads the teacher of a run, if it has one; raises UserError if it needs one and cannot have it."""
+    check_has_teacher(config)
+    return Teacher(config.teacher) if config.teacher else None
+
+
+def check_has_teacher(config: Config) -> None:
+    """Raises UserError if a loss compares with a teacher, and none is given."""
+    needing = [name for name in TEACHER_TERMS if getattr(config.loss, name)]
+    if needing and not config.teacher:
+        raise UserError(
+            f"teacher is empty, and loss.{needing[0]} compares with it: give the folder of an AutoencoderKL"
+        )
 
 
 def build_fresh_model(config: Config) -> Autoencoder:
@@ -56,6 +78,7 @@ def check_run(config: Config) -> None:
     """
     check_training_config(config)
     check_has_images(config.data)
+    check_has_teacher(config)
     with torch.device("meta"):
         model = build_fresh_model(config)
     check_sizes(model, config)

@@ -9,7 +9,7 @@ from litevae import settings
 from litevae.data.config import DataConfig
 from litevae.discriminators import DiscriminatorConfig
 from litevae.errors import UserError
-from litevae.losses import RECONSTRUCTION_TERMS, LossConfig
+from litevae.losses import RECONSTRUCTION_TERMS, TEACHER_TERMS, LossConfig
 from litevae.models.config import ModelConfig, check_model_config
 from litevae.settings import section, setting
 
@@ -130,6 +130,11 @@ class Config(RunConfig):
     init_decoder: str = setting(
         "", "Folder or file of a Stable Diffusion VAE that provides the decoder's initial weights."
     )
+    teacher: str = setting(
+        "",
+        "Folder of an autoencoder, or of a pipeline with one. The encoder learns to produce its latents "
+        "(loss.teacher_kl and the like); its decoder is taken over and not trained.",
+    )
     freeze_encoder: bool = setting(False, "Train only the decoder.")
     model: ModelConfig = section(ModelConfig, "The autoencoder.")
     data: DataConfig = section(DataConfig, "Images to train and to validate on.")
@@ -203,7 +208,9 @@ def check_training_config(config: Config) -> None:
             f"loss.kl must be 0 for model.encoder_type={config.model.encoder_type}, whose latent is a point and not a "
             f"distribution, got {config.loss.kl}"
         )
-    if not any(getattr(config.loss, name) for name in RECONSTRUCTION_TERMS):
+    if config.teacher:
+        check_distillation(config)
+    elif not any(getattr(config.loss, name) for name in (*RECONSTRUCTION_TERMS, *TEACHER_TERMS)):
         raise UserError(
             f"every reconstruction loss ({', '.join(RECONSTRUCTION_TERMS)}) has weight 0: "
             "there is nothing to train for"
@@ -212,6 +219,30 @@ def check_training_config(config: Config) -> None:
         raise UserError("loss.ldl compares with the averaged model: ema_decay must be above 0")
     check_gradient_ratio(config)
     check_stages(config)
+
+
+def check_distillation(config: Config) -> None:
+    """Checks the settings of a run with a teacher; a UserError names one that does not go with it."""
+    loss = config.loss
+    if not any(getattr(loss, name) for name in TEACHER_TERMS):
+        names = ", ".join(f"loss.{name}" for name in TEACHER_TERMS)
+        raise UserError(f"teacher needs a loss that compares with it: one of {names} must be above 0")
+    for name, value, only in (
+        ("model.kind", config.model.kind, "litevae"),
+        ("model.encoder_type", config.model.encoder_type, "learned"),
+        ("init_decoder", config.init_decoder, ""),
+        ("freeze_encoder", config.freeze_encoder, False),
+        # Equation 2 balances gradients of the decoder, which is frozen.
+        ("loss.adversarial_weight", loss.adversarial_weight, "constant"),
+    ):
+        if value != only:
+            allowed = str(only).lower() or "empty"
+            raise UserError(f"{name} must be {allowed} with a teacher, got {str(value).lower()}")
+    if loss.adversarial and not any(getattr(loss, name) for name in RECONSTRUCTION_TERMS):
+        raise UserError(
+            f"loss.adversarial needs a reconstruction loss beside it: one of {', '.join(RECONSTRUCTION_TERMS)} must "
+            "be above 0"
+        )
 
 
 def check_gradient_ratio(config: Config) -> None:

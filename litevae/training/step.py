@@ -22,13 +22,19 @@ GRADIENT_RATIO = "gradient_ratio"  # name in the log
 
 
 class Autoencode(nn.Module):
-    """Encoding and decoding in one forward pass, which DDP and autocast wrap."""
+    """Encoding and decoding in one forward pass, which DDP and autocast wrap.
 
-    def __init__(self, model: Autoencoder) -> None:
+    Args:
+        model: autoencoder.
+        decode: whether to decode; a loss of posteriors alone does not need it.
+    """
+
+    def __init__(self, model: Autoencoder, decode: bool = True) -> None:
         super().__init__()
         self.model = model
+        self.decode = decode
 
-    def forward(self, image: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, image: Tensor, noise: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         """Encodes images and decodes a sample of their posterior.
 
         Args:
@@ -36,9 +42,11 @@ class Autoencode(nn.Module):
             noise: standard normal noise (N, n_z, h, w) of the sample, mean + std · noise.
 
         Returns:
-            The reconstruction (N, 3, H, W), and the posterior's mean and log-variance, both (N, n_z, h, w).
+            The reconstruction (N, 3, H, W), or None, and the posterior's mean and log-variance, both (N, n_z, h, w).
         """
         posterior = self.model.encode(image).latent_dist
+        if not self.decode:
+            return None, posterior.mean, posterior.logvar
         latent = posterior.mean + posterior.std * noise
         return self.model.decode(latent).sample, posterior.mean, posterior.logvar
 
@@ -93,6 +101,7 @@ class TrainingStep:
         objective: losses, on the accelerator's device.
         ema: average that is updated with the model.
         factor: multiplier of the learning rates as a function of the number of earlier steps.
+        teacher: module that returns the mean and the log-variance that the objective compares with, if it does.
     """
 
     def __init__(
@@ -104,8 +113,10 @@ class TrainingStep:
         objective: Objective,
         ema: EMA[Autoencoder] | None,
         factor: Callable[[int], float],
+        teacher: nn.Module | None = None,
     ) -> None:
         self.accelerator = accelerator
+        self.teacher = teacher
         self.model = model
         self.discriminator = discriminator
         self.objective = objective
@@ -116,13 +127,15 @@ class TrainingStep:
         self.scaler: torch.amp.GradScaler | None = accelerator.scaler
 
         settings = config.optimizer
-        autoencode = Autoencode(model)
+        autoencode = Autoencode(model, objective.needs_reconstruction)
         if config.compile:
             adaptive = config.loss.adversarial and config.loss.adversarial_weight == "adaptive"
             if adaptive or self.ratio_every:
                 # Both differentiate a graph more than once, which donated buffers do not allow.
                 torch._functorch.config.donated_buffer = False
             autoencode.compile()
+            if teacher is not None:
+                teacher.compile()
         self.optimizers = {
             "autoencoder": NetworkOptimizer(
                 accelerator.prepare_model(autoencode),
@@ -221,6 +234,7 @@ class TrainingStep:
             gradients: tensor that `add_gradients` adds to, or None.
         """
         ema_reconstruction = None
+        target = None if self.teacher is None else self.teacher(image)
         with self.accelerator.autocast():
             if self.objective.needs_ema and self.ema is not None:
                 with torch.no_grad():
@@ -232,6 +246,7 @@ class TrainingStep:
                 mean,
                 logvar,
                 step=step,
+                teacher=target,
                 discriminator=self.discriminator if adversarial else None,
                 last_weight=self.model.decoder.conv_out.weight,
                 ema_reconstruction=ema_reconstruction,
@@ -239,7 +254,7 @@ class TrainingStep:
         if gradients is not None:
             self.add_gradients(loss, gradients)
         self.accelerator.backward(loss.total / self.accumulation)
-        if not adversarial:
+        if not adversarial or reconstruction is None:
             return [loss]
         with self.accelerator.autocast():
             logits = self.optimizers["discriminator"].network(image, reconstruction.detach().float())

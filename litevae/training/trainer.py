@@ -27,8 +27,8 @@ from litevae.models.interface import Autoencoder, spatial_compression
 from litevae.models.weight_files import read_weights
 from litevae.models.weights import copy_weights, save_model
 from litevae.signals import StopRequest
-from litevae.training.build import build_model, check_sizes
-from litevae.training.checkpoint import DISCRIMINATOR, Checkpoint, random_state
+from litevae.training.build import build_model, check_sizes, load_teacher
+from litevae.training.checkpoint import DISCRIMINATOR, Checkpoint, random_state, read_manifest
 from litevae.training.config import Config, check_batch_size, list_stages
 from litevae.training.curves import draw_curves
 from litevae.training.data_loader import TrainingData
@@ -36,6 +36,7 @@ from litevae.training.loop import Failure, Loop, SavedState
 from litevae.training.optimization import EMA, learning_rate_factor
 from litevae.training.start import begin, output_folder
 from litevae.training.step import Outcome, TrainingStep
+from litevae.training.teacher import describe_teacher
 
 
 @dataclass(frozen=True)
@@ -105,16 +106,18 @@ class Trainer(Loop[TrainingResult]):
         super().__init__(config, folder, accelerator, note)
         self.stages = list_stages(config)
         set_seed(config.seed)
-        self.network = self.model = build_model(config)
+        self.teacher = load_teacher(config)
+        self.network = self.model = build_model(config, self.teacher)
         self.check_stages()
         self.data = TrainingData(
             config, self.stages, self.accelerator, self.output_dir, checkpoint is not None
         )
         objective = Objective(config.loss)
         if config.channels_last:
-            for module in (self.model, objective):
+            for module in filter(None, (self.model, objective, self.teacher)):
                 module.to(memory_format=torch.channels_last)
-        self.model.to(self.accelerator.device)
+        for network in filter(None, (self.model, self.teacher)):
+            network.to(self.accelerator.device)
         self.ema = EMA(self.model, config.ema_decay) if config.ema_decay else None
         self.discriminator = self.make_discriminator()
         self.train_step = TrainingStep(
@@ -125,6 +128,7 @@ class Trainer(Loop[TrainingResult]):
             objective.to(self.accelerator.device),
             self.ema,
             lambda done: learning_rate_factor(config.optimizer, done, config.max_steps),
+            self.teacher,
         )
         self.history: list[dict[str, float]] = []
         if checkpoint is not None:
@@ -233,7 +237,10 @@ class Trainer(Loop[TrainingResult]):
                 "history": self.history,
             },
             self.discriminator.state_dict() if self.discriminator else None,
-            {"psnr": self.history[-1]["psnr"] if measured else None},
+            {
+                "psnr": self.history[-1]["psnr"] if measured else None,
+                "teacher": self.teacher and self.teacher.digests,
+            },
         )
 
     def restore_state(self, checkpoint: Checkpoint, state: dict[str, Any]) -> None:
@@ -243,6 +250,8 @@ class Trainer(Loop[TrainingResult]):
                 f"resume: {checkpoint.path} has {'no' if self.discriminator else 'a'} discriminator: see "
                 "loss.adversarial, or start a new run with init"
             )
+        if read_manifest(checkpoint.path).get("teacher") != (self.teacher and self.teacher.digests):
+            raise UserError(f"resume: {checkpoint.path} was trained with another teacher, or with none")
         if self.discriminator is not None:
             copy_weights(self.discriminator, read_weights(path, "resume"), path, "resume")
         for name, optimizer in self.train_step.optimizers.items():
@@ -273,7 +282,10 @@ class Trainer(Loop[TrainingResult]):
     def write_results(self, result: TrainingResult, complete: bool) -> None:
         # A model that was not trained further stays, because `litevae scale` may have changed its configuration.
         if self.step != self.restored_step or not (self.output_dir / "model").is_dir():
-            save_model(self.best_model, self.output_dir / "model")
+            card = None
+            if self.teacher is not None:
+                card = describe_teacher(self.teacher, self.config.model.preset, self.step)
+            save_model(self.best_model, self.output_dir / "model", card)
         height, width = self.data.validation[0][1].shape[:2] if self.data.validation else (0, 0)
         metrics = {
             "validation": {

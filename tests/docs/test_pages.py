@@ -75,6 +75,8 @@ SMALL_MODEL = (
 SHORT = {
     "litevae train": f"{SMALL_MODEL} data.size=32 data.batch_size=2 data.workers=0 data.validation_count=2 "
     "loss.lpips=0 loss.pretrained=false loss.adversarial=0 precision=fp32 tracker=none max_steps=1 checkpoint.every=0",
+    "litevae distill": "model.preset=litevae-s data.size=32 data.batch_size=2 data.workers=0 precision=fp32 "
+    "tracker=none max_steps=1 checkpoint.every=0",
     "litevae train-diffusion": "max_steps=1 data.batch_size=2 data.workers=0 unet.block_out_channels=[32,32] "
     "unet.layers_per_block=1 sample.count=1 sample.steps=2 fid.measure=never tracker=none",
     "litevae scale": "--size 32 --workers 0",
@@ -199,7 +201,8 @@ def run_command(command: str) -> None:
     for pattern, brief in REPLACED.items():
         command = re.sub(pattern, brief, command)
     words = shlex.split(command)
-    place = 3 if words[1].startswith(("train", "experiment")) else 2  # after the name of the configuration
+    # After the name of the configuration, or the teacher.
+    place = 3 if words[1].startswith(("train", "experiment", "distill")) else 2
     short = shlex.split(SHORT.get(" ".join(words[:2]), ""))
     if words[1] in ("train", "train-diffusion") and words[2] != "--help":
         # The prepared runs have no checkpoints, and a finished result without any is not replaced.
@@ -229,6 +232,8 @@ def check(command: str) -> None:
     given = cli.make_context(f"litevae {name}", arguments, resilient_parsing="--verify" in arguments).params
     if name == "train":
         load_config(given["config"], given["overrides"] or ())
+    elif name == "distill":
+        load_config("distill", [f"teacher={given['teacher']}", *(given["overrides"] or ())])
     elif name == "train-diffusion":
         load_diffusion_config(given["config"], given["overrides"] or ())
     elif name == "experiment" and given["name"] != "list":

@@ -16,9 +16,11 @@ from litevae.losses import (
     l1_loss,
     l2_loss,
     ldl_loss,
+    teacher_kl_loss,
 )
 
 ONLY_L1 = {"wavelet": 0, "gaussian": 0, "kl": 0}
+TEACHER_WEIGHTS = {"teacher_kl": 0.5, "teacher_mean": 1.0, "teacher_logvar": 0.25}
 SIZE = 16
 
 
@@ -256,3 +258,30 @@ def test_compiles_as_one_graph(inputs):
 def test_needs_a_reconstruction_term():
     with pytest.raises(ValueError, match="l1, l2, lpips"):
         Objective(LossConfig(**{**ONLY_L1, "l1": 0, "kl": 1}))
+
+
+class TestTeacher:
+    def test_compares_posteriors_without_a_reconstruction(self, inputs):
+        image, _, mean, logvar = inputs
+        objective = Objective(LossConfig(**{**ONLY_L1, "l1": 0}, **TEACHER_WEIGHTS))
+        assert not objective.needs_reconstruction
+        target = mean + 1, logvar - 2
+        loss = objective.generator(image, None, mean, logvar, step=0, teacher=target)
+        expected = {
+            "teacher_kl": teacher_kl_loss(mean, logvar, *target),
+            "teacher_mean": torch.tensor(1.0),
+            "teacher_logvar": torch.tensor(2.0),
+        }
+        torch.testing.assert_close(loss.terms, expected)
+        torch.testing.assert_close(
+            loss.total, sum(TEACHER_WEIGHTS[name] * term for name, term in expected.items())
+        )
+
+    def test_inputs_that_are_missing_are_named(self, inputs):
+        image, reconstruction, mean, logvar = inputs
+        objective = Objective(LossConfig(**TEACHER_WEIGHTS))
+        assert objective.needs_reconstruction
+        with pytest.raises(ValueError, match="need teacher, got None"):
+            objective.generator(image, reconstruction, mean, logvar, step=0)
+        with pytest.raises(ValueError, match="need reconstruction, got None"):
+            objective.generator(image, None, mean, logvar, step=0, teacher=(mean, logvar))

@@ -1,0 +1,48 @@
+"""`litevae distill`."""
+
+from typing import Annotated
+
+import typer
+
+from litevae.cli.train import run_training
+from litevae.errors import UserError
+
+
+def distill(
+    teacher: Annotated[
+        str,
+        typer.Argument(
+            metavar="TEACHER",
+            help="Folder of a diffusers AutoencoderKL, of a pipeline with one, or of a training run.",
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Settings that replace those of the configuration distill."),
+    ] = None,
+) -> None:
+    """Train a LiteVAE encoder for the latents of another autoencoder.
+
+    \b
+    Example: litevae distill path/to/sd-vae data.train=path/to/images
+             litevae distill path/to/flux data.train=path/to/images model.preset=litevae-s
+             litevae distill path/to/sd-vae data.train=path/to/images loss.l1=1 loss.lpips=1
+             litevae distill path/to/sd-vae data.train=path/to/images resume=auto
+             litevae eval runs/distill path/to/images --teacher path/to/sd-vae
+
+    The encoder learns to produce the posterior that the teacher's encoder gives for the same crop. The decoder is the
+    teacher's and stays unchanged, and so does the scale of the latents, so the model takes the place of the VAE in the
+    teacher's pipelines. README.md in its folder names the teacher and the SHA-256 of its weights.
+
+    This is litevae train with the configuration distill, and with the settings of the latent and of the decoder
+    taken from the teacher: litevae config distill shows all settings, and litevae train --help the files of a run.
+    loss.teacher_kl weighs the KL divergence between the two posteriors, loss.teacher_mean and loss.teacher_logvar
+    the distances of their means and log-variances; every other term of loss may be added.
+    """
+    from litevae.training.teacher import as_overrides, load_teacher, teacher_settings
+
+    given = overrides or []
+    if any(override.startswith("teacher=") for override in given):
+        raise UserError(f"teacher is the argument TEACHER, {teacher}: leave out teacher=")
+    settings = as_overrides(teacher_settings(load_teacher(teacher)))
+    run_training("distill", [f"teacher={teacher}", *settings, *given])
