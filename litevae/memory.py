@@ -1,5 +1,6 @@
 """The machine's memory: what it has, and messages for requests that exceed it."""
 
+import contextlib
 import re
 import sys
 from pathlib import Path
@@ -94,8 +95,8 @@ def explain_out_of_memory(error: BaseException) -> str | None:
         count, sizes, amount = asked.groups()
         wanted = format_bytes(int(count)) if count else amount or f"a tensor of {sizes}"
         wanted = f"{wanted} at once"
-    free, total = psutil.virtual_memory().available, total_memory()
-    return (
-        f"out of memory: asked for {wanted}; {format_bytes(min(free, total))} of {format_bytes(total)} are free: "
-        "use smaller batches, images or widths"
-    )
+    there = ""
+    with contextlib.suppress(MemoryError, OSError):  # reading /proc takes memory too
+        free, total = psutil.virtual_memory().available, total_memory()
+        there = f"; {format_bytes(min(free, total))} of {format_bytes(total)} are free"
+    return f"out of memory: asked for {wanted}{there}: use smaller batches, images or widths"

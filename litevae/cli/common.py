@@ -151,6 +151,12 @@ def check_new_file(file: Path, overwrite: bool) -> None:
         raise UserError(f"{file.parent}: {why_missing(file.parent, 'folder')}")
 
 
+def check_picture(file: Path) -> None:
+    """Raises UserError unless the name ends in .png; Matplotlib chooses the format by it, or adds to it."""
+    if file.suffix.lower() != ".png":
+        raise UserError(f"{file}: the picture's name must end in .png")
+
+
 def results(folder: Path, *names: str, overwrite: bool) -> list[Path]:
     """Returns the files to write to `folder`; raises UserError if one exists and may not be replaced."""
     files = [folder / name for name in names]

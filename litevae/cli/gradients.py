@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-from litevae.cli.common import NamesOption, OverwriteOption, check_new_file, name_each
-from litevae.errors import UserError
+from litevae.cli.common import NamesOption, OverwriteOption, check_new_file, check_picture, name_each
 
 
 def gradients(
@@ -30,8 +29,7 @@ def gradients(
     shows its median and the spread of the middle 90% of the steps. Steps with a gradient that is 0 or not finite
     have no ratio.
     """
-    if output.suffix.lower() != ".png":
-        raise UserError(f"{output}: the picture's name must end in .png")
+    check_picture(output)
     check_new_file(output, overwrite)
     paths = name_each(runs, names)
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from litevae.cli.common import OverwriteOption, check_new, check_new_file, make_folder
+from litevae.cli.common import OverwriteOption, check_new, check_new_file, check_picture, make_folder
 from litevae.errors import UserError
 from litevae.files import why_missing
 from litevae.models.loading import load_model
@@ -48,8 +48,10 @@ def reconstruct(
     targets = name_outputs(images, output)
     check_new(*targets, overwrite=overwrite)
     if picture is not None:
+        check_picture(picture)
         check_new_file(picture, overwrite)
-        if picture.resolve() in {path.resolve() for path in (*images, *targets)}:
+        # Path.resolve fails on links that form a cycle.
+        if os.path.realpath(picture) in map(os.path.realpath, (*images, *targets)):
             raise UserError(f"--picture {picture} is an input or a reconstruction: give another file")
     autoencoder = load_model(model)
 

@@ -11,6 +11,7 @@ from litevae.data.images import Pixels
 from litevae.data.sources import HELD_OUT_PHOTOGRAPH, TRAINING_PHOTOGRAPHS, load_photograph
 from litevae.errors import UserError
 from litevae.experiments.spec import RunSpec, Setup
+from litevae.files import make_folder
 
 TRAINING_SQUARES = 256  # maximum number for measuring latents
 
@@ -37,7 +38,7 @@ def squares_folder(output: Path, held_out: bool, size: int) -> Path:
         size: side of the squares in pixels; nothing is resized.
 
     Raises:
-        UserError: the photographs are smaller than a square.
+        UserError: the photographs are smaller than a square, or the folder cannot be created.
     """
     folder = output / "images" / f"{'held-out' if held_out else 'training'}-{size}"
     state = PartialState()
@@ -52,8 +53,11 @@ def squares_folder(output: Path, held_out: bool, size: int) -> Path:
             raise UserError(f"squares of {size} pixels are larger than the photographs of the demo")
         if not held_out:
             squares = squares[:: max(1, -(-len(squares) // TRAINING_SQUARES))]
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(dir=folder.parent))
+        try:
+            make_folder(folder.parent)
+            unfinished = Path(tempfile.mkdtemp(dir=folder.parent))
+        except OSError as error:
+            raise UserError(f"cannot write to {output}: {error.strerror}") from None
         for name, square in squares:
             Image.fromarray(square).save(unfinished / name)
         unfinished.chmod(0o755)

@@ -62,3 +62,12 @@ def test_a_limit_of_the_process_counts(monkeypatch):
 
 def test_bytes_are_printed_in_the_largest_unit():
     assert [format_bytes(n) for n in (0, 1023, 1536, 2**40)] == ["0 bytes", "1023 bytes", "1.5 KiB", "1 TiB"]
+
+
+def test_an_allocation_that_failed_is_explained_without_any_memory(monkeypatch):
+    def fail():
+        raise MemoryError
+
+    monkeypatch.setattr("psutil.virtual_memory", fail)
+    message = "out of memory: asked for more memory than there is: use smaller batches, images or widths"
+    assert explain_out_of_memory(MemoryError()) == message

@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 from PIL import Image
 from skimage import data
 from skimage.metrics import peak_signal_noise_ratio
@@ -117,3 +118,20 @@ def test_a_file_is_only_overwritten_on_request(model, litevae, fails, tmp_path):
     assert (tmp_path / "photo.png").read_text() == "mine"
     litevae(*command, "--overwrite")
     assert Image.open(tmp_path / "photo.png").size == (30, 20)
+
+
+@pytest.mark.parametrize("name", ["rows.txt", "rows"])
+def test_a_picture_is_a_png_file(fails, model, tmp_path, name):
+    image = tmp_path / "cat.png"
+    Image.fromarray(data.chelsea()[:24, :32]).save(image)
+    command = ["reconstruct", model, image, "-o", tmp_path / "out", "--picture", tmp_path / name]
+    assert f"{name}: the picture's name must end in .png" in fails(*command)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_picture_replaces_a_link_that_leads_nowhere(litevae, model, tmp_path):
+    image, picture = tmp_path / "cat.png", tmp_path / "loop.png"
+    Image.fromarray(data.chelsea()[:24, :32]).save(image)
+    picture.symlink_to(picture.name)
+    litevae("reconstruct", model, image, "-o", tmp_path / "out", "--picture", picture)
+    assert picture.is_file()

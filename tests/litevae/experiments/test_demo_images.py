@@ -20,3 +20,9 @@ def test_squares_are_cut_from_the_photographs_and_not_resized(tmp_path):
 def test_squares_larger_than_the_photographs_are_refused(tmp_path):
     with pytest.raises(UserError, match="squares of 512 pixels are larger than the photographs"):
         squares_folder(tmp_path, held_out=True, size=512)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=f"^cannot write to {tmp_path / 'file'}: Not a directory"):
+        squares_folder(tmp_path / "file", held_out=True, size=300)
