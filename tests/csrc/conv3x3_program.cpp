@@ -29,8 +29,8 @@ int main() {
     if (!read(memory.data(), memory.size())) return EXIT_FAILURE;
     litevae::TensorView t[5];
     for (int i = 0; i < 5; ++i) t[i] = view(head + 2 + 10 * i, memory.data());
-    litevae::LITEVAE_ISA::conv3x3_float32_forward({t[0], head[0] != 0, t[1], head[1] != 0, t[2], t[3], t[4]},
-                                                  1);
+    litevae::LITEVAE_ISA::conv3x3_float32_forward(
+        {t[0], {}, head[0] != 0, t[1], head[1] != 0, t[2], t[3], t[4]}, 1);
     std::fwrite(memory.data(), 1, memory.size(), stdout);
   }
   return EXIT_SUCCESS;

@@ -287,7 +287,7 @@ def test_every_convolution_may_be_inside_another_module(make_vae, when):
         accelerate_vae(vae)
     for module in list(vae.modules()):
         for name, child in list(module.named_children()):
-            if type(child) is nn.Conv2d:
+            if isinstance(child, nn.Conv2d):
                 setattr(module, name, Around(child))
     report = accelerate_vae(vae)
     assert not report.fused["3x3 convolution"]

@@ -140,5 +140,5 @@ def test_a_folder_of_something_else_is_left_alone(encode, tmp_path):
     with pytest.raises(UserError, match="has files, and no encoded images: give another folder"):
         encode()
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="file: cannot be written: File exists"):
+    with pytest.raises(UserError, match="file: cannot be written: exists and is not a folder"):
         encode("file")

@@ -50,7 +50,7 @@ def test_the_precision_is_told_only_when_the_run_begins(tiny, capsys, training_e
         "init=nowhere",
         "resume=nowhere",
         "data.train=nowhere",
-        "data.size=36",
+        "data.size=34",
     ):
         training_error(tiny("precision=auto", setting))
         assert "precision" not in capsys.readouterr().err
