@@ -24,8 +24,9 @@ bool multiplies_bf16(std::initializer_list<const TensorView*> activations) {
 }
 
 void run_forward(const conv3x3::Forward& call, int threads) {
-  multiplies_bf16({&call.x, &call.residual, &call.y}) ? conv3x3_forward(call, threads)
-                                                      : conv3x3_float32_forward(call, threads);
+  multiplies_bf16({&call.x, &call.norm.skip, &call.residual, &call.y})
+      ? conv3x3_forward(call, threads)
+      : conv3x3_float32_forward(call, threads);
 }
 
 void check_sizes(const TensorView& weight, const TensorView& x, const TensorView& y) {
@@ -60,8 +61,7 @@ void norm_forward(const TensorView& x, const OptionalView& skip, const OptionalV
   const TensorView none{};
   const conv3x3::Norm norm{skip.value_or(none), norm_weight.value_or(none), norm_bias.value_or(none),
                            pointer<const double>(stats), groups};
-  conv3x3_float32_forward({x, norm, true, weight, false, bias.value_or(none), residual.value_or(none), y},
-                          threads);
+  run_forward({x, norm, true, weight, false, bias.value_or(none), residual.value_or(none), y}, threads);
 }
 
 void input_gradient(const TensorView& grad, const TensorView& weight, const TensorView& grad_x, int threads) {

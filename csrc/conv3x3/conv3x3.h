@@ -14,8 +14,8 @@
 namespace litevae {
 namespace conv3x3 {
 
-// A group normalisation of the input, before the SiLU. The channels of `skip` follow those of x. Only the
-// float32 kernels apply it, and only if x has whole vectors of channels or there is no `skip`.
+// A group normalisation of the input, before the SiLU. The channels of `skip` follow those of x. The float32
+// kernels apply it only if x has whole vectors of channels or there is no `skip`.
 struct Norm {
   TensorView skip;          // (N, I - I_x, H, W), or missing
   TensorView weight, bias;  // (1, I, 1, 1), any dtype, or missing
@@ -23,8 +23,9 @@ struct Norm {
   int64_t groups;
 };
 
-// A missing tensor has no data. For the bf16 kernels, x, residual and y are bf16 with channels innermost. For
-// the float32 kernels they have one dtype, and each has adjacent channels or adjacent pixels of a row.
+// A missing tensor has no data. For the bf16 kernels, x, skip, residual and y are bf16 with channels
+// innermost. For the float32 kernels they have one dtype, and each has adjacent channels or adjacent pixels
+// of a row.
 struct Forward {
   TensorView x;  // (N, I, H, W), or its first channels if the norm has a `skip`
   Norm norm;

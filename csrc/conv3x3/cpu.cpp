@@ -22,6 +22,7 @@
 #include "../common/parallel.h"
 #include "../common/vector.h"
 #include "conv3x3.h"
+#include "norm.h"
 #include "rows.h"
 
 namespace litevae {
@@ -45,8 +46,8 @@ struct Shape : Rows {
   int64_t point_inputs, point_products;  // distance between the values of two points of a block
 
   Shape(const Forward& call, int vectors, int tiles_at_once, int threads)
-      : Rows(call.x, ceil_div(call.x.size[3], 2)) {
-    batch = call.x.size[0], inputs = call.x.size[1], outputs = call.y.size[1];
+      : Rows(call.x, call.inputs(), ceil_div(call.x.size[3], 2)) {
+    batch = call.x.size[0], inputs = call.inputs(), outputs = call.y.size[1];
     tile_rows = ceil_div(height, 2), tile_columns = ceil_div(width, 2);
     column_blocks = ceil_div(tile_columns, kTilesPerBlock), columns = ceil_div(tile_columns, column_blocks);
     rows = min_of(kTilesPerBlock / columns,
@@ -305,12 +306,32 @@ void pack(const TensorView& w, int threads, BFloat16* packed) {
 
 // The data that all threads share.
 struct Task {
-  Image x, residual, y;
+  Image x, skip, residual, y;
   Shape s;
   bool silu;
+  const float* norm;  // (N, 3, padded inputs): means, factors and offsets, or null
   const float* bias;  // zeros if there is no bias
   const BFloat16* packed;
 };
+
+// Fills one row of the ring buffer.
+void fill_row(const Task& k, int64_t n, int64_t y, BFloat16* to) {
+  const Shape& s = k.s;
+  litevae::fill_row(s, y, to, [&](BFloat16* pixels) {
+    int64_t first = 0;  // channel
+    for (const Image* image : {&k.x, &k.skip}) {
+      if (image->data == nullptr) continue;
+      const BFloat16* from = image->at(n, y, 0);
+      if (k.norm != nullptr)
+        activate_pixels(from, image->pixel, s.width, image->channels, k.norm + n * 3 * s.padded + first,
+                        s.padded, pixels + first, s.padded);
+      else
+        copy_pixels(from, image->pixel, s.width, image->channels, pixels + first, s.padded);
+      first += image->channels;
+    }
+    if (k.silu && k.norm == nullptr) silu(pixels, s.width * s.padded);
+  });
+}
 
 // The memory of one thread.
 struct Space {
@@ -341,7 +362,7 @@ void prefetch(const Task& k, const Block& b, int64_t next, int64_t part, int64_t
   for (int64_t y = b.top; y < min_of(k.s.height, b.top + 2 * b.rows); ++y)
     k.residual.prefetch(b.n, y, b.left, columns, part, parts);
   for (int64_t y = next; y < min_of(k.s.height, next + 2 * k.s.rows); ++y)
-    k.x.prefetch(b.n, y, b.left, columns, part, parts);
+    for (const Image* image : {&k.x, &k.skip}) image->prefetch(b.n, y, b.left, columns, part, parts);
 }
 
 template <int V, int T>
@@ -384,7 +405,9 @@ void forward(const Forward& call, int threads) {
   threads = static_cast<int>(min_of(threads, call.x.size[0] * ceil_div(call.x.size[2], 2)));
   const Shape s(call, V, T, threads);
   const int64_t outputs = conv3x3::panels(s.outputs) * V * kLanes, per_thread = Space::bytes(s);
-  Buffer scratch(threads * per_thread + conv3x3::packed_bytes(s.inputs, s.outputs) + outputs * 4);
+  const int64_t coefficients = norm_floats(call, s.padded);
+  Buffer scratch(threads * per_thread + conv3x3::packed_bytes(s.inputs, s.outputs) +
+                 (outputs + coefficients) * 4);
   char* memory = scratch.take<char>(threads * per_thread);
   BFloat16* packed = scratch.take<BFloat16>(conv3x3::packed_bytes(s.inputs, s.outputs) / 2);
   float* bias = scratch.take<float>(outputs);
@@ -394,7 +417,11 @@ void forward(const Forward& call, int threads) {
   if (call.bias.data != nullptr)
     load_row(call.bias.dtype, static_cast<const char*>(call.bias.data), call.bias.stride[1], s.outputs, 1,
              bias);
-  const Task k{Image(call.x), Image(call.residual), Image(call.y), s, call.silu, bias, packed};
+  float* norm = coefficients == 0 ? nullptr : scratch.take<float>(coefficients);
+  fill_norm(call, s.padded, norm);
+  const Task k{
+      Image(call.x), Image(call.norm.skip), Image(call.residual), Image(call.y), s, call.silu, norm, bias,
+      packed};
 
   const int64_t blocks = s.batch * s.row_blocks;
   parallel_for(threads, threads, [&](int64_t begin, int64_t end) {
@@ -405,7 +432,7 @@ void forward(const Forward& call, int threads) {
         Block b{i / s.row_blocks, 2 * (i % s.row_blocks * s.rows), 0, 0, 0};
         b.rows = min_of(s.rows, s.tile_rows - b.top / 2);
         if (b.n != image) image = b.n, next = b.top - 1;
-        for (; next <= b.top + 2 * b.rows; ++next) fill_row(s, k.x, k.silu, b.n, next, space.row(s, next));
+        for (; next <= b.top + 2 * b.rows; ++next) fill_row(k, b.n, next, space.row(s, next));
         for (; b.left < 2 * s.tile_columns; b.left += 2 * s.columns) {
           b.columns = min_of(s.columns, s.tile_columns - b.left / 2);
           convolve<V, T>(k, b, next, space);

@@ -31,6 +31,7 @@
 #include "../common/parallel.h"
 #include "../common/vector.h"
 #include "conv3x3.h"
+#include "norm.h"
 #include "winograd.h"
 
 namespace litevae {
@@ -612,38 +613,13 @@ void convolve(const Task<S>& k, int64_t begin, int64_t end, const Space<M>& spac
   stream_fence();
 }
 
-// The value of a parameter of the norm.
-double value(const TensorView& t, int64_t channel, double missing) {
-  if (t.data == nullptr) return missing;
-  double v;
-  load_row(t.dtype, static_cast<const char*>(t.data) + channel * t.stride[1] * element_size(t.dtype), 1, 1, 1,
-           &v);
-  return v;
-}
-
-// The coefficients of the norm. What the mean loses when it is rounded goes into the offset.
-void fill_norm(const Forward& call, float* to) {
-  const conv3x3::Norm& norm = call.norm;
-  const int64_t channels = call.inputs(), padded = ceil_div(channels, W) * W, each = channels / norm.groups;
-  for (int64_t n = 0; n < call.x.size[0]; ++n, to += 3 * padded)
-    for (int64_t c = 0; c < padded; ++c) {
-      const double* stats = norm.stats + 2 * (n * norm.groups + min_of(c, channels - 1) / each);
-      const float mean = static_cast<float>(stats[0]);
-      const double factor = stats[1] * value(norm.weight, min_of(c, channels - 1), 1);
-      const double offset = value(norm.bias, min_of(c, channels - 1), 0) - (stats[0] - mean) * factor;
-      to[c] = c < channels ? mean : 0;
-      to[padded + c] = c < channels ? static_cast<float>(factor) : 0;
-      to[2 * padded + c] = c < channels ? static_cast<float>(offset) : 0;
-    }
-}
-
 template <int M, class S>
 void forward(const Forward& call, int threads) {
   const Plan p(call, M, threads);
   const int64_t tasks = p.tasks(), outputs = p.vectors * W;
   threads = static_cast<int>(min_of(threads, tasks));
   const int64_t per_thread = Space<M>::floats(p), shared = p.shared ? p.weights(p.vectors) : 0;
-  const int64_t coefficients = call.norm.stats == nullptr ? 0 : p.batch * 3 * ceil_div(p.inputs, W) * W;
+  const int64_t padded = ceil_div(p.inputs, W) * W, coefficients = norm_floats(call, padded);
   Buffer scratch((threads * per_thread + shared + outputs + coefficients) * 4);
   float* weights = scratch.take<float>(shared);
   float* memory = scratch.take<float>(threads * per_thread);
@@ -653,7 +629,7 @@ void forward(const Forward& call, int threads) {
     load_row(call.bias.dtype, static_cast<const char*>(call.bias.data), call.bias.stride[1], p.outputs, 1,
              bias);
   float* norm = coefficients == 0 ? nullptr : scratch.take<float>(coefficients);
-  if (norm != nullptr) fill_norm(call, norm);
+  fill_norm(call, padded, norm);
   const Task<S> k{Image<S>(call.x),
                   Image<S>(call.norm.skip),
                   Image<S>(call.residual),
@@ -691,6 +667,8 @@ void conv3x3_float32_forward(const Forward& call, int threads) {
   if (call.y.size[0] * call.y.size[1] * call.y.size[2] * call.y.size[3] == 0) return;
   if (call.weight.dtype == DType::f64)
     throw std::invalid_argument("a 3x3 convolution's weight must not be float64");
+  if (call.norm.skip.data != nullptr && call.x.size[1] % W != 0)
+    throw std::invalid_argument("x must have whole vectors of channels before those of a skip");
   switch (call.x.dtype) {
     case DType::f32:
       return forward<float>(call, threads);

@@ -63,6 +63,30 @@ void silu(BFloat16* values, int64_t count) {
   }
 }
 
+// Normalises and activates pixels while it copies them. `norm` holds three vectors of `padded` channels:
+// means, factors and offsets.
+void activate_pixels(const BFloat16* from, int64_t step, int64_t count, int64_t channels, const float* norm,
+                     int64_t padded, BFloat16* to, int64_t to_step) {
+  using conv3x3::kLanes;
+  for (int64_t i = 0; i < count; ++i, from += step, to += to_step)
+    for (int64_t c = 0; c < channels; c += 2 * kLanes) {
+      VecF z[2], divisor[2];
+      int lanes[2];
+      for (int u = 0; u < 2; ++u) {
+        const int64_t at = c + u * kLanes;
+        lanes[u] = static_cast<int>(max_of(0, min_of(kLanes, channels - at)));
+        const VecF x = lanes[u] == kLanes ? VecF::load(from + at) : VecF::load(from + at, lanes[u]);
+        z[u] = multiply_add(x - VecF::load(norm + at), VecF::load(norm + padded + at),
+                            VecF::load(norm + 2 * padded + at));
+      }
+      one_plus_exp_minus<2>(z, divisor);
+      for (int u = 0; u < 2; ++u) {
+        BFloat16* place = to + c + u * kLanes;
+        lanes[u] == kLanes ? (z[u] / divisor[u]).store(place) : (z[u] / divisor[u]).store(place, lanes[u]);
+      }
+    }
+}
+
 // Interleaves the lanes of two vectors. The dot product multiplies such pairs and adds the products.
 void store_pair(VecF first, VecF second, BFloat16* to) {
   const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second.v, first.v));
@@ -77,21 +101,28 @@ struct Rows {
   int64_t padded;         // channels
   int64_t elements;       // elements of one row
 
-  Rows(const TensorView& t, int64_t tile_columns)
+  Rows(const TensorView& t, int64_t channels, int64_t tile_columns)
       : height(t.size[2]),
         width(t.size[3]),
-        padded(conv3x3::padded_inputs(t.size[1])),
+        padded(conv3x3::padded_inputs(channels)),
         elements((2 * tile_columns + 2) * padded) {}
 };
 
-// Fills one row, with zeros before and after the pixels. Padding channels must be zero already.
-void fill_row(const Rows& s, const Image& x, bool activated, int64_t n, int64_t y, BFloat16* to) {
+// Fills one row, with zeros before and after the pixels, which `copy` writes. Padding channels
+// must be zero already.
+template <class Copy>
+void fill_row(const Rows& s, int64_t y, BFloat16* to, Copy copy) {
   if (y < 0 || y >= s.height) return clear(to, s.elements);
   clear(to, s.padded);
   to += s.padded;
-  copy_pixels(x.at(n, y, 0), x.pixel, s.width, x.channels, to, s.padded);
-  if (activated) silu(to, s.width * s.padded);
+  copy(to);
   clear(to + s.width * s.padded, s.elements - (s.width + 1) * s.padded);
+}
+
+void fill_row(const Rows& s, const Image& x, int64_t n, int64_t y, BFloat16* to) {
+  fill_row(s, y, to, [&](BFloat16* pixels) {
+    copy_pixels(x.at(n, y, 0), x.pixel, s.width, x.channels, pixels, s.padded);
+  });
 }
 
 }  // namespace

@@ -42,7 +42,9 @@ struct Plan {
   int64_t point_x, point_grad, point_sums;  // distance between the values of two points
 
   explicit Plan(const WeightGradient& call)
-      : pairs(ceil_div(call.x.size[3], 4)), x(call.x, 2 * pairs), grad(call.grad, 2 * pairs) {
+      : pairs(ceil_div(call.x.size[3], 4)),
+        x(call.x, call.x.size[1], 2 * pairs),
+        grad(call.grad, call.grad.size[1], 2 * pairs) {
     inputs = call.x.size[1], outputs = call.grad.size[1];
     panels = conv3x3::panels(inputs), vectors = conv3x3::panel_vectors(inputs);
     tile_rows = ceil_div(call.x.size[2], 2), all_rows = call.x.size[0] * tile_rows;
@@ -179,8 +181,8 @@ void weight_gradient(const WeightGradient& call, int threads) {
           BFloat16 *d[4], *e[2];
           for (int i = 0; i < 4; ++i) d[i] = pixels + thread * per_thread + i * p.x.elements;
           for (int i = 0; i < 2; ++i) e[i] = d[0] + 4 * p.x.elements + i * p.grad.elements;
-          for (int i = 0; i < 4; ++i) fill_row(p.x, x, false, n, y - 1 + i, d[i]);
-          for (int i = 0; i < 2; ++i) fill_row(p.grad, grad, false, n, y + i, e[i]);
+          for (int i = 0; i < 4; ++i) fill_row(p.x, x, n, y - 1 + i, d[i]);
+          for (int i = 0; i < 2; ++i) fill_row(p.grad, grad, n, y + i, e[i]);
           transform_inputs(p, d, r, inputs);
           transform_gradients(p, e, r, gradients);
         }

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from litevae_kernels.arithmetic import current_isa, result_dtype
+from litevae_kernels.arithmetic import result_dtype
 from litevae_kernels.conv3x3 import check_arguments, conv3x3, is_fused
-from litevae_kernels.conv3x3.dispatch import multiplies_bfloat16
 from litevae_kernels.group_norm_silu import check_arguments as check_norm
 from litevae_kernels.group_norm_silu import group_norm_silu
 from litevae_kernels.tensors import refuse_tangents
@@ -25,8 +24,8 @@ def norm_silu_conv3x3(
 ) -> Tensor:
     """Returns ``conv3x3(group_norm_silu(x, num_groups, ...), weight, bias, residual=residual)``.
 
-    While no gradients are recorded, the float32 kernels for the CPU compute the statistics in one pass over the
-    input, and normalise and activate it while they read it. All other calls run the two operators.
+    While no gradients are recorded, the kernels for the CPU compute the statistics in one pass over the input, and
+    normalise and activate it while they read it. All other calls run the two operators.
 
     Args:
         x, num_groups, eps, skip: arguments of `group_norm_silu`; `x` is (N, C, H, W) and `skip` (N, C_skip, H, W).
@@ -57,5 +56,4 @@ def normalises(x: Tensor, weight: Tensor) -> bool:
         isinstance(t, Tensor) and t.layout == torch.strided and t.ndim == 4 for t in (x, weight)
     ):
         return False
-    dtype = result_dtype(x)
-    return x.dtype == dtype and not multiplies_bfloat16(dtype, current_isa()) and is_fused(x, weight)
+    return x.dtype == result_dtype(x) and is_fused(x, weight)

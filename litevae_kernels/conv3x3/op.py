@@ -85,7 +85,7 @@ def _norm_forward(
     bias: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
-    """Serves inputs of the float32 kernels; a vector of channels must not be divided between `x` and `skip`."""
+    """Runs two operators where the float32 kernels would divide a vector of channels between `x` and `skip`."""
     if _is_small(x, weight) or (skip is not None and x.shape[1] % WIDEST_VECTOR):
         norm = (norm_weight, norm_bias, num_groups, eps, "native")
         h = torch.ops.litevae.group_norm_silu(x, skip, *norm)[0]

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from litevae_kernels import conv3x3, group_norm_silu, use_backend
 from litevae_kernels.arithmetic import multiplies
+from litevae_kernels.conv3x3 import native
 from litevae_kernels.conv3x3.normed import norm_silu_conv3x3
 from litevae_kernels.testing import LAYOUTS, arrange, poisoned_memory
 
@@ -62,12 +63,15 @@ def test_result_within_the_budget(dtype, layout, isa):
             assert (y - expected).norm() <= budget * expected.norm()
 
 
-@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
-def test_same_bits_as_the_two_operators_in_float32():
+def test_same_bits_as_the_two_operators(dtype, isa):
+    """The kernels that multiply in bfloat16 round the normalised input, as the two operators do."""
+    if dtype == torch.bfloat16 and not multiplies(dtype, isa):
+        pytest.skip(f"the float32 kernels of {isa} do not round the normalised input")
     for shape in SHAPES:
         for layout in LAYOUTS:
-            x, skip, norm, weight, bias, residual = problem(shape, torch.float32, layout, 0)
+            x, skip, norm, weight, bias, residual = problem(shape, dtype, layout, 0)
             y = norm_silu_conv3x3(x, 8, *norm, weight, bias, skip=skip, residual=residual)
             h = group_norm_silu(x, 8, *norm, skip=skip)
             assert torch.equal(y, conv3x3(h, weight, bias, residual=residual))
@@ -101,6 +105,15 @@ def test_missing_parameters_empty_batches_gradients_and_the_reference():
     wide = x.double().requires_grad_()
     exact(wide, skip, norm, weight, bias, residual).sum().backward()
     assert (leaf.grad - wide.grad).norm() <= 1e-5 * wide.grad.norm()
+
+
+def test_the_core_refuses_a_skip_that_begins_within_a_vector(isa):
+    x, skip, y = torch.randn(1, 18, 8, 8), torch.randn(1, 14, 8, 8), torch.empty(1, 16, 8, 8)
+    stats = torch.zeros(1, 8, 2, dtype=torch.float64)
+    with pytest.raises(ValueError, match="whole vectors of channels"):
+        native.norm_forward(x, skip, None, None, stats, torch.randn(16, 32, 3, 3), None, None, y)
+    with pytest.raises(ValueError, match="weight"):
+        native.norm_forward(x, skip, None, None, stats, torch.randn(16, 18, 3, 3), None, None, y)
 
 
 def test_operator_is_registered_correctly():
