@@ -67,6 +67,25 @@ class AdversaryConfig(DiscriminatorConfig):
     betas: tuple[float, float] | None = setting(
         None, "Adam's betas for the discriminator; null for optimizer.betas.", minimum=0, below=1
     )
+    start: int | None = setting(
+        None,
+        "First step in which the discriminator learns; null for loss.adversarial_start, which must not be earlier.",
+        minimum=0,
+    )
+    lecam: float = setting(
+        0.0, "Weight of LeCam regularisation (Tseng et al., 2021) in the discriminator's loss.", minimum=0
+    )
+    lecam_decay: float = setting(
+        0.99, "Decay of LeCam's averages of the logits per step.", minimum=0, below=1
+    )
+    r1: float = setting(
+        0.0,
+        "Weight gamma of R1, gamma/2 times the squared gradient at real images, for discriminator.kind=stylegan.",
+        minimum=0,
+    )
+    r1_every: int = setting(
+        16, "R1 is computed in every such step only, as many times as strong, as in StyleGAN2.", minimum=1
+    )
 
 
 @dataclass
@@ -217,6 +236,7 @@ def check_training_config(config: Config) -> None:
         )
     if config.loss.ldl and not config.ema_decay:
         raise UserError("loss.ldl compares with the averaged model: ema_decay must be above 0")
+    check_discriminator(config)
     check_gradient_ratio(config)
     check_stages(config)
 
@@ -242,6 +262,27 @@ def check_distillation(config: Config) -> None:
         raise UserError(
             f"loss.adversarial needs a reconstruction loss beside it: one of {', '.join(RECONSTRUCTION_TERMS)} must "
             "be above 0"
+        )
+
+
+def discriminator_start(config: Config) -> int:
+    """Returns the first step in which the discriminator learns, from 1, if there is one."""
+    start = config.discriminator.start
+    return max(1, config.loss.adversarial_start if start is None else start)
+
+
+def check_discriminator(config: Config) -> None:
+    """Checks the settings of the discriminator; a UserError names those that do not fit together."""
+    counts = max(1, config.loss.adversarial_start)
+    if discriminator_start(config) > counts:
+        raise UserError(
+            f"discriminator.start must be loss.adversarial_start={counts} or less, got {config.discriminator.start}: "
+            "the autoencoder would learn from a discriminator that has not learned anything"
+        )
+    if config.discriminator.r1 and config.discriminator.kind != "stylegan":
+        raise UserError(
+            f"discriminator.r1 must be 0 for discriminator.kind={config.discriminator.kind}, got "
+            f"{config.discriminator.r1}: it is for stylegan"
         )
 
 

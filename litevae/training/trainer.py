@@ -234,6 +234,7 @@ class Trainer(Loop[TrainingResult]):
         return SavedState(
             {
                 "optimizers": {name: each.moments() for name, each in self.train_step.optimizers.items()},
+                "lecam": self.train_step.adversary.state(),
                 "history": self.history,
             },
             self.discriminator.state_dict() if self.discriminator else None,
@@ -259,6 +260,7 @@ class Trainer(Loop[TrainingResult]):
                 raise UserError(
                     f"resume: {checkpoint.path} trained other weights of the {name}: see freeze_encoder"
                 )
+        self.train_step.adversary.restore(state.get("lecam"), self.accelerator.device)
         self.history = [dict(point) for point in state["history"]]
 
     def finish(self, signal_name: str | None, stopped: bool, failure: Failure | None) -> TrainingResult:
