@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from litevae.cli.common import stopped_message
+from litevae.cli.common import COLUMNS, stopped_message
 
 
 def train(
@@ -50,8 +50,9 @@ def train(
       config.yaml          every setting; litevae train runs/demo/config.yaml output_dir=runs/again
                            repeats the run
       model/               the model, for litevae reconstruct or LiteVAE.from_pretrained
-      checkpoints/         one every checkpoint.every steps and one at each new best PSNR; the last
-                           checkpoint.keep and the best are kept (the demo writes none)
+      checkpoints/         one every checkpoint.every steps and one at each new best validation, by
+                           checkpoint.best_by; the last checkpoint.keep and the best are kept
+                           (the demo writes none)
       tensorboard/         unless tracker is wandb or none
 
     A finished model is never replaced: without checkpoints to continue from, give another output_dir, or delete it.
@@ -82,11 +83,16 @@ def run_training(config: str, overrides: Sequence[str]) -> None:
     if result.stopped_by:
         print(stopped_message(result.stopped_by, result.steps, settings.checkpoint.every > 0))
     measured = ""
+    others = "".join(
+        f", {heading} {result.metrics[name]:.{digits}f}"
+        for name, (heading, digits) in COLUMNS.items()
+        if name in result.metrics and name not in ("psnr", "ssim")
+    )
     if result.psnr is not None:
         haar = result.yardsticks[HAAR]
         below = below_haar({"psnr": result.psnr}, result.yardsticks)
         measured = (
-            f"; validation: PSNR {result.psnr:.2f} dB, SSIM {result.ssim:.3f}{f' ({BELOW})' * below}; "
+            f"; validation: PSNR {result.psnr:.2f} dB, SSIM {result.ssim:.3f}{others}{f' ({BELOW})' * below}; "
             f"Haar yardstick: {haar['psnr']:.2f} dB, {haar['ssim']:.3f}"
         )
     print(f"{result.steps} step{'s' * (result.steps != 1)} in {result.seconds:.0f} s{measured}")

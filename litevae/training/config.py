@@ -9,6 +9,7 @@ from litevae import settings
 from litevae.data.config import DataConfig
 from litevae.discriminators import DiscriminatorConfig
 from litevae.errors import UserError
+from litevae.evaluation.metrics import Metric
 from litevae.losses import RECONSTRUCTION_TERMS, TEACHER_TERMS, LossConfig
 from litevae.models.config import ModelConfig, check_model_config
 from litevae.settings import section, setting
@@ -90,11 +91,21 @@ class AdversaryConfig(DiscriminatorConfig):
 
 @dataclass
 class CheckpointConfig:
-    """Checkpoints are written every `every` steps, at the end, and after each validation (`validate_every`) with
-    the highest PSNR so far, at most one per step. The last `keep` and the best are kept."""
+    """Checkpoints are written every `every` steps and at the end, at most one per step. The last `keep` are kept."""
 
     every: int = setting(1000, "Steps between two checkpoints; 0 writes none at all.", minimum=0)
     keep: int = setting(2, "Number of the newest checkpoints to keep besides the best.", minimum=1)
+
+
+@dataclass
+class ValidatedCheckpointConfig(CheckpointConfig):
+    """Checkpoints are written every `every` steps, at the end, and after each validation (`validate_every`) with
+    the best `best_by` so far, at most one per step. The last `keep` and the best are kept."""
+
+    best_by: Metric = setting(
+        "psnr",
+        "Metric of the validation images that the best checkpoint is chosen by, from validate_metrics.",
+    )
 
 
 @dataclass
@@ -132,6 +143,9 @@ class Config(RunConfig):
     """Configuration of an autoencoder's training run."""
 
     validate_every: int = setting(1000, "Steps between two measurements on the validation images.", minimum=1)
+    validate_metrics: list[Metric] = setting(
+        ["psnr", "ssim"], "Metrics of the validation images; psnr and ssim are always measured."
+    )
     gradient_ratio_every: int = setting(
         0,
         "Steps between two measurements of the adversarial gradient relative to the reconstruction's (Figure 7). "
@@ -165,8 +179,8 @@ class Config(RunConfig):
         AdversaryConfig, "The discriminator, which is trained if loss.adversarial is above 0."
     )
     optimizer: OptimizerConfig = section(OptimizerConfig, "AdamW, which is Adam without weight decay.")
-    checkpoint: CheckpointConfig = section(
-        CheckpointConfig, "When checkpoints are written, and how many are kept."
+    checkpoint: ValidatedCheckpointConfig = section(
+        ValidatedCheckpointConfig, "When checkpoints are written, and which are kept."
     )
 
 
@@ -236,6 +250,9 @@ def check_training_config(config: Config) -> None:
         )
     if config.loss.ldl and not config.ema_decay:
         raise UserError("loss.ldl compares with the averaged model: ema_decay must be above 0")
+    best_by = config.checkpoint.best_by
+    if best_by not in ("psnr", "ssim", *config.validate_metrics):
+        raise UserError(f"checkpoint.best_by={best_by} is not measured: add {best_by} to validate_metrics")
     check_discriminator(config)
     check_gradient_ratio(config)
     check_stages(config)

@@ -18,6 +18,7 @@ from litevae import settings
 from litevae.data.bad_images import BAD_IMAGES
 from litevae.environment import versions
 from litevae.errors import NonFiniteError, UserError, WorkerDied
+from litevae.evaluation.metrics import Metric
 from litevae.files import replacing
 from litevae.models.weights import load_weights
 from litevae.signals import StopRequest
@@ -77,6 +78,7 @@ class Loop(ABC, Generic[Result]):
 
     network_name: ClassVar[str]  # name of the network's folder in a checkpoint
     decisive_settings: ClassVar[tuple[str, ...]]  # a resumed run that changes these sections is another run
+    best_by: Metric = "psnr"  # metric of the best checkpoint, if any is measured
 
     random: dict[str, Any]
     network: ModelMixin
@@ -167,7 +169,7 @@ class Loop(ABC, Generic[Result]):
                 state,
                 {**added.manifest, "versions": versions(), "config": asdict(config)},
             )
-            remove_old(self.checkpoint_folder, config.checkpoint.keep)
+            remove_old(self.checkpoint_folder, config.checkpoint.keep, self.best_by)
         self.saved_step = self.step
         self.accelerator.wait_for_everyone()
 

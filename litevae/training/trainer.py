@@ -16,9 +16,9 @@ from litevae.data.images import to_model_range
 from litevae.discriminators import build_discriminator
 from litevae.environment import versions
 from litevae.errors import UserError, WorkerDied
-from litevae.evaluation.metrics import psnr, ssim
+from litevae.evaluation.metrics import is_better
 from litevae.evaluation.pictures import draw_grid, draw_reconstructions
-from litevae.evaluation.reconstruction import reconstruct
+from litevae.evaluation.validation import Validation
 from litevae.evaluation.yardsticks import HAAR, below_haar, for_json, measure_yardsticks
 from litevae.files import replacing
 from litevae.losses import Objective
@@ -46,7 +46,7 @@ class TrainingResult:
     `psnr` (dB) and `ssim` are means over the validation images at the end, or None without such images. `seconds`
     is wall-clock time without the start. `stopped_by` is the signal that ended the run early, such as "SIGINT",
     otherwise None. `yardsticks` holds the PSNR and SSIM of each of `litevae.evaluation.yardsticks` on the same
-    images, and is empty without such images.
+    images, and `metrics` everything in `validate_metrics`; both are empty without such images.
     """
 
     output_dir: Path
@@ -56,6 +56,7 @@ class TrainingResult:
     ssim: float | None
     stopped_by: str | None
     yardsticks: dict[str, dict[str, float]] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 def train(config: Config, replace: bool = False) -> TrainingResult:
@@ -102,7 +103,7 @@ class Trainer(Loop[TrainingResult]):
 
     def __init__(self, config: Config) -> None:
         config, accelerator, checkpoint, note = begin(config, folder := Path(config.output_dir))
-        self.config = config
+        self.config, self.best_by = config, config.checkpoint.best_by
         super().__init__(config, folder, accelerator, note)
         self.stages = list_stages(config)
         set_seed(config.seed)
@@ -112,6 +113,7 @@ class Trainer(Loop[TrainingResult]):
         self.data = TrainingData(
             config, self.stages, self.accelerator, self.output_dir, checkpoint is not None
         )
+        self.validation = self.make_validation()
         objective = Objective(config.loss)
         if config.channels_last:
             for module in filter(None, (self.model, objective, self.teacher)):
@@ -168,6 +170,14 @@ class Trainer(Loop[TrainingResult]):
             discriminator.to(memory_format=torch.channels_last)
         return discriminator.to(self.accelerator.device)
 
+    def make_validation(self) -> Validation:
+        """Prepares the metrics of the validation images; raises UserError if one cannot be measured."""
+        images = [image for _, image in self.data.validation]
+        try:
+            return Validation(images, self.config.validate_metrics if images else ())
+        except UserError as error:
+            raise UserError(f"validate_metrics: {error}") from None
+
     def steps(self) -> Iterator[tuple[int, Tensor, float]]:
         done = self.step
         for stage in self.stages:
@@ -206,31 +216,35 @@ class Trainer(Loop[TrainingResult]):
         config = self.config
         if step == config.max_steps:
             return
-        best = max((point["psnr"] for point in self.history), default=-math.inf)
         improved = False
         if step % config.validate_every == 0 and self.data.validation:
+            before = [point.get(self.best_by, math.nan) for point in self.history]
             self.validate(self.step)  # the last step that was not skipped
-            improved = self.history[-1]["psnr"] > best
+            latest = self.history[-1][self.best_by]
+            rivals = [value for value in before if not math.isnan(value)]
+            improved = not math.isnan(latest) and all(
+                is_better(self.best_by, latest, each) for each in rivals
+            )
         if improved or (config.checkpoint.every and step % config.checkpoint.every == 0):
             self.save()
 
     def validate(self, step: int) -> None:
-        """Appends the mean PSNR and SSIM of the validation images to the history."""
+        """Appends the metrics of the validation images to the history."""
         point: list[dict[str, float]] = [{}]
         if self.is_main:
-            pairs = [(image, reconstruct(self.best_model, image)) for _, image in self.data.validation]
-            values = {
-                name: sum(metric(*pair) for pair in pairs) / len(pairs)
-                for name, metric in (("psnr", psnr), ("ssim", ssim))
-            }
+            values, pairs = self.validation(self.best_model)
             point = [{"step": step, **values, "seconds": round(self.seconds, 1)}]
             draw_grid(pairs, self.output_dir / "validation" / f"step-{step:08d}.png")
             self.accelerator.log({f"validation/{name}": value for name, value in values.items()}, step=step)
         broadcast_object_list(point)
         self.history.append(point[0])
 
+    def measured(self, point: dict[str, float]) -> dict[str, float]:
+        """Returns the metrics in a point of the history."""
+        return {name: point[name] for name in self.validation.metrics if name in point}
+
     def state_to_save(self) -> SavedState:
-        measured = self.history and self.history[-1]["step"] == self.step
+        measured = bool(self.history) and self.history[-1]["step"] == self.step
         return SavedState(
             {
                 "optimizers": {name: each.moments() for name, each in self.train_step.optimizers.items()},
@@ -239,7 +253,7 @@ class Trainer(Loop[TrainingResult]):
             },
             self.discriminator.state_dict() if self.discriminator else None,
             {
-                "psnr": self.history[-1]["psnr"] if measured else None,
+                **(self.measured(self.history[-1]) if measured else {"psnr": None}),
                 "teacher": self.teacher and self.teacher.digests,
             },
         )
@@ -270,12 +284,19 @@ class Trainer(Loop[TrainingResult]):
         if self.data.validation and (not self.history or self.history[-1]["step"] != self.step):
             self.validate(self.step)
         self.save()
-        final: dict[str, Any] = self.history[-1] if self.data.validation else {"psnr": None, "ssim": None}
+        final = self.measured(self.history[-1]) if self.data.validation else {}
         stopped_by = (signal_name or "another process") if stopped else None
         images = [image for _, image in self.data.validation]
         yardsticks = measure_yardsticks(self.best_model, images) if images else {}
         result = TrainingResult(
-            self.output_dir, self.step, self.seconds, final["psnr"], final["ssim"], stopped_by, yardsticks
+            self.output_dir,
+            self.step,
+            self.seconds,
+            final.get("psnr"),
+            final.get("ssim"),
+            stopped_by,
+            yardsticks,
+            final,
         )
         if self.is_main:
             self.write_results(result, complete=not (stopped or failure))
@@ -296,8 +317,7 @@ class Trainer(Loop[TrainingResult]):
                 else None,
                 "count": len(self.data.validation),
                 "measured_on": f"{height}x{width} pixels, 8 bits, mode of the posterior, mean over the images",
-                "psnr": result.psnr,
-                "ssim": result.ssim,
+                **({"psnr": None, "ssim": None} | result.metrics),
                 "yardsticks": for_json(result.yardsticks),
                 "below_haar_yardstick": below_haar({"psnr": result.psnr}, result.yardsticks)
                 if result.psnr is not None
