@@ -12,9 +12,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from litevae.losses import RECONSTRUCTION_TERMS, Loss, Objective
-from litevae.models.interface import Autoencoder
+from litevae.models.initialise import fix_variance
+from litevae.models.interface import Autoencoder, spatial_compression
 from litevae.training.adversary import Adversary, Discriminate
 from litevae.training.config import Config
+from litevae.training.latents import Change
 from litevae.training.optimization import EMA, NetworkOptimizer
 
 WEIGHTED = "weighted/"  # prefix in the log of a term multiplied by its weight
@@ -27,28 +29,38 @@ class Autoencode(nn.Module):
     Args:
         model: autoencoder.
         decode: whether to decode; a loss of posteriors alone does not need it.
+        learn_variance: whether the posterior's variance gets a gradient.
     """
 
-    def __init__(self, model: Autoencoder, decode: bool = True) -> None:
+    def __init__(self, model: Autoencoder, decode: bool = True, learn_variance: bool = True) -> None:
         super().__init__()
         self.model = model
         self.decode = decode
+        self.learn_variance = learn_variance
 
-    def forward(self, image: Tensor, noise: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+    def forward(
+        self, image: Tensor, noise: Tensor, change: Change | None = None
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
         """Encodes images and decodes a sample of their posterior.
 
         Args:
             image: images (N, 3, H, W) in [-1, 1].
             noise: standard normal noise (N, n_z, h, w) of the sample, mean + std · noise.
+            change: change of the sample before it is decoded.
 
         Returns:
             The reconstruction (N, 3, H, W), or None, and the posterior's mean and log-variance, both (N, n_z, h, w).
         """
         posterior = self.model.encode(image).latent_dist
+        mean, logvar, std = posterior.mean, posterior.logvar, posterior.std
+        if not self.learn_variance:
+            logvar, std = logvar.detach(), std.detach()
         if not self.decode:
-            return None, posterior.mean, posterior.logvar
-        latent = posterior.mean + posterior.std * noise
-        return self.model.decode(latent).sample, posterior.mean, posterior.logvar
+            return None, mean, logvar
+        latent = mean + std * noise
+        if change is not None:
+            latent = change.latent(latent)
+        return self.model.decode(latent).sample, mean, logvar
 
 
 @dataclass(frozen=True)
@@ -107,7 +119,8 @@ class TrainingStep:
         self.scaler: torch.amp.GradScaler | None = accelerator.scaler
 
         settings = config.optimizer
-        autoencode = Autoencode(model, objective.needs_reconstruction)
+        self.fixed_std = config.latent.std
+        autoencode = Autoencode(model, objective.needs_reconstruction, self.fixed_std is None)
         if config.compile:
             adaptive = config.loss.adversarial and config.loss.adversarial_weight == "adaptive"
             if adaptive or self.ratio_every:
@@ -116,13 +129,18 @@ class TrainingStep:
             autoencode.compile()
             if teacher is not None:
                 teacher.compile()
+        own_rates = [
+            (part, rate)
+            for rate, parts in (
+                (settings.encoder_learning_rate, (model.encoder, model.quant_conv)),
+                (settings.decoder_learning_rate, (model.decoder, model.post_quant_conv)),
+            )
+            for part in parts
+            if rate is not None and part is not None
+        ]
         self.optimizers = {
             "autoencoder": NetworkOptimizer(
-                accelerator.prepare_model(autoencode),
-                settings.learning_rate,
-                settings.betas,
-                settings.weight_decay,
-                factor,
+                accelerator.prepare_model(autoencode), settings, factor, own_rates=own_rates
             )
         }
         if discriminator is not None:
@@ -132,14 +150,20 @@ class TrainingStep:
                 discriminate.compile()
             self.optimizers["discriminator"] = NetworkOptimizer(
                 accelerator.prepare_model(discriminate),
-                settings.learning_rate if adversary.learning_rate is None else adversary.learning_rate,
-                adversary.betas or settings.betas,
-                settings.weight_decay,
+                settings,
                 factor,
+                adversary.learning_rate,
+                adversary.betas,
             )
 
     def __call__(
-        self, image: Tensor, noise: Tensor, step: int, stop: bool, unusable: bool = False
+        self,
+        image: Tensor,
+        noise: Tensor,
+        step: int,
+        stop: bool,
+        unusable: bool = False,
+        change: Change | None = None,
     ) -> Outcome:
         """Performs one step on this process's share of the batch.
 
@@ -149,6 +173,7 @@ class TrainingStep:
             step: number of the step, from 1.
             stop: whether this process was asked to stop.
             unusable: whether this share must not be trained on.
+            change: change of the latents before they are decoded.
         """
         adversarial, learning = self.objective.uses_discriminator(step), self.adversary.learns(step)
         active = [self.optimizers[name] for name in ("autoencoder", "discriminator")[: 1 + learning]]
@@ -161,10 +186,11 @@ class TrainingStep:
         before = [buffer.clone() for buffer in buffers]
 
         losses: list[list[Loss]] = []
-        parts = zip(image.chunk(self.accumulation), noise.chunk(self.accumulation), strict=True)
-        for index, (images, noises) in enumerate(parts):
-            with self.synchronised(active, index == self.accumulation - 1):
-                losses.append(self.backward(images, noises, step, gradients))
+        count = self.accumulation
+        changes = [None] * count if change is None else change.chunk(count)
+        for index, part in enumerate(zip(image.chunk(count), noise.chunk(count), changes, strict=True)):
+            with self.synchronised(active, index == count - 1):
+                losses.append(self.backward(*part, step, gradients))
 
         first, *discriminating = losses[0]
         names = [*first.terms, *(WEIGHTED + name for name in first.weighted), "loss"]
@@ -187,6 +213,8 @@ class TrainingStep:
         rates = [optimizer.update(step, self.scaler) for optimizer in active] if updating else []
         if updating:
             self.adversary.update(statistics)
+            if self.fixed_std is not None:  # weight decay changes it
+                fix_variance(self.model, self.fixed_std)
             if self.ema is not None:
                 self.ema.update(self.model)
         elif buffers:
@@ -205,12 +233,15 @@ class TrainingStep:
             values["learning_rate"] = rates[0]
         return Outcome(values, non_finite, stop_mean > 0, unusable_mean > 0)
 
-    def backward(self, image: Tensor, noise: Tensor, step: int, gradients: Tensor | None) -> list[Loss]:
+    def backward(
+        self, image: Tensor, noise: Tensor, change: Change | None, step: int, gradients: Tensor | None
+    ) -> list[Loss]:
         """Adds one part's gradients; returns the autoencoder's loss and the discriminator's, if there is one.
 
         Args:
             image: images of the part (n, 3, H, W) in [-1, 1].
             noise: noise of the part (n, n_z, h, w).
+            change: change of the part's latents, or None.
             step: number of the step.
             gradients: tensor that `add_gradients` adds to, or None.
         """
@@ -219,8 +250,10 @@ class TrainingStep:
         with self.accelerator.autocast():
             if self.objective.needs_ema and self.ema is not None:
                 with torch.no_grad():
-                    ema_reconstruction = Autoencode(self.ema.model)(image, noise)[0]
-            reconstruction, mean, logvar = self.optimizers["autoencoder"].network(image, noise)
+                    ema_reconstruction = Autoencode(self.ema.model)(image, noise, change)[0]
+            reconstruction, mean, logvar = self.optimizers["autoencoder"].network(image, noise, change)
+            if change is not None:  # from here on, what the reconstruction is compared with
+                image = change.picture(image, spatial_compression(self.model))
             loss = self.objective.generator(
                 image,
                 reconstruction,

@@ -12,7 +12,9 @@ import torch
 from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor, nn
 
+from litevae.data.config import check_has_images
 from litevae.data.images import to_model_range
+from litevae.data.sources import open_images
 from litevae.discriminators import build_discriminator
 from litevae.environment import versions
 from litevae.errors import UserError, WorkerDied
@@ -29,9 +31,10 @@ from litevae.models.weights import copy_weights, save_model
 from litevae.signals import StopRequest
 from litevae.training.build import build_model, check_sizes, load_teacher
 from litevae.training.checkpoint import DISCRIMINATOR, Checkpoint, random_state, read_manifest
-from litevae.training.config import Config, check_batch_size, list_stages
+from litevae.training.config import Config, check_batch_size, list_stages, with_steps
 from litevae.training.curves import draw_curves
 from litevae.training.data_loader import TrainingData
+from litevae.training.latents import draw_change, sides_to_draw
 from litevae.training.loop import Failure, Loop, SavedState
 from litevae.training.optimization import EMA, learning_rate_factor
 from litevae.training.start import begin, output_folder
@@ -99,9 +102,14 @@ class Trainer(Loop[TrainingResult]):
     """One training run: `__init__` builds or restores everything, and `run` performs the steps."""
 
     network_name = "model"
-    decisive_settings = ("seed", "precision", "data", "stages", "loss")
+    decisive_settings = ("seed", "precision", "data", "stages", "loss", "latent")
 
     def __init__(self, config: Config) -> None:
+        images = None
+        if config.max_epochs is not None:
+            check_has_images(config.data)
+            images = open_images(config.data.train)
+            config = with_steps(config, len(images))
         config, accelerator, checkpoint, note = begin(config, folder := Path(config.output_dir))
         self.config, self.best_by = config, config.checkpoint.best_by
         super().__init__(config, folder, accelerator, note)
@@ -111,7 +119,7 @@ class Trainer(Loop[TrainingResult]):
         self.network = self.model = build_model(config, self.teacher)
         self.check_stages()
         self.data = TrainingData(
-            config, self.stages, self.accelerator, self.output_dir, checkpoint is not None
+            config, self.stages, self.accelerator, self.output_dir, checkpoint is not None, images
         )
         self.validation = self.make_validation()
         objective = Objective(config.loss)
@@ -208,8 +216,14 @@ class Trainer(Loop[TrainingResult]):
         count, side = self.accelerator.num_processes, image.shape[-1] // spatial_compression(self.model)
         channels = self.config.model.latent_channels
         noise = torch.randn((count * len(batch), channels, side, side), device=image.device)
-        share = noise.chunk(count)[self.accelerator.process_index]
-        return self.train_step(image, share, step, stop, self.unusable is not None)
+        share = noise.chunk(count)[index := self.accelerator.process_index]
+        change = None
+        settings = self.config.latent
+        if settings.noise or settings.equivariance:
+            factor = spatial_compression(self.model)
+            sides = sides_to_draw(side, factor, settings.equivariance_scale, self.discriminator)
+            change = draw_change(settings, share, count, index, sides)
+        return self.train_step(image, share, step, stop, self.unusable is not None, change)
 
     def after(self, step: int) -> None:
         """Validates and saves if that is due after `step`."""
@@ -272,7 +286,8 @@ class Trainer(Loop[TrainingResult]):
         for name, optimizer in self.train_step.optimizers.items():
             if not optimizer.load_moments(state["optimizers"][name]):
                 raise UserError(
-                    f"resume: {checkpoint.path} trained other weights of the {name}: see freeze_encoder"
+                    f"resume: {checkpoint.path} trained other weights of the {name}, or used another optimizer.kind: "
+                    "see freeze_encoder and freeze_decoder"
                 )
         self.train_step.adversary.restore(state.get("lecam"), self.accelerator.device)
         self.history = [dict(point) for point in state["history"]]
@@ -317,7 +332,9 @@ class Trainer(Loop[TrainingResult]):
                 else None,
                 "count": len(self.data.validation),
                 "measured_on": f"{height}x{width} pixels, 8 bits, mode of the posterior, mean over the images",
-                **({"psnr": None, "ssim": None} | result.metrics),
+                "psnr": None,
+                "ssim": None,
+                **result.metrics,
                 "yardsticks": for_json(result.yardsticks),
                 "below_haar_yardstick": below_haar({"psnr": result.psnr}, result.yardsticks)
                 if result.psnr is not None

@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from litevae.discriminators import DiscriminatorConfig, build_discriminator
+from litevae.discriminators import DiscriminatorConfig, StyleGANDiscriminator, build_discriminator
 from litevae.errors import UserError
 from litevae.losses import Objective, gradient_penalty
 from litevae.training import train
@@ -65,8 +65,8 @@ def test_while_it_only_learns_the_autoencoder_is_trained_as_without_it(
     assert losses("with", *adversarial) == losses("later", *adversarial_settings, "loss.adversarial_start=9")
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-def test_terms_are_weighted_and_r1_makes_up_for_the_steps_without_it(tiny, adversarial_settings, parts):
+def test_terms_are_weighted_and_r1_makes_up_for_the_steps_without_it(tiny, adversarial_settings):
+    parts = 2
     config = tiny(
         *adversarial_settings,
         "loss.adversarial_start=1",
@@ -78,7 +78,7 @@ def test_terms_are_weighted_and_r1_makes_up_for_the_steps_without_it(tiny, adver
         f"optimizer.accumulation={parts}",
     )
     torch.manual_seed(0)
-    model, discriminator = build_model(config), build_discriminator(config.discriminator, SIZE)
+    model, discriminator = build_model(config), StyleGANDiscriminator(SIZE, 1)
     step = TrainingStep(
         config, Accelerator(cpu=True), model, discriminator, Objective(config.loss), None, lambda _: 0.0
     )
@@ -125,11 +125,8 @@ def test_a_resumed_run_has_the_same_averages_and_losses(
 ):
     settings = [
         *adversarial_settings,
-        "discriminator.kind=stylegan",
         "discriminator.start=1",
         "discriminator.lecam=0.1",
-        "discriminator.r1=1",
-        "discriminator.r1_every=2",
         "loss.adversarial_ramp=4",
         "checkpoint.every=3",
     ]

@@ -106,6 +106,29 @@ def test_each_network_gets_the_gradients_of_its_own_loss(make):
             torch.testing.assert_close(value, other, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.parametrize("kind", ["litevae", "sd-vae"])
+def test_gradient_checkpointing_changes_no_gradient(make, kind):
+    """Equation 2 and the gradient ratio differentiate the same graph more than once."""
+    settings = ["loss.adversarial_weight=adaptive", "gradient_ratio_every=1", f"model.kind={kind}"]
+    if kind == "sd-vae":
+        settings += ["model.decoder_norm=group", "model.output_type=image"]
+    plain, saving = make(*settings), make(*settings, "gradient_checkpointing=true")
+    assert saving.model.is_gradient_checkpointing
+    assert not plain.model.is_gradient_checkpointing
+    first, second = (step(*inputs(), 1, False).values for step in (plain, saving))
+    assert second == pytest.approx(first, rel=1e-5)
+    for ours, other in zip(gradients(saving, "autoencoder"), gradients(plain, "autoencoder"), strict=True):
+        torch.testing.assert_close(ours, other)
+
+
+def test_encoder_and_decoder_have_learning_rates_apart(make):
+    step = make("optimizer.encoder_learning_rate=0", "optimizer.decoder_learning_rate=1e-3")
+    before = snapshot(step)["model"]
+    step(*inputs(), 1, False)
+    for name, value in step.model.state_dict().items():
+        assert torch.equal(value, before[name]) == name.startswith("encoder."), name
+
+
 def test_fused_updates_equal_those_of_the_unfused_optimizer(make):
     """On a CPU, only the fused AdamW ignores the strides of weights, gradients and moments."""
     steps = [make("discriminator.kind=unet") for _ in range(2)]
