@@ -217,8 +217,8 @@ class DiffusionTrainer(Loop[DiffusionResult]):
             self.autoencoder,
             self.best_unet.eval(),
             scheduler,
-            channels and channels.mean,
-            channels and channels.std,
+            None if channels is None else channels.mean,
+            None if channels is None else channels.std,
         )
         pipeline.set_progress_bar_config(disable=True)
         if self.is_main:

@@ -73,7 +73,7 @@ def saving(target: Path | None, state: PartialState) -> Iterator[Save]:
                 def append(_: Sequence[int], pictures: Tensor) -> None:
                     pixels = pictures.permute(0, 2, 3, 1).contiguous().cpu().numpy()
                     shapes.append(pixels.shape)
-                    file.write(pixels)
+                    file.write(pixels.data)
 
                 yield append
             parts = gather_object([(own, shapes)])

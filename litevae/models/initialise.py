@@ -67,7 +67,7 @@ def initialise(model: Autoencoder) -> None:
 def last_convolution(model: Autoencoder) -> nn.Conv2d:
     """Returns the convolution of a learned encoder whose output is the mean, then the log-variance."""
     last = model.encoder.feature_aggregator if isinstance(model.encoder, Encoder) else model.encoder
-    return model.quant_conv or last.conv_out
+    return cast(nn.Conv2d, model.quant_conv or last.conv_out)
 
 
 @torch.no_grad()
