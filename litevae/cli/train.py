@@ -33,7 +33,8 @@ def train(
     The demo trains a LiteVAE-S with a small decoder on scikit-image's photographs. It takes about 4 minutes on 2
     CPU cores, downloads nothing, and holds out one photograph, chelsea the cat, for validation. The other
     configurations are the paper's: imagenet-b (256 x 256), imagenet-128-b, imagenet-b-tuned (128, then 256), ffhq-b,
-    and the baselines imagenet-sd-vae and imagenet-vae-small. The paper's other models are settings of these:
+    and the baselines imagenet-sd-vae and imagenet-vae-small. sd-vae-decoder fine-tunes the decoder of Stable
+    Diffusion's own VAE, init=SD_VAE. The paper's other models are settings of these:
     model.preset=litevae-s, -m or -l, and model.latent_channels=12 with loss.kl=6.25e-8. The encoders of its
     ablations are model.encoder_type, extractor, shared_extractor, aggregator, finest_level and encoder_norm.
     data.train is a folder of images, WebDataset shards, a Hugging Face dataset on disk, .parquet files, or demo.
