@@ -284,6 +284,8 @@ def describe_type(kind: Any) -> str:
         return " or ".join(args)
     if origin is list:
         example = cast(Any, args[0]).example if is_dataclass(args[0]) else "1,2"
+        if choices := typing.get_args(args[0]):  # of a Literal
+            example = ",".join(choices[-2:])
         return f"a list such as [{example}], each {describe_type(args[0])}"
     if origin is tuple:
         return f"{len(args)} values such as [{','.join('0.5' for _ in args)}], each {describe_type(args[0])}"

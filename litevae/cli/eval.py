@@ -1,5 +1,6 @@
 """`litevae eval`."""
 
+import glob
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -50,6 +51,13 @@ def evaluate(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE", help="JSON file for the result.")
     ] = Path("eval.json"),
+    save: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="Folder for the reconstructions as PNG files, or an .npz file for them, which ADM's evaluator reads.",
+        ),
+    ] = None,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Measure a model's reconstructions: rFID, LPIPS, PSNR and SSIM.
@@ -59,6 +67,7 @@ def evaluate(
              litevae eval diffusers:path/to/sd-vae path/to/images -o sd-vae.json
              litevae eval runs/demo demo --size 64 --metrics psnr,ssim
              litevae eval runs/distill path/to/images --teacher path/to/sd-vae
+             litevae eval runs/imagenet-b path/to/images --save reconstructions.npz
              torchrun --nproc-per-node 2 --no-python litevae eval runs/imagenet-b path/to/images
 
     Images are cropped to the middle square and resized; images and reconstructions are rounded to 8 bits before
@@ -72,6 +81,9 @@ def evaluate(
     that place (two samples of that posterior differ by 1.41) and relative to that of the teacher's latents, and of
     its log-variance.
 
+    --save DIR writes each reconstruction as an 8-bit PNG file, named by the image's number. --save FILE.npz writes
+    all of them as arr_0, (N, size, size, 3) uint8, in ADM's format; such an evaluation cannot be continued.
+
     The JSON file records the crop, the count, the precision, the SHA-256 of the weights and the versions beside the
     figures. An interrupted evaluation continues from FILE.partial when the same command runs in as many processes.
     diffusers:FOLDER is any diffusers AutoencoderKL, or a pipeline with one. The weights of Inception (for rfid)
@@ -80,6 +92,15 @@ def evaluate(
     """
     names = parse_metrics(metrics)
     check_new_file(output, overwrite)
+    partial: Path | None = output.with_name(output.name + ".partial")
+    if save is not None:
+        from litevae.evaluation.saved import is_array, prepare_folder
+
+        if is_array(save):
+            check_new_file(save, overwrite)
+            partial = None
+        else:
+            prepare_folder(save, overwrite, any(output.parent.glob(f"{glob.escape(output.name)}.partial*")))
     autoencoder = load_model(model)
     other = None
     if teacher is not None:
@@ -107,7 +128,6 @@ def evaluate(
     # diffusers' own `to` warns about modules to keep in float32, and there are none.
     torch.nn.Module.to(autoencoder, state.device, DTYPES[chosen[0]])
     measured = provenance(model, data, size)
-    partial = output.with_name(output.name + ".partial")
     result = run(
         autoencoder,
         open_images(data),
@@ -118,7 +138,9 @@ def evaluate(
         choose_workers(workers),
         sample,
         partial,
-        {"data": data, "weights": measured["weights"], "precision": chosen[0]},
+        {"data": data, "weights": measured["weights"], "precision": chosen[0]}
+        | ({} if save is None else {"save": str(save)}),
+        save=save,
     )
     rows = {"model": result.values}
     if other is not None:
@@ -140,6 +162,7 @@ def evaluate(
         "yardsticks": {labels[key]: values for key, values in for_json(result.yardsticks).items()},
         "below_haar_yardstick": below,
         "without_error": result.exact,
+        "saved": save and str(save),
         "networks": {
             name: network
             for name, network in (
@@ -186,4 +209,4 @@ def evaluate(
         print(f"images reconstructed without an error: {result.exact}; the PSNR is the mean of the others")
     if result.unreadable:
         print(f"unreadable images, left out: {result.unreadable}")
-    print(f"see {output}")
+    print(f"see {output}" + (f" and {save}" if save else ""))

@@ -32,8 +32,9 @@ def scale(
 
     Stores scaling_factor, the reciprocal of the standard deviation of all latents together, by which diffusers'
     pipelines multiply latents. It sets shift_factor to 0 and removes latents_mean and latents_std, which only some
-    pipelines apply; the mean and standard deviation of each channel are printed. Images are cropped to the middle
-    square. When a run is resumed it writes a new model, whose scale must be measured again.
+    pipelines apply. The mean and standard deviation of each channel are printed, and stored in latent_statistics.json
+    beside it for litevae train-diffusion normalise=channel. Images are cropped to the middle square. When a run is
+    resumed it writes a new model, whose scale must be measured again.
     """
     autoencoder = load_model(model)
     config = model_folder(model) / "config.json"

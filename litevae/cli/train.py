@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from litevae.cli.common import stopped_message
+from litevae.cli.common import COLUMNS, stopped_message
 
 
 def train(
@@ -33,7 +33,8 @@ def train(
     The demo trains a LiteVAE-S with a small decoder on scikit-image's photographs. It takes about 4 minutes on 2
     CPU cores, downloads nothing, and holds out one photograph, chelsea the cat, for validation. The other
     configurations are the paper's: imagenet-b (256 x 256), imagenet-128-b, imagenet-b-tuned (128, then 256), ffhq-b,
-    and the baselines imagenet-sd-vae and imagenet-vae-small. The paper's other models are settings of these:
+    and the baselines imagenet-sd-vae and imagenet-vae-small. sd-vae-decoder fine-tunes the decoder of Stable
+    Diffusion's own VAE, init=SD_VAE. The paper's other models are settings of these:
     model.preset=litevae-s, -m or -l, and model.latent_channels=12 with loss.kl=6.25e-8. The encoders of its
     ablations are model.encoder_type, extractor, shared_extractor, aggregator, finest_level and encoder_norm.
     data.train is a folder of images, WebDataset shards, a Hugging Face dataset on disk, .parquet files, or demo.
@@ -50,8 +51,9 @@ def train(
       config.yaml          every setting; litevae train runs/demo/config.yaml output_dir=runs/again
                            repeats the run
       model/               the model, for litevae reconstruct or LiteVAE.from_pretrained
-      checkpoints/         one every checkpoint.every steps and one at each new best PSNR; the last
-                           checkpoint.keep and the best are kept (the demo writes none)
+      checkpoints/         one every checkpoint.every steps and one at each new best validation, by
+                           checkpoint.best_by; the last checkpoint.keep and the best are kept
+                           (the demo writes none)
       tensorboard/         unless tracker is wandb or none
 
     A finished model is never replaced: without checkpoints to continue from, give another output_dir, or delete it.
@@ -82,11 +84,16 @@ def run_training(config: str, overrides: Sequence[str]) -> None:
     if result.stopped_by:
         print(stopped_message(result.stopped_by, result.steps, settings.checkpoint.every > 0))
     measured = ""
+    others = "".join(
+        f", {heading} {result.metrics[name]:.{digits}f}"
+        for name, (heading, digits) in COLUMNS.items()
+        if name in result.metrics and name not in ("psnr", "ssim")
+    )
     if result.psnr is not None:
         haar = result.yardsticks[HAAR]
         below = below_haar({"psnr": result.psnr}, result.yardsticks)
         measured = (
-            f"; validation: PSNR {result.psnr:.2f} dB, SSIM {result.ssim:.3f}{f' ({BELOW})' * below}; "
+            f"; validation: PSNR {result.psnr:.2f} dB, SSIM {result.ssim:.3f}{others}{f' ({BELOW})' * below}; "
             f"Haar yardstick: {haar['psnr']:.2f} dB, {haar['ssim']:.3f}"
         )
     print(f"{result.steps} step{'s' * (result.steps != 1)} in {result.seconds:.0f} s{measured}")

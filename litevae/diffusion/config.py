@@ -8,7 +8,8 @@ from litevae import settings
 from litevae.data.config import MOST_WORKERS
 from litevae.errors import UserError
 from litevae.settings import section, setting
-from litevae.training.config import CONFIGS, CheckpointConfig, OptimizerConfig, RunConfig, check_batch_size
+from litevae.training.config import CONFIGS, RunConfig, check_batch_size
+from litevae.training.sections import CheckpointConfig, OptimizerConfig
 
 FOLDER = CONFIGS / "diffusion"
 
@@ -144,6 +145,11 @@ class DiffusionConfig(RunConfig):
 
     output_dir: str = setting("runs/diffusion", "Folder that the run writes to.")
     model: str = setting("", "Folder of the autoencoder, as litevae encode takes it.")
+    normalise: Literal["all", "channel"] = setting(
+        "all",
+        "all: every channel of the latents by the model's scaling_factor, as LDM; channel: each by its own mean and "
+        "standard deviation, which litevae scale has stored beside it.",
+    )
     data: DiffusionDataConfig = section(DiffusionDataConfig, "Latents or images to train on.")
     unet: UNetConfig = section(UNetConfig, "The network, diffusers' UNet2DModel.")
     noise: NoiseConfig = section(NoiseConfig, "Noise levels and prediction target of the diffusion model.")

@@ -16,7 +16,9 @@ from litevae.data.sources import ImageSource, open_images
 from litevae.diffusion.config import DiffusionConfig
 from litevae.errors import UserError
 from litevae.latents import LatentDataset, sample_latents
+from litevae.latents.statistics import LatentStatistics, read_statistics
 from litevae.models.interface import Autoencoder, check_size, encode_pixels, spatial_compression
+from litevae.models.loading import model_folder
 from litevae.models.weights import hash_encoder
 from litevae.signals import obey_parent_only
 from litevae.training.config import Stage
@@ -66,6 +68,10 @@ class LatentData:
         self.config, self.autoencoder, self.accelerator = config, autoencoder, accelerator
         self.scaling_factor: float = autoencoder.config.scaling_factor
         self.shift_factor: float | None = autoencoder.config.get("shift_factor")
+        self.channels: LatentStatistics | None = None  # what each channel is normalised by, instead of these
+        if config.normalise == "channel":
+            channels: int = autoencoder.config.latent_channels
+            self.channels = read_statistics(model_folder(Path(config.model)), self.scaling_factor, channels)
         self.bad_images: BadImages | None = None
         self.images: ImageSource | None = None
         self.dataset: Dataset[Any]
@@ -150,15 +156,22 @@ class LatentData:
         return torch.cat([posterior.mean, posterior.logvar], dim=1).float()
 
     def sample(self, moments: Tensor, noise: Tensor) -> Tensor:
-        """Samples the latents (N, n_z, h, w) to learn, with the model's scale and shift."""
-        return sample_latents(moments, self.scaling_factor, self.shift_factor, noise=noise)
+        """Samples the latents (N, n_z, h, w) to learn, normalised by the model's scale and shift or by channel."""
+        if self.channels is None:
+            return sample_latents(moments, self.scaling_factor, self.shift_factor, noise=noise)
+        mean, std = (
+            noise.new_tensor(values).view(-1, 1, 1) for values in (self.channels.mean, self.channels.std)
+        )
+        return (sample_latents(moments, noise=noise) - mean) / std
 
     def check_spread(self, expected: float) -> None:
         """Raises UserError if the first latents' standard deviation is not within a factor of 2 of `expected`."""
         count = min(MEASURED, self.config.data.batch_size)
         moments = self.moments(self.collate([self.dataset[i] for i in range(count)]))
         generator = torch.Generator(moments.device).manual_seed(0)
-        std = sample_latents(moments, self.scaling_factor, self.shift_factor, generator).std().item()
+        shape = (len(moments), *self.shape)
+        noise = torch.randn(shape, generator=generator, device=moments.device)
+        std = self.sample(moments, noise).std().item()
         if not expected / 2 <= std <= expected * 2:
             raise UserError(
                 f"the latents' standard deviation is {std:.3g} with the model's scaling_factor="

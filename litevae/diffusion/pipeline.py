@@ -26,13 +26,27 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             configuration, one for all channels as in LDM. Its latents_mean and latents_std are not used.
         unet: denoiser.
         scheduler: scheduler of diffusers that matches the training of the denoiser.
+        latents_mean, latents_std: with these, the denoiser works on (latent - latents_mean) / latents_std instead,
+            with one value per channel. The pipeline's configuration holds them, and not the autoencoder's, which
+            other pipelines read.
     """
 
     model_cpu_offload_seq = "unet->vae"
 
-    def __init__(self, vae: Autoencoder, unet: UNet2DModel, scheduler: SchedulerMixin) -> None:
+    def __init__(
+        self,
+        vae: Autoencoder,
+        unet: UNet2DModel,
+        scheduler: SchedulerMixin,
+        latents_mean: Sequence[float] | None = None,
+        latents_std: Sequence[float] | None = None,
+    ) -> None:
         super().__init__()
         self.register_modules(vae=vae, unet=unet, scheduler=scheduler)
+        self.register_to_config(
+            latents_mean=None if latents_mean is None else list(latents_mean),
+            latents_std=None if latents_std is None else list(latents_std),
+        )
         self.image_processor = VaeImageProcessor()
 
     @torch.no_grad()
@@ -76,8 +90,15 @@ class LatentDiffusionPipeline(DiffusionPipeline):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decodes scaled latents (N, n_z, h, w) to images (N, 3, H, W), roughly in [-1, 1]."""
-        config = self.vae.config
-        unscaled = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
+        config, channels = self.vae.config, self.config
+        if channels.latents_mean is not None and channels.latents_std is not None:
+            mean, std = (
+                latents.new_tensor(values).view(-1, 1, 1)
+                for values in (channels.latents_mean, channels.latents_std)
+            )
+            unscaled = latents * std + mean
+        else:
+            unscaled = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
         images: Tensor = self.vae.decode(unscaled.to(self.vae.dtype)).sample.float()
         return images
 

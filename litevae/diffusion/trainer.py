@@ -97,7 +97,7 @@ class DiffusionTrainer(Loop[DiffusionResult]):
     """One training run: `__init__` builds or restores everything, and `run` performs the steps."""
 
     network_name = "unet"
-    decisive_settings = ("seed", "precision", "model", "data", "noise")
+    decisive_settings = ("seed", "precision", "model", "normalise", "data", "noise")
 
     def __init__(self, config: DiffusionConfig, autoencoder: Autoencoder) -> None:
         config, accelerator, checkpoint, note = begin(config, folder := Path(config.output_dir))
@@ -126,9 +126,7 @@ class DiffusionTrainer(Loop[DiffusionResult]):
         settings = config.optimizer
         self.optimizer = NetworkOptimizer(
             self.accelerator.prepare_model(self.unet),
-            settings.learning_rate,
-            settings.betas,
-            settings.weight_decay,
+            settings,
             lambda done: learning_rate_factor(settings, done, config.max_steps),
         )
         if checkpoint is not None:
@@ -206,14 +204,22 @@ class DiffusionTrainer(Loop[DiffusionResult]):
         return SavedState({"optimizer": self.optimizer.moments()})
 
     def restore_state(self, checkpoint: Checkpoint, state: dict[str, Any]) -> None:
-        self.optimizer.load_moments(state["optimizer"])
+        if not self.optimizer.load_moments(state["optimizer"]):
+            raise UserError(f"resume: {checkpoint.path} was trained with another optimizer.kind")
 
     def finish(self, signal_name: str | None, stopped: bool, failure: Failure | None) -> DiffusionResult:
         """Writes the checkpoint, the pipeline, samples and pictures, and measures FID."""
         self.save()
         training_seconds = self.seconds
         scheduler = self.noise.scheduler()
-        pipeline = LatentDiffusionPipeline(self.autoencoder, self.best_unet.eval(), scheduler)
+        channels = self.data.channels
+        pipeline = LatentDiffusionPipeline(
+            self.autoencoder,
+            self.best_unet.eval(),
+            scheduler,
+            None if channels is None else channels.mean,
+            None if channels is None else channels.std,
+        )
         pipeline.set_progress_bar_config(disable=True)
         if self.is_main:
             self.write_results(pipeline)

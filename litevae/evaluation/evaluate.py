@@ -20,15 +20,15 @@ from litevae.data.sources import ImageSource
 from litevae.data.squares import SquareDataset
 from litevae.errors import UserError
 from litevae.evaluation.fid import make_fid, share_features
-from litevae.evaluation.metrics import batch_psnr, batch_ssim
+from litevae.evaluation.metrics import METRICS, batch_psnr, batch_ssim
 from litevae.evaluation.reconstruction import reconstruct_batch
+from litevae.evaluation.saved import saving
 from litevae.evaluation.yardsticks import YARDSTICKS, make_yardsticks
 from litevae.files import open_regular, replacing
 from litevae.losses.perceptual import LPIPS
 from litevae.memory import check_batch
 from litevae.models.interface import Autoencoder, check_size
 
-METRICS = ("rfid", "lpips", "psnr", "ssim")
 SAVE_EVERY = 60.0  # seconds
 SUMS = ("sums", "count", "exact", "unreadable")  # buffers of `Sums`
 REAL = ("real_features_sum", "real_features_cov_sum", "real_features_num_samples")  # states of the FID
@@ -66,6 +66,7 @@ def evaluate(
     partial: Path | None = None,
     identity: Mapping[str, Any] | None = None,
     features: nn.Module | None = None,
+    save: Path | None = None,
 ) -> Evaluation:
     """Measures the reconstructions of images' middle squares, resized to `size` pixels.
 
@@ -89,6 +90,8 @@ def evaluate(
         identity: plain values that identify the evaluation, such as the hash of the weights; `partial` is only
             continued if they are the same.
         features: network that replaces Inception for rFID: (N, 3, size, size) uint8 to (N, C).
+        save: where to save the reconstructions, as `litevae.evaluation.saved.saving` takes it. An .npz is not
+            continued, so `partial` must be None with it.
 
     Raises:
         UserError: a metric is unknown; the model does not take this size or RGB images; the weights of Inception
@@ -117,14 +120,18 @@ def evaluate(
     squares = SquareDataset(images, size, count, share[done:])
     loader = DataLoader(squares, batch_size, num_workers=workers, collate_fn=squares.collate)
     saved = time.monotonic()
-    with tqdm(
-        total=len(share), initial=done, unit="image", mininterval=0.5, disable=not state.is_main_process
-    ) as bar:
+    with (
+        saving(save, state) as save_batch,
+        tqdm(
+            total=len(share), initial=done, unit="image", mininterval=0.5, disable=not state.is_main_process
+        ) as bar,
+    ):
         for batch in Batches(loader):
             numbers, pixels = batch.readable
             if numbers:
                 pixels, reconstructions = reconstruct_batch(model, pixels, numbers if sample else None)
                 sums.add(pixels, {MODEL: reconstructions, **make_yardsticks(model, pixels)})
+                save_batch(numbers, reconstructions)
             sums.unreadable += len(batch.errors)
             done += len(batch.numbers)
             bar.update(len(batch.numbers))

@@ -1,4 +1,6 @@
-"""PSNR and SSIM of uint8 images: of single images, and of batches on any device."""
+"""The metrics by name, and PSNR and SSIM of uint8 images: of single images, and of batches on any device."""
+
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -7,7 +9,15 @@ from torch import Tensor
 
 from litevae.data.images import Pixels
 
+Metric = Literal["rfid", "lpips", "psnr", "ssim"]
+METRICS: tuple[Metric, ...] = get_args(Metric)
+LOWER_IS_BETTER = ("rfid", "lpips")
 SIGMA, RADIUS = 1.5, 5  # SSIM's window, in pixels
+
+
+def is_better(metric: Metric, value: float, other: float) -> bool:
+    """Returns whether a value of a metric is better than another; NaN is never better."""
+    return value < other if metric in LOWER_IS_BETTER else value > other
 
 
 def psnr(image: Pixels, reconstruction: Pixels) -> float:

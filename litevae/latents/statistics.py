@@ -1,7 +1,8 @@
 """Mean and standard deviation of a model's latents, with which diffusion models normalise them."""
 
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -13,9 +14,11 @@ from litevae.data.batches import Batches
 from litevae.data.sources import ImageSource
 from litevae.data.squares import SquareDataset
 from litevae.errors import UserError
-from litevae.files import replacing
+from litevae.files import read_json, replacing
 from litevae.memory import check_batch
 from litevae.models.interface import Autoencoder, check_size, encode_pixels
+
+STATISTICS = "latent_statistics.json"
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,8 @@ def store_scale(config: Path, found: LatentStatistics) -> None:
     """Writes the scale into a model's config.json, in the one form that all pipelines of diffusers apply alike.
 
     They multiply by `scaling_factor`. Some also apply `latents_mean` and `latents_std`, on top of it, and some also
-    `shift_factor`, which must not be None there. So only the first has an effect.
+    `shift_factor`, which must not be None there. So only the first has an effect. The statistics of each channel go to
+    a file of their own, which `read_statistics` reads and no pipeline of diffusers knows.
     """
     settings = json.loads(config.read_text(encoding="utf-8")) | {
         "scaling_factor": found.scaling_factor,
@@ -99,8 +103,45 @@ def store_scale(config: Path, found: LatentStatistics) -> None:
         "latents_std": None,
     }
     settings.pop("_name_or_path", None)  # diffusers adds the folder that the model was loaded from
-    with replacing(config) as path:
-        path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for file, content in ((config.with_name(STATISTICS), asdict(found)), (config, settings)):
+        with replacing(file) as path:
+            path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_statistics(folder: Path, scaling_factor: float, channels: int) -> LatentStatistics:
+    """Reads the statistics that `store_scale` has written to a model's folder.
+
+    Args:
+        folder: folder of the model.
+        scaling_factor: scaling_factor of its configuration.
+        channels: number of its latent channels.
+
+    Raises:
+        UserError: there are none, they belong to another scale, or the file is damaged.
+    """
+    path, again = folder / STATISTICS, "run litevae scale, which measures each channel"
+    if not path.is_file():
+        raise UserError(f"{folder} holds no {STATISTICS}: {again}")
+    try:
+        content = read_json(path)
+        found = LatentStatistics(
+            tuple(map(float, content["mean"])),
+            tuple(map(float, content["std"])),
+            float(content["scaling_factor"]),
+            int(content["count"]),
+        )
+        valid = len(found.mean) == len(found.std) == channels and min(found.std) > 0
+        if not valid or not all(map(math.isfinite, (*found.mean, *found.std))):
+            raise ValueError("mean and std")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except Exception:  # the entries may be of any type
+        raise UserError(f"{path}: does not hold the statistics of {channels} channels: {again}") from None
+    if found.scaling_factor != scaling_factor:
+        raise UserError(
+            f"{path}: belongs to another scaling_factor than config.json's {scaling_factor}: {again}"
+        )
+    return found
 
 
 def latent_statistics(latents: Tensor) -> LatentStatistics:

@@ -4,9 +4,18 @@ from litevae.losses.adversarial import adaptive_weight, discriminator_loss, gene
 from litevae.losses.gaussian import gaussian_loss
 from litevae.losses.kl import kl_loss
 from litevae.losses.ldl import ldl_loss
-from litevae.losses.objective import RECONSTRUCTION_TERMS, TEACHER_TERMS, TERMS, Loss, LossConfig, Objective
+from litevae.losses.objective import (
+    RECONSTRUCTION_TERMS,
+    TEACHER_TERMS,
+    TERMS,
+    Loss,
+    LossConfig,
+    Objective,
+    sum_terms,
+)
 from litevae.losses.perceptual import LPIPS, ESRGANLoss
 from litevae.losses.reconstruction import l1_loss, l2_loss
+from litevae.losses.regularisation import LeCam, gradient_penalty
 from litevae.losses.teacher import teacher_kl_loss
 from litevae.losses.wavelet import wavelet_loss
 
@@ -16,6 +25,7 @@ __all__ = [
     "TEACHER_TERMS",
     "TERMS",
     "ESRGANLoss",
+    "LeCam",
     "Loss",
     "LossConfig",
     "Objective",
@@ -23,10 +33,12 @@ __all__ = [
     "discriminator_loss",
     "gaussian_loss",
     "generator_loss",
+    "gradient_penalty",
     "kl_loss",
     "l1_loss",
     "l2_loss",
     "ldl_loss",
+    "sum_terms",
     "teacher_kl_loss",
     "wavelet_loss",
 ]

@@ -70,7 +70,12 @@ class LossConfig:
         "constant",
         "Use the weight as it is, or scale it at each step to balance the gradients (Equation 2).",
     )
-    adversarial_start: int = setting(0, "First step that uses the discriminator.", minimum=0)
+    adversarial_start: int = setting(
+        0, "First step in which the adversarial loss counts for the autoencoder.", minimum=0
+    )
+    adversarial_ramp: int = setting(
+        0, "Steps in which the weight of the adversarial loss rises linearly to its value.", minimum=0
+    )
     pretrained: bool = setting(
         True, "Pretrained VGG weights for lpips and esrgan; random ones if false, for tests only."
     )
@@ -135,8 +140,16 @@ class Objective(nn.Module):
         return any(name in self.weights for name in (*RECONSTRUCTION_TERMS, "adversarial"))
 
     def uses_discriminator(self, step: int) -> bool:
-        """Returns whether the adversarial term and the discriminator's update are active at `step`."""
+        """Returns whether the adversarial term is active at `step`."""
         return "adversarial" in self.weights and step >= self.config.adversarial_start
+
+    def weight(self, name: str, step: int) -> float:
+        """Returns the weight of a term at `step`, without the factor of the adaptive weight."""
+        ramp = self.config.adversarial_ramp
+        if name != "adversarial" or not ramp:
+            return self.weights[name]
+        done = step - max(1, self.config.adversarial_start) + 1
+        return self.weights[name] * min(1.0, done / ramp)
 
     def generator(
         self,
@@ -208,7 +221,7 @@ class Objective(nn.Module):
             }
             active = [name for name in self.weights if name != "adversarial" or adversarial]
             terms = {name: compute[name]() for name in active}
-            weighted = {name: self.weights[name] * term for name, term in terms.items()}
+            weighted = {name: self.weight(name, step) * term for name, term in terms.items()}
             if adaptive:
                 reconstruction_loss = torch.stack(
                     [weighted[name] for name in RECONSTRUCTION_TERMS if name in weighted]

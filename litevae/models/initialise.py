@@ -1,5 +1,6 @@
 """The weights that training from scratch starts with."""
 
+import math
 from typing import cast
 
 import torch
@@ -56,12 +57,26 @@ def initialise(model: Autoencoder) -> None:
             nn.init.zeros_(module.pos_embed)
     if isinstance(model.encoder, WaveletEncoder):
         return
-    last = model.encoder.feature_aggregator if isinstance(model.encoder, Encoder) else model.encoder
-    moments = model.quant_conv or last.conv_out
+    moments = last_convolution(model)
     logvar = slice(moments.out_channels // 2, None)
     moments.weight[logvar] *= 0.1
     if moments.bias is not None:
         moments.bias[logvar] = INITIAL_LOGVAR
+
+
+def last_convolution(model: Autoencoder) -> nn.Conv2d:
+    """Returns the convolution of a learned encoder whose output is the mean, then the log-variance."""
+    last = model.encoder.feature_aggregator if isinstance(model.encoder, Encoder) else model.encoder
+    return cast(nn.Conv2d, model.quant_conv or last.conv_out)
+
+
+@torch.no_grad()
+def fix_variance(model: Autoencoder, std: float) -> None:
+    """Makes a learned encoder report the posterior's standard deviation `std` for every image, in place."""
+    moments = last_convolution(model)
+    logvar = slice(moments.out_channels // 2, None)
+    moments.weight[logvar] = 0
+    cast(Tensor, moments.bias)[logvar] = 2 * math.log(std)
 
 
 @torch.no_grad()

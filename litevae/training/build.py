@@ -8,11 +8,12 @@ from litevae.data.config import check_has_images
 from litevae.errors import UserError
 from litevae.losses import TEACHER_TERMS
 from litevae.models.build import with_fresh_weights
+from litevae.models.initialise import fix_variance
 from litevae.models.interface import Autoencoder, check_size
-from litevae.models.loading import model_folder, report_weights
+from litevae.models.loading import model_folder, read_config, report_weights
 from litevae.models.weights import load_decoder, load_weights
 from litevae.training.config import Config, check_training_config
-from litevae.training.teacher import Teacher, check_student
+from litevae.training.teacher import Teacher, check_student, take_over_scale
 
 
 def build_model(config: Config, teacher: Teacher | None = None) -> Autoencoder:
@@ -26,6 +27,7 @@ def build_model(config: Config, teacher: Teacher | None = None) -> Autoencoder:
         UserError: the model does not take a setting, or weights are missing, are damaged or belong to another
             architecture.
     """
+    check_has_encoder(config)
     if teacher is not None:
         check_student(config.model, teacher)
     model = build_fresh_model(config)
@@ -33,14 +35,23 @@ def build_model(config: Config, teacher: Teacher | None = None) -> Autoencoder:
         folder = model_folder(Path(config.init))
         report_weights(Path(config.init), folder)
         load_weights(model, folder, "init")
+        if config.freeze_encoder:  # the latents stay as they are
+            take_over_scale(model, read_config(folder / "config.json"))
     if config.init_decoder:
         load_decoder(model, Path(config.init_decoder))
     if teacher is not None:
         teacher.teach(model)
-    if config.freeze_encoder:
-        for part in (model.encoder, model.quant_conv):
+    if config.latent.std is not None:
+        fix_variance(model, config.latent.std)
+    for frozen, parts in (
+        (config.freeze_encoder, (model.encoder, model.quant_conv)),
+        (config.freeze_decoder, (model.decoder, model.post_quant_conv)),
+    ):
+        for part in parts if frozen else ():
             if part is not None:
                 part.requires_grad_(False)
+    if config.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
     return model
 
 
@@ -56,6 +67,14 @@ def check_has_teacher(config: Config) -> None:
     if needing and not config.teacher:
         raise UserError(
             f"teacher is empty, and loss.{needing[0]} compares with it: give the folder of an AutoencoderKL"
+        )
+
+
+def check_has_encoder(config: Config) -> None:
+    """Raises UserError if the encoder of a baseline, which starts at random, is frozen without initial weights."""
+    if config.freeze_encoder and config.model.kind != "litevae" and not config.init:
+        raise UserError(
+            "init is empty, and freeze_encoder=true would keep an encoder of random weights: give the folder of a VAE"
         )
 
 
@@ -79,6 +98,7 @@ def check_run(config: Config) -> None:
     check_training_config(config)
     check_has_images(config.data)
     check_has_teacher(config)
+    check_has_encoder(config)
     with torch.device("meta"):
         model = build_fresh_model(config)
     check_sizes(model, config)

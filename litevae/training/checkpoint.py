@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from litevae.errors import UserError, one_line, shorten
+from litevae.evaluation.metrics import METRICS, Metric, is_better
 from litevae.files import (
     can_be_path,
     files_in,
@@ -40,13 +41,13 @@ class Checkpoint:
     """A complete checkpoint, such as step-00001000.
 
     Its folder holds model/; ema/ if there is an average; discriminator.safetensors if there is a discriminator;
-    state.pt (optimizers, random states and so on); and manifest.json. `psnr` is the PSNR of the validation images
-    if they were measured at this step.
+    state.pt (optimizers, random states and so on); and manifest.json. `metrics` holds the metrics of the validation
+    images if they were measured at this step.
     """
 
     path: Path
     step: int
-    psnr: float | None
+    metrics: dict[str, float]
 
 
 def save_checkpoint(
@@ -65,7 +66,7 @@ def save_checkpoint(
         models: models by the name of their folder.
         discriminator: state dict of the discriminator, or None.
         state: tensors, numbers and text in lists and dicts, which load without unpickling code.
-        manifest: further entries of manifest.json, such as "psnr".
+        manifest: further entries of manifest.json, such as the metrics of the validation images by their names.
 
     Raises:
         OSError: the checkpoint cannot be written, for example because the disk is full. No part of it is left,
@@ -98,7 +99,7 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         others = "; earlier checkpoints are intact" if find_checkpoints(folder) else ""
         raise OSError(f"checkpoint {target}: cannot be written: {error.strerror or error}{others}") from None
-    return Checkpoint(target, step, manifest.get("psnr"))
+    return Checkpoint(target, step, measured(manifest))
 
 
 def find_damaged_file(checkpoint: Checkpoint) -> str | None:
@@ -153,11 +154,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     manifest = read_json(folder / MANIFEST)
     if not isinstance(manifest, dict):
         raise ValueError("not the manifest of a checkpoint")
-    step, psnr, files = (manifest.get(name) for name in ("step", "psnr", "files"))
+    step, files = manifest.get("step"), manifest.get("files")
     if type(step) is not int or not 0 <= step < 2**63:
         raise ValueError(f"step must be a whole number, got {shorten(step)}")
-    if psnr is not None and type(psnr) not in (int, float):
-        raise ValueError(f"psnr must be a number or null, got {shorten(psnr)}")
+    for name in METRICS:
+        if manifest.get(name) is not None and type(manifest[name]) not in (int, float):
+            raise ValueError(f"{name} must be a number or null, got {shorten(manifest[name])}")
     if not isinstance(manifest.get("config"), dict):
         raise ValueError("config must be a mapping of settings")
     if not isinstance(files, dict) or not all(isinstance(each, dict) for each in files.values()):
@@ -168,6 +170,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if STATE not in files:
         raise ValueError(f"files must name {STATE}, got {shorten(list(files))}")
     return manifest
+
+
+def measured(manifest: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the metrics in a manifest."""
+    return {name: manifest[name] for name in METRICS if manifest.get(name) is not None}
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -188,7 +195,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise UserError(f"{error.filename or file}: cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise UserError(f"{file}: {error}") from None
-    return Checkpoint(path, manifest["step"], manifest.get("psnr"))
+    return Checkpoint(path, manifest["step"], measured(manifest))
 
 
 def length_within(folder: Path, name: str) -> int:
@@ -206,11 +213,16 @@ def length_within(folder: Path, name: str) -> int:
         return os.fstat(file.fileno()).st_size
 
 
-def remove_old(folder: Path, keep: int) -> None:
-    """Deletes all checkpoints except the last `keep` and the one with the highest PSNR."""
+def remove_old(folder: Path, keep: int, best_by: Metric = "psnr") -> None:
+    """Deletes all checkpoints except the last `keep` and the one that is best by a metric, the first of equal ones."""
     checkpoints = find_checkpoints(folder)
-    measured = [checkpoint for checkpoint in checkpoints if checkpoint.psnr is not None]
-    best = max(measured, key=lambda checkpoint: checkpoint.psnr or 0.0, default=None)
+    best: Checkpoint | None = None
+    for checkpoint in checkpoints:
+        value = checkpoint.metrics.get(best_by)
+        if value is None or value != value:  # not measured, or NaN
+            continue
+        if best is None or is_better(best_by, value, best.metrics[best_by]):
+            best = checkpoint
     for checkpoint in checkpoints[:-keep]:
         if checkpoint != best:
             # A half-deleted checkpoint must not look like a checkpoint.

@@ -1,81 +1,26 @@
 """The typed configuration of a training run, read from YAML and `key=value` overrides."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 from litevae import settings
 from litevae.data.config import DataConfig
-from litevae.discriminators import DiscriminatorConfig
 from litevae.errors import UserError
+from litevae.evaluation.metrics import Metric
 from litevae.losses import RECONSTRUCTION_TERMS, TEACHER_TERMS, LossConfig
 from litevae.models.config import ModelConfig, check_model_config
 from litevae.settings import section, setting
+from litevae.training.sections import (
+    AdversaryConfig,
+    AutoencoderOptimizerConfig,
+    LatentConfig,
+    StageConfig,
+    ValidatedCheckpointConfig,
+)
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-
-
-@dataclass
-class StageConfig:
-    """Size and number of the crops per step from the step `start` on; the first step of a run is 1."""
-
-    example: ClassVar[str] = "{start: 100001, size: 256}"
-    start: int = setting(1, "First step of the stage; must be above that of the stage before.", minimum=1)
-    size: int | None = setting(
-        None, "Side of the square crops, in pixels; null keeps that of the stage before.", minimum=16
-    )
-    batch_size: int | None = setting(
-        None,
-        "Crops per step, over all processes together; null keeps the number of the stage before.",
-        minimum=1,
-        maximum=10**5,
-    )
-
-
-@dataclass
-class OptimizerConfig:
-    """AdamW, which is Adam without weight decay. The defaults are the paper's learning rate and betas (Appendix F)."""
-
-    learning_rate: float = setting(1e-4, "Learning rate after the warm-up.", minimum=0, maximum=1e6)
-    betas: tuple[float, float] = setting(
-        (0.5, 0.9), "Decay rates of Adam's two moment estimates.", minimum=0, below=1
-    )
-    weight_decay: float = setting(0.0, "Weight decay of AdamW.", minimum=0)
-    schedule: Literal["constant", "cosine"] = setting(
-        "constant", "Course of the learning rate after the warm-up; cosine ends at 0."
-    )
-    warmup_steps: int = setting(0, "Steps in which the learning rate rises linearly to its value.", minimum=0)
-    max_gradient_norm: float = setting(
-        1.0, "Norm that larger gradients are clipped to; 0 turns clipping off.", minimum=0
-    )
-    accumulation: int = setting(
-        1, "Parts that a step's batch is processed in, one after the other, to save memory.", minimum=1
-    )
-
-
-@dataclass
-class AdversaryConfig(DiscriminatorConfig):
-    """The discriminator, which is trained if loss.adversarial is above 0.
-
-    Its optimizer has the settings of the section `optimizer`, except for those given here.
-    """
-
-    learning_rate: float | None = setting(
-        None, "Learning rate of the discriminator; null for optimizer.learning_rate.", minimum=0, maximum=1e6
-    )
-    betas: tuple[float, float] | None = setting(
-        None, "Adam's betas for the discriminator; null for optimizer.betas.", minimum=0, below=1
-    )
-
-
-@dataclass
-class CheckpointConfig:
-    """Checkpoints are written every `every` steps, at the end, and after each validation (`validate_every`) with
-    the highest PSNR so far, at most one per step. The last `keep` and the best are kept."""
-
-    every: int = setting(1000, "Steps between two checkpoints; 0 writes none at all.", minimum=0)
-    keep: int = setting(2, "Number of the newest checkpoints to keep besides the best.", minimum=1)
 
 
 @dataclass
@@ -112,7 +57,15 @@ class RunConfig:
 class Config(RunConfig):
     """Configuration of an autoencoder's training run."""
 
+    max_epochs: float | None = setting(
+        None,
+        "Passes over the training images, instead of max_steps; null trains for max_steps.",
+        minimum=1e-6,
+    )
     validate_every: int = setting(1000, "Steps between two measurements on the validation images.", minimum=1)
+    validate_metrics: list[Metric] = setting(
+        ["psnr", "ssim"], "Metrics of the validation images; psnr and ssim are always measured."
+    )
     gradient_ratio_every: int = setting(
         0,
         "Steps between two measurements of the adversarial gradient relative to the reconstruction's (Figure 7). "
@@ -121,6 +74,9 @@ class Config(RunConfig):
     )
     channels_last: bool = setting(True, "Keep models and images in the channels_last memory format.")
     compile: bool = setting(False, "Compile the models with torch.compile.")
+    gradient_checkpointing: bool = setting(
+        False, "Compute the autoencoder's activations twice instead of keeping them, which saves memory."
+    )
     initialise: Literal["random", "wavelet"] = setting(
         "random",
         "Weights that training from scratch starts with: random; or those with which the latent consists of sub-bands "
@@ -136,6 +92,7 @@ class Config(RunConfig):
         "(loss.teacher_kl and the like); its decoder is taken over and not trained.",
     )
     freeze_encoder: bool = setting(False, "Train only the decoder.")
+    freeze_decoder: bool = setting(False, "Train only the encoder.")
     model: ModelConfig = section(ModelConfig, "The autoencoder.")
     data: DataConfig = section(DataConfig, "Images to train and to validate on.")
     stages: list[StageConfig] = setting(
@@ -145,9 +102,12 @@ class Config(RunConfig):
     discriminator: AdversaryConfig = section(
         AdversaryConfig, "The discriminator, which is trained if loss.adversarial is above 0."
     )
-    optimizer: OptimizerConfig = section(OptimizerConfig, "AdamW, which is Adam without weight decay.")
-    checkpoint: CheckpointConfig = section(
-        CheckpointConfig, "When checkpoints are written, and how many are kept."
+    latent: LatentConfig = section(LatentConfig, "What happens to latents in training.")
+    optimizer: AutoencoderOptimizerConfig = section(
+        AutoencoderOptimizerConfig, "AdamW, which is Adam without weight decay."
+    )
+    checkpoint: ValidatedCheckpointConfig = section(
+        ValidatedCheckpointConfig, "When checkpoints are written, and which are kept."
     )
 
 
@@ -175,6 +135,30 @@ def list_stages(config: Config) -> list[Stage]:
             result.append(Stage(stage.start, last, size, batch_size, sample))
             sample += (last - stage.start + 1) * batch_size
     return result
+
+
+def with_steps(config: Config, images: int) -> Config:
+    """Returns the settings with the `max_steps` of `max_epochs`, if it is given.
+
+    Args:
+        config: settings of the run.
+        images: number of training images.
+
+    Raises:
+        UserError: there are too many steps, or the gradient ratio is never measured.
+    """
+    if config.max_epochs is None:
+        return config
+    crops, most = round(config.max_epochs * images), 10**9
+    stages = list_stages(replace(config, max_steps=most))
+    # The last stage is as long as the remaining crops last.
+    stage = next(each for each in reversed(stages) if each.first_sample < max(crops, 1))
+    steps = stage.first - 1 + max(1, -(-(crops - stage.first_sample) // stage.batch_size))
+    if steps > most:
+        raise UserError(f"max_epochs={config.max_epochs} of {images} images are more than {most} steps")
+    config = replace(config, max_steps=steps)
+    check_gradient_ratio(config)
+    return config
 
 
 def shipped_configs() -> list[str]:
@@ -217,7 +201,14 @@ def check_training_config(config: Config) -> None:
         )
     if config.loss.ldl and not config.ema_decay:
         raise UserError("loss.ldl compares with the averaged model: ema_decay must be above 0")
-    check_gradient_ratio(config)
+    check_freezing(config)
+    check_latent(config)
+    best_by = config.checkpoint.best_by
+    if best_by not in ("psnr", "ssim", *config.validate_metrics):
+        raise UserError(f"checkpoint.best_by={best_by} is not measured: add {best_by} to validate_metrics")
+    check_discriminator(config)
+    if config.max_epochs is None:  # otherwise the number of steps is not known yet
+        check_gradient_ratio(config)
     check_stages(config)
 
 
@@ -242,6 +233,54 @@ def check_distillation(config: Config) -> None:
         raise UserError(
             f"loss.adversarial needs a reconstruction loss beside it: one of {', '.join(RECONSTRUCTION_TERMS)} must "
             "be above 0"
+        )
+
+
+def check_freezing(config: Config) -> None:
+    """Checks that something is trained, and that the adaptive weight has a layer; raises a UserError otherwise."""
+    if config.freeze_encoder and config.freeze_decoder:
+        raise UserError("freeze_encoder and freeze_decoder must not both be true: nothing would be trained")
+    # Equation 2 balances gradients of the decoder.
+    if config.freeze_decoder and config.loss.adversarial and config.loss.adversarial_weight != "constant":
+        raise UserError(
+            f"loss.adversarial_weight must be constant with freeze_decoder=true, got {config.loss.adversarial_weight}"
+        )
+
+
+def check_latent(config: Config) -> None:
+    """Checks that the settings of the latent suit the encoder; a UserError names one that does not."""
+    if config.latent.std is None:
+        return
+    for name, value, only in (
+        ("model.encoder_type", config.model.encoder_type, "learned"),
+        ("freeze_encoder", config.freeze_encoder, False),
+        ("teacher", config.teacher, ""),
+    ):
+        if value != only:
+            allowed = str(only).lower() or "empty"
+            raise UserError(
+                f"{name} must be {allowed} with latent.std, which changes the encoder, got {value}"
+            )
+
+
+def discriminator_start(config: Config) -> int:
+    """Returns the first step in which the discriminator learns, from 1, if there is one."""
+    start = config.discriminator.start
+    return max(1, config.loss.adversarial_start if start is None else start)
+
+
+def check_discriminator(config: Config) -> None:
+    """Checks the settings of the discriminator; a UserError names those that do not fit together."""
+    counts = max(1, config.loss.adversarial_start)
+    if discriminator_start(config) > counts:
+        raise UserError(
+            f"discriminator.start must be loss.adversarial_start={counts} or less, got {config.discriminator.start}: "
+            "the autoencoder would learn from a discriminator that has not learned anything"
+        )
+    if config.discriminator.r1 and config.discriminator.kind != "stylegan":
+        raise UserError(
+            f"discriminator.r1 must be 0 for discriminator.kind={config.discriminator.kind}, got "
+            f"{config.discriminator.r1}: it is for stylegan"
         )
 
 

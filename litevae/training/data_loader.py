@@ -35,24 +35,31 @@ class TrainingData:
         accelerator: Accelerator, which knows the rank of this process.
         folder: output folder, for bad_images.txt.
         resuming: whether to continue that list.
+        images: training images, if they are open already.
 
     Raises:
         UserError: there are no images, or none of them can be read.
     """
 
     def __init__(
-        self, config: Config, stages: Sequence[Stage], accelerator: Accelerator, folder: Path, resuming: bool
+        self,
+        config: Config,
+        stages: Sequence[Stage],
+        accelerator: Accelerator,
+        folder: Path,
+        resuming: bool,
+        images: ImageSource | None = None,
     ) -> None:
         self.seed, self.config, self.accelerator = config.seed, config.data, accelerator
         self.takes_one_size = config.model.aggregator == "vit"
         # PyTorch's loader draws from its generator when it starts, and a resumed run starts it once more.
         self.random = torch.Generator().manual_seed(int(torch.empty((), dtype=torch.int64).random_()))
+        check_has_images(self.config)
+        self.images = open_images(self.config.train) if images is None else images
         self.open(stages[-1].size, folder / BAD_IMAGES, resuming)
 
     def open(self, size: int, bad_list: Path, resuming: bool) -> None:
         config = self.config
-        check_has_images(config)
-        self.images = open_images(config.train)
         source = open_validation(config)
         if self.accelerator.is_main_process and not resuming:
             bad_list.unlink(missing_ok=True)  # left by an earlier run

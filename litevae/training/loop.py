@@ -18,6 +18,7 @@ from litevae import settings
 from litevae.data.bad_images import BAD_IMAGES
 from litevae.environment import versions
 from litevae.errors import NonFiniteError, UserError, WorkerDied
+from litevae.evaluation.metrics import Metric
 from litevae.files import replacing
 from litevae.models.weights import load_weights
 from litevae.signals import StopRequest
@@ -33,9 +34,9 @@ from litevae.training.checkpoint import (
     restore_random_state,
     save_checkpoint,
 )
-from litevae.training.config import CheckpointConfig
-from litevae.training.metrics_log import MetricsLog, format_progress, read_log
+from litevae.training.metrics_log import MetricsLog, estimate_end, format_progress, read_log
 from litevae.training.optimization import EMA
+from litevae.training.sections import CheckpointConfig
 from litevae.training.start import CHECKPOINTS
 from litevae.training.step import GRADIENT_RATIO, Outcome
 
@@ -65,7 +66,9 @@ class LoopConfig(Protocol):
     log_every: int
     max_bad_steps: int
     resume: str
-    checkpoint: CheckpointConfig
+
+    @property
+    def checkpoint(self) -> CheckpointConfig: ...
 
 
 class Loop(ABC, Generic[Result]):
@@ -77,6 +80,7 @@ class Loop(ABC, Generic[Result]):
 
     network_name: ClassVar[str]  # name of the network's folder in a checkpoint
     decisive_settings: ClassVar[tuple[str, ...]]  # a resumed run that changes these sections is another run
+    best_by: Metric = "psnr"  # metric of the best checkpoint, if any is measured
 
     random: dict[str, Any]
     network: ModelMixin
@@ -167,7 +171,7 @@ class Loop(ABC, Generic[Result]):
                 state,
                 {**added.manifest, "versions": versions(), "config": asdict(config)},
             )
-            remove_old(self.checkpoint_folder, config.checkpoint.keep)
+            remove_old(self.checkpoint_folder, config.checkpoint.keep, self.best_by)
         self.saved_step = self.step
         self.accelerator.wait_for_everyone()
 
@@ -212,7 +216,7 @@ class Loop(ABC, Generic[Result]):
     def warn_of_changes(self, checkpoint: Checkpoint) -> None:
         """Prints to stderr which of the decisive settings differ from those of the checkpoint."""
         before, now = read_manifest(checkpoint.path)["config"], asdict(self.loop_config)
-        changed = [key for key in self.decisive_settings if before.get(key) != now[key]]
+        changed = [key for key in self.decisive_settings if key in before and differs(before[key], now[key])]
         if changed and self.is_main:
             tqdm.write(
                 f"resume: {checkpoint.path} was trained with other settings of {', '.join(changed)}",
@@ -238,7 +242,7 @@ class Loop(ABC, Generic[Result]):
             if self.note:
                 tqdm.write(self.note, file=sys.stderr)
         self.start = time.perf_counter()
-        stopped = False
+        stopped, first = False, self.step  # the last step before those of this process
         failure: Failure | None = None
         with (
             MetricsLog(self.output_dir / "metrics.jsonl", self.lines, self.accelerator) as log,
@@ -270,7 +274,9 @@ class Loop(ABC, Generic[Result]):
                     due = step == 1 or step % config.log_every == 0 or step == config.max_steps
                     if due or stopped or GRADIENT_RATIO in outcome.values:
                         line = log.write(step, outcome.values, self.skipped)
-                        bar.set_postfix_str(format_progress(line))
+                        past = time.perf_counter() - self.start
+                        end = estimate_end(step - first, config.max_steps - first, past)
+                        bar.set_postfix_str(f"{format_progress(line)}, {end}")
                 else:
                     self.skipped += 1
                     reasons = self.skipped_since_update
@@ -296,3 +302,10 @@ class Loop(ABC, Generic[Result]):
         if failure:
             raise failure
         return result
+
+
+def differs(before: object, now: object) -> bool:
+    """Returns whether two settings, or sections of them, differ in what the first holds; an older one may hold less."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return any(differs(value, now[name]) for name, value in before.items() if name in now)
+    return before != now

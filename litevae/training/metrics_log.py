@@ -2,6 +2,7 @@
 
 import json
 import time
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Self
 
@@ -93,3 +94,15 @@ def format_progress(line: dict[str, Any]) -> str:
         if name not in (*omitted, "images_per_second", "data_wait") and not name.startswith(WEIGHTED)
     ]
     return ", ".join([*losses, speed])
+
+
+def estimate_end(done: int, total: int, seconds: float) -> str:
+    """Returns the time at which the last step will end, for the progress bar.
+
+    Args:
+        done: number of steps since the start of this process, at least 1.
+        total: number of steps from the start of this process to the end.
+        seconds: seconds since the start, with the time for validating and saving.
+    """
+    remaining = timedelta(seconds=seconds / done * (total - done))
+    return f"ends {datetime.now() + remaining:%Y-%m-%d %H:%M}"

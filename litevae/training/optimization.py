@@ -2,13 +2,14 @@
 
 import copy
 import math
-from collections.abc import Callable
-from typing import Generic, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from litevae.training.config import OptimizerConfig
+from litevae.errors import UserError
+from litevae.training.sections import OptimizerConfig
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -38,26 +39,44 @@ class NetworkOptimizer:
 
     Args:
         network: network, as Accelerate prepared it.
-        learning_rate: base learning rate.
-        betas: decay rates of AdamW's moments.
-        weight_decay: weight decay of AdamW.
+        settings: settings of the optimizer.
         factor: multiplier of the learning rate as a function of the number of earlier steps.
+        learning_rate: base learning rate; None takes that of `settings`.
+        betas: decay rates of the moments; None takes those of `settings`.
+        own_rates: parts of the network with base learning rates of their own.
+
+    Raises:
+        UserError: the optimizer is not installed.
     """
 
     def __init__(
         self,
         network: nn.Module,
-        learning_rate: float,
-        betas: tuple[float, float],
-        weight_decay: float,
+        settings: OptimizerConfig,
         factor: Callable[[int], float],
+        learning_rate: float | None = None,
+        betas: tuple[float, float] | None = None,
+        own_rates: Sequence[tuple[nn.Module, float]] = (),
     ) -> None:
         self.network = network
         self.parameters = [p for p in network.parameters() if p.requires_grad]
-        self.learning_rate = learning_rate
+        self.learning_rate = settings.learning_rate if learning_rate is None else learning_rate
         self.factor = factor
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=True
+        rates = {parameter: rate for part, rate in own_rates for parameter in part.parameters()}
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for parameter in self.parameters:
+            decayed = settings.decay_biases or parameter.dim() > 1
+            key = rates.get(parameter, self.learning_rate), settings.weight_decay if decayed else 0.0
+            groups.setdefault(key, []).append(parameter)
+        self.rates = [rate for rate, _ in groups]
+        self.eight_bit = settings.kind == "adamw8bit"
+        self.optimizer = make_optimizer(
+            settings.kind,
+            [
+                {"params": parameters, "lr": rate, "weight_decay": decay}
+                for (rate, decay), parameters in groups.items()
+            ],
+            betas or settings.betas,
         )
 
     def clip_gradients(self, maximum: float, scaler: torch.amp.GradScaler | None) -> Tensor:
@@ -68,41 +87,75 @@ class NetworkOptimizer:
 
     def update(self, step: int, scaler: torch.amp.GradScaler | None) -> float:
         """Updates the weights in step `step`, from 1; returns the learning rate."""
-        rate = self.learning_rate * self.factor(step - 1)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        factor = self.factor(step - 1)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
         if scaler is not None:
             scaler.step(self.optimizer)
         else:
             self.optimizer.step()
-        return rate
+        return self.learning_rate * factor
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad()
 
     def moments(self) -> dict[int, dict[str, Tensor]]:
-        """Returns the optimizer's moments, by the index of the parameter."""
-        state: dict[int, dict[str, Tensor]] = self.optimizer.state_dict()["state"]
-        return state
+        """Returns the optimizer's moments, by the index of the parameter among those that are trained."""
+        found = self.optimizer.state
+        return {index: found[p] for index, p in enumerate(self.parameters) if p in found}
 
     def load_moments(self, state: dict[int, dict[str, Tensor]]) -> bool:
         """Restores the moments, but not the learning rate, the betas and the weight decay.
 
         Returns:
-            Whether the moments fit the weights; if not, nothing is restored.
+            Whether the moments fit the weights and the kind of optimizer; if not, nothing is restored.
         """
-        shapes = {index: moments["exp_avg"].shape for index, moments in state.items()}
+        first = "state1" if self.eight_bit else "exp_avg"
+        shapes = {index: moments[first].shape for index, moments in state.items() if first in moments}
         # There are no moments before the first update.
-        if shapes and shapes != {index: p.shape for index, p in enumerate(self.parameters)}:
+        if state and shapes != {index: p.shape for index, p in enumerate(self.parameters)}:
             return False
-        # The fused optimizer reads the memory of each tensor in order and ignores the strides.
-        state = {
-            index: {key: match_strides(value, self.parameters[index]) for key, value in moments.items()}
-            for index, moments in state.items()
-        }
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        if not self.eight_bit:  # it makes parameters contiguous, and its moments have that order in memory
+            # The fused optimizer reads the memory of each tensor in order and ignores the strides.
+            state = {
+                index: {key: match_strides(value, self.parameters[index]) for key, value in moments.items()}
+                for index, moments in state.items()
+            }
+        content = self.optimizer.state_dict()
+        # The optimizer counts the parameters group by group.
+        ordered = [p for group in self.optimizer.param_groups for p in group["params"]]
+        position = {parameter: index for index, parameter in enumerate(ordered)}
+        by_group = {position[self.parameters[index]]: moments for index, moments in state.items()}
+        self.optimizer.load_state_dict({"state": by_group, "param_groups": content["param_groups"]})
         return True
+
+
+def make_optimizer(
+    kind: str, groups: list[dict[str, Any]], betas: tuple[float, float]
+) -> torch.optim.Optimizer:
+    """Returns an optimizer of groups of parameters with their own learning rates and weight decays.
+
+    Args:
+        kind: "adamw" or "adamw8bit".
+        groups: groups, as PyTorch's optimizers take them.
+        betas: decay rates of the moments.
+
+    Raises:
+        UserError: bitsandbytes is needed and not installed, or has no kernels for the parameters' device.
+    """
+    if kind == "adamw":
+        return torch.optim.AdamW(groups, betas=betas, fused=True)
+    device = groups[0]["params"][0].device
+    if device.type == "cpu":
+        raise UserError("optimizer.kind=adamw8bit needs a GPU: bitsandbytes has no such kernels for CPUs")
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise UserError(
+            'optimizer.kind=adamw8bit needs bitsandbytes: pip install "litevae[8bit]", or bitsandbytes itself'
+        ) from None
+    optimizer: torch.optim.Optimizer = AdamW8bit(groups, betas=betas)
+    return optimizer
 
 
 def match_strides(value: Tensor, parameter: Tensor) -> Tensor:

@@ -11,10 +11,12 @@ import torch._functorch.config
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from litevae.discriminators import UNetDiscriminator
 from litevae.losses import RECONSTRUCTION_TERMS, Loss, Objective
-from litevae.models.interface import Autoencoder
+from litevae.models.initialise import fix_variance
+from litevae.models.interface import Autoencoder, spatial_compression
+from litevae.training.adversary import Adversary, Discriminate
 from litevae.training.config import Config
+from litevae.training.latents import Change
 from litevae.training.optimization import EMA, NetworkOptimizer
 
 WEIGHTED = "weighted/"  # prefix in the log of a term multiplied by its weight
@@ -27,49 +29,38 @@ class Autoencode(nn.Module):
     Args:
         model: autoencoder.
         decode: whether to decode; a loss of posteriors alone does not need it.
+        learn_variance: whether the posterior's variance gets a gradient.
     """
 
-    def __init__(self, model: Autoencoder, decode: bool = True) -> None:
+    def __init__(self, model: Autoencoder, decode: bool = True, learn_variance: bool = True) -> None:
         super().__init__()
         self.model = model
         self.decode = decode
+        self.learn_variance = learn_variance
 
-    def forward(self, image: Tensor, noise: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+    def forward(
+        self, image: Tensor, noise: Tensor, change: Change | None = None
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
         """Encodes images and decodes a sample of their posterior.
 
         Args:
             image: images (N, 3, H, W) in [-1, 1].
             noise: standard normal noise (N, n_z, h, w) of the sample, mean + std · noise.
+            change: change of the sample before it is decoded.
 
         Returns:
             The reconstruction (N, 3, H, W), or None, and the posterior's mean and log-variance, both (N, n_z, h, w).
         """
         posterior = self.model.encode(image).latent_dist
+        mean, logvar, std = posterior.mean, posterior.logvar, posterior.std
+        if not self.learn_variance:
+            logvar, std = logvar.detach(), std.detach()
         if not self.decode:
-            return None, posterior.mean, posterior.logvar
-        latent = posterior.mean + posterior.std * noise
-        return self.model.decode(latent).sample, posterior.mean, posterior.logvar
-
-
-class Discriminate(nn.Module):
-    """The forward pass of a discriminator's training step."""
-
-    def __init__(self, discriminator: nn.Module) -> None:
-        super().__init__()
-        self.discriminator = discriminator
-
-    def forward(self, real: Tensor, fake: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Returns the logits of the real and of the generated images.
-
-        Both go through the network in one pass if the logits of an image do not depend on other images. PatchGAN
-        normalises over the batch, and StyleGAN's discriminator takes the batch's standard deviation.
-        """
-        if not isinstance(self.discriminator, UNetDiscriminator):
-            return self.discriminator(real), self.discriminator(fake)
-        heads = self.discriminator(torch.cat([real, fake]))
-        parts = (head.split([len(real), len(fake)]) for head in heads)
-        real_logits, fake_logits = zip(*parts, strict=True)
-        return real_logits, fake_logits
+            return None, mean, logvar
+        latent = mean + std * noise
+        if change is not None:
+            latent = change.latent(latent)
+        return self.model.decode(latent).sample, mean, logvar
 
 
 @dataclass(frozen=True)
@@ -121,13 +112,15 @@ class TrainingStep:
         self.discriminator = discriminator
         self.objective = objective
         self.ema = ema
+        self.adversary = Adversary(config, objective)
         self.accumulation = config.optimizer.accumulation
         self.max_norm = config.optimizer.max_gradient_norm or math.inf
         self.ratio_every = config.gradient_ratio_every
         self.scaler: torch.amp.GradScaler | None = accelerator.scaler
 
         settings = config.optimizer
-        autoencode = Autoencode(model, objective.needs_reconstruction)
+        self.fixed_std = config.latent.std
+        autoencode = Autoencode(model, objective.needs_reconstruction, self.fixed_std is None)
         if config.compile:
             adaptive = config.loss.adversarial and config.loss.adversarial_weight == "adaptive"
             if adaptive or self.ratio_every:
@@ -136,13 +129,18 @@ class TrainingStep:
             autoencode.compile()
             if teacher is not None:
                 teacher.compile()
+        own_rates = [
+            (part, rate)
+            for rate, parts in (
+                (settings.encoder_learning_rate, (model.encoder, model.quant_conv)),
+                (settings.decoder_learning_rate, (model.decoder, model.post_quant_conv)),
+            )
+            for part in parts
+            if rate is not None and part is not None
+        ]
         self.optimizers = {
             "autoencoder": NetworkOptimizer(
-                accelerator.prepare_model(autoencode),
-                settings.learning_rate,
-                settings.betas,
-                settings.weight_decay,
-                factor,
+                accelerator.prepare_model(autoencode), settings, factor, own_rates=own_rates
             )
         }
         if discriminator is not None:
@@ -152,14 +150,20 @@ class TrainingStep:
                 discriminate.compile()
             self.optimizers["discriminator"] = NetworkOptimizer(
                 accelerator.prepare_model(discriminate),
-                settings.learning_rate if adversary.learning_rate is None else adversary.learning_rate,
-                adversary.betas or settings.betas,
-                settings.weight_decay,
+                settings,
                 factor,
+                adversary.learning_rate,
+                adversary.betas,
             )
 
     def __call__(
-        self, image: Tensor, noise: Tensor, step: int, stop: bool, unusable: bool = False
+        self,
+        image: Tensor,
+        noise: Tensor,
+        step: int,
+        stop: bool,
+        unusable: bool = False,
+        change: Change | None = None,
     ) -> Outcome:
         """Performs one step on this process's share of the batch.
 
@@ -169,29 +173,33 @@ class TrainingStep:
             step: number of the step, from 1.
             stop: whether this process was asked to stop.
             unusable: whether this share must not be trained on.
+            change: change of the latents before they are decoded.
         """
-        adversarial = self.objective.uses_discriminator(step)
-        active = [self.optimizers[name] for name in ("autoencoder", "discriminator")[: 1 + adversarial]]
+        adversarial, learning = self.objective.uses_discriminator(step), self.adversary.learns(step)
+        active = [self.optimizers[name] for name in ("autoencoder", "discriminator")[: 1 + learning]]
         gradients = None  # row 0: adversarial term; row 1: reconstruction terms
         if adversarial and self.ratio_every and step % self.ratio_every == 0:
             count = sum(parameter.numel() for parameter in active[0].parameters)
             gradients = torch.zeros(2, count, device=image.device)
         # A forward pass changes the discriminator's statistics; a skipped step must not.
-        buffers = list(cast(nn.Module, self.discriminator).buffers()) if adversarial else []
+        buffers = list(cast(nn.Module, self.discriminator).buffers()) if learning else []
         before = [buffer.clone() for buffer in buffers]
 
         losses: list[list[Loss]] = []
-        parts = zip(image.chunk(self.accumulation), noise.chunk(self.accumulation), strict=True)
-        for index, (images, noises) in enumerate(parts):
-            with self.synchronised(active, index == self.accumulation - 1):
-                losses.append(self.backward(images, noises, step, adversarial, gradients))
+        count = self.accumulation
+        changes = [None] * count if change is None else change.chunk(count)
+        for index, part in enumerate(zip(image.chunk(count), noise.chunk(count), changes, strict=True)):
+            with self.synchronised(active, index == count - 1):
+                losses.append(self.backward(*part, step, gradients))
 
-        first = losses[0][0]
+        first, *discriminating = losses[0]
         names = [*first.terms, *(WEIGHTED + name for name in first.weighted), "loss"]
-        names += ["discriminator"] * adversarial
+        names += [name for loss in discriminating for name in loss.terms]
+        statistics = self.adversary.statistics(image.device) if learning else image.new_empty(0)
         # A loss that is not finite on one process makes the mean not finite, so all processes decide alike.
         flags = torch.tensor([float(stop), float(unusable)], device=image.device)
-        means = self.accelerator.reduce(torch.cat([mean_losses(losses), flags]), "mean")
+        means = self.accelerator.reduce(torch.cat([mean_losses(losses), flags, statistics.flatten()]), "mean")
+        means, statistics = means.tensor_split([len(means) - statistics.numel()])
         norms = [optimizer.clip_gradients(self.max_norm, self.scaler) for optimizer in active]
         ratios = means.new_empty(0) if gradients is None else self.gradient_ratio(gradients)
         # This is the only wait for a GPU in the step.
@@ -203,9 +211,13 @@ class TrainingStep:
         updating = non_finite is None and not unusable_mean
 
         rates = [optimizer.update(step, self.scaler) for optimizer in active] if updating else []
-        if updating and self.ema is not None:
-            self.ema.update(self.model)
-        elif not updating and buffers:
+        if updating:
+            self.adversary.update(statistics)
+            if self.fixed_std is not None:  # weight decay changes it
+                fix_variance(self.model, self.fixed_std)
+            if self.ema is not None:
+                self.ema.update(self.model)
+        elif buffers:
             torch._foreach_copy_(buffers, before)
         if self.scaler is not None:
             self.scaler.update()
@@ -213,7 +225,7 @@ class TrainingStep:
             optimizer.zero_grad()
 
         values = {"loss": loss_values.pop("loss"), **loss_values, "gradient_norm": norm_values[0]}
-        if adversarial:
+        if learning:
             values["discriminator_gradient_norm"] = norm_values[1]
         if ratio and math.isfinite(ratio[0]):
             values[GRADIENT_RATIO] = ratio[0]
@@ -222,15 +234,15 @@ class TrainingStep:
         return Outcome(values, non_finite, stop_mean > 0, unusable_mean > 0)
 
     def backward(
-        self, image: Tensor, noise: Tensor, step: int, adversarial: bool, gradients: Tensor | None
+        self, image: Tensor, noise: Tensor, change: Change | None, step: int, gradients: Tensor | None
     ) -> list[Loss]:
         """Adds one part's gradients; returns the autoencoder's loss and the discriminator's, if there is one.
 
         Args:
             image: images of the part (n, 3, H, W) in [-1, 1].
             noise: noise of the part (n, n_z, h, w).
+            change: change of the part's latents, or None.
             step: number of the step.
-            adversarial: whether the discriminator takes part.
             gradients: tensor that `add_gradients` adds to, or None.
         """
         ema_reconstruction = None
@@ -238,8 +250,10 @@ class TrainingStep:
         with self.accelerator.autocast():
             if self.objective.needs_ema and self.ema is not None:
                 with torch.no_grad():
-                    ema_reconstruction = Autoencode(self.ema.model)(image, noise)[0]
-            reconstruction, mean, logvar = self.optimizers["autoencoder"].network(image, noise)
+                    ema_reconstruction = Autoencode(self.ema.model)(image, noise, change)[0]
+            reconstruction, mean, logvar = self.optimizers["autoencoder"].network(image, noise, change)
+            if change is not None:  # from here on, what the reconstruction is compared with
+                image = change.picture(image, spatial_compression(self.model))
             loss = self.objective.generator(
                 image,
                 reconstruction,
@@ -247,18 +261,20 @@ class TrainingStep:
                 logvar,
                 step=step,
                 teacher=target,
-                discriminator=self.discriminator if adversarial else None,
+                discriminator=self.discriminator,
                 last_weight=self.model.decoder.conv_out.weight,
                 ema_reconstruction=ema_reconstruction,
             )
         if gradients is not None:
             self.add_gradients(loss, gradients)
         self.accelerator.backward(loss.total / self.accumulation)
-        if not adversarial or reconstruction is None:
+        if not self.adversary.learns(step) or reconstruction is None:
             return [loss]
         with self.accelerator.autocast():
-            logits = self.optimizers["discriminator"].network(image, reconstruction.detach().float())
-            discriminator_loss = self.objective.discriminator(*logits)
+            found = self.optimizers["discriminator"].network(
+                image, reconstruction.detach().float(), self.adversary.penalises(step)
+            )
+            discriminator_loss = self.adversary.loss(*found)
         self.accelerator.backward(discriminator_loss.total / self.accumulation)
         return [loss, discriminator_loss]
 
@@ -305,12 +321,11 @@ class TrainingStep:
 
 
 def mean_losses(losses: Sequence[Sequence[Loss]]) -> Tensor:
-    """Averages the autoencoder's terms, weighted terms and total, and the discriminator's loss, over the parts."""
+    """Averages the autoencoder's terms, weighted terms and total, and the discriminator's terms, over the parts."""
     rows = []
-    for part in losses:
-        autoencoder = part[0]
-        totals = [loss.total.detach() for loss in part]
-        rows.append(torch.stack([*autoencoder.terms.values(), *autoencoder.weighted.values(), *totals]))
+    for autoencoder, *others in losses:
+        values = [*autoencoder.terms.values(), *autoencoder.weighted.values(), autoencoder.total.detach()]
+        rows.append(torch.stack([*values, *(term for loss in others for term in loss.terms.values())]))
     return torch.stack(rows).mean(dim=0)
 
 

@@ -1,5 +1,6 @@
 """The autoencoder whose latents an encoder learns to produce: distillation into the latent space of another model."""
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -58,13 +59,21 @@ class Teacher(nn.Module):
         Raises:
             UserError: the decoders differ in architecture.
         """
-        model.register_to_config(**{name: self.model.config.get(name) for name in TAKEN_OVER})
+        take_over_scale(model, self.model.config)
         for name in ("decoder", "post_quant_conv"):
             own, taken = getattr(model, name), getattr(self.model, name)
             if own is not None and taken is not None:
                 copy_weights(own, taken.state_dict(), self.folder, "teacher")
                 own.requires_grad_(False)
         self.model.decoder = nn.Identity()  # frees its memory
+
+
+def take_over_scale(model: Autoencoder, config: Mapping[str, Any]) -> None:
+    """Gives a model the normalisation of the latents in another model's configuration."""
+    own = inspect.signature(type(model)).parameters
+    model.register_to_config(
+        **{name: config.get(name, own[name].default) for name in TAKEN_OVER if name in own}
+    )
 
 
 def teacher_folder(path: str) -> Path:

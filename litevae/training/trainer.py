@@ -12,13 +12,15 @@ import torch
 from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor, nn
 
+from litevae.data.config import check_has_images
 from litevae.data.images import to_model_range
+from litevae.data.sources import open_images
 from litevae.discriminators import build_discriminator
 from litevae.environment import versions
 from litevae.errors import UserError, WorkerDied
-from litevae.evaluation.metrics import psnr, ssim
+from litevae.evaluation.metrics import is_better
 from litevae.evaluation.pictures import draw_grid, draw_reconstructions
-from litevae.evaluation.reconstruction import reconstruct
+from litevae.evaluation.validation import Validation
 from litevae.evaluation.yardsticks import HAAR, below_haar, for_json, measure_yardsticks
 from litevae.files import replacing
 from litevae.losses import Objective
@@ -29,9 +31,10 @@ from litevae.models.weights import copy_weights, save_model
 from litevae.signals import StopRequest
 from litevae.training.build import build_model, check_sizes, load_teacher
 from litevae.training.checkpoint import DISCRIMINATOR, Checkpoint, random_state, read_manifest
-from litevae.training.config import Config, check_batch_size, list_stages
+from litevae.training.config import Config, check_batch_size, list_stages, with_steps
 from litevae.training.curves import draw_curves
 from litevae.training.data_loader import TrainingData
+from litevae.training.latents import draw_change, sides_to_draw
 from litevae.training.loop import Failure, Loop, SavedState
 from litevae.training.optimization import EMA, learning_rate_factor
 from litevae.training.start import begin, output_folder
@@ -46,7 +49,7 @@ class TrainingResult:
     `psnr` (dB) and `ssim` are means over the validation images at the end, or None without such images. `seconds`
     is wall-clock time without the start. `stopped_by` is the signal that ended the run early, such as "SIGINT",
     otherwise None. `yardsticks` holds the PSNR and SSIM of each of `litevae.evaluation.yardsticks` on the same
-    images, and is empty without such images.
+    images, and `metrics` everything in `validate_metrics`; both are empty without such images.
     """
 
     output_dir: Path
@@ -56,6 +59,7 @@ class TrainingResult:
     ssim: float | None
     stopped_by: str | None
     yardsticks: dict[str, dict[str, float]] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 def train(config: Config, replace: bool = False) -> TrainingResult:
@@ -98,11 +102,16 @@ class Trainer(Loop[TrainingResult]):
     """One training run: `__init__` builds or restores everything, and `run` performs the steps."""
 
     network_name = "model"
-    decisive_settings = ("seed", "precision", "data", "stages", "loss")
+    decisive_settings = ("seed", "precision", "data", "stages", "loss", "latent")
 
     def __init__(self, config: Config) -> None:
+        images = None
+        if config.max_epochs is not None:
+            check_has_images(config.data)
+            images = open_images(config.data.train)
+            config = with_steps(config, len(images))
         config, accelerator, checkpoint, note = begin(config, folder := Path(config.output_dir))
-        self.config = config
+        self.config, self.best_by = config, config.checkpoint.best_by
         super().__init__(config, folder, accelerator, note)
         self.stages = list_stages(config)
         set_seed(config.seed)
@@ -110,8 +119,9 @@ class Trainer(Loop[TrainingResult]):
         self.network = self.model = build_model(config, self.teacher)
         self.check_stages()
         self.data = TrainingData(
-            config, self.stages, self.accelerator, self.output_dir, checkpoint is not None
+            config, self.stages, self.accelerator, self.output_dir, checkpoint is not None, images
         )
+        self.validation = self.make_validation()
         objective = Objective(config.loss)
         if config.channels_last:
             for module in filter(None, (self.model, objective, self.teacher)):
@@ -168,6 +178,14 @@ class Trainer(Loop[TrainingResult]):
             discriminator.to(memory_format=torch.channels_last)
         return discriminator.to(self.accelerator.device)
 
+    def make_validation(self) -> Validation:
+        """Prepares the metrics of the validation images; raises UserError if one cannot be measured."""
+        images = [image for _, image in self.data.validation]
+        try:
+            return Validation(images, self.config.validate_metrics if images else ())
+        except UserError as error:
+            raise UserError(f"validate_metrics: {error}") from None
+
     def steps(self) -> Iterator[tuple[int, Tensor, float]]:
         done = self.step
         for stage in self.stages:
@@ -198,47 +216,58 @@ class Trainer(Loop[TrainingResult]):
         count, side = self.accelerator.num_processes, image.shape[-1] // spatial_compression(self.model)
         channels = self.config.model.latent_channels
         noise = torch.randn((count * len(batch), channels, side, side), device=image.device)
-        share = noise.chunk(count)[self.accelerator.process_index]
-        return self.train_step(image, share, step, stop, self.unusable is not None)
+        share = noise.chunk(count)[index := self.accelerator.process_index]
+        change = None
+        settings = self.config.latent
+        if settings.noise or settings.equivariance:
+            factor = spatial_compression(self.model)
+            sides = sides_to_draw(side, factor, settings.equivariance_scale, self.discriminator)
+            change = draw_change(settings, share, count, index, sides)
+        return self.train_step(image, share, step, stop, self.unusable is not None, change)
 
     def after(self, step: int) -> None:
         """Validates and saves if that is due after `step`."""
         config = self.config
         if step == config.max_steps:
             return
-        best = max((point["psnr"] for point in self.history), default=-math.inf)
         improved = False
         if step % config.validate_every == 0 and self.data.validation:
+            before = [point.get(self.best_by, math.nan) for point in self.history]
             self.validate(self.step)  # the last step that was not skipped
-            improved = self.history[-1]["psnr"] > best
+            latest = self.history[-1][self.best_by]
+            rivals = [value for value in before if not math.isnan(value)]
+            improved = not math.isnan(latest) and all(
+                is_better(self.best_by, latest, each) for each in rivals
+            )
         if improved or (config.checkpoint.every and step % config.checkpoint.every == 0):
             self.save()
 
     def validate(self, step: int) -> None:
-        """Appends the mean PSNR and SSIM of the validation images to the history."""
+        """Appends the metrics of the validation images to the history."""
         point: list[dict[str, float]] = [{}]
         if self.is_main:
-            pairs = [(image, reconstruct(self.best_model, image)) for _, image in self.data.validation]
-            values = {
-                name: sum(metric(*pair) for pair in pairs) / len(pairs)
-                for name, metric in (("psnr", psnr), ("ssim", ssim))
-            }
+            values, pairs = self.validation(self.best_model)
             point = [{"step": step, **values, "seconds": round(self.seconds, 1)}]
             draw_grid(pairs, self.output_dir / "validation" / f"step-{step:08d}.png")
             self.accelerator.log({f"validation/{name}": value for name, value in values.items()}, step=step)
         broadcast_object_list(point)
         self.history.append(point[0])
 
+    def measured(self, point: dict[str, float]) -> dict[str, float]:
+        """Returns the metrics in a point of the history."""
+        return {name: point[name] for name in self.validation.metrics if name in point}
+
     def state_to_save(self) -> SavedState:
-        measured = self.history and self.history[-1]["step"] == self.step
+        measured = bool(self.history) and self.history[-1]["step"] == self.step
         return SavedState(
             {
                 "optimizers": {name: each.moments() for name, each in self.train_step.optimizers.items()},
+                "lecam": self.train_step.adversary.state(),
                 "history": self.history,
             },
             self.discriminator.state_dict() if self.discriminator else None,
             {
-                "psnr": self.history[-1]["psnr"] if measured else None,
+                **(self.measured(self.history[-1]) if measured else {"psnr": None}),
                 "teacher": self.teacher and self.teacher.digests,
             },
         )
@@ -257,8 +286,10 @@ class Trainer(Loop[TrainingResult]):
         for name, optimizer in self.train_step.optimizers.items():
             if not optimizer.load_moments(state["optimizers"][name]):
                 raise UserError(
-                    f"resume: {checkpoint.path} trained other weights of the {name}: see freeze_encoder"
+                    f"resume: {checkpoint.path} trained other weights of the {name}, or used another optimizer.kind: "
+                    "see freeze_encoder and freeze_decoder"
                 )
+        self.train_step.adversary.restore(state.get("lecam"), self.accelerator.device)
         self.history = [dict(point) for point in state["history"]]
 
     def finish(self, signal_name: str | None, stopped: bool, failure: Failure | None) -> TrainingResult:
@@ -268,12 +299,19 @@ class Trainer(Loop[TrainingResult]):
         if self.data.validation and (not self.history or self.history[-1]["step"] != self.step):
             self.validate(self.step)
         self.save()
-        final: dict[str, Any] = self.history[-1] if self.data.validation else {"psnr": None, "ssim": None}
+        final = self.measured(self.history[-1]) if self.data.validation else {}
         stopped_by = (signal_name or "another process") if stopped else None
         images = [image for _, image in self.data.validation]
         yardsticks = measure_yardsticks(self.best_model, images) if images else {}
         result = TrainingResult(
-            self.output_dir, self.step, self.seconds, final["psnr"], final["ssim"], stopped_by, yardsticks
+            self.output_dir,
+            self.step,
+            self.seconds,
+            final.get("psnr"),
+            final.get("ssim"),
+            stopped_by,
+            yardsticks,
+            final,
         )
         if self.is_main:
             self.write_results(result, complete=not (stopped or failure))
@@ -294,8 +332,9 @@ class Trainer(Loop[TrainingResult]):
                 else None,
                 "count": len(self.data.validation),
                 "measured_on": f"{height}x{width} pixels, 8 bits, mode of the posterior, mean over the images",
-                "psnr": result.psnr,
-                "ssim": result.ssim,
+                "psnr": None,
+                "ssim": None,
+                **result.metrics,
                 "yardsticks": for_json(result.yardsticks),
                 "below_haar_yardstick": below_haar({"psnr": result.psnr}, result.yardsticks)
                 if result.psnr is not None

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
 from litevae.cli import main
@@ -102,3 +103,22 @@ def test_missing_weights_are_one_line(run, tiny_folder, tmp_path, monkeypatch):
         assert error.count("\n") == 1
         assert f"{tmp_path}/checkpoints/{name} is not there" in error
     assert not (tmp_path / "eval.json").exists()
+
+
+def test_reconstructions_are_saved(run, tiny_folder, tiny_model, square_pixels, tmp_path):
+    with torch.no_grad():
+        decoded = tiny_model(torch.from_numpy(square_pixels.transpose(0, 3, 1, 2)).float() / 127.5 - 1).sample
+    expected = ((decoded + 1) * 127.5).round().clamp(0, 255).permute(0, 2, 3, 1).numpy()
+    run(tiny_folder, "--metrics", "psnr", "--save", tmp_path / "all.npz")
+    with np.load(tmp_path / "all.npz") as file:
+        assert (
+            np.abs(file["arr_0"].astype(int) - expected).max() <= 1
+        )  # another batch size can round otherwise
+    saved = tmp_path / "saved"
+    run(tiny_folder, "--metrics", "psnr", "--save", saved, "--overwrite")
+    pictures = [np.asarray(Image.open(path)).astype(int) for path in sorted(saved.iterdir())]
+    assert np.abs(np.stack(pictures) - expected).max() <= 1
+    assert json.loads((tmp_path / "eval.json").read_text())["saved"] == str(saved)
+    (tmp_path / "eval.json").unlink()
+    for path, problem in ((tmp_path / "all.npz", "already exists"), (saved, "is not empty")):
+        assert problem in run(tiny_folder, "--metrics", "psnr", "--save", path, status=2).err

@@ -53,3 +53,13 @@ def test_nothing_readable_is_one_line(scale, square_images, capsys):
         path.unlink()
     scale(status=2)
     assert "none of the images can be read" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_stores_the_statistics_of_each_channel_beside_it(scale, tmp_path, capsys):
+    scale()
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("channel")]
+    stored = json.loads((tmp_path / "model" / "latent_statistics.json").read_text())
+    for channel, (mean, std) in enumerate(zip(stored["mean"], stored["std"], strict=True)):
+        assert printed[channel] == f"channel {channel}: mean {mean:.4f}, standard deviation {std:.4f}"
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert (stored["count"], stored["scaling_factor"]) == (5, config["scaling_factor"])

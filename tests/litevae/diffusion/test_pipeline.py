@@ -97,3 +97,18 @@ def test_an_image_depends_on_its_seed_alone(pipeline, scheduler):
 def test_another_scheduler_can_be_put_in(pipeline):
     pipeline.scheduler = DPMSolverMultistepScheduler(beta_schedule="scaled_linear")
     assert pipeline(1, torch.Generator().manual_seed(0), 3, output_type="latent").images.isfinite().all()
+
+
+def test_channels_may_have_their_own_mean_and_deviation(autoencoder, tmp_path):
+    mean, std = [1.0, -2.0, 0.5, 0.0], [0.5, 2.0, 1.0, 4.0]
+    pipeline = LatentDiffusionPipeline(autoencoder, tiny_unet(), DDIMScheduler(), mean, std)
+    latents = torch.randn(2, 4, 8, 8)
+    channels = [latents[:, i] * std[i] + mean[i] for i in range(4)]
+    with torch.no_grad():
+        expected = autoencoder.decode(torch.stack(channels, 1)).sample
+    torch.testing.assert_close(pipeline.decode(latents), expected)
+    save_pipeline(pipeline, tmp_path / "ours")
+    pipeline.save_pretrained(tmp_path / "theirs")
+    for name in ("ours", "theirs"):
+        loaded = LatentDiffusionPipeline.from_pretrained(tmp_path / name)
+        torch.testing.assert_close(loaded.decode(latents), expected)

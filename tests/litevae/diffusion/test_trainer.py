@@ -1,8 +1,10 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +14,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import litevae.diffusion.trainer as trainer_module
+from litevae import LiteVAE
 from litevae.data.batches import Batches
 from litevae.data.sources import open_images
 from litevae.diffusion import LatentDiffusionPipeline, train
 from litevae.diffusion.noise import make_noise
 from litevae.errors import NonFiniteError, UserError, WorkerDied
 from litevae.latents import Settings, encode_images
+from litevae.latents.statistics import measure_latents, store_scale
 from litevae.training.checkpoint import find_checkpoints
 
 
@@ -215,3 +219,32 @@ def test_a_worker_that_dies_ends_the_run_with_its_results_and_they_are_not_repla
     assert (metrics["steps"], metrics["complete"]) == (2, False)
     with pytest.raises(UserError, match="run/pipeline is the pipeline of a run without checkpoints"):
         train(tiny(*settings, "resume=auto"), autoencoder)
+
+
+def test_channels_are_normalised_by_the_statistics_of_litevae_scale(
+    tiny, autoencoder_folder, photographs, tmp_path
+):
+    folder = tmp_path / "model"
+    shutil.copytree(autoencoder_folder, folder)
+    found = measure_latents(LiteVAE.from_pretrained(folder), open_images(str(photographs)), 32, workers=0)
+    store_scale(folder / "config.json", found)
+    model = LiteVAE.from_pretrained(folder)
+    config = tiny(
+        f"model={folder}", f"data.train={photographs}", "data.latents=", "max_steps=1", "normalise=channel"
+    )
+    train(config, model)
+    pipeline = LatentDiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert (tuple(pipeline.config.latents_mean), tuple(pipeline.config.latents_std)) == (
+        found.mean,
+        found.std,
+    )
+    trainer = trainer_module.DiffusionTrainer(replace(config, output_dir=str(tmp_path / "other")), model)
+    moments = torch.randn(2, 8, 8, 8)
+    latents = trainer.data.sample(moments, torch.zeros(2, 4, 8, 8))
+    for channel in range(4):
+        expected = (moments[:, channel] - found.mean[channel]) / found.std[channel]
+        torch.testing.assert_close(latents[:, channel], expected)
+
+    (folder / "latent_statistics.json").unlink()
+    with pytest.raises(UserError, match=r"holds no latent_statistics\.json: run litevae scale"):
+        train(replace(config, output_dir=str(tmp_path / "other")), model)

@@ -7,7 +7,13 @@ from PIL import Image
 
 from litevae.data.sources import open_images
 from litevae.errors import UserError
-from litevae.latents.statistics import LatentStatistics, latent_statistics, measure_latents, store_scale
+from litevae.latents.statistics import (
+    LatentStatistics,
+    latent_statistics,
+    measure_latents,
+    read_statistics,
+    store_scale,
+)
 
 SIZE = 32
 
@@ -62,4 +68,27 @@ def test_statistics_are_added_to_the_config(tmp_path):
         "latents_std": None,
         "other": [1],
     }
-    assert [each.name for each in tmp_path.iterdir()] == ["config.json"]
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["config.json", "latent_statistics.json"]
+
+
+def test_stored_statistics_are_read_and_anything_else_is_refused(tmp_path):
+    found = LatentStatistics((0.5, -1.0), (2.0, 0.25), 0.75, 12)
+    (tmp_path / "config.json").write_text("{}")
+    store_scale(tmp_path / "config.json", found)
+    assert read_statistics(tmp_path, 0.75, 2) == found
+
+    def error(scaling_factor=0.75, channels=2):
+        with pytest.raises(UserError) as caught:
+            read_statistics(tmp_path, scaling_factor, channels)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "belongs to another scaling_factor than config.json's 1.5" in error(1.5)
+    assert "does not hold the statistics of 3 channels" in error(channels=3)
+    path = tmp_path / "latent_statistics.json"
+    whole = json.loads(path.read_text())
+    for wrong in ([], {}, whole | {"std": [1.0, 0.0]}, whole | {"mean": "ab"}, whole | {"mean": [1e400, 0]}):
+        path.write_text(json.dumps(wrong))
+        assert "does not hold the statistics of 2 channels" in error()
+    path.unlink()
+    assert "holds no latent_statistics.json: run litevae scale" in error()

@@ -84,6 +84,70 @@ class TestFineTuning:
         assert all(same[name] for name in same if name.startswith("encoder."))
         assert not any(same[name] for name in ("decoder.conv_in.weight", "decoder.conv_out.weight"))
 
+    def test_frozen_decoder_stays_and_the_encoder_learns(self, source, tiny, tmp_path, no_pictures):
+        train(tiny(f"init={source}", "freeze_decoder=true", "max_steps=2", "optimizer.warmup_steps=0"))
+        before, after = (
+            load_file(folder / "diffusion_pytorch_model.safetensors")
+            for folder in (source, tmp_path / "run" / "model")
+        )
+        same = {name: torch.equal(before[name], after[name]) for name in before}
+        assert all(same[name] for name in same if name.startswith("decoder."))
+        assert not same["encoder.feature_aggregator.conv_out.weight"]
+
+    def test_stable_diffusions_vae_is_fine_tuned_by_its_decoder_alone(
+        self, tiny_settings, tmp_path, no_pictures, monkeypatch
+    ):
+        torch.manual_seed(1)
+        vae = AutoencoderKL(
+            block_out_channels=(16, 16, 16),
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            layers_per_block=1,
+            norm_num_groups=4,
+            scaling_factor=0.13025,
+            shift_factor=0.25,
+        )
+        vae.save_pretrained(tmp_path / "sd" / "vae")
+        before = {name: value.clone() for name, value in vae.state_dict().items()}
+        validation = [each for each in tiny_settings if each.startswith("data.validation=")]
+        sizes = ["block_out_channels=[16,16,16]", "layers_per_block=1", "num_groups=4"]
+        small = [f"model.{each}" for each in sizes] + ["data.size=32", "data.batch_size=2", "data.workers=0"]
+        short = [
+            "max_steps=2",
+            "optimizer.warmup_steps=0",
+            "ema_decay=0",
+            "tracker=none",
+            "loss.pretrained=false",
+        ]
+        config = load_config(
+            "sd-vae-decoder",
+            [
+                f"init=diffusers:{tmp_path / 'sd'}",
+                "data.train=demo",
+                *validation,
+                *small,
+                *short,
+                "precision=fp32",
+                f"output_dir={tmp_path / 'run'}",
+            ],
+        )
+        train(config)
+        tuned = AutoencoderKL.from_pretrained(tmp_path / "run" / "model")
+        for name, value in tuned.state_dict().items():
+            frozen = name.startswith(("encoder.", "quant_conv."))
+            assert torch.equal(value, before[name]) == frozen or not name.endswith("weight"), name
+        assert (tuned.config.scaling_factor, tuned.config.shift_factor) == (0.13025, 0.25)
+        image = torch.rand(1, 3, 32, 32) * 2 - 1
+        with torch.no_grad():  # latents that exist stay valid
+            assert torch.equal(tuned.encode(image).latent_dist.mean, vae.encode(image).latent_dist.mean)
+
+    def test_the_recipe_for_stable_diffusions_vae_needs_its_weights(self):
+        config = load_config("sd-vae-decoder", ["data.train=demo"])
+        with pytest.raises(
+            UserError, match="init is empty, and freeze_encoder=true would keep an encoder of random"
+        ):
+            check_run(config)
+
     @pytest.mark.parametrize("pipeline", [False, True])
     def test_decoder_of_a_diffusers_vae(self, tiny, tmp_path, pipeline):
         torch.manual_seed(1)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import litevae.training.trainer as trainer_module
+import litevae.evaluation.validation as validation_module
 from litevae.errors import UserError
 from litevae.training import train
 from litevae.training.checkpoint import Checkpoint, choose_checkpoint, find_checkpoints, open_checkpoint
@@ -174,7 +174,7 @@ def test_the_last_checkpoints_and_the_best_one_are_kept(
     tiny, tmp_path, no_pictures, monkeypatch, checkpoint_names
 ):
     values = iter([10.0, 12.0, 11.0, 9.0, 8.0, 7.0])
-    monkeypatch.setattr(trainer_module, "psnr", lambda *_: next(values))
+    monkeypatch.setattr(validation_module, "psnr", lambda *_: next(values))
     train(tiny("max_steps=6", "checkpoint.every=1", "checkpoint.keep=2", "validate_every=1"))
     assert checkpoint_names(tmp_path / "run") == ["step-00000002", "step-00000005", "step-00000006"]
     manifest = json.loads((tmp_path / "run" / "checkpoints" / "step-00000002" / "manifest.json").read_text())
@@ -208,7 +208,7 @@ def checkpoint(tmp_path):
         except UserError as error:
             return str(error)
 
-    assert rewrite() == Checkpoint(folder, 3, None)
+    assert rewrite() == Checkpoint(folder, 3, {})
     return folder, rewrite, digest
 
 
@@ -289,3 +289,28 @@ def test_a_state_of_other_entries_is_refused(two_checkpoints, tiny, training_err
     message = training_error(tiny("resume=auto"))
     assert "state.pt: " in message
     assert "does not hold the state" in message or "not a state that litevae has written" in message
+
+
+def test_the_best_checkpoint_is_chosen_by_any_metric(
+    tiny, tmp_path, no_pictures, monkeypatch, checkpoint_names
+):
+    class Constant(torch.nn.Module):
+        values = iter([0.5, 0.3, 0.4, 0.4])
+
+        def forward(self, *_):
+            return torch.tensor(next(self.values))
+
+    monkeypatch.setattr(validation_module, "LPIPS", Constant)
+    settings = ["max_steps=4", "checkpoint.every=1", "checkpoint.keep=1", "validate_every=1"]
+    train(tiny(*settings, "validate_metrics=[lpips]", "checkpoint.best_by=lpips"))
+    assert checkpoint_names(tmp_path / "run") == ["step-00000002", "step-00000004"]
+    manifest = json.loads((tmp_path / "run" / "checkpoints" / "step-00000002" / "manifest.json").read_text())
+    assert manifest["lpips"] == pytest.approx(0.3)
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())["validation"]
+    assert metrics["lpips"] == pytest.approx(0.4)
+    assert [point["lpips"] for point in metrics["history"]] == pytest.approx([0.5, 0.3, 0.4, 0.4])
+
+
+def test_a_metric_that_is_not_measured_cannot_choose_the_best(tiny):
+    with pytest.raises(UserError, match=r"checkpoint\.best_by=rfid is not measured: add rfid"):
+        tiny("checkpoint.best_by=rfid", "validate_metrics=[lpips]")

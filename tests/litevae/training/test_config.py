@@ -2,7 +2,14 @@ import pytest
 from omegaconf import OmegaConf
 
 from litevae.errors import UserError
-from litevae.training.config import Config, Stage, list_stages, load_config, shipped_configs
+from litevae.training.config import (
+    Config,
+    Stage,
+    list_stages,
+    load_config,
+    shipped_configs,
+    with_steps,
+)
 
 
 def fails(*overrides, name="demo"):
@@ -205,3 +212,46 @@ def test_a_ratio_that_is_never_measured_is_refused():
     ):
         load_config("demo", [*settings, "max_steps=9"])
     assert load_config("demo", [*settings, "max_steps=10"]).gradient_ratio_every == 5
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        (["max_epochs=2"], 7),  # 20 crops in batches of 3
+        (["max_epochs=0.5"], 2),
+        (["max_epochs=0.001"], 1),
+        # 2 steps of 3 crops; then 4 crops per step for the other 14
+        (["max_epochs=2", "stages=[{start: 3, batch_size: 4}]"], 6),
+        (["max_epochs=2", "stages=[{start: 30, batch_size: 4}]"], 7),
+        (["max_steps=9"], 9),
+    ],
+)
+def test_epochs_become_steps(settings, steps):
+    config = load_config("demo", ["data.batch_size=3", *settings])
+    resolved = with_steps(config, 10)
+    assert resolved.max_steps == steps
+    assert sum((s.last - s.first + 1) * s.batch_size for s in list_stages(resolved)[:-1]) < 20
+
+
+def test_epochs_must_include_the_gradient_ratio_and_not_be_endless():
+    ratio = ["loss.adversarial=1", "loss.adversarial_start=5", "gradient_ratio_every=5", "data.batch_size=1"]
+    config = load_config("demo", ["max_epochs=1", "max_steps=1", *ratio])
+    with pytest.raises(UserError, match=r"gradient_ratio_every=5 never comes .* max_steps=4"):
+        with_steps(config, 4)
+    with pytest.raises(UserError, match="more than 1000000000 steps"):
+        with_steps(config, 10**10)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["freeze_encoder=true", "freeze_decoder=true"], "must not both be true"),
+        (
+            ["freeze_decoder=true", "loss.adversarial=1", "loss.adversarial_weight=adaptive"],
+            "adversarial_weight must be constant with freeze_decoder=true, got adaptive",
+        ),
+    ],
+)
+def test_what_is_frozen_must_leave_something_to_train(settings, message):
+    with pytest.raises(UserError, match=message):
+        load_config("demo", settings)

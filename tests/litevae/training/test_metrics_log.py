@@ -1,12 +1,13 @@
 """The log of a run: its lines, its speed and the text of the progress bar."""
 
 import json
+from datetime import datetime, timedelta
 from types import SimpleNamespace
 
 import pytest
 
 from litevae.training import metrics_log
-from litevae.training.metrics_log import MetricsLog, format_progress, read_log
+from litevae.training.metrics_log import MetricsLog, estimate_end, format_progress, read_log
 
 
 @pytest.fixture
@@ -105,3 +106,10 @@ def test_progress_bar_shows_the_unweighted_losses_and_the_speed():
     }
     text = "loss 0.123, l1 0.1, adversarial -1.5, 12 images/s, 26% waiting for data"
     assert format_progress(line) == text
+
+
+def test_the_end_is_estimated_from_the_mean_time_of_a_step():
+    before = datetime.now()
+    text = estimate_end(3, 10, 3 * 3600.0)
+    expected = {f"ends {now + timedelta(hours=7):%Y-%m-%d %H:%M}" for now in (before, datetime.now())}
+    assert text in expected

@@ -1,13 +1,21 @@
 """The average of the weights, the optimizer and the learning-rate schedule."""
 
+import io
+import sys
+
 import pytest
 import torch
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from litevae.training.config import OptimizerConfig
+from litevae.errors import UserError
 from litevae.training.optimization import EMA, NetworkOptimizer, learning_rate_factor
+from litevae.training.sections import OptimizerConfig
+
+
+def settings(**changes):
+    return OptimizerConfig(**{"learning_rate": 0.1, "betas": (0.9, 0.99), **changes})
 
 
 def test_ema_equals_the_average_of_diffusers():
@@ -30,7 +38,7 @@ def test_optimizer_continues_from_moments_in_another_memory_format():
     def make():
         torch.manual_seed(0)
         network = nn.Conv2d(4, 5, 3).to(memory_format=torch.channels_last)
-        return NetworkOptimizer(network, 0.1, (0.9, 0.99), 0.01, lambda _: 1.0)
+        return NetworkOptimizer(network, settings(weight_decay=0.01), lambda _: 1.0)
 
     def update(optimizer, seed):
         images = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(seed))
@@ -52,7 +60,7 @@ def test_optimizer_continues_from_moments_in_another_memory_format():
 
 
 def test_moments_of_other_weights_are_refused():
-    first, second = (NetworkOptimizer(nn.Linear(3, n), 0.1, (0.9, 0.99), 0.0, lambda _: 1.0) for n in (2, 4))
+    first, second = (NetworkOptimizer(nn.Linear(3, n), settings(), lambda _: 1.0) for n in (2, 4))
     first.network(torch.ones(1, 3)).sum().backward()
     first.update(1, None)
     assert not second.load_moments(first.moments())
@@ -61,7 +69,7 @@ def test_moments_of_other_weights_are_refused():
 
 
 def test_update_sets_the_learning_rate_of_its_step():
-    optimizer = NetworkOptimizer(nn.Linear(3, 2), 0.1, (0.9, 0.99), 0.0, lambda done: done / 4)
+    optimizer = NetworkOptimizer(nn.Linear(3, 2), settings(), lambda done: done / 4)
     before = optimizer.network.weight.clone()
     optimizer.network(torch.ones(1, 3)).sum().backward()
     assert optimizer.update(1, None) == 0.0
@@ -72,7 +80,7 @@ def test_update_sets_the_learning_rate_of_its_step():
 
 
 def test_gradient_norm_is_the_norm_before_clipping():
-    optimizer = NetworkOptimizer(nn.Linear(1, 1, bias=False), 0.1, (0.9, 0.99), 0.0, lambda _: 1.0)
+    optimizer = NetworkOptimizer(nn.Linear(1, 1, bias=False), settings(), lambda _: 1.0)
     optimizer.network.weight.grad = torch.full((1, 1), -8.0)
     assert optimizer.clip_gradients(2.0, None) == 8.0
     torch.testing.assert_close(optimizer.network.weight.grad, torch.full((1, 1), -2.0))
@@ -95,3 +103,95 @@ def test_cosine_schedule_equals_that_of_diffusers(warmup):
 def test_constant_schedule_rises_linearly_to_1():
     config = OptimizerConfig(warmup_steps=4)
     assert [learning_rate_factor(config, done, 6) for done in range(6)] == [0, 0.25, 0.5, 0.75, 1, 1]
+
+
+def test_parts_with_their_own_rates_and_undecayed_biases_are_those_of_pytorchs_groups():
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Conv2d(4, 3, 3))
+
+    ours, theirs = make(), make()
+    config = settings(weight_decay=0.5, decay_biases=False)
+    optimizer = NetworkOptimizer(ours, config, lambda done: 1 / (1 + done), own_rates=[(ours[2], 0.02)])
+    first, norm, last = theirs
+    reference = torch.optim.AdamW(
+        [
+            {"params": [first.weight], "lr": 0.1, "weight_decay": 0.5},
+            {"params": [first.bias, norm.weight, norm.bias], "lr": 0.1, "weight_decay": 0.0},
+            {"params": [last.weight], "lr": 0.02, "weight_decay": 0.5},
+            {"params": [last.bias], "lr": 0.02, "weight_decay": 0.0},
+        ],
+        betas=(0.9, 0.99),
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(reference, lambda done: 1 / (1 + done))
+    images = torch.randn(2, 3, 8, 8)
+    for step in range(1, 4):
+        for network in (ours, theirs):
+            network(images).square().mean().backward()
+        assert optimizer.update(step, None) == pytest.approx(0.1 / step)
+        reference.step()
+        schedule.step()
+        optimizer.zero_grad()
+        reference.zero_grad()
+        for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(mine, other)
+
+
+def test_moments_belong_to_their_weights_whatever_the_groups():
+    def make(**changes):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+        return NetworkOptimizer(network, settings(**changes), lambda _: 1.0)
+
+    first, second = make(), make(decay_biases=False, weight_decay=0.1)
+    first.network(torch.randn(2, 3)).sum().backward()
+    first.update(1, None)
+    assert second.load_moments(first.moments())
+    for index, moments in first.moments().items():
+        for name, value in moments.items():
+            assert torch.equal(second.moments()[index][name], value)
+
+
+def test_8_bits_need_bitsandbytes_and_a_gpu(monkeypatch):
+    with pytest.raises(UserError, match="adamw8bit needs a GPU"):
+        NetworkOptimizer(nn.Linear(3, 2), settings(kind="adamw8bit"), lambda _: 1.0)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with (
+        torch.device("meta"),
+        pytest.raises(UserError, match=r'needs bitsandbytes: pip install "litevae\[8bit\]"'),
+    ):
+        NetworkOptimizer(nn.Linear(3, 2), settings(kind="adamw8bit"), lambda _: 1.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_8_bit_moments_continue_to_the_same_bits():
+    pytest.importorskip("bitsandbytes")
+
+    def make():
+        torch.manual_seed(0)
+        network = nn.Conv2d(32, 32, 3, device="cuda").to(memory_format=torch.channels_last)
+        return NetworkOptimizer(network, settings(kind="adamw8bit", weight_decay=0.1), lambda _: 0.1)
+
+    def update(optimizer, step):
+        generator = torch.Generator("cuda").manual_seed(step)
+        images = torch.randn(2, 32, 8, 8, device="cuda", generator=generator)
+        optimizer.network(images).square().mean().backward()
+        optimizer.update(step, None)
+        optimizer.zero_grad()
+
+    first, second = make(), make()
+    for step in (1, 2):
+        update(first, step)
+    assert first.moments()[0]["state1"].dtype == torch.uint8
+    buffer = io.BytesIO()
+    torch.save(first.moments(), buffer)
+    buffer.seek(0)
+    second.network.load_state_dict(first.network.state_dict())
+    assert second.load_moments(torch.load(buffer, map_location="cpu", weights_only=True))
+    for each in (first, second):
+        update(each, 3)
+    assert all(map(torch.equal, first.parameters, second.parameters))
+    full = NetworkOptimizer(nn.Conv2d(32, 32, 3, device="cuda"), settings(), lambda _: 1.0)
+    assert not full.load_moments(first.moments())

@@ -7,12 +7,12 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from litevae.discriminators import DiscriminatorConfig, build_discriminator
+from litevae.discriminators import build_discriminator
 from litevae.losses import Objective
 from litevae.training.build import build_model
 from litevae.training.metrics_log import format_progress
 from litevae.training.optimization import EMA
-from litevae.training.step import Autoencode, Discriminate, TrainingStep
+from litevae.training.step import Autoencode, TrainingStep
 
 BATCH, SIZE = 4, 32
 
@@ -106,17 +106,28 @@ def test_each_network_gets_the_gradients_of_its_own_loss(make):
             torch.testing.assert_close(value, other, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("kind", ["unet", "patchgan", "stylegan"])
-def test_logits_of_real_images_do_not_depend_on_generated_ones(kind):
-    torch.manual_seed(0)
-    discriminator = build_discriminator(DiscriminatorConfig(kind, "S"), SIZE)
-    if kind == "unet":
-        discriminator.eval()  # in training mode a second pass continues the power iteration
-    real, fake = inputs(1)[0], inputs(2)[0][: BATCH // 2] / 4
-    with torch.no_grad():
-        expected = [discriminator(images) for images in (real, fake)]
-        actual = Discriminate(discriminator)(real, fake)
-    torch.testing.assert_close(actual, tuple(expected))
+@pytest.mark.parametrize("kind", ["litevae", "sd-vae"])
+def test_gradient_checkpointing_changes_no_gradient(make, kind):
+    """Equation 2 and the gradient ratio differentiate the same graph more than once."""
+    settings = ["loss.adversarial_weight=adaptive", "gradient_ratio_every=1", f"model.kind={kind}"]
+    if kind == "sd-vae":
+        settings += ["model.decoder_norm=group", "model.output_type=image"]
+    plain, saving = make(*settings), make(*settings, "gradient_checkpointing=true")
+    assert saving.model.is_gradient_checkpointing
+    assert not plain.model.is_gradient_checkpointing
+    first, second = (step(*inputs(), 1, False).values for step in (plain, saving))
+    assert second == pytest.approx(first, rel=1e-5)
+    for ours, other in zip(gradients(saving, "autoencoder"), gradients(plain, "autoencoder"), strict=True):
+        torch.testing.assert_close(ours, other)
+
+
+def test_encoder_and_decoder_have_learning_rates_apart(make):
+    step = make("optimizer.encoder_learning_rate=0", "optimizer.decoder_learning_rate=1e-3")
+    before = snapshot(step)["model"]
+    step(*inputs(), 1, False)
+    same = {name: torch.equal(value, before[name]) for name, value in step.model.state_dict().items()}
+    assert all(equal for name, equal in same.items() if name.startswith("encoder."))
+    assert not any(same[f"decoder.{name}.weight"] for name in ("conv_in", "conv_out"))
 
 
 def test_fused_updates_equal_those_of_the_unfused_optimizer(make):

@@ -52,7 +52,15 @@ def distilling(tmp_path, tiny_settings):
     def make(teacher, *overrides, name="run"):
         model = as_overrides(teacher_settings(load_teacher(str(teacher))))
         tiny = [*tiny_settings, "data.train=demo", "data.crop=native", "data.workers=0", "tracker=none"]
-        settings = [*tiny, *model, "model.preset=litevae-s", "optimizer.warmup_steps=0", "checkpoint.every=0"]
+        unused = [f"loss.{name}=0" for name in ("l1", "wavelet", "gaussian", "kl")]
+        settings = [
+            *tiny,
+            *unused,
+            *model,
+            "model.preset=litevae-s",
+            "optimizer.warmup_steps=0",
+            "checkpoint.every=0",
+        ]
         return load_config(
             "distill", [*settings, f"teacher={teacher}", f"output_dir={tmp_path / name}", *overrides]
         )

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from skimage import data
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import litevae.evaluation.validation as validation_module
 import litevae.training.loop as loop_module
 import litevae.training.trainer as trainer_module
 from litevae import LiteVAE
@@ -311,7 +312,7 @@ class TestTinyRun:
         self, tiny, no_pictures, monkeypatch
     ):
         values = iter([10.0, 9.0, 11.0, 12.0, 8.0, 7.0])
-        monkeypatch.setattr(trainer_module, "psnr", lambda *_: next(values))
+        monkeypatch.setattr(validation_module, "psnr", lambda *_: next(values))
         original, written = loop_module.save_checkpoint, []
 
         def save_checkpoint(folder, step, *arguments):
