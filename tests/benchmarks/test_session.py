@@ -21,7 +21,7 @@ def save(monkeypatch, tmp_path):
             session.Result(**figures | {"subject": subject, "test": test})
             for test, subject in measured.items()
         ]
-        session.Session("machine", set(tests), results).save()
+        session.Session("machine", tests=set(tests), results=results).save()
         rows = json.loads((tmp_path / "machine.json").read_text())["results"]
         return {row["test"]: row["subject"] for row in rows}
 

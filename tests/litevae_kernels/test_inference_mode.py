@@ -98,3 +98,11 @@ def test_what_is_plain():
     assert not is_plain(torch._to_functional_tensor(x))
     with torch.device("cpu"):  # a mode of __torch_function__
         assert not is_plain(x)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_tensors_on_a_gpu_are_plain():
+    assert is_plain(image().cuda())
+    with torch.inference_mode():
+        assert is_plain(image().cuda())
