@@ -21,8 +21,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--full", action="store_true", help="also run all shapes, grids and curves, which take hours on a CPU"
     )
-    parser.addoption("--results", type=Path, metavar="FOLDER", help="folder of the results; default: results/")
-    parser.addoption("--dry-run", action="store_true", help="rehearse benchmarks/gpu on a CPU, with tiny images")
+    parser.addoption(
+        "--results", type=Path, metavar="FOLDER", help="folder of the results; default: results/"
+    )
+    parser.addoption(
+        "--dry-run", action="store_true", help="rehearse benchmarks/gpu on a CPU, with tiny images"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

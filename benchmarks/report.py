@@ -236,7 +236,9 @@ def gpu_lines(machine: tuple[Path, dict[str, Any]]) -> list[list[str]]:
 
 def validation(steps: dict[str, Any]) -> str:
     """Returns the outcome of each step of `benchmarks.gpu.validate`, and the readings of hardware counters."""
-    lines = [[name, step["outcome"], number(step.get("seconds")), step["date"]] for name, step in steps.items()]
+    lines = [
+        [name, step["outcome"], number(step.get("seconds")), step["date"]] for name, step in steps.items()
+    ]
     parts = [markdown(["step", "outcome", "seconds", "date"], lines)]
     for step in steps.values():
         if found := step.get("readings"):

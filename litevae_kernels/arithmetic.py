@@ -61,7 +61,7 @@ def widened(function: Callable[..., Tensor], x: Tensor, *operands: Tensor | None
         function: plain PyTorch whose result has the dtype of its arguments.
         x, operands: arguments of `function`.
     """
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return function(x, *operands)
     dtype = result_dtype(x)
     if multiplies(dtype, current_isa()) or is_exporting():

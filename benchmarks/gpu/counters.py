@@ -29,7 +29,11 @@ def launch(device: str) -> None:
     """Calls the operators, and the gradient of one."""
     images, channels, size = (16, 96, 128) if device == "cuda" else (1, 32, 4)
     channels_last, low = torch.channels_last, torch.bfloat16
-    x = torch.randn(images, channels, size, size, device=device).to(low).contiguous(memory_format=channels_last)
+    x = (
+        torch.randn(images, channels, size, size, device=device)
+        .to(low)
+        .contiguous(memory_format=channels_last)
+    )
     x.requires_grad_()
     torch.autograd.grad(group_norm_silu(x, 32), x, torch.randn_like(x))
     image = torch.randn(images, 3, 2 * size, 2 * size, device=device)
@@ -57,7 +61,9 @@ def readings(output: str) -> list[dict[str, str]]:
 
 def short_name(kernel: str) -> str:
     """Returns a kernel's demangled name without namespaces and parameters."""
-    plain = re.sub(r"\(anonymous namespace\)::|<unnamed>::|\b(litevae|haar|group_norm_silu|smc)::", "", kernel)
+    plain = re.sub(
+        r"\(anonymous namespace\)::|<unnamed>::|\b(litevae|haar|group_norm_silu|smc)::", "", kernel
+    )
     return plain.partition("(")[0].strip()[:100]
 
 

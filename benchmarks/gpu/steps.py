@@ -5,9 +5,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-KERNEL_TESTS = tuple(f"tests/litevae_kernels/{name}/test_cuda.py" for name in ("haar", "group_norm_silu", "smc"))
+KERNEL_TESTS = tuple(
+    f"tests/litevae_kernels/{name}/test_cuda.py" for name in ("haar", "group_norm_silu", "smc")
+)
 LARGE = "2_to_31 or many"  # tests that need tens of gigabytes, and so run alone
-CHECKED = "not triton and (huge or identical or depthwise or zeros)"  # few launches, because checkers are slow
+CHECKED = (
+    "not triton and (huge or identical or depthwise or zeros)"  # few launches, because checkers are slow
+)
+TRITON = "triton and not 2_to_31 and not 2_31"
+MODEL_TESTS = (
+    "tests/litevae/models",
+    "tests/litevae/losses",
+    "tests/litevae/training/test_devices.py",
+    "tests/litevae_kernels/test_inference_mode.py",
+)
 READINGS = "benchmarks/gpu/test_readings.py"
 TRAINING = ("data.train=demo", "loss.pretrained=false", "tracker=none", "loss.adversarial_start=200")
 
@@ -41,16 +52,17 @@ def stages(output: Path, *, dry_run: bool) -> dict[int, list[Step]]:
         how = ("--collect-only",) if dry_run else ("-n", str(processes), "--maxfail=30")
         return Step(name, (*pytest(), *how, "-m", "gpu", "-k", select, *files), limit)
 
-    def readings(name: str, *tests: str, limit: int) -> Step:
-        how = ("--dry-run",) if dry_run else ()
-        options = ("--benchmark-only", "--benchmark-disable-gc", "--results", str(output), *how)
-        return Step(name, (*pytest(), *options, *tests), limit)
+    def measure(name: str, *tests: str, limit: int, options: tuple[str, ...] = ()) -> Step:
+        common = ("--benchmark-only", "--benchmark-disable-gc", "--results", str(output))
+        return Step(name, (*pytest(), *common, *options, *tests), limit)
+
+    def readings(name: str, test: str, *, limit: int) -> Step:
+        options = ("--dry-run",) if dry_run else ()
+        return measure(name, f"{READINGS}::test_{test}", limit=limit, options=options)
 
     def operator(name: str, *tests: str, limit: int) -> Step:
-        step = readings(name, *tests, limit=limit)
-        if not dry_run:
-            return step
-        return Step(name, (*pytest(), "--collect-only", *tests), limit)
+        # These benchmarks have no tiny shapes.
+        return measure(name, *tests, limit=limit, options=("--collect-only",) if dry_run else ())
 
     def checker(tool: str) -> Step:
         command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9")
@@ -69,32 +81,42 @@ def stages(output: Path, *, dry_run: bool) -> dict[int, list[Step]]:
         command = (sys.executable, "-c", program, "train", "imagenet-b", *settings)
         return Step(f"litevae train, {size}x{size}", command, 240, interrupted=True)
 
+    norm, haar, smc = (
+        f"benchmarks/test_{name}.py::test" for name in ("group_norm_silu", "haar", "self_modulated_conv2d")
+    )
+    small = f"not triton and not {LARGE.replace(' or ', ' and not ')}"
     return {
         1: [
-            tests("CUDA kernels", f"not triton and not {LARGE.replace(' or ', ' and not ')}", *KERNEL_TESTS, processes=8, limit=180),
-            tests("CUDA kernels, large tensors", f"({LARGE}) and not triton", *KERNEL_TESTS, processes=1, limit=150),
+            tests("CUDA kernels", small, *KERNEL_TESTS, processes=8, limit=180),
+            tests(
+                "CUDA kernels, large tensors",
+                f"({LARGE}) and not triton",
+                *KERNEL_TESTS,
+                processes=1,
+                limit=150,
+            ),
             *(checker(tool) for tool in ("memcheck", "racecheck", "initcheck", "synccheck")),
         ],
         2: [
-            tests("Triton kernels", "triton and not 2_to_31 and not 2_31", "tests/litevae_kernels", processes=14, limit=400),
-            tests("models", "", "tests/litevae/models", "tests/litevae/losses", "tests/litevae/training/test_devices.py", "tests/litevae_kernels/test_inference_mode.py", processes=4, limit=150),
+            tests("Triton kernels", TRITON, "tests/litevae_kernels", processes=14, limit=400),
+            tests("models", "", *MODEL_TESTS, processes=4, limit=150),
         ],
         3: [
-            readings("encoders, batch 32", f"{READINGS}::test_encoders[32]", limit=200),
-            readings("encoders, batch 8", f"{READINGS}::test_encoders[8]", limit=200),
-            readings("host time", f"{READINGS}::test_host_time", limit=60),
-            readings("encoders launched by Python", f"{READINGS}::test_launched_by_python", limit=120),
-            readings("biases and additions", f"{READINGS}::test_biases_and_additions", limit=60),
+            readings("encoders, batch 32", "encoders[32]", limit=200),
+            readings("encoders, batch 8", "encoders[8]", limit=200),
+            readings("host time", "host_time", limit=60),
+            readings("encoders launched by Python", "launched_by_python", limit=120),
+            readings("biases and additions", "biases_and_additions", limit=60),
             counters(dry_run),
-            operator("group_norm_silu", "benchmarks/test_group_norm_silu.py::test_largest_call", "benchmarks/test_group_norm_silu.py::test_all_calls_of_the_model", limit=240),
-            operator("haar_pyramid", "benchmarks/test_haar.py::test_pyramid_forward", "benchmarks/test_haar.py::test_pyramid_backward", limit=150),
-            operator("modulate_weight", "benchmarks/test_self_modulated_conv2d.py::test_weight_forward", "benchmarks/test_self_modulated_conv2d.py::test_weight_backward", limit=90),
+            operator("group_norm_silu", f"{norm}_largest_call", f"{norm}_all_calls_of_the_model", limit=240),
+            operator("haar_pyramid", f"{haar}_pyramid_forward", f"{haar}_pyramid_backward", limit=150),
+            operator("modulate_weight", f"{smc}_weight_forward", f"{smc}_weight_backward", limit=90),
             operator("training step", "benchmarks/test_training_step.py", limit=240),
-            readings("encoders, batch 1", f"{READINGS}::test_encoders[1]", limit=200),
-            readings("encoders, batch 64", f"{READINGS}::test_encoders[64]", limit=200),
+            readings("encoders, batch 1", "encoders[1]", limit=200),
+            readings("encoders, batch 64", "encoders[64]", limit=200),
         ],
         4: [training(128), training(256)],
-    }  # fmt: skip
+    }
 
 
 def pytest() -> tuple[str, ...]:

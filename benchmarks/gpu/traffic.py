@@ -159,7 +159,9 @@ def cells(moved: float, bandwidth: float) -> tuple[str, str]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.traffic", description=__doc__)
-    parser.add_argument("--bandwidth", type=float, default=BANDWIDTH, help="bytes per second; default: an H200's")
+    parser.add_argument(
+        "--bandwidth", type=float, default=BANDWIDTH, help="bytes per second; default: an H200's"
+    )
     parser.add_argument("--operations", type=float, default=OPERATIONS, help="bfloat16 operations per second")
     options = parser.parse_args()
     print(tables(options.bandwidth, options.operations))

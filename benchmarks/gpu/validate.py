@@ -1,7 +1,7 @@
 """Runs a stage of the validation on a GPU: ``python -m benchmarks.gpu.validate 1|2|3|4``; see benchmarks/gpu."""
 
 import argparse
-import json
+import contextlib
 import os
 import shutil
 import signal
@@ -64,8 +64,11 @@ class Validation:
         status, output = execute(step, limit)
         seconds = time.monotonic() - start
         with self.log.open("a") as log:
-            log.write(f"== {step.name}: {' '.join(step.command)}\n{output}\n== exit status {status}, {seconds:.0f} s\n\n")
-        outcome = PASSED if status == 0 else "exceeded its time" if status is None else f"failed: exit status {status}"
+            log.write(f"== {step.name}: {' '.join(step.command)}\n{output}\n")
+            log.write(f"== exit status {status}, {seconds:.0f} s\n\n")
+        outcome = PASSED
+        if status != 0:
+            outcome = "exceeded its time" if status is None else f"failed: exit status {status}"
         facts: dict[str, Any] = {"outcome": outcome, "seconds": round(seconds, 1), "tail": output[-TAIL:]}
         if found := readings(output):
             facts["readings"] = found
@@ -75,7 +78,10 @@ class Validation:
 
 def execute(step: Step, limit: float) -> tuple[int | None, str]:
     """Returns the exit status of a step, None if it exceeded `limit` seconds, and its output."""
-    variables = {"PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    variables = {
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         process = subprocess.Popen(
             step.command,
@@ -104,10 +110,8 @@ def execute(step: Step, limit: float) -> tuple[int | None, str]:
 
 def end(process: subprocess.Popen[bytes]) -> None:
     """Ends a process and all that it started."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 
@@ -160,10 +164,13 @@ def build_core(validation: Validation) -> str | None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.validate", description=__doc__)
-    parser.add_argument("stage", type=int, choices=(1, 2, 3, 4), help="1: CUDA kernels, 2: Triton kernels and models, 3: speed, 4: training")
+    meaning = "1: CUDA kernels, 2: Triton kernels and models, 3: speed, 4: training"
+    parser.add_argument("stage", type=int, choices=(1, 2, 3, 4), help=meaning)
     parser.add_argument("--dry-run", action="store_true", help="rehearse on a CPU; nothing of it is reported")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="folder of the JSON file and the log; default: benchmarks/results, for a dry run a temporary one")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"time limit of this call; default: {SECONDS}")
+    place = "folder of the results and the log; default: benchmarks/results, for a dry run a temporary one"
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help=place)
+    limit = f"time limit of this call; default: {SECONDS}"
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=limit)
     options = parser.parse_args(arguments)
     if not options.dry_run and not torch.cuda.is_available():
         parser.error("no GPU is visible to PyTorch; --dry-run rehearses the stage on a CPU")

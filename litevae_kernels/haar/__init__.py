@@ -333,7 +333,7 @@ def _check_coeffs(coeffs: object, axes: object) -> tuple[list[Tensor], tuple[int
     if len(details) > MAX_LEVELS:
         raise ValueError(f"coeffs has {len(details)} levels; allowed: 1 to {MAX_LEVELS}")
     flat = [first]
-    h, w = first.shape[-2:]
+    *outer, h, w = first.shape
     for i, bands in enumerate(details):
         level = len(details) - i
         if not isinstance(bands, Sequence) or len(bands) != 3:
@@ -348,9 +348,10 @@ def _check_coeffs(coeffs: object, axes: object) -> tuple[list[Tensor], tuple[int
             check_device(band, what, approximation, "cA")
             moved = last(band) if band.ndim == approximation.ndim else band
             # All but the sizes of cH must be as in cA, and all of cV and cD as in cH.
-            if moved.shape[:-2] != first.shape[:-2] or (
-                name != "cH" and moved.shape != flat[3 * i + 1].shape
-            ):
+            shape = moved.shape
+            if name == "cH":
+                expected = (*outer, *shape[-2:])
+            if shape != expected:
                 raise ValueError(
                     f"{what} has shape {shape_of(band)}, which does not belong with cA's "
                     f"{shape_of(approximation)} and cH's {shape_of(bands[0])}"

@@ -1,17 +1,14 @@
 """The report of GPUs, from figures that this file invents and that no GPU has measured."""
 
 import json
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
 INVENTED = {"torch": "0.0", "threads": 1, "date": "2000-01-01", "device": "invented GPU", "test": "invented"}
 
 
 @pytest.fixture
 def report(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(ROOT))
     from benchmarks import report
 
     monkeypatch.setattr(report, "RESULTS", tmp_path)
@@ -65,7 +62,9 @@ def test_the_readme_has_a_row_per_batch(report):
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     small, large = (line for line in text.splitlines() if line.startswith("| invented GPU"))
-    assert small.startswith("| invented GPU, torch 0.0, 2000-01-01 | 8 | 500 (torch.compile) | 2000 (eager) |")
+    assert small.startswith(
+        "| invented GPU, torch 0.0, 2000-01-01 | 8 | 500 (torch.compile) | 2000 (eager) |"
+    )
     assert "| 32 | 2000 (torch.compile) | 8000 (eager) | 32000 (eager) | 4.0x | 16, 4, 1 | [JSON](" in large
 
 
@@ -82,7 +81,10 @@ def test_the_report_has_outcomes_and_counters(report):
         "counters": {
             "outcome": "passed",
             "date": "2000-01-01",
-            "readings": [{"kernel": "Statistics", "issue slots busy": "71 %"}, {"kernel": "Apply", "time": "9 us"}],
+            "readings": [
+                {"kernel": "Statistics", "issue slots busy": "71 %"},
+                {"kernel": "Apply", "time": "9 us"},
+            ],
         },
     }
     save(report, validation=steps)

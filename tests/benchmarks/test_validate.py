@@ -2,12 +2,8 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
 
 from benchmarks.gpu import counters, validate
 from benchmarks.gpu.steps import Step, stages
@@ -61,11 +57,13 @@ def test_a_step_that_does_not_fit_is_left(validation):
 
 
 def test_a_step_ends_at_its_limit_with_all_that_it_started(validation, tmp_path):
-    child = f"import time; time.sleep(3); open({str(tmp_path / 'alive')!r}, 'w')"
-    code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(30)"
+    child = f"import time; time.sleep(2); open({str(tmp_path / 'alive')!r}, 'w')"
+    code = (
+        f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(30)"
+    )
     assert run(validation, python("slow", code, 1)) == (False, ["slow: exceeded its time"])
     quits = "import time\ntry:\n    time.sleep(30)\nexcept KeyboardInterrupt:\n    print('saved')"
-    assert validate.execute(python("training", quits, interrupted=True), 2) == (0, "saved\n")
+    assert validate.execute(python("training", quits, interrupted=True), 1) == (0, "saved\n")
     assert not (tmp_path / "alive").exists()
 
 
@@ -87,11 +85,14 @@ def test_without_a_gpu_only_a_dry_run_is_possible(capsys):
     assert "no GPU is visible to PyTorch" in capsys.readouterr().err
 
 
-NCU = """==PROF== Connected
+STATISTICS = (
+    "void litevae::<unnamed>::block_kernel<litevae::group_norm_silu::<unnamed>::Statistics<float>>(T2)"
+)
+NCU = f"""==PROF== Connected
 "ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value"
-"0","void litevae::<unnamed>::block_kernel<litevae::group_norm_silu::<unnamed>::Statistics<float>>(T2)","a","Duration","us","7.1"
-"0","void litevae::<unnamed>::block_kernel<litevae::group_norm_silu::<unnamed>::Statistics<float>>(T2)","b","Issue Slots Busy","%","81.5"
-"0","void litevae::<unnamed>::block_kernel<litevae::group_norm_silu::<unnamed>::Statistics<float>>(T2)","b","Other","%","3"
+"0","{STATISTICS}","a","Duration","us","7.1"
+"0","{STATISTICS}","b","Issue Slots Busy","%","81.5"
+"0","{STATISTICS}","b","Other","%","3"
 "1","void litevae::haar::(anonymous namespace)::kernel<A>(P)","a","Duration","us","2"
 """
 
@@ -104,13 +105,9 @@ def test_counters_are_read_from_the_table():
     assert counters.readings("==ERROR== no permission") == []
 
 
-QUICK = [(1, "memcheck"), (3, "counters"), (3, "host time")]
-
-
-@pytest.mark.parametrize(("stage", "name"), QUICK)
-def test_steps_of_a_dry_run(validation, tmp_path, stage, name):
-    steps = stages(tmp_path, dry_run=True)[stage]
-    (step,) = (step for step in steps if step.name == name)
+def test_a_step_of_a_dry_run(validation, tmp_path):
+    """`test_dry_run` runs all of them."""
+    (step,) = (step for step in stages(tmp_path, dry_run=True)[3] if step.name == "counters")
     assert validation.run(step, 120) == validate.PASSED, validation.log.read_text()
     assert json.loads(validation.path.read_text())["dry_run"]
 

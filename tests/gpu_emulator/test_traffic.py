@@ -1,15 +1,10 @@
 """The predicted traffic of benchmarks/gpu/traffic.py against the sectors that the emulated kernels touch."""
 
 import struct
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT))
 
 from benchmarks.gpu import traffic
 
