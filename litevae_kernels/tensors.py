@@ -61,7 +61,7 @@ def _plain_keys() -> frozenset[int]:
 _PLAIN_KEYS = _plain_keys()
 _NO_GUARD = contextlib.nullcontext()
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
-_profiler_enabled = torch.autograd._profiler_enabled
+_profiler_enabled = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
 
 
 def in_inference_mode() -> bool:
