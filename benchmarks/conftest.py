@@ -1,6 +1,7 @@
 import os
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 from benchmarks.instruction_sets import settings_of_rivals
 
@@ -19,6 +20,12 @@ from litevae_kernels.backend import core
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--full", action="store_true", help="also run all shapes, grids and curves, which take hours on a CPU"
+    )
+    parser.addoption(
+        "--results", type=Path, metavar="FOLDER", help="folder of the results; default: results/"
+    )
+    parser.addoption(
+        "--dry-run", action="store_true", help="rehearse benchmarks/gpu on a CPU, with tiny images"
     )
 
 
@@ -79,7 +86,13 @@ def session(request: pytest.FixtureRequest) -> Session:
     ):  # the workspace of matrix products stays allocated and belongs to no provider
         matrix = torch.ones(64, 64, device="cuda")
         matrix @ matrix
-    request.config.stash[SESSION] = Session(machine(), tests=request.config.stash[TESTS])
+    dry_run = request.config.getoption("--dry-run")
+    request.config.stash[SESSION] = Session(
+        f"{device_name()}, dry run" if dry_run else machine(),
+        request.config.getoption("--results"),
+        dry_run,
+        request.config.stash[TESTS],
+    )
     return request.config.stash[SESSION]
 
 

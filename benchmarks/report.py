@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu import GPU_ENCODERS
 from benchmarks.plots import HEADLINE, Row, best_of_each, draw_all, images_per_second, model_of
 from benchmarks.session import RESULTS
 
@@ -162,6 +163,8 @@ def report() -> str:
         parts.append(f"## {data['device']}")
         for title, plot in draw_all(data["device"], data["results"], RESULTS, path.stem).items():
             parts.append(f"![{title}]({plot.name})")
+        if steps := data.get("validation"):
+            parts.append(f"### Validation\n\n{validation(steps)}")
         if summary := also(data["results"]):
             parts.append(f"### Against the fastest rivals\n\n{summary}")
         # The headline comes first; grids and curves come last.
@@ -180,7 +183,9 @@ def order(subjects: dict[str, list[Row]]) -> Any:
 
 
 def machines() -> list[tuple[Path, dict[str, Any]]]:
-    return [(path, json.loads(path.read_text())) for path in sorted(RESULTS.glob("*.json"))]
+    """Returns the files of results and what they hold, without those of dry runs."""
+    files = [(path, json.loads(path.read_text())) for path in sorted(RESULTS.glob("*.json"))]
+    return [(path, data) for path, data in files if not data.get("dry_run")]
 
 
 def speeds() -> str:
@@ -189,6 +194,57 @@ def speeds() -> str:
     header += [f"{model}, images/s" for model in README_MODELS]
     header += ["B over the SD-VAE", "pyramid over compiled slicing", "source"]
     return markdown(header, [*(line for line in map(measured, machines()) if line), *NOTED])
+
+
+def gpu_speeds() -> str:
+    """Returns the README's table of GPUs: a row per machine and batch with each encoder's faster form; or nothing."""
+    header = ["GPU", "batch", *(f"{model}, images/s" for model in README_MODELS)]
+    header += ["B over the SD-VAE", "peak memory of SD-VAE, B, S in MB", "source"]
+    lines = [line for machine in machines() for line in gpu_lines(machine)]
+    return markdown(header, lines) if lines else ""
+
+
+def gpu_lines(machine: tuple[Path, dict[str, Any]]) -> list[list[str]]:
+    path, data = machine
+    subjects = by_subject([row for row in data["results"] if row["subject"].startswith(GPU_ENCODERS)])
+    lines = []
+    for rows in sorted(subjects.values(), key=lambda rows: int(rows[0]["images"])):
+        # Eager and compiled; a matrix product and a copy run in the same rounds.
+        best = {
+            model: min(
+                (row for row in rows if row["provider"].startswith(f"{model}, ")),
+                key=lambda row: float(row["median_ms"]),
+            )
+            for model in README_MODELS
+        }
+        b = best["LiteVAE-B"]
+        lines.append(
+            [
+                f"{data['device']}, torch {b['torch']}, {b['date']}",
+                str(b["images"]),
+                *(
+                    f"{number(images_per_second(row))} ({row['provider'].partition(', ')[2]})"
+                    for row in best.values()
+                ),
+                f"{b['speedup']:.1f}x",
+                ", ".join(number(row["peak_memory"], scale=1e-6) for row in best.values()),
+                f"[JSON](benchmarks/results/{path.name})",
+            ]
+        )
+    return lines
+
+
+def validation(steps: dict[str, Any]) -> str:
+    """Returns the outcome of each step of `benchmarks.gpu.validate`, and the readings of hardware counters."""
+    lines = [
+        [name, step["outcome"], number(step.get("seconds")), step["date"]] for name, step in steps.items()
+    ]
+    parts = [markdown(["step", "outcome", "seconds", "date"], lines)]
+    for step in steps.values():
+        if found := step.get("readings"):
+            columns = list(dict.fromkeys(key for reading in found for key in reading))
+            parts.append(markdown(columns, [[reading.get(key, "") for key in columns] for reading in found]))
+    return "\n\n".join(parts)
 
 
 def measured(machine: tuple[Path, dict[str, Any]]) -> list[str] | None:
@@ -247,7 +303,8 @@ def write_readme() -> None:
     pattern = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
     if not pattern.search(text):
         raise SystemExit(f"{README}: the lines {BEGIN} and {END} are missing")
-    README.write_text(pattern.sub(lambda _: f"{BEGIN}\n\n{speeds()}\n\n{END}", text))
+    tables = "\n\n".join(table for table in (speeds(), gpu_speeds()) if table)
+    README.write_text(pattern.sub(lambda _: f"{BEGIN}\n\n{tables}\n\n{END}", text))
 
 
 if __name__ == "__main__":

@@ -94,23 +94,25 @@ class Session:
 
     Attributes:
         device: name of the machine.
+        folder: folder of the results file; None for `RESULTS`.
+        dry_run: whether the figures are those of a rehearsal, which the file then says.
         tests: node IDs of all benchmarks in the files of this run; empty if unknown.
         results: the figures.
     """
 
     device: str
+    folder: Path | None = None
+    dry_run: bool = False
     tests: set[str] = field(default_factory=set)
     results: list[Result] = field(default_factory=list)
 
     @property
     def path(self) -> Path:
-        return RESULTS / f"{slug(self.device)}.json"
+        return results_path(self.folder or RESULTS, self.device)
 
     def saved(self) -> list[dict[str, Any]]:
         """Returns the rows of the results file: this run's, once it is saved, and earlier ones."""
-        rows: list[dict[str, Any]] = []
-        if self.path.exists():
-            rows = json.loads(self.path.read_text())["results"]
+        rows: list[dict[str, Any]] = read(self.path).get("results", [])
         return rows
 
     def save(self) -> None:
@@ -135,8 +137,25 @@ class Session:
             and (row["test"] in self.tests or row["test"].partition("::")[0] not in files)
         ]
         rows += [{**asdict(result), **stamp} for result in self.results]
-        self.path.parent.mkdir(exist_ok=True)
-        self.path.write_text(json.dumps({"device": self.device, "results": rows}, indent=1) + "\n")
+        data = read(self.path) | {"device": self.device, "results": rows}
+        write(self.path, data | {"dry_run": True} if self.dry_run else data)
+
+
+def results_path(folder: Path, device: str) -> Path:
+    return folder / f"{slug(device)}.json"
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Returns the content of a results file; nothing if there is none."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write(path: Path, data: dict[str, Any]) -> None:
+    """Replaces a results file in one step, so that a call that is ended leaves a whole one."""
+    path.parent.mkdir(exist_ok=True)
+    made = path.with_suffix(".part")
+    made.write_text(json.dumps(data, indent=1) + "\n")
+    made.replace(path)
 
 
 def slug(name: str) -> str:

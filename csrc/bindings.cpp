@@ -7,15 +7,6 @@
 namespace litevae {
 namespace {
 
-TensorView make_view(uintptr_t data, int dtype, const std::vector<int64_t>& size,
-                     const std::vector<int64_t>& stride) {
-  if (size.size() != 4 || stride.size() != 4) throw std::invalid_argument("a tensor must have 4 dimensions");
-  if (dtype < 0 || dtype > 3) throw std::invalid_argument("unknown dtype code " + std::to_string(dtype));
-  TensorView view{reinterpret_cast<void*>(data), static_cast<DType>(dtype), {}, {}};
-  for (int i = 0; i < 4; ++i) view.size[i] = size[i], view.stride[i] = stride[i];
-  return view;
-}
-
 // The sets that this CPU runs, the best last.
 std::vector<std::string> list_isas() {
   std::vector<std::string> names;
@@ -54,9 +45,6 @@ PYBIND11_MODULE(litevae_core, m) {
   m.attr("isas") = py::tuple(py::cast(list_isas()));
   m.def("isa", [] { return isa_name(current_isa); });
   m.def("set_isa", &set_isa);
-
-  py::class_<TensorView>(m, "TensorView")
-      .def(py::init(&make_view), py::arg("data"), py::arg("dtype"), py::arg("size"), py::arg("stride"));
 
   py::list operators;
 #define LITEVAE_BIND(OPERATOR) bind_##OPERATOR(m), operators.append(#OPERATOR);

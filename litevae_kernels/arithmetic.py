@@ -61,8 +61,10 @@ def widened(function: Callable[..., Tensor], x: Tensor, *operands: Tensor | None
         function: plain PyTorch whose result has the dtype of its arguments.
         x, operands: arguments of `function`.
     """
+    if not x.is_cpu:
+        return function(x, *operands)
     dtype = result_dtype(x)
-    if x.device.type != "cpu" or multiplies(dtype, current_isa()) or is_exporting():
+    if multiplies(dtype, current_isa()) or is_exporting():
         return function(x, *operands)
     autocast = torch.is_autocast_enabled("cpu")
     tensors = [x, *operands]

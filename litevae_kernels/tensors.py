@@ -1,5 +1,6 @@
 """Checks, conversions and derivatives that all operators share."""
 
+import contextlib
 import numbers
 import reprlib
 from collections.abc import Callable, Sequence
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from litevae_kernels.backend import core, is_tracing
+from litevae_kernels.backend import is_tracing
 
 # The values are the dtype codes of the core (csrc/common/tensor_view.h).
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
@@ -43,11 +44,53 @@ def is_integer(value: object) -> TypeGuard[int]:
     return isinstance(value, (int, torch.SymInt, numbers.Integral)) and not isinstance(value, bool)
 
 
+def _plain_keys() -> frozenset[int]:
+    """Returns the dispatch keys of tensors on a CPU or a GPU, of inference mode and of others."""
+    key = torch._C.DispatchKey
+    sets = []
+    for kinds in (
+        (key.CPU, key.AutocastCPU, key.AutogradCPU),
+        (key.CUDA, key.AutocastCUDA, key.AutogradCUDA),
+    ):
+        dense, autocast, autograd = map(torch._C.DispatchKeySet, kinds)
+        inference = dense | autocast
+        sets += [inference, inference | autograd | torch._C.DispatchKeySet(key.ADInplaceOrView)]
+    return frozenset(keys.raw_repr() for keys in sets)
+
+
+_PLAIN_KEYS = _plain_keys()
+_NO_GUARD = contextlib.nullcontext()
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_profiler_enabled = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
+
+
+def in_inference_mode() -> bool:
+    """Returns whether a call needs no `autograd.Function`; under `torch.no_grad` it does, for forward-mode tangents."""
+    return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Returns whether a call in inference mode may skip PyTorch's dispatcher, which takes 4 microseconds.
+
+    That is so if nothing listens to the dispatcher (modes such as FakeTensorMode, the profiler), and if it would hand
+    all tensors to the kernel as they are: no subclasses, no lazy negation.
+    """
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or _profiler_enabled():
+        return False
+    for x in tensors:  # a generator in all() would take a microsecond
+        if x is not None and (
+            type(x) not in _PLAIN_TYPES or torch._C._dispatch_keys(x).raw_repr() not in _PLAIN_KEYS
+        ):
+            return False
+    return True
+
+
 def check_tensor(x: object, name: str) -> None:
     """Raises a TypeError unless `x` is a dense tensor of a dtype in `DTYPES`."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is a {type(x).__name__}; a torch.Tensor is needed")
-    check_dtype(x.dtype, f"{name} has dtype")
+    if x.dtype not in DTYPES:
+        check_dtype(x.dtype, f"{name} has dtype")
     if x.layout is not torch.strided or x.is_nested:
         raise TypeError(
             f"{name} is {'nested' if x.is_nested else x.layout}; a dense (strided) tensor is needed"
@@ -171,7 +214,8 @@ def check_memory_format(memory_format: object) -> None:
 
 def is_channels_last(x: Tensor) -> bool:
     """Returns whether the channels of (N, C, H, W) are innermost in memory; a slice is judged by its strides."""
-    return x.shape[1] > 1 and x.stride(1) == 1 and x.stride(3) >= x.shape[1]
+    channels, stride = x.shape[1], x.stride()
+    return channels > 1 and stride[1] == 1 and stride[3] >= channels
 
 
 def memory_format_of(channels_last: bool) -> torch.memory_format:
@@ -190,19 +234,23 @@ def to_format(x: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
     return x.to(dtype=dtype, memory_format=memory_format).contiguous(memory_format=memory_format)
 
 
-def native_view(x: Tensor | None) -> Any:
-    """Returns a `TensorView` of the compiled core.
+def native_view(x: Tensor | None) -> tuple[int, int, Sequence[int], tuple[int, ...]] | None:
+    """Returns a tensor as the compiled core takes it; None stays None.
 
-    `x` has four dimensions, or one, (C), which becomes (1, C, 1, 1). None stays None.
+    `x` has four dimensions, or one, (C), which the core takes as (1, C, 1, 1).
     """
-    if x is None:
-        return None
-    assert core is not None
-    size: tuple[int, ...] = x.shape
-    stride = x.stride()
-    if x.ndim == 1:  # Making a view of the tensor would take as long as a small kernel.
-        size, stride = (1, size[0], 1, 1), (0, stride[0], 0, 0)
-    return core.TensorView(x.data_ptr(), DTYPES[x.dtype], size, stride)
+    return None if x is None else (x.data_ptr(), DTYPES[x.dtype], x.shape, x.stride())
+
+
+def device_guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Makes a GPU the current one for the core, which does not restore the one before."""
+    # Most calls need no guard, which takes the host as long as the launch of a kernel.
+    return _NO_GUARD if torch.cuda.current_device() == device.index else torch.cuda.device(device)
+
+
+def current_stream(device: torch.device) -> int:
+    """Returns the address of a GPU's current stream, without an object of Python around it."""
+    return torch._C._cuda_getCurrentRawStream(device.index)
 
 
 def scratch_memory(size: int, device: torch.device) -> Tensor:

@@ -1,10 +1,15 @@
 """Fixtures of all tests that run the kernels."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import pytest
+
+# The benchmarks are not installed. The packages that are installed come before those of the checkout.
+sys.path.append(str(Path(__file__).parents[1]))
 
 # The variable is read at import; a developer's own setting must not affect the tests.
 os.environ.pop("LITEVAE_BACKEND", None)

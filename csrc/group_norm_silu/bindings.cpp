@@ -56,7 +56,10 @@ void bind_group_norm_silu(py::module_& m) {
       "group_norm_silu_cpu",
       [](const TensorView& x, const OptionalView& skip, const OptionalView& weight, const OptionalView& bias,
          const OptionalView& y, uintptr_t stats, int64_t groups, double eps, int threads) {
-        group_norm_silu_forward(make_forward(x, skip, weight, bias, y, stats, groups, eps), threads);
+        Forward call = make_forward(x, skip, weight, bias, y, stats, groups, eps);
+        std::vector<double> unwanted;  // the kernel writes statistics even if the caller takes none
+        if (!stats) unwanted.resize(2 * call.in.batch() * groups), call.in.stats = unwanted.data();
+        group_norm_silu_forward(call, threads);
       },
       WithoutGil());
   m.def(

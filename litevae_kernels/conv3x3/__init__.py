@@ -120,7 +120,7 @@ def check_arguments(
 def is_fused(x: Tensor, weight: Tensor) -> bool:
     """Returns whether the kernels serve a call, which PyTorch's convolution could always serve as well."""
     # This comes first because sizes that are read while torch.jit traces get into the graph.
-    if x.device.type != "cpu" or choose("cpu") != "native":
+    if not x.is_cpu or choose("cpu") != "native":
         return False
     pixels = x.shape[2] * x.shape[3]
     return serves(result_dtype(x), current_isa(), x.stride(1) == 1, min(weight.shape[:2]), pixels)

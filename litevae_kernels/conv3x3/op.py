@@ -10,7 +10,7 @@ from litevae_kernels.arithmetic import current_isa
 from litevae_kernels.conv3x3 import native, reference
 from litevae_kernels.conv3x3.dispatch import WIDEST_VECTOR, is_small
 from litevae_kernels.group_norm_silu.native import statistics
-from litevae_kernels.tensors import differentiable_gradients, memory_format_of
+from litevae_kernels.tensors import differentiable_gradients, in_inference_mode, is_plain, memory_format_of
 
 
 def _output(x: Tensor, channels: int, channels_last: bool) -> Tensor:
@@ -57,7 +57,6 @@ torch.library.define(
 torch.library.define("litevae::conv3x3_weight_gradient", "(Tensor x, Tensor grad, Tensor weight) -> Tensor")
 
 
-@torch.library.impl("litevae::conv3x3", "CPU")
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, silu_input: bool
 ) -> Tensor:
@@ -71,6 +70,9 @@ def _forward(
     residual = None if residual is None else _in_layout(residual.to(x.dtype), innermost)
     native.forward(_in_layout(x, innermost), weight, bias, residual, silu_input, y)
     return y
+
+
+torch.library.impl("litevae::conv3x3", "CPU", _forward)
 
 
 @torch.library.impl("litevae::norm_silu_conv3x3", "CPU")
@@ -233,7 +235,7 @@ def conv3x3(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, silu_input: bool
 ) -> Tensor:
     """Differentiable `litevae::conv3x3`; with `silu_input`, only bias and residual have gradients."""
-    # Skipping the Function saves microseconds. Under no_grad it must stay, for there may be forward-mode tangents.
-    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
-        return torch.ops.litevae.conv3x3(x, weight, bias, residual, silu_input)
+    if in_inference_mode():
+        forward = _forward if is_plain(x, weight, bias, residual) else torch.ops.litevae.conv3x3
+        return forward(x, weight, bias, residual, silu_input)
     return _Conv3x3.apply(x, weight, bias, residual, silu_input)

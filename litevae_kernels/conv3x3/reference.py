@@ -19,8 +19,8 @@ def forward(
         y = F.conv2d(F.silu(x) if silu_input else x, weight, bias, padding=1)
         return y if residual is None else add_residual(y, residual)
 
-    if residual is not None:
-        residual = residual.to(result_dtype(x))
+    if residual is not None and residual.dtype != (dtype := result_dtype(x)):
+        residual = residual.to(dtype)
     return widened(convolve, x, weight, bias, residual)
 
 

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from litevae_kernels.backend import core
-from litevae_kernels.tensors import is_channels_last, memory_format_of, native_view, scratch_memory
+from litevae_kernels.tensors import (
+    current_stream,
+    device_guard,
+    is_channels_last,
+    memory_format_of,
+    native_view,
+    scratch_memory,
+)
 
 
 def _gapless(x: Tensor, like: Tensor) -> Tensor:
@@ -26,25 +33,29 @@ def forward(
     weight: Tensor | None,
     bias: Tensor | None,
     y: Tensor,
-    stats: Tensor,
+    stats: Tensor | None,
     num_groups: int,
     eps: float,
 ) -> None:
-    """Fills `y` (N, C, H, W) and `stats` (N, num_groups, 2)."""
+    """Fills `y` (N, C, H, W) and, unless it is None, `stats` (N, num_groups, 2)."""
     assert core is not None
     on_cpu = x.device.type == "cpu"
     if on_cpu:
         x, skip = _gapless(x, y), None if skip is None else _gapless(skip, y)
     views = [native_view(t) for t in (x, skip, weight, bias, y)]
     if on_cpu:
-        core.group_norm_silu_cpu(*views, stats.data_ptr(), num_groups, eps, torch.get_num_threads())
+        address = 0 if stats is None else stats.data_ptr()  # the core has its own memory for statistics
+        core.group_norm_silu_cpu(*views, address, num_groups, eps, torch.get_num_threads())
         return
-    with torch.cuda.device(x.device):
-        scratch = scratch_memory(core.group_norm_silu_scratch_bytes(views[-1]), x.device)
-        stream = torch.cuda.current_stream(x.device).cuda_stream
-        core.group_norm_silu_cuda(
-            *views, stats.data_ptr(), num_groups, eps, scratch.data_ptr(), x.device.index, stream
-        )
+    with device_guard(x.device):
+        size = core.group_norm_silu_scratch_bytes(views[-1])
+        # Two allocations would take the host longer than one.
+        own = 16 * x.shape[0] * num_groups if stats is None else 0
+        scratch = scratch_memory(own + size, x.device)
+        first = scratch.data_ptr()
+        address = first if stats is None else stats.data_ptr()
+        stream = current_stream(x.device)
+        core.group_norm_silu_cuda(*views, address, num_groups, eps, first + own, x.device.index, stream)
 
 
 def statistics(x: Tensor, skip: Tensor | None, stats: Tensor, num_groups: int, eps: float) -> None:
@@ -87,9 +98,9 @@ def backward(
         if grad_skip is not None and to_skip is not None and to_skip is not grad_skip:
             grad_skip.copy_(to_skip)
         return
-    with torch.cuda.device(x.device):
+    with device_guard(x.device):
         scratch = scratch_memory(core.group_norm_silu_scratch_bytes(inputs[0]), x.device)
-        stream = torch.cuda.current_stream(x.device).cuda_stream
+        stream = current_stream(x.device)
         core.group_norm_silu_backward_cuda(
             *inputs, stats.data_ptr(), *outputs, num_groups, scratch.data_ptr(), x.device.index, stream
         )

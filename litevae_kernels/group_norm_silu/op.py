@@ -12,7 +12,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from litevae_kernels.group_norm_silu import native, reference
-from litevae_kernels.tensors import differentiable_gradients, is_channels_last, memory_format_of
+from litevae_kernels.tensors import (
+    differentiable_gradients,
+    in_inference_mode,
+    is_channels_last,
+    is_plain,
+    memory_format_of,
+)
 
 
 def _backend(name: str) -> ModuleType:
@@ -24,17 +30,22 @@ def _backend(name: str) -> ModuleType:
 
 
 def _empty_like(x: Tensor, channels: int) -> Tensor:
-    n, _, height, width = x.shape
     memory_format = memory_format_of(is_channels_last(x))
+    if channels == x.shape[1]:
+        return torch.empty_like(x, memory_format=memory_format)
+    n, _, height, width = x.shape
     return torch.empty(
         (n, channels, height, width), dtype=x.dtype, device=x.device, memory_format=memory_format
     )
 
 
+def _result(x: Tensor, skip: Tensor | None) -> Tensor:
+    return _empty_like(x, x.shape[1] + (0 if skip is None else skip.shape[1]))
+
+
 def _outputs(x: Tensor, skip: Tensor | None, num_groups: int) -> tuple[Tensor, Tensor]:
-    channels = x.shape[1] + (0 if skip is None else skip.shape[1])
     stats = torch.empty((x.shape[0], num_groups, 2), dtype=torch.float64, device=x.device)
-    return _empty_like(x, channels), stats
+    return _result(x, skip), stats
 
 
 def _gradients(
@@ -89,8 +100,7 @@ def _forward_in_place(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, num_groups: int, eps: float
 ) -> None:
     # The kernel's second pass reads each value before it writes the result in its place.
-    stats = torch.empty((x.shape[0], num_groups, 2), dtype=torch.float64)
-    native.forward(x, None, weight, bias, x, stats, num_groups, eps)
+    native.forward(x, None, weight, bias, x, None, num_groups, eps)
 
 
 def _backward(
@@ -193,9 +203,13 @@ def group_norm_silu(
     backend: str,
 ) -> Tensor:
     """Returns the result of `litevae::group_norm_silu`, differentiable and without the statistics."""
-    # This saves the microseconds of the Function. Under no_grad it would lose forward-mode tangents.
-    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
-        return torch.ops.litevae.group_norm_silu(x, skip, weight, bias, num_groups, eps, backend)[0]
+    if in_inference_mode():
+        if backend != "native" or not is_plain(x, skip, weight, bias):
+            return torch.ops.litevae.group_norm_silu(x, skip, weight, bias, num_groups, eps, backend)[0]
+        y = _result(x, skip)
+        if y.numel():
+            native.forward(x, skip, weight, bias, y, None, num_groups, eps)
+        return y
     return _GroupNormSiLU.apply(x, skip, weight, bias, num_groups, eps, backend)
 
 

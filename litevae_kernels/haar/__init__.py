@@ -160,7 +160,9 @@ def wavedec2(
         level = _most_levels(image)
     flat = _as_4d(image)
     _check_transform(flat, level, "level", mode)
-    coeffs = [c.reshape(*image.shape[:-2], *c.shape[-2:]) for c in _analysis(flat, level, mode, 1.0, False)]
+    coeffs: Sequence[Tensor] = _analysis(flat, level, mode, 1.0, False)
+    if image.ndim != 4:
+        coeffs = [c.reshape(*image.shape[:-2], *c.shape[-2:]) for c in coeffs]
     if axes != LAST_AXES:
         coeffs = [c.movedim((-2, -1), axes) for c in coeffs]
     return coeffs[0], *((coeffs[i], coeffs[i + 1], coeffs[i + 2]) for i in range(1, len(coeffs), 3))
@@ -193,7 +195,9 @@ def waverec2(
     bands, axes = _check_coeffs(coeffs, axes)
     flat = [_as_4d(x) for x in bands]
     height, width = _check_output_size(output_size, flat[-1].shape[2], flat[-1].shape[3])
-    image = _synthesis(flat, height, width, False).reshape(*bands[0].shape[:-2], height, width)
+    image = _synthesis(flat, height, width, False)
+    if bands[0].ndim != 4:
+        image = image.reshape(*bands[0].shape[:-2], height, width)
     return image.movedim((-2, -1), axes) if axes != LAST_AXES else image
 
 
@@ -275,6 +279,8 @@ def _check_output_size(output_size: tuple[int, int] | None, h: int, w: int) -> t
 
 
 def _as_4d(x: Tensor) -> Tensor:
+    if x.ndim == 4:
+        return x
     if x.ndim > 4:
         return x.flatten(0, -4)
     return x[(None,) * (4 - x.ndim)]
@@ -327,7 +333,7 @@ def _check_coeffs(coeffs: object, axes: object) -> tuple[list[Tensor], tuple[int
     if len(details) > MAX_LEVELS:
         raise ValueError(f"coeffs has {len(details)} levels; allowed: 1 to {MAX_LEVELS}")
     flat = [first]
-    h, w = first.shape[-2:]
+    *outer, h, w = first.shape
     for i, bands in enumerate(details):
         level = len(details) - i
         if not isinstance(bands, Sequence) or len(bands) != 3:
@@ -342,9 +348,10 @@ def _check_coeffs(coeffs: object, axes: object) -> tuple[list[Tensor], tuple[int
             check_device(band, what, approximation, "cA")
             moved = last(band) if band.ndim == approximation.ndim else band
             # All but the sizes of cH must be as in cA, and all of cV and cD as in cH.
-            if moved.shape[:-2] != first.shape[:-2] or (
-                name != "cH" and moved.shape != flat[3 * i + 1].shape
-            ):
+            shape = moved.shape
+            if name == "cH":
+                expected = (*outer, *shape[-2:])
+            if shape != expected:
                 raise ValueError(
                     f"{what} has shape {shape_of(band)}, which does not belong with cA's "
                     f"{shape_of(approximation)} and cH's {shape_of(bands[0])}"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from litevae_kernels.backend import core
 from litevae_kernels.haar.shapes import MODES
-from litevae_kernels.tensors import native_view, scratch_memory
+from litevae_kernels.tensors import current_stream, device_guard, native_view, scratch_memory
 
 
 def _call(
@@ -22,9 +22,9 @@ def _call(
     if image.device.type == "cpu":
         getattr(core, f"{name}_cpu")(*arguments, torch.get_num_threads())
         return
-    with torch.cuda.device(image.device):
+    with device_guard(image.device):
         scratch = scratch_memory(core.haar_scratch_bytes(image_view, coeff_views[0], levels), image.device)
-        stream = torch.cuda.current_stream(image.device).cuda_stream
+        stream = current_stream(image.device)
         getattr(core, f"{name}_cuda")(*arguments, scratch.data_ptr(), image.device.index, stream)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from litevae_kernels.haar import native
 from litevae_kernels.haar.shapes import level_sizes
-from litevae_kernels.tensors import is_channels_last, memory_format_of
+from litevae_kernels.tensors import in_inference_mode, is_channels_last, is_plain, memory_format_of
 
 
 def _backend(name: str) -> ModuleType:
@@ -39,8 +39,8 @@ def _empty_coeffs(
         shapes = [(n, 4 * c, *size) for size in sizes]
     else:
         shapes = [(n, c, *sizes[-1])] + [(n, c, *size) for size in reversed(sizes) for _ in range(3)]
-    layout = memory_format_of(channels_last)
-    return [torch.empty(s, dtype=dtype, device=image.device, memory_format=layout) for s in shapes]
+    layout, device = memory_format_of(channels_last), image.device
+    return [torch.empty(s, dtype=dtype, device=device, memory_format=layout) for s in shapes]
 
 
 def _empty_image(
@@ -185,7 +185,10 @@ def analysis(
     backend: str,
 ) -> tuple[Tensor, ...]:
     """Differentiable `litevae::haar_analysis`."""
-    return _Analysis.apply(image, levels, mode, scale, stacked, dtype, channels_last, backend)
+    arguments = (image, levels, mode, scale, stacked, dtype, channels_last, backend)
+    if in_inference_mode():
+        return tuple((_analysis if is_plain(image) else torch.ops.litevae.haar_analysis)(*arguments))
+    return _Analysis.apply(*arguments)
 
 
 def synthesis(
@@ -200,4 +203,7 @@ def synthesis(
     backend: str,
 ) -> Tensor:
     """Differentiable `litevae::haar_synthesis`."""
-    return _Synthesis.apply(height, width, mode, scale, stacked, dtype, channels_last, backend, *coeffs)
+    arguments = (height, width, mode, scale, stacked, dtype, channels_last, backend)
+    if in_inference_mode():
+        return (_synthesis if is_plain(*coeffs) else torch.ops.litevae.haar_synthesis)(coeffs, *arguments)
+    return _Synthesis.apply(*arguments, *coeffs)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from litevae_kernels.backend import core
-from litevae_kernels.tensors import native_view, scratch_memory
+from litevae_kernels.tensors import current_stream, device_guard, native_view, scratch_memory
 
 
 def forward(
@@ -19,8 +19,8 @@ def forward(
     if weight.device.type == "cpu":
         core.modulate_weight_cpu(*views, eps, torch.get_num_threads())
         return
-    with torch.cuda.device(weight.device):
-        stream = torch.cuda.current_stream(weight.device).cuda_stream
+    with device_guard(weight.device):
+        stream = current_stream(weight.device)
         core.modulate_weight_cuda(*views, eps, weight.device.index, stream)
 
 
@@ -42,9 +42,9 @@ def backward(
     if weight.device.type == "cpu":
         core.modulate_weight_backward_cpu(*views, eps, torch.get_num_threads())
         return
-    with torch.cuda.device(weight.device):
+    with device_guard(weight.device):
         _, weight_view, _, _, norm_view, *_ = views
         size = core.modulate_weight_scratch_bytes(weight_view, norm_view)
         scratch = scratch_memory(size, weight.device)
-        stream = torch.cuda.current_stream(weight.device).cuda_stream
+        stream = current_stream(weight.device)
         core.modulate_weight_backward_cuda(*views, eps, scratch.data_ptr(), weight.device.index, stream)

@@ -14,7 +14,9 @@ from litevae_kernels.smc import native, reference
 from litevae_kernels.tensors import (
     accumulate_dtype,
     differentiable_gradients,
+    in_inference_mode,
     is_channels_last,
+    is_plain,
     memory_format_of,
 )
 
@@ -28,8 +30,7 @@ def _backend(name: str) -> ModuleType:
 
 
 def _empty_weight(weight: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
-    memory_format = memory_format_of(channels_last)
-    return torch.empty(weight.shape, dtype=dtype, device=weight.device, memory_format=memory_format)
+    return torch.empty_like(weight, dtype=dtype, memory_format=memory_format_of(channels_last))
 
 
 def _outputs(weight: Tensor, dtype: torch.dtype, channels_last: bool) -> tuple[Tensor, Tensor]:
@@ -151,4 +152,9 @@ def modulate_weight(
     backend: str,
 ) -> Tensor:
     """Differentiable `litevae::modulate_weight`, without the norms."""
-    return _ModulateWeight.apply(weight, scale, gain, eps, dtype, channels_last, backend)
+    arguments = (weight, scale, gain, eps, dtype, channels_last, backend)
+    if in_inference_mode():
+        return (_forward if is_plain(weight, scale, gain) else torch.ops.litevae.modulate_weight)(*arguments)[
+            0
+        ]
+    return _ModulateWeight.apply(*arguments)

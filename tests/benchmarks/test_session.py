@@ -1,16 +1,13 @@
 import json
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
 TESTS = ("benchmarks/test_a.py::test_x", "benchmarks/test_a.py::test_y", "benchmarks/test_b.py::test_z")
 
 
 @pytest.fixture
 def save(monkeypatch, tmp_path):
     """Returns a function that saves a run: subjects by benchmark, and all benchmarks of the run's files."""
-    monkeypatch.syspath_prepend(str(ROOT))
     from benchmarks import session
 
     monkeypatch.setattr(session, "RESULTS", tmp_path)
@@ -21,7 +18,7 @@ def save(monkeypatch, tmp_path):
             session.Result(**figures | {"subject": subject, "test": test})
             for test, subject in measured.items()
         ]
-        session.Session("machine", set(tests), results).save()
+        session.Session("machine", tests=set(tests), results=results).save()
         rows = json.loads((tmp_path / "machine.json").read_text())["results"]
         return {row["test"]: row["subject"] for row in rows}
 
@@ -43,8 +40,7 @@ def test_figures_of_deleted_benchmarks_are_dropped(save):
     assert set(save({TESTS[0]: "new"}, TESTS[:1])) == {TESTS[0], TESTS[2]}  # nothing is known about test_b.py
 
 
-def test_ratios_with_a_bar_or_a_goal_are_named(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
+def test_ratios_with_a_bar_or_a_goal_are_named():
     from benchmarks.session import Result
 
     figures = dict.fromkeys(Result.__dataclass_fields__, None) | {"subject": "decode", "provider": "torch"}

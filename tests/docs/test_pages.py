@@ -57,6 +57,8 @@ NOT_RUN = {
     r"(LITEVAE_CPU_ISA=\w+ )?pytest\b": "the tests would start themselves; .ci/run runs them",
     r"bash \.ci/run": "the tests would start themselves",
     r"python -m benchmarks\.report": "rewrites the results in the repository",
+    r"python -m benchmarks\.gpu\.validate ": "needs a GPU",
+    r"python -m (benchmarks\.gpu\.wheels|pip install) ": "needs the network",
     r"mkdocs ": "writes into the repository; .ci/run builds the site",
     r"python docs/draw_architecture\.py": "writes into the repository",
 }

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from kernel_cases.running import Kernels, cases_of, run_case, run_covering, run_random
 from ptx_emulator import build
 
@@ -90,3 +91,16 @@ def test_tensors_may_have_no_elements(cuda_kernels: Any) -> None:
     haar = importlib.import_module("kernel_cases.haar")
     case = haar.Case(True, (0, 3, 8, 8), 2, "symmetric", True, haar.F32, haar.F32, "contiguous", "contiguous")
     assert run_case(cuda_kernels, "haar", case) == set()
+
+
+def test_statistics_may_be_unwanted(cuda_kernels: Any) -> None:
+    """In inference mode they go to the scratch memory, whose remainder must be aligned."""
+    x = torch.randn(3, 15, 5, 7)
+    with_stats, without = torch.empty_like(x), torch.empty_like(x)
+    stats = torch.empty(3, 5, 2, dtype=torch.float64)
+    cuda_kernels.emulator.reset()
+    for y, given in ((with_stats, stats), (without, None)):
+        arguments = (x, None, None, None, y, given, 5, 1e-6)
+        cuda_kernels.run("group_norm_silu", "forward", *arguments, written=[y, given])
+    assert not cuda_kernels.emulator.problems()
+    assert torch.equal(with_stats, without)

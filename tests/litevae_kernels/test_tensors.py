@@ -230,8 +230,26 @@ def test_to_format():
 
 def test_native_view():
     assert native_view(None) is None
-    for x in (torch.zeros(2, 3, 4, 5)[:, ::2], torch.zeros(7)[::3]):
-        assert isinstance(native_view(x), core.TensorView)
+    for x in (torch.zeros(2, 3, 4, 5)[:, ::2], torch.zeros(7)[::3].double()):
+        assert native_view(x) == (x.data_ptr(), DTYPES[x.dtype], x.shape, x.stride())
+
+
+@pytest.mark.parametrize(
+    ("view", "error", "message"),
+    [
+        ((0, 0, (1, 4, 1), (4, 1, 1)), ValueError, "a tensor must have 4 dimensions, or 1"),
+        ((0, 0, (1, 4, 1, 1), (4, 1, 1)), ValueError, "a tensor must have 4 dimensions, or 1"),
+        ((0, 4, (4,), (1,)), ValueError, "unknown dtype code 4"),
+        ((0, 0, (2**63,), (1,)), OverflowError, "too "),
+        ((0, 0, (4.0,), (1,)), TypeError, "integer"),
+        ((0, 0, [4], (1,)), TypeError, "incompatible function arguments"),
+        ((0, 0, (4,)), TypeError, "incompatible function arguments"),
+    ],
+)
+def test_the_core_refuses_what_is_no_view(view, error, message):
+    x = native_view(torch.zeros(1, 4, 1, 1))
+    with pytest.raises(error, match=message):
+        core.group_norm_silu_cpu(x, None, view, None, x, torch.zeros(8).data_ptr(), 1, 1e-6, 1)
 
 
 def test_scratch_memory_is_counted_in_bytes():

@@ -4,14 +4,13 @@ import contextlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-import litevae_kernels.tensors
 from ptx_emulator.emulator import Emulator
 
 DEVICE = torch.device("cuda", 0)
@@ -94,11 +93,10 @@ class CudaKernels:
             return DeviceTensor(self.scratch[-1], self.allow, True)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(litevae_kernels.tensors, "core", self.core)
             patch.setattr(module, "core", self.core)
             patch.setattr(module, "scratch_memory", scratch_memory)
-            patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-            patch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+            patch.setattr(module, "device_guard", lambda device: contextlib.nullcontext())
+            patch.setattr(module, "current_stream", lambda device: 0)
             try:
                 getattr(module, function)(*map(on_device, arguments))
             finally:

@@ -1,0 +1,18 @@
+"""What to run first wherever there is an NVIDIA GPU: proof of correctness, then speed, in calls of ten minutes.
+
+The machine may be bare and without a network:
+
+1. Where there is a network, ``python -m benchmarks.gpu.wheels FOLDER`` downloads the Python packages that the machine
+   lacks. There, ``python -m pip install --no-index --no-deps --target SITE FOLDER/*.whl`` and ``PYTHONPATH=SITE``.
+2. ``python -m benchmarks.gpu.validate 1`` builds the kernels and runs the CUDA kernels' tests and NVIDIA's checkers;
+   ``2`` runs the Triton kernels' and the models' tests; ``3`` measures; ``4`` trains. Each call ends within ten minutes
+   and may be repeated: it runs what has not passed yet.
+3. ``python -m benchmarks.report`` turns the results into REPORT.md and the README's tables.
+
+``--dry-run`` rehearses a stage on a CPU: the tests are collected and not run, and the readings take tiny images. Its
+results are marked and never reported.
+
+``python -m benchmarks.gpu.traffic`` predicts the encoder's bytes and time from its shapes.
+"""
+
+GPU_ENCODERS = "encoders on a GPU"  # beginning of the subjects of the README's table of GPUs

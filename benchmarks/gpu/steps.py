@@ -1,0 +1,136 @@
+"""The steps of each stage, the decisive ones first."""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+KERNEL_TESTS = tuple(
+    f"tests/litevae_kernels/{name}/test_cuda.py" for name in ("haar", "group_norm_silu", "smc")
+)
+LARGE = "2_to_31 or many"  # tests that need tens of gigabytes, and so run alone
+CHECKED = (
+    "not triton and (huge or identical or depthwise or zeros)"  # few launches, because checkers are slow
+)
+TRITON = "triton and not 2_to_31 and not 2_31"
+MODEL_TESTS = (
+    "tests/litevae/models",
+    "tests/litevae/losses",
+    "tests/litevae/training/test_devices.py",
+    "tests/litevae_kernels/test_inference_mode.py",
+)
+READINGS = "benchmarks/gpu/test_readings.py"
+TRAINING = ("data.train=demo", "loss.pretrained=false", "tracker=none", "loss.adversarial_start=200")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command and the most seconds that it may take.
+
+    Attributes:
+        needs: program without which the step is left out.
+        interrupted: whether the command ends by an interrupt at its limit, which is no failure.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    limit: int
+    environment: Mapping[str, str] = field(default_factory=dict)
+    needs: str | None = None
+    interrupted: bool = False
+
+
+def stages(output: Path, *, dry_run: bool) -> dict[int, list[Step]]:
+    """Returns the steps by stage.
+
+    Args:
+        output: folder of the results.
+        dry_run: whether to return the steps for a CPU.
+    """
+
+    def tests(name: str, select: str, *files: str, processes: int, limit: int) -> Step:
+        how = ("--collect-only",) if dry_run else ("-n", str(processes), "--maxfail=30")
+        return Step(name, (*pytest(), *how, "-m", "gpu", "-k", select, *files), limit)
+
+    def measure(name: str, *tests: str, limit: int, options: tuple[str, ...] = ()) -> Step:
+        common = ("--benchmark-only", "--benchmark-disable-gc", "--results", str(output))
+        return Step(name, (*pytest(), *common, *options, *tests), limit)
+
+    def readings(name: str, test: str, *, limit: int) -> Step:
+        options = ("--dry-run",) if dry_run else ()
+        return measure(name, f"{READINGS}::test_{test}", limit=limit, options=options)
+
+    def operator(name: str, *tests: str, limit: int) -> Step:
+        # These benchmarks have no tiny shapes.
+        return measure(name, *tests, limit=limit, options=("--collect-only",) if dry_run else ())
+
+    def checker(tool: str) -> Step:
+        command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9")
+        run = (*pytest(), "-m", "gpu", "-x", "-k", CHECKED, *KERNEL_TESTS[1:])
+        if dry_run:
+            return Step(tool, (*run, "--collect-only"), 60)
+        return Step(tool, (*command, *run), 60, needs="compute-sanitizer")
+
+    def training(size: int) -> Step:
+        settings = [*TRAINING, f"data.size={size}", f"output_dir={output / f'training-{size}'}"]
+        if dry_run:
+            tiny = ["model.preset=litevae-s", "model.block_out_channels=[32,32,32,32]", "data.size=32"]
+            tiny += ["data.batch_size=1", "data.workers=0", "max_steps=2", "precision=fp32", "loss.lpips=0"]
+            settings += [*tiny, "loss.adversarial=0", "validate_every=0", "checkpoint.every=0"]
+        program = "from litevae.cli import main; main()"
+        command = (sys.executable, "-c", program, "train", "imagenet-b", *settings)
+        return Step(f"litevae train, {size}x{size}", command, 240, interrupted=True)
+
+    norm, haar, smc = (
+        f"benchmarks/test_{name}.py::test" for name in ("group_norm_silu", "haar", "self_modulated_conv2d")
+    )
+    small = f"not triton and not {LARGE.replace(' or ', ' and not ')}"
+    return {
+        1: [
+            tests("CUDA kernels", small, *KERNEL_TESTS, processes=8, limit=180),
+            tests(
+                "CUDA kernels, large tensors",
+                f"({LARGE}) and not triton",
+                *KERNEL_TESTS,
+                processes=1,
+                limit=150,
+            ),
+            *(checker(tool) for tool in ("memcheck", "racecheck", "initcheck", "synccheck")),
+        ],
+        2: [
+            tests("Triton kernels", TRITON, "tests/litevae_kernels", processes=14, limit=400),
+            tests("models", "", *MODEL_TESTS, processes=4, limit=150),
+        ],
+        3: [
+            readings("encoders, batch 32", "encoders[32]", limit=200),
+            readings("encoders, batch 8", "encoders[8]", limit=200),
+            readings("host time", "host_time", limit=60),
+            readings("encoders launched by Python", "launched_by_python", limit=120),
+            readings("biases and additions", "biases_and_additions", limit=60),
+            counters(dry_run),
+            operator("group_norm_silu", f"{norm}_largest_call", f"{norm}_all_calls_of_the_model", limit=240),
+            operator("haar_pyramid", f"{haar}_pyramid_forward", f"{haar}_pyramid_backward", limit=150),
+            operator("modulate_weight", f"{smc}_weight_forward", f"{smc}_weight_backward", limit=90),
+            operator("training step", "benchmarks/test_training_step.py", limit=240),
+            readings("encoders, batch 1", "encoders[1]", limit=200),
+            readings("encoders, batch 64", "encoders[64]", limit=200),
+        ],
+        4: [training(128), training(256)],
+    }
+
+
+def pytest() -> tuple[str, ...]:
+    return (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--color=no")
+
+
+def counters(dry_run: bool) -> Step:
+    """Returns the step that reads the hardware counters of one launch of each kernel."""
+    program = (sys.executable, "-m", "benchmarks.gpu.counters")
+    if dry_run:
+        return Step("counters", (*program, "cpu"), 60)
+    sections = ("SpeedOfLight", "ComputeWorkloadAnalysis", "SchedulerStats", "Occupancy")
+    # The clocks of a machine that others use as well must not be changed.
+    command = ("ncu", "--clock-control", "none", "--csv", "--page", "details", "--launch-count", "32")
+    named = ("--kernel-name-base", "demangled", "--kernel-name", "regex:litevae")
+    chosen = [option for section in sections for option in ("--section", section)]
+    return Step("counters", (*command, *named, *chosen, *program, "cuda"), 150, needs="ncu")

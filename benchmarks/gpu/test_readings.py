@@ -1,0 +1,211 @@
+"""The readings on a GPU that decide what to work on next, besides those of the operators' own benchmarks.
+
+Times come from CUDA graphs of several calls (see `benchmarks.harness`), whose calls do not wait for Python; the
+encoders that Python launches are timed by the clock.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks.gpu import GPU_ENCODERS
+from benchmarks.harness import Provider, contest, served_dtypes
+from benchmarks.host_time import PYTORCH, host_seconds, make_calls
+from benchmarks.models import (
+    SD_VAE,
+    Configuration,
+    as_input,
+    call_of,
+    deploy,
+    make_inputs,
+    make_model,
+)
+from benchmarks.session import Result, Session
+from benchmarks.test_against_sd_vae import Field
+from litevae.models.layers import ResBlock
+
+INPUTS = 3
+COMPARED = (SD_VAE, "LiteVAE-B", "LiteVAE-S")
+BATCHES = (1, 8, 32, 64)
+LAUNCHED = (8, 32)
+
+
+@pytest.fixture
+def dry_run(request: pytest.FixtureRequest, device: str) -> bool:
+    """Whether to rehearse on a CPU."""
+    rehearse = bool(request.config.getoption("--dry-run"))
+    if device == "cpu" and not rehearse:
+        pytest.skip("needs a GPU, or --dry-run")
+    return rehearse
+
+
+@pytest.fixture
+def image(dry_run: bool) -> Callable[[int], tuple[int, ...]]:
+    """Returns the function from the number of images to the shape of a batch."""
+    return lambda batch: (1, 3, 32, 32) if dry_run else (batch, 3, 256, 256)
+
+
+def eager(device: str) -> Configuration:
+    return Configuration(served_dtypes(device)[-1], torch.channels_last, "eager")
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@torch.no_grad()
+def test_encoders(
+    benchmark: Any,
+    session: Session,
+    device: str,
+    dry_run: bool,
+    image: Callable[[int], tuple[int, ...]],
+    batch: int,
+) -> None:
+    """The encoders, eager and compiled."""
+    field = Field("encoder", image(batch), device)
+    compiled = Configuration(eager(device).dtype, torch.channels_last, "torch.compile")
+    for name in COMPARED:
+        model = make_model(name, "encoder", device)
+        gate = field.gate(model)
+        field.enter(model, eager(device), f"{name}, eager", gate)
+        # A rehearsal compiles nothing, because that takes minutes on a CPU.
+        call = deploy(model, "encoder", eager(device) if dry_run else compiled)
+        field.enter(model, compiled, f"{name}, torch.compile", gate, call)
+    contest(
+        benchmark,
+        session,
+        f"{GPU_ENCODERS}, {'x'.join(map(str, field.inputs[0].shape))}",
+        "LiteVAE-B, eager",
+        field.providers,
+        inputs=INPUTS,
+        images=field.inputs[0].shape[0],
+        works=None if dry_run else field.works,
+        rivals=[f"{SD_VAE}, eager", f"{SD_VAE}, torch.compile"],
+        rounds=2 if dry_run else 15,
+        least=2 if dry_run else 5,
+    )
+
+
+@pytest.mark.parametrize("batch", LAUNCHED)
+@torch.no_grad()
+def test_launched_by_python(
+    benchmark: Any,
+    session: Session,
+    device: str,
+    dry_run: bool,
+    image: Callable[[int], tuple[int, ...]],
+    batch: int,
+) -> None:
+    """The eager encoders, whose calls wait for Python where it is slower than the GPU."""
+    shape = image(batch)
+    inputs = [as_input(x, eager(device)) for x in make_inputs("encoder", shape, device, INPUTS)]
+
+    def provider(name: str) -> Provider:
+        call = deploy(make_model(name, "encoder", device), "encoder", eager(device))
+        return lambda i: call(inputs[i])
+
+    contest(
+        benchmark,
+        session,
+        f"encoders launched by Python, {'x'.join(map(str, shape))}",
+        "LiteVAE-B",
+        {name: provider(name) for name in COMPARED},
+        inputs=INPUTS,
+        images=shape[0],
+        whole=True,
+        rounds=2 if dry_run else 15,
+        least=2 if dry_run else 5,
+    )
+
+
+class NoAddition(ResBlock):
+    """A ResBlock that computes its residual and does not add it."""
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        inputs = [x] if skip is None else [x, skip]
+        h = self.conv1(self.norm1(*inputs))
+        if self.conv_shortcut is not None:
+            self.conv_shortcut(*inputs)
+        return self.conv2(self.norm2(h))
+
+
+def without_biases(model: nn.Module) -> nn.Module:
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.bias = None
+    return model
+
+
+def without_additions(model: nn.Module) -> nn.Module:
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, ResBlock):
+            module.__class__ = NoAddition
+    return model
+
+
+@torch.no_grad()
+def test_biases_and_additions(
+    benchmark: Any, session: Session, device: str, dry_run: bool, image: Callable[[int], tuple[int, ...]]
+) -> None:
+    """What the convolutions' biases and the residuals' additions cost: the encoder with and without them.
+
+    The models without them compute something else, so only their times mean anything.
+    """
+    shape = image(32)
+    configuration = eager(device)
+    inputs = [as_input(x, configuration) for x in make_inputs("encoder", shape, device, INPUTS)]
+    whole: Any = make_model("LiteVAE-B", "encoder", device).to(
+        dtype=configuration.dtype, memory_format=torch.channels_last
+    )
+    models = {
+        "LiteVAE-B": whole,
+        "without biases": without_biases(whole),
+        "without additions": without_additions(whole),
+        "without both": without_additions(without_biases(whole)),
+    }
+
+    def provider(model: Any) -> Provider:
+        call = call_of(model, "encoder")
+        return lambda i: call(inputs[i])
+
+    contest(
+        benchmark,
+        session,
+        f"biases and additions, {'x'.join(map(str, shape))}",
+        "LiteVAE-B",
+        {name: provider(model) for name, model in models.items()},
+        inputs=INPUTS,
+        images=shape[0],
+        rounds=2 if dry_run else 30,
+        least=2 if dry_run else 7,
+    )
+
+
+def test_host_time(benchmark: Any, session: Session, device: str, dry_run: bool) -> None:
+    """The host's time per call of each operator; the ratios are to PyTorch's GroupNorm and SiLU."""
+    calls = make_calls(device)
+    seconds = host_seconds(calls, rounds=1 if dry_run else 60)
+    pair = next(value for name, value in seconds.items() if name.startswith(PYTORCH))
+    benchmark.pedantic(calls["group_norm_silu"].run, rounds=1)
+    session.results += [
+        Result(
+            subject="host time of a call in inference mode",
+            provider=name,
+            median_ms=value * 1e3,
+            p10_ms=value * 1e3,
+            p90_ms=value * 1e3,
+            times_ours=value / pair,
+            times_copy=None,
+            bar=None,
+            bytes_moved=None,
+            gigabytes_per_second=None,
+            peak_memory=None,
+            rounds=60,
+        )
+        for name, value in seconds.items()
+    ]
+    session.save()

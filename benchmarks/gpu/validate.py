@@ -1,0 +1,195 @@
+"""Runs a stage of the validation on a GPU: ``python -m benchmarks.gpu.validate 1|2|3|4``; see benchmarks/gpu."""
+
+import argparse
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.counters import readings
+from benchmarks.gpu.steps import Step, stages
+from benchmarks.session import RESULTS, read, results_path, write
+from litevae.environment import device_name, versions
+from litevae_kernels import info
+from litevae_kernels.backend import cuda_built, why_not
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 570  # per call
+GRACE = 45  # seconds that an interrupted command gets to save its files
+TAIL = 1500  # characters of a step's output in the results; the log has all of it
+PASSED = "passed"
+
+
+class Validation:
+    """The results of all stages on one machine, kept in one JSON file and one log.
+
+    Args:
+        output: folder of both files.
+        dry_run: whether this is a rehearsal, which the files then say.
+    """
+
+    def __init__(self, output: Path, *, dry_run: bool) -> None:
+        self.dry_run = dry_run
+        self.device = device_name() + (", dry run" if dry_run else "")
+        self.path = results_path(output, self.device)
+        self.log = self.path.with_suffix(".log")
+
+    def steps(self) -> dict[str, Any]:
+        """Returns what is recorded about each step that was run."""
+        return read(self.path).get("validation", {})
+
+    def record(self, name: str, facts: dict[str, Any]) -> None:
+        # The step itself may have written to the file.
+        data = {"device": self.device, "results": []} | read(self.path) | {"dry_run": self.dry_run}
+        stamp = {"date": date.today().isoformat(), "versions": versions()}
+        data["validation"] = {**data.get("validation", {}), name: facts | stamp}
+        write(self.path, data)
+
+    def run(self, step: Step, limit: float) -> str:
+        """Runs a step, records its outcome and returns it."""
+        if step.needs is not None and shutil.which(step.needs) is None:
+            self.record(step.name, {"outcome": f"left out: there is no {step.needs}"})
+            return str(self.steps()[step.name]["outcome"])
+        start = time.monotonic()
+        status, output = execute(step, limit)
+        seconds = time.monotonic() - start
+        with self.log.open("a") as log:
+            log.write(f"== {step.name}: {' '.join(step.command)}\n{output}\n")
+            log.write(f"== exit status {status}, {seconds:.0f} s\n\n")
+        outcome = PASSED
+        if status != 0:
+            outcome = "exceeded its time" if status is None else f"failed: exit status {status}"
+        facts: dict[str, Any] = {"outcome": outcome, "seconds": round(seconds, 1), "tail": output[-TAIL:]}
+        if found := readings(output):
+            facts["readings"] = found
+        self.record(step.name, facts)
+        return outcome
+
+
+def execute(step: Step, limit: float) -> tuple[int | None, str]:
+    """Returns the exit status of a step, None if it exceeded `limit` seconds, and its output."""
+    variables = {
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        process = subprocess.Popen(
+            step.command,
+            cwd=ROOT,
+            env={**os.environ, **variables, **step.environment},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        status: int | None
+        try:
+            status = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            status = None
+            if step.interrupted:
+                process.send_signal(signal.SIGINT)
+                try:
+                    status = process.wait(GRACE)
+                except subprocess.TimeoutExpired:
+                    status = None
+        finally:
+            end(process)
+        output.seek(0)
+        return status, output.read()
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process and all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def run_stage(
+    validation: Validation, steps: Sequence[Step], seconds: float, say: Callable[[str], None] = print
+) -> bool:
+    """Runs the steps that have not passed, while there is time for them; returns whether all have passed.
+
+    Args:
+        validation: results so far.
+        steps: steps of the stage, in order.
+        seconds: time limit of all steps together.
+        say: function that prints a line.
+    """
+    end_time = time.monotonic() + seconds
+    complete = True
+    for step in steps:
+        before = validation.steps().get(step.name, {})
+        outcome = before.get("outcome")
+        if outcome == PASSED:
+            say(f"{step.name}: {PASSED} on {before['date']}")
+            continue
+        left = end_time - time.monotonic() - (GRACE if step.interrupted else 0)
+        if left < step.limit:
+            outcome = f"left for the next call: {left:.0f} s are left, and it may take {step.limit} s"
+        else:
+            outcome = validation.run(step, step.limit)
+        complete &= outcome == PASSED or outcome.startswith("left out")
+        say(f"{step.name}: {outcome}")
+    return complete
+
+
+def build_core(validation: Validation) -> str | None:
+    """Builds the core for this machine's GPU, unless that was done; returns what is wrong if it fails.
+
+    The build is no step of a stage, because it has to be repeated on each fresh machine.
+    """
+    if cuda_built and why_not("native", "cuda") is None:
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    settings = {
+        "LITEVAE_BUILD_CORE": "1",
+        "LITEVAE_BUILD_CUDA": "1",
+        "LITEVAE_CUDA_ARCHITECTURES": f"{major}{minor}",
+    }
+    command = (sys.executable, "setup.py", "-q", "build_ext", "--inplace")
+    outcome = validation.run(Step("build", command, 240, settings), 240)
+    return None if outcome == PASSED else f"the build {outcome}; see {validation.log}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.validate", description=__doc__)
+    meaning = "1: CUDA kernels, 2: Triton kernels and models, 3: speed, 4: training"
+    parser.add_argument("stage", type=int, choices=(1, 2, 3, 4), help=meaning)
+    parser.add_argument("--dry-run", action="store_true", help="rehearse on a CPU; nothing of it is reported")
+    place = "folder of the results and the log; default: benchmarks/results, for a dry run a temporary one"
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help=place)
+    limit = f"time limit of this call; default: {SECONDS}"
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=limit)
+    options = parser.parse_args(arguments)
+    if not options.dry_run and not torch.cuda.is_available():
+        parser.error("no GPU is visible to PyTorch; --dry-run rehearses the stage on a CPU")
+    output = options.output or (Path(tempfile.mkdtemp(prefix="gpu-dry-run-")) if options.dry_run else RESULTS)
+    output.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    validation = Validation(output.resolve(), dry_run=options.dry_run)
+    if not options.dry_run and (wrong := build_core(validation)) is not None:
+        print(wrong, file=sys.stderr)
+        return 1
+    facts = {name: value for name, value in info.report() if value != "not set"}
+    validation.record("machine", {"outcome": PASSED, "facts": facts})
+    steps = stages(validation.path.parent, dry_run=options.dry_run)[options.stage]
+    complete = run_stage(validation, steps, options.seconds - (time.monotonic() - start))
+    print(f"Results: {validation.path}\nLog: {validation.log}")
+    if not complete:
+        print("Not all steps have passed; the same command runs the others again.")
+    return 0 if complete else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

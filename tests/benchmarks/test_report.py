@@ -1,0 +1,94 @@
+"""The report of GPUs, from figures that this file invents and that no GPU has measured."""
+
+import json
+
+import pytest
+
+INVENTED = {"torch": "0.0", "threads": 1, "date": "2000-01-01", "device": "invented GPU", "test": "invented"}
+
+
+@pytest.fixture
+def report(monkeypatch, tmp_path):
+    from benchmarks import report
+
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "README", tmp_path / "README.md")
+    report.README.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    return report
+
+
+def rows(batch):
+    """Invented figures: the compiled SD-VAE and the eager LiteVAEs are the faster ones."""
+    from benchmarks.gpu import GPU_ENCODERS
+    from benchmarks.session import Result
+
+    none = dict.fromkeys(Result.__dataclass_fields__)
+    times = {
+        "SD-VAE, eager": 20,
+        "SD-VAE, torch.compile": 16,
+        "LiteVAE-B, eager": 4,
+        "LiteVAE-B, torch.compile": 5,
+        "LiteVAE-S, eager": 1,
+        "LiteVAE-S, torch.compile": 2,
+        "copy": 3,
+    }
+    return [
+        none
+        | INVENTED
+        | {
+            "subject": f"{GPU_ENCODERS}, {batch}x3x256x256",
+            "provider": provider,
+            "median_ms": time,
+            "p10_ms": time,
+            "p90_ms": time,
+            "times_ours": time / 4,
+            "images": None if provider == "copy" else batch,
+            "peak_memory": 1_000_000 * time,
+            "speedup": 16 / time,
+        }
+        for provider, time in times.items()
+    ]
+
+
+def save(report, **more):
+    data = {"device": "invented GPU", "results": [*rows(32), *rows(8)]} | more
+    (report.RESULTS / "invented-gpu.json").write_text(json.dumps(data))
+
+
+def test_the_readme_has_a_row_per_batch(report):
+    save(report)
+    report.write_readme()
+    text = report.README.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    small, large = (line for line in text.splitlines() if line.startswith("| invented GPU"))
+    assert small.startswith(
+        "| invented GPU, torch 0.0, 2000-01-01 | 8 | 500 (torch.compile) | 2000 (eager) |"
+    )
+    assert "| 32 | 2000 (torch.compile) | 8000 (eager) | 32000 (eager) | 4.0x | 16, 4, 1 | [JSON](" in large
+
+
+def test_a_dry_run_is_never_reported(report):
+    save(report, dry_run=True)
+    report.write_readme()
+    assert "invented" not in report.README.read_text()
+    assert "invented" not in report.report()
+
+
+def test_the_report_has_outcomes_and_counters(report):
+    steps = {
+        "memcheck": {"outcome": "failed: exit status 9", "seconds": 12.3, "date": "2000-01-01"},
+        "counters": {
+            "outcome": "passed",
+            "date": "2000-01-01",
+            "readings": [
+                {"kernel": "Statistics", "issue slots busy": "71 %"},
+                {"kernel": "Apply", "time": "9 us"},
+            ],
+        },
+    }
+    save(report, validation=steps)
+    text = report.report()
+    assert "| memcheck | failed: exit status 9 | 12.3 | 2000-01-01 |" in text
+    assert "| Statistics | 71 % |  |" in text
+    assert "| Apply |  | 9 us |" in text

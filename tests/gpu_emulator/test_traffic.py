@@ -1,0 +1,94 @@
+"""The predicted traffic of benchmarks/gpu/traffic.py against the sectors that the emulated kernels touch."""
+
+import struct
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.gpu import traffic
+
+# PyTorch's kernels are not on the emulator. This one adds in place as `aten::add_` must, a number per thread.
+ADD = """
+.version 8.0
+.target sm_80
+.address_size 64
+.visible .entry add(.param .u64 out, .param .u64 other)
+{
+  .reg .b32 %r<6>;
+  .reg .f32 %f<4>;
+  .reg .b64 %rd<7>;
+  ld.param.u64 %rd1, [out];
+  ld.param.u64 %rd2, [other];
+  mov.u32 %r1, %ctaid.x;
+  mov.u32 %r2, %ntid.x;
+  mov.u32 %r3, %tid.x;
+  mad.lo.s32 %r4, %r1, %r2, %r3;
+  mul.wide.u32 %rd3, %r4, 4;
+  add.s64 %rd4, %rd1, %rd3;
+  add.s64 %rd5, %rd2, %rd3;
+  ld.global.f32 %f1, [%rd4];
+  ld.global.f32 %f2, [%rd5];
+  add.f32 %f3, %f1, %f2;
+  st.global.f32 [%rd4], %f3;
+  ret;
+}
+"""
+
+
+def touched(kernels: dict[str, Any]) -> int:
+    """Returns the bytes of all sectors, each counted once per launch and direction."""
+    return sum(32 * (kernel.loads.distinct + kernel.stores.distinct) for kernel in kernels.values())
+
+
+@pytest.mark.parametrize("skip_channels", [0, 32])
+def test_group_norm_silu(cuda_kernels: Any, skip_channels: int) -> None:
+    def tensor(channels: int) -> torch.Tensor:
+        return torch.randn(1, channels, 32, 32).bfloat16().contiguous(memory_format=torch.channels_last)
+
+    inputs = [tensor(channels) for channels in (64, skip_channels) if channels]
+    y, stats = tensor(64 + skip_channels), torch.empty(1, 32, 2, dtype=torch.float64)
+    arguments = (inputs[0], inputs[1] if skip_channels else None, None, None, y, stats, 32, 1e-6)
+    kernels = cuda_kernels.emulator.count_traffic(
+        lambda: cuda_kernels.run("group_norm_silu", "forward", *arguments, written=[y, stats])
+    )
+    predicted = traffic.group_norm_silu(inputs, y)
+    by_kind = {
+        traffic.STATISTICS: {name: k for name, k in kernels.items() if "Apply" not in name},
+        traffic.APPLY: {name: k for name, k in kernels.items() if "Apply" in name},
+    }
+    # The partial sums, which the prediction leaves out, are written and read once, and the statistics are written.
+    written = sum(kernel.stores.bytes for kernel in by_kind[traffic.STATISTICS].values())
+    partials = written - stats.nbytes
+    assert 0 < partials <= cuda_kernels.scratch[0].nbytes
+    more = {traffic.STATISTICS: 2 * partials + stats.nbytes, traffic.APPLY: stats.nbytes}
+    assert all(by_kind.values())
+    assert {kind: touched(found) - predicted[kind] for kind, found in by_kind.items()} == more
+
+
+def test_haar(cuda_kernels: Any) -> None:
+    image = torch.randn(1, 3, 64, 256)
+    coefficients = [torch.empty(1, 12, 64 >> level, 256 >> level) for level in (1, 2, 3)]
+    arguments = (image, coefficients, 3, "symmetric", 0.5, True)
+    kernels = cuda_kernels.emulator.count_traffic(
+        lambda: cuda_kernels.run("haar", "analysis", *arguments, written=coefficients)
+    )
+    assert traffic.haar(image, coefficients) == {traffic.HAAR: touched(kernels)}
+
+
+def test_elementwise(emulator: Any) -> None:
+    """Biases and residuals: PyTorch adds them in a pass that reads two tensors and writes one."""
+    out, other = torch.randn(8, 128), torch.randn(8, 128)
+    expected = out + other
+    module = emulator.load(ADD.encode())
+    for x, writable in ((out, True), (other, False)):
+        emulator.allow(x, writable)
+    addresses = [struct.pack("<Q", x.data_ptr()) for x in (out, other)]
+    try:
+        kernels = emulator.count_traffic(
+            lambda: emulator.launch(module, "add", (8, 1, 1), (128, 1, 1), 0, addresses)
+        )
+    finally:
+        emulator.forget()
+    assert torch.equal(out, expected)
+    assert touched(kernels) == traffic.elementwise([out, other], out)
