@@ -23,12 +23,26 @@ def total_memory() -> int:
             limits.append(int(Path(path).read_text()))
         except (OSError, ValueError):  # there is no such file, or it says "max"
             continue
-    if sys.platform != "win32":
-        import resource
+    address_space = address_space_limit()
+    return min(limits if address_space is None else [*limits, address_space])
 
-        soft = resource.getrlimit(resource.RLIMIT_AS)[0]
-        limits += [] if soft == resource.RLIM_INFINITY else [soft]
-    return min(limits)
+
+def address_space_limit() -> int | None:
+    """Returns the bytes of address space that this process may have (`ulimit -v`); None without a limit."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    soft = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return None if soft == resource.RLIM_INFINITY else soft
+
+
+def free_memory() -> int:
+    """Returns how many bytes this process may still allocate: those that are free, or fewer under `ulimit -v`."""
+    free = min(psutil.virtual_memory().available, total_memory())
+    if (limit := address_space_limit()) is not None:  # it counts what is reserved, even if it is not used
+        free = min(free, max(limit - psutil.Process().memory_info().vms, 0))
+    return free
 
 
 def format_bytes(count: int) -> str:
@@ -97,6 +111,5 @@ def explain_out_of_memory(error: BaseException) -> str | None:
         wanted = f"{wanted} at once"
     there = ""
     with contextlib.suppress(MemoryError, OSError):  # reading /proc takes memory too
-        free, total = psutil.virtual_memory().available, total_memory()
-        there = f"; {format_bytes(min(free, total))} of {format_bytes(total)} are free"
+        there = f"; {format_bytes(free_memory())} of {format_bytes(total_memory())} are free"
     return f"out of memory: asked for {wanted}{there}: use smaller batches, images or widths"

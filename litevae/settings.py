@@ -301,7 +301,7 @@ def check_ranges(config: Any, prefix: str = "") -> None:
         prefix: key of `config` itself, with a dot at its end, for the message.
 
     Raises:
-        UserError: a number is out of range, or a text can be no name of a file.
+        UserError: a number is out of range, a list holds other lists, or a text can be no name of a file.
     """
     for entry in fields(config):
         key, value = f"{prefix}{entry.name}", getattr(config, entry.name)
@@ -313,6 +313,8 @@ def check_ranges(config: Any, prefix: str = "") -> None:
             for index, item in enumerate(value):
                 if is_dataclass(item):
                     check_ranges(item, f"{key}[{index}].")
+                elif item is None or isinstance(item, list | tuple | dict):  # OmegaConf lets some through
+                    raise UserError(f"{key} must hold single values, got {shorten(list(value))}")
                 elif (allowed := violation(entry, item)) is not None:
                     raise UserError(f"{key} must all be {allowed}, got {shorten(list(value))}")
         elif (allowed := violation(entry, value)) is not None:

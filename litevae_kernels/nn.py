@@ -13,6 +13,7 @@ from litevae_kernels.tensors import (
     check_dtype,
     check_eps,
     check_flag,
+    check_operand,
     check_tensor,
     is_integer,
     shape_of,
@@ -36,12 +37,28 @@ def check_count(value: object, name: str) -> None:
         raise ValueError(needed)
 
 
+def check_operands(x: object, weight: Tensor, bias: Tensor | None) -> None:
+    """Checks the input, the weight and the bias of a layer, as `litevae_kernels.conv3x3` does.
+
+    Raises:
+        TypeError: `x` is no dense tensor, or the dtypes differ and autocast does not convert them.
+        ValueError: the devices differ.
+    """
+    check_tensor(x, "x")
+    assert isinstance(x, Tensor)
+    check_operand(weight, "weight", x)
+    if bias is not None:
+        check_operand(bias, "bias", x)
+
+
 class Conv2d(nn.Conv2d):
     """`nn.Conv2d` that computes in float32 on a CPU without the arithmetic of its half precision, and rounds once.
 
     Raises:
-        TypeError: an argument of the constructor, or the input, has another type.
-        ValueError: an argument of the constructor is out of range, or `groups` does not divide the channels.
+        TypeError: an argument of the constructor, or the input, has another type, or the input has another dtype than
+            the weight and autocast does not convert it.
+        ValueError: an argument of the constructor is out of range, `groups` does not divide the channels, or the input
+            is on another device than the weight.
     """
 
     def __init__(
@@ -90,8 +107,7 @@ class Conv2d(nn.Conv2d):
         )
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if not isinstance(input, Tensor):
-            check_tensor(input, "x")
+        check_operands(input, weight, bias)
         return widened(super()._conv_forward, input, weight, bias)
 
 
@@ -99,8 +115,9 @@ class Linear(nn.Linear):
     """`nn.Linear` that computes in float32 on a CPU without the arithmetic of its half precision, and rounds once.
 
     Raises:
-        TypeError: an argument of the constructor, or the input, has another type.
-        ValueError: a number of features is less than 1.
+        TypeError: an argument of the constructor, or the input, has another type, or the input has another dtype than
+            the weight and autocast does not convert it.
+        ValueError: a number of features is less than 1, or the input is on another device than the weight.
     """
 
     def __init__(
@@ -119,8 +136,7 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        if not isinstance(input, Tensor):
-            check_tensor(input, "x")
+        check_operands(input, self.weight, self.bias)
         return widened(F.linear, input, self.weight, self.bias)
 
 

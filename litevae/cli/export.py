@@ -16,7 +16,8 @@ from litevae.cli.common import (
     results,
     write_json,
 )
-from litevae.models.loading import load_model
+from litevae.errors import UserError
+from litevae.models.loading import load_model, model_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,8 +39,14 @@ def export(
         Literal["fp32", "bf16", "fp16"], typer.Option(help="Precision of weights, inputs and outputs.")
     ] = "fp32",
     opset: Annotated[
-        int, typer.Option(min=18, max=25, metavar="N", help="Version of ONNX's operator set, for onnx alone.")
-    ] = 18,
+        int | None,
+        typer.Option(
+            min=18,
+            max=25,
+            metavar="N",
+            help="Version of ONNX's operator set, for onnx alone.  [default: 18]",
+        ),
+    ] = None,
     device: Annotated[
         str, typer.Option(metavar="NAME", help="Device such as cuda, for torch-export and aoti.")
     ] = "cpu",
@@ -68,12 +75,17 @@ def export(
 
     on = choose_device(device)
     exporting.check_export(format, precision, on, check)
+    if opset is not None and format != "onnx":
+        raise UserError(f"--opset {opset}: {format} has no opset; only --format onnx takes it")
     names = [f"{part}{suffix}" for part in ("encoder", "decoder") for suffix in exporting.SUFFIXES[format]]
     targets = results(output, *names, "export.json", overwrite=overwrite)
+    if os.path.realpath(output) == os.path.realpath(model_folder(model)):
+        raise UserError(f"{output} is the model's own folder: give another folder for the exported files")
     autoencoder = load_model(model)
     make_folder(output)
     with tempfile.TemporaryDirectory(dir=output, prefix=".export-") as folder:
-        files = exporting.export_model(autoencoder, Path(folder), format, precision, opset, on)
+        version = exporting.OPSET if opset is None else opset
+        files = exporting.export_model(autoencoder, Path(folder), format, precision, version, on)
         errors: dict[exporting.Part, float] = {}
         if check:
             images = photographs(autoencoder)
@@ -94,7 +106,7 @@ def export(
     record = {
         "format": format,
         "precision": precision,
-        "opset": opset if format == "onnx" else None,
+        "opset": version if format == "onnx" else None,
         "device": str(on),
         "parts": parts,
         **{name: autoencoder.config.get(name) for name in SCALES},

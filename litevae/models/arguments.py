@@ -73,6 +73,8 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} must be one number per latent channel, got {shorten(value)}")
         if name == "scaling_factor" and not value:
             raise ValueError(f"scaling_factor must be a number other than 0, got {shorten(value)}")
+        if name == "act_fn" and not isinstance(value, str):
+            raise ValueError(f"{name} must be the name of an activation, such as silu, got {shorten(value)}")
         if name in NAMES and not (is_list(value) and all(isinstance(each, str) for each in value)):
             raise ValueError(f"{name} must be a list of names, got {shorten(value)}")
     for name in NUMBERS_PER_CHANNEL:

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import torch
 from diffusers import AutoencoderKL, ConfigMixin, ModelMixin
+from huggingface_hub import try_to_load_from_cache
 
 from litevae.errors import LONGEST_VALUE, UserError, one_line
 from litevae.files import read_json
@@ -33,7 +34,7 @@ class PretrainedMixin(ModelMixin, ConfigMixin):
         Raises:
             ValueError: the folder holds a model of another class, or weights that do not cover or do not fit the model
                 or are not regular files, or only a variant of the weights that is not asked for.
-            OSError: there is no such folder, or it lacks a file.
+            OSError: there is no such folder or repository, or it lacks a file.
         """
         folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
         info_wanted = kwargs.pop("output_loading_info", False)
@@ -42,13 +43,22 @@ class PretrainedMixin(ModelMixin, ConfigMixin):
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, output_loading_info=True, **kwargs
             )
+        except OSError as error:
+            if path is None and "does not appear to have a file named" in str(error):
+                raise OSError(
+                    f"{folder}: holds no {CONFIG} with {WEIGHTS} or .bin beside it: for a variant of the weights pass "
+                    "variant='fp16', and for a part of a pipeline subfolder='vae'"
+                ) from None
+            raise
         except (ValueError, RuntimeError) as error:
+            if path is None and not kwargs.get("use_flashpack"):
+                path = cached_weights(pretrained_model_name_or_path, kwargs)
             own = inspect.signature(cls).parameters
             changes = {name: value for name, value in kwargs.items() if name in own}
             if (
                 path is None
                 or isinstance(error, UserError)
-                or not (reason := explain_shapes(cls, {**read_config(folder / CONFIG), **changes}, path))
+                or not (reason := explain_shapes(cls, {**read_config(path.parent / CONFIG), **changes}, path))
             ):
                 raise
             raise UserError(f"{folder}: {reason}, or pass ignore_mismatched_sizes=True") from None
@@ -157,6 +167,24 @@ class PretrainedMixin(ModelMixin, ConfigMixin):
             ValueError: a file is missing or damaged, or holds no decoder or another one.
         """
         load_decoder(self, Path(path), "load_decoder")
+
+
+def cached_weights(repository: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> Path | None:
+    """Returns the path of a repository's weights in the Hub's cache, as `find_weights` does; None without them.
+
+    Args:
+        repository: name of the repository.
+        kwargs: arguments of `from_pretrained`.
+    """
+    options = {name: kwargs[name] for name in ("cache_dir", "revision") if kwargs.get(name) is not None}
+    file = "/".join(filter(None, (kwargs.get("subfolder"), CONFIG)))
+    try:
+        config = try_to_load_from_cache(str(repository), file, **options)
+        return (
+            find_weights(Path(config).parent, kwargs.get("variant"))[0] if isinstance(config, str) else None
+        )
+    except ValueError:  # there is no such name, or there are no such weights
+        return None
 
 
 def fill_mismatched(model: ModelMixin, names: Iterable[str]) -> None:

@@ -1,7 +1,9 @@
 import re
 import resource
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -58,6 +60,15 @@ def test_the_message_of_a_gpu_is_kept():
 def test_a_limit_of_the_process_counts(monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda _: (12345, 12345))
     assert total_memory() == 12345
+
+
+def test_a_limit_of_the_process_counts_as_free_what_is_not_reserved(monkeypatch):
+    reserved = psutil.Process().memory_info().vms
+    limit = reserved + 2**20
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
+    monkeypatch.setattr(psutil.Process, "memory_info", lambda _: SimpleNamespace(vms=reserved))
+    total = format_bytes(min(limit, total_memory()))
+    assert f"; 1 MiB of {total} are free: " in explain_out_of_memory(MemoryError())
 
 
 def test_bytes_are_printed_in_the_largest_unit():

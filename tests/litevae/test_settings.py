@@ -128,6 +128,8 @@ def test_a_copy_of_a_list_is_the_default():
         ("ceiling=nan", "ceiling must be 5 or less, got nan"),
         ("optional=0", "optional must be 1 or more, got 0"),
         ("widths=[4,0]", "widths must all be 1 or more, got [4, 0]"),
+        ("widths=[[],4]", "widths must hold single values, got [[], 4]"),
+        ("widths=[4,{}]", "widths must hold single values, got [4, {}]"),
         ("betas=[0.5,1]", "betas must all be below 1, got [0.5, 1.0]"),
         ("inner.depth=0", "inner.depth must be 1 or more, got 0"),
         ("entries=[{depth: 1}, {depth: 0}]", "entries[1].depth must be 1 or more, got 0"),

@@ -102,7 +102,7 @@ def test_other_calls_are_pytorchs(without_half):
     assert torch.equal(layer(x), plain(x))
     assert layer.double()(x.double()).dtype == torch.float64
     for dtype in HALVES:
-        with pytest.raises(RuntimeError):  # as in PyTorch, the dtypes must agree
+        with pytest.raises(TypeError, match=f"^weight has dtype torch.float64; .* x's is needed, {dtype}$"):
             layer(x.to(dtype))
 
 

@@ -64,6 +64,21 @@ def test_existing_files_are_kept(fails, wavelet_model, tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["decoder.pt2"]
 
 
+@pytest.mark.parametrize("way", ["itself", "run", "link"])
+def test_the_folder_of_the_model_is_refused(fails, wavelet_model, tmp_path, way):
+    folder = tmp_path / "model"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (tmp_path / "link").symlink_to(folder)
+    model, output = {
+        "itself": (folder, folder),
+        "run": (tmp_path, folder),
+        "link": (folder, tmp_path / "link"),
+    }[way]
+    message = fails("export", model, output, "--format", "torch-export", "--overwrite")
+    assert f"{output} is the model's own folder: give another folder" in message
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -72,6 +87,10 @@ def test_existing_files_are_kept(fails, wavelet_model, tmp_path):
         (["--format", "openvino", "--precision", "bf16"], "precision must be fp32 or fp16 for openvino"),
         (["--precision", "bf16"], "ONNX Runtime cannot run bf16 on a CPU"),
         (["--opset", "7"], "'--opset'"),
+        *(
+            (["--format", format, "--opset", "18"], f"--opset 18: {format} has no opset; only --format onnx")
+            for format in ("torch-export", "aoti", "openvino")
+        ),
     ],
 )
 def test_refused_before_any_work(fails, tmp_path, options, message):
@@ -110,5 +129,5 @@ def test_photographs_fit_the_model(size, batches):
     with torch.device("cpu"):
         found = photographs(model)
     assert len(found) == batches
-    assert found[0].shape == (3, 3, size or 256, size or 256)
+    assert found[0].shape == (3, 3, size or 64, size or 64)  # 32 pixels of the latent per side
     assert all(-1 <= batch.min() < batch.max() <= 1 for batch in found)

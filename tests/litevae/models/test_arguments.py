@@ -32,6 +32,15 @@ def test_blocks_of_diffusers_have_names(name):
             check_arguments({name: value, "block_out_channels": [32]})
 
 
+def test_an_activation_has_a_name():
+    for value in (None, 1, ["silu"], {}):
+        with pytest.raises(
+            ValueError, match=r"^act_fn must be the name of an activation, such as silu, got "
+        ):
+            check_config({"act_fn": value}, AutoencoderKL)
+    check_config({"act_fn": "silu"}, AutoencoderKL)
+
+
 @pytest.mark.parametrize("model", [LiteVAE, AutoencoderKL, SmallEncoderVAE])
 def test_an_entry_that_would_hide_a_part_of_the_model_is_refused(model):
     check_config({"_class_name": model.__name__, "_name_or_path": "", "from_another_version": 1}, model)

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 
 import pytest
 import torch
@@ -274,7 +275,7 @@ def test_load_decoder_is_one_call(make, latent, autoencoder_kl, tmp_path, use_1x
     with torch.no_grad():
         expected = autoencoder_kl.decode(latent).sample if use_1x1_conv else autoencoder_kl.decoder(latent)
         torch.testing.assert_close(model.decode(latent).sample, expected, atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match=r"load_decoder: nowhere/.*: no such file"):
+    with pytest.raises(ValueError, match=r"^load_decoder: nowhere: no such file or folder$"):
         model.load_decoder("nowhere")
 
 
@@ -282,3 +283,38 @@ def test_a_configuration_that_is_no_regular_file_is_refused(tmp_path):
     os.mkfifo(tmp_path / "config.json")  # opening it would block
     with pytest.raises(ValueError, match="not a regular file"):
         LiteVAE.from_single_file(tmp_path / "x.safetensors")
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """Returns a function that puts a folder into the Hub's cache, under a name."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    def put(name: str, folder: str) -> str:
+        cached, commit = tmp_path / "hub" / f"models--me--{name}", "a" * 40
+        (cached / "refs").mkdir(parents=True)
+        (cached / "refs" / "main").write_text(commit)
+        shutil.copytree(folder, cached / "snapshots" / commit)
+        return f"me/{name}"
+
+    return put
+
+
+def test_a_repository_of_the_hub_names_what_does_not_fit_or_is_missing(make, repository, tmp_path):
+    model, cache = make(), {"cache_dir": tmp_path / "hub"}
+    model.save_pretrained(tmp_path / "model")
+    assert_same(LiteVAE.from_pretrained(repository("good", tmp_path / "model"), **cache), model)
+
+    file = tmp_path / "model" / "config.json"
+    content = json.loads(file.read_text())
+    width = content["extractor_channels"]
+    file.write_text(json.dumps(content | {"extractor_channels": 2 * width}))
+    with pytest.raises(
+        ValueError,
+        match=rf"^me/bad: \S+ is \({width}, .*\) in diff\S+ and \({2 * width}, .*: use the files of one model",
+    ):
+        LiteVAE.from_pretrained(repository("bad", tmp_path / "model"), **cache)
+
+    (tmp_path / "model" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(OSError, match=r"^me/none: holds no config.json with \S+ or .bin .*subfolder='vae'$"):
+        LiteVAE.from_pretrained(repository("none", tmp_path / "model"), **cache)

@@ -83,3 +83,21 @@ def test_the_core_refuses_other_dtypes_and_layouts(isa, dtype):
             native.forward(wrong, weight, None, None, False, y)
         with pytest.raises(ValueError, match="3x3 convolution"):
             native.forward(x, weight, None, wrong[:, :1].expand(1, 8, 4, 4), False, y)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "skipped", "norm", "groups", "message"),
+    [
+        (7, 2, 8, 2, "weight does not fit the other tensors"),
+        (6, 2, 8, 2, "weight does not fit the other tensors"),
+        (8, None, 8, 2, "weight does not fit the other tensors"),
+        (8, 2, 6, 2, "norm_weight does not fit the other tensors"),
+        (8, 2, 8, 3, "groups do not divide the channels"),
+    ],
+)
+def test_the_normed_convolution_refuses_channels_that_do_not_fit(inputs, skipped, norm, groups, message):
+    x, weight, scale = torch.zeros(1, 6, 4, 4), torch.zeros(8, inputs, 3, 3), torch.ones(norm)
+    skip = None if skipped is None else torch.zeros(1, skipped, 4, 4)
+    stats = torch.zeros(1, groups, 2, dtype=torch.float64)
+    with pytest.raises(ValueError, match=message):
+        native.norm_forward(x, skip, scale, scale, stats, weight, None, None, torch.zeros(1, 8, 4, 4))
