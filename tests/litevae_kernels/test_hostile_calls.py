@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import litevae_kernels as kernels
 from litevae_kernels import use_backend
-from litevae_kernels.nn import Conv3x3, GroupNormSiLU, SelfModulatedConv2d
+from litevae_kernels.nn import Conv2d, Conv3x3, GroupNormSiLU, Linear, SelfModulatedConv2d
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 TOLERANCES = dict(zip(DTYPES, (1e-9, 1e-4, 1e-2, 6e-2), strict=True))
@@ -265,3 +265,17 @@ def test_gradients_without_channels(backend, dtype):
             for result in tensors(function(empty)):
                 (gradient,) = torch.autograd.grad(result.sum(), empty, create_graph=True)
                 assert (gradient.shape, gradient.dtype) == (empty.shape, dtype)
+
+
+@pytest.mark.parametrize("layer", [Conv2d(4, 4, 1), Linear(4, 4), Conv3x3(4, 4), Conv3x3(4, 4, 1)], ids=repr)
+def test_an_input_of_another_dtype_or_device_is_refused_alike_by_every_layer(layer):
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        with pytest.raises(TypeError, match=f"^weight has dtype torch.float32; .* x's is needed, {dtype}$"):
+            layer(torch.zeros(1, 4, 4, 4, dtype=dtype))
+    with pytest.raises(TypeError, match=r"^x has dtype torch.int64; allowed: float32"):
+        layer(torch.zeros(1, 4, 4, 4, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"^weight is on cpu; allowed: x's device, meta$"):
+        layer(torch.zeros(1, 4, 4, 4, device="meta"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.zeros(1, 4, 4, 4)).dtype == torch.bfloat16
+        assert layer(torch.zeros(1, 4, 4, 4, dtype=torch.float16)).dtype == torch.bfloat16
