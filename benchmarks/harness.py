@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.session import Goal, Result, Session, Timed, Work
+from benchmarks.session import Goal, Result, Session, Timed, Work, milliseconds
 from litevae.environment import DTYPES, multiplies
 from litevae_kernels import use_backend
 from litevae_kernels.allocator import peak_resident_memory
@@ -343,14 +343,11 @@ def contest(
     best = min(rivals, key=lambda name: statistics.median(times[name]), default=None)
     results = {}
     for name, values in times.items():
-        deciles = statistics.quantiles(values, n=10, method="inclusive")
         median = statistics.median(values)
         result = Result(
             subject=subject,
             provider=name,
-            median_ms=median * 1e3,
-            p10_ms=deciles[0] * 1e3,
-            p90_ms=deciles[-1] * 1e3,
+            **milliseconds(values),
             times_ours=median_ratio(values, times[ours]),
             times_copy=median_ratio(values, times[copy]) if copy else None,
             bar=bars.get(name) if bars else None,

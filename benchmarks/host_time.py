@@ -67,8 +67,8 @@ def make_calls(device: str) -> dict[str, Call]:
     }
 
 
-def host_seconds(calls: dict[str, Call], rounds: int = ROUNDS) -> dict[str, float]:
-    """Returns the median of the host's seconds per call, by name; the calls take turns.
+def host_seconds(calls: dict[str, Call], rounds: int = ROUNDS) -> dict[str, list[float]]:
+    """Returns the host's seconds per call in each round, by name; the calls take turns.
 
     On a CPU this is the processor's time, in which other programs do not count.
     """
@@ -86,11 +86,11 @@ def host_seconds(calls: dict[str, Call], rounds: int = ROUNDS) -> dict[str, floa
                     for _ in range(CALLS):
                         run()
                     times[name].append((clock() - start) / CALLS)
-    return {name: statistics.median(values[1:]) for name, values in times.items()}
+    return {name: values[1:] for name, values in times.items()}
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    for name, seconds in host_seconds(make_calls(device)).items():
-        print(f"{name:32} {seconds * 1e6:6.1f} us")
+    for name, values in host_seconds(make_calls(device)).items():
+        print(f"{name:32} {statistics.median(values) * 1e6:6.1f} us")

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
@@ -139,6 +141,13 @@ class Session:
         rows += [{**asdict(result), **stamp} for result in self.results]
         data = read(self.path) | {"device": self.device, "results": rows}
         write(self.path, data | {"dry_run": True} if self.dry_run else data)
+
+
+def milliseconds(seconds: Sequence[float]) -> dict[str, float]:
+    """Returns the median and the first and last deciles of times, as `Result` holds them."""
+    deciles = statistics.quantiles(seconds, n=10, method="inclusive")
+    values = {"median_ms": statistics.median(seconds), "p10_ms": deciles[0], "p90_ms": deciles[-1]}
+    return {name: value * 1e3 for name, value in values.items()}
 
 
 def results_path(folder: Path, device: str) -> Path:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu import GPU_ENCODERS
-from benchmarks.harness import Provider, contest, served_dtypes
+from benchmarks.harness import Provider, contest, median_ratio, served_dtypes
 from benchmarks.host_time import PYTORCH, host_seconds, make_calls
 from benchmarks.models import (
     SD_VAE,
@@ -24,7 +24,7 @@ from benchmarks.models import (
     make_inputs,
     make_model,
 )
-from benchmarks.session import Result, Session
+from benchmarks.session import Result, Session, milliseconds
 from benchmarks.test_against_sd_vae import Field
 from litevae.models.layers import ResBlock
 
@@ -47,6 +47,38 @@ def dry_run(request: pytest.FixtureRequest, device: str) -> bool:
 def image(dry_run: bool) -> Callable[[int], tuple[int, ...]]:
     """Returns the function from the number of images to the shape of a batch."""
     return lambda batch: (1, 3, 32, 32) if dry_run else (batch, 3, 256, 256)
+
+
+def rounds(dry_run: bool, count: int = 15, least: int = 5) -> dict[str, int]:
+    """Returns how often `contest` measures."""
+    return {"rounds": 2, "least": 2} if dry_run else {"rounds": count, "least": least}
+
+
+def race(
+    benchmark: Any,
+    session: Session,
+    subject: str,
+    calls: dict[str, Callable[[Tensor], Any]],
+    device: str,
+    shape: tuple[int, ...],
+    **options: Any,
+) -> None:
+    """Lets calls of eager encoders compete on batches of `shape`; the first is ours."""
+    inputs = [as_input(x, eager(device)) for x in make_inputs("encoder", shape, device, INPUTS)]
+
+    def provider(call: Callable[[Tensor], Any]) -> Provider:
+        return lambda i: call(inputs[i])
+
+    contest(
+        benchmark,
+        session,
+        f"{subject}, {'x'.join(map(str, shape))}",
+        "LiteVAE-B",
+        {name: provider(call) for name, call in calls.items()},
+        inputs=INPUTS,
+        images=shape[0],
+        **options,
+    )
 
 
 def eager(device: str) -> Configuration:
@@ -83,8 +115,7 @@ def test_encoders(
         images=field.inputs[0].shape[0],
         works=None if dry_run else field.works,
         rivals=[f"{SD_VAE}, eager", f"{SD_VAE}, torch.compile"],
-        rounds=2 if dry_run else 15,
-        least=2 if dry_run else 5,
+        **rounds(dry_run),
     )
 
 
@@ -99,24 +130,16 @@ def test_launched_by_python(
     batch: int,
 ) -> None:
     """The eager encoders, whose calls wait for Python where it is slower than the GPU."""
-    shape = image(batch)
-    inputs = [as_input(x, eager(device)) for x in make_inputs("encoder", shape, device, INPUTS)]
-
-    def provider(name: str) -> Provider:
-        call = deploy(make_model(name, "encoder", device), "encoder", eager(device))
-        return lambda i: call(inputs[i])
-
-    contest(
+    calls = {name: deploy(make_model(name, "encoder", device), "encoder", eager(device)) for name in COMPARED}
+    race(
         benchmark,
         session,
-        f"encoders launched by Python, {'x'.join(map(str, shape))}",
-        "LiteVAE-B",
-        {name: provider(name) for name in COMPARED},
-        inputs=INPUTS,
-        images=shape[0],
+        "encoders launched by Python",
+        calls,
+        device,
+        image(batch),
         whole=True,
-        rounds=2 if dry_run else 15,
-        least=2 if dry_run else 5,
+        **rounds(dry_run),
     )
 
 
@@ -155,11 +178,8 @@ def test_biases_and_additions(
 
     The models without them compute something else, so only their times mean anything.
     """
-    shape = image(32)
-    configuration = eager(device)
-    inputs = [as_input(x, configuration) for x in make_inputs("encoder", shape, device, INPUTS)]
     whole: Any = make_model("LiteVAE-B", "encoder", device).to(
-        dtype=configuration.dtype, memory_format=torch.channels_last
+        dtype=eager(device).dtype, memory_format=torch.channels_last
     )
     models = {
         "LiteVAE-B": whole,
@@ -168,44 +188,29 @@ def test_biases_and_additions(
         "without both": without_additions(without_biases(whole)),
     }
 
-    def provider(model: Any) -> Provider:
-        call = call_of(model, "encoder")
-        return lambda i: call(inputs[i])
-
-    contest(
-        benchmark,
-        session,
-        f"biases and additions, {'x'.join(map(str, shape))}",
-        "LiteVAE-B",
-        {name: provider(model) for name, model in models.items()},
-        inputs=INPUTS,
-        images=shape[0],
-        rounds=2 if dry_run else 30,
-        least=2 if dry_run else 7,
-    )
+    calls = {name: call_of(model, "encoder") for name, model in models.items()}
+    race(benchmark, session, "biases and additions", calls, device, image(32), **rounds(dry_run, 30, 7))
 
 
 def test_host_time(benchmark: Any, session: Session, device: str, dry_run: bool) -> None:
     """The host's time per call of each operator; the ratios are to PyTorch's GroupNorm and SiLU."""
     calls = make_calls(device)
-    seconds = host_seconds(calls, rounds=1 if dry_run else 60)
-    pair = next(value for name, value in seconds.items() if name.startswith(PYTORCH))
+    times = host_seconds(calls, rounds=2 if dry_run else 60)
+    pair = next(values for name, values in times.items() if name.startswith(PYTORCH))
     benchmark.pedantic(calls["group_norm_silu"].run, rounds=1)
     session.results += [
         Result(
             subject="host time of a call in inference mode",
             provider=name,
-            median_ms=value * 1e3,
-            p10_ms=value * 1e3,
-            p90_ms=value * 1e3,
-            times_ours=value / pair,
+            **milliseconds(values),
+            times_ours=median_ratio(values, pair),
             times_copy=None,
             bar=None,
             bytes_moved=None,
             gigabytes_per_second=None,
             peak_memory=None,
-            rounds=60,
+            rounds=len(values),
         )
-        for name, value in seconds.items()
+        for name, values in times.items()
     ]
     session.save()

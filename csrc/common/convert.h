@@ -163,5 +163,14 @@ void store_row(DType dtype, const T* from, char* to, int64_t pixel_stride, int64
   }
 }
 
+// Returns a channel of a parameter (1, C, 1, 1), or `missing` if there is no parameter.
+inline double value(const TensorView& t, int64_t channel, double missing) {
+  if (t.data == nullptr) return missing;
+  double v;
+  load_row(t.dtype, static_cast<const char*>(t.data) + channel * t.stride[1] * element_size(t.dtype), 1, 1, 1,
+           &v);
+  return v;
+}
+
 }  // namespace
 }  // namespace litevae

@@ -322,14 +322,14 @@ void fill_row(const Task& k, int64_t n, int64_t y, BFloat16* to) {
     for (const Image* image : {&k.x, &k.skip}) {
       if (image->data == nullptr) continue;
       const BFloat16* from = image->at(n, y, 0);
-      if (k.norm != nullptr)
-        activate_pixels(from, image->pixel, s.width, image->channels, k.norm + n * 3 * s.padded + first,
-                        s.padded, pixels + first, s.padded);
+      const float* norm = k.norm == nullptr ? nullptr : k.norm + n * 3 * s.padded + first;
+      if (k.silu)
+        activate_pixels(from, image->pixel, s.width, image->channels, norm, s.padded, pixels + first,
+                        s.padded);
       else
         copy_pixels(from, image->pixel, s.width, image->channels, pixels + first, s.padded);
       first += image->channels;
     }
-    if (k.silu && k.norm == nullptr) silu(pixels, s.width * s.padded);
   });
 }
 

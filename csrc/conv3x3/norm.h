@@ -8,15 +8,6 @@
 namespace litevae {
 namespace {
 
-// The value of a parameter of the norm.
-double value(const TensorView& t, int64_t channel, double missing) {
-  if (t.data == nullptr) return missing;
-  double v;
-  load_row(t.dtype, static_cast<const char*>(t.data) + channel * t.stride[1] * element_size(t.dtype), 1, 1, 1,
-           &v);
-  return v;
-}
-
 // The number of coefficients, with channels padded to `padded`; none without a norm.
 int64_t norm_floats(const conv3x3::Forward& call, int64_t padded) {
   return call.norm.stats == nullptr ? 0 : call.x.size[0] * 3 * padded;
@@ -28,16 +19,17 @@ void fill_norm(const conv3x3::Forward& call, int64_t padded, float* to) {
   const conv3x3::Norm& norm = call.norm;
   if (norm.stats == nullptr) return;
   const int64_t channels = call.inputs(), each = channels / norm.groups;
-  for (int64_t n = 0; n < call.x.size[0]; ++n, to += 3 * padded)
-    for (int64_t c = 0; c < padded; ++c) {
-      const double* stats = norm.stats + 2 * (n * norm.groups + min_of(c, channels - 1) / each);
+  for (int64_t n = 0; n < call.x.size[0]; ++n, to += 3 * padded) {
+    for (int64_t c = 0; c < channels; ++c) {
+      const double* stats = norm.stats + 2 * (n * norm.groups + c / each);
       const float mean = static_cast<float>(stats[0]);
-      const double factor = stats[1] * value(norm.weight, min_of(c, channels - 1), 1);
-      const double offset = value(norm.bias, min_of(c, channels - 1), 0) - (stats[0] - mean) * factor;
-      to[c] = c < channels ? mean : 0;
-      to[padded + c] = c < channels ? static_cast<float>(factor) : 0;
-      to[2 * padded + c] = c < channels ? static_cast<float>(offset) : 0;
+      const double factor = stats[1] * value(norm.weight, c, 1);
+      to[c] = mean;
+      to[padded + c] = static_cast<float>(factor);
+      to[2 * padded + c] = static_cast<float>(value(norm.bias, c, 0) - (stats[0] - mean) * factor);
     }
+    for (int64_t c = channels; c < padded; ++c) to[c] = to[padded + c] = to[2 * padded + c] = 0;
+  }
 }
 
 }  // namespace

@@ -54,17 +54,8 @@ void clear(BFloat16* to, int64_t count) {
   std::memset(static_cast<void*>(to), 0, static_cast<size_t>(count) * 2);
 }
 
-// Replaces `count` values, a multiple of two vectors, by their SiLU.
-void silu(BFloat16* values, int64_t count) {
-  for (int64_t i = 0; i < count; i += 2 * conv3x3::kLanes) {
-    VecF z[2] = {VecF::load(values + i), VecF::load(values + i + conv3x3::kLanes)}, divisor[2];
-    one_plus_exp_minus<2>(z, divisor);
-    for (int u = 0; u < 2; ++u) (z[u] / divisor[u]).store(values + i + u * conv3x3::kLanes);
-  }
-}
-
-// Normalises and activates pixels while it copies them. `norm` holds three vectors of `padded` channels:
-// means, factors and offsets.
+// Copies the SiLU of pixels, which are normalised before if `norm` is not null. It holds three vectors of
+// `padded` channels: means, factors and offsets.
 void activate_pixels(const BFloat16* from, int64_t step, int64_t count, int64_t channels, const float* norm,
                      int64_t padded, BFloat16* to, int64_t to_step) {
   using conv3x3::kLanes;
@@ -75,9 +66,10 @@ void activate_pixels(const BFloat16* from, int64_t step, int64_t count, int64_t 
       for (int u = 0; u < 2; ++u) {
         const int64_t at = c + u * kLanes;
         lanes[u] = static_cast<int>(max_of(0, min_of(kLanes, channels - at)));
-        const VecF x = lanes[u] == kLanes ? VecF::load(from + at) : VecF::load(from + at, lanes[u]);
-        z[u] = multiply_add(x - VecF::load(norm + at), VecF::load(norm + padded + at),
-                            VecF::load(norm + 2 * padded + at));
+        z[u] = lanes[u] == kLanes ? VecF::load(from + at) : VecF::load(from + at, lanes[u]);
+        if (norm != nullptr)
+          z[u] = multiply_add(z[u] - VecF::load(norm + at), VecF::load(norm + padded + at),
+                              VecF::load(norm + 2 * padded + at));
       }
       one_plus_exp_minus<2>(z, divisor);
       for (int u = 0; u < 2; ++u) {
@@ -108,8 +100,8 @@ struct Rows {
         elements((2 * tile_columns + 2) * padded) {}
 };
 
-// Fills one row, with zeros before and after the pixels, which `copy` writes. Padding channels
-// must be zero already.
+// Fills one row, with zeros before and after the pixels, which `copy` writes. Padding channels must be zero
+// already.
 template <class Copy>
 void fill_row(const Rows& s, int64_t y, BFloat16* to, Copy copy) {
   if (y < 0 || y >= s.height) return clear(to, s.elements);

@@ -523,14 +523,6 @@ class Passes {
   T* const first_coefficient_;
 };
 
-double value(const TensorView& t, int64_t channel, double missing) {
-  if (t.data == nullptr) return missing;
-  double v;
-  load_row(t.dtype, static_cast<const char*>(t.data) + channel * t.stride[1] * element_size(t.dtype), 1, 1, 1,
-           &v);
-  return v;
-}
-
 void put_value(double v, const TensorView& t, int64_t channel) {
   store_row(t.dtype, &v, static_cast<char*>(t.data) + channel * t.stride[1] * element_size(t.dtype), 1, 1, 1);
 }

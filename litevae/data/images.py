@@ -220,6 +220,11 @@ def to_pixels(image: Tensor) -> Tensor:
     return ((image.float() + 1.0) * 127.5).round_().clamp_(0, 255).to(torch.uint8)
 
 
+def as_batch(image: Pixels) -> Tensor:
+    """Returns an (H, W, 3) uint8 image as a (1, 3, H, W) uint8 batch, which shares its memory."""
+    return torch.from_numpy(image).permute(2, 0, 1).unsqueeze(0)
+
+
 def pad_image(image: Pixels, factor: int) -> Tensor:
     """Pads an (H, W, 3) uint8 image to a (1, 3, H', W') uint8 batch.
 
@@ -228,4 +233,4 @@ def pad_image(image: Pixels, factor: int) -> Tensor:
     """
     height, width = (max(-(-size // factor), 2) * factor - size for size in image.shape[:2])
     padded = np.pad(image, ((0, height), (0, width), (0, 0)), mode="symmetric")
-    return torch.from_numpy(padded).permute(2, 0, 1).unsqueeze(0)
+    return as_batch(padded)

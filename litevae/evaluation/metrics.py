@@ -1,5 +1,7 @@
 """The metrics by name, and PSNR and SSIM of uint8 images: of single images, and of batches on any device."""
 
+import math
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -18,6 +20,18 @@ SIGMA, RADIUS = 1.5, 5  # SSIM's window, in pixels
 def is_better(metric: Metric, value: float, other: float) -> bool:
     """Returns whether a value of a metric is better than another; NaN is never better."""
     return value < other if metric in LOWER_IS_BETTER else value > other
+
+
+def find_best(metric: Metric, values: Sequence[float | None]) -> int | None:
+    """Returns the index of the best value of a metric, the first of equal ones; None and NaN do not count."""
+    best = None
+    for index, value in enumerate(values):
+        if value is None or math.isnan(value):
+            continue
+        other = None if best is None else values[best]
+        if other is None or is_better(metric, value, other):
+            best = index
+    return best
 
 
 def psnr(image: Pixels, reconstruction: Pixels) -> float:

@@ -1,8 +1,6 @@
 """Reconstructions on the disk: a folder of PNG files, or an .npz that ADM's evaluator reads."""
 
-import os
 import re
-import secrets
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from litevae.errors import UserError
-from litevae.files import NO_FOLLOW, make_folder, replacing
+from litevae.files import make_folder, random_sibling, replacing
 
 Save = Callable[
     [Sequence[int], Tensor], None
@@ -63,12 +61,10 @@ def saving(target: Path | None, state: PartialState) -> Iterator[Save]:
     if target is None:
         yield lambda numbers, pictures: None
     elif is_array(target):
-        own = target.with_name(f".{secrets.token_hex(8)}.tmp")
+        own = random_sibling(target, "part")
         shapes: list[tuple[int, ...]] = []
         try:
-            with os.fdopen(
-                os.open(own, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_FOLLOW, 0o666), "wb"
-            ) as file:
+            with own.open("xb") as file:
 
                 def append(_: Sequence[int], pictures: Tensor) -> None:
                     pixels = pictures.permute(0, 2, 3, 1).contiguous().cpu().numpy()

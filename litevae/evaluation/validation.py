@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
-from litevae.data.images import Pixels, to_model_range
+from litevae.data.images import Pixels, as_batch, to_model_range
 from litevae.errors import UserError
 from litevae.evaluation.fid import make_fid
 from litevae.evaluation.metrics import METRICS, Metric, psnr, ssim
@@ -51,7 +50,9 @@ class Validation:
         }
         if self.lpips is not None:
             network = self.lpips.to(model.device)
-            distances = [network(*(to_model_range(batch(each, model)) for each in pair)) for pair in pairs]
+            distances = [
+                network(*(to_model_range(as_batch(each).to(model.device)) for each in pair)) for pair in pairs
+            ]
             found["lpips"] = torch.stack(distances).double().mean().item()
         if self.fid is not None:
             found["rfid"] = self.measure_fid(pairs, model)
@@ -62,14 +63,9 @@ class Validation:
         fid = self.fid.to(model.device)
         for image, reconstruction in pairs:
             if not self.seen:
-                fid.update(batch(image, model), real=True)
-            fid.update(batch(reconstruction, model), real=False)
+                fid.update(as_batch(image).to(model.device), real=True)
+            fid.update(as_batch(reconstruction).to(model.device), real=False)
         self.seen = True
         distance: float = fid.compute().item()
         fid.reset()
         return distance
-
-
-def batch(image: Pixels, model: Autoencoder) -> Tensor:
-    """Returns an (H, W, 3) image as a batch (1, 3, H, W) on the model's device."""
-    return torch.from_numpy(image).permute(2, 0, 1)[None].to(model.device)

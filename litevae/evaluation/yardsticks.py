@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from litevae.data.images import Pixels
+from litevae.data.images import Pixels, as_batch
 from litevae.evaluation.metrics import psnr, ssim
 from litevae.models.interface import Autoencoder, spatial_compression
 from litevae_kernels import wavedec2, waverec2
@@ -109,8 +109,7 @@ def yardstick_labels(model: Autoencoder) -> dict[str, str]:
 
 def reconstruct_without_learning(model: Autoencoder, image: Pixels) -> dict[str, Pixels]:
     """Returns each yardstick's reconstruction of one (H, W, 3) uint8 image, in the same shape and dtype."""
-    batch = torch.from_numpy(image.copy()).permute(2, 0, 1).unsqueeze(0)
-    made = make_yardsticks(model, batch)
+    made = make_yardsticks(model, as_batch(image.copy()))
     return {name: each[0].permute(1, 2, 0).contiguous().numpy() for name, each in made.items()}
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from litevae.errors import UserError, one_line, shorten
-from litevae.evaluation.metrics import METRICS, Metric, is_better
+from litevae.evaluation.metrics import METRICS, Metric, find_best
 from litevae.files import (
     can_be_path,
     files_in,
@@ -216,15 +216,9 @@ def length_within(folder: Path, name: str) -> int:
 def remove_old(folder: Path, keep: int, best_by: Metric = "psnr") -> None:
     """Deletes all checkpoints except the last `keep` and the one that is best by a metric, the first of equal ones."""
     checkpoints = find_checkpoints(folder)
-    best: Checkpoint | None = None
-    for checkpoint in checkpoints:
-        value = checkpoint.metrics.get(best_by)
-        if value is None or value != value:  # not measured, or NaN
-            continue
-        if best is None or is_better(best_by, value, best.metrics[best_by]):
-            best = checkpoint
-    for checkpoint in checkpoints[:-keep]:
-        if checkpoint != best:
+    best = find_best(best_by, [checkpoint.metrics.get(best_by) for checkpoint in checkpoints])
+    for index, checkpoint in enumerate(checkpoints[:-keep]):
+        if index != best:
             # A half-deleted checkpoint must not look like a checkpoint.
             trash = random_sibling(checkpoint.path, "old")
             os.rename(checkpoint.path, trash)

@@ -186,10 +186,10 @@ class TrainingStep:
         before = [buffer.clone() for buffer in buffers]
 
         losses: list[list[Loss]] = []
-        count = self.accumulation
-        changes = [None] * count if change is None else change.chunk(count)
-        for index, part in enumerate(zip(image.chunk(count), noise.chunk(count), changes, strict=True)):
-            with self.synchronised(active, index == count - 1):
+        parts = self.accumulation
+        changes = [None] * parts if change is None else change.chunk(parts)
+        for index, part in enumerate(zip(image.chunk(parts), noise.chunk(parts), changes, strict=True)):
+            with self.synchronised(active, index == parts - 1):
                 losses.append(self.backward(*part, step, gradients))
 
         first, *discriminating = losses[0]

@@ -1,7 +1,6 @@
 """Training of an autoencoder, on Hugging Face Accelerate."""
 
 import json
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from litevae.data.sources import open_images
 from litevae.discriminators import build_discriminator
 from litevae.environment import versions
 from litevae.errors import UserError, WorkerDied
-from litevae.evaluation.metrics import is_better
+from litevae.evaluation.metrics import find_best
 from litevae.evaluation.pictures import draw_grid, draw_reconstructions
 from litevae.evaluation.validation import Validation
 from litevae.evaluation.yardsticks import HAAR, below_haar, for_json, measure_yardsticks
@@ -213,15 +212,16 @@ class Trainer(Loop[TrainingResult]):
         if self.config.channels_last:
             image = image.contiguous(memory_format=torch.channels_last)
         # Every process draws the noise of the whole batch, so that a run does not depend on their number.
-        count, side = self.accelerator.num_processes, image.shape[-1] // spatial_compression(self.model)
+        count, factor = self.accelerator.num_processes, spatial_compression(self.model)
+        side = image.shape[-1] // factor
         channels = self.config.model.latent_channels
         noise = torch.randn((count * len(batch), channels, side, side), device=image.device)
         share = noise.chunk(count)[index := self.accelerator.process_index]
         change = None
         settings = self.config.latent
         if settings.noise or settings.equivariance:
-            factor = spatial_compression(self.model)
-            sides = sides_to_draw(side, factor, settings.equivariance_scale, self.discriminator)
+            smallest = settings.equivariance_scale
+            sides = sides_to_draw(side, factor, smallest, self.discriminator) if settings.equivariance else []
             change = draw_change(settings, share, count, index, sides)
         return self.train_step(image, share, step, stop, self.unusable is not None, change)
 
@@ -232,13 +232,9 @@ class Trainer(Loop[TrainingResult]):
             return
         improved = False
         if step % config.validate_every == 0 and self.data.validation:
-            before = [point.get(self.best_by, math.nan) for point in self.history]
             self.validate(self.step)  # the last step that was not skipped
-            latest = self.history[-1][self.best_by]
-            rivals = [value for value in before if not math.isnan(value)]
-            improved = not math.isnan(latest) and all(
-                is_better(self.best_by, latest, each) for each in rivals
-            )
+            latest = len(self.history) - 1
+            improved = find_best(self.best_by, [point.get(self.best_by) for point in self.history]) == latest
         if improved or (config.checkpoint.every and step % config.checkpoint.every == 0):
             self.save()
 

@@ -123,3 +123,17 @@ def assert_same_run(logged):
         assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
     return compare
+
+
+@pytest.fixture
+def assert_resumes(tiny, no_pictures, assert_same_run, tmp_path):
+    """A function that runs six steps at once, and in two halves, and compares the two runs."""
+
+    def run(*settings):
+        settings = (*settings, "checkpoint.every=3")
+        train(tiny(*settings, "max_steps=6", name="whole"))
+        train(tiny(*settings, "max_steps=3"))
+        train(tiny(*settings, "max_steps=6", "resume=auto"))
+        assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+    return run

@@ -120,20 +120,10 @@ def test_a_skipped_step_leaves_the_averages_as_they_are(tiny, adversarial_settin
     assert not torch.equal(step.adversary.lecam.averages, averages)
 
 
-def test_a_resumed_run_has_the_same_averages_and_losses(
-    tiny, adversarial_settings, no_pictures, assert_same_run, tmp_path
-):
-    settings = [
-        *adversarial_settings,
-        "discriminator.start=1",
-        "discriminator.lecam=0.1",
-        "loss.adversarial_ramp=4",
-        "checkpoint.every=3",
-    ]
-    train(tiny(*settings, "max_steps=6", name="whole"))
-    train(tiny(*settings, "max_steps=3"))
-    train(tiny(*settings, "max_steps=6", "resume=auto"))
-    assert_same_run(tmp_path / "whole", tmp_path / "run")
+def test_a_resumed_run_has_the_same_averages_and_losses(adversarial_settings, assert_resumes):
+    assert_resumes(
+        *adversarial_settings, "discriminator.start=1", "discriminator.lecam=0.1", "loss.adversarial_ramp=4"
+    )
 
 
 @pytest.mark.parametrize(

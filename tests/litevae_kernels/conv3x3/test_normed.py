@@ -1,5 +1,7 @@
 """The convolution that normalises and activates its input while it reads it, against float64 and the two operators."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -69,12 +71,11 @@ def test_same_bits_as_the_two_operators(dtype, isa):
     """The kernels that multiply in bfloat16 round the normalised input, as the two operators do."""
     if dtype == torch.bfloat16 and not multiplies(dtype, isa):
         pytest.skip(f"the float32 kernels of {isa} do not round the normalised input")
-    for shape in SHAPES:
-        for layout in LAYOUTS:
-            x, skip, norm, weight, bias, residual = problem(shape, dtype, layout, 0)
-            y = norm_silu_conv3x3(x, 8, *norm, weight, bias, skip=skip, residual=residual)
-            h = group_norm_silu(x, 8, *norm, skip=skip)
-            assert torch.equal(y, conv3x3(h, weight, bias, residual=residual))
+    for shape, layout, mean in itertools.product(SHAPES, LAYOUTS, (0, 100)):
+        x, skip, norm, weight, bias, residual = problem(shape, dtype, layout, mean)
+        y = norm_silu_conv3x3(x, 8, *norm, weight, bias, skip=skip, residual=residual)
+        h = group_norm_silu(x, 8, *norm, skip=skip)
+        assert torch.equal(y, conv3x3(h, weight, bias, residual=residual))
 
 
 def test_missing_parameters_empty_batches_gradients_and_the_reference():
