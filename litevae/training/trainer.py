@@ -28,6 +28,7 @@ from litevae.models.weight_files import read_weights
 from litevae.models.weights import copy_weights, save_model
 from litevae.signals import StopRequest
 from litevae.training.build import build_model, check_sizes, load_teacher
+from litevae.training.card import make_run_card
 from litevae.training.checkpoint import DISCRIMINATOR, Checkpoint, random_state, read_manifest
 from litevae.training.config import Config, check_batch_size, list_stages
 from litevae.training.curves import draw_curves
@@ -36,7 +37,6 @@ from litevae.training.loop import Failure, Loop, SavedState
 from litevae.training.optimization import EMA, learning_rate_factor
 from litevae.training.start import begin, output_folder
 from litevae.training.step import Outcome, TrainingStep
-from litevae.training.teacher import describe_teacher
 
 
 @dataclass(frozen=True)
@@ -280,12 +280,6 @@ class Trainer(Loop[TrainingResult]):
         return result
 
     def write_results(self, result: TrainingResult, complete: bool) -> None:
-        # A model that was not trained further stays, because `litevae scale` may have changed its configuration.
-        if self.step != self.restored_step or not (self.output_dir / "model").is_dir():
-            card = None
-            if self.teacher is not None:
-                card = describe_teacher(self.teacher, self.config.model.preset, self.step)
-            save_model(self.best_model, self.output_dir / "model", card)
         height, width = self.data.validation[0][1].shape[:2] if self.data.validation else (0, 0)
         metrics = {
             "validation": {
@@ -310,6 +304,10 @@ class Trainer(Loop[TrainingResult]):
             "stopped_by": result.stopped_by,
             "versions": versions(),
         }
+        # A model that was not trained further stays, because `litevae scale` may have changed its configuration.
+        if self.step != self.restored_step or not (self.output_dir / "model").is_dir():
+            card = make_run_card(self.best_model, self.config, metrics, self.teacher)
+            save_model(self.best_model, self.output_dir / "model", str(card))
         with replacing(self.output_dir / "metrics.json") as path:
             path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
         with replacing(self.output_dir / "reconstructions.png") as path:
