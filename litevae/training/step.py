@@ -101,7 +101,8 @@ class TrainingStep:
         objective: losses, on the accelerator's device.
         ema: average that is updated with the model.
         factor: multiplier of the learning rates as a function of the number of earlier steps.
-        teacher: module that returns the mean and the log-variance that the objective compares with, if it does.
+        teacher: module that returns the mean and the log-variance that the objective compares with, if it does; it is
+            not called in steps that get the moments themselves.
     """
 
     def __init__(
@@ -159,7 +160,13 @@ class TrainingStep:
             )
 
     def __call__(
-        self, image: Tensor, noise: Tensor, step: int, stop: bool, unusable: bool = False
+        self,
+        image: Tensor,
+        noise: Tensor,
+        step: int,
+        stop: bool,
+        unusable: bool = False,
+        moments: Tensor | None = None,
     ) -> Outcome:
         """Performs one step on this process's share of the batch.
 
@@ -169,6 +176,7 @@ class TrainingStep:
             step: number of the step, from 1.
             stop: whether this process was asked to stop.
             unusable: whether this share must not be trained on.
+            moments: the teacher's means and log-variances (N, 2 n_z, h, w), if they are stored.
         """
         adversarial = self.objective.uses_discriminator(step)
         active = [self.optimizers[name] for name in ("autoencoder", "discriminator")[: 1 + adversarial]]
@@ -181,10 +189,11 @@ class TrainingStep:
         before = [buffer.clone() for buffer in buffers]
 
         losses: list[list[Loss]] = []
-        parts = zip(image.chunk(self.accumulation), noise.chunk(self.accumulation), strict=True)
-        for index, (images, noises) in enumerate(parts):
+        stored = [None] * self.accumulation if moments is None else moments.chunk(self.accumulation)
+        parts = zip(image.chunk(self.accumulation), noise.chunk(self.accumulation), stored, strict=True)
+        for index, (images, noises, targets) in enumerate(parts):
             with self.synchronised(active, index == self.accumulation - 1):
-                losses.append(self.backward(images, noises, step, adversarial, gradients))
+                losses.append(self.backward(images, noises, step, adversarial, gradients, targets))
 
         first = losses[0][0]
         names = [*first.terms, *(WEIGHTED + name for name in first.weighted), "loss"]
@@ -222,7 +231,13 @@ class TrainingStep:
         return Outcome(values, non_finite, stop_mean > 0, unusable_mean > 0)
 
     def backward(
-        self, image: Tensor, noise: Tensor, step: int, adversarial: bool, gradients: Tensor | None
+        self,
+        image: Tensor,
+        noise: Tensor,
+        step: int,
+        adversarial: bool,
+        gradients: Tensor | None,
+        moments: Tensor | None = None,
     ) -> list[Loss]:
         """Adds one part's gradients; returns the autoencoder's loss and the discriminator's, if there is one.
 
@@ -232,9 +247,15 @@ class TrainingStep:
             step: number of the step.
             adversarial: whether the discriminator takes part.
             gradients: tensor that `add_gradients` adds to, or None.
+            moments: stored moments of the teacher (n, 2 n_z, h, w), or None.
         """
         ema_reconstruction = None
-        target = None if self.teacher is None else self.teacher(image)
+        target: tuple[Tensor, Tensor] | None = None
+        if moments is not None:
+            teacher_mean, teacher_logvar = moments.chunk(2, dim=1)
+            target = teacher_mean, teacher_logvar
+        elif self.teacher is not None:
+            target = self.teacher(image)
         with self.accelerator.autocast():
             if self.objective.needs_ema and self.ema is not None:
                 with torch.no_grad():

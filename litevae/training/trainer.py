@@ -110,8 +110,16 @@ class Trainer(Loop[TrainingResult]):
         self.network = self.model = build_model(config, self.teacher)
         self.check_stages()
         self.data = TrainingData(
-            config, self.stages, self.accelerator, self.output_dir, checkpoint is not None
+            config,
+            self.stages,
+            self.accelerator,
+            self.output_dir,
+            checkpoint is not None,
+            self.teacher and self.teacher.model,
         )
+        if self.teacher is not None and self.data.latents is not None:
+            self.teacher.model.encoder = nn.Identity()  # frees its memory
+        self.moments: Tensor | None = None  # of the batch in hand, from the teacher's latents
         objective = Objective(config.loss)
         if config.channels_last:
             for module in filter(None, (self.model, objective, self.teacher)):
@@ -185,6 +193,8 @@ class Trainer(Loop[TrainingResult]):
                     except WorkerDied as error:
                         self.unusable, batch = error, self.data.black_batch(stage)
                     images = batch.images.to(self.accelerator.device, non_blocking=True)
+                    if batch.moments is not None:
+                        self.moments = batch.moments.to(self.accelerator.device, non_blocking=True)
                     yield step, images, time.perf_counter() - start
             finally:
                 del batches  # ends its workers, which the traceback of an error would keep alive
@@ -199,7 +209,7 @@ class Trainer(Loop[TrainingResult]):
         channels = self.config.model.latent_channels
         noise = torch.randn((count * len(batch), channels, side, side), device=image.device)
         share = noise.chunk(count)[self.accelerator.process_index]
-        return self.train_step(image, share, step, stop, self.unusable is not None)
+        return self.train_step(image, share, step, stop, self.unusable is not None, self.moments)
 
     def after(self, step: int) -> None:
         """Validates and saves if that is due after `step`."""
