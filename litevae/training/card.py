@@ -44,6 +44,7 @@ def describe_run(config: Config, metrics: Mapping[str, Any]) -> str:
         init=last_part(config.init),
         init_decoder=last_part(config.init_decoder),
         teacher=last_part(config.teacher),
+        teacher_latents=last_part(config.teacher_latents),
         resume=last_part(config.resume),
         data=replace(
             config.data, train=last_part(config.data.train), validation=last_part(config.data.validation)

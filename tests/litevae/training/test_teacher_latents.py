@@ -114,5 +114,5 @@ class TestErrors:
     def test_settings(self, options):
         with pytest.raises(UserError, match="teacher_latents needs the teacher"):
             load_config("distill", options)
-        with pytest.raises(UserError, match="data.crop must be middle with teacher_latents, .* got random"):
+        with pytest.raises(UserError, match=r"data.crop must be middle with teacher_latents, .* got random"):
             load_config("distill", [*options, "teacher=x", "data.crop=random"])
