@@ -73,8 +73,11 @@ latents = vae.encode(images).latent_dist.sample()  # images (N, {model.config.in
 images = vae.decode(latents).sample
 ```
 
-It takes the place of `AutoencoderKL` in diffusers' pipelines whose latents have this shape. Before you load a pipeline
-that was saved with it, `import litevae`.
+"""
+    if module != "diffusers":
+        text += """
+It takes the place of `AutoencoderKL` in diffusers' pipelines whose latents have this shape. Import the class, as above,
+before you load a pipeline that was saved with it.
 """
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
     for section in sections:
