@@ -75,7 +75,7 @@ def evaluate(
     The JSON file records the crop, the count, the precision, the SHA-256 of the weights and the versions beside the
     figures. An interrupted evaluation continues from FILE.partial when the same command runs in as many processes.
     diffusers:FOLDER is any diffusers AutoencoderKL, or a pipeline with one. The weights of Inception (for rfid)
-    and of VGG16 (for lpips) are downloaded if they are missing. Of a checkpoint, the averaged weights are
+    and of VGG16 (for lpips) are downloaded if they are missing. The averaged weights of a checkpoint are
     evaluated.
     """
     names = parse_metrics(metrics)
