@@ -211,7 +211,7 @@ class TestLoadDecoder:
         vae.save_pretrained(tmp_path)
         with pytest.raises(UserError, match=r"init_decoder: .*conv_in\.weight is \(16, 4, 3, 3\) there and"):
             load_decoder(make(latent_channels=5), tmp_path)
-        with pytest.raises(UserError, match=r"init_decoder: nowhere/.*: no such file"):
+        with pytest.raises(UserError, match=r"^init_decoder: nowhere: no such file or folder$"):
             load_decoder(make(), Path("nowhere"))
 
 
