@@ -65,6 +65,10 @@ class CMakeBuild(build_ext):
             "LITEVAE_BUILD_CORE=1 makes this an error.",
             file=sys.stderr,
         )
+        # Without -v, pip shows nothing of a build that succeeds but the name of the wheel.
+        wheel = self.distribution.get_command_obj("bdist_wheel", create=False)
+        if wheel is not None:
+            wheel.build_number = "0_without_compiled_core"
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)  # Python would import the core of an earlier build instead.
         stand_in = target.parent / "litevae_core.py"
@@ -87,13 +91,19 @@ def run(command: list[str]) -> None:
         print(line, end="", file=sys.stderr, flush=True)
         lines.append(line.strip())
     if process.wait():
-        # CMake writes "CMake Error at file:line (command):" and the reason on the next line.
+        # CMake writes "CMake Error at file:line (command):" and the reason on the next lines.
         errors = [
-            " ".join(lines[at + 1 : at + 3]).strip() if line.startswith("CMake Error") else line
+            first_sentence(lines[at + 1 : at + 9]) if line.startswith("CMake Error") else line
             for at, line in enumerate(lines)
             if line.startswith("CMake Error") or "error:" in line
         ]
         raise BuildError(errors[0][:200] if errors else f"{command[0]} failed")
+
+
+def first_sentence(lines: list[str]) -> str:
+    """Returns the lines up to the first that ends with a full stop, in one."""
+    end = next((at + 1 for at, line in enumerate(lines) if line.endswith(".")), 2)
+    return " ".join(filter(None, lines[:end]))
 
 
 # The core is a top-level module beside the packages. Python in a checkout imports the packages from there, and still

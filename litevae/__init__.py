@@ -20,7 +20,12 @@ def __getattr__(name: str) -> Any:
         from litevae.models import LiteVAE
 
         return LiteVAE
-    if name == "ModelMixin":  # diffusers looks for it beside a class that a pipeline's model_index.json names
+    # Diffusers looks here for the classes that a pipeline's model_index.json names, and for their base.
+    if name == "SmallEncoderVAE":
+        from litevae.models import SmallEncoderVAE
+
+        return SmallEncoderVAE
+    if name == "ModelMixin":
         from diffusers import ModelMixin
 
         return ModelMixin

@@ -88,6 +88,43 @@ exit 1
 """
 
 
+BROKEN_COMPILER = """
+cat >&2 <<'end'
+CMake Error at /usr/share/cmake/Modules/CMakeTestCXXCompiler.cmake:60 (message):
+  The C++ compiler
+
+    "/bin/false"
+
+  is not able to compile a simple test program.
+
+  It fails with the following output:
+
+end
+exit 1
+"""
+
+
+def test_pip_names_a_wheel_without_the_core_and_the_reason_is_a_whole_sentence(tmp_path):
+    environment = on_path(tmp_path / "bin", "cmake", BROKEN_COMPILER)
+    command = [
+        sys.executable,
+        ROOT / "setup.py",
+        "-q",
+        "egg_info",
+        "-e",
+        tmp_path,
+        "build",
+        "-b",
+        tmp_path / "build",
+    ]
+    command += ["bdist_wheel", "-b", tmp_path / "wheel", "-d", tmp_path]
+    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert 'The C++ compiler "/bin/false" is not able to compile a simple test program.' in result.stderr
+    (wheel,) = tmp_path.glob("*.whl")  # its name is all that pip shows
+    assert "-0_without_compiled_core-" in wheel.name
+
+
 @pytest.mark.parametrize(
     ("variables", "status"),
     [

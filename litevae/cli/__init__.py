@@ -20,6 +20,7 @@ from litevae.cli.features import features
 from litevae.cli.gradients import gradients
 from litevae.cli.info import info
 from litevae.cli.latents import latents
+from litevae.cli.push import push
 from litevae.cli.reconstruct import reconstruct
 from litevae.cli.resolution import resolution
 from litevae.cli.scale import scale
@@ -41,6 +42,7 @@ app.command()(scale)
 app.command()(encode)
 app.command("eval")(evaluate)
 app.command()(export)
+app.command()(push)
 app.command()(complexity)
 app.command()(latents)
 app.command()(experiment)
@@ -77,6 +79,7 @@ def callback(
              litevae encode runs/demo path/to/images latents
              litevae eval runs/demo path/to/images
              litevae export runs/demo exported
+             litevae push runs/demo user/name
              litevae complexity
              litevae latents runs/demo path/to/images -o latents
              litevae train-diffusion small model=runs/demo data.latents=latents

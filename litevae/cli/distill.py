@@ -28,16 +28,21 @@ def distill(
              litevae distill path/to/flux data.train=path/to/images model.preset=litevae-s
              litevae distill path/to/sd-vae data.train=path/to/images loss.l1=1 loss.lpips=1
              litevae distill path/to/sd-vae data.train=path/to/images resume=auto
+             litevae distill path/to/sd-vae data.train=path/to/images data.crop=middle teacher_latents=latents
              litevae eval runs/distill path/to/images --teacher path/to/sd-vae
 
     The encoder learns to produce the posterior that the teacher's encoder gives for the same crop. The decoder is the
     teacher's and stays unchanged, and so does the scale of the latents, so the model takes the place of the VAE in the
-    teacher's pipelines. README.md in its folder names the teacher and the SHA-256 of its weights.
+    teacher's pipelines. Its card, README.md, names the teacher and the SHA-256 of its weights.
 
     This is litevae train with the configuration distill, and with the settings of the latent and of the decoder
     taken from the teacher: litevae config distill shows all settings, and litevae train --help the files of a run.
     loss.teacher_kl weighs the KL divergence between the two posteriors, loss.teacher_mean and loss.teacher_logvar
     the distances of their means and log-variances; every other term of loss may be added.
+
+    The teacher encodes each crop, unless teacher_latents is a folder that litevae encode has written with the teacher,
+    from the same images and in the same size. The crops are then the middle squares, data.crop=middle, and data.flip
+    needs latents that were encoded with --mirror.
     """
     from litevae.training.teacher import as_overrides, load_teacher, teacher_settings
 

@@ -92,7 +92,7 @@ def encode(
         ),
     ] = None,
 ) -> None:
-    """Encode a data set for training diffusion models.
+    """Encode a data set, for training diffusion models or for litevae distill.
 
     \b
     Example: litevae encode runs/imagenet-b path/to/images latents --mirror

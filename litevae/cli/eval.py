@@ -76,10 +76,10 @@ def evaluate(
     learning are measured on the same pixels: the mean colour, the enlarged means of f x f blocks, and as many of
     each block's coarsest Haar coefficients as the latent has channels. A model below the last one is marked.
 
-    --teacher also measures the autoencoder that the model was distilled from, the speed of both encoders, and the
-    errors of the model's posterior: of its mean relative to the standard deviation of the teacher's posterior at
-    that place (two samples of that posterior differ by 1.41) and relative to that of the teacher's latents, and of
-    its log-variance.
+    --teacher also measures the autoencoder that the model was distilled from, the speed of both encoders, and in
+    float32 the errors of the model's posterior: the error of its mean relative to the standard deviation of the
+    teacher's posterior at that place (two samples of that posterior differ by 1.41) and relative to that of the
+    teacher's latents, and the error of its log-variance.
 
     --save DIR writes each reconstruction as an 8-bit PNG file, named by the image's number. --save FILE.npz writes
     all of them as arr_0, (N, size, size, 3) uint8, in ADM's format; such an evaluation cannot be continued.
@@ -87,7 +87,7 @@ def evaluate(
     The JSON file records the crop, the count, the precision, the SHA-256 of the weights and the versions beside the
     figures. An interrupted evaluation continues from FILE.partial when the same command runs in as many processes.
     diffusers:FOLDER is any diffusers AutoencoderKL, or a pipeline with one. The weights of Inception (for rfid)
-    and of VGG16 (for lpips) are downloaded if they are missing. Of a checkpoint, the averaged weights are
+    and of VGG16 (for lpips) are downloaded if they are missing. The averaged weights of a checkpoint are
     evaluated.
     """
     names = parse_metrics(metrics)
@@ -125,17 +125,18 @@ def evaluate(
     state = PartialState(cpu=not has_device)
     chosen = [choose_precision(precision, state.device)]
     broadcast_object_list(chosen)  # the machines of the processes may differ
+    images, loading = open_images(data), (size, count, batch_size, choose_workers(workers))
+    if other is not None:
+        # In float32: half precision rounds a mean by more than the standard deviation of a narrow posterior.
+        errors = compare_latents(autoencoder.to(state.device), other.to(state.device), images, *loading)
     # diffusers' own `to` warns about modules to keep in float32, and there are none.
     torch.nn.Module.to(autoencoder, state.device, DTYPES[chosen[0]])
     measured = provenance(model, data, size)
     result = run(
         autoencoder,
-        open_images(data),
+        images,
         names,
-        size,
-        count,
-        batch_size,
-        choose_workers(workers),
+        *loading,
         sample,
         partial,
         {"data": data, "weights": measured["weights"], "precision": chosen[0]}
@@ -145,9 +146,7 @@ def evaluate(
     rows = {"model": result.values}
     if other is not None:
         torch.nn.Module.to(other, state.device, DTYPES[chosen[0]])
-        options = (size, count, batch_size, choose_workers(workers))
-        rows["teacher"] = run(other, open_images(data), names, *options, sample).values
-        errors = compare_latents(autoencoder, other, open_images(data), *options)
+        rows["teacher"] = run(other, images, names, *loading, sample).values
     if not state.is_main_process:  # only the first process reports
         return
     labels = yardstick_labels(autoencoder)

@@ -50,7 +50,7 @@ def train(
                            NAME is that term without its weight, and discriminator is its own loss
       config.yaml          every setting; litevae train runs/demo/config.yaml output_dir=runs/again
                            repeats the run
-      model/               the model, for litevae reconstruct or LiteVAE.from_pretrained
+      model/               the model and its card, for litevae reconstruct, push or LiteVAE.from_pretrained
       checkpoints/         one every checkpoint.every steps and one at each new best validation, by
                            checkpoint.best_by; the last checkpoint.keep and the best are kept
                            (the demo writes none)

@@ -22,6 +22,7 @@ class DataConfig:
     place, resized (as in the code of Esser et al., arXiv:2012.09841; the paper does not say).
     random_resized: torchvision's RandomResizedCrop, a window of 8 % to 100 % of the image with an aspect ratio
     of 3:4 to 4:3. native: a square of `size` at a random place, not resized; smaller images count as unusable.
+    middle: the largest square in the middle, resized, as `litevae encode` takes it.
     """
 
     train: str = setting(
@@ -34,9 +35,10 @@ class DataConfig:
     validation_count: int = setting(64, "Largest number of validation images to measure on.", minimum=1)
     size: int = setting(256, "Side of the square crops, in pixels.", minimum=16)
     batch_size: int = setting(16, "Crops per step, over all processes together.", minimum=1, maximum=10**5)
-    crop: Literal["random", "random_resized", "native"] = setting(
+    crop: Literal["random", "random_resized", "native", "middle"] = setting(
         "random",
-        "How crops are taken: the largest square, resized; a random window, resized; or unscaled pixels.",
+        "How crops are taken: the largest square, resized; a random window, resized; unscaled pixels; or the largest "
+        "square in the middle, resized.",
     )
     flip: bool = setting(True, "Mirror half of the crops.")
     workers: int = setting(

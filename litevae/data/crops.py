@@ -23,11 +23,14 @@ ASPECT_RATIO = (3 / 4, 4 / 3)
 class CropItem(NamedTuple):
     crop: Tensor  # (3, size, size) uint8
     bad: list[BadEntry]  # unusable images that were drawn before the one in `crop`
+    number: int = 0  # of the image in its source
+    mirrored: bool = False
 
 
 class CropBatch(NamedTuple):
     images: Tensor  # (N, 3, size, size) uint8
     bad: list[BadEntry]
+    moments: Tensor | None = None  # (N, 2 n_z, h, w) float32, if a teacher's latents come with the crops
 
 
 def collate(items: Sequence[CropItem]) -> CropBatch:
@@ -63,7 +66,7 @@ class CropSettings:
     """
 
     size: int
-    crop: Literal["random", "random_resized", "native"]
+    crop: Literal["random", "random_resized", "native", "middle"]
     flip: bool
     max_bad_fraction: float
 
@@ -123,9 +126,11 @@ class TrainingCrops(Dataset[CropItem]):
                     break
                 continue
             crop = resize_window(pixels, top, left, height, width, self.settings.size)
-            if self.settings.flip and random.integers(2):
+            mirrored = self.settings.flip and bool(random.integers(2))
+            if mirrored:
                 crop = crop[:, ::-1]
-            return CropItem(torch.from_numpy(crop.transpose(2, 0, 1).copy()), list(bad.items()))
+            pixels = crop.transpose(2, 0, 1).copy()
+            return CropItem(torch.from_numpy(pixels), list(bad.items()), number, mirrored)
         return CropItem(
             torch.zeros(3, self.settings.size, self.settings.size, dtype=torch.uint8), list(bad.items())
         )
@@ -141,6 +146,8 @@ class TrainingCrops(Dataset[CropItem]):
             if side < size:
                 raise BadImage(f"{width}x{height} pixels, smaller than a crop of {size}")
             side = size
+        if self.settings.crop == "middle":
+            return (height - side) // 2, (width - side) // 2, side, side
         top, left = (int(random.integers(length - side + 1)) for length in (height, width))
         return top, left, side, side
 

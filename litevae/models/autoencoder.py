@@ -12,6 +12,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
@@ -385,8 +386,12 @@ class LiteVAE(PretrainedMixin, AutoencoderMixin, PeftAdapterMixin):
         return apply_by_tiles(function, x, tile, overlap, input_scale, output_scale)
 
 
-# A pipeline's model_index.json records where its parts are defined. Diffusers takes them from modules that are imported
-# already, for which `import litevae` is enough now. Older ones name this module, and the class's base must be in it.
+# A pipeline's model_index.json records where its parts are defined: LiteVAE in litevae, and in this module in pipelines
+# that litevae 0.1.0 saved.
 LiteVAE.__module__ = "litevae"
 if not hasattr(diffusers, LiteVAE.__name__):
     diffusers.LiteVAE = LiteVAE  # where `diffusers.AutoModel` looks for the class that a config.json names
+# Diffusers downloads pipelines only if the parts are from libraries that it knows. From a folder, it also loads parts
+# that are from other modules, if these are imported.
+for library in ("litevae", "litevae.models"):
+    LOADABLE_CLASSES.setdefault(library, {"ModelMixin": ["save_pretrained", "from_pretrained"]})

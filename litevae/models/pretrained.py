@@ -3,26 +3,79 @@
 import errno
 import inspect
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from diffusers import AutoencoderKL, ConfigMixin, ModelMixin
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import ModelCard, file_exists, list_repo_files, try_to_load_from_cache
 
 from litevae.errors import LONGEST_VALUE, UserError, one_line
 from litevae.files import read_json
+from litevae.models.card import README, for_repository, make_card, read_card
 from litevae.models.checks import warn_of_two_scales
 from litevae.models.loading import read_config
-from litevae.models.weight_files import WEIGHTS, find_weights, list_weights, read_weights, weight_files
+from litevae.models.weight_files import (
+    WEIGHTS,
+    find_weights,
+    group_weights,
+    list_weights,
+    read_weights,
+    weight_files,
+)
 from litevae.models.weights import SAME_DECODER, advice, copy_weights, explain_shapes, load_decoder
 
 CONFIG = "config.json"
+# The arguments of `from_pretrained` that say where on the Hub a file is, and how to get it.
+HUB_OPTIONS = ("subfolder", "revision", "token", "cache_dir", "force_download", "local_files_only", "proxies")
 
 
 class PretrainedMixin(ModelMixin, ConfigMixin):
-    """The methods of diffusers' models that load them, which refuse what is not a whole model of this class."""
+    """The methods of diffusers' models that load and save them.
+
+    They refuse to load anything but a whole model of this class, and save a model with its card.
+    """
+
+    _card: ModelCard | None = None
+
+    @property
+    def card(self) -> ModelCard:
+        """The model card, which `save_pretrained` and `push_to_hub` write as README.md.
+
+        It is the one in the folder that the model was loaded from, or else a new one. Edit it before you share the
+        model: ``model.card.data.license = "apache-2.0"``.
+        """
+        if self._card is None:
+            self._card = make_card(cast(Any, self))
+        return self._card
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
+        """Saves the model and its card to a folder, as `ModelMixin.save_pretrained` does.
+
+        A README.md that is in the folder already stays as it is.
+        """
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        file = Path(save_directory, README)
+        if is_main_process and file.parent.is_dir() and not file.exists():
+            self.card.save(file)
+
+    def _upload_folder(
+        self,
+        working_dir: str | os.PathLike[str],
+        repo_id: str,
+        token: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        subfolder: str | None = None,
+    ) -> Any:
+        """Uploads a folder for `push_to_hub`, with the model's card unless the repository has a README.md."""
+        if not subfolder and not file_exists(repo_id, README, token=token):
+            Path(working_dir, README).write_text(for_repository(self.card, repo_id), encoding="utf-8")
+        return super()._upload_folder(working_dir, repo_id, token, commit_message, create_pr, subfolder)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
@@ -39,11 +92,18 @@ class PretrainedMixin(ModelMixin, ConfigMixin):
         folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
         info_wanted = kwargs.pop("output_loading_info", False)
         path = None if kwargs.get("use_flashpack") else cls._check_folder(folder, kwargs)
+        if not folder.is_dir():
+            named = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+            check_class(cls, cls.load_config(pretrained_model_name_or_path, **named), folder)
         try:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, output_loading_info=True, **kwargs
             )
         except OSError as error:
+            if path is None and not (kwargs.get("variant") or kwargs.get("local_files_only")):
+                found = list_variants_on_hub(str(pretrained_model_name_or_path), **kwargs)
+                if found and None not in found:
+                    raise UserError(ask_for_variant(folder, found)) from None
             if path is None and "does not appear to have a file named" in str(error):
                 raise OSError(
                     f"{folder}: holds no {CONFIG} with {WEIGHTS} or .bin beside it: for a variant of the weights pass "
@@ -68,6 +128,10 @@ class PretrainedMixin(ModelMixin, ConfigMixin):
         if info["mismatched_keys"]:
             fill_mismatched(model, [name for name, _, _ in info["mismatched_keys"]])
         warn_of_two_scales(model.config)
+        try:
+            model._card = read_card(folder)
+        except ValueError as error:
+            warnings.warn(f"{error}: the model gets a new one", stacklevel=2)
         return (model, info) if info_wanted else model
 
     @classmethod
@@ -90,8 +154,7 @@ class PretrainedMixin(ModelMixin, ConfigMixin):
         if not found:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder / WEIGHTS))
         if None not in found and variant is None:
-            names = " or ".join(f"variant={name!r}" for name in found)
-            raise UserError(f"{folder}: holds only a variant of the weights: pass {names}")
+            raise UserError(ask_for_variant(folder, found))
         path = find_weights(folder, variant)[0]
         weight_files(path)
         if kwargs.get("use_safetensors") is None:  # diffusers would report that it looks for both
@@ -185,6 +248,27 @@ def cached_weights(repository: str | os.PathLike[str], kwargs: Mapping[str, Any]
         )
     except ValueError:  # there is no such name, or there are no such weights
         return None
+
+
+def ask_for_variant(folder: Path, variants: Iterable[str | None]) -> str:
+    """Returns the message for a model that has only variants of its weights."""
+    names = " or ".join(f"variant={name!r}" for name in variants)
+    return f"{folder}: holds only a variant of the weights: pass {names}"
+
+
+def list_variants_on_hub(
+    repo_id: str,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    **_: Any,
+) -> list[str | None]:
+    """Returns the variants of a model's weights in a repository of the Hub; none if the Hub does not say."""
+    try:
+        paths = map(Path, list_repo_files(repo_id, revision=revision, token=token))
+    except Exception:  # diffusers has reported the same, or there is no network
+        return []
+    return list(group_weights(path for path in paths if path.parent == Path(subfolder or "")))
 
 
 def fill_mismatched(model: ModelMixin, names: Iterable[str]) -> None:

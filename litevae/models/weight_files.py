@@ -6,7 +6,7 @@ All of it is read as tensors alone: nothing in a file is executed.
 import os
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,19 @@ ORIGINAL_DECODER = re.compile(r"(?:first_stage_model\.|vae\.)?decoder\.up\.(\d+)
 
 
 def list_weights(folder: Path) -> dict[str | None, dict[tuple[str, bool], Path]]:
-    """Returns the weights in the folder of a diffusers model.
+    """Returns the weights in the folder of a diffusers model, as `group_weights` does."""
+    return group_weights(folder.iterdir() if folder.is_dir() else ())
+
+
+def group_weights(paths: Iterable[Path]) -> dict[str | None, dict[tuple[str, bool], Path]]:
+    """Finds the weights among the files of a diffusers model.
 
     Returns:
         For each variant, such as "fp16", or None for the weights without one: the paths by format, "safetensors" or
         "bin", and by whether the file is the index of parts.
     """
     found: dict[str | None, dict[tuple[str, bool], Path]] = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+    for path in sorted(paths):
         if match := SINGLE.fullmatch(path.name):
             found.setdefault(match[1], {})[match[2], False] = path
         elif match := INDEX.fullmatch(path.name):

@@ -91,6 +91,11 @@ class Config(RunConfig):
         "Folder of an autoencoder, or of a pipeline with one. The encoder learns to produce its latents "
         "(loss.teacher_kl and the like); its decoder is taken over and not trained.",
     )
+    teacher_latents: str = setting(
+        "",
+        "Folder of the teacher's latents of data.train, which litevae encode has written; without it, the teacher "
+        "encodes each crop.",
+    )
     freeze_encoder: bool = setting(False, "Train only the decoder.")
     freeze_decoder: bool = setting(False, "Train only the encoder.")
     model: ModelConfig = section(ModelConfig, "The autoencoder.")
@@ -191,6 +196,12 @@ def check_training_config(config: Config) -> None:
         raise UserError(
             f"loss.kl must be 0 for model.encoder_type={config.model.encoder_type}, whose latent is a point and not a "
             f"distribution, got {config.loss.kl}"
+        )
+    if config.teacher_latents and not config.teacher:
+        raise UserError("teacher_latents needs the teacher that they were encoded with: give teacher as well")
+    if config.teacher_latents and config.data.crop != "middle":
+        raise UserError(
+            f"data.crop must be middle with teacher_latents, whose images are cropped so, got {config.data.crop}"
         )
     if config.teacher:
         check_distillation(config)

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -16,8 +17,11 @@ from litevae.data.crops import CropBatch, CropSettings, TrainingCrops, collate
 from litevae.data.images import Pixels
 from litevae.data.sources import ImageSource, Photographs, open_images
 from litevae.data.squares import load_validation, open_validation
+from litevae.latents import LatentDataset
+from litevae.models.interface import Autoencoder
 from litevae.signals import obey_parent_only
 from litevae.training.config import Config, Stage
+from litevae.training.teacher_latents import EncodedImages, TaughtCrops, collate_taught, open_teacher_latents
 
 SHOWN = 4  # number of images in reconstructions.png
 
@@ -36,9 +40,10 @@ class TrainingData:
         folder: output folder, for bad_images.txt.
         resuming: whether to continue that list.
         images: training images, if they are open already.
+        teacher: the teacher that `config.teacher_latents` were encoded with, if there are any.
 
     Raises:
-        UserError: there are no images, or none of them can be read.
+        UserError: there are no images, or none of them can be read, or `open_teacher_latents` raised it.
     """
 
     def __init__(
@@ -49,6 +54,7 @@ class TrainingData:
         folder: Path,
         resuming: bool,
         images: ImageSource | None = None,
+        teacher: Autoencoder | None = None,
     ) -> None:
         self.seed, self.config, self.accelerator = config.seed, config.data, accelerator
         self.takes_one_size = config.model.aggregator == "vit"
@@ -57,6 +63,13 @@ class TrainingData:
         check_has_images(self.config)
         self.images = open_images(self.config.train) if images is None else images
         self.open(stages[-1].size, folder / BAD_IMAGES, resuming)
+        self.latents: LatentDataset | None = None
+        if config.teacher_latents and teacher is not None:
+            sizes = [stage.size for stage in stages]
+            self.latents = open_teacher_latents(
+                config.teacher_latents, teacher, self.images, self.config, sizes, accelerator.is_main_process
+            )
+            self.encoded = EncodedImages(self.images, self.latents)
 
     def open(self, size: int, bad_list: Path, resuming: bool) -> None:
         config = self.config
@@ -93,16 +106,16 @@ class TrainingData:
     def batches(self, stage: Stage, done: int) -> Iterator[CropBatch]:
         """Yields this process's share of each batch of the stage after step `done`."""
         crops = TrainingCrops(
-            self.images,
+            self.images if self.latents is None else self.encoded,
             CropSettings(stage.size, self.config.crop, self.config.flip, self.config.max_bad_fraction),
             seed=self.seed,
             length=stage.first_sample + (stage.last - stage.first + 1) * stage.batch_size,
         )
         sampler = ShareSampler(stage, done, self.accelerator.process_index, self.accelerator.num_processes)
-        loader = DataLoader(
-            crops,
+        loader: DataLoader[Any] = DataLoader(
+            crops if self.latents is None else TaughtCrops(crops, self.latents),
             batch_sampler=sampler,
-            collate_fn=collate,
+            collate_fn=collate if self.latents is None else collate_taught,
             num_workers=self.config.workers,
             pin_memory=self.accelerator.device.type == "cuda",
             generator=self.random,
@@ -113,7 +126,10 @@ class TrainingData:
     def black_batch(self, stage: Stage) -> CropBatch:
         """Returns a share of a batch that stands for one that cannot be read, and must not be trained on."""
         share = stage.batch_size // self.accelerator.num_processes
-        return CropBatch(torch.zeros(share, 3, stage.size, stage.size, dtype=torch.uint8), [])
+        moments = None
+        if self.latents is not None:
+            moments = torch.zeros(share, *self.latents.index["latents"]["shape"])
+        return CropBatch(torch.zeros(share, 3, stage.size, stage.size, dtype=torch.uint8), [], moments)
 
 
 class ShareSampler:

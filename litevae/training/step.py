@@ -92,7 +92,8 @@ class TrainingStep:
         objective: losses, on the accelerator's device.
         ema: average that is updated with the model.
         factor: multiplier of the learning rates as a function of the number of earlier steps.
-        teacher: module that returns the mean and the log-variance that the objective compares with, if it does.
+        teacher: module that returns the mean and the log-variance that the objective compares with, if it does; it is
+            not called in steps that get the moments themselves.
     """
 
     def __init__(
@@ -164,6 +165,7 @@ class TrainingStep:
         stop: bool,
         unusable: bool = False,
         change: Change | None = None,
+        moments: Tensor | None = None,
     ) -> Outcome:
         """Performs one step on this process's share of the batch.
 
@@ -174,6 +176,7 @@ class TrainingStep:
             stop: whether this process was asked to stop.
             unusable: whether this share must not be trained on.
             change: change of the latents before they are decoded.
+            moments: the teacher's means and log-variances (N, 2 n_z, h, w), if they are stored.
         """
         adversarial, learning = self.objective.uses_discriminator(step), self.adversary.learns(step)
         active = [self.optimizers[name] for name in ("autoencoder", "discriminator")[: 1 + learning]]
@@ -188,7 +191,10 @@ class TrainingStep:
         losses: list[list[Loss]] = []
         parts = self.accumulation
         changes = [None] * parts if change is None else change.chunk(parts)
-        for index, part in enumerate(zip(image.chunk(parts), noise.chunk(parts), changes, strict=True)):
+        stored = [None] * parts if moments is None else moments.chunk(parts)
+        for index, part in enumerate(
+            zip(image.chunk(parts), noise.chunk(parts), changes, stored, strict=True)
+        ):
             with self.synchronised(active, index == parts - 1):
                 losses.append(self.backward(*part, step, gradients))
 
@@ -234,7 +240,13 @@ class TrainingStep:
         return Outcome(values, non_finite, stop_mean > 0, unusable_mean > 0)
 
     def backward(
-        self, image: Tensor, noise: Tensor, change: Change | None, step: int, gradients: Tensor | None
+        self,
+        image: Tensor,
+        noise: Tensor,
+        change: Change | None,
+        moments: Tensor | None,
+        step: int,
+        gradients: Tensor | None,
     ) -> list[Loss]:
         """Adds one part's gradients; returns the autoencoder's loss and the discriminator's, if there is one.
 
@@ -242,11 +254,17 @@ class TrainingStep:
             image: images of the part (n, 3, H, W) in [-1, 1].
             noise: noise of the part (n, n_z, h, w).
             change: change of the part's latents, or None.
+            moments: stored moments of the teacher (n, 2 n_z, h, w), or None.
             step: number of the step.
             gradients: tensor that `add_gradients` adds to, or None.
         """
         ema_reconstruction = None
-        target = None if self.teacher is None else self.teacher(image)
+        target: tuple[Tensor, Tensor] | None = None
+        if moments is not None:
+            teacher_mean, teacher_logvar = moments.chunk(2, dim=1)
+            target = teacher_mean, teacher_logvar
+        elif self.teacher is not None:
+            target = self.teacher(image)
         with self.accelerator.autocast():
             if self.objective.needs_ema and self.ema is not None:
                 with torch.no_grad():

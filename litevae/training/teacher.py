@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from litevae.errors import UserError, shorten
 from litevae.files import sha256
+from litevae.models.card import PATH
 from litevae.models.config import ModelConfig
 from litevae.models.interface import Autoencoder, check_rgb
 from litevae.models.layers import NoConv2d
@@ -142,35 +143,25 @@ def check_student(config: ModelConfig, teacher: Teacher) -> None:
         raise UserError(f"teacher: {teacher.folder} needs {' '.join(as_overrides(different))}")
 
 
-def describe_teacher(teacher: Teacher, preset: str, steps: int) -> str:
-    """Returns a model card, README.md, that says whose latents a distilled model produces.
-
-    Args:
-        teacher: teacher of the model.
-        preset: size of the model's encoder, such as "litevae-b".
-        steps: number of training steps.
-    """
+def describe_teacher(teacher: Teacher) -> str:
+    """Returns the section of a model card that says whose latents a distilled model makes."""
     digests = "\n".join(f"- `{name}`, SHA-256 `{digest}`" for name, digest in teacher.digests.items())
     values = {name: teacher.model.config.get(name) for name in TAKEN_OVER[:-1]}
     scale = ", ".join(f"{name} {shorten(value)}" for name, value in values.items() if value is not None)
-    return f"""---
-library_name: diffusers
-tags: [litevae, autoencoder, distillation]
----
+    return f"""
+## Whose latents it makes
 
-# A LiteVAE encoder for the latents of {teacher.folder.as_posix()}
-
-The encoder is {preset}. In {steps} training steps it learned to produce the posterior of this autoencoder
-({type(teacher.model).__name__}), with these weights:
+The encoder learned to produce the posterior of the {type(teacher.model).__name__} in {teacher.folder.as_posix()}, with
+these weights:
 
 {digests}
 
-The decoder is that autoencoder's, unchanged, and so is the normalisation of the latents: {scale}.
+The decoder is that autoencoder's, unchanged and under its licence, and so is the normalisation of the latents: {scale}.
 Do not run `litevae scale` on this model. It takes the place of `vae` in the pipelines of that autoencoder:
 
 ```python
 from litevae import LiteVAE
 
-pipe.vae = LiteVAE.from_pretrained("FOLDER")
+pipe.vae = LiteVAE.from_pretrained("{PATH}")
 ```
 """

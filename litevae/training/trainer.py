@@ -29,6 +29,7 @@ from litevae.models.weight_files import read_weights
 from litevae.models.weights import copy_weights, save_model
 from litevae.signals import StopRequest
 from litevae.training.build import build_model, check_sizes, load_teacher
+from litevae.training.card import make_run_card
 from litevae.training.checkpoint import DISCRIMINATOR, Checkpoint, random_state, read_manifest
 from litevae.training.config import Config, check_batch_size, list_stages, with_steps
 from litevae.training.curves import draw_curves
@@ -38,7 +39,6 @@ from litevae.training.loop import Failure, Loop, SavedState
 from litevae.training.optimization import EMA, learning_rate_factor
 from litevae.training.start import begin, output_folder
 from litevae.training.step import Outcome, TrainingStep
-from litevae.training.teacher import describe_teacher
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,17 @@ class Trainer(Loop[TrainingResult]):
         self.network = self.model = build_model(config, self.teacher)
         self.check_stages()
         self.data = TrainingData(
-            config, self.stages, self.accelerator, self.output_dir, checkpoint is not None, images
+            config,
+            self.stages,
+            self.accelerator,
+            self.output_dir,
+            checkpoint is not None,
+            images,
+            self.teacher and self.teacher.model,
         )
+        if self.teacher is not None and self.data.latents is not None:
+            self.teacher.model.encoder = nn.Identity()  # frees its memory
+        self.moments: Tensor | None = None  # of the batch in hand, from the teacher's latents
         self.validation = self.make_validation()
         objective = Objective(config.loss)
         if config.channels_last:
@@ -202,6 +211,8 @@ class Trainer(Loop[TrainingResult]):
                     except WorkerDied as error:
                         self.unusable, batch = error, self.data.black_batch(stage)
                     images = batch.images.to(self.accelerator.device, non_blocking=True)
+                    if batch.moments is not None:
+                        self.moments = batch.moments.to(self.accelerator.device, non_blocking=True)
                     yield step, images, time.perf_counter() - start
             finally:
                 del batches  # ends its workers, which the traceback of an error would keep alive
@@ -223,7 +234,7 @@ class Trainer(Loop[TrainingResult]):
             smallest = settings.equivariance_scale
             sides = sides_to_draw(side, factor, smallest, self.discriminator) if settings.equivariance else []
             change = draw_change(settings, share, count, index, sides)
-        return self.train_step(image, share, step, stop, self.unusable is not None, change)
+        return self.train_step(image, share, step, stop, self.unusable is not None, change, self.moments)
 
     def after(self, step: int) -> None:
         """Validates and saves if that is due after `step`."""
@@ -314,12 +325,6 @@ class Trainer(Loop[TrainingResult]):
         return result
 
     def write_results(self, result: TrainingResult, complete: bool) -> None:
-        # A model that was not trained further stays, because `litevae scale` may have changed its configuration.
-        if self.step != self.restored_step or not (self.output_dir / "model").is_dir():
-            card = None
-            if self.teacher is not None:
-                card = describe_teacher(self.teacher, self.config.model.preset, self.step)
-            save_model(self.best_model, self.output_dir / "model", card)
         height, width = self.data.validation[0][1].shape[:2] if self.data.validation else (0, 0)
         metrics = {
             "validation": {
@@ -345,6 +350,10 @@ class Trainer(Loop[TrainingResult]):
             "stopped_by": result.stopped_by,
             "versions": versions(),
         }
+        # A model that was not trained further stays, because `litevae scale` may have changed its configuration.
+        if self.step != self.restored_step or not (self.output_dir / "model").is_dir():
+            card = make_run_card(self.best_model, self.config, metrics, self.teacher)
+            save_model(self.best_model, self.output_dir / "model", str(card))
         with replacing(self.output_dir / "metrics.json") as path:
             path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
         with replacing(self.output_dir / "reconstructions.png") as path:

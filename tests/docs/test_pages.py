@@ -52,6 +52,7 @@ NOT_RUN = {
     r"litevae experiment \w+ --scale (medium|paper)": "takes days on a GPU",
     r"sudo apt-get |python -m litevae\.experiments\.photographs ": "needs packages of Debian, from the network",
     r"pip install ": "needs the network; .ci/run installs the package",
+    r"litevae push |hf ": "needs the network; tests/litevae/cli/test_push.py has a Hub of its own",
     r"python3 -m venv |\. \.venv/": "makes an environment, which needs the network; .ci/run makes one",
     r"pre-commit ": "needs the network, from which it fetches its environments",
     r"(LITEVAE_CPU_ISA=\w+ )?pytest\b": "the tests would start themselves; .ci/run runs them",

@@ -1,5 +1,6 @@
 import json
 import os
+import runpy
 import signal
 from contextlib import contextmanager
 from pathlib import Path
@@ -195,3 +196,20 @@ def logged():
 def variant_settings():
     """The names of the configuration that choose a variant of the encoder."""
     return ("encoder_type", "extractor", "shared_extractor", "aggregator", "finest_level", "encoder_norm")
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A `FakeHub`, which huggingface_hub and diffusers use with a token and an empty cache."""
+    import huggingface_hub
+
+    hub = runpy.run_path(str(Path(__file__).with_name("fake_hub.py")))["FakeHub"]()
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.partition("/{repo_id}")
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "".join(template[1:]))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
+    monkeypatch.setenv("HF_TOKEN", "token")
+    yield hub
+    hub.close()

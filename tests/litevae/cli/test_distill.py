@@ -47,6 +47,14 @@ def test_distills_and_compares(litevae, teacher, squares, tmp_path):
     compared = record["teacher"]
     assert compared["weights"] == {weights: sha256(teacher / "vae" / weights)}
     assert compared["latent_errors"]["sigmas"] > 0
+    # The error of the latent is not that of bfloat16.
+    options[options.index("fp32")] = "bf16"
+    litevae("eval", run, squares, *options, "--teacher", teacher, "-o", tmp_path / "bf16.json")
+    assert (
+        json.loads((tmp_path / "bf16.json").read_text())["teacher"]["latent_errors"]
+        == compared["latent_errors"]
+    )
+    options[options.index("bf16")] = "fp32"
     assert f"{compared['latent_errors']['sigmas']:.3g} standard deviations of the teacher's" in output
     assert set(compared["encoder_images_per_second"]) == {"model", "teacher"}
     (line,) = [line for line in output.splitlines() if line.startswith("teacher ")]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
 from skimage import data
@@ -12,6 +13,7 @@ import litevae.training.trainer as trainer_module
 from litevae.errors import UserError
 from litevae.training import load_config, train
 from litevae.training.checkpoint import find_checkpoints
+from litevae.training.teacher import as_overrides, load_teacher, teacher_settings
 
 # A run that takes a few milliseconds per step.
 TINY = [
@@ -51,6 +53,52 @@ def tiny_settings(tmp_path_factory):
     folder = tmp_path_factory.mktemp("validation")
     Image.fromarray(data.chelsea()[100:148, 100:148]).save(folder / "cat.png")
     return [*TINY, f"data.validation={folder}"]
+
+
+@pytest.fixture(scope="session")
+def save_teacher():
+    def save(folder, **settings):
+        """Saves an AutoencoderKL with random weights."""
+        torch.manual_seed(1)
+        model = AutoencoderKL(
+            **{
+                "block_out_channels": (16, 16, 16),
+                "down_block_types": ("DownEncoderBlock2D",) * 3,
+                "up_block_types": ("UpDecoderBlock2D",) * 3,
+                "norm_num_groups": 4,
+                "scaling_factor": 0.5,
+                "shift_factor": 0.25,
+                **settings,
+            }
+        )
+        with torch.no_grad():
+            model.encoder.conv_out.weight *= 10  # latents of a realistic size
+        model.save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def sd(tmp_path_factory, save_teacher):
+    """A pipeline's folder with a teacher like Stable Diffusion's."""
+    return save_teacher(tmp_path_factory.mktemp("sd") / "vae").parent
+
+
+@pytest.fixture
+def distilling(tmp_path, tiny_settings):
+    """A function that returns the configuration of a tiny run with a teacher."""
+
+    def make(teacher, *overrides, name="run"):
+        model = as_overrides(teacher_settings(load_teacher(str(teacher))))
+        tiny = [each for each in tiny_settings if not each.startswith("loss.")]  # distill has its own
+        tiny += ["data.train=demo", "data.crop=native", "data.workers=0", "tracker=none"]
+        settings = [*tiny, *model, "model.preset=litevae-s", "optimizer.warmup_steps=0", "checkpoint.every=0"]
+        return load_config(
+            "distill", [*settings, f"teacher={teacher}", f"output_dir={tmp_path / name}", *overrides]
+        )
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -14,58 +14,10 @@ from litevae.errors import UserError
 from litevae.files import sha256
 from litevae.training import load_config, train
 from litevae.training.build import build_model, check_run
-from litevae.training.teacher import Teacher, as_overrides, load_teacher, teacher_settings
+from litevae.training.teacher import Teacher, load_teacher
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-SCALE = {"scaling_factor": 0.5, "shift_factor": 0.25}
 CHANNELS = {"scaling_factor": 1.0, "latents_mean": [0.0, 1, 2, 3], "latents_std": [1.0, 2, 3, 4]}
-
-
-def save_teacher(folder, **settings):
-    """Saves an AutoencoderKL with random weights."""
-    torch.manual_seed(1)
-    settings = {
-        "block_out_channels": (16, 16, 16),
-        "down_block_types": ("DownEncoderBlock2D",) * 3,
-        "up_block_types": ("UpDecoderBlock2D",) * 3,
-        "norm_num_groups": 4,
-        **SCALE,
-        **settings,
-    }
-    model = AutoencoderKL(**settings)
-    with torch.no_grad():
-        model.encoder.conv_out.weight *= 10  # latents of a realistic size
-    model.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def sd(tmp_path_factory):
-    """A pipeline's folder with a teacher like Stable Diffusion's."""
-    return save_teacher(tmp_path_factory.mktemp("sd") / "vae").parent
-
-
-@pytest.fixture
-def distilling(tmp_path, tiny_settings):
-    """A function that returns the configuration of a tiny run with a teacher."""
-
-    def make(teacher, *overrides, name="run"):
-        model = as_overrides(teacher_settings(load_teacher(str(teacher))))
-        tiny = [*tiny_settings, "data.train=demo", "data.crop=native", "data.workers=0", "tracker=none"]
-        unused = [f"loss.{name}=0" for name in ("l1", "wavelet", "gaussian", "kl")]
-        settings = [
-            *tiny,
-            *unused,
-            *model,
-            "model.preset=litevae-s",
-            "optimizer.warmup_steps=0",
-            "checkpoint.every=0",
-        ]
-        return load_config(
-            "distill", [*settings, f"teacher={teacher}", f"output_dir={tmp_path / name}", *overrides]
-        )
-
-    return make
 
 
 def test_the_encoder_learns_the_teachers_posterior(sd, distilling, logged, no_pictures, tmp_path):
@@ -100,7 +52,9 @@ def test_the_encoder_learns_the_teachers_posterior(sd, distilling, logged, no_pi
     ],
     ids=["sd", "flux", "mixed"],
 )
-def test_the_decoder_and_the_scale_are_the_teachers(settings, distilling, tmp_path, no_pictures):
+def test_the_decoder_and_the_scale_are_the_teachers(
+    settings, distilling, tmp_path, no_pictures, save_teacher
+):
     folder = save_teacher(tmp_path / "teacher", **settings)
     # The average and weight decay, which would change trained weights, leave the frozen ones alone.
     config = distilling(folder, "max_steps=2", "ema_decay=0.9", "optimizer.weight_decay=0.1", "loss.l1=1")
@@ -121,7 +75,7 @@ def test_the_decoder_and_the_scale_are_the_teachers(settings, distilling, tmp_pa
 def test_it_is_the_vae_of_an_image_to_image_pipeline_and_says_of_which(sd, distilling, no_pictures):
     folder = train(distilling(sd, "max_steps=1")).output_dir / "model"
     card = (folder / "README.md").read_text()
-    assert f"for the latents of {(sd / 'vae').as_posix()}\n" in card
+    assert f"the posterior of the AutoencoderKL in {(sd / 'vae').as_posix()}, with\n" in card
     assert f"`{WEIGHTS}`, SHA-256 `{sha256(sd / 'vae' / WEIGHTS)}`" in card
     assert "scaling_factor 0.5, shift_factor 0.25" in card
     model = LiteVAE.from_pretrained(folder)
@@ -169,7 +123,7 @@ class TestResuming:
         train(distilling(sd, *options, "max_steps=4", "resume=auto", name="half"))
         assert_same_run(tmp_path / "whole", tmp_path / "half")
 
-    def test_refuses_another_teacher(self, sd, distilling, tmp_path, no_pictures):
+    def test_refuses_another_teacher(self, sd, distilling, tmp_path, no_pictures, save_teacher):
         train(distilling(sd, "checkpoint.every=1", "max_steps=1"))
         other = save_teacher(tmp_path / "other")
         model = AutoencoderKL.from_pretrained(other)
@@ -238,7 +192,7 @@ class TestErrors:
         ],
         ids=str,
     )
-    def test_a_decoder_that_litevae_does_not_have(self, settings, message, tmp_path):
+    def test_a_decoder_that_litevae_does_not_have(self, settings, message, tmp_path, save_teacher):
         folder = save_teacher(tmp_path / "teacher", **settings)
         with pytest.raises(UserError, match=f"^teacher: .*{message}"):
             load_teacher(str(folder))
