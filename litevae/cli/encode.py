@@ -118,6 +118,8 @@ def encode(
     from accelerate import PartialState
 
     from litevae.data.hugging_face import HuggingFaceImages
+    from litevae.data.remote import redact_pattern
+    from litevae.data.remote_parquet import RemoteParquet
     from litevae.data.sources import open_images
     from litevae.environment import choose_precision
     from litevae.latents import Settings, encode_images
@@ -131,9 +133,13 @@ def encode(
             )
         place = state.device
     images = open_images(data)
-    if isinstance(images, HuggingFaceImages) and images.unused_labels and state.is_main_process:
+    if (
+        isinstance(images, HuggingFaceImages | RemoteParquet)
+        and images.unused_labels
+        and state.is_main_process
+    ):
         print(
-            f"{data}: has no column label, so the images get no labels; rename the column with the classes to label "
+            f"{redact_pattern(data)}: has no column label, so the images get no labels; rename the column with the classes to label "
             f"({', '.join(images.unused_labels):.200})",
             file=sys.stderr,
         )
