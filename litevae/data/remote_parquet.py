@@ -44,14 +44,14 @@ class RemoteParquet:
         with ThreadPoolExecutor(CONNECTIONS) as executor:
             found = list(executor.map(read_metadata, self.files))
         failures = [
-            f"{name}: {each}" for name, each in zip(self.shown, found, strict=True) if isinstance(each, str)
+            f"{name}: {failure}" for name, (*_, failure) in zip(self.shown, found, strict=True) if failure
         ]
         if len(failures) > 1:
             raise UserError(f"{len(failures)} of {len(files)} files cannot be read: {'; '.join(failures)}")
         if failures:
             raise UserError(failures[0])
-        self.sizes = [size for size, _ in found]
-        self.metadata = [metadata for _, metadata in found]
+        self.sizes = [size for size, *_ in found]
+        self.metadata = [metadata for _, metadata, _ in found]
         schemas = [metadata.schema.to_arrow_schema() for metadata in self.metadata]
         for name, schema in zip(self.shown, schemas, strict=True):
             if not schema.equals(schemas[0]):
@@ -121,18 +121,18 @@ class RemoteParquet:
 
 def open_parquet(path: str, size: int) -> Any:
     """Opens a local or a remote file of `size` bytes."""
-    return RemoteFile(path, size) if is_remote(path) else open(path, "rb")  # noqa: SIM115  (the caller closes it)
+    return RemoteFile(path, size) if is_remote(path) else open(path, "rb")
 
 
-def read_metadata(path: str) -> tuple[int, Any] | str:
-    """Returns a file's size and metadata, or the reason why they cannot be read."""
+def read_metadata(path: str) -> tuple[int, Any, str]:
+    """Returns a file's size and metadata, and the reason why they cannot be read, which is empty if they can."""
     from pyarrow import parquet
 
     try:
         size = file_info(path)[0] if is_remote(path) else Path(path).stat().st_size
         with open_parquet(path, size) as file:
-            return size, parquet.read_metadata(file)
+            return size, parquet.read_metadata(file), ""
     except RemoteError as reason:
-        return str(reason)
+        return 0, None, str(reason)
     except Exception as error:  # pyarrow raises its own exceptions
-        return f"cannot be read: {error}"
+        return 0, None, f"cannot be read: {error}"

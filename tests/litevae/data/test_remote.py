@@ -78,24 +78,6 @@ def test_a_truncated_shard_is_refused(server, shards, refusal):
     assert "train-001.tar: not a whole .tar file" in refusal(shards)
 
 
-def test_headers_are_read_once_until_the_shard_changes(server, shards, assert_pictures, png, write_tar):
-    open_images(shards)
-    server.requests.clear()
-    assert_pictures(open_images(shards + "?X-Amz-Signature=abc123"), range(12))
-    assert len(server.requests) == 12  # the images alone
-    write_tar(server.folder / "train-001.tar", [("x.png", png(3))])
-    assert_pictures(open_images(shards), [0, 1, 2, 3, 3, 8, 9, 10, 11])
-
-
-def test_a_damaged_list_is_made_anew(server, shards, tmp_path, assert_pictures):
-    open_images(shards)
-    for path, content in zip(
-        (tmp_path / "cache" / "shards").iterdir(), ("", "[]", '{"names": ["x"]}'), strict=True
-    ):
-        path.write_text(content)
-    assert_pictures(open_images(shards), range(12))
-
-
 def test_crops_are_those_of_local_files_in_any_process(server, shards):
     settings = CropSettings(8, "random", True, 0.0)
     remote_crops = TrainingCrops(open_images(shards), settings, seed=3, length=30)
