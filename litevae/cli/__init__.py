@@ -12,7 +12,7 @@ import typer
 from litevae.cli.complexity import complexity
 from litevae.cli.config import config
 from litevae.cli.distill import distill
-from litevae.cli.encode import encode
+from litevae.cli.encode import EncodeCommand, encode
 from litevae.cli.eval import evaluate
 from litevae.cli.experiment import experiment
 from litevae.cli.export import export
@@ -39,7 +39,7 @@ app.command(context_settings={"ignore_unknown_options": True})(config)
 app.command()(reconstruct)
 app.command()(info)
 app.command()(scale)
-app.command()(encode)
+app.command(cls=EncodeCommand)(encode)
 app.command("eval")(evaluate)
 app.command()(export)
 app.command()(push)

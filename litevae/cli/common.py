@@ -195,9 +195,11 @@ def provenance(model: Path, data: str, *sizes: int) -> dict[str, Any]:
         data: source of the images, as `open_images` takes it.
         sizes: sides of the squares in pixels.
     """
+    from litevae.data.remote import redact_pattern
+
     return {
         **model_provenance(model),
-        "data": data,
+        "data": redact_pattern(data),
         "crop": f"middle square, resized to {' and '.join(f'{size} x {size}' for size in sizes)} (Pillow's "
         "bicubic, antialiased), 8 bits",
     }

@@ -1,19 +1,22 @@
 """`litevae encode`."""
 
+import glob
+import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
+from typer.core import TyperCommand
 
 from litevae.cli.common import WorkersOption, choose_device, choose_workers, cores_per_process
-from litevae.errors import UserError
+from litevae.errors import UserError, shorten
 from litevae.models.loading import load_model
 
 if TYPE_CHECKING:
     import torch
 
-    from litevae.latents import Encoding
+    from litevae.latents import Encoding, Part
     from litevae.latents.encoder import Precision
 
 
@@ -26,14 +29,49 @@ def check_folder(folder: Path | None) -> None:
         return
     from litevae.latents import verify
 
-    index = verify(folder)
-    shards = index["shards"]
+    index = verify(folder, part=True)
+    print_contents(folder, index)
+    raise typer.Exit
+
+
+def print_contents(folder: Path, index: dict[str, Any]) -> None:
+    shards, part = index["shards"], index.get("part")
     images, bad = sum(shard.count for shard in shards), sum(len(shard.bad) for shard in shards)
     print(
-        f"{folder}: {plural(images, 'image')} in {plural(len(shards), 'shard')}, "
+        f"{folder}: {f'range {part}, ' if part else ''}{plural(images, 'image')} in {plural(len(shards), 'shard')}, "
         f"{plural(bad, 'bad image')} left out; all files are intact"
     )
-    raise typer.Exit
+
+
+def parse_part(text: str | None) -> "Part | None":
+    """Returns the range that --range names; `UserError` if it is none."""
+    if text is None:
+        return None
+    from litevae.latents import Part
+
+    found = re.fullmatch(r"([0-9]{1,18})/([0-9]{1,18})", text)
+    if found is None or int(found[1]) >= int(found[2]):
+        raise UserError(
+            f"--range {shorten(text)}: must be i/n with i from 0 to n-1, such as 0/8 to 7/8 for 8 computers"
+        )
+    return Part(int(found[1]), int(found[2]))
+
+
+class EncodeCommand(TyperCommand):
+    """`litevae encode`, or with --merge its form that takes any number of folders instead of MODEL DATA OUT."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if "--merge" in args and not ctx.resilient_parsing and not {"--help", "--verify"} & set(args):
+            folders = [arg for arg in args if arg != "--merge"]
+            if option := next((each for each in folders if each.startswith("-")), None):
+                raise UserError(f"--merge: takes folders only, and no option {shorten(option)}")
+            from litevae.latents import merge_parts
+
+            # A shell that finds no match, or a program without a shell, leaves a pattern as it is.
+            found = [path for folder in folders for path in (sorted(glob.glob(folder)) or [folder])]
+            print_contents(*merge_parts([Path(path) for path in found]))
+            raise typer.Exit
+        return super().parse_args(ctx, args)
 
 
 def encode(
@@ -81,6 +119,17 @@ def encode(
     compile: Annotated[
         bool, typer.Option("--compile", help="Compile the encoder: takes a minute, then runs faster.")
     ] = False,
+    range_: Annotated[
+        str | None,
+        typer.Option(
+            "--range",
+            metavar="I/N",
+            help="Encode only range I (from 0) of N disjoint ranges of the files, each to its own OUT.",
+        ),
+    ] = None,
+    __: Annotated[
+        bool, typer.Option("--merge", help="Only join the folders of all ranges: encode --merge OUT/*")
+    ] = False,
     _: Annotated[
         Path | None,
         typer.Option(
@@ -98,6 +147,8 @@ def encode(
     Example: litevae encode runs/imagenet-b path/to/images latents --mirror
              torchrun --nproc-per-node 2 --no-python litevae encode runs/imagenet-b path/to/images latents
              litevae encode --verify latents
+             litevae encode runs/imagenet-b path/to/images latents/3 --range 3/8
+             litevae encode --merge latents/*
 
     Writes the mean and log-variance of each image's latent (not a sample) as float16 to
     shard-00000.safetensors and so on, and index.json, which lists the shards with their SHA-256 and records the
@@ -109,15 +160,20 @@ def encode(
 
     With torchrun, the processes share the shards, each on its own device, and write the same files as one process;
     the next run may use another number of processes. On CPUs torchrun gives each process one thread unless
-    OMP_NUM_THREADS is set. A second run on the same OUT is refused until the first has ended; if the file system
+    OMP_NUM_THREADS is set. Computers that do not communicate, such as those of a Slurm array, each encode a
+    --range to a folder of their own; --merge joins the folders into the one that contains them, and checks all
+    files. A second run on the same OUT is refused until the first has ended; if the file system
     of OUT cannot lock files, a line on stderr says so.
     """
+    part = parse_part(range_)
     autoencoder = load_model(model)
 
     import torch
     from accelerate import PartialState
 
     from litevae.data.hugging_face import HuggingFaceImages
+    from litevae.data.remote import redact_pattern
+    from litevae.data.remote_parquet import RemoteParquet
     from litevae.data.sources import open_images
     from litevae.environment import choose_precision
     from litevae.latents import Settings, encode_images
@@ -131,10 +187,14 @@ def encode(
             )
         place = state.device
     images = open_images(data)
-    if isinstance(images, HuggingFaceImages) and images.unused_labels and state.is_main_process:
+    if (
+        isinstance(images, HuggingFaceImages | RemoteParquet)
+        and images.unused_labels
+        and state.is_main_process
+    ):
         print(
-            f"{data}: has no column label, so the images get no labels; rename the column with the classes to label "
-            f"({', '.join(images.unused_labels):.200})",
+            f"{redact_pattern(data)}: has no column label, so the images get no labels; rename the column with the "
+            f"classes to label ({', '.join(images.unused_labels):.200})",
             file=sys.stderr,
         )
     workers = choose_workers(workers)
@@ -151,6 +211,7 @@ def encode(
             workers,
             max_bad_fraction,
             compile,
+            part,
         )
     except torch.OutOfMemoryError:
         raise UserError(
@@ -159,6 +220,8 @@ def encode(
     if not state.is_main_process:  # only the first process reports
         return
     report(result, place, chosen, state.num_processes, workers, cores_per_process())
+    if part is not None and not result.stopped_by:
+        print(f"this is range {part}: when all are encoded, join them with litevae encode --merge")
     if autoencoder.config.scaling_factor == 1:
         print(
             "this model's scaling_factor is 1: measure it with litevae scale, then run this command again to record it"

@@ -139,7 +139,7 @@ def evaluate(
         *loading,
         sample,
         partial,
-        {"data": data, "weights": measured["weights"], "precision": chosen[0]}
+        {"data": measured["data"], "weights": measured["weights"], "precision": chosen[0]}
         | ({} if save is None else {"save": str(save)}),
         save=save,
     )

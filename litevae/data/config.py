@@ -13,9 +13,10 @@ MOST_WORKERS = 512  # without a limit, a mistyped number would fill the memory w
 class DataConfig:
     """Images to train and to validate on.
 
-    `train` is a folder of images, searched recursively; WebDataset shards on local disks, given as a folder, a
-    file or a pattern such as "train-{000..146}.tar"; a folder that Hugging Face's `save_to_disk` has written;
-    .parquet files with a column of images; or "demo", scikit-image's photographs. `validation` takes the same
+    `train` is a folder of images, searched recursively; WebDataset shards, given as a folder, a file or a
+    pattern such as "train-{000..146}.tar"; a folder that Hugging Face's `save_to_disk` has written; .parquet
+    files with a column of images; addresses of shards or .parquet files, such as
+    "s3://bucket/train-{000..146}.tar"; or "demo", scikit-image's photographs. `validation` takes the same
     values; if it is empty, the demo is validated on its held-out photograph, and other data on nothing.
 
     `crop` says how an image becomes a square. random: a square as large as the shorter side, at a random
@@ -27,7 +28,8 @@ class DataConfig:
 
     train: str = setting(
         "demo",
-        "Training images: a folder, WebDataset shards, a Hugging Face dataset on disk, .parquet files, or demo.",
+        "Training images: a folder, WebDataset shards, a Hugging Face dataset on disk, .parquet files, addresses of "
+        "shards or .parquet files (s3://, gs://, hf://, https://), or demo.",
     )
     validation: str = setting(
         "", "Validation images, given like data.train; empty for none, or for the demo's held-out photograph."

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from litevae.data.bad_images import BadEntry, allowed_bad
 from litevae.data.images import BadImage, Pixels, resize_window
+from litevae.data.remote_parquet import GROUPS_TOGETHER, RemoteParquet
 from litevae.data.sources import ImageSource, Photographs
 from litevae.errors import UserError
 
@@ -42,10 +44,16 @@ class Order:
     """Shuffled epochs of `count` items as one endless sequence.
 
     A call maps a position in the sequence to the number of the item there.
+
+    Args:
+        count: number of items.
+        seed: seed of the order.
+        groups: numbers of the first items of the groups that are read as a whole, from 0 on. The groups are shuffled,
+            and then the items of `GROUPS_TOGETHER` consecutive groups each. None shuffles all items together.
     """
 
-    def __init__(self, count: int, seed: int) -> None:
-        self.count, self.seed = count, seed
+    def __init__(self, count: int, seed: int, groups: npt.NDArray[np.int64] | None = None) -> None:
+        self.count, self.seed, self.groups = count, seed, groups
         self.epoch = -1
         self.order = np.empty(0, np.int64)
 
@@ -53,8 +61,22 @@ class Order:
         epoch, position = divmod(index, self.count)
         if epoch != self.epoch:
             self.epoch = epoch
-            self.order = np.random.default_rng((self.seed, epoch, 1)).permutation(self.count)
+            random = np.random.default_rng((self.seed, epoch, 1))
+            if self.groups is None:
+                self.order = random.permutation(self.count)
+            else:
+                self.order = self.order_groups(self.groups, random)
         return int(self.order[position])
+
+    def order_groups(
+        self, groups: npt.NDArray[np.int64], random: np.random.Generator
+    ) -> npt.NDArray[np.int64]:
+        """Returns the order of an epoch in which each group is read once."""
+        items = np.split(np.arange(self.count), groups[1:])
+        shuffled = [items[number] for number in random.permutation(len(items))]
+        starts = range(0, len(shuffled), GROUPS_TOGETHER)
+        parts = [np.concatenate(shuffled[start : start + GROUPS_TOGETHER]) for start in starts]
+        return np.concatenate([random.permutation(part) for part in parts])
 
 
 @dataclass(frozen=True)
@@ -94,7 +116,8 @@ class TrainingCrops(Dataset[CropItem]):
         self.seed = seed
         self.length = length
         self.redraw = isinstance(images, Photographs)
-        self.ordered = Order(len(images), seed)
+        groups = images.groups if isinstance(images, RemoteParquet) else None
+        self.ordered = Order(len(images), seed, groups)
         if isinstance(images, Photographs) and settings.crop == "native":
             smallest = min(min(pixels.shape[:2]) for pixels in images.pixels)
             if settings.size > smallest:

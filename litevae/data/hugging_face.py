@@ -28,30 +28,14 @@ class HuggingFaceImages:
     """
 
     def __init__(self, dataset: Any, path: str) -> None:
-        from datasets import ClassLabel, Image
+        from datasets import Image
 
-        columns = [
-            column
-            for column, feature in dataset.features.items()
-            # files without the metadata of `datasets` hold an image as a plain structure
-            if isinstance(feature, Image) or (isinstance(feature, dict) and set(feature) == {"bytes", "path"})
-        ]
-        if not columns:
-            raise UserError(f"{path}: has no column of images, only {', '.join(dataset.features)}")
-        if len(columns) > 1 and "image" not in columns:
-            raise UserError(f"{path}: images are in {', '.join(columns)}: rename the column to use to image")
+        self.column, self.unused_labels = choose_columns(dataset.features, path)
         if not len(dataset):
             raise UserError(f"{path}: has no rows")
         self.path = path
-        self.column = "image" if "image" in columns else columns[0]
         dataset = dataset.with_format(None)
         self.labels = dataset.select_columns("label") if "label" in dataset.features else None
-        self.unused_labels = [
-            column
-            for column, feature in dataset.features.items()
-            if self.labels is None
-            and (isinstance(feature, ClassLabel) or re.search("label|class|categor|target", column.lower()))
-        ]
         dataset = dataset.select_columns(self.column)
         self.dataset = dataset.cast_column(self.column, Image(decode=False))
 
@@ -87,17 +71,7 @@ class HuggingFaceImages:
     def label(self, index: int) -> str | None:
         if self.labels is None:
             return None
-        label = self.labels[index]["label"]
-        if label is None or label == -1:  # `datasets` uses -1 for an unknown class
-            return None
-        feature = self.labels.features["label"]
-        if not hasattr(feature, "int2str"):  # only a ClassLabel has names
-            return str(label)
-        if not 0 <= label < feature.num_classes:
-            raise BadImage(
-                f"its label must be from 0 to {feature.num_classes - 1}, or -1 for none, got {label}"
-            )
-        return feature.int2str(label)
+        return name_class(self.labels.features["label"], self.labels[index]["label"])
 
     def load(self, index: int) -> Pixels:
         try:
@@ -109,6 +83,48 @@ class HuggingFaceImages:
         if image and image["path"]:
             return decode_image(Path(image["path"]))
         raise BadImage("the row is empty")
+
+
+def choose_columns(features: Any, path: str) -> tuple[str, list[str]]:
+    """Chooses the column of images among a dataset's features.
+
+    Returns:
+        The column, and if none is called "label", the names of those that seem to hold classes.
+
+    Raises:
+        UserError: there is no column of images, or there are several of which none is called "image".
+    """
+    from datasets import ClassLabel, Image
+
+    columns = [
+        column
+        for column, feature in features.items()
+        # files without the metadata of `datasets` hold an image as a plain structure
+        if isinstance(feature, Image) or (isinstance(feature, dict) and set(feature) == {"bytes", "path"})
+    ]
+    if not columns:
+        raise UserError(f"{path}: has no column of images, only {', '.join(features)}")
+    if len(columns) > 1 and "image" not in columns:
+        raise UserError(f"{path}: images are in {', '.join(columns)}: rename the column to use to image")
+    unused_labels = [
+        column
+        for column, feature in features.items()
+        if "label" not in features
+        and (isinstance(feature, ClassLabel) or re.search("label|class|categor|target", column.lower()))
+    ]
+    return "image" if "image" in columns else columns[0], unused_labels
+
+
+def name_class(feature: Any, label: Any) -> str | None:
+    """Returns the name of an image's class, or None for an unknown one; `BadImage` if there is no such class."""
+    if label is None or label == -1:  # `datasets` uses -1 for an unknown class
+        return None
+    if not hasattr(feature, "int2str"):  # only a ClassLabel has names
+        return str(label)
+    if not 0 <= label < feature.num_classes:
+        raise BadImage(f"its label must be from 0 to {feature.num_classes - 1}, or -1 for none, got {label}")
+    name: str = feature.int2str(label)
+    return name
 
 
 def import_datasets(path: str) -> Any:

@@ -11,6 +11,7 @@ from string import ascii_lowercase, ascii_uppercase
 import numpy as np
 
 from litevae.data.images import EXTENSIONS
+from litevae.data.remote import expand_address, is_remote, redact_pattern, redact_text
 from litevae.errors import LONGEST_VALUE, UserError, one_line
 from litevae.files import explaining_digits, why_missing
 
@@ -46,7 +47,7 @@ def find_images(folder: Path) -> Iterator[str]:
 
 
 def expand_pattern(pattern: str) -> list[str]:
-    """Lists the files that a pattern with braces, wildcards and "::" matches.
+    """Lists the files, at paths or addresses, that a pattern with braces, wildcards and "::" matches.
 
     Returns:
         The files in the order of the pattern's parts, without duplicates. The list is empty if the pattern has one
@@ -57,21 +58,25 @@ def expand_pattern(pattern: str) -> list[str]:
     """
     from webdataset.shardlists import expand_urls  # slow to import
 
+    shown = redact_pattern(pattern)
     count = count_names(pattern)
     if count > MOST_NAMES:
         raise UserError(
-            f"{pattern}: the braces stand for {count:.3g} names; at most {MOST_NAMES:,} are allowed"
+            f"{shown}: the braces stand for {count:.3g} names; at most {MOST_NAMES:,} are allowed"
         )
     try:
         with explaining_digits():
             parts = expand_urls(pattern)
     except ValueError as error:
-        raise UserError(f"{one_line(pattern, 2 * LONGEST_VALUE)}: {error}") from None
+        raise UserError(f"{one_line(shown, 2 * LONGEST_VALUE)}: {redact_text(str(error))}") from None
     files: list[str] = []
     for part in parts:
+        if is_remote(part):
+            files += expand_address(part)
+            continue
         found = sorted(glob.glob(part, recursive=True))
         if not found and len(parts) > 1:
-            raise UserError(f"{part}: {why_missing(part, 'file')} (of {pattern})")
+            raise UserError(f"{part}: {why_missing(part, 'file')} (of {shown})")
         files += found
     return list(dict.fromkeys(files))
 
@@ -103,7 +108,7 @@ def count_names(pattern: str) -> float:
         text, found = re.subn(r"\{([^{}]*)\}", count_group, text)
         if not found:
             return sum(map(count_sequence, text.split("::")))
-    raise UserError(f"{pattern}: the braces are nested more than {DEEPEST_BRACES} deep")
+    raise UserError(f"{redact_pattern(pattern)}: the braces are nested more than {DEEPEST_BRACES} deep")
 
 
 def name_files(files: Sequence[str]) -> str:

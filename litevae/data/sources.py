@@ -8,6 +8,8 @@ from typing import Protocol
 from litevae.data.hugging_face import HuggingFaceImages
 from litevae.data.images import Pixels, decode_image
 from litevae.data.paths import PackedStrings, expand_pattern, find_images
+from litevae.data.remote import check_address, is_remote, redact, redact_pattern
+from litevae.data.remote_parquet import RemoteParquet
 from litevae.data.tar_shards import TarShards
 from litevae.errors import UserError
 from litevae.files import why_missing
@@ -53,11 +55,13 @@ def open_images(path: str) -> ImageSource:
     Args:
         path: one of
             a folder with images, searched with all its subfolders (except hidden ones);
-            WebDataset shards on local disks: a folder of .tar files, one file, or a pattern with
-            *, ? and braces, such as "train-{000..146}.tar", or several joined by "::";
+            WebDataset shards: a folder of .tar files, one file, or a pattern with *, ? and
+            braces, such as "train-{000..146}.tar", or several joined by "::";
             a Hugging Face dataset in a folder that `Dataset.save_to_disk` has written;
             a .parquet file, or a pattern, with a column of images (`datasets` copies its content
             into its cache once);
+            addresses of .tar or .parquet files (s3://, gs://, hf://, https://), or patterns of
+            them, whose images are fetched when they are needed; an address of a folder ends in /;
             "demo": scikit-image's photographs for training.
 
     Raises:
@@ -67,8 +71,10 @@ def open_images(path: str) -> ImageSource:
         return Photographs(TRAINING_PHOTOGRAPHS)
     if not path:
         raise UserError("no images given: name a folder, .tar shards, a dataset, or demo")
-    if "://" in path or path.startswith("pipe:"):
-        raise UserError(f"{path}: images are read from local disks only, not from addresses")
+    if addresses := [part for part in path.split("::") if is_remote(part)]:
+        for address in addresses:
+            check_address(address)
+        return open_files(expand_pattern(path), redact_pattern(path))
     path = os.path.expanduser(path)  # a shell does not expand the ~ of data.train=~/images
     if os.path.isdir(path):
         return open_folder(Path(path))
@@ -78,11 +84,20 @@ def open_images(path: str) -> ImageSource:
         raise UserError(f"{path}: {reason}, and no file matches it as a pattern")
     if special := next((file for file in files if not os.path.isfile(file)), None):  # a FIFO would block
         raise UserError(f"{special}: {why_missing(special, 'file')}")
-    kinds = {Path(file).suffix.lower() for file in files}
+    return open_files(files, path)
+
+
+def open_files(files: list[str], path: str) -> ImageSource:
+    """Opens .tar or .parquet files at paths or addresses; `path` names them in messages.
+
+    Raises:
+        UserError: `open_images` lists the reasons.
+    """
+    kinds = {Path(redact(file) if is_remote(file) else file).suffix.lower() for file in files}
     if kinds == {".tar"}:
         return TarShards(files)
     if kinds == {".parquet"}:
-        return HuggingFaceImages.from_parquet(files)
+        return RemoteParquet(files) if any(map(is_remote, files)) else HuggingFaceImages.from_parquet(files)
     if kinds & {".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip"}:
         raise UserError(
             f"{path}: single images cannot be read out of compressed archives: unpack them to .tar"

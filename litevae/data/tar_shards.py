@@ -3,18 +3,22 @@
 import io
 import os
 import sys
-import tarfile
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from litevae.data.images import EXTENSIONS, BadImage, Pixels, decode_image
+from litevae.data.images import BadImage, Pixels, decode_image
 from litevae.data.paths import PackedStrings, name_files
+from litevae.data.remote import RemoteError, is_remote, read_part, redact
+from litevae.data.shard_index import ShardIndex, index_shard
 from litevae.errors import UserError
 from litevae.files import open_regular
+
+CONNECTIONS = 16  # remote shards whose headers are read at the same time
 
 
 class TarShards:
@@ -26,7 +30,7 @@ class TarShards:
     are left out, and a line on stderr counts them.
 
     Args:
-        files: paths of the shards, in their order.
+        files: paths or addresses of the shards, in their order.
 
     Raises:
         UserError: a shard is missing, corrupt, compressed or truncated; it holds a member twice, which `webdataset`
@@ -34,54 +38,34 @@ class TarShards:
     """
 
     def __init__(self, files: Sequence[str]) -> None:
-        from webdataset.tariterators import base_plus_ext
-
         self.files = list(files)
+        self.shown = [redact(file) if is_remote(file) else file for file in self.files]
         names: list[str] = []
         # per image: number of the shard, then offset and size of the image and of its .cls member
         locations = array("q")
         left_out: Counter[str] = Counter()
-        for number, file in enumerate(self.files):
-            samples: dict[str, dict[str, tarfile.TarInfo]] = {}
-            for member in read_members(file):
-                key, ext = base_plus_ext(member.name)
-                if not key:  # a hidden file, or one without an extension
-                    continue
-                if not member.isreg() or member.issparse():
-                    left_out["links or sparse files with an image's name"] += is_image(ext)
-                    continue
-                sample = samples.setdefault(key, {})
-                if ext.lower() in sample:
-                    raise UserError(f"{file}: holds {member.name!r:.200} twice")
-                sample[ext.lower()] = member
-            for sample in samples.values():
-                images = [ext for ext in sample if is_image(ext)]
-                if not images:
-                    left_out["samples without an image"] += 1
-                    continue
-                left_out["further images of the same samples"] += len(images) - 1
-                image = sample[min(images, key=lambda ext: "." in ext)]
-                names.append(image.name)
-                cls = sample.get("cls")
-                label = (cls.offset_data, cls.size) if cls else (0, 0)
-                locations.extend((number, image.offset_data, image.size, *label))
+        for number, index in enumerate(index_shards(self.files)):
+            names += index.names
+            left_out.update(index.left_out)
+            for location in index.locations:
+                locations.extend((number, *location))
         if not locations:
-            raise UserError(f"{name_files(self.files)}: contains no images")
+            raise UserError(f"{name_files(self.shown)}: contains no images")
         counts = [f"{kind} ({count})" for kind, count in left_out.items() if count]
         if counts and os.environ.get("RANK", "0") == "0":  # only the first process prints
-            print(f"{name_files(self.files)}: left out: {', '.join(counts)}", file=sys.stderr)
+            print(f"{name_files(self.shown)}: left out: {', '.join(counts)}", file=sys.stderr)
         self.names = PackedStrings(names)
         self.locations = np.array(locations).reshape(-1, 5)
-        self.parent = os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in self.files])
+        self.parent = os.path.commonpath([os.path.dirname(absolute_path(file)) for file in self.shown])
 
     def __len__(self) -> int:
         return len(self.locations)
 
     def name(self, index: int) -> str:
-        return f"{self.files[self.locations[index, 0]]}:{self.names[index]}"
+        return f"{self.shown[self.locations[index, 0]]}:{self.names[index]}"
 
     def key(self, index: int) -> str:
-        shard = os.path.relpath(self.files[self.locations[index, 0]], self.parent)
+        shard = os.path.relpath(absolute_path(self.shown[self.locations[index, 0]]), self.parent)
         return f"{Path(shard).as_posix()}:{self.names[index]}"
 
     def label(self, index: int) -> str | None:
@@ -96,33 +80,47 @@ class TarShards:
     def read(self, number: int, offset: int, size: int) -> bytes:
         """Reads `size` bytes at `offset` of shard `number`; `BadImage` if that fails."""
         try:
+            if is_remote(self.files[number]):
+                return read_part(self.files[number], offset, size)
             with open_regular(Path(self.files[number])) as file:
                 file.seek(offset)
                 return file.read(size)
         except OSError as error:
             raise BadImage(f"cannot be read: {error.strerror}") from None
+        except RemoteError as reason:
+            raise BadImage(f"cannot be read: {reason}") from None
 
 
-def is_image(ext: str) -> bool:
-    """Returns whether a member with this extension, such as "mask.png", is an image."""
-    return f".{ext.lower()}".endswith(EXTENSIONS)
+def absolute_path(file: str) -> str:
+    """Returns the absolute path of a local file, or one that stands for an address."""
+    return "/" + file.replace("://", "/") if is_remote(file) else os.path.abspath(file)
 
 
-def read_members(path: str) -> Iterator[tarfile.TarInfo]:
-    """Yields the headers in a .tar file.
+def index_shards(files: Sequence[str]) -> list[ShardIndex]:
+    """Lists the images in each shard, in the order of `files`.
+
+    The headers of remote shards are read concurrently. Each process of a run begins with shards of its own, and finds
+    those of the others on the same machine in the folder of lists.
 
     Raises:
-        UserError: the file is no uncompressed .tar file, or is truncated or corrupt.
+        UserError: a shard cannot be used. For remote shards, the message counts and names all that fail.
     """
+    if not any(map(is_remote, files)):
+        return [index_shard(file) for file in files]
+    rank, processes = (
+        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1))
+    )
+    order = sorted(range(len(files)), key=lambda number: (number - rank) % processes)
+    executor = ThreadPoolExecutor(CONNECTIONS)
     try:
-        with open_regular(Path(path)) as file:
-            with tarfile.open(path, "r:", fileobj=file) as tar:
-                yield from tar
-            file.seek(tar.offset)
-            end = file.read(tarfile.BLOCKSIZE)
-    except (tarfile.TarError, EOFError) as error:
-        raise UserError(f"{path}: not a whole .tar file: {error}") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
-    if end.strip(b"\0"):  # tarfile takes an invalid header for the end of the archive
-        raise UserError(f"{path}: not a whole .tar file: broken header after {tar.offset} bytes")
+        futures = {number: executor.submit(index_shard, files[number]) for number in order}
+        failures = [str(error) for i in range(len(files)) if (error := futures[i].exception()) is not None]
+        for number in range(len(files)):
+            error = futures[number].exception()
+            if error is not None and (len(failures) == 1 or not isinstance(error, UserError)):
+                raise error
+        if failures:
+            raise UserError(f"{len(failures)} of {len(files)} shards cannot be used: {'; '.join(failures)}")
+        return [futures[number].result() for number in range(len(files))]
+    finally:
+        executor.shutdown(cancel_futures=True)

@@ -14,6 +14,7 @@ from accelerate.utils import set_seed
 from diffusers import UNet2DModel
 from torch import Tensor
 
+from litevae.data.remote import redact_pattern
 from litevae.diffusion.config import DiffusionConfig
 from litevae.diffusion.data_loader import LatentData
 from litevae.diffusion.fid import FID, measure_fid, prepare_fid
@@ -265,7 +266,7 @@ class DiffusionTrainer(Loop[DiffusionResult]):
                 "unreadable": fid.unreadable,
                 "samples": self.config.fid.count,
                 "sampler_steps": self.config.sample.steps,
-                "compared_with": self.config.fid.images or self.config.data.train,
+                "compared_with": redact_pattern(self.config.fid.images or self.config.data.train),
                 "crop": f"middle square, resized to {self.data.pixels} x {self.data.pixels}, 8 bits",
                 "network": INCEPTION_NAME,
             }

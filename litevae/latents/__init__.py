@@ -2,6 +2,18 @@
 
 from litevae.latents.encode import Encoding, encode_images
 from litevae.latents.folder import Settings
+from litevae.latents.index import Part
+from litevae.latents.merge import merge_parts
 from litevae.latents.shards import Latent, LatentDataset, sample_latents, verify
 
-__all__ = ["Encoding", "Latent", "LatentDataset", "Settings", "encode_images", "sample_latents", "verify"]
+__all__ = [
+    "Encoding",
+    "Latent",
+    "LatentDataset",
+    "Part",
+    "Settings",
+    "encode_images",
+    "merge_parts",
+    "sample_latents",
+    "verify",
+]

@@ -17,7 +17,7 @@ from litevae.data.sources import ImageSource
 from litevae.environment import DTYPES
 from litevae.errors import UserError, WorkerDied
 from litevae.latents.folder import COMMAND, LatentFolder, Settings, make_header
-from litevae.latents.index import Shard
+from litevae.latents.index import Part, Shard
 from litevae.latents.processes import ProcessDied, Processes, error_message, raise_first
 from litevae.latents.shard_encoder import ShardEncoder, combine_times
 from litevae.lock import locked
@@ -37,7 +37,7 @@ class Encoding:
 
     Attributes:
         folder: folder of the encoded data set.
-        total: images in the data.
+        total: images in the data, or in the range to encode.
         before: images that earlier runs had encoded.
         done: images that this run has encoded.
         bad: images that cannot be read, of all runs.
@@ -76,6 +76,7 @@ def encode_images(
     workers: int = 4,
     max_bad_fraction: float = 0.01,
     compile: bool = False,
+    part: Part | None = None,
 ) -> Encoding:
     """Writes the posteriors of all images to `folder`, in the format that `litevae.latents.shards` describes.
 
@@ -99,6 +100,8 @@ def encode_images(
         workers: number of processes that decode images; 0 decodes in this one.
         max_bad_fraction: fraction of the images that may be unreadable.
         compile: whether to compile the encoder with `torch.compile`.
+        part: range of the shards to encode, for several computers without communication; `merge_parts` joins their
+            folders. None encodes all.
 
     Raises:
         UserError: the model does not take images of this size; a batch exceeds the memory; the folder has other
@@ -113,7 +116,7 @@ def encode_images(
         with StopRequest() as stop, ExitStack() as until_end:
             if model.device.type == "cuda":  # events belong to the current device
                 until_end.enter_context(torch.cuda.device(model.device))
-            target = LatentFolder(folder, images, settings, batch_size, max_bad_fraction)
+            target = LatentFolder(folder, images, settings, batch_size, max_bad_fraction, part)
             open_latent_folder(target, model, processes, until_end)
             # diffusers' own `to` warns about modules to keep in float32, although there are none
             torch.nn.Module.to(model, DTYPES[settings.precision])
@@ -134,13 +137,13 @@ def open_latent_folder(
     """
 
     def begin() -> tuple[dict[str, Any], dict[int, Shard]]:
-        folder.header = make_header(model, folder.images, folder.settings)
+        folder.header = make_header(model, folder.images, folder.settings, folder.part)
         return folder.header, folder.begin(until_end)
 
     # The first process goes ahead, so that only one prints warnings and only one writes.
     first_header, folder.shards = processes.first_does(begin)
     if processes.index:
-        folder.header = make_header(model, folder.images, folder.settings)
+        folder.header = make_header(model, folder.images, folder.settings, folder.part)
         until_end.enter_context(locked(folder.path, COMMAND, processes.index))
     compared = ("model", "images", "encoding", "latents")
     same = [folder.header[name] for name in compared] == [first_header[name] for name in compared]
@@ -158,7 +161,7 @@ def encode_shards(
     stop: StopRequest,
 ) -> Encoding:
     """Encodes the missing shards, in rounds of one batch per process, and completes the index."""
-    missing = [number for number in range(folder.count_shards()) if number not in folder.shards]
+    missing = [number for number in folder.numbers if number not in folder.shards]
     bad_images = folder.open_bad_images()
     numbers = missing[processes.index :: processes.count]
     encoder = ShardEncoder(model, folder, bad_images, numbers, workers, compile)
@@ -169,7 +172,7 @@ def encode_shards(
     failure: Exception | None = None
     interval = 0.5 if sys.stderr.isatty() else 10  # fewer lines in a file or a pipe
     with tqdm(
-        total=len(folder.images),
+        total=folder.count_images(),
         initial=before,
         unit="image",
         mininterval=interval,
@@ -203,7 +206,7 @@ def encode_shards(
     raise_first([message for message, *_ in reports], failure)
     for _, shards, *_ in reports:
         folder.shards |= shards
-    complete = len(folder.shards) == folder.count_shards()
+    complete = len(folder.shards) == len(folder.numbers)
 
     def finish() -> int:
         if complete:
@@ -216,7 +219,7 @@ def encode_shards(
     times = combine_times([times for _, _, times, _ in reports])
     return Encoding(
         folder=folder.path,
-        total=len(folder.images),
+        total=folder.count_images(),
         before=before,
         done=done,
         bad=bad,

@@ -15,7 +15,7 @@ from litevae.environment import versions
 from litevae.errors import UserError
 from litevae.files import TEMPORARY, make_folder
 from litevae.latents.encoder import Precision
-from litevae.latents.index import FORMAT, Shard, marker_path, read_index, read_marker, write_index
+from litevae.latents.index import FORMAT, Part, Shard, marker_path, read_index, read_marker, write_index
 from litevae.latents.shards import Unfinished, find_damage, read_unfinished, unfinished_path
 from litevae.lock import LOCK, locked
 from litevae.models.interface import Autoencoder, check_size, spatial_compression
@@ -42,8 +42,10 @@ class Settings:
     shard_size: int = 1024
 
 
-def make_header(model: Autoencoder, images: ImageSource, settings: Settings) -> dict[str, Any]:
-    """Returns the content of index.json without the shards.
+def make_header(
+    model: Autoencoder, images: ImageSource, settings: Settings, part: Part | None = None
+) -> dict[str, Any]:
+    """Returns the content of index.json without the shards, for a range of them or, if `part` is None, for all.
 
     Raises:
         UserError: the model does not take images of this size.
@@ -71,6 +73,7 @@ def make_header(model: Autoencoder, images: ImageSource, settings: Settings) -> 
             },
         },
         "versions": versions(),
+        **({} if part is None else {"part": part}),
     }
 
 
@@ -83,9 +86,11 @@ class LatentFolder:
         settings: settings of the encoded data set.
         batch_size: images per batch.
         max_bad_fraction: fraction of the images that may be unreadable.
+        part: range of the shards to encode; None for all.
 
     Attributes:
         header: content of index.json without the shards, from `make_header`; to be set before `begin`.
+        numbers: numbers of the shards to encode.
         shards: complete shards by number.
     """
 
@@ -96,16 +101,20 @@ class LatentFolder:
         settings: Settings,
         batch_size: int,
         max_bad_fraction: float,
+        part: Part | None = None,
     ) -> None:
         self.path, self.images, self.settings = path, images, settings
         self.batch_size, self.max_bad_fraction = batch_size, max_bad_fraction
+        total = -(-len(images) // settings.shard_size)
+        self.part = part
+        self.numbers = range(total) if part is None else part.shards(total)
         self.header: dict[str, Any] = {}
         self.shards: dict[int, Shard] = {}
 
     def open_bad_images(self) -> BadImages:
         """Opens the list of unreadable images, which all processes continue."""
         path = self.path / BAD_IMAGES
-        return BadImages(path, len(self.images), self.max_bad_fraction, setting="--max-bad-fraction")
+        return BadImages(path, self.count_images(), self.max_bad_fraction, setting="--max-bad-fraction")
 
     def rewrite_bad_images(self) -> BadImages:
         """Writes the list anew from the complete shards, in their order; `UserError` if it is too long."""
@@ -145,8 +154,8 @@ class LatentFolder:
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written: {error.strerror}") from None
         self.check_unchanged(index)
-        listed = dict(enumerate(index["shards"]))
-        for number in range(self.count_shards()):
+        listed = dict(zip(self.numbers, index["shards"], strict=False))
+        for number in self.numbers:
             shard = read_marker(self.path, number) or listed.get(number)
             if shard is None:
                 continue
@@ -165,20 +174,26 @@ class LatentFolder:
             for name, value in self.header["encoding"].items()
             if index["encoding"].get(name) != value
         ]
-        count, now = index["images"]["count"], len(self.images)
-        if count != now:
-            changes.append(f"{count} images, not {now}")
+        count = index["images"]["count"]
+        if count != len(self.images):
+            changes.append(f"{count} images, not {len(self.images)}")
         elif index["images"] != self.header["images"]:
             changes.append("images of other names")
         if index["model"]["sha256"] != self.header["model"]["sha256"]:
             changes.append("another model")
+        if index.get("part") != self.part:
+            first, now = (
+                f"range {part}" if part else "all images" for part in (index.get("part"), self.part)
+            )
+            changes.append(f"{first}, not {now}")
         if changes:
             raise UserError(
                 f"{self.path}: was begun with {', '.join(changes)}: give the same, or another folder"
             )
 
-    def count_shards(self) -> int:
-        return -(-len(self.images) // self.settings.shard_size)
+    def count_images(self) -> int:
+        """Returns the number of images that the shards to encode cover."""
+        return sum(len(self.shard_range(number)) for number in self.numbers)
 
     def shard_range(self, number: int) -> range:
         """Returns the numbers in the data of a shard's images."""
@@ -219,11 +234,10 @@ class LatentFolder:
             UserError: no image can be read, or too many cannot.
         """
         bad = self.rewrite_bad_images()
-        numbers = range(self.count_shards())
-        if not any(shard.count for shard in self.shards.values()):
+        if self.shards and not any(shard.count for shard in self.shards.values()):
             raise UserError(f"none of the images can be read: {bad.path} lists them")
-        write_index(self.path, {**self.header, "complete": True}, [self.shards[i] for i in numbers])
-        for number in numbers:
+        write_index(self.path, {**self.header, "complete": True}, [self.shards[i] for i in self.numbers])
+        for number in self.numbers:
             marker_path(self.path, number).unlink(missing_ok=True)
             unfinished_path(self.path, number).unlink(
                 missing_ok=True

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from litevae.errors import UserError, shorten
 from litevae.files import parse_json, read_json, replacing, sync_folder, why_missing, write
@@ -45,6 +45,20 @@ class Shard:
     bad: dict[str, str]
 
 
+class Part(NamedTuple):
+    """One of `total` disjoint ranges of the shards, with the numbers 0 to `total` - 1."""
+
+    number: int
+    total: int
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.total}"
+
+    def shards(self, count: int) -> range:
+        """Returns the numbers of the range's shards among `count`; the lengths of the ranges differ by at most 1."""
+        return range(self.number * count // self.total, (self.number + 1) * count // self.total)
+
+
 def name_shard(number: int) -> str:
     """Returns the file name of shard `number`."""
     return f"shard-{number:05d}.safetensors"
@@ -69,7 +83,8 @@ def read_index(folder: Path) -> dict[str, Any] | None:
     """Reads index.json of a complete or incomplete folder.
 
     Returns:
-        Its content, with `Shard`s in "shards"; None if the file does not exist.
+        Its content, with `Shard`s in "shards" and for a range of them a `Part` in "part"; None
+        if the file does not exist.
 
     Raises:
         UserError: the file is no index, or is of another version.
@@ -82,6 +97,8 @@ def read_index(folder: Path) -> dict[str, Any] | None:
         if index["format"] != FORMAT:
             raise UserError(f"{path}: is of format {shorten(index['format'])}; this version reads {FORMAT!r}")
         index["shards"] = check_index(index)
+        if "part" in index:
+            index["part"] = read_part(index)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -119,7 +136,27 @@ def check_index(index: dict[str, Any]) -> list[Shard]:
     ):
         if not fits(value):
             raise ValueError(f"{name} must be {allowed}, got {shorten(value)}")
-    return [parse_shard(entry, number) for number, entry in enumerate(index["shards"])]
+    part, first = read_part(index), 0
+    if part is not None:
+        first = part.shards(-(-index["images"]["count"] // encoding["shard_size"])).start
+    return [parse_shard(entry, number) for number, entry in enumerate(index["shards"], first)]
+
+
+def read_part(index: dict[str, Any]) -> Part | None:
+    """Returns the range of the shards that index.json covers, or None if it covers all.
+
+    Raises:
+        ValueError: the entry is of the wrong type.
+    """
+    value = index.get("part")
+    if value is None:
+        return None
+    if not is_list(value) or len(value) != 2 or not all(map(is_count, value)) or value[0] >= value[1]:
+        raise ValueError(f"part must be two whole numbers, the first below the second, got {shorten(value)}")
+    size = index["encoding"].get("shard_size")
+    if not is_count(size) or size == 0:
+        raise ValueError(f"encoding.shard_size must be a whole number from 1, got {shorten(size)}")
+    return Part(*value)
 
 
 def parse_shard(entry: Any, number: int) -> Shard:
@@ -190,14 +227,26 @@ def is_text(value: Any) -> bool:
         return False
 
 
-def read_complete_index(folder: Path) -> dict[str, Any]:
-    """Reads index.json as `read_index` does; `UserError` unless the folder is complete."""
+def read_complete_index(folder: Path, part: bool = False) -> dict[str, Any]:
+    """Reads index.json as `read_index` does.
+
+    Args:
+        folder: folder of the encoded data set.
+        part: whether the folder may hold a range of the shards only.
+
+    Raises:
+        UserError: the folder is not complete, or holds a range that it may not.
+    """
     index = read_index(folder)
     if index is None:
         reason = "has no index.json: not encoded images"
         raise UserError(f"{folder}: {reason if folder.is_dir() else why_missing(folder, 'folder')}")
     if not index["complete"]:
         raise UserError(f"{folder}: not complete: run the same litevae encode command again to continue it")
+    if index.get("part") and not part:
+        raise UserError(
+            f"{folder}: holds range {index['part']} only: join the ranges with litevae encode --merge"
+        )
     return index
 
 

@@ -168,8 +168,12 @@ def find_damage(folder: Path, shard: Shard) -> str | None:
     return None if digest == shard.sha256 else CHANGED
 
 
-def verify(folder: Path) -> dict[str, Any]:
+def verify(folder: Path, part: bool = False) -> dict[str, Any]:
     """Checks that an encoded data set is complete, and the SHA-256 and the tensors of each shard.
+
+    Args:
+        folder: folder that `litevae encode` has written.
+        part: whether the folder may hold a range of the shards only.
 
     Returns:
         Content of index.json, with `Shard`s in "shards".
@@ -177,10 +181,14 @@ def verify(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: the message names the first fault.
     """
-    index = read_complete_index(folder)
+    index = read_complete_index(folder, part)
     shape = tuple(index["latents"]["shape"])
     names = {MOMENTS, *([MIRRORED] if index["encoding"]["mirror"] else [])}
-    end = 0
+    end, count = 0, index["images"]["count"]
+    if index.get("part"):
+        size = index["encoding"]["shard_size"]
+        shards = index["part"].shards(-(-count // size))
+        end, count = shards.start * size, min(shards.stop * size, count)
     for shard in index["shards"]:
         damage, remedy = find_damage(folder, shard), "the same litevae encode command repairs it"
         if damage is None:
@@ -201,8 +209,8 @@ def verify(folder: Path) -> dict[str, Any]:
         if damage is not None:
             raise UserError(f"{folder / shard.file}: {damage}; {remedy}")
         end += shard.images
-    if end != index["images"]["count"]:
-        raise UserError(f"{folder / INDEX}: lists {end} of {index['images']['count']} images")
+    if end != count:
+        raise UserError(f"{folder / INDEX}: lists {end} of {count} images")
     return index
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from litevae import settings
+from litevae.data.remote import redact_pattern
 from litevae.evaluation.metrics import METRICS
 from litevae.evaluation.yardsticks import yardstick_labels
 from litevae.models.card import Measurement, make_card
@@ -48,7 +49,9 @@ def describe_run(config: Config, metrics: Mapping[str, Any]) -> str:
         teacher_latents=last_part(config.teacher_latents),
         resume=last_part(config.resume),
         data=replace(
-            config.data, train=last_part(config.data.train), validation=last_part(config.data.validation)
+            config.data,
+            train=last_part(redact_pattern(config.data.train)),
+            validation=last_part(redact_pattern(config.data.validation)),
         ),
     )
     return f"""

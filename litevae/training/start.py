@@ -11,6 +11,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 
+from litevae.data.remote import redact_pattern
 from litevae.environment import DTYPES, choose_precision
 from litevae.errors import UserError
 from litevae.files import TEMPORARY
@@ -52,7 +53,15 @@ def begin(config: ConfigType, folder: Path) -> tuple[ConfigType, Accelerator, Ch
     if isinstance(checkpoint, UserError):
         raise checkpoint
     config = replace(config, precision=precision)
-    return config, make_accelerator(precision, config.tracker, asdict(config), folder), checkpoint, note
+    accelerator = make_accelerator(precision, config.tracker, without_secrets(asdict(config)), folder)
+    return config, accelerator, checkpoint, note
+
+
+def without_secrets(settings: Any) -> Any:
+    """Returns settings whose addresses lack users, passwords and signatures: trackers send them to a service."""
+    if isinstance(settings, dict):
+        return {name: without_secrets(value) for name, value in settings.items()}
+    return redact_pattern(settings) if isinstance(settings, str) else settings
 
 
 def choose_run_precision(

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from litevae.data.config import DataConfig
 from litevae.data.crops import CropBatch, CropItem, TrainingCrops, collate
 from litevae.data.images import Pixels
+from litevae.data.remote import redact_pattern
 from litevae.data.sources import ImageSource
 from litevae.errors import UserError
 from litevae.latents import LatentDataset
@@ -100,7 +101,7 @@ def open_teacher_latents(
     if index["model"]["sha256"] != hash_encoder(teacher):
         fault = "was encoded with another model than the teacher"
     elif index["images"] != {"count": len(images), "sha256": hash_keys(images)}:
-        fault = f"was encoded from other images than data.train={config.train}"
+        fault = f"was encoded from other images than data.train={redact_pattern(config.train)}"
     elif encoding.get("crop") != CROP:
         fault = "does not hold the latents of middle squares"
     elif others := [size for size in sizes if size != encoding.get("size")]:

@@ -12,6 +12,7 @@ from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor, nn
 
 from litevae.data.config import check_has_images
+from litevae.data.remote import redact_pattern
 from litevae.data.images import to_model_range
 from litevae.data.sources import open_images
 from litevae.discriminators import build_discriminator
@@ -328,7 +329,7 @@ class Trainer(Loop[TrainingResult]):
         height, width = self.data.validation[0][1].shape[:2] if self.data.validation else (0, 0)
         metrics = {
             "validation": {
-                "images": self.config.data.validation or self.config.data.train
+                "images": redact_pattern(self.config.data.validation or self.config.data.train)
                 if self.data.validation
                 else None,
                 "count": len(self.data.validation),

@@ -206,7 +206,7 @@ def run_command(command: str) -> None:
     words = shlex.split(command)
     # After the name of the configuration, or the teacher.
     place = 3 if words[1].startswith(("train", "experiment", "distill")) else 2
-    short = shlex.split(SHORT.get(" ".join(words[:2]), ""))
+    short = [] if "--merge" in words else shlex.split(SHORT.get(" ".join(words[:2]), ""))
     if words[1] in ("train", "train-diffusion") and words[2] != "--help":
         # The prepared runs have no checkpoints, and a finished result without any is not replaced.
         load, result = {
@@ -232,7 +232,8 @@ def check(command: str) -> None:
     known_commands = typer.main.get_command(app).commands
     assert name in known_commands, f"{command}: no such command"
     cli = known_commands[name]
-    given = cli.make_context(f"litevae {name}", arguments, resilient_parsing="--verify" in arguments).params
+    acts = not {"--verify", "--merge"}.isdisjoint(arguments)  # instead of the command
+    given = cli.make_context(f"litevae {name}", arguments, resilient_parsing=acts).params
     if name == "train":
         load_config(given["config"], given["overrides"] or ())
     elif name == "distill":

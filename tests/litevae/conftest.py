@@ -2,7 +2,11 @@ import json
 import os
 import runpy
 import signal
+import threading
+import zlib
+from collections import deque
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from unittest import mock
 
@@ -11,6 +15,7 @@ import torch
 from PIL import Image
 from skimage import data
 
+from litevae.data import remote
 from litevae_kernels import backend
 
 SIZE = 32
@@ -213,3 +218,75 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_TOKEN", "token")
     yield hub
     hub.close()
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Serves the files of `server.folder` in parts, and fails as `server.failures` and `server.broken` say."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self):
+        self.answer(with_body=False)
+
+    def do_GET(self):
+        self.answer(with_body=True)
+
+    def answer(self, with_body):
+        path = self.server.folder / self.path.partition("?")[0].lstrip("/")
+        failure = None
+        if with_body:
+            self.server.requests.append((self.path, self.headers.get("Range")))
+            failure = self.server.failures.popleft() if self.server.failures else None
+        if path.name in self.server.broken:
+            failure = self.server.broken[path.name]
+        if not path.is_file():
+            failure = 404
+        if isinstance(failure, int):
+            self.send_response(failure)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        content = path.read_bytes()
+        etag = f'"{zlib.crc32(content)}"'
+        begin, end = 0, len(content)
+        if self.headers.get("Range"):
+            begin, last = (int(number) for number in self.headers["Range"].removeprefix("bytes=").split("-"))
+            end = min(last + 1, end)
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{len(content)}")
+        else:
+            self.send_response(200)
+        self.send_header("ETag", etag)
+        self.send_header("Content-Length", str(end - begin))
+        self.end_headers()
+        if with_body and failure == "cut":
+            self.wfile.write(content[begin : (begin + end) // 2])
+            self.close_connection = True
+        elif with_body:
+            self.wfile.write(content[begin:end])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """Serves tmp_path/"served" over HTTP on this computer.
+
+    `url` is the address of the folder, `requests` lists the GET requests, `failures` holds the failures of the next
+    GET requests (a status, "cut" or None), and `broken` those of all requests for a file of a name.
+    """
+    pytest.importorskip("aiohttp", reason="the extra `remote` is not installed")
+    monkeypatch.setattr(remote, "WAITS", (0.01, 0.02, 0.03))
+    monkeypatch.setenv("LITEVAE_CACHE", str(tmp_path / "cache"))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.folder = tmp_path / "served"
+    server.folder.mkdir()
+    server.requests, server.failures, server.broken = [], deque(), {}
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()

@@ -99,3 +99,25 @@ def test_columns_that_may_hold_the_classes_are_named(model_folder, tmp_path, cap
     errors = capsys.readouterr().err
     assert f"{tmp_path}/data: has no column label, so the images get no labels; rename" in errors
     assert "to label (fine_label)" in errors
+
+
+def test_ranges_are_encoded_and_merged(command, tmp_path, capsys, model_folder, photographs):
+    out = tmp_path / "out"
+    for number in range(2):
+        arguments = ["encode", model_folder, photographs, out / str(number), "--range", f"{number}/2"]
+        options = ["--shard-size", 4, "--max-bad-fraction", 0.2, "--workers", 0, "--device", "cpu"]
+        assert main([str(argument) for argument in [*arguments, *options]]) == 0
+        assert f"this is range {number}/2" in capsys.readouterr().out
+    assert main(["encode", "--verify", str(out / "0")]) == 0
+    assert f"{out / '0'}: range 0/2, 4 images in 1 shard" in capsys.readouterr().out
+    assert main(["encode", "--merge", *map(str, sorted(out.iterdir()))]) == 0
+    assert (
+        f"{out}: 10 images in 3 shards, 1 bad image left out; all files are intact" in capsys.readouterr().out
+    )
+    assert "complete already" in command("--shard-size", "4").out
+    for wrong in ("2/2", "1", "-1/2", "0/0", "1/2/3", "a/b"):
+        assert "must be i/n with i from 0 to n-1" in command("--range", wrong, status=2).err
+    assert main(["encode", "--merge", str(out), "--mirror"]) == 2
+    assert "--merge: takes folders only, and no option '--mirror'" in capsys.readouterr().err
+    assert main(["encode", "--merge"]) == 2
+    assert "give the folders of all ranges" in capsys.readouterr().err
