@@ -24,6 +24,7 @@ from litevae.models.weight_files import (
     list_weights,
     read_weights,
     weight_files,
+    without_variant,
 )
 from litevae.models.weights import SAME_DECODER, advice, copy_weights, explain_shapes, load_decoder
 
@@ -92,23 +93,16 @@ class PretrainedMixin(ModelMixin, ConfigMixin):
         folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
         info_wanted = kwargs.pop("output_loading_info", False)
         path = None if kwargs.get("use_flashpack") else cls._check_folder(folder, kwargs)
-        if not folder.is_dir():
-            named = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-            check_class(cls, cls.load_config(pretrained_model_name_or_path, **named), folder)
         try:
+            if not folder.is_dir():
+                named = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+                check_class(cls, cls.load_config(pretrained_model_name_or_path, **named), folder)
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, output_loading_info=True, **kwargs
             )
         except OSError as error:
-            if path is None and not (kwargs.get("variant") or kwargs.get("local_files_only")):
-                found = list_variants_on_hub(str(pretrained_model_name_or_path), **kwargs)
-                if found and None not in found:
-                    raise UserError(ask_for_variant(folder, found)) from None
             if path is None and "does not appear to have a file named" in str(error):
-                raise OSError(
-                    f"{folder}: holds no {CONFIG} with {WEIGHTS} or .bin beside it: for a variant of the weights pass "
-                    "variant='fp16', and for a part of a pipeline subfolder='vae'"
-                ) from None
+                raise explain_missing(folder, pretrained_model_name_or_path, kwargs) from None
             raise
         except (ValueError, RuntimeError) as error:
             if path is None and not kwargs.get("use_flashpack"):
@@ -256,14 +250,38 @@ def ask_for_variant(folder: Path, variants: Iterable[str | None]) -> str:
     return f"{folder}: holds only a variant of the weights: pass {names}"
 
 
+def explain_missing(
+    folder: Path, repository: str | os.PathLike[str], kwargs: Mapping[str, Any]
+) -> UserError | OSError:
+    """Returns the error for a repository of the Hub that lacks the files that `from_pretrained` needs.
+
+    Args:
+        folder: the repository and the subfolder, for the message.
+        repository: name of the repository.
+        kwargs: arguments of `from_pretrained`.
+    """
+    variant = kwargs.get("variant")
+    if found := list_variants_on_hub(str(repository), **kwargs):
+        return UserError(
+            ask_for_variant(folder, found) if variant is None else without_variant(folder, variant, found)
+        )
+    return OSError(
+        f"{folder}: holds no {CONFIG} with {WEIGHTS} or .bin beside it: for a variant of the weights pass "
+        "variant='fp16', and for a part of a pipeline subfolder='vae'"
+    )
+
+
 def list_variants_on_hub(
     repo_id: str,
     subfolder: str | None = None,
     revision: str | None = None,
     token: str | None = None,
+    local_files_only: bool = False,
     **_: Any,
 ) -> list[str | None]:
     """Returns the variants of a model's weights in a repository of the Hub; none if the Hub does not say."""
+    if local_files_only:
+        return []
     try:
         paths = map(Path, list_repo_files(repo_id, revision=revision, token=token))
     except Exception:  # diffusers has reported the same, or there is no network

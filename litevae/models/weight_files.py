@@ -71,15 +71,12 @@ def find_weights(folder: Path, variant: str | None = None) -> tuple[Path, str | 
         if not os.path.isdir(folder):
             raise UserError(f"{folder}: {why_missing(folder, 'file or folder')}")
         raise UserError(f"{folder / WEIGHTS}: no such file")
-    variants = ", ".join(sorted(str(each) for each in found if each is not None))
     if variant is not None and variant not in found:
-        raise UserError(
-            f"{folder}: holds no weights of variant {shorten(variant)}, only {variants or 'those without one'}"
-        )
+        raise UserError(without_variant(folder, variant, found))
     if variant is None and None not in found:
         if len(found) > 1:
             raise UserError(
-                f"{folder}: holds the weights of several variants ({variants}): give the path of one file"
+                f"{folder}: holds the weights of several variants ({name_variants(found)}): give the path of one file"
             )
         variant = next(iter(found))
     forms = found[variant]
@@ -89,6 +86,16 @@ def find_weights(folder: Path, variant: str | None = None) -> tuple[Path, str | 
         for parts in (False, True)
         if (form, parts) in forms
     ), variant
+
+
+def name_variants(variants: Iterable[str | None]) -> str:
+    return ", ".join(sorted(str(each) for each in variants if each is not None))
+
+
+def without_variant(folder: Path, variant: str, found: Iterable[str | None]) -> str:
+    """Returns the message for a folder or repository that has other variants of the weights only."""
+    only = name_variants(found) or "those without one"
+    return f"{folder}: holds no weights of variant {shorten(variant)}, only {only}"
 
 
 def weight_files(path: Path) -> list[Path]:

@@ -81,7 +81,9 @@ def measurements(model: Autoencoder, validation: Mapping[str, Any]) -> list[Meas
     if not validation["count"] or validation["psnr"] is None:
         return []
     labels = yardstick_labels(model)
-    rows = {"model": {name: validation[name] for name in METRICS if name in validation}}
+    rows: dict[str, dict[str, float | None]] = {
+        "model": {name: validation[name] for name in METRICS if name in validation}
+    }
     rows |= {labels[name]: values for name, values in validation["yardsticks"].items()}
     count = validation["count"]
     conditions = (

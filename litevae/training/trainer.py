@@ -12,8 +12,8 @@ from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor, nn
 
 from litevae.data.config import check_has_images
-from litevae.data.remote import redact_pattern
 from litevae.data.images import to_model_range
+from litevae.data.remote import redact_pattern
 from litevae.data.sources import open_images
 from litevae.discriminators import build_discriminator
 from litevae.environment import versions

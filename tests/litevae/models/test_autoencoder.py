@@ -124,6 +124,7 @@ def test_round_trip_through_a_folder(make, image, tmp_path, changes):
     vae = make(scaling_factor=0.7, shift_factor=0.1, use_1x1_conv=True, **changes)
     vae.save_pretrained(tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {
+        "README.md",
         "config.json",
         "diffusion_pytorch_model.safetensors",
     }

@@ -75,7 +75,7 @@ class TestFromPretrained:
             UserError, match=r"^me/vae: holds only a variant of the weights: pass variant='fp16'$"
         ):
             LiteVAE.from_pretrained("me/vae")
-        with pytest.raises(OSError, match="bf16"):
+        with pytest.raises(UserError, match=r"^me/vae: holds no weights of variant 'bf16', only fp16$"):
             LiteVAE.from_pretrained("me/vae", variant="bf16")
 
     def test_another_class_is_refused_before_its_weights_are_loaded(self, hub, tmp_path):
@@ -89,6 +89,12 @@ class TestFromPretrained:
     def test_a_repository_that_does_not_exist(self, hub):
         with pytest.raises(OSError, match="me/nothing is not a local folder"):
             LiteVAE.from_pretrained("me/nothing")
+
+    def test_a_repository_without_a_model(self, hub, tmp_path):
+        (tmp_path / "README.md").touch()
+        hub.add("me/text", tmp_path)
+        with pytest.raises(OSError, match=r"^me/text: holds no config\.json with .* subfolder='vae'$"):
+            LiteVAE.from_pretrained("me/text")
 
     def test_a_pipeline_loads_after_importing_litevae(self, hub, model, tmp_path):
         torch.manual_seed(0)

@@ -1,7 +1,6 @@
 """The card of a training run."""
 
 import json
-import re
 from pathlib import Path
 
 from litevae import LiteVAE
@@ -26,7 +25,7 @@ def test_its_settings_repeat_the_run(tiny, no_pictures, tmp_path):
     metrics = json.loads((folder / "metrics.json").read_text())
     assert f"| model | {metrics['validation']['psnr']:.4g} |" in text
     metrics["validation"]["lpips"] = 0.25  # a further name in validate_metrics
-    assert re.search(r"\| model \| [^|]+ \| [^|]+ \| 0\.25 \|", make_run_card(model, config, metrics).text)
+    assert "| model | 0.25 | " in make_run_card(model, config, metrics).text
     metrics["validation"] |= {"count": 0, "psnr": None}
     metrics["complete"] = False
     text = make_run_card(model, config, metrics).text

@@ -54,7 +54,13 @@ def test_what_a_run_shares_holds_no_signature(served, tiny_settings, tmp_path, n
     monkeypatch.setattr(start, "make_accelerator", lambda *args: tracked.append(args[2]) or make(*args))
     address = f"{served.url}/{{0..1}}.tar"
     images = [f"data.{name}={address}?sig=secret" for name in ("train", "validation")]
-    options = [*images, "data.workers=0", "max_steps=1", "checkpoint.every=0", f"output_dir={tmp_path / 'run'}"]
+    options = [
+        *images,
+        "data.workers=0",
+        "max_steps=1",
+        "checkpoint.every=0",
+        f"output_dir={tmp_path / 'run'}",
+    ]
     folder = train(load_config("demo", [*tiny_settings, *options])).output_dir
     assert tracked[0]["data"]["train"] == tracked[0]["data"]["validation"] == address
     metrics = (folder / "metrics.json").read_text()
