@@ -4,14 +4,16 @@ Each object file is cached under the hash of its command and of all files that i
 operator compiles that operator again.
 """
 
+import fcntl
 import hashlib
 import os
 import shutil
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from litevae_kernels.core_interface import INTERFACE
@@ -53,14 +55,25 @@ def why_no_core() -> str | None:
 
 def build_emulator(cache: Path) -> Path:
     """Returns the library of the emulator alone."""
-    return _link("ptx_emulator", _compile(cache, _emulator_commands()), cache)
+    with _alone(cache):
+        return _link("ptx_emulator", _compile(cache, _emulator_commands()), cache)
 
 
 def build_core(cache: Path) -> Path:
     """Returns the extension module `litevae_core` with the emulator in it."""
-    # The emulator comes first: its variables must exist when the constructors of nvcc's objects register kernels.
-    commands = [*_emulator_commands(), _emulator_command("cuda_runtime"), *_core_commands(cache)]
-    return _link("litevae_core", _compile(cache, commands), cache)
+    with _alone(cache):
+        # The emulator comes first: its variables must exist when the constructors of nvcc's objects register kernels.
+        commands = [*_emulator_commands(), _emulator_command("cuda_runtime"), *_core_commands(cache)]
+        return _link("litevae_core", _compile(cache, commands), cache)
+
+
+@contextmanager
+def _alone(cache: Path) -> Iterator[None]:
+    """Lets one process at a time build, so that the others find the result."""
+    cache.mkdir(parents=True, exist_ok=True)
+    with open(cache / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 Command = tuple[list[str], Path, list[Path]]  # arguments, source, and the files that it may include
@@ -120,7 +133,6 @@ def _identity() -> str:
 
 
 def _compile(cache: Path, commands: Sequence[Command]) -> list[Path]:
-    cache.mkdir(parents=True, exist_ok=True)
     identity = _identity()
 
     def compile(command: Command) -> Path:
