@@ -220,6 +220,7 @@ def can_overwrite(x: Tensor) -> bool:
         and not torch.is_grad_enabled()
         and forward_ad._current_level < 0  # A tangent would be lost.
         and x.device.type == "cpu"
+        and not x.is_neg()  # The kernel would write where the negation is still pending.
         and x.numel() > 0
         and x.is_contiguous(memory_format=memory_format_of(is_channels_last(x)))
     )
