@@ -102,9 +102,7 @@ class SquareDataset(Dataset[Square]):
         try:
             self.images.load(0)
         except BadImage as reason:
-            return UserError(
-                f"none of the {self.count} images can be read; {self.images.name(0)}: {reason}"
-            )
+            return UserError(f"none of the {self.count} images can be read; {self.images.name(0)}: {reason}")
         return UserError(f"none of the {self.count} images could be read")  # the first one can be by now
 
     def collate(self, squares: Sequence[Square]) -> SquareBatch:

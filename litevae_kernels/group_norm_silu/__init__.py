@@ -68,7 +68,7 @@ def group_norm_silu(
     arguments = (_as_4d(x), None if skip is None else _as_4d(skip), weight, bias, num_groups, eps)
     if backend == "reference":
         y = reference.forward(*arguments)
-    elif overwrite and backend == "native" and skip is None and op.can_overwrite(arguments[0]):
+    elif overwrite and backend == "native" and skip is None and op.can_overwrite(arguments[0], weight, bias):
         y = op.group_norm_silu_(arguments[0], weight, bias, num_groups, eps)
     else:
         refuse_tangents("group_norm_silu", backend, x, skip, weight, bias)
