@@ -67,7 +67,7 @@ def test_tiles_of_one_latent_pixel_are_refused_as_such_images_are(make, image):
     vae = make()
     vae.enable_tiling()
     vae.tile_sample_min_size = 15
-    with pytest.raises(ValueError, match="^tile_sample_min_size must be at least 16, got 15$"):
+    with pytest.raises(ValueError, match=r"^tile_sample_min_size must be at least 16, got 15$"):
         vae.encode(image)
     vae.tile_sample_min_size = 16
     assert vae.encode(image).latent_dist.mean.isfinite().all()
