@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import re
 import secrets
 import shutil
 import stat
@@ -22,6 +23,8 @@ from litevae.errors import UserError, one_line
 LONGEST_JSON = 2**27  # bytes
 MOST_JSON_VALUES = 5 * 10**6  # with all these, a list of lists takes half a gigabyte
 DEEPEST_JSON = 32  # nested lists and mappings
+
+ADDRESS = re.compile("[A-Za-z][A-Za-z0-9+.-]+:/")  # pathlib makes one slash of two
 
 TEMPORARY = "." + "[0-9a-f]" * 16 + ".tmp*"  # pattern of the names that `replacing` gives
 NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # Windows has no such flag
@@ -147,7 +150,7 @@ def can_be_path(text: str) -> bool:
 
 
 def why_missing(path: "str | os.PathLike[str]", kind: str) -> str:
-    """Returns why a path is not a file or folder, for a message: it does not exist, its links form a cycle, and so on.
+    """Returns why a path is not a file or folder, for a message: it does not exist, is an address, and so on.
 
     Args:
         path: path that is no such `kind`.
@@ -156,6 +159,8 @@ def why_missing(path: "str | os.PathLike[str]", kind: str) -> str:
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a null character
+        if ADDRESS.match(os.fspath(path)):
+            return f"an address, not a local {kind}: download it and give its path"
         return f"no such {kind}"
     except OSError as error:
         return error.strerror or f"no such {kind}"

@@ -10,10 +10,12 @@ from litevae_kernels import conv3x3, group_norm_silu, modulate_weight, self_modu
 from litevae_kernels.arithmetic import widened
 from litevae_kernels.smc import named_padding, pair
 from litevae_kernels.tensors import (
+    add_residual,
     check_dtype,
     check_eps,
     check_flag,
     check_operand,
+    check_residual,
     check_tensor,
     is_integer,
     shape_of,
@@ -58,8 +60,12 @@ class Conv2d(nn.Conv2d):
         TypeError: an argument of the constructor, or the input, has another type, or the input has another dtype than
             the weight and autocast does not convert it.
         ValueError: an argument of the constructor is out of range, `groups` does not divide the channels, or the input
-            is on another device than the weight.
+            is on another device than the weight, has other dimensions or channels, or is too small for the kernel or
+            the padding.
     """
+
+    # This type is narrower than the one that nn.Conv2d declares.
+    padding: str | tuple[int, int]
 
     def __init__(
         self,
@@ -106,8 +112,39 @@ class Conv2d(nn.Conv2d):
             dtype,
         )
 
+    def check_size(self, x: Tensor, weight: Tensor) -> None:
+        """Checks the shape of the input.
+
+        Raises:
+            ValueError: `x` is not ([N,] C_in, H, W), or is too small for the kernel or the padding.
+        """
+        if x.ndim not in (3, 4):
+            raise ValueError(f"x has {x.ndim} dimensions; 4 are needed: (batch, channels, height, width)")
+        channels = weight.shape[1] * self.groups
+        if x.shape[-3] != channels:
+            raise ValueError(f"x has shape {shape_of(x)}; {channels} channels are needed, as in the weight")
+        left, right, top, bottom = self._reversed_padding_repeated_twice
+        if self.padding_mode == "zeros" and not isinstance(self.padding, str):
+            top, left = bottom, right = self.padding
+        # A mode reflects all pixels but the edge's, or wraps around once.
+        spare = {"reflect": 1, "circular": 0}.get(self.padding_mode)
+        for size, pads, kernel, step in zip(
+            x.shape[-2:], ((top, bottom), (left, right)), weight.shape[2:], self.dilation, strict=True
+        ):
+            if spare is not None and (size == 0 or max(pads) > size - spare):
+                raise ValueError(
+                    f"padding is {self.padding}; padding_mode {self.padding_mode!r} allows at most "
+                    f"{max(size - spare, 0)} for x of shape {shape_of(x)}"
+                )
+            if size == 0 or size + sum(pads) <= step * (kernel - 1):
+                raise ValueError(
+                    f"x has shape {shape_of(x)}; with a padding of {self.padding} and a dilation of {self.dilation}, "
+                    f"it is smaller than the kernel of {weight.shape[2]}x{weight.shape[3]}"
+                )
+
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         check_operands(input, weight, bias)
+        self.check_size(input, weight)
         return widened(super()._conv_forward, input, weight, bias)
 
 
@@ -117,7 +154,8 @@ class Linear(nn.Linear):
     Raises:
         TypeError: an argument of the constructor, or the input, has another type, or the input has another dtype than
             the weight and autocast does not convert it.
-        ValueError: a number of features is less than 1, or the input is on another device than the weight.
+        ValueError: a number of features is less than 1, or the input is on another device than the weight or has
+            another number of features.
     """
 
     def __init__(
@@ -137,6 +175,9 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         check_operands(input, self.weight, self.bias)
+        features = self.weight.shape[1]
+        if input.ndim == 0 or input.shape[-1] != features:
+            raise ValueError(f"x has shape {shape_of(input)}; (..., {features}) is needed, as in the weight")
         return widened(F.linear, input, self.weight, self.bias)
 
 
@@ -213,9 +254,13 @@ class Conv3x3(Conv2d):
         options = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups, self.padding_mode)
         if options == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros"):
             return conv3x3(input, self.weight, self.bias, residual=residual, silu_input=silu_input)
+        check_flag(silu_input, "silu_input")
         check_tensor(input, "x")
         y = super().forward(F.silu(input) if silu_input else input)
-        return y if residual is None else y + residual
+        if residual is None:
+            return y
+        check_residual(residual, y.shape, input)
+        return add_residual(y, residual)
 
 
 class SelfModulatedConv2d(Conv2d):
@@ -235,7 +280,6 @@ class SelfModulatedConv2d(Conv2d):
     # These types are narrower than those that nn.Conv2d declares.
     kernel_size: tuple[int, int]
     stride: tuple[int, int]
-    padding: str | tuple[int, int]
     dilation: tuple[int, int]
 
     def __init__(
@@ -272,18 +316,8 @@ class SelfModulatedConv2d(Conv2d):
     def _pad(self, input: Tensor) -> Tensor:
         """Returns `input`, padded as a padding mode other than zeros requires."""
         check_tensor(input, "x")
-        left, right, top, bottom = self._reversed_padding_repeated_twice
-        if input.ndim == 4 and input.shape[1] == self.in_channels:  # The convolution refuses any other.
-            # A mode reflects all pixels but the edge's, or wraps around once.
-            spare = {"reflect": 1, "circular": 0}.get(self.padding_mode)
-            for size, pad in zip(input.shape[2:], (max(top, bottom), max(left, right)), strict=True):
-                if size == 0 or (spare is not None and pad > size - spare):
-                    raise ValueError(
-                        f"padding is {self.padding}; padding_mode {self.padding_mode!r} allows at most "
-                        f"{max(size - (spare or 0), 0)} for x of shape {shape_of(input)}"
-                    )
-            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-        return input
+        self.check_size(input, self.weight)
+        return F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
 
     def folded(self) -> nn.Conv2d:
         """Returns a plain convolution with the modulated weights, which shares no memory with this layer.

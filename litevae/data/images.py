@@ -73,7 +73,10 @@ def decode_image(file: Path | IO[bytes]) -> Pixels:
             set_pixel_limit()
             with Image.open(file, formats=image_formats()) as opened:
                 scale_transparent_colour(opened)
+                colour = wide_transparent_colour(opened)
                 opened.load()
+                if colour is not None:
+                    opened.putalpha(find_other_colours(opened, file, colour))
                 return to_rgb(turn_upright(opened))
     except BadImage:
         raise
@@ -108,18 +111,38 @@ def set_pixel_limit() -> None:
 
 
 def scale_transparent_colour(image: ImageFile.ImageFile) -> None:
-    """Converts the transparent colour of a PNG file to the depth at which Pillow decodes the pixels.
-
-    Pillow reads it at the depth of the file. 16-bit colours lose their lower byte when they are decoded.
-    """
+    """Converts the transparent grey of a PNG file to 8 bits, which Pillow does only for the pixels."""
     colour = image.info.get("transparency")
     if image.format != "PNG" or colour is None or not image.tile:
         return
     raw_mode = image.tile[0].args
     if raw_mode in ("L;2", "L;4"):
         image.info["transparency"] = colour * {"L;2": 85, "L;4": 17}[raw_mode]
-    elif raw_mode == "RGB;16B":
-        image.info["transparency"] = tuple(value >> 8 for value in colour)
+
+
+def wide_transparent_colour(image: ImageFile.ImageFile) -> tuple[int, int, int] | None:
+    """Takes the transparent colour out of a PNG file of 16-bit colours, whose pixels Pillow decodes to 8 bits."""
+    if image.format != "PNG" or not image.tile or image.tile[0].args != "RGB;16B":
+        return None
+    return image.info.pop("transparency", None)
+
+
+def find_other_colours(
+    image: Image.Image, file: Path | IO[bytes], colour: tuple[int, int, int]
+) -> Image.Image:
+    """Returns a mask of the pixels that do not have a 16-bit colour.
+
+    Args:
+        image: the upper bytes of the pixels.
+        file: the PNG file, of which the lower bytes are decoded.
+        colour: the colour.
+    """
+    if not isinstance(file, Path):
+        file.seek(0)
+    with Image.open(file, formats=["PNG"]) as lower:
+        lower.tile = [lower.tile[0]._replace(args="RGB;16L")]  # Pillow takes the second byte of each value
+        upper_bytes, lower_bytes = np.asarray(image), np.asarray(lower)
+    return Image.fromarray((upper_bytes.astype(np.int32) * 256 + lower_bytes != colour).any(-1))
 
 
 def to_rgb(image: Image.Image) -> Pixels:

@@ -97,6 +97,14 @@ class SquareDataset(Dataset[Square]):
         """Returns the name of the image that square `number` is cut from."""
         return self.images.name(number * len(self.images) // self.count)
 
+    def none_readable(self) -> UserError:
+        """Returns the error to raise if no image can be read. It names the first one and says why."""
+        try:
+            self.images.load(0)
+        except BadImage as reason:
+            return UserError(f"none of the {self.count} images can be read; {self.images.name(0)}: {reason}")
+        return UserError(f"none of the {self.count} images could be read")  # the first one can be by now
+
     def collate(self, squares: Sequence[Square]) -> SquareBatch:
         """Stacks squares, with black pixels for the unreadable ones."""
         black = torch.zeros(3, self.size, self.size, dtype=torch.uint8)
@@ -129,8 +137,7 @@ def load_validation(images: ImageSource, size: int, count: int, at_least: int = 
         else:
             result.images.append((name, square.pixels.permute(1, 2, 0).contiguous().numpy()))
     if len(result.images) < at_least:
-        name, reason = result.bad[0]
-        raise UserError(f"none of the {len(squares)} images to validate on can be read; {name}: {reason}")
+        raise squares.none_readable()
     return result
 
 

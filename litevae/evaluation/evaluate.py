@@ -138,6 +138,8 @@ def evaluate(
             if partial is not None and time.monotonic() - saved > SAVE_EVERY:
                 sums.save(partial, settings, done)
                 saved = time.monotonic()
+    if not int(reduce(sums.count, "sum")):
+        raise squares.none_readable()
     result = sums.result()
     if partial is not None:
         partial.unlink(missing_ok=True)
@@ -200,12 +202,10 @@ class Sums(nn.Module):
         self.count += len(images)
 
     def result(self) -> Evaluation:
-        """Returns the metrics over the images of all processes."""
+        """Returns the metrics over the images of all processes, one of which must have measured some."""
         sums = reduce(self.sums, "sum")
         exact: list[int] = reduce(self.exact, "sum").tolist()
         count, unreadable = (int(reduce(n, "sum")) for n in (self.count, self.unreadable))
-        if not count:
-            raise UserError("none of the images can be read")
         if self.fids and count < 2:
             raise UserError("rfid needs at least two images, and only 1 can be read")
         found: dict[str, dict[str, float]] = {}

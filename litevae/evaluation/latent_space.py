@@ -82,7 +82,7 @@ def collect_latents(
             posterior = encode_pixels(model, pixels)
             latents.append(sample_posterior(posterior, numbers).float().cpu())
     if not latents:
-        raise UserError("none of the images can be read")
+        raise squares.none_readable()
     result = torch.cat(latents)
     if not result.isfinite().all():
         raise UserError("the model's latents are not finite")

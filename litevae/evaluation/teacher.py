@@ -94,7 +94,7 @@ def compare_latents(
         )
     sigmas, plain, logvars, first, second, elements, used = reduce(sums, "sum").tolist()
     if not used:
-        raise UserError("none of the images can be read")
+        raise squares.none_readable()
     variance = second / elements - (first / elements) ** 2
     return LatentErrors(
         math.sqrt(sigmas / elements),

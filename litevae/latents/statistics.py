@@ -80,7 +80,7 @@ def measure_latents(
         second += (mean.square() + std.square()).mean((2, 3)).sum(0)
         used += len(pixels)
     if not used:
-        raise UserError("none of the images can be read")
+        raise squares.none_readable()
     means, squares_mean = first / used, second / used
     spread = (squares_mean - means.square()).sqrt()
     total = (squares_mean.mean() - means.mean().square()).sqrt().item()

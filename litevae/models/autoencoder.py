@@ -271,8 +271,8 @@ class LiteVAE(PretrainedMixin, AutoencoderMixin, PeftAdapterMixin):
 
         Raises:
             ValueError: the images are not 4-D, have another number of channels or another size, or are on
-                another device; or, with ``aggregator="vit"``, an image or a tile does not have
-                the size `sample_size`.
+                another device; with ``aggregator="vit"``, an image or a tile does not have the size `sample_size`;
+                or tiles are smaller than 2 f.
             TypeError: the images are no dense tensor, or have another dtype.
         """
         check_image(x, self.config.in_channels, self.spatial_compression_ratio)
@@ -352,8 +352,10 @@ class LiteVAE(PretrainedMixin, AutoencoderMixin, PeftAdapterMixin):
     def _encode(self, image: Tensor) -> Tensor:
         """Returns the moments (N, 2 latent_channels, h, w) of an image, by tiles if enabled and it is large."""
         if self.use_tiling and max(image.shape[-2:]) > self.tile_sample_min_size:
-            tile = max(self.tile_sample_min_size // self.spatial_compression_ratio, 1)
-            return self._tiled(self._encode_tile, image, tile, self.spatial_compression_ratio, 1)
+            factor, side = self.spatial_compression_ratio, self.tile_sample_min_size
+            if side < 2 * factor:  # as in `check_image`
+                raise ValueError(f"tile_sample_min_size must be at least {2 * factor}, got {side}")
+            return self._tiled(self._encode_tile, image, side // factor, factor, 1)
         return self._encode_tile(image)
 
     def _encode_tile(self, image: Tensor) -> Tensor:

@@ -114,9 +114,10 @@ class ShortcutConv2d(Conv2d):
 
 
 def _convolve_both(input: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    weight, weight_skip = weight.tensor_split([input.shape[1]], dim=1)
+    channels = input.shape[1]
+    # These are slices because torch.onnx.export(dynamo=False) writes a tensor_split that ONNX Runtime refuses.
     # The sum can be in place, because the backward pass of a convolution does not need its result.
-    return F.conv2d(input, weight, bias).add_(F.conv2d(skip, weight_skip))
+    return F.conv2d(input, weight[:, :channels], bias).add_(F.conv2d(skip, weight[:, channels:]))
 
 
 def has_forward_of(layer: nn.Module, cls: type[nn.Module]) -> bool:

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, ConfigMixin, ModelMixin
 from huggingface_hub import ModelCard, file_exists, list_repo_files, try_to_load_from_cache
 
 from litevae.errors import LONGEST_VALUE, UserError, one_line
-from litevae.files import read_json
+from litevae.files import ADDRESS, why_missing
 from litevae.models.card import README, for_repository, make_card, read_card
 from litevae.models.checks import warn_of_two_scales
 from litevae.models.loading import read_config
@@ -135,6 +135,7 @@ class PretrainedMixin(ModelMixin, ConfigMixin):
         Returns:
             The path of the weights, as `find_weights` returns it; None if there is no such folder.
         """
+        refuse_address(folder)
         if folder.is_file():
             raise UserError(f"{folder}: is a file, not a model folder: load it with from_single_file")
         if not folder.is_dir():
@@ -166,6 +167,7 @@ class PretrainedMixin(ModelMixin, ConfigMixin):
         if given is not None:
             if not isinstance(given, Mapping):
                 folder = Path(given, kwargs.get("subfolder") or "")
+                refuse_address(folder)
                 file = folder / CONFIG if folder.is_dir() else folder
                 given = read_config(file) if file.exists() else cls.load_config(given, **kwargs)
             check_class(cls, given)
@@ -191,16 +193,16 @@ class PretrainedMixin(ModelMixin, ConfigMixin):
             ValueError: a file is missing or damaged, or the weights are not those of the configuration. The decoder of
                 an AutoencoderKL is loaded by `load_decoder`.
         """
+        if not os.path.isfile(path):
+            raise UserError(f"{os.fspath(path)}: {why_missing(path, 'file')}")
         path = Path(path)
         if not isinstance(config, Mapping):
-            file = path.parent if config is None else Path(config)
-            file = file / CONFIG if file.is_dir() else file
-            try:
-                config = read_json(file)
-            except (OSError, ValueError) as error:
-                raise UserError(f"{path}: the configuration {file} cannot be read: {error}") from None
-            if not isinstance(config, Mapping):
-                raise UserError(f"{file}: not a model's configuration")
+            file = Path(path.parent if config is None else config)
+            file = file / CONFIG if config is None or file.is_dir() else file
+            if not os.path.isfile(file):
+                reason = why_missing(config or file, "file")
+                raise UserError(f"{path}: its configuration is missing: {config or file}: {reason}")
+            config = read_config(file)
         weights = read_weights(path, "from_single_file")
         if not issubclass(cls, AutoencoderKL) and any(n.startswith("encoder.down_blocks.") for n in weights):
             raise UserError(
@@ -224,6 +226,14 @@ class PretrainedMixin(ModelMixin, ConfigMixin):
             ValueError: a file is missing or damaged, or holds no decoder or another one.
         """
         load_decoder(self, Path(path), "load_decoder")
+
+
+def refuse_address(path: Path) -> None:
+    """Raises UserError if a path is an address, which diffusers would take for the name of a repository."""
+    if ADDRESS.match(str(path)) and not path.exists():
+        raise UserError(
+            f"{path}: an address, not a local folder or the name of a repository, such as USER/NAME"
+        )
 
 
 def cached_weights(repository: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> Path | None:

@@ -41,7 +41,7 @@ def norm_silu_conv3x3(
     if not normalises(x, weight):
         h = group_norm_silu(x, num_groups, norm_weight, norm_bias, eps=eps, skip=skip)
         return conv3x3(h, weight, bias, residual=residual)
-    eps = check_norm(x, num_groups, norm_weight, norm_bias, eps, skip)
+    num_groups, eps = check_norm(x, num_groups, norm_weight, norm_bias, eps, skip)
     check_arguments(x, weight, bias, residual, skip)
     refuse_tangents("norm_silu_conv3x3", "native", x, skip, norm_weight, norm_bias, weight, bias, residual)
     return torch.ops.litevae.norm_silu_conv3x3(

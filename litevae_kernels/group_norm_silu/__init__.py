@@ -15,7 +15,16 @@ from torch import Tensor
 
 from litevae_kernels.backend import choose
 from litevae_kernels.group_norm_silu import op, reference
-from litevae_kernels.tensors import check_device, check_eps, check_tensor, refuse_tangents, shape_of, shown
+from litevae_kernels.tensors import (
+    check_device,
+    check_eps,
+    check_flag,
+    check_tensor,
+    is_integer,
+    refuse_tangents,
+    shape_of,
+    shown,
+)
 
 
 def group_norm_silu(
@@ -46,19 +55,20 @@ def group_norm_silu(
         result (N, C, *), or (N, C + C_skip, *), with the dtype and memory format of `x`.
 
     Raises:
-        TypeError: if a tensor is not float32, float64, float16 or bfloat16, `skip` and `x` differ in dtype, or
-            `num_groups` or `eps` is not a number.
+        TypeError: if a tensor is not float32, float64, float16 or bfloat16, `skip` and `x` differ in dtype,
+            `num_groups` or `eps` is not a number, or `overwrite` is not a bool.
         ValueError: if `x` has fewer than 2 dimensions, `num_groups` does not divide the channels, `weight` or `bias`
             has another length, `skip` has another size, `eps` is not positive or exceeds float32, or the
             tensors are on several devices.
         NotImplementedError: a tensor has a forward-mode tangent, and the backend is not the reference.
     """
-    eps = check_arguments(x, num_groups, weight, bias, eps, skip)
+    num_groups, eps = check_arguments(x, num_groups, weight, bias, eps, skip)
+    check_flag(overwrite, "overwrite")
     backend = choose(x.device.type)
     arguments = (_as_4d(x), None if skip is None else _as_4d(skip), weight, bias, num_groups, eps)
     if backend == "reference":
         y = reference.forward(*arguments)
-    elif overwrite and backend == "native" and skip is None and op.can_overwrite(arguments[0]):
+    elif overwrite and backend == "native" and skip is None and op.can_overwrite(arguments[0], weight, bias):
         y = op.group_norm_silu_(arguments[0], weight, bias, num_groups, eps)
     else:
         refuse_tangents("group_norm_silu", backend, x, skip, weight, bias)
@@ -68,8 +78,8 @@ def group_norm_silu(
 
 def check_arguments(
     x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, skip: Tensor | None
-) -> float:
-    """Returns `eps` as a float; raises the errors of `group_norm_silu`."""
+) -> tuple[int, float]:
+    """Returns `num_groups` and `eps` as Python's numbers; raises the errors of `group_norm_silu`."""
     check_tensor(x, "x")
     if x.ndim < 2:
         raise ValueError(f"x has {x.ndim} dimensions; at least 2 are needed: (batch, channels, ...)")
@@ -83,7 +93,7 @@ def check_arguments(
                 f"skip has shape {shape_of(skip)}; all but the channels must be as in x, {shape_of(x)}"
             )
         channels += skip.shape[1]
-    if isinstance(num_groups, bool) or not isinstance(num_groups, int):
+    if not is_integer(num_groups):
         raise TypeError(f"num_groups is {shown(num_groups)}; an integer is needed")
     if num_groups < 1 or channels == 0 or channels % num_groups:
         raise ValueError(f"num_groups is {shown(num_groups)}; it must divide the {channels} channels")
@@ -96,7 +106,7 @@ def check_arguments(
     for name, other in (("skip", skip), ("weight", weight), ("bias", bias)):
         if other is not None:
             check_device(other, name, x, "x")
-    return eps
+    return int(num_groups), eps
 
 
 def _as_4d(x: Tensor) -> Tensor:

@@ -213,13 +213,16 @@ def group_norm_silu(
     return _GroupNormSiLU.apply(x, skip, weight, bias, num_groups, eps, backend)
 
 
-def can_overwrite(x: Tensor) -> bool:
-    """Returns whether `group_norm_silu_` serves `x` (N, C, H, W)."""
+def can_overwrite(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Returns whether `group_norm_silu_` serves `x` (N, C, H, W) and the parameters."""
+    tensors = [t for t in (x, weight, bias) if t is not None]
     return (
         not torch.compiler.is_compiling()  # The compiler itself reuses memory.
         and not torch.is_grad_enabled()
         and forward_ad._current_level < 0  # A tangent would be lost.
         and x.device.type == "cpu"
+        # A negation may be pending where the kernel would write, and the result of a subclass is one.
+        and all(type(t) in (Tensor, torch.nn.Parameter) and not t.is_neg() for t in tensors)
         and x.numel() > 0
         and x.is_contiguous(memory_format=memory_format_of(is_channels_last(x)))
     )

@@ -121,7 +121,7 @@ def haar_pyramid(
             memory format, or ``reflect`` on a length of 1.
     """
     _check_image(image, "image")
-    _check_transform(image, levels, "levels", mode)
+    levels = _check_transform(image, levels, "levels", mode)
     if dtype is not None:
         check_dtype(dtype, "dtype is")
     check_memory_format(memory_format)
@@ -159,7 +159,7 @@ def wavedec2(
     if level is None:
         level = _most_levels(image)
     flat = _as_4d(image)
-    _check_transform(flat, level, "level", mode)
+    level = _check_transform(flat, level, "level", mode)
     coeffs: Sequence[Tensor] = _analysis(flat, level, mode, 1.0, False)
     if image.ndim != 4:
         coeffs = [c.reshape(*image.shape[:-2], *c.shape[-2:]) for c in coeffs]
@@ -241,15 +241,17 @@ def _check_image(x: object, name: str) -> None:
         raise ValueError(f"{name} has size {shape_of(x)}; height and width must be at least 1")
 
 
-def _check_transform(image: Tensor, levels: int, name: str, mode: str) -> None:
+def _check_transform(image: Tensor, levels: int, name: str, mode: str) -> int:
+    """Returns `levels` as Python's number."""
     if not isinstance(mode, str) or mode not in MODES:
         known = isinstance(mode, str) and mode in OTHER_MODES
         note = f", PyWavelets' name{OTHER_MODES[mode]}" if known else ""
         raise ValueError(f"mode is {shown(mode)}{note}; allowed: {', '.join(MODES)}")
-    if isinstance(levels, bool) or not isinstance(levels, int):
+    if not is_integer(levels):
         raise TypeError(f"{name} is {shown(levels)}; an integer from 1 to {MAX_LEVELS} is needed")
     if not 1 <= levels <= MAX_LEVELS:
         raise ValueError(f"{name} is {shown(levels)}; allowed: 1 to {MAX_LEVELS}")
+    levels = int(levels)
     height, width = image.shape[2], image.shape[3]
     if height == 0 or width == 0:
         raise ValueError(f"image has height {height} and width {width}; both must be at least 1")
@@ -260,6 +262,7 @@ def _check_transform(image: Tensor, levels: int, name: str, mode: str) -> None:
                     f"mode 'reflect' needs a length of at least 2, but level {i + 1} transforms {h}x{w}; "
                     f"use another mode or fewer levels"
                 )
+    return levels
 
 
 def _check_output_size(output_size: tuple[int, int] | None, h: int, w: int) -> tuple[int, int]:

@@ -114,6 +114,18 @@ def photographs(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def broken_images(tmp_path_factory):
+    """Writes two files that are no images; a message about all of them must name the first one and say why."""
+    folder = tmp_path_factory.mktemp("broken")
+    for name in "ab":
+        (folder / f"{name}.png").write_text("no image")
+    return (
+        folder,
+        f"none of the 2 images can be read; {folder / 'a.png'}: not an image, or of an unsupported format",
+    )
+
+
 class EventfulImages:
     """Images that call `event(index)` whenever one is loaded."""
 

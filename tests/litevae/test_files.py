@@ -278,3 +278,7 @@ def test_why_nothing_is_at_a_path(tmp_path):
         ("a\0b", "file", "no such file"),
     ):
         assert why_missing(tmp_path / name, kind) == reason
+    for address in ("https://host/x", "S3://bucket/x", Path("hf://user/name")):
+        assert (
+            why_missing(address, "folder") == "an address, not a local folder: download it and give its path"
+        )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import litevae_kernels as kernels
 from litevae_kernels import use_backend
+from litevae_kernels.conv3x3.normed import norm_silu_conv3x3
 from litevae_kernels.nn import Conv2d, Conv3x3, GroupNormSiLU, Linear, SelfModulatedConv2d
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -47,6 +48,35 @@ def smc_module(input, eps, silu_input):
 def conv_module(input, residual):
     torch.manual_seed(0)
     return Conv3x3(4, 6)(input, residual)
+
+
+def other_conv_module(input, residual, silu_input, padding_mode):
+    """A convolution that PyTorch computes."""
+    torch.manual_seed(0)
+    layer = Conv3x3(4, 6, 5, padding=2, padding_mode=padding_mode)
+    return layer(input, residual, silu_input=silu_input)
+
+
+def plain_conv_module(input, padding, groups):
+    torch.manual_seed(0)
+    return Conv2d(4, 6, 3, padding=padding, groups=groups)(input)
+
+
+def linear_module(input, in_features):
+    torch.manual_seed(0)
+    return Linear(in_features, 6)(input)
+
+
+def in_place_norm(x, weight, bias, overwrite):
+    """A call that may overwrite a copy of its input."""
+    with torch.no_grad():
+        copy = x.clone() if isinstance(x, Tensor) else x
+        return kernels.group_norm_silu(copy, 2, weight, bias, overwrite=overwrite)
+
+
+def fused_norm(x, num_groups, norm_weight, weight, bias, skip, residual):
+    with torch.no_grad():
+        return norm_silu_conv3x3(x, num_groups, norm_weight, None, weight, bias, skip=skip, residual=residual)
 
 
 def wide_conv(x, weight, bias, silu_input):
@@ -90,7 +120,22 @@ CALLS = {
     norm_module: {"input": x, "skip": x + 1, "num_groups": 2, "eps": 1e-6},
     smc_module: {"input": x, "eps": 1e-8, "silu_input": False},
     conv_module: {"input": x, "residual": residual},
+    other_conv_module: {"input": x, "residual": residual, "silu_input": None, "padding_mode": "reflect"},
+    plain_conv_module: {"input": x, "padding": 1, "groups": 2},
+    linear_module: {"input": x, "in_features": 8},
+    in_place_norm: {"x": x, "weight": values(4), "bias": values(4), "overwrite": True},
+    fused_norm: {
+        "x": x,
+        "num_groups": 2,
+        "norm_weight": values(8),
+        "weight": values(6, 8, 3, 3),
+        "bias": values(6),
+        "skip": x + 1,
+        "residual": residual,
+    },
 }
+# Calls with weights in float32, and calls without gradients.
+WITHOUT = (conv_module, other_conv_module, plain_conv_module, linear_module, in_place_norm, fused_norm)
 NAMES = {name for arguments in CALLS.values() for name in arguments} | {"groups", "details"}
 
 VALUES = (
@@ -239,7 +284,7 @@ def test_hostile_calls(function):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("function", [f for f in CALLS if f is not conv_module], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("function", [f for f in CALLS if f not in WITHOUT], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("backend", ["native", "reference"])
 def test_gradients_of_an_empty_batch(backend, function, dtype):
     arguments = dict(CALLS[function])

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 
@@ -52,7 +53,8 @@ def test_nothing_readable_is_one_line(scale, square_images, capsys):
     for path in square_images.glob("[0-9].png"):
         path.unlink()
     scale(status=2)
-    assert "none of the images can be read" in capsys.readouterr().err.splitlines()[-1]
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"none of the \d+ images can be read; \S+: not an image", said)
 
 
 def test_stores_the_statistics_of_each_channel_beside_it(scale, tmp_path, capsys):

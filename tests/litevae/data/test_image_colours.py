@@ -45,6 +45,8 @@ COLOURS = bytes([9, 9, 9, 100, 150, 200])
         (png(16, GREY, words(1000, 1001), words(1000)), [4] * 3),
         (png(8, RGB, bytes([1, 2, 3, 1, 2, 4]), words(1, 2, 3)), [1, 2, 4]),
         (png(16, RGB, words(256, 512, 768, 256, 512, 1024), words(256, 512, 768)), [1, 2, 4]),
+        (png(16, RGB, words(256, 512, 768, 256, 512, 769), words(256, 512, 768)), [1, 2, 3]),
+        (png(16, RGB, words(0, 0, 255, 255, 255, 254), words(0, 0, 255)), [0, 0, 0]),
         (png(1, PALETTE, b"\x40", b"\0", COLOURS), [100, 150, 200]),
         (png(4, PALETTE, b"\x01", b"\0", COLOURS), [100, 150, 200]),
         (png(8, PALETTE, b"\0\1", b"\0\xff", COLOURS), [100, 150, 200]),
@@ -54,8 +56,10 @@ COLOURS = bytes([9, 9, 9, 100, 150, 200])
         (png(16, RGB_ALPHA, words(0, 0, 0, 0, 256, 512, 768, 65535)), [1, 2, 3]),
     ],
 )
-def test_the_first_pixel_is_transparent_and_shows_white(content, second):
+def test_the_first_pixel_is_transparent_and_shows_white(content, second, tmp_path):
     assert decode_image(io.BytesIO(content)).tolist() == [[WHITE, second]]
+    (tmp_path / "x.png").write_bytes(content)
+    assert decode_image(tmp_path / "x.png").tolist() == [[WHITE, second]]
 
 
 @pytest.mark.parametrize("mode", ["LA", "La", "PA", "RGBA", "RGBa"])

@@ -38,9 +38,13 @@ def test_bad_images_are_left_out_of_the_validation(plain_images):
     result = load_validation(plain_images(0, None, 2), 8, 3)
     assert [name for name, _ in result.images] == ["image 0", "image 2"]
     assert result.bad == [("image 1", "reason 1")]
-    with pytest.raises(UserError, match="none of the 2 images to validate on can be read; image 0: reason 0"):
+    with pytest.raises(UserError, match="none of the 2 images can be read; image 0: reason 0"):
         load_validation(plain_images(None, None), 8, 3)
     assert load_validation(plain_images(None, None), 8, 3, at_least=0).images == []
+    readable = SquareDataset(
+        plain_images(0, None), 8
+    ).none_readable()  # the image may have appeared meanwhile
+    assert str(readable) == "none of the 2 images could be read"
 
 
 def test_validation_of_the_demo_is_chelsea(tmp_path):

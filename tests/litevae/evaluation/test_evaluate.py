@@ -232,6 +232,13 @@ def test_what_cannot_be_measured(model, folder, settings, message):
         evaluate(model, open_images(str(folder)), features=Colours(), **settings)
 
 
+def test_nothing_readable_says_why(model, broken_images):
+    folder, message = broken_images
+    with pytest.raises(UserError) as caught:
+        evaluate(model, open_images(str(folder)), ["psnr"], SIZE, workers=0)
+    assert str(caught.value) == message
+
+
 def test_a_model_that_diverged(folder):
     model = LiteVAE.from_preset(
         "litevae-s", block_out_channels=(16, 16, 16), layers_per_block=1, num_groups=4

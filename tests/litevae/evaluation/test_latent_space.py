@@ -115,6 +115,13 @@ def test_what_cannot_be_compared():
         distance_from_gaussian(torch.ones(8, 1, 2, 2), groups=4)
 
 
+def test_nothing_readable_says_why(model, broken_images):
+    folder, message = broken_images
+    with pytest.raises(UserError) as caught:
+        collect_latents(model, open_images(str(folder)), SIZE, workers=0)
+    assert str(caught.value) == message
+
+
 def test_latents_are_samples_of_each_image(model, folder):
     images = open_images(str(folder))
     latents = collect_latents(model, images, SIZE, batch_size=3, workers=0)

@@ -43,6 +43,13 @@ def test_a_model_agrees_with_itself(teacher, square_images):
     assert (found.sigmas, found.relative, found.logvar) == (0, 0, 0)
 
 
+def test_nothing_readable_says_why(teacher, broken_images):
+    folder, message = broken_images
+    with pytest.raises(UserError) as caught:
+        compare_latents(teacher, teacher, open_images(str(folder)), 32, workers=0)
+    assert str(caught.value) == message
+
+
 def test_latents_of_another_shape_are_one_line(teacher, square_images):
     model = LiteVAE.from_preset("litevae-s", latent_channels=12)
     with pytest.raises(UserError) as caught:

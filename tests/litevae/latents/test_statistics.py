@@ -18,6 +18,13 @@ from litevae.latents.statistics import (
 SIZE = 32
 
 
+def test_nothing_readable_says_why(uneven_model, broken_images):
+    folder, message = broken_images
+    with pytest.raises(UserError) as caught:
+        measure_latents(uneven_model, open_images(str(folder)), SIZE, workers=0)
+    assert str(caught.value) == message
+
+
 def test_statistics_are_those_of_samples(uneven_model, square_images):
     found = measure_latents(uneven_model, open_images(str(square_images)), SIZE, batch_size=2, workers=0)
     assert found.count == 5

@@ -1,6 +1,8 @@
 """Export and tracing: with dynamic sizes, without custom operators, and without warnings of the tracer."""
 
+import io
 import warnings
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import get_args
 
@@ -53,7 +55,7 @@ def dynamic_shapes() -> dict[str, dict[int, Dim]]:
     return {"image": {0: Dim("n", min=1, max=64), 2: 4 * Dim("h", min=2), 3: 4 * Dim("w", min=2)}}
 
 
-def assert_equal_for_all_sizes(actual: nn.Module, expected: nn.Module) -> None:
+def assert_equal_for_all_sizes(actual: Callable[[Tensor], Tensor], expected: nn.Module) -> None:
     with torch.no_grad():
         for size in SIZES:
             image = torch.randn(size)
@@ -87,6 +89,20 @@ def test_trace(make, image, options, gradients):
         traced = torch.jit.trace(model, image, check_tolerance=1e-4)
     assert not [each for each in caught if issubclass(each.category, torch.jit.TracerWarning)]
     assert_equal_for_all_sizes(traced, model)
+
+
+@pytest.mark.skipif(find_spec("onnxruntime") is None, reason="needs onnxruntime")
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit.trace", "ignore:You are using the legacy TorchScript", "ignore:.*dynamo"
+)
+def test_the_old_exporter_of_onnx_writes_dynamic_sizes(make, image):
+    import onnxruntime
+
+    model, file = Whole(make(**WAVELET | {"encoder_norm": "group"})), io.BytesIO()
+    axes = {"image": {0: "n", 2: "h", 3: "w"}}
+    torch.onnx.export(model, (image,), file, dynamo=False, input_names=["image"], dynamic_axes=axes)
+    run = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"]).run
+    assert_equal_for_all_sizes(lambda x: torch.from_numpy(run(None, {"image": x.numpy()})[0]), model)
 
 
 def encoders(format: str) -> list:

@@ -252,7 +252,11 @@ class TestSingleFile:
         autoencoder_kl.save_pretrained(tmp_path / "theirs")
         name = "diffusion_pytorch_model.safetensors"
         for path, config, message in (
-            (tmp_path / "ours" / name, tmp_path / "nowhere", "nowhere cannot be read"),
+            (
+                tmp_path / "ours" / name,
+                tmp_path / "nowhere",
+                "its configuration is missing: .*nowhere: no such file",
+            ),
             (tmp_path / "ours" / name, make(latent_channels=5).config, "has another architecture"),
             (
                 tmp_path / "theirs" / name,
@@ -260,7 +264,9 @@ class TestSingleFile:
                 "holds an AutoencoderKL: a LiteVAE takes its decoder with",
             ),
             (tmp_path / "theirs" / name, None, "holds an AutoencoderKL"),
-            (tmp_path / "nothing.safetensors", make().config, "no such file"),
+            (tmp_path / "nothing.safetensors", None, r"nothing\.safetensors: no such file"),
+            ("https://host/a.safetensors", None, "^https://host/a.safetensors: an address, not a local file"),
+            (tmp_path / "ours" / name, "https://host/config.json", "https://host/config.json: an address"),
         ):
             with pytest.raises(ValueError, match=message) as caught:
                 LiteVAE.from_single_file(path, config=config)
@@ -281,8 +287,17 @@ def test_load_decoder_is_one_call(make, latent, autoencoder_kl, tmp_path, use_1x
 
 def test_a_configuration_that_is_no_regular_file_is_refused(tmp_path):
     os.mkfifo(tmp_path / "config.json")  # opening it would block
-    with pytest.raises(ValueError, match="not a regular file"):
+    (tmp_path / "x.safetensors").touch()
+    with pytest.raises(ValueError, match=r"config\.json: not a regular file"):
         LiteVAE.from_single_file(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("load", [LiteVAE.from_pretrained, LiteVAE.from_config])
+def test_an_address_is_not_taken_for_a_repository(load):
+    with pytest.raises(
+        ValueError, match=r"^https:/huggingface\.co/user/name: an address, not a local folder or"
+    ):
+        load("https://huggingface.co/user/name")
 
 
 @pytest.fixture

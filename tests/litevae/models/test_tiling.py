@@ -63,6 +63,16 @@ def test_tiling_leaves_small_images_alone(make, image, latent):
     assert torch.equal(vae.decode(latent).sample, whole[1])
 
 
+def test_tiles_of_one_latent_pixel_are_refused_as_such_images_are(make, image):
+    vae = make()
+    vae.enable_tiling()
+    vae.tile_sample_min_size = 15
+    with pytest.raises(ValueError, match=r"^tile_sample_min_size must be at least 16, got 15$"):
+        vae.encode(image)
+    vae.tile_sample_min_size = 16
+    assert vae.encode(image).latent_dist.mean.isfinite().all()
+
+
 def test_tiles_for_one_call(make):
     """As in an AutoencoderKL, `tiled_encode` and `tiled_decode` do not need `enable_tiling`."""
     vae = make(sample_size=32)
