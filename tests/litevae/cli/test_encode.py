@@ -37,7 +37,7 @@ def test_says_what_it_did(command, tmp_path, capsys):
         " images/s; the encoder itself: ",
         " images/s on cpu in fp32",
         "bottleneck: ",
-        f"1 image cannot be read; they are listed in {tmp_path / 'out' / 'bad_images.txt'}",
+        f"1 image cannot be used: see {tmp_path / 'out' / 'bad_images.txt'}",
         f"{tmp_path / 'out'}: all 10 images are encoded",
     ):
         assert pattern in first
