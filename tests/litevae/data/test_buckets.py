@@ -8,9 +8,11 @@ import torch
 from PIL import Image
 from skimage import data
 from torch.utils.data import DataLoader
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from litevae.data.buckets import BucketDataset, Buckets, collate_images
 from litevae.data.images import BadImage
+from litevae.latents.batch_queue import BatchQueue
 
 SIZES = [
     (1, 1),
@@ -108,6 +110,18 @@ def test_the_description_says_what_must_not_change():
     assert (
         Buckets("middle", 64, 8).description == "the middle square, resized by Pillow's antialiased bicubic"
     )
+
+
+def test_a_pinned_batch_is_the_same(given_images, picture, monkeypatch):
+    """Pinning turns tuples into lists."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *_: tensor.clone())
+    dataset = BucketDataset(given_images(picture(0, (64, 100)), None), Buckets("area", 64, 8))
+    batch = collate_images([dataset[0], dataset[1]])
+    for one, other in zip(pin_memory(batch).images(), batch.images(), strict=True):
+        assert torch.equal(one, other)
+    queue = BatchQueue(2, 64)
+    assert queue.add(pin_memory(batch)) == 1
+    assert list(queue.waiting) == [(48, 80)]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
