@@ -42,7 +42,9 @@ class BatchQueue:
 
     def add(self, batch: BucketBatch) -> int:
         """Adds the images that have pixels, and returns their number."""
-        sizes = {(height, width) for height, width in batch.sizes}  # pinning turns tuples into lists
+        sizes = {
+            (height, width) for height, width in batch.sizes
+        }  # older versions of PyTorch pin tuples as lists
         if len(sizes) == 1 and not self.waiting:
             height, width = sizes.pop()
             if height and len(batch.numbers) == self.capacity(height, width):  # nothing needs to be copied

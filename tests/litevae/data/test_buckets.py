@@ -113,7 +113,7 @@ def test_the_description_says_what_must_not_change():
 
 
 def test_a_pinned_batch_is_the_same(given_images, picture, monkeypatch):
-    """Pinning turns tuples into lists."""
+    """Memory is pinned for GPUs."""
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *_: tensor.clone())
     dataset = BucketDataset(given_images(picture(0, (64, 100)), None), Buckets("area", 64, 8))
     batch = collate_images([dataset[0], dataset[1]])
