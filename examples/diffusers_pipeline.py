@@ -74,6 +74,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     vae = LiteVAE.from_pretrained(args.model / "model")
     dataset = LatentDataset(args.latents)
+    if dataset.shape is None:
+        raise SystemExit("this example needs latents of one shape: run litevae encode with --crop middle")
     # The folder's scaling_factor multiplies the latents in training; the model's divides them in the pipeline.
     if vae.config.scaling_factor != dataset.index["latents"]["scaling_factor"]:
         raise SystemExit("the model's scaling_factor has changed: run litevae encode again")

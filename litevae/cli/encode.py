@@ -94,6 +94,20 @@ def encode(
             metavar="PIXELS", help="Side that images are resized to.  [default: the model's sample_size]"
         ),
     ] = None,
+    crop: Annotated[
+        Literal["middle", "shorter", "area"],
+        typer.Option(
+            help="middle: the middle square. shorter, area: the whole image, whose shorter side becomes --size, or "
+            "whose area becomes that of a square of --size."
+        ),
+    ] = "middle",
+    bucket_step: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PIXELS",
+            help="With shorter and area, round sides down to a multiple of this.  [default: the model's factor f]",
+        ),
+    ] = None,
     mirror: Annotated[bool, typer.Option("--mirror", help="Also encode each image mirrored.")] = False,
     precision: Annotated[
         Literal["auto", "bf16", "fp32"],
@@ -114,7 +128,7 @@ def encode(
     ] = None,
     max_bad_fraction: Annotated[
         float,
-        typer.Option(min=0, max=1, metavar="FRACTION", help="Fraction of the images that may be unreadable."),
+        typer.Option(min=0, max=1, metavar="FRACTION", help="Fraction of the images that may be unusable."),
     ] = 0.01,
     compile: Annotated[
         bool, typer.Option("--compile", help="Compile the encoder: takes a minute, then runs faster.")
@@ -146,6 +160,7 @@ def encode(
     \b
     Example: litevae encode runs/imagenet-b path/to/images latents --mirror
              torchrun --nproc-per-node 2 --no-python litevae encode runs/imagenet-b path/to/images latents
+             litevae encode runs/imagenet-b path/to/images latents --crop area --bucket-step 64
              litevae encode --verify latents
              litevae encode runs/imagenet-b path/to/images latents/3 --range 3/8
              litevae encode --merge latents/*
@@ -156,7 +171,12 @@ def encode(
 
     The same command continues an encoding that ended for any reason, encodes damaged files again, and refuses
     other settings. Ctrl-C and SIGTERM keep every encoded image; after any other end, the incomplete shard is
-    encoded again. Unreadable images are left out and listed in bad_images.txt.
+    encoded again. Unreadable images are left out and listed in bad_images.txt; with --crop shorter and area, so are
+    images longer than 4:1.
+
+    With --crop shorter and area, latents have several shapes (aspect-ratio buckets), and
+    litevae.latents.ShapeBatchSampler makes batches of one shape. --batch-size is the maximum, and a batch has no more
+    pixels than that many squares of --size.
 
     With torchrun, the processes share the shards, each on its own device, and write the same files as one process;
     the next run may use another number of processes. On CPUs torchrun gives each process one thread unless
@@ -199,7 +219,8 @@ def encode(
         )
     workers = choose_workers(workers)
     chosen = cast("Precision", choose_precision(precision, place))
-    settings = Settings(autoencoder.config.sample_size if size is None else size, chosen, mirror, shard_size)
+    size = autoencoder.config.sample_size if size is None else size
+    settings = Settings(size, chosen, mirror, shard_size, crop, bucket_step)
     batch_size = batch_size or (8 if place.type == "cpu" else 32)
     try:
         result = encode_images(
@@ -253,7 +274,7 @@ def report(
         print(f"bottleneck: {hint}")
     if result.bad:
         images = plural(result.bad, "image")
-        print(f"{images} cannot be read; they are listed in {result.folder / 'bad_images.txt'}")
+        print(f"{images} cannot be used: see {result.folder / 'bad_images.txt'}")
     if result.stopped_by:
         encoded = result.before + result.done
         print(

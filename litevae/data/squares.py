@@ -1,4 +1,4 @@
-"""The middle squares of images, for validation, evaluation and encoding."""
+"""The middle squares of images, for validation and evaluation."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -35,7 +35,6 @@ class Square(NamedTuple):
 
     number: int  # position in the full sequence of squares
     pixels: Tensor | None  # (3, size, size) uint8
-    label: str | None  # class of the image
     error: str | None  # reason why the image cannot be read
 
 
@@ -44,7 +43,6 @@ class SquareBatch(NamedTuple):
 
     numbers: list[int]
     pixels: Tensor  # (N, 3, size, size) uint8; black where an image cannot be read
-    labels: list[str | None]
     errors: dict[int, str]  # by number, the reason why the image cannot be read
 
     @property
@@ -64,7 +62,6 @@ class SquareDataset(Dataset[Square]):
         size: side of the squares in pixels; Pillow's antialiased bicubic filter resizes them.
         count: number of images, evenly spaced over the source; None, or more than there are, takes all.
         numbers: numbers of the squares that this data set yields, in their order; None yields all.
-        labels: whether to read the labels; without them, every label is None.
     """
 
     def __init__(
@@ -73,9 +70,8 @@ class SquareDataset(Dataset[Square]):
         size: int,
         count: int | None = None,
         numbers: range | None = None,
-        labels: bool = False,
     ) -> None:
-        self.images, self.size, self.labels = images, size, labels
+        self.images, self.size = images, size
         self.count = len(images) if count is None else min(count, len(images))
         self.numbers = range(self.count) if numbers is None else numbers
 
@@ -87,11 +83,10 @@ class SquareDataset(Dataset[Square]):
         index = number * len(self.images) // self.count
         try:
             square = middle_square(self.images.load(index), self.size)
-            label = self.images.label(index) if self.labels else None
         except BadImage as error:
-            return Square(number, None, None, str(error))
+            return Square(number, None, str(error))
         pixels = torch.from_numpy(square.transpose(2, 0, 1).copy())
-        return Square(number, pixels, label, None)
+        return Square(number, pixels, None)
 
     def name(self, number: int) -> str:
         """Returns the name of the image that square `number` is cut from."""
@@ -111,7 +106,6 @@ class SquareDataset(Dataset[Square]):
         return SquareBatch(
             [square.number for square in squares],
             torch.stack([black if square.pixels is None else square.pixels for square in squares]),
-            [square.label for square in squares],
             {square.number: square.error for square in squares if square.error is not None},
         )
 

@@ -86,6 +86,11 @@ class LatentData:
         latents = LatentDataset(folder, self.config.data.flip, check=self.accelerator.is_main_process)
         if not len(latents):
             raise UserError(f"{folder}: holds no latents")
+        if latents.shape is None:
+            raise UserError(
+                f"{folder}: holds latents of whole images, and a diffusion model here learns one shape: encode the "
+                "images with --crop middle, the default"
+            )
         if latents.index["model"]["sha256"] != hash_encoder(self.autoencoder):
             raise UserError(f"{folder}: was encoded with another model than model={self.config.model}")
         recorded = latents.index["latents"]
@@ -95,7 +100,7 @@ class LatentData:
                     f"{folder}: was encoded when the model's {name} was {recorded[name]}, and it is {current} now: "
                     "run the same litevae encode command again to record it"
                 )
-        channels, height, width = recorded["shape"]
+        channels, height, width = latents.shape
         self.shape = (channels // 2, height, width)
         self.pixels = height * spatial_compression(self.autoencoder)
         self.dataset, self.collate = ShuffledLatents(latents, self.config.seed), torch.stack

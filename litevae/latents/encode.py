@@ -40,7 +40,7 @@ class Encoding:
         total: images in the data, or in the range to encode.
         before: images that earlier runs had encoded.
         done: images that this run has encoded.
-        bad: images that cannot be read, of all runs.
+        bad: images that cannot be used, of all runs.
         seconds: time from the first batch on.
         encoder_seconds: time in the model.
         waited: time spent waiting for images.
@@ -84,7 +84,7 @@ def encode_images(
     It checks the existing shards and encodes damaged ones again. On one machine the files depend neither on the
     number of interruptions nor on `workers`. SIGINT or SIGTERM ends the run after the current batch. The encoded
     images of an unfinished shard are then kept for the next run with the same batch size; after any other end, the
-    shard is encoded again. Images that cannot be read are left out and listed in bad_images.txt. A progress bar
+    shard is encoded again. Images that cannot be used are left out and listed in bad_images.txt. A progress bar
     appears on stderr.
 
     Under `torchrun` the processes divide the shards between them, and all return the same result. The files are those
@@ -96,16 +96,17 @@ def encode_images(
         images: source of the images.
         folder: folder to write to.
         settings: settings of the encoded data set.
-        batch_size: images per batch.
+        batch_size: images per batch, or fewer of those that have more pixels than a square of `settings.size`.
         workers: number of processes that decode images; 0 decodes in this one.
-        max_bad_fraction: fraction of the images that may be unreadable.
+        max_bad_fraction: fraction of the images that may be unusable: unreadable, or longer than 4:1 where whole
+            images are encoded.
         compile: whether to compile the encoder with `torch.compile`.
         part: range of the shards to encode, for several computers without communication; `merge_parts` joins their
             folders. None encodes all.
 
     Raises:
-        UserError: the model does not take images of this size; a batch exceeds the memory; the folder has other
-            content or other settings, or another run writes to it; too many images cannot be read; or a latent
+        UserError: the model does not take images of these sizes; a batch exceeds the memory; the folder has other
+            content or other settings, or another run writes to it; too many images cannot be used; or a latent
             is not finite. All processes raise the error of any one of them.
         WorkerDied: a process that decodes images was killed, or crashed. The encoded images are kept.
         OSError: a file cannot be written, or another process has failed or died.

@@ -2,8 +2,8 @@
 
 import time
 from collections import deque
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -75,12 +75,12 @@ class BatchedEncoder:
         return torch.stack(moments)
 
 
-def to_host(parts: Sequence[Tensor]) -> tuple[Tensor, torch.cuda.Event | None]:
-    """Joins the parts of a shard along the images, in the CPU's memory.
+# Moments in the CPU's memory, and for a copy from a GPU the event after which they are valid.
+HostCopy: TypeAlias = tuple[Tensor, torch.cuda.Event | None]
 
-    Returns:
-        The moments, and for a copy from a GPU the event after which they are valid.
-    """
+
+def to_host(parts: Sequence[Tensor]) -> HostCopy:
+    """Joins parts of a shard along the images, in the CPU's memory."""
     moments = torch.cat(list(parts), dim=1)
     if moments.device.type != "cuda":
         return moments.cpu(), None
@@ -89,3 +89,13 @@ def to_host(parts: Sequence[Tensor]) -> tuple[Tensor, torch.cuda.Event | None]:
     ready = torch.cuda.Event()
     ready.record()
     return host, ready
+
+
+def finish_copies(copies: Iterable[HostCopy]) -> list[Tensor]:
+    """Waits for copies, and returns the moments."""
+    finished = []
+    for moments, ready in copies:
+        if ready is not None:
+            ready.synchronize()
+        finished.append(moments)
+    return finished

@@ -3,25 +3,41 @@
 import hashlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Container
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from litevae.data.bad_images import BAD_IMAGES, BadImages
+from litevae.data.buckets import Buckets, Crop
 from litevae.data.sources import ImageSource
 from litevae.environment import versions
 from litevae.errors import UserError
 from litevae.files import TEMPORARY, make_folder
 from litevae.latents.encoder import Precision
-from litevae.latents.index import FORMAT, Part, Shard, marker_path, read_index, read_marker, write_index
+from litevae.latents.index import (
+    BUCKETS_FORMAT,
+    FORMAT,
+    Part,
+    Shard,
+    marker_path,
+    read_index,
+    read_marker,
+    write_index,
+)
 from litevae.latents.shards import Unfinished, find_damage, read_unfinished, unfinished_path
 from litevae.lock import LOCK, locked
-from litevae.models.interface import Autoencoder, check_size, spatial_compression
+from litevae.models.interface import (
+    Autoencoder,
+    check_rgb,
+    check_size,
+    fixed_size,
+    minimum_size,
+    spatial_compression,
+)
 from litevae.models.weights import hash_encoder
 
-CROP = "the middle square, resized by Pillow's antialiased bicubic"
 COMMAND = "litevae encode"  # the name that a second run is given
 
 
@@ -30,16 +46,52 @@ class Settings:
     """The settings of an encoded data set, which are fixed for a folder.
 
     Args:
-        size: side in pixels to which the middle square of each image is resized.
+        size: side in pixels to which the middle square of each image is resized; or see `crop`.
         precision: precision of the model, "bf16" or "fp32".
         mirror: whether each image is also encoded mirrored from left to right.
         shard_size: images per shard.
+        crop: "middle" encodes the middle square of each image. "shorter" and "area" encode the whole image, resized so
+            that its shorter side is `size`, or its area `size` squared. Both sides are then rounded down to multiples
+            of `bucket_step`, and what is left over is cut off. An image longer than 4:1 counts as a bad one.
+        bucket_step: number of pixels, a multiple of the model's factor f; None is f.
     """
 
     size: int = 256
     precision: Precision = "fp32"
     mirror: bool = False
     shard_size: int = 1024
+    crop: Crop = "middle"
+    bucket_step: int | None = None
+
+
+def make_buckets(model: Autoencoder, settings: Settings) -> Buckets:
+    """Returns the sizes to which images are resized for a model.
+
+    Raises:
+        UserError: the settings do not fit together, or the model does not take these sizes.
+    """
+    size, crop, factor = settings.size, settings.crop, spatial_compression(model)
+    step = factor if settings.bucket_step is None else settings.bucket_step
+    if crop == "middle":
+        if settings.bucket_step is not None:
+            raise UserError(
+                f"bucket_step={step} has no effect on middle squares: choose crop shorter or area"
+            )
+        check_size(model, size)
+        return Buckets(crop, size, step)
+    check_rgb(model)
+    if fixed_size(model) is not None:
+        raise UserError(
+            f"crop must be middle, got {crop}: this model takes only squares of {fixed_size(model)}"
+        )
+    if step < 1 or step % factor:
+        raise UserError(f"bucket_step must be a multiple of {factor}, got {step}")
+    least = -(-minimum_size(model) // step) * step
+    if crop == "area":  # the shorter side of an image of 4:1 is half as long
+        least *= 2
+    if size % step or size < least:
+        raise UserError(f"size must be a multiple of {step}, at least {least}, got {size}")
+    return Buckets(crop, size, step)
 
 
 def make_header(
@@ -50,12 +102,13 @@ def make_header(
     Raises:
         UserError: the model does not take images of this size.
     """
-    check_size(model, settings.size)
-    factor = spatial_compression(model)
+    buckets = make_buckets(model, settings)
     config = {name: value for name, value in model.config.items() if not name.startswith("_")}
-    side = settings.size // factor
+    middle = buckets.crop == "middle"
+    side = settings.size // spatial_compression(model) if middle else None
+    encoding = {name: value for name, value in asdict(settings).items() if name != "bucket_step"}
     return {
-        "format": FORMAT,
+        "format": FORMAT if middle else BUCKETS_FORMAT,
         "complete": False,
         "model": {
             "class": type(model).__name__,
@@ -63,7 +116,7 @@ def make_header(
             "config": config,
         },
         "images": {"count": len(images), "sha256": hash_keys(images)},
-        "encoding": {**asdict(settings), "crop": CROP},
+        "encoding": {**encoding, "crop": buckets.description},
         "latents": {
             "dtype": "float16",
             "shape": [2 * config["latent_channels"], side, side],
@@ -200,10 +253,10 @@ class LatentFolder:
         first = number * self.settings.shard_size
         return range(first, min(first + self.settings.shard_size, len(self.images)))
 
-    def batches(self, number: int, start: int) -> Iterator[range]:
-        """Yields a shard's images in batches, without the first `start`, which must be whole batches."""
-        numbers = self.shard_range(number)
-        return (numbers[i : i + self.batch_size] for i in range(start, len(numbers), self.batch_size))
+    def batches(self, number: int, done: Container[int]) -> list[list[int]]:
+        """Returns the numbers of a shard's images, without those in `done`, in parts to read at a time."""
+        numbers = [image for image in self.shard_range(number) if image not in done]
+        return [numbers[i : i + self.batch_size] for i in range(0, len(numbers), self.batch_size)]
 
     def identity(self, number: int) -> dict[str, Any]:
         """Returns all that must not change between two runs for the second to continue an unfinished shard."""
@@ -211,7 +264,7 @@ class LatentFolder:
         return {**{name: self.header[name] for name in names}, "batch_size": self.batch_size, "shard": number}
 
     def read_unfinished(self, number: int) -> Unfinished | None:
-        """Reads the first images of a shard that a stopped run has encoded.
+        """Reads the images of a shard that a stopped run has encoded.
 
         Returns:
             The images, or None if there are none. A useless file is removed, and a line on stderr says so.
@@ -231,11 +284,11 @@ class LatentFolder:
             Number of unreadable images.
 
         Raises:
-            UserError: no image can be read, or too many cannot.
+            UserError: no image can be used, or too many cannot.
         """
         bad = self.rewrite_bad_images()
         if self.shards and not any(shard.count for shard in self.shards.values()):
-            raise UserError(f"none of the images can be read: {bad.path} lists them")
+            raise UserError(f"none of the images can be used: {bad.path} lists them")
         write_index(self.path, {**self.header, "complete": True}, [self.shards[i] for i in self.numbers])
         for number in self.numbers:
             marker_path(self.path, number).unlink(missing_ok=True)

@@ -7,7 +7,7 @@ range checked, and no name leads out of the folder.
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from litevae.errors import UserError, shorten
 from litevae.files import parse_json, read_json, replacing, sync_folder, why_missing, write
 
 FORMAT = "litevae latents, version 1"
+BUCKETS_FORMAT = "litevae latents, version 2"  # of latents of several shapes
 INDEX = "index.json"
 IMAGES = "images"  # entry of a shard's metadata
 
@@ -43,6 +44,15 @@ class Shard:
     bytes: int
     sha256: str
     bad: dict[str, str]
+
+
+class ImageEntry(NamedTuple):
+    """An image of a shard, as the metadata list it."""
+
+    name: str
+    label: str | None
+    height: int  # of the latent
+    width: int
 
 
 class Part(NamedTuple):
@@ -94,8 +104,11 @@ def read_index(folder: Path) -> dict[str, Any] | None:
         index = read_json(path)
         if not isinstance(index, dict) or "format" not in index:
             raise ValueError("has no format")
-        if index["format"] != FORMAT:
-            raise UserError(f"{path}: is of format {shorten(index['format'])}; this version reads {FORMAT!r}")
+        if index["format"] not in (FORMAT, BUCKETS_FORMAT):
+            raise UserError(
+                f"{path}: is of format {shorten(index['format'])}; this version reads {FORMAT!r} and "
+                f"{BUCKETS_FORMAT!r}"
+            )
         index["shards"] = check_index(index)
         if "part" in index:
             index["part"] = read_part(index)
@@ -124,12 +137,15 @@ def check_index(index: dict[str, Any]) -> list[Shard]:
             raise ValueError(f"{section} must be a mapping, got {shorten(index.get(section))}")
     latents, encoding = index["latents"], index["encoding"]
     shape = latents.get("shape")
+    shapes = (is_shape, "three whole numbers from 1, the first even")
+    if index["format"] == BUCKETS_FORMAT:
+        shapes = (is_open_shape, "an even number from 2 and twice null")
     for name, value, fits, allowed in (
         ("complete", index.get("complete"), is_bool, "true or false"),
         ("model.sha256", index["model"].get("sha256"), is_text, "text"),
         ("images.count", index["images"].get("count"), is_count, "a whole number"),
         ("encoding.mirror", encoding.get("mirror"), is_bool, "true or false"),
-        ("latents.shape", shape, is_shape, "three whole numbers from 1, the first even"),
+        ("latents.shape", shape, *shapes),
         ("latents.scaling_factor", latents.get("scaling_factor"), is_factor, "a number other than 0"),
         ("latents.shift_factor", latents.get("shift_factor"), is_optional_number, "a number or null"),
         ("shards", index.get("shards"), is_list, "a list"),
@@ -179,17 +195,33 @@ def parse_shard(entry: Any, number: int) -> Shard:
     return shard
 
 
-def read_images(file: Any) -> list[tuple[str, str | None]]:
-    """Returns the names and labels that the metadata of an open shard list; `ValueError` if it lists none."""
+def read_images(file: Any, shape: Sequence[int | None]) -> list[ImageEntry]:
+    """Returns the images that the metadata of an open shard list.
+
+    Args:
+        file: shard that `safe_open` has opened.
+        shape: shape of the folder's latents in index.json.
+
+    Raises:
+        ValueError: the metadata list no images, or not as the folder's format has them.
+    """
     text = (file.metadata() or {}).get(IMAGES)
     listed = None if text is None else parse_json(text.encode())
     if not isinstance(listed, list):
         raise ValueError(f"{IMAGES} must be a list, got {shorten(listed)}")
+    side = list(shape[1:])
+    sizes = side == [None, None]
+    allowed = "a name, a label or null, and two whole numbers" if sizes else "a name and a label or null"
     for entry in listed:
-        pair = isinstance(entry, list) and len(entry) == 2
-        if not pair or not is_text(entry[0]) or not (entry[1] is None or is_text(entry[1])):
-            raise ValueError(f"each of {IMAGES} must be a name and a label or null, got {shorten(entry)}")
-    return [(name, label) for name, label in listed]
+        if not (
+            isinstance(entry, list)
+            and len(entry) == (4 if sizes else 2)
+            and is_text(entry[0])
+            and (entry[1] is None or is_text(entry[1]))
+            and all(is_count(length) and 0 < length < 2**31 for length in entry[2:])
+        ):
+            raise ValueError(f"each of {IMAGES} must be {allowed}, got {shorten(entry)}")
+    return [ImageEntry(*entry) if sizes else ImageEntry(*entry, *side) for entry in listed]
 
 
 def is_bool(value: Any) -> bool:
@@ -217,6 +249,10 @@ def is_shape(value: Any) -> bool:
     if not isinstance(value, list) or len(value) != 3 or not all(map(is_count, value)):
         return False
     return min(value) > 0 and value[0] % 2 == 0
+
+
+def is_open_shape(value: Any) -> bool:
+    return isinstance(value, list) and value[1:] == [None, None] and is_shape([value[0], 1, 1])
 
 
 def is_text(value: Any) -> bool:

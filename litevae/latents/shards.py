@@ -1,10 +1,14 @@
-"""The shards of an encoded data set, and a dataset that reads them.
+"""The shards of an encoded data set.
 
 Each shard, `shard-00000.safetensors` and so on, holds `moments` (N, 2 n_z, h, w) in float16: per image the posterior's
 mean, then its log-variance in [-30, 20]. It optionally holds `moments_mirrored` of the mirrored images. Its metadata
 "images" is a JSON list of [name, label]. `index.json` lists the shards and records the model, the images and the
-settings. A shard covers a fixed range of the data; images that could not be read are left out of it and listed in the
+settings. A shard covers a fixed range of the data; images that could not be used are left out of it and listed in the
 index.
+
+If the latents have several shapes (version 2 of the format), a shard holds a tensor per shape, such as `moments_32x48`
+and `moments_mirrored_32x48`, each with its images in their order. The metadata list all images in their order, each as
+[name, label, h, w].
 
 float16 holds every bfloat16 between 6e-5 and 65504 exactly, and a float32 to 11 bits.
 """
@@ -12,30 +16,25 @@ float16 holds every bfloat16 between 6e-5 and 65504 exactly, and a float32 to 11
 import hashlib
 import io
 import json
-import operator
-import os
-import re
+from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any
 
-import numpy as np
 import torch
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from litevae.data.paths import PackedStrings
-from litevae.errors import UserError, shorten
+from litevae.errors import UserError
 from litevae.files import open_regular, replacing, sha256, sync_folder, write
 from litevae.latents.index import (
     IMAGES,
     INDEX,
+    ImageEntry,
     Shard,
+    is_count,
     is_text,
     marker_path,
     name_shard,
@@ -45,27 +44,41 @@ from litevae.latents.index import (
 
 MOMENTS, MIRRORED = "moments", "moments_mirrored"
 
+
+def tensor_name(mirrored: bool, size: tuple[int, int] | None) -> str:
+    """Returns the name of a tensor in a shard; `size` is the latents' height and width if there are several."""
+    name = MIRRORED if mirrored else MOMENTS
+    return name if size is None else f"{name}_{size[0]}x{size[1]}"
+
+
 CHANGED = "its content is not what was written (SHA-256)"
 
 
 def unfinished_path(folder: Path, number: int) -> Path:
-    """Returns the path of the file with the first images of shard `number`, which a stopped run had encoded."""
+    """Returns the path of the file with the images of shard `number` that a stopped run had encoded."""
     return folder / f".shard-{number:05d}.unfinished"
 
 
 @dataclass(frozen=True)
 class Unfinished:
-    """The first images of a shard, in the state in which a run was stopped.
+    """The images of a shard that were encoded when a run was stopped. Images are named by their numbers in the data.
 
     Attributes:
-        moments: (1 or 2, N, 2 n_z, h, w) float16, the second of the mirrored images; bad images are included.
-        labels: labels of all N images.
-        bad: numbers in the data of the bad images, with the reasons.
+        moments: per shape, (1 or 2, N, 2 n_z, h, w) float16, the second of the mirrored images.
+        numbers: per shape, the numbers of the N images. Middle squares include bad images, which are black.
+        labels: labels of all encoded images.
+        bad: bad images, with the reasons.
     """
 
-    moments: Tensor
-    labels: list[str | None]
+    moments: list[Tensor]
+    numbers: list[list[int]]
+    labels: dict[int, str | None]
     bad: dict[int, str]
+
+    @property
+    def done(self) -> set[int]:
+        """The numbers of the images that need not be read again."""
+        return {*self.labels, *self.bad}
 
 
 def write_unfinished(folder: Path, number: int, identity: dict[str, Any], unfinished: Unfinished) -> None:
@@ -96,7 +109,7 @@ def read_unfinished(folder: Path, number: int, identity: dict[str, Any]) -> Unfi
     digest, content = content[:32], content[32:]
     if hashlib.sha256(content).digest() != digest:
         raise ValueError(CHANGED)
-    unusable = "is not a file that litevae encode has written"
+    unusable = "is not a file that this version of litevae encode has written"
     try:
         saved = torch.load(io.BytesIO(content), weights_only=True)
         written_for = saved.pop("identity")
@@ -106,14 +119,17 @@ def read_unfinished(folder: Path, number: int, identity: dict[str, Any]) -> Unfi
         raise ValueError("was left by a run with another --batch-size, or of something else")
     try:
         unfinished = Unfinished(**saved)
-        fits = isinstance(unfinished.moments, Tensor) and all(
+        copies = 1 + identity["encoding"]["mirror"]
+        pairs = list(zip(unfinished.moments, unfinished.numbers, strict=True))
+        numbers = [number for numbers in unfinished.numbers for number in numbers]
+        fits = all(
             (
-                unfinished.moments.dtype == torch.float16,
-                unfinished.moments.shape[:2] == (1 + identity["encoding"]["mirror"], len(unfinished.labels)),
-                isinstance(unfinished.labels, list),
-                all(label is None or is_text(label) for label in unfinished.labels),
-                isinstance(unfinished.bad, dict),
-                all(type(key) is int and is_text(reason) for key, reason in unfinished.bad.items()),
+                all(each.dtype == torch.float16 and each.ndim == 5 for each, _ in pairs),
+                all(each.shape[:2] == (copies, len(numbers)) for each, numbers in pairs),
+                sorted(numbers) == sorted(unfinished.labels),
+                all(label is None or is_text(label) for label in unfinished.labels.values()),
+                all(is_count(number) for number in (*numbers, *unfinished.bad)),
+                all(is_text(reason) for reason in unfinished.bad.values()),
             )
         )
     except Exception:  # of values of any types
@@ -127,7 +143,7 @@ def write_shard(
     folder: Path,
     number: int,
     first: int,
-    images: list[tuple[str, str | None]],
+    images: Sequence[ImageEntry | tuple[str, str | None]],
     tensors: dict[str, Tensor],
     bad: dict[str, str],
 ) -> Shard:
@@ -137,8 +153,8 @@ def write_shard(
         folder: folder of the encoded data set.
         number: number of the shard.
         first: number in the data of the shard's first image.
-        images: names and labels of the images in the shard.
-        tensors: `moments`, and optionally `moments_mirrored`.
+        images: images in the shard in their order, with or without their shapes as the folder's format requires.
+        tensors: moments under the names of `tensor_name`.
         bad: names of the images that are left out, with the reasons.
     """
     # The metadata have a single entry, because safetensors writes several in no fixed order.
@@ -182,8 +198,6 @@ def verify(folder: Path, part: bool = False) -> dict[str, Any]:
         UserError: the message names the first fault.
     """
     index = read_complete_index(folder, part)
-    shape = tuple(index["latents"]["shape"])
-    names = {MOMENTS, *([MIRRORED] if index["encoding"]["mirror"] else [])}
     end, count = 0, index["images"]["count"]
     if index.get("part"):
         size = index["encoding"]["shard_size"]
@@ -197,12 +211,11 @@ def verify(folder: Path, part: bool = False) -> dict[str, Any]:
                 with safe_open(folder / shard.file, framework="pt") as file:
                     tensors = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
                     found = {name: (each.get_dtype(), *each.get_shape()) for name, each in tensors.items()}
-                    listed = len(read_images(file))
+                    images = read_images(file, index["latents"]["shape"])
             except (SafetensorError, OSError, ValueError) as error:
                 damage = f"cannot be read: {error}"
             else:
-                expected = dict.fromkeys(names, ("F16", shard.count, *shape))
-                if found != expected or listed != shard.count:
+                if found != expected_tensors(index, images) or len(images) != shard.count:
                     damage = f"does not hold what {INDEX} says"
         if damage is None and (shard.first != end or shard.count + len(shard.bad) != shard.images):
             damage = f"is listed in {INDEX} with numbers that do not fit"
@@ -214,170 +227,15 @@ def verify(folder: Path, part: bool = False) -> dict[str, Any]:
     return index
 
 
-class Latent(NamedTuple):
-    """An encoded image."""
-
-    moments: Tensor  # (2 n_z, h, w) float32, for `sample_latents`
-    label: int  # position in `LatentDataset.labels`; -1 without a label
-
-
-class LatentBatch(NamedTuple):
-    """Several encoded images."""
-
-    moments: Tensor  # (N, 2 n_z, h, w) float32
-    label: Tensor  # (N,) int64, as `Latent.label`
-
-
-class LatentDataset(Dataset[Latent]):
-    """The images of a folder that `litevae encode` has written.
-
-    Mirrored copies follow the images: item i + `count` is the mirrored item i. An integer, which may be negative,
-    selects a `Latent`. A slice, or a sequence or tensor of integers or of one boolean per item, selects a
-    `LatentBatch`. The files are mapped into memory, so that random access reads only the items themselves, also in
-    worker processes.
-
-    Args:
-        folder: folder that `litevae encode` has written.
-        mirrored: whether to include the mirrored copies, if there are any.
-        check: whether to check the content of all files, which reads them once. Their lengths are always checked.
-
-    Attributes:
-        count: number of images.
-        labels: names of the classes, in numerical order if all are whole numbers, else in alphabetical order.
-        index: content of index.json.
-
-    Raises:
-        UserError: the folder does not exist or is incomplete, or a file is damaged.
-    """
-
-    def __init__(self, folder: str | os.PathLike[str], mirrored: bool = True, check: bool = True) -> None:
-        self.folder = Path(folder)
-        self.index = verify(self.folder) if check else read_complete_index(self.folder)
-        self.shards: list[Shard] = self.index["shards"]
-        names: list[str] = []
-        labels: list[str | None] = []
-        for shard in self.shards:
-            path = self.folder / shard.file
-            if not path.is_file() or path.stat().st_size != shard.bytes:
-                raise UserError(f"{path}: {find_damage(self.folder, shard)}")
-            try:
-                with safe_open(path, framework="pt") as file:
-                    listed = read_images(file)
-            except (SafetensorError, OSError, ValueError) as error:
-                raise UserError(f"{path}: cannot be read: {error}") from None
-            if len(listed) != shard.count:
-                raise UserError(f"{path}: does not hold what {INDEX} says")
-            names += [name for name, _ in listed]
-            labels += [label for _, label in listed]
-        self.names = PackedStrings(names)
-        known = {label for label in labels if label is not None}
-        numeric = all(re.fullmatch(r"[+-]?\d{1,100}", label) for label in known)
-        self.labels = sorted(known, key=(lambda label: (int(label), label)) if numeric else None)
-        targets = {label: i for i, label in enumerate(self.labels)}
-        self.targets = torch.tensor([-1 if label is None else targets[label] for label in labels])
-        self.ends = torch.tensor([shard.count for shard in self.shards]).cumsum(0)
-        self.count = len(self.names)
-        self.copies = 2 if mirrored and self.index["encoding"]["mirror"] else 1
-        self.files: dict[int, dict[str, Tensor]] = {}
-
-    def __len__(self) -> int:
-        return self.count * self.copies
-
-    @overload
-    def __getitem__(self, index: int) -> Latent: ...
-
-    @overload
-    def __getitem__(self, index: slice | Sequence[int] | Tensor) -> LatentBatch: ...
-
-    def __getitem__(self, index: Any) -> Latent | LatentBatch:
-        numbers = self.resolve(index)
-        if isinstance(numbers, int):
-            return self.item(numbers)
-        items = [self.item(number) for number in numbers]
-        shape = self.index["latents"]["shape"]
-        moments = torch.stack([item.moments for item in items]) if items else torch.empty(0, *shape)
-        return LatentBatch(moments, torch.tensor([item.label for item in items], dtype=torch.int64))
-
-    def resolve(self, index: Any) -> int | Sequence[int]:
-        """Returns the numbers of the items that `__getitem__` selects, each from 0.
-
-        Raises:
-            IndexError: an item does not exist, or a mask has another length.
-            TypeError: `index` is of another type or has more dimensions.
-        """
-        if isinstance(index, slice):
-            return range(len(self))[index]
-        try:
-            array = index.numpy(force=True) if isinstance(index, Tensor) else np.asarray(index)
-        except Exception:  # a ragged list, or a tensor that NumPy has no equivalent of
-            array = np.empty((0, 0))
-        kind = array.dtype.kind
-        if array.shape == (0,) and isinstance(index, list | tuple):  # float64 in NumPy
-            return []
-        if array.ndim == 0 and kind != "b":
-            with suppress(TypeError):  # `index` is not a whole number
-                return self.position(operator.index(index))
-        if array.ndim == 1 and kind == "b":
-            if len(array) != len(self):
-                raise IndexError(f"a mask must have {len(self)} booleans, one per item, got {len(array)}")
-            return [int(number) for number in np.flatnonzero(array)]
-        if array.ndim == 1 and kind in "iu":
-            return [self.position(number) for number in array.tolist()]
-        raise TypeError(
-            "an index must be a whole number, a slice, or a flat sequence or tensor of whole numbers or booleans, "
-            f"got {shorten(index)}"
-        )
-
-    def position(self, number: int) -> int:
-        """Returns the number of an item, counted from 0; `IndexError` if it does not exist."""
-        if not -len(self) <= number < len(self):
-            raise IndexError(f"item {shorten(number)} of {len(self)}")
-        return number % len(self)
-
-    def item(self, number: int) -> Latent:
-        copy, position = divmod(number, self.count)
-        shard = int(torch.searchsorted(self.ends, position, right=True))
-        if shard not in self.files:
-            self.files[shard] = load_file(self.folder / self.shards[shard].file)
-        row = position - int(self.ends[shard]) + self.shards[shard].count
-        moments = self.files[shard][MIRRORED if copy else MOMENTS][row]
-        return Latent(moments.float(), int(self.targets[position]))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "files": {}}  # each process maps the files itself
-
-    def name(self, index: int) -> str:
-        """Returns the image's name within the data that it was encoded from."""
-        number = self.resolve(index)
-        if not isinstance(number, int):
-            raise TypeError(f"the index of a name must be a whole number, got {shorten(index)}")
-        return self.names[number % self.count]
-
-    def sample(self, moments: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Calls `sample_latents` with the scaling and shift factors of the model that encoded the images."""
-        latents = self.index["latents"]
-        return sample_latents(moments, latents["scaling_factor"], latents["shift_factor"], generator)
-
-
-def sample_latents(
-    moments: Tensor,
-    scaling_factor: float = 1.0,
-    shift_factor: float | None = None,
-    generator: torch.Generator | None = None,
-    noise: Tensor | None = None,
-) -> Tensor:
-    """Draws a sample from each posterior and normalises it: (sample - shift_factor) * scaling_factor.
-
-    Args:
-        moments: posterior moments, (N, 2 n_z, h, w) float32.
-        scaling_factor: factor of the model's configuration.
-        shift_factor: shift of the model's configuration; None is 0.
-        generator: generator of the noise, on the moments' device.
-        noise: standard normal noise of the result's shape; None draws it with `generator`.
-
-    Returns:
-        Latents for a diffusion model, (N, n_z, h, w) float32.
-    """
-    posterior = DiagonalGaussianDistribution(moments)
-    sample = posterior.sample(generator) if noise is None else posterior.mean + posterior.std * noise
-    return (sample - (shift_factor or 0.0)) * scaling_factor
+def expected_tensors(index: dict[str, Any], images: Sequence[ImageEntry]) -> dict[str, tuple[str | int, ...]]:
+    """Returns the dtype and shape of each tensor of a shard with these images, by name."""
+    channels, *side = index["latents"]["shape"]
+    copies = (False, True) if index["encoding"]["mirror"] else (False,)
+    if side != [None, None]:
+        return {tensor_name(copy, None): ("F16", len(images), channels, *side) for copy in copies}
+    counts = Counter((image.height, image.width) for image in images)
+    return {
+        tensor_name(copy, size): ("F16", count, channels, *size)
+        for size, count in counts.items()
+        for copy in copies
+    }

@@ -31,6 +31,11 @@ def check_rgb(model: Autoencoder) -> None:
         raise UserError(f"the model takes {model.config.in_channels} channels; images here have 3")
 
 
+def minimum_size(model: Autoencoder) -> int:
+    """Returns the shortest side in pixels of an image that the model encodes."""
+    return max(MIN_SIZE, 2 * spatial_compression(model))
+
+
 def check_size(model: Autoencoder, size: int, name: str = "size") -> None:
     """Checks that the model takes RGB images of `size` x `size` pixels.
 
@@ -47,7 +52,7 @@ def check_size(model: Autoencoder, size: int, name: str = "size") -> None:
     if fixed_size(model) not in (None, size):
         raise UserError(f"{name} must be {fixed_size(model)}, the only size this model takes, got {size}")
     factor = spatial_compression(model)
-    minimum = max(MIN_SIZE, 2 * factor)
+    minimum = minimum_size(model)
     if size % factor or size < minimum:
         raise UserError(f"{name} must be a multiple of {factor}, at least {minimum}, got {size}")
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from litevae.data.buckets import MIDDLE
 from litevae.data.config import DataConfig
 from litevae.data.crops import CropBatch, CropItem, TrainingCrops, collate
 from litevae.data.images import Pixels
@@ -16,7 +17,7 @@ from litevae.data.remote import redact_pattern
 from litevae.data.sources import ImageSource
 from litevae.errors import UserError
 from litevae.latents import LatentDataset
-from litevae.latents.folder import CROP, hash_keys
+from litevae.latents.folder import hash_keys
 from litevae.models.interface import Autoencoder
 from litevae.models.weights import hash_encoder
 
@@ -102,7 +103,7 @@ def open_teacher_latents(
         fault = "was encoded with another model than the teacher"
     elif index["images"] != {"count": len(images), "sha256": hash_keys(images)}:
         fault = f"was encoded from other images than data.train={redact_pattern(config.train)}"
-    elif encoding.get("crop") != CROP:
+    elif encoding.get("crop") != MIDDLE:
         fault = "does not hold the latents of middle squares"
     elif others := [size for size in sizes if size != encoding.get("size")]:
         fault = f"holds latents of {encoding.get('size')} x {encoding.get('size')} pixels, and a crop has {others[0]}"

@@ -98,6 +98,7 @@ REPLACED = {
     r"--workers \S+": "--workers 0",
     r"--size \S+": "--size 32",
     r"--sizes \S+": "--sizes 32,64",
+    r"--bucket-step \S+": "--bucket-step 16",
     r"--batch-size \S+": "--batch-size 2",
     r"\bgradient_ratio_every=\S+": "gradient_ratio_every=1 loss.adversarial=0.1 loss.adversarial_start=1 "
     "discriminator.width=S",

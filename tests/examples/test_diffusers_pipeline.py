@@ -30,6 +30,14 @@ def test_trains_and_samples(load_example, run, images, tmp_path):
     assert pipeline.transformer.config.num_embeds_ada_norm == 2  # the folders' labels
 
 
+def test_refuses_latents_of_several_shapes(load_example, run, images, tmp_path):
+    latents = tmp_path / "latents"
+    options = ["--size", "64", "--workers", "0", "--crop", "shorter"]
+    assert main(["encode", str(run), str(images), str(latents), *options]) == 0
+    with pytest.raises(SystemExit, match="needs latents of one shape: run litevae encode with --crop middle"):
+        load_example("diffusers_pipeline").main([str(run), str(latents), "--steps", "2"])
+
+
 def test_refuses_latents_of_another_scale(load_example, run, images, tmp_path):
     latents = tmp_path / "latents"
     assert main(["encode", str(run), str(images), str(latents), "--size", "64", "--workers", "0"]) == 0

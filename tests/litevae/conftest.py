@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import runpy
 import signal
@@ -10,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -124,6 +126,24 @@ def broken_images(tmp_path_factory):
         folder,
         f"none of the 2 images can be read; {folder / 'a.png'}: not an image, or of an unsupported format",
     )
+
+
+@pytest.fixture(scope="session")
+def whole_image():
+    """Resizes an RGB image as --crop shorter and area do, with Pillow alone: (H, W, 3) uint8."""
+
+    def load(image, crop, size, step):
+        width, height = image.size
+        scale = size / min(image.size) if crop == "shorter" else size / math.sqrt(width * height)
+        # a side that is a whole number of steps may be a rounding error below it
+        width, height = (int(scale * side / step + 1e-9) * step for side in image.size)
+        taken = min(image.width / width, image.height / height)  # pixels of the image per pixel of the result
+        left, top = (image.width - taken * width) / 2, (image.height - taken * height) / 2
+        box = (left, top, left + taken * width, top + taken * height)
+        box = (*box[:2], min(box[2], image.width), min(box[3], image.height))
+        return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box=box))
+
+    return load
 
 
 class EventfulImages:

@@ -6,6 +6,7 @@ from PIL import Image
 
 from litevae.cli import main
 from litevae.data.sources import open_images
+from litevae.latents import LatentDataset
 
 SIZE = 32
 
@@ -37,7 +38,7 @@ def test_says_what_it_did(command, tmp_path, capsys):
         " images/s; the encoder itself: ",
         " images/s on cpu in fp32",
         "bottleneck: ",
-        f"1 image cannot be read; they are listed in {tmp_path / 'out' / 'bad_images.txt'}",
+        f"1 image cannot be used: see {tmp_path / 'out' / 'bad_images.txt'}",
         f"{tmp_path / 'out'}: all 10 images are encoded",
     ):
         assert pattern in first
@@ -72,6 +73,8 @@ def test_a_flipped_bit_is_found(command, tmp_path, capsys):
         (["--precision", "fp8"], "'fp8' is not one of 'auto', 'bf16', 'fp32'"),
         (["--batch-size", "0"], "--batch-size"),
         (["--verify", "nowhere"], "nowhere: no such folder"),
+        (["--crop", "left"], "'left' is not one of 'middle', 'shorter', 'area'"),
+        (["--crop", "area", "--bucket-step", "6"], "bucket_step must be a multiple of 4, got 6"),
     ],
 )
 def test_mistakes_are_one_line(model_folder, photographs, tmp_path, capsys, options, message):
@@ -80,6 +83,20 @@ def test_mistakes_are_one_line(model_folder, photographs, tmp_path, capsys, opti
     errors = capsys.readouterr().err
     assert message in errors
     assert errors.count("\n") == 1
+
+
+def test_whole_images(command, tmp_path, capsys):
+    assert "all 10 images are encoded" in command("--crop", "shorter", "--bucket-step", 8, "--mirror").out
+    dataset = LatentDataset(tmp_path / "out")
+    # 40 x 60 pixels, in steps of 8 at the factor 4
+    assert dataset[0].moments.shape == (8, 8, 12)
+    assert all(height % 2 == width % 2 == 0 for _, height, width in dataset.items_by_shape())
+    assert main(["encode", "--verify", str(tmp_path / "out")]) == 0
+    assert "10 images in 1 shard" in capsys.readouterr().out
+    assert (
+        "was begun with crop shorter, bucket step 8, not area"
+        in command("--crop", "area", "--mirror", status=2).err
+    )
 
 
 def test_ctrl_c(command, photographs, monkeypatch, interrupting):

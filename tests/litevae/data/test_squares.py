@@ -6,7 +6,6 @@ from skimage import data
 from torchvision.transforms import InterpolationMode, functional
 
 from litevae.data.config import DataConfig
-from litevae.data.images import BadImage
 from litevae.data.sources import TRAINING_PHOTOGRAPHS
 from litevae.data.squares import SquareDataset, load_validation, middle_square, open_validation
 from litevae.errors import UserError
@@ -65,7 +64,7 @@ def test_a_batch_holds_the_squares_of_the_numbers_asked_for(plain_images):
     assert (squares.count, len(squares)) == (5, 2)
     assert [squares.name(number) for number in squares.numbers] == ["image 2", "image 6"]
     batch = squares.collate([squares[i] for i in range(2)])
-    assert (batch.numbers, batch.labels, batch.errors) == ([1, 3], [None, None], {})
+    assert (batch.numbers, batch.errors) == ([1, 3], {})
     assert batch.pixels.shape == (2, 3, 8, 8)
     assert batch.pixels[:, 0, 0, 0].tolist() == [2, 6]
 
@@ -78,19 +77,6 @@ def test_unreadable_images_are_black_in_a_batch(plain_images):
     numbers, pixels = batch.readable
     assert numbers == [0, 2]
     assert torch.equal(pixels, batch.pixels[[0, 2]])
-
-
-def test_image_whose_label_cannot_be_read_is_a_bad_image(plain_images, monkeypatch):
-    images = plain_images(7)
-
-    def fail(_):
-        raise BadImage("cannot be read: No such file or directory")
-
-    monkeypatch.setattr(images, "label", fail)
-    square = SquareDataset(images, 8, labels=True)[0]
-    assert (square.pixels, square.error) == (None, "cannot be read: No such file or directory")
-    measured = SquareDataset(images, 8)[0]  # reads no label
-    assert (measured.error, measured.label) == (None, None)
 
 
 def test_middle_square_of_wide_and_high_images():

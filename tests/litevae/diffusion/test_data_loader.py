@@ -6,9 +6,10 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from litevae import LiteVAE
+from litevae.data.sources import open_images
 from litevae.diffusion.data_loader import LatentData
 from litevae.errors import UserError
-from litevae.latents import LatentDataset
+from litevae.latents import LatentDataset, Settings, encode_images
 
 
 @pytest.fixture
@@ -64,6 +65,15 @@ def test_latents_of_another_model_or_scale_are_refused(tiny, feed, autoencoder):
         next(autoencoder.encoder.parameters()).add_(1)
     with pytest.raises(UserError, match="was encoded with another model than model="):
         feed(tiny())
+
+
+def test_latents_of_whole_images_are_refused(tiny, feed, autoencoder, photographs, tmp_path):
+    settings = Settings(32, crop="area")
+    encode_images(autoencoder, open_images(str(photographs)), tmp_path / "whole", settings, workers=0)
+    with pytest.raises(
+        UserError, match=r"whole: holds latents of whole images, .*: encode the images with --crop middle"
+    ):
+        feed(tiny(f"data.latents={tmp_path / 'whole'}"))
 
 
 def test_latents_that_are_not_scaled_are_refused(tiny, feed, autoencoder, photographs):

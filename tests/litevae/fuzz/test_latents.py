@@ -20,14 +20,23 @@ from litevae.latents.shards import read_unfinished, unfinished_path
 EACH = pytest.mark.parametrize("long", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "long"])
 
 
+CROPS = pytest.mark.parametrize("crop", ["middle", "shorter"])
+
+
 @pytest.fixture
-def encoded(model_folder, photographs, tmp_path, one_thread):
+def crop():
+    return "middle"
+
+
+@pytest.fixture
+def encoded(model_folder, photographs, tmp_path, one_thread, crop):
     model, images = LiteVAE.from_pretrained(model_folder), open_images(str(photographs))
-    encode_images(model, images, tmp_path / "latents", Settings(32, shard_size=8), 4, 0, 0.1)
+    encode_images(model, images, tmp_path / "latents", Settings(32, shard_size=8, crop=crop), 4, 0, 0.1)
     return tmp_path / "latents"
 
 
 @EACH
+@CROPS
 def test_any_index(explore, ends_well, command, broken_json, encoded, long):
     index = encoded / "index.json"
 
@@ -44,6 +53,7 @@ def test_any_index(explore, ends_well, command, broken_json, encoded, long):
 
 
 @EACH
+@CROPS
 def test_any_names_and_labels_in_a_shard(explore, ends_well, command, broken_json, encoded, long):
     path = encoded / "shard-00000.safetensors"
     before = path.read_bytes()
@@ -60,7 +70,8 @@ def test_any_names_and_labels_in_a_shard(explore, ends_well, command, broken_jso
         command("encode", "--verify", encoded)
         ends_well(lambda: [LatentDataset(encoded)[i] for i in range(10)])
 
-    explore(broken_json([*listed, ["a.png", "7"], ["b.png", None]]), check, 60, long)
+    sizes = listed[0][2:]
+    explore(broken_json([*listed, ["a.png", "7", *sizes], ["b.png", None, *sizes]]), check, 60, long)
     assert path.read_bytes() != before
 
 
@@ -78,7 +89,13 @@ def test_any_note_of_a_shard(explore, ends_well, broken_json, encoded, long):
 @EACH
 def test_any_unfinished_shard(explore, ends_well, broken_json, tmp_path, long):
     identity = {"encoding": {"mirror": False}, "shard": 0}
-    valid = {"identity": identity, "moments": 0, "labels": ["a", None], "bad": {"3": "broken"}}
+    valid = {
+        "identity": identity,
+        "moments": [0],
+        "numbers": [[0, 2]],
+        "labels": [["0", "a"], ["2", None]],
+        "bad": {"3": "broken"},
+    }
     moments = torch.zeros(1, 2, 8, 2, 2, dtype=torch.float16)
 
     def read():
@@ -89,10 +106,13 @@ def test_any_unfinished_shard(explore, ends_well, broken_json, tmp_path, long):
 
     def check(content):
         with suppress(
-            ValueError, TypeError, RecursionError
+            ValueError, TypeError, KeyError, OverflowError, RecursionError
         ):  # else garbage, and not a dict in torch's format
             saved = io.BytesIO()
-            torch.save(json.loads(content) | {"moments": moments}, saved)
+            document = json.loads(content)
+            document["moments"] = [moments for _ in document["moments"]]
+            document["labels"] = {int(number): label for number, label in document["labels"]}
+            torch.save(document, saved)
             content = saved.getvalue()
         unfinished_path(tmp_path, 0).write_bytes(hashlib.sha256(content).digest() + content)
         message = ends_well(read)

@@ -2,6 +2,7 @@ import errno
 import io
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -15,7 +16,8 @@ from PIL import Image
 from litevae import LiteVAE
 from litevae.data.sources import open_images
 from litevae.errors import UserError
-from litevae.latents import Encoding, LatentDataset, verify
+from litevae.latents import Encoding, LatentDataset, Part, merge_parts, verify
+from litevae.latents.encoder import BatchedEncoder
 
 SIZE = 32
 
@@ -101,7 +103,7 @@ def test_too_many_bad_images_stop_the_run(encode, photographs, tmp_path):
     bad = tmp_path / "bad"
     bad.mkdir()
     shutil.copy(photographs / "b" / "05.png", bad)
-    with pytest.raises(UserError, match="none of the images can be read"):
+    with pytest.raises(UserError, match="none of the images can be used"):
         encode("none", images=open_images(str(bad)), max_bad_fraction=1)
 
 
@@ -229,3 +231,107 @@ def test_numeric_classes_are_in_the_order_of_their_numbers(encode, tmp_path):
     dataset = LatentDataset(tmp_path / "latents", mirrored=False)
     assert dataset.labels == ["-2", "9", "10"]
     assert dataset[:].label.tolist() == [2, 1, -1, 0]
+
+
+@pytest.mark.parametrize("step", [None, 8, 16])
+@pytest.mark.parametrize("crop", ["shorter", "area"])
+def test_whole_images_are_those_of_the_model_alone(encode, model, shaped, tmp_path, whole_image, crop, step):
+    """Each image is resized by Pillow and encoded by itself, in float64."""
+    result = encode(
+        images=open_images(str(shaped)), crop=crop, bucket_step=step, batch_size=3, max_bad_fraction=0.2
+    )
+    assert (result.total, result.done, result.bad) == (18, 18, 2)
+    dataset = LatentDataset(tmp_path / "latents")
+    model = model.double()
+    for i in range(dataset.count):
+        image = Image.open(shaped / dataset.name(i)).convert("RGB")
+        pixels = torch.from_numpy(whole_image(image, crop, SIZE, step or 4).copy()).permute(2, 0, 1)[None]
+        for number, copy in ((i, pixels), (i + dataset.count, pixels.flip(3))):
+            with torch.no_grad():
+                posterior = model.encode(copy.double() / 127.5 - 1).latent_dist
+            expected = torch.cat([posterior.mean, posterior.logvar], 1)[0]
+            # as above: one rounding to float16, and those of about 40 layers in float32
+            error = 500 * EPS32 * expected.abs().max().item()
+            torch.testing.assert_close(dataset[number].moments.double(), expected, rtol=EPS16, atol=error)
+
+
+class TestWholeImages:
+    @pytest.fixture
+    def encode(self, encode, shaped):
+        def run(out="latents", images=None, **options):
+            images = open_images(str(shaped)) if images is None else images
+            return encode(
+                out, images, **{"crop": "area", "max_bad_fraction": 0.2, "shard_size": 12} | options
+            )
+
+        return run
+
+    @pytest.mark.parametrize("batch_size", [2, 5])
+    def test_interruptions_change_no_byte(self, encode, shaped, tmp_path, contents, eventful, batch_size):
+        encode("whole", batch_size=batch_size)
+        images, loads = open_images(str(shaped)), []
+
+        def stop(index):  # at the first or a later image that a run loads
+            loads.append(index)
+            if len(loads) == 1 + stops % 6:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        before = stops = 0
+        while True:
+            loads.clear()
+            result = encode(images=eventful(images, stop), batch_size=batch_size)
+            assert result.before == before
+            before += result.done
+            if result.stopped_by is None:
+                break
+            assert 0 < result.done < 18
+            stops += 1
+        assert before == 18
+        assert stops >= 3
+        assert contents(tmp_path / "latents") == contents(tmp_path / "whole")
+
+    def test_encoded_images_are_kept(self, encode, shaped, eventful, interrupting):
+        images = open_images(str(shaped))
+        stopped = encode(images=interrupting(images, 9), shard_size=18)
+        assert 0 < stopped.done < 10
+        loaded = []
+        resumed = encode(images=eventful(images, loaded.append), shard_size=18)
+        assert resumed.before == stopped.done
+        assert len(loaded) == resumed.done == 18 - stopped.done
+
+    def test_workers_change_no_byte_and_damage_is_mended(self, encode, tmp_path, contents, capsys):
+        encode("whole")
+        encode(workers=2)
+        assert contents(tmp_path / "latents") == contents(tmp_path / "whole")
+        shard = tmp_path / "latents" / "shard-00001.safetensors"
+        shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+        with pytest.raises(UserError, match=r"shard-00001\.safetensors: its content is not what was written"):
+            verify(tmp_path / "latents")
+        assert encode().before == 12
+        assert contents(tmp_path / "latents") == contents(tmp_path / "whole")
+
+    def test_joined_ranges_are_what_one_run_writes(self, encode, tmp_path, contents):
+        encode("one", shard_size=5)
+        for number in range(3):
+            encode(f"out/{number}", shard_size=5, part=Part(number, 3), max_bad_fraction=1)
+        merge_parts([tmp_path / "out" / str(number) for number in range(3)])
+        merged = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
+        assert merged == contents(tmp_path / "one")
+
+    def test_batches_of_large_images_have_fewer(self, encode, model, monkeypatch):
+        sizes, encode_batch = [], BatchedEncoder.encode
+        monkeypatch.setattr(
+            BatchedEncoder,
+            "encode",
+            lambda self, pixels: [sizes.append(pixels.shape), encode_batch(self, pixels)][1],
+        )
+        encode(crop="shorter", batch_size=3, shard_size=18)
+        assert all(count * height * width <= 3 * SIZE**2 or count == 1 for count, _, height, width in sizes)
+        assert max(count for count, *_ in sizes) == 2
+
+    def test_compiles_for_all_sizes_at_once(self, encode, monkeypatch):
+        compiled = []
+        monkeypatch.setattr(torch.nn.Module, "compile", lambda _, **options: compiled.append(options))
+        encode(compile=True)
+        encode("middle", compile=True, crop="middle")
+        assert compiled == [{"dynamic": True}, {"dynamic": False}]

@@ -11,7 +11,8 @@ import torch
 from litevae import LiteVAE
 from litevae.data.sources import open_images
 from litevae.errors import UserError
-from litevae.latents import verify
+from litevae.latents import Settings, verify
+from litevae.latents.folder import make_buckets
 
 OTHER_RUN = """
 import fcntl, sys
@@ -102,6 +103,7 @@ class TestOtherSettings:
             ({"mirror": False}, "mirror True, not False"),
             ({"precision": "bf16"}, "precision fp32, not bf16"),
             ({"shard_size": 5}, "shard size 4, not 5"),
+            ({"crop": "area"}, "crop the middle square, resized by .* bicubic, not area, bucket step 4"),
         ],
     )
     def test_are_refused(self, encode, tmp_path, contents, options, message):
@@ -132,6 +134,63 @@ class TestOtherSettings:
             model.encoder.feature_aggregator.conv_in.weight[0, 0, 0, 0] += 1e-3
         with pytest.raises(UserError, match="another model"):
             encode(model=model)
+
+
+def test_other_buckets_are_refused(encode, tmp_path):
+    encode(crop="area")
+    for options, message in (
+        ({"crop": "shorter"}, "crop area, bucket step 4, not shorter, bucket step 4"),
+        ({"crop": "area", "bucket_step": 8}, "crop area, bucket step 4, not area, bucket step 8"),
+        ({}, "crop area, bucket step 4, not the middle square, "),
+    ):
+        with pytest.raises(UserError, match=f"latents: was begun with {message}"):
+            encode(**options)
+    assert encode(crop="area", bucket_step=4).done == 0  # the default
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bucket_step": 8}, "bucket_step=8 has no effect on middle squares: choose crop shorter or area"),
+        ({"crop": "area", "bucket_step": 6}, "bucket_step must be a multiple of 4, got 6"),
+        ({"crop": "area", "bucket_step": 0}, "bucket_step must be a multiple of 4, got 0"),
+        ({"crop": "area", "bucket_step": -4}, "bucket_step must be a multiple of 4, got -4"),
+        ({"crop": "area", "size": 28}, "size must be a multiple of 4, at least 32, got 28"),
+        ({"crop": "shorter", "size": 12}, "size must be a multiple of 4, at least 16, got 12"),
+        (
+            {"crop": "shorter", "size": 40, "bucket_step": 16},
+            "size must be a multiple of 16, at least 16, got 40",
+        ),
+        (
+            {"crop": "area", "size": 64, "bucket_step": 64},
+            "size must be a multiple of 64, at least 128, got 64",
+        ),
+    ],
+)
+def test_buckets_that_do_not_fit_are_refused(model, settings, message):
+    with pytest.raises(UserError, match=f"^{message}$"):
+        make_buckets(model, Settings(**{"size": 32} | settings))
+
+
+@pytest.mark.parametrize(
+    ("crop", "size", "step"), [("area", 32, 4), ("area", 48, 4), ("area", 128, 64), ("shorter", 16, 8)]
+)
+def test_every_image_is_large_enough_for_the_model(model, crop, size, step):
+    buckets = make_buckets(model, Settings(size, crop=crop, bucket_step=step))
+    for ratio in range(100, 401):
+        for side in (buckets.find(100, ratio), buckets.find(ratio, 100)):
+            assert min(side) >= 16
+
+
+def test_a_model_of_one_size_takes_only_squares():
+    vit = LiteVAE.from_preset(
+        "litevae-s", block_out_channels=(16, 16, 16), num_groups=4, sample_size=16, aggregator="vit"
+    )
+    assert make_buckets(vit, Settings(16)).find(30, 40) == (16, 16)
+    with pytest.raises(
+        UserError, match=r"crop must be middle, got area: this model takes only squares of 16$"
+    ):
+        make_buckets(vit, Settings(16, crop="area"))
 
 
 def test_a_folder_of_something_else_is_left_alone(encode, tmp_path):

@@ -5,6 +5,7 @@ import pytest
 
 from litevae.errors import UserError
 from litevae.latents.index import (
+    BUCKETS_FORMAT,
     FORMAT,
     Shard,
     marker_path,
@@ -134,8 +135,32 @@ class File:
 )
 def test_names_and_labels_of_wrong_types_are_refused(images):
     with pytest.raises(ValueError):  # noqa: PT011  (the reasons differ)
-        read_images(File(images))
+        read_images(File(images), (8, 4, 4))
 
 
 def test_names_and_labels_are_read():
-    assert read_images(File('[["a\\udcff", null], ["b", "c"]]')) == [("a\udcff", None), ("b", "c")]
+    found = read_images(File('[["a\\udcff", null], ["b", "c"]]'), (8, 4, 5))
+    assert found == [("a\udcff", None, 4, 5), ("b", "c", 4, 5)]
+    found = read_images(File('[["a", null, 3, 4], ["b", "c", 7, 1]]'), (8, None, None))
+    assert found == [("a", None, 3, 4), ("b", "c", 7, 1)]
+
+
+@pytest.mark.parametrize(
+    "entry", [*("3", "3, 4, 5", "0, 1", "3, -1", "3, 1.0", "3, true", '"3", 4', "null, null"), str(2**70)]
+)
+def test_shapes_of_wrong_types_are_refused(entry):
+    with pytest.raises(
+        ValueError, match="each of images must be a name, a label or null, and two whole numbers"
+    ):
+        read_images(File(f'[["a", null, {entry}]]'), (8, None, None))
+
+
+@pytest.mark.parametrize(
+    "shape", [[8, 4, 4], [8, None, 4], [7, None, None], [None, None, None], [8, None], [], None, 8]
+)
+def test_several_shapes_leave_the_sides_open(tmp_path, shape):
+    header = {**HEADER, "format": BUCKETS_FORMAT}
+    write_index(tmp_path, set_entry(header, "latents.shape", [8, None, None]), [])
+    assert read_index(tmp_path)["latents"]["shape"] == [8, None, None]
+    message = refusal(tmp_path, {**set_entry(header, "latents.shape", shape), "shards": []})
+    assert "latents.shape must be an even number from 2 and twice null, got " in message

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from litevae.errors import UserError
-from litevae.latents import verify
+from litevae.latents import LatentDataset, verify
 from litevae.latents.processes import Processes, error_message, raise_first
 
 
@@ -31,6 +31,9 @@ def ended(runs, model_folder, photographs):
         [2, "", "bad", {"max_bad_fraction": 0.05}],
         [2, "", "size", {"size": 30}],
         [2, "other", "other", {}],
+        [1, "", "whole-images", {"crop": "area"}],
+        [2, "term", "whole-images-of-two", {"crop": "area"}],
+        [3, "", "whole-images-of-two", {"crop": "area"}],
     ]
     jobs = [[count, event, str(runs / name), settings] for count, event, name, settings in jobs]
     result = subprocess.run(
@@ -47,7 +50,7 @@ def ended(runs, model_folder, photographs):
         timeout=200,  # a deadlock fails here
     )
     assert result.returncode == 0, result.stderr
-    said = dict(re.findall(r"job (\d, rank \d): (.+)", result.stderr))
+    said = dict(re.findall(r"job (\d+, rank \d): (.+)", result.stderr))
     return {
         (int(job), int(rank)): (int(status), said.get(f"{job}, rank {rank}"))
         for job, rank, status in map(str.split, result.stdout.splitlines())
@@ -85,6 +88,13 @@ class TestProcesses:
         assert [ended[4, rank] for rank in range(2)] == [(0, "11 0 10 1 SIGTERM")] * 2
         assert [ended[5, rank] for rank in range(3)] == [(0, "11 10 1 1 None")] * 3
         assert contents(runs / "term") == contents(runs / "one")
+
+    def test_whole_images_are_the_same_files(self, ended, runs, contents):
+        assert ended[9, 0] == (0, "11 0 11 1 None")
+        assert [ended[10, rank][1].endswith(" SIGTERM") for rank in range(2)] == [True] * 2
+        assert [ended[11, rank][0] for rank in range(3)] == [0] * 3
+        assert contents(runs / "whole-images-of-two") == contents(runs / "whole-images")
+        assert len(LatentDataset(runs / "whole-images-of-two").items_by_shape()) > 3
 
     def test_all_raise_the_same_error(self, ended):
         for job, message in (

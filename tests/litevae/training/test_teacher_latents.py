@@ -23,9 +23,9 @@ SIZE = 32
 def encoded(tmp_path_factory, sd, photographs):
     """A function that encodes the photographs, one of which is broken, with the teacher."""
 
-    def encode(mirror=True, images=photographs):
+    def encode(mirror=True, images=photographs, crop="middle"):
         folder = tmp_path_factory.mktemp("latents") / "latents"
-        settings = Settings(SIZE, "fp32", mirror, shard_size=4)
+        settings = Settings(SIZE, "fp32", mirror, shard_size=4, crop=crop)
         encode_images(
             load_model(sd / "vae"),
             open_images(str(images)),
@@ -110,6 +110,10 @@ class TestErrors:
         with pytest.raises(UserError, match=r"encode with --mirror, or set data.flip=false"):
             train(distilling(sd, *config))
         train(distilling(sd, *config, "data.flip=false"))
+
+    def test_whole_images(self, sd, options, distilling, encoded):
+        with pytest.raises(UserError, match="does not hold the latents of middle squares"):
+            train(distilling(sd, *options, f"teacher_latents={encoded(crop='shorter')}", "max_steps=1"))
 
     def test_settings(self, options):
         with pytest.raises(UserError, match="teacher_latents needs the teacher"):
