@@ -175,8 +175,8 @@ def encode(
     images longer than 4:1.
 
     With --crop shorter and area, latents have several shapes (aspect-ratio buckets), and
-    litevae.latents.ShapeBatchSampler makes batches of one shape. --batch-size is the maximum, and a batch has no more
-    pixels than that many squares of --size.
+    litevae.latents.ShapeBatchSampler makes batches of one shape. --batch-size is the maximum, and a batch of several
+    images has no more pixels than that many squares of --size.
 
     With torchrun, the processes share the shards, each on its own device, and write the same files as one process;
     the next run may use another number of processes. On CPUs torchrun gives each process one thread unless

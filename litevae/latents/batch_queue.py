@@ -42,9 +42,8 @@ class BatchQueue:
 
     def add(self, batch: BucketBatch) -> int:
         """Adds the images that have pixels, and returns their number."""
-        sizes = {
-            (height, width) for height, width in batch.sizes
-        }  # older versions of PyTorch pin tuples as lists
+        # Older versions of PyTorch turn tuples into lists where they pin memory.
+        sizes = {(height, width) for height, width in batch.sizes}
         if len(sizes) == 1 and not self.waiting:
             height, width = sizes.pop()
             if height and len(batch.numbers) == self.capacity(height, width):  # nothing needs to be copied

@@ -7,13 +7,13 @@ from collections.abc import Container
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from litevae.data.bad_images import BAD_IMAGES, BadImages
 from litevae.data.buckets import Buckets, Crop
 from litevae.data.sources import ImageSource
 from litevae.environment import versions
-from litevae.errors import UserError
+from litevae.errors import UserError, shorten
 from litevae.files import TEMPORARY, make_folder
 from litevae.latents.encoder import Precision
 from litevae.latents.index import (
@@ -71,6 +71,8 @@ def make_buckets(model: Autoencoder, settings: Settings) -> Buckets:
         UserError: the settings do not fit together, or the model does not take these sizes.
     """
     size, crop, factor = settings.size, settings.crop, spatial_compression(model)
+    if crop not in get_args(Crop):
+        raise UserError(f"crop must be one of {', '.join(get_args(Crop))}, got {shorten(crop)}")
     step = factor if settings.bucket_step is None else settings.bucket_step
     if crop == "middle":
         if settings.bucket_step is not None:

@@ -63,6 +63,16 @@ def test_a_part_of_less_than_a_step_is_cut_off_one_side(crop, size, step):
         assert 0 <= cut[1] < step
 
 
+@pytest.mark.parametrize(
+    ("size", "step", "area", "shorter"), [(256, 8, 97, 193), (1024, 64, 49, 97), (1024, 8, 385, 769)]
+)
+def test_there_are_as_many_shapes_as_the_guide_says(size, step, area, shorter):
+    sides = [(side, 20011) for side in range(20011, 4 * 20011, 3)] + [(1, 1), (4, 1)]
+    for crop, count in (("area", area), ("shorter", shorter)):
+        buckets = Buckets(crop, size, step)
+        assert len({buckets.find(*each) for pair in sides for each in (pair, pair[::-1])}) == count
+
+
 @pytest.mark.parametrize("crop", ["shorter", "area"])
 def test_an_image_of_four_to_one_is_the_longest(crop):
     buckets = Buckets(crop, 64, 8)

@@ -152,6 +152,7 @@ def test_other_buckets_are_refused(encode, tmp_path):
     ("settings", "message"),
     [
         ({"bucket_step": 8}, "bucket_step=8 has no effect on middle squares: choose crop shorter or area"),
+        ({"crop": "left"}, "crop must be one of middle, shorter, area, got 'left'"),
         ({"crop": "area", "bucket_step": 6}, "bucket_step must be a multiple of 4, got 6"),
         ({"crop": "area", "bucket_step": 0}, "bucket_step must be a multiple of 4, got 0"),
         ({"crop": "area", "bucket_step": -4}, "bucket_step must be a multiple of 4, got -4"),
