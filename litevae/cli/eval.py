@@ -119,19 +119,23 @@ def evaluate(
     from litevae.evaluation.complexity import measure_speed
     from litevae.evaluation.evaluate import evaluate as run
     from litevae.evaluation.fid import INCEPTION_NAME
+    from litevae.evaluation.metrics import check_metrics_apply
     from litevae.evaluation.yardsticks import BELOW, below_haar, for_json, yardstick_labels
+    from litevae.models.interface import pixel_format
 
+    images_of = pixel_format(autoencoder)
+    check_metrics_apply(names, images_of)
     has_device = torch.accelerator.is_available()
     state = PartialState(cpu=not has_device)
     chosen = [choose_precision(precision, state.device)]
     broadcast_object_list(chosen)  # the machines of the processes may differ
-    images, loading = open_images(data), (size, count, batch_size, choose_workers(workers))
+    images, loading = open_images(data, images_of), (size, count, batch_size, choose_workers(workers))
     if other is not None:
         # In float32: half precision rounds a mean by more than the standard deviation of a narrow posterior.
         errors = compare_latents(autoencoder.to(state.device), other.to(state.device), images, *loading)
     # diffusers' own `to` warns about modules to keep in float32, and there are none.
     torch.nn.Module.to(autoencoder, state.device, DTYPES[chosen[0]])
-    measured = provenance(model, data, size)
+    measured = provenance(model, data, size, pixels=str(images_of))
     result = run(
         autoencoder,
         images,
@@ -186,7 +190,7 @@ def evaluate(
     write_json(record, output)
 
     print(
-        f"{result.count} images, middle square, {size} x {size}, 8 bits; {record['latent']} of the posterior; "
+        f"{result.count} images, middle square, {size} x {size}, {images_of}; {record['latent']} of the posterior; "
         f"{chosen[0]}"
     )
     for file, digest in measured["weights"].items():

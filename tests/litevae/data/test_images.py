@@ -12,15 +12,8 @@ from PIL import Image, ImageOps
 from skimage import data
 from torchvision.transforms import functional
 
-from litevae.data.images import (
-    BadImage,
-    decode_image,
-    pad_image,
-    read_image,
-    resize_window,
-    to_model_range,
-    to_pixels,
-)
+from litevae.data.images import decode_image, read_image
+from litevae.data.pixels import BadImage, pad_image, resize_window, to_model_range, to_pixels
 from litevae.errors import UserError
 
 RGB = data.chelsea()[:31, :45]

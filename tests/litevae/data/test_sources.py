@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from skimage import data
 
-from litevae.data.images import BadImage
+from litevae.data.pixels import BadImage
 from litevae.data.sources import HELD_OUT_PHOTOGRAPH, TRAINING_PHOTOGRAPHS, load_photograph, open_images
 
 

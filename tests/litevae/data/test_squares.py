@@ -6,7 +6,7 @@ from skimage import data
 from torchvision.transforms import InterpolationMode, functional
 
 from litevae.data.config import DataConfig
-from litevae.data.images import BadImage
+from litevae.data.pixels import BadImage
 from litevae.data.sources import TRAINING_PHOTOGRAPHS
 from litevae.data.squares import SquareDataset, load_validation, middle_square, open_validation
 from litevae.errors import UserError
