@@ -71,10 +71,11 @@ def evaluate(
              torchrun --nproc-per-node 2 --no-python litevae eval runs/imagenet-b path/to/images
 
     Images are cropped to the middle square and resized; images and reconstructions are rounded to 8 bits before
-    every metric. PSNR (in dB), SSIM and LPIPS (VGG16) are means over the images. rFID compares Inception features
-    and is biased upwards if there are few images: compare it only at equal counts. Three yardsticks without any
-    learning are measured on the same pixels: the mean colour, the enlarged means of f x f blocks, and as many of
-    each block's coarsest Haar coefficients as the latent has channels. A model below the last one is marked.
+    every metric, unless the model was trained with data.value_range. PSNR (in dB), SSIM and LPIPS (VGG16) are means
+    over the images. rFID compares Inception features and is biased upwards if there are few images: compare it only
+    at equal counts. rFID and LPIPS are for RGB images of 8 bits. Three yardsticks without any learning are measured
+    on the same pixels: the mean colour, the enlarged means of f x f blocks, and as many of each block's coarsest Haar
+    coefficients as the latent has channels. A model below the last one is marked.
 
     --teacher also measures the autoencoder that the model was distilled from, the speed of both encoders, and in
     float32 the errors of the model's posterior: the error of its mean relative to the standard deviation of the
@@ -82,7 +83,8 @@ def evaluate(
     teacher's latents, and the error of its log-variance.
 
     --save DIR writes each reconstruction as an 8-bit PNG file, named by the image's number. --save FILE.npz writes
-    all of them as arr_0, (N, size, size, 3) uint8, in ADM's format; such an evaluation cannot be continued.
+    all of them as arr_0, (N, size, size, 3) uint8, in ADM's format; such an evaluation cannot be continued. With
+    data.value_range, they are .npy files and float32, with values of that range.
 
     The JSON file records the crop, the count, the precision, the SHA-256 of the weights and the versions beside the
     figures. An interrupted evaluation continues from FILE.partial when the same command runs in as many processes.

@@ -124,7 +124,7 @@ def resolution(
     write_json({"latent": "mode", "models": records}, record_file)
 
     counts = sorted({result.count for by_size in found.values() for result in by_size.values()})
-    print(f"{' or '.join(map(str, counts))} images, middle square, 8 bits; mode of the posterior")
+    print(f"{' or '.join(map(str, counts))} images, middle square, {images_of}; mode of the posterior")
     width = max(len(name) for name in found)
     print(
         " " * width + "  size" + "".join(f"{COLUMNS[metric][0]:>10}{'degradation':>12}" for metric in wanted)
