@@ -20,7 +20,7 @@ from benchmarks.harness import contest, dtype_name
 from benchmarks.models import Configuration, Gate, as_input, call_of, make_model
 from benchmarks.session import Session, Timed
 from litevae.cli.common import choose_workers
-from litevae.data.images import to_model_range
+from litevae.data.pixels import to_model_range
 from litevae.data.sources import open_images
 from litevae.data.squares import SquareDataset
 from litevae.environment import DTYPES, choose_precision

@@ -187,13 +187,14 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def provenance(model: Path, data: str, *sizes: int) -> dict[str, Any]:
+def provenance(model: Path, data: str, *sizes: int, pixels: str = "8 bits") -> dict[str, Any]:
     """Returns the model, data, crop and versions of a measurement, for the JSON file of its result.
 
     Args:
         model: folder of the model, as `load_model` takes it.
         data: source of the images, as `open_images` takes it.
         sizes: sides of the squares in pixels.
+        pixels: description of the model's `PixelFormat`.
     """
     from litevae.data.remote import redact_pattern
 
@@ -201,7 +202,7 @@ def provenance(model: Path, data: str, *sizes: int) -> dict[str, Any]:
         **model_provenance(model),
         "data": redact_pattern(data),
         "crop": f"middle square, resized to {' and '.join(f'{size} x {size}' for size in sizes)} (Pillow's "
-        "bicubic, antialiased), 8 bits",
+        f"bicubic, antialiased), {pixels}",
     }
 
 

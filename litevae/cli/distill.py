@@ -35,8 +35,9 @@ def distill(
     teacher's and stays unchanged, and so does the scale of the latents, so the model takes the place of the VAE in the
     teacher's pipelines. Its card, README.md, names the teacher and the SHA-256 of its weights.
 
-    This is litevae train with the configuration distill, and with the settings of the latent and of the decoder
-    taken from the teacher: litevae config distill shows all settings, and litevae train --help the files of a run.
+    This is litevae train with the configuration distill, and with the settings of the latent, the decoder and the
+    images taken from the teacher: litevae config distill shows all settings, and litevae train --help the files of
+    a run.
     loss.teacher_kl weighs the KL divergence between the two posteriors, loss.teacher_mean and loss.teacher_logvar
     the distances of their means and log-variances; every other term of loss may be added.
 
@@ -44,10 +45,11 @@ def distill(
     from the same images and in the same size. The crops are then the middle squares, data.crop=middle, and data.flip
     needs latents that were encoded with --mirror.
     """
-    from litevae.training.teacher import as_overrides, load_teacher, teacher_settings
+    from litevae.training.teacher import as_overrides, image_settings, load_teacher, teacher_settings
 
     given = overrides or []
     if any(override.startswith("teacher=") for override in given):
         raise UserError(f"teacher is the argument TEACHER, {teacher}: leave out teacher=")
-    settings = as_overrides(teacher_settings(load_teacher(teacher)))
+    model = load_teacher(teacher)
+    settings = as_overrides(teacher_settings(model)) + as_overrides(image_settings(model), "data")
     run_training("distill", [f"teacher={teacher}", *settings, *given])

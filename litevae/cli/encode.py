@@ -197,6 +197,7 @@ def encode(
     from litevae.data.sources import open_images
     from litevae.environment import choose_precision
     from litevae.latents import Settings, encode_images
+    from litevae.models.interface import pixel_format
 
     state = PartialState(cpu=not torch.accelerator.is_available())
     place = choose_device(device)
@@ -206,7 +207,7 @@ def encode(
                 f"--device {device}: each of the {state.num_processes} processes has its own device, or cpu"
             )
         place = state.device
-    images = open_images(data)
+    images = open_images(data, pixel_format(autoencoder))
     if (
         isinstance(images, HuggingFaceImages | RemoteParquet)
         and images.unused_labels

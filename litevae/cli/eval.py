@@ -71,10 +71,11 @@ def evaluate(
              torchrun --nproc-per-node 2 --no-python litevae eval runs/imagenet-b path/to/images
 
     Images are cropped to the middle square and resized; images and reconstructions are rounded to 8 bits before
-    every metric. PSNR (in dB), SSIM and LPIPS (VGG16) are means over the images. rFID compares Inception features
-    and is biased upwards if there are few images: compare it only at equal counts. Three yardsticks without any
-    learning are measured on the same pixels: the mean colour, the enlarged means of f x f blocks, and as many of
-    each block's coarsest Haar coefficients as the latent has channels. A model below the last one is marked.
+    every metric, unless the model was trained with data.value_range. PSNR (in dB), SSIM and LPIPS (VGG16) are means
+    over the images. rFID compares Inception features and is biased upwards if there are few images: compare it only
+    at equal counts. rFID and LPIPS are for RGB images of 8 bits. Three yardsticks without any learning are measured
+    on the same pixels: the mean colour, the enlarged means of f x f blocks, and as many of each block's coarsest Haar
+    coefficients as the latent has channels. A model below the last one is marked.
 
     --teacher also measures the autoencoder that the model was distilled from, the speed of both encoders, and in
     float32 the errors of the model's posterior: the error of its mean relative to the standard deviation of the
@@ -82,7 +83,8 @@ def evaluate(
     teacher's latents, and the error of its log-variance.
 
     --save DIR writes each reconstruction as an 8-bit PNG file, named by the image's number. --save FILE.npz writes
-    all of them as arr_0, (N, size, size, 3) uint8, in ADM's format; such an evaluation cannot be continued.
+    all of them as arr_0, (N, size, size, 3) uint8, in ADM's format; such an evaluation cannot be continued. With
+    data.value_range, they are .npy files and float32, with values of that range.
 
     The JSON file records the crop, the count, the precision, the SHA-256 of the weights and the versions beside the
     figures. An interrupted evaluation continues from FILE.partial when the same command runs in as many processes.
@@ -119,19 +121,23 @@ def evaluate(
     from litevae.evaluation.complexity import measure_speed
     from litevae.evaluation.evaluate import evaluate as run
     from litevae.evaluation.fid import INCEPTION_NAME
+    from litevae.evaluation.metrics import check_metrics_apply
     from litevae.evaluation.yardsticks import BELOW, below_haar, for_json, yardstick_labels
+    from litevae.models.interface import pixel_format
 
+    images_of = pixel_format(autoencoder)
+    check_metrics_apply(names, images_of)
     has_device = torch.accelerator.is_available()
     state = PartialState(cpu=not has_device)
     chosen = [choose_precision(precision, state.device)]
     broadcast_object_list(chosen)  # the machines of the processes may differ
-    images, loading = open_images(data), (size, count, batch_size, choose_workers(workers))
+    images, loading = open_images(data, images_of), (size, count, batch_size, choose_workers(workers))
     if other is not None:
         # In float32: half precision rounds a mean by more than the standard deviation of a narrow posterior.
         errors = compare_latents(autoencoder.to(state.device), other.to(state.device), images, *loading)
     # diffusers' own `to` warns about modules to keep in float32, and there are none.
     torch.nn.Module.to(autoencoder, state.device, DTYPES[chosen[0]])
-    measured = provenance(model, data, size)
+    measured = provenance(model, data, size, pixels=str(images_of))
     result = run(
         autoencoder,
         images,
@@ -186,7 +192,7 @@ def evaluate(
     write_json(record, output)
 
     print(
-        f"{result.count} images, middle square, {size} x {size}, 8 bits; {record['latent']} of the posterior; "
+        f"{result.count} images, middle square, {size} x {size}, {images_of}; {record['latent']} of the posterior; "
         f"{chosen[0]}"
     )
     for file, digest in measured["weights"].items():

@@ -109,7 +109,7 @@ def export(
         "opset": version if format == "onnx" else None,
         "device": str(on),
         "parts": parts,
-        **{name: autoencoder.config.get(name) for name in SCALES},
+        **{name: autoencoder.config.get(name) for name in (*SCALES, "value_range")},
     }
     write_json(record | model_provenance(model), targets[-1])
 
@@ -123,7 +123,7 @@ def photographs(model: "Autoencoder") -> "list[Tensor]":
     import numpy as np
     import torch
 
-    from litevae.data.images import to_model_range
+    from litevae.data.pixels import to_model_range
     from litevae.data.sources import load_photograph
     from litevae.data.squares import middle_square
     from litevae.models.interface import fixed_size, spatial_compression

@@ -56,12 +56,14 @@ def features(
     from litevae.evaluation.feature_maps import draw_feature_maps, feature_magnitude, imbalance, inside
     from litevae.evaluation.resolution import check_takes
     from litevae.files import replacing
+    from litevae.models.interface import shared_pixel_format
 
+    images_of = shared_pixel_format(autoencoders)
     for name, model in autoencoders.items():
         check_takes(name, model, size)
         if torch.accelerator.is_available():
             model.to(torch.accelerator.current_accelerator())
-    images = load_validation(open_images(data), size, count).images
+    images = load_validation(open_images(data, images_of), size, count).images
     magnitudes, imbalances = {}, {}
     for name, model in autoencoders.items():
         magnitudes[name] = [inside(feature_magnitude(model, pixels)) for _, pixels in images]
@@ -81,7 +83,11 @@ def features(
         "imbalance": "99.9th percentile / median of the RMS over channels, mean over the images, without an eighth "
         "of the side at each border",
         "models": [
-            {"name": name, **provenance(paths[name], data, size), "imbalance": imbalances[name]}
+            {
+                "name": name,
+                **provenance(paths[name], data, size, pixels=str(images_of)),
+                "imbalance": imbalances[name],
+            }
             for name in paths
         ],
     }

@@ -72,10 +72,12 @@ def latents(
     from litevae.evaluation.pictures import draw_reconstructions
     from litevae.files import replacing
     from litevae.latents.statistics import latent_statistics
+    from litevae.models.interface import pixel_format
 
     if torch.accelerator.is_available():
         autoencoder.to(torch.accelerator.current_accelerator())
-    images = open_images(data)
+    images_of = pixel_format(autoencoder)
+    images = open_images(data, images_of)
     samples = collect_latents(autoencoder, images, size, count, batch_size, choose_workers(workers))
     statistics = latent_statistics(samples)
     discrepancies = distance_from_gaussian(samples, groups=groups)
@@ -88,7 +90,7 @@ def latents(
     with replacing(plot) as path:
         draw_distances(statistics, discrepancies, path)
     record = {
-        **provenance(model, data, size),
+        **provenance(model, data, size, pixels=str(images_of)),
         "count": statistics.count,
         "groups": groups,
         "latent": "sample",

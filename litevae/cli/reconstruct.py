@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from litevae.cli.common import OverwriteOption, check_new, check_new_file, check_picture, make_folder
+from litevae.data.pixels import VALUE_EXTENSIONS
 from litevae.errors import UserError
 from litevae.files import why_missing
 from litevae.models.loading import load_model
@@ -18,7 +19,9 @@ TILE = 1024  # pixels; a multiple of every model's compression factor
 def reconstruct(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a model, or of a training run.")],
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files of any size.")],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the PNG files.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the reconstructions.")
+    ],
     picture: Annotated[
         Path | None,
         typer.Option(
@@ -34,9 +37,11 @@ def reconstruct(
     Example: litevae reconstruct runs/demo photo.jpg scan.png -o reconstructed
              litevae reconstruct runs/demo photo.jpg -o reconstructed --picture comparison.png
 
-    Writes each reconstruction as an 8-bit RGB PNG file of the same name and size. If several images have the same
-    name, the later ones get a number. Images are turned upright, transparent images are composited on white, and
-    16 bits are scaled to 8; the PSNR is measured against the result. The yardstick keeps as many of the coarsest
+    Writes each reconstruction as an 8-bit PNG file of the same name and size. If several images have the same
+    name, the later ones get a number. Images are turned upright and converted to the channels of the model,
+    transparent images are composited on white unless there are 4, and 16 bits are scaled to 8; the PSNR is measured
+    against the result. A model that was trained with data.value_range takes .npy, PNG and TIFF files, and writes a
+    file of the same kind and data type, with values of that range. The yardstick keeps as many of the coarsest
     Haar coefficients of each block of pixels as the latent has channels, without any learning; a model below it is
     marked. Images larger than 1024 pixels are reconstructed in tiles. Images that cannot be read or reconstructed are
     left out, and the exit status is then 2.
@@ -45,7 +50,12 @@ def reconstruct(
         if not os.path.isfile(image):
             is_folder = "is a folder, not an image"
             raise UserError(f"{image}: {is_folder if os.path.isdir(image) else why_missing(image, 'file')}")
-    targets = name_outputs(images, output)
+    autoencoder = load_model(model)
+
+    from litevae.models.interface import fixed_size, pixel_format, spatial_compression
+
+    images_of = pixel_format(autoencoder)
+    targets = name_outputs(images, output, images_of.value_range is not None)
     check_new(*targets, overwrite=overwrite)
     if picture is not None:
         check_picture(picture)
@@ -53,11 +63,7 @@ def reconstruct(
         # Path.resolve fails on links that form a cycle.
         if os.path.realpath(picture) in map(os.path.realpath, (*images, *targets)):
             raise UserError(f"--picture {picture} is an input or a reconstruction: give another file")
-    autoencoder = load_model(model)
-
-    from PIL import Image
-
-    from litevae.data.images import read_image
+    from litevae.data.images import read_image, read_values, write_values
     from litevae.evaluation.metrics import psnr
     from litevae.evaluation.pictures import draw_reconstructions
     from litevae.evaluation.reconstruction import reconstruct as run
@@ -68,9 +74,6 @@ def reconstruct(
         yardstick_labels,
     )
     from litevae.files import replacing
-    from litevae.models.interface import check_rgb, fixed_size, spatial_compression
-
-    check_rgb(autoencoder)
 
     autoencoder.enable_tiling()
     tile = fixed_size(autoencoder) or TILE
@@ -83,7 +86,7 @@ def reconstruct(
     shown = []
     for path, target in zip(images, targets, strict=True):
         try:
-            pixels = read_image(path)
+            pixels = read_image(path, images_of)
             try:
                 result = run(autoencoder, pixels)
             except ValueError as error:
@@ -95,8 +98,9 @@ def reconstruct(
             continue
         make_folder(output)
         values.append(psnr(pixels, result))
+        keeps = images_of.value_range is not None
         with replacing(target) as temporary:
-            Image.fromarray(result).save(temporary)
+            write_values(temporary, images_of.restore(result, read_values(path)) if keeps else result)
         yardsticks.append(psnr(pixels, reconstruct_without_learning(autoencoder, pixels)[HAAR]))
         below = f" ({BELOW})" * (values[-1] < yardsticks[-1])
         print(
@@ -116,14 +120,20 @@ def reconstruct(
         raise UserError(f"{len(images) - len(values)} of {len(images)} images cannot be reconstructed")
 
 
-def name_outputs(images: list[Path], folder: Path) -> list[Path]:
-    """Chooses a different PNG file in `folder` for each image; raises UserError if one is an input itself."""
+def name_outputs(images: list[Path], folder: Path, keep: bool) -> list[Path]:
+    """Chooses a different file in `folder` for each image: a PNG file, or with `keep` one of the image's kind.
+
+    Raises:
+        UserError: one of them is an input itself.
+    """
     targets: list[Path] = []
     for image in images:
-        number, target = 1, folder / f"{image.stem}.png"
+        suffix = image.suffix.lower() if keep else ".png"
+        suffix = suffix if suffix in VALUE_EXTENSIONS else ".npy"
+        number, target = 1, folder / f"{image.stem}{suffix}"
         while target in targets:
             number += 1
-            target = folder / f"{image.stem}-{number}.png"
+            target = folder / f"{image.stem}-{number}{suffix}"
         targets.append(target)
     # Unlike Path.resolve, realpath accepts links that form a cycle.
     inputs = {os.path.realpath(image) for image in images}

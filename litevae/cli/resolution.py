@@ -67,8 +67,10 @@ def resolution(
     from litevae.evaluation.resolution import draw_resolutions, relative_degradation, sweep_resolutions
     from litevae.evaluation.yardsticks import BELOW, below_haar, for_json, yardstick_labels
     from litevae.files import replacing
+    from litevae.models.interface import shared_pixel_format
 
-    images = open_images(data)
+    images_of = shared_pixel_format(autoencoders)
+    images = open_images(data, images_of)
     has_device = torch.accelerator.is_available()
     state = PartialState(cpu=not has_device)
     if has_device:
@@ -117,12 +119,12 @@ def resolution(
             ]
             mark = f"  {BELOW}" * below_haar(result.values, result.yardsticks)
             rows.append((name, f"{size:6}" + "".join(figures) + mark))
-        record = provenance(paths[name], data, *pixels)
+        record = provenance(paths[name], data, *pixels, pixels=str(images_of))
         records.append({"name": name, "trained_at": trained[name], **record, "results": measured})
     write_json({"latent": "mode", "models": records}, record_file)
 
     counts = sorted({result.count for by_size in found.values() for result in by_size.values()})
-    print(f"{' or '.join(map(str, counts))} images, middle square, 8 bits; mode of the posterior")
+    print(f"{' or '.join(map(str, counts))} images, middle square, {images_of}; mode of the posterior")
     width = max(len(name) for name in found)
     print(
         " " * width + "  size" + "".join(f"{COLUMNS[metric][0]:>10}{'degradation':>12}" for metric in wanted)

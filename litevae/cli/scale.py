@@ -43,13 +43,15 @@ def scale(
     from litevae.data.sources import open_images
     from litevae.errors import UserError
     from litevae.latents.statistics import measure_latents, store_scale
+    from litevae.models.interface import pixel_format
     from litevae.training.checkpoint import MANIFEST
 
     if (config.parent.parent / MANIFEST).is_file():
         raise UserError(f"{model}: belongs to a checkpoint, which must not change: copy the model first")
     if torch.accelerator.is_available():
         autoencoder.to(torch.accelerator.current_accelerator())
-    found = measure_latents(autoencoder, open_images(data), size, count, batch_size, choose_workers(workers))
+    images = open_images(data, pixel_format(autoencoder))
+    found = measure_latents(autoencoder, images, size, count, batch_size, choose_workers(workers))
     store_scale(config, found)
 
     print(f"{found.count} images of {size} x {size} pixels")

@@ -2,16 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isqrt
+from math import isqrt, prod
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from litevae.data.images import BadImage, Pixels
+from litevae.data.pixels import BadImage, Pixels, with_pillow
 from litevae.data.sources import ImageSource
 from litevae.data.squares import middle_square
 
@@ -64,18 +63,20 @@ class Buckets:
         return rows * step, columns * step
 
     def resize(self, pixels: Pixels) -> Pixels:
-        """Resizes an (H, W, 3) image; `BadImage` if `find` raises it."""
+        """Resizes an (H, W, C) image; `BadImage` if `find` raises it."""
         if self.crop == "middle":
             return middle_square(pixels, self.size)
         height, width = self.find(*pixels.shape[:2])
-        return np.asarray(ImageOps.fit(Image.fromarray(pixels), (width, height), Image.Resampling.BICUBIC))
+        return with_pillow(
+            pixels, lambda image: ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+        )
 
 
 class BucketImage(NamedTuple):
     """One resized image."""
 
     number: int  # in its source
-    pixels: Tensor  # (3, H, W) uint8; of an image that cannot be used, a black square or (3, 0, 0)
+    pixels: Tensor  # (C, H, W); of an image that cannot be used, a black square or (C, 0, 0)
     label: str | None  # class of the image
     error: str | None  # reason why the image cannot be used
 
@@ -84,16 +85,15 @@ class BucketBatch(NamedTuple):
     """Resized images in one tensor, so that a process passes a single block of memory to another."""
 
     numbers: list[int]
-    sizes: list[tuple[int, int]]  # (H, W) of each image; (0, 0) for one that cannot be used
-    pixels: Tensor  # (n,) uint8, the (3, H, W) images one after the other
+    shapes: list[tuple[int, ...]]  # (C, H, W) of each image; (C, 0, 0) for one that cannot be used
+    pixels: Tensor  # (n,), the images one after the other
     labels: list[str | None]
     errors: dict[int, str]  # by number, the reason why the image cannot be used
 
     def images(self) -> list[Tensor]:
-        """Returns the images, (3, H, W) uint8 each, which share the memory of `pixels`."""
-        lengths = [3 * height * width for height, width in self.sizes]
-        parts = zip(self.pixels.split(lengths), self.sizes, strict=True)
-        return [part.view(3, *size) for part, size in parts]
+        """Returns the images, (C, H, W) each, which share the memory of `pixels`."""
+        parts = zip(self.pixels.split([prod(shape) for shape in self.shapes]), self.shapes, strict=True)
+        return [part.view(*shape) for part, shape in parts]
 
 
 class BucketDataset(Dataset[BucketImage]):
@@ -114,7 +114,7 @@ class BucketDataset(Dataset[BucketImage]):
             label = self.images.label(number)
         except BadImage as error:
             side = self.buckets.size if self.buckets.crop == "middle" else 0
-            return BucketImage(number, torch.zeros(3, side, side, dtype=torch.uint8), None, str(error))
+            return BucketImage(number, self.images.pixel_format.black(side, side), None, str(error))
         return BucketImage(number, torch.from_numpy(pixels.transpose(2, 0, 1).copy()), label, None)
 
 
@@ -122,7 +122,7 @@ def collate_images(images: Sequence[BucketImage]) -> BucketBatch:
     """Joins images of any sizes."""
     return BucketBatch(
         [image.number for image in images],
-        [(image.pixels.shape[1], image.pixels.shape[2]) for image in images],
+        [tuple(image.pixels.shape) for image in images],
         torch.cat([image.pixels.flatten() for image in images]),
         [image.label for image in images],
         {image.number: image.error for image in images if image.error is not None},

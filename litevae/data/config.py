@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from litevae.data.pixels import PixelFormat
 from litevae.errors import UserError
 from litevae.settings import setting
 
@@ -34,6 +35,17 @@ class DataConfig:
     validation: str = setting(
         "", "Validation images, given like data.train; empty for none, or for the demo's held-out photograph."
     )
+    channels: int = setting(
+        3,
+        "Channels of the images and of the model: 1 (grey), 3 (RGB) or 4 (RGBA, which is not composited on white).",
+        minimum=1,
+        maximum=4,
+    )
+    value_range: tuple[float, float] | None = setting(
+        None,
+        "Stored values that become -1 and 1, such as [0,65535]: images are then .npy, PNG or TIFF files whose values "
+        "are not rounded to 8 bits; null for pictures of 8 bits.",
+    )
     validation_count: int = setting(64, "Largest number of validation images to measure on.", minimum=1)
     size: int = setting(256, "Side of the square crops, in pixels.", minimum=16)
     batch_size: int = setting(16, "Crops per step, over all processes together.", minimum=1, maximum=10**5)
@@ -52,6 +64,14 @@ class DataConfig:
     max_bad_fraction: float = setting(
         0.01, "Fraction of the images that may be unusable; the run stops at more.", minimum=0, below=1
     )
+
+    @property
+    def pixel_format(self) -> PixelFormat:
+        """What the images are; `UserError` if `channels` or `value_range` is not allowed."""
+        try:
+            return PixelFormat(self.channels, self.value_range)
+        except ValueError as error:
+            raise UserError(f"data.{error}") from None
 
 
 def check_has_images(config: DataConfig) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from litevae.data.bad_images import BadEntry, allowed_bad
-from litevae.data.images import BadImage, Pixels, resize_window
+from litevae.data.pixels import BadImage, Pixels, resize_window
 from litevae.data.remote_parquet import GROUPS_TOGETHER, RemoteParquet
 from litevae.data.sources import ImageSource, Photographs
 from litevae.errors import UserError
@@ -23,14 +23,14 @@ ASPECT_RATIO = (3 / 4, 4 / 3)
 
 
 class CropItem(NamedTuple):
-    crop: Tensor  # (3, size, size) uint8
+    crop: Tensor  # (C, size, size) in the images' format
     bad: list[BadEntry]  # unusable images that were drawn before the one in `crop`
     number: int = 0  # of the image in its source
     mirrored: bool = False
 
 
 class CropBatch(NamedTuple):
-    images: Tensor  # (N, 3, size, size) uint8
+    images: Tensor  # (N, C, size, size) in the images' format
     bad: list[BadEntry]
     moments: Tensor | None = None  # (N, 2 n_z, h, w) float32, if a teacher's latents come with the crops
 
@@ -155,7 +155,7 @@ class TrainingCrops(Dataset[CropItem]):
             pixels = crop.transpose(2, 0, 1).copy()
             return CropItem(torch.from_numpy(pixels), list(bad.items()), number, mirrored)
         return CropItem(
-            torch.zeros(3, self.settings.size, self.settings.size, dtype=torch.uint8), list(bad.items())
+            self.images.pixel_format.black(self.settings.size, self.settings.size), list(bad.items())
         )
 
     def window(self, pixels: Pixels, random: np.random.Generator) -> tuple[int, int, int, int]:

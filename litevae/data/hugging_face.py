@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from litevae.data.images import BadImage, Pixels, decode_image
+from litevae.data.images import decode_image
 from litevae.data.paths import name_files
+from litevae.data.pixels import RGB, BadImage, PixelFormat, Pixels
 from litevae.errors import UserError
 
 T = TypeVar("T")
@@ -19,6 +20,7 @@ class HuggingFaceImages:
     Args:
         dataset: dataset with a column of images.
         path: path of the dataset, for messages.
+        pixel_format: what the images are.
 
     Attributes:
         unused_labels: if there is no column "label", the names of columns that seem to hold classes.
@@ -27,20 +29,20 @@ class HuggingFaceImages:
         UserError: the dataset has no rows, no column of images, or several of which none is called "image".
     """
 
-    def __init__(self, dataset: Any, path: str) -> None:
+    def __init__(self, dataset: Any, path: str, pixel_format: PixelFormat = RGB) -> None:
         from datasets import Image
 
         self.column, self.unused_labels = choose_columns(dataset.features, path)
         if not len(dataset):
             raise UserError(f"{path}: has no rows")
-        self.path = path
+        self.path, self.pixel_format = path, pixel_format
         dataset = dataset.with_format(None)
         self.labels = dataset.select_columns("label") if "label" in dataset.features else None
         dataset = dataset.select_columns(self.column)
         self.dataset = dataset.cast_column(self.column, Image(decode=False))
 
     @classmethod
-    def from_disk(cls, folder: Path) -> "HuggingFaceImages":
+    def from_disk(cls, folder: Path, pixel_format: PixelFormat = RGB) -> "HuggingFaceImages":
         """Opens a folder that `save_to_disk` has written; a dictionary of splits must have only one."""
         datasets = import_datasets(str(folder))
         loaded = call_quietly(str(folder), datasets.load_from_disk, str(folder))
@@ -50,14 +52,14 @@ class HuggingFaceImages:
                     f"{folder}: has the splits {', '.join(loaded)}: name one, such as {folder}/train"
                 )
             (loaded,) = loaded.values()
-        return cls(loaded, str(folder))
+        return cls(loaded, str(folder), pixel_format)
 
     @classmethod
-    def from_parquet(cls, files: Sequence[str]) -> "HuggingFaceImages":
+    def from_parquet(cls, files: Sequence[str], pixel_format: PixelFormat = RGB) -> "HuggingFaceImages":
         """Opens .parquet files as one dataset."""
         datasets = import_datasets(files[0])
         name = name_files(files)
-        return cls(call_quietly(name, datasets.Dataset.from_parquet, list(files)), name)
+        return cls(call_quietly(name, datasets.Dataset.from_parquet, list(files)), name, pixel_format)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -79,9 +81,9 @@ class HuggingFaceImages:
         except Exception as error:  # pyarrow raises its own exceptions for files that are corrupt or gone
             raise BadImage(f"cannot be read: {' '.join(str(error).split())}") from None
         if image and image["bytes"] is not None:
-            return decode_image(io.BytesIO(image["bytes"]))
+            return decode_image(io.BytesIO(image["bytes"]), self.pixel_format)
         if image and image["path"]:
-            return decode_image(Path(image["path"]))
+            return decode_image(Path(image["path"]), self.pixel_format)
         raise BadImage("the row is empty")
 
 

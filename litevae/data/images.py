@@ -1,29 +1,27 @@
-"""Decoding of image files to uint8 pixels, and conversion between pixels and a model's tensors."""
+"""Decoding of image files to pixels."""
 
 import io
 import os
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import IO, Literal
 
 import numpy as np
-import numpy.typing as npt
-import torch
 from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
-from torch import Tensor
 
+from litevae.data.arrays import is_npy, read_npy
+from litevae.data.pixels import RGB, BadImage, PixelFormat, Pixels, Values
 from litevae.errors import UserError
 from litevae.files import why_missing
 
-Pixels = npt.NDArray[np.uint8]  # (H, W, 3) in sRGB
-
 MAX_PIXELS = "LITEVAE_MAX_IMAGE_PIXELS"  # environment variable
 
-EXTENSIONS = (
-    *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
-    *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
-)
+EIGHT_BITS = ("L", "RGB", "RGBA")  # Pillow's modes of as many bits per channel
+VALUE_MODES = (*EIGHT_BITS, "I", "I;16", "I;16B", "F")
 
 ORIENTATION = 0x0112  # the EXIF tag
 UPRIGHT = {  # by the tag's value, the operation that turns the image upright
@@ -37,10 +35,6 @@ UPRIGHT = {  # by the tag's value, the operation that turns the image upright
 }
 
 
-class BadImage(ValueError):
-    """An image has no usable pixels. The message is the reason, in one line."""
-
-
 @cache
 def image_formats() -> list[str]:
     """Returns Pillow's names of the raster formats to decode, limited to those that this build supports.
@@ -52,32 +46,92 @@ def image_formats() -> list[str]:
     return [name for name in known if name in Image.OPEN]
 
 
-def decode_image(file: Path | IO[bytes]) -> Pixels:
-    """Decodes an image file, or its content, to upright 8-bit sRGB.
+def decode_image(file: Path | IO[bytes], pixel_format: PixelFormat = RGB) -> Pixels:
+    """Decodes an image file, or its content, to upright pixels.
 
-    Greyscale, palette and CMYK images are converted, embedded colour profiles are converted to sRGB, transparent
-    images are composited on white, 16-bit values are scaled to 8 bits (not clipped), and the first frame represents
-    an animation. The EXIF orientation is applied. Broken EXIF data are ignored, and so are colour profiles that are
-    broken or belong to another kind of image.
+    Without a range of values, the pixels are 8-bit sRGB, or the grey (Pillow's L, 0.299 R + 0.587 G + 0.114 B) or RGBA
+    of it. Greyscale, palette and CMYK images are converted, embedded colour profiles are converted to sRGB,
+    transparent images are composited on white unless there are 4 channels, 16-bit values are scaled to 8 bits (not
+    clipped), and the first frame represents an animation. The EXIF orientation is applied. Broken EXIF data are
+    ignored, and so are colour profiles that are broken or belong to another kind of image.
+
+    With a range, they are the values that `read_values` returns, mapped from the range to 0..255 in float32.
 
     Raises:
         BadImage: the file does not exist, is no image, is truncated or corrupt, has more pixels than the
             environment variable LITEVAE_MAX_IMAGE_PIXELS allows (by default Pillow's limit of about 179 million,
-            against decompression bombs), or has pixels of unknown colour (floating-point, LAB).
+            against decompression bombs), or has pixels of unknown colour (floating-point, LAB). With a range:
+            `read_values` raised it, the number of channels is another, or a value is outside the range or not finite.
     """
+    with explaining_failures(file):
+        if pixel_format.value_range is not None:
+            return pixel_format.to_levels(read_values(file))
+        with Image.open(file, formats=image_formats()) as opened:
+            scale_transparent_colour(opened)
+            colour = wide_transparent_colour(opened)
+            opened.load()
+            if colour is not None:
+                opened.putalpha(find_other_colours(opened, file, colour))
+            return to_colours(turn_upright(opened), pixel_format.channels)
+
+
+def read_values(file: Path | IO[bytes]) -> Values:
+    """Reads the numbers that a .npy, PNG or TIFF file holds, as they are stored, in the file's dtype.
+
+    Colour profiles and transparent colours are ignored. The EXIF orientation is applied.
+
+    Returns:
+        An array (H, W) or (H, W, C) of integers or floats.
+
+    Raises:
+        BadImage: the file is no such file, is truncated or corrupt, has more pixels than `decode_image` takes, has a
+            palette, or has numbers that Pillow cannot read unchanged, such as RGB of 16 bits.
+    """
+    with (
+        explaining_failures(file),
+        nullcontext(file) if not isinstance(file, Path) else file.open("rb") as opened,
+    ):
+        if is_npy(opened):
+            return read_npy(opened, 2 * (Image.MAX_IMAGE_PIXELS or sys.maxsize))
+        with Image.open(opened, formats=["PNG", "TIFF"]) as image:
+            mode = image.mode
+            raw = {args if isinstance(args := part.args or "", str) else args[0] for part in image.tile}
+            if mode not in VALUE_MODES or (mode in EIGHT_BITS and not raw <= {mode, *mode}):
+                stored = mode if raw == {mode} else f"{mode} ({', '.join(sorted(map(str, raw)))})"
+                raise BadImage(
+                    f"has pixels of Pillow's mode {stored}: with a range of values, images are grey of 8, 16 or 32 "
+                    "bits, RGB or RGBA of 8 bits, or .npy arrays"
+                )
+            compressed = any(part.codec_name == "libtiff" for part in image.tile)
+            if compressed and mode in ("I", "F") and any("B" in str(each) for each in raw):
+                raise BadImage(
+                    "is a compressed big-endian TIFF of signed or 32-bit values, whose bytes Pillow would swap"
+                )
+            image.load()
+            return np.asarray(turn_upright(image))
+
+
+def write_values(path: Path, values: Values) -> None:
+    """Writes numbers (H, W) or (H, W, C) to a new .npy, PNG or TIFF file, in their dtype.
+
+    PNG takes uint8 and, for grey images, uint16; TIFF also int32 and float32 for grey images.
+    """
+    if path.suffix == ".npy":
+        np.save(path, values, allow_pickle=False)
+    else:
+        Image.fromarray(values[..., 0] if values.shape[2:] == (1,) else values).save(path)
+
+
+@contextmanager
+def explaining_failures(file: Path | IO[bytes]) -> Iterator[None]:
+    """Turns whatever the decoder of an image file raises into `BadImage`, with the reason."""
     try:
         if isinstance(file, Path) and not os.path.isfile(file):
             raise BadImage("is a folder, not an image" if file.is_dir() else why_missing(file, "file"))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow would warn once per file with unusual metadata
             set_pixel_limit()
-            with Image.open(file, formats=image_formats()) as opened:
-                scale_transparent_colour(opened)
-                colour = wide_transparent_colour(opened)
-                opened.load()
-                if colour is not None:
-                    opened.putalpha(find_other_colours(opened, file, colour))
-                return to_rgb(turn_upright(opened))
+            yield
     except BadImage:
         raise
     except Image.DecompressionBombError as error:
@@ -145,8 +199,12 @@ def find_other_colours(
     return Image.fromarray((upper_bytes.astype(np.int32) * 256 + lower_bytes != colour).any(-1))
 
 
-def to_rgb(image: Image.Image) -> Pixels:
-    """Converts an image of any mode to (H, W, 3) uint8 in sRGB; `BadImage` if its colours are unknown."""
+def to_colours(image: Image.Image, channels: int = 3) -> Pixels:
+    """Converts an image of any mode to (H, W, C) uint8 in sRGB, or the grey or RGBA of it.
+
+    Raises:
+        BadImage: the image's colours are unknown.
+    """
     profile = image.info.get("icc_profile")
     if image.mode.startswith("I"):  # 16-bit greyscale: Pillow's own conversion would clip it
         values = np.asarray(image)
@@ -168,8 +226,17 @@ def to_rgb(image: Image.Image) -> Pixels:
     image = to_srgb(image, profile) if profile else image.convert("RGB")
     if alpha is not None:
         image.putalpha(alpha)
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return np.asarray(image)
+        if channels != 4:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return convert(np.asarray(image), channels)
+
+
+def convert(pixels: Pixels, channels: int) -> Pixels:
+    """Converts (H, W, 3) or (H, W, 4) uint8 pixels to grey, RGB or RGBA: (H, W, channels) uint8."""
+    if pixels.shape[2] == channels:
+        return pixels
+    converted = np.asarray(Image.fromarray(pixels).convert({1: "L", 3: "RGB", 4: "RGBA"}[channels]))
+    return converted[..., None] if channels == 1 else converted
 
 
 def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
@@ -209,51 +276,13 @@ def transform_to_srgb(profile: bytes, mode: Literal["L", "RGB", "CMYK"]) -> Imag
     return transform if np.abs(change).max() > 1 else None
 
 
-def read_image(path: Path) -> Pixels:
+def read_image(path: Path, pixel_format: PixelFormat = RGB) -> Pixels:
     """Decodes an image file that the user named, as `decode_image` does.
 
     Raises:
         UserError: `decode_image` raises `BadImage`.
     """
     try:
-        return decode_image(path)
+        return decode_image(path, pixel_format)
     except BadImage as reason:
         raise UserError(f"{path}: {reason}") from None
-
-
-def resize_window(pixels: Pixels, top: int, left: int, height: int, width: int, size: int) -> Pixels:
-    """Resizes a window of (H, W, 3) `pixels` to (size, size, 3) with Pillow's bicubic filter.
-
-    The filter is antialiased where it shrinks. Only the window is resized, so that an image of 1 x 60000 pixels
-    costs no more than any other.
-    """
-    window = pixels[top : top + height, left : left + width]
-    if (height, width) == (size, size):
-        return window
-    return np.asarray(Image.fromarray(window).resize((size, size), Image.Resampling.BICUBIC))
-
-
-def to_model_range(pixels: Tensor) -> Tensor:
-    """Converts uint8 in 0..255 to float32 in [-1, 1]; any shape."""
-    return pixels.float() / 127.5 - 1.0
-
-
-def to_pixels(image: Tensor) -> Tensor:
-    """Converts floats in [-1, 1] (clamped) to uint8, rounded to nearest; any shape."""
-    return ((image.float() + 1.0) * 127.5).round_().clamp_(0, 255).to(torch.uint8)
-
-
-def as_batch(image: Pixels) -> Tensor:
-    """Returns an (H, W, 3) uint8 image as a (1, 3, H, W) uint8 batch, which shares its memory."""
-    return torch.from_numpy(image).permute(2, 0, 1).unsqueeze(0)
-
-
-def pad_image(image: Pixels, factor: int) -> Tensor:
-    """Pads an (H, W, 3) uint8 image to a (1, 3, H', W') uint8 batch.
-
-    The image is mirrored at the bottom and on the right until H' and W' are multiples of `factor`. They are at
-    least twice `factor`, because GroupNorm cannot normalise a latent of one pixel.
-    """
-    height, width = (max(-(-size // factor), 2) * factor - size for size in image.shape[:2])
-    padded = np.pad(image, ((0, height), (0, width), (0, 0)), mode="symmetric")
-    return as_batch(padded)

@@ -10,7 +10,7 @@ from string import ascii_lowercase, ascii_uppercase
 
 import numpy as np
 
-from litevae.data.images import EXTENSIONS
+from litevae.data.pixels import EXTENSIONS
 from litevae.data.remote import expand_address, is_remote, redact_pattern, redact_text
 from litevae.errors import LONGEST_VALUE, UserError, one_line
 from litevae.files import explaining_digits, why_missing
@@ -20,8 +20,8 @@ DEEPEST_BRACES = 50
 LETTERS = ascii_uppercase + ascii_lowercase  # in the order of `braceexpand`
 
 
-def find_images(folder: Path) -> Iterator[str]:
-    """Yields the paths of the files below `folder` that have an image's extension, in sorted order.
+def find_images(folder: Path, extensions: tuple[str, ...] = EXTENSIONS) -> Iterator[str]:
+    """Yields the paths of the files below `folder` that have one of the extensions, in sorted order.
 
     Hidden files and folders are left out. Links to folders are followed, but no folder is visited twice, because
     links may form cycles.
@@ -42,7 +42,7 @@ def find_images(folder: Path) -> Iterator[str]:
         visited.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
-            if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
+            if name.lower().endswith(extensions) and not name.startswith("."):
                 yield os.path.join(parent, name)
 
 

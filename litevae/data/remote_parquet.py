@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from litevae.data.hugging_face import choose_columns, import_datasets, name_class
-from litevae.data.images import BadImage, Pixels, decode_image
+from litevae.data.images import decode_image
 from litevae.data.paths import name_files
+from litevae.data.pixels import RGB, BadImage, PixelFormat, Pixels
 from litevae.data.remote import RemoteError, RemoteFile, file_info, is_remote, redact
 from litevae.errors import UserError
 
@@ -24,6 +25,7 @@ class RemoteParquet:
 
     Args:
         files: addresses of the files, or paths, in their order.
+        pixel_format: what the images are.
 
     Attributes:
         unused_labels: if there is no column "label", the names of columns that seem to hold classes.
@@ -34,11 +36,11 @@ class RemoteParquet:
             of images.
     """
 
-    def __init__(self, files: Sequence[str]) -> None:
+    def __init__(self, files: Sequence[str], pixel_format: PixelFormat = RGB) -> None:
         import_datasets(redact(files[0]))
         from datasets import Features
 
-        self.files = list(files)
+        self.files, self.pixel_format = list(files), pixel_format
         self.shown = [redact(file) if is_remote(file) else file for file in self.files]
         self.path = name_files(self.shown)
         with ThreadPoolExecutor(CONNECTIONS) as executor:
@@ -90,7 +92,7 @@ class RemoteParquet:
             raise BadImage(
                 "the row is empty" if not image or not image["path"] else "the row holds only a path"
             )
-        return decode_image(io.BytesIO(image["bytes"]))
+        return decode_image(io.BytesIO(image["bytes"]), self.pixel_format)
 
     def row(self, index: int) -> dict[str, Any]:
         """Returns a row; `BadImage` if it cannot be read."""

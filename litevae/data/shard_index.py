@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO
 
-from litevae.data.images import EXTENSIONS
+from litevae.data.pixels import EXTENSIONS
 from litevae.data.remote import READ_AHEAD, RemoteError, RemoteFile, file_info, is_remote, redact
 from litevae.errors import UserError
 from litevae.files import make_folder, open_regular, read_json, replacing, write
@@ -35,7 +35,7 @@ class ShardIndex:
     left_out: dict[str, int] = field(default_factory=dict)
 
 
-def index_shard(path: str) -> ShardIndex:
+def index_shard(path: str, extensions: tuple[str, ...] = EXTENSIONS) -> ShardIndex:
     """Lists the images in a shard, whose headers are read.
 
     The list of a remote shard is taken from the folder of lists instead, if the shard has not changed since.
@@ -44,17 +44,17 @@ def index_shard(path: str) -> ShardIndex:
         UserError: the shard is missing, corrupt, compressed or truncated, or holds a member twice.
     """
     if not is_remote(path):
-        return read_shard(path, path, None)
+        return read_shard(path, path, None, extensions)
     shown = redact(path)
     try:
         size, version = file_info(path)
     except RemoteError as reason:
         raise UserError(f"{shown}: {reason}") from None
-    identity = json.dumps([shown, size, version])
+    identity = json.dumps([shown, size, version, *([] if extensions == EXTENSIONS else [extensions])])
     kept = cache_folder() / f"{hashlib.sha256(identity.encode()).hexdigest()}.json"
     index = read_index(kept, size) if version else None
     if index is None:
-        index = read_shard(shown, path, size)
+        index = read_shard(shown, path, size, extensions)
         if version:
             keep_index(kept, index)
     return index
@@ -97,13 +97,14 @@ def read_index(path: Path, size: int) -> ShardIndex | None:
     return index if fits else None
 
 
-def read_shard(name: str, path: str, size: int | None) -> ShardIndex:
+def read_shard(name: str, path: str, size: int | None, extensions: tuple[str, ...]) -> ShardIndex:
     """Lists the images in a shard by its headers.
 
     Args:
         name: name of the shard in messages.
         path: path or address.
         size: size in bytes of a remote shard; None for a local one.
+        extensions: extensions of images.
 
     Raises:
         UserError: `index_shard` lists the reasons.
@@ -117,14 +118,14 @@ def read_shard(name: str, path: str, size: int | None) -> ShardIndex:
         if not key:  # a hidden file, or one without an extension
             continue
         if not member.isreg() or member.issparse():
-            left_out["links or sparse files with an image's name"] += is_image(ext)
+            left_out["links or sparse files with an image's name"] += is_image(ext, extensions)
             continue
         sample = samples.setdefault(key, {})
         if ext.lower() in sample:
             raise UserError(f"{name}: holds {member.name!r:.200} twice")
         sample[ext.lower()] = member
     for sample in samples.values():
-        images = [ext for ext in sample if is_image(ext)]
+        images = [ext for ext in sample if is_image(ext, extensions)]
         if not images:
             left_out["samples without an image"] += 1
             continue
@@ -138,9 +139,9 @@ def read_shard(name: str, path: str, size: int | None) -> ShardIndex:
     return index
 
 
-def is_image(ext: str) -> bool:
+def is_image(ext: str, extensions: tuple[str, ...]) -> bool:
     """Returns whether a member with this extension, such as "mask.png", is an image."""
-    return f".{ext.lower()}".endswith(EXTENSIONS)
+    return f".{ext.lower()}".endswith(extensions)
 
 
 def read_members(name: str, path: str, size: int | None) -> Iterator[tarfile.TarInfo]:

@@ -9,13 +9,13 @@ from torch.utils.data import Dataset
 
 from litevae.data.bad_images import BadEntry
 from litevae.data.config import DataConfig
-from litevae.data.images import BadImage, Pixels, resize_window
+from litevae.data.pixels import BadImage, Pixels, resize_window
 from litevae.data.sources import HELD_OUT_PHOTOGRAPH, ImageSource, Photographs, open_images
 from litevae.errors import UserError
 
 
 class Validation(NamedTuple):
-    images: list[tuple[str, Pixels]]  # names and (size, size, 3) pixels
+    images: list[tuple[str, Pixels]]  # names and (size, size, C) pixels
     bad: list[BadEntry]
 
 
@@ -26,15 +26,15 @@ def open_validation(config: DataConfig) -> ImageSource | None:
         UserError: `open_images` raises it.
     """
     if config.validation == "demo" or (config.train == "demo" and not config.validation):
-        return Photographs([HELD_OUT_PHOTOGRAPH])
-    return open_images(config.validation) if config.validation else None
+        return Photographs([HELD_OUT_PHOTOGRAPH], config.pixel_format)
+    return open_images(config.validation, config.pixel_format) if config.validation else None
 
 
 class Square(NamedTuple):
     """The middle square of one image. Exactly one of `pixels` and `error` is None."""
 
     number: int  # position in the full sequence of squares
-    pixels: Tensor | None  # (3, size, size) uint8
+    pixels: Tensor | None  # (C, size, size) in the images' format
     error: str | None  # reason why the image cannot be read
 
 
@@ -42,7 +42,7 @@ class SquareBatch(NamedTuple):
     """A batch of squares, including the unreadable ones."""
 
     numbers: list[int]
-    pixels: Tensor  # (N, 3, size, size) uint8; black where an image cannot be read
+    pixels: Tensor  # (N, C, size, size) in the images' format; black where an image cannot be read
     errors: dict[int, str]  # by number, the reason why the image cannot be read
 
     @property
@@ -102,7 +102,7 @@ class SquareDataset(Dataset[Square]):
 
     def collate(self, squares: Sequence[Square]) -> SquareBatch:
         """Stacks squares, with black pixels for the unreadable ones."""
-        black = torch.zeros(3, self.size, self.size, dtype=torch.uint8)
+        black = self.images.pixel_format.black(self.size, self.size)
         return SquareBatch(
             [square.number for square in squares],
             torch.stack([black if square.pixels is None else square.pixels for square in squares]),
@@ -136,7 +136,7 @@ def load_validation(images: ImageSource, size: int, count: int, at_least: int = 
 
 
 def middle_square(pixels: Pixels, size: int) -> Pixels:
-    """Cuts the largest square from the middle of an (H, W, 3) image and resizes it to `size` pixels."""
+    """Cuts the largest square from the middle of an (H, W, C) image and resizes it to `size` pixels."""
     height, width = pixels.shape[:2]
     side = min(height, width)
     return resize_window(pixels, (height - side) // 2, (width - side) // 2, side, side, size)

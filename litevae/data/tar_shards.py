@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from litevae.data.images import BadImage, Pixels, decode_image
+from litevae.data.images import decode_image
 from litevae.data.paths import PackedStrings, name_files
+from litevae.data.pixels import RGB, BadImage, PixelFormat, Pixels
 from litevae.data.remote import RemoteError, is_remote, read_part, redact
 from litevae.data.shard_index import ShardIndex, index_shard
 from litevae.errors import UserError
@@ -31,20 +32,21 @@ class TarShards:
 
     Args:
         files: paths or addresses of the shards, in their order.
+        pixel_format: what the images are, which also determines the extensions.
 
     Raises:
         UserError: a shard is missing, corrupt, compressed or truncated; it holds a member twice, which `webdataset`
             refuses too; or no shard holds an image.
     """
 
-    def __init__(self, files: Sequence[str]) -> None:
-        self.files = list(files)
+    def __init__(self, files: Sequence[str], pixel_format: PixelFormat = RGB) -> None:
+        self.files, self.pixel_format = list(files), pixel_format
         self.shown = [redact(file) if is_remote(file) else file for file in self.files]
         names: list[str] = []
         # per image: number of the shard, then offset and size of the image and of its .cls member
         locations = array("q")
         left_out: Counter[str] = Counter()
-        for number, index in enumerate(index_shards(self.files)):
+        for number, index in enumerate(index_shards(self.files, pixel_format.extensions)):
             names += index.names
             left_out.update(index.left_out)
             for location in index.locations:
@@ -75,7 +77,7 @@ class TarShards:
 
     def load(self, index: int) -> Pixels:
         number, offset, size, *_ = self.locations[index].tolist()
-        return decode_image(io.BytesIO(self.read(number, offset, size)))
+        return decode_image(io.BytesIO(self.read(number, offset, size)), self.pixel_format)
 
     def read(self, number: int, offset: int, size: int) -> bytes:
         """Reads `size` bytes at `offset` of shard `number`; `BadImage` if that fails."""
@@ -96,7 +98,7 @@ def absolute_path(file: str) -> str:
     return "/" + file.replace("://", "/") if is_remote(file) else os.path.abspath(file)
 
 
-def index_shards(files: Sequence[str]) -> list[ShardIndex]:
+def index_shards(files: Sequence[str], extensions: tuple[str, ...]) -> list[ShardIndex]:
     """Lists the images in each shard, in the order of `files`.
 
     The headers of remote shards are read concurrently. Each process of a run begins with shards of its own, and finds
@@ -106,14 +108,14 @@ def index_shards(files: Sequence[str]) -> list[ShardIndex]:
         UserError: a shard cannot be used. For remote shards, the message counts and names all that fail.
     """
     if not any(map(is_remote, files)):
-        return [index_shard(file) for file in files]
+        return [index_shard(file, extensions) for file in files]
     rank, processes = (
         int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1))
     )
     order = sorted(range(len(files)), key=lambda number: (number - rank) % processes)
     executor = ThreadPoolExecutor(CONNECTIONS)
     try:
-        futures = {number: executor.submit(index_shard, files[number]) for number in order}
+        futures = {number: executor.submit(index_shard, files[number], extensions) for number in order}
         failures = [str(error) for i in range(len(files)) if (error := futures[i].exception()) is not None]
         for number in range(len(files)):
             error = futures[number].exception()

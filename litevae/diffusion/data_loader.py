@@ -17,7 +17,7 @@ from litevae.diffusion.config import DiffusionConfig
 from litevae.errors import UserError
 from litevae.latents import LatentDataset, sample_latents
 from litevae.latents.statistics import LatentStatistics, read_statistics
-from litevae.models.interface import Autoencoder, check_size, encode_pixels, spatial_compression
+from litevae.models.interface import Autoencoder, check_size, encode_pixels, pixel_format, spatial_compression
 from litevae.models.loading import model_folder
 from litevae.models.weights import hash_encoder
 from litevae.signals import obey_parent_only
@@ -111,7 +111,7 @@ class LatentData:
         check_size(self.autoencoder, size, "data.size")
         self.shape = (self.autoencoder.config.latent_channels, size // factor, size // factor)
         self.pixels = size
-        self.images = open_images(config.train)
+        self.images = open_images(config.train, pixel_format(self.autoencoder))
         crops = CropSettings(size, config.crop, config.flip, config.max_bad_fraction)
         length = self.config.max_steps * config.batch_size
         self.dataset = TrainingCrops(self.images, crops, self.config.seed, length)

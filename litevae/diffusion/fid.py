@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from litevae.data.batches import Batches
+from litevae.data.pixels import RGB, PixelFormat
 from litevae.data.sources import ImageSource, open_images
 from litevae.data.squares import SquareDataset
 from litevae.diffusion.config import DiffusionConfig
@@ -19,16 +20,25 @@ from litevae.evaluation.fid import INCEPTION, make_fid
 from litevae.files import weights_path
 
 
-def prepare_fid(config: DiffusionConfig) -> ImageSource | str:
+def prepare_fid(config: DiffusionConfig, pixel_format: PixelFormat = RGB) -> ImageSource | str:
     """Returns the images to compare samples with, or the reason for not measuring FID.
 
+    Args:
+        config: settings of the run.
+        pixel_format: what the autoencoder's images are.
+
     Raises:
-        UserError: `fid.measure` is "always" and there are no images, or the weights are missing and cannot be
-            downloaded; or the images cannot be opened.
+        UserError: `fid.measure` is "always" and there are no images, or the autoencoder's are not RGB of 8 bits; or the
+            weights are missing and cannot be downloaded; or the images cannot be opened.
     """
     settings = config.fid
     if settings.measure == "never":
         return "fid.measure is never"
+    if pixel_format != RGB:
+        reason = f"FID compares RGB images of 8 bits, and the autoencoder's have {pixel_format}"
+        if settings.measure == "always":
+            raise UserError(f"fid.measure=always: {reason}")
+        return reason
     path = settings.images or config.data.train
     if not path:
         reason = "there are no images to compare with: give them as fid.images"

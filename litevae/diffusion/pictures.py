@@ -11,13 +11,14 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from litevae.data.pixels import to_picture
 from litevae.plotting import DPI, smooth
 
 GAP = 2  # pixels between samples
 
 
 def draw_samples(samples: Tensor, path: Path) -> None:
-    """Draws images (N, 3, H, W) uint8 in a square grid with gaps, as a PNG."""
+    """Draws images (N, C, H, W) uint8 in a square grid with gaps, as a PNG."""
     samples = F.pad(samples, (0, GAP, 0, GAP), value=255)
     columns = math.ceil(math.sqrt(len(samples)))
     rows = math.ceil(len(samples) / columns)
@@ -25,7 +26,7 @@ def draw_samples(samples: Tensor, path: Path) -> None:
     white = torch.full((empty, *samples.shape[1:]), 255, dtype=torch.uint8)
     tiles = torch.cat([samples.cpu(), white]).unflatten(0, (rows, columns))
     grid = tiles.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
-    Image.fromarray(grid.contiguous().numpy()).save(path)
+    Image.fromarray(to_picture(grid.contiguous().numpy())).save(path)
 
 
 def draw_loss(lines: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -12,7 +12,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from litevae.data.images import to_pixels
+from litevae.data.pixels import to_pixels
 from litevae.files import replacing_folder
 from litevae.models.interface import Autoencoder
 from litevae.models.weights import write_model
@@ -65,7 +65,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             generator: generator of all noise, or a list with one generator per image. Generators on the CPU give
                 the same noise for every device.
             num_inference_steps: number of calls of the denoiser.
-            output_type: "pil"; "pt", (N, 3, H, W) in [0, 1]; "np", (N, H, W, 3) in [0, 1]; or "latent",
+            output_type: "pil"; "pt", (N, C, H, W) in [0, 1]; "np", (N, H, W, C) in [0, 1]; or "latent",
                 scaled latents (N, n_z, h, w).
             return_dict: whether to return an `ImagePipelineOutput` with `images`, or a tuple.
         """
@@ -89,7 +89,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Decodes scaled latents (N, n_z, h, w) to images (N, 3, H, W), roughly in [-1, 1]."""
+        """Decodes scaled latents (N, n_z, h, w) to images (N, C, H, W), roughly in [-1, 1]."""
         config, channels = self.vae.config, self.config
         if channels.latents_mean is not None and channels.latents_std is not None:
             mean, std = (
@@ -120,7 +120,7 @@ def save_pipeline(pipeline: LatentDiffusionPipeline, folder: Path) -> None:
 def generate(
     pipeline: LatentDiffusionPipeline, numbers: Sequence[int], seed: int, steps: int, batch_size: int
 ) -> Iterator[Tensor]:
-    """Draws images by number, in batches (n, 3, H, W) uint8 on the pipeline's device.
+    """Draws images by number, in batches (n, C, H, W) uint8 on the pipeline's device.
 
     The noise of image i is drawn on the CPU with the seed `seed` + i, so that it depends neither on other images
     nor on the device.

@@ -27,7 +27,7 @@ from litevae.errors import UserError, WorkerDied
 from litevae.evaluation.fid import INCEPTION_NAME
 from litevae.files import replacing
 from litevae.memory import check_batch
-from litevae.models.interface import Autoencoder
+from litevae.models.interface import Autoencoder, pixel_format
 from litevae.signals import StopRequest
 from litevae.training.checkpoint import Checkpoint, random_state
 from litevae.training.config import check_batch_size
@@ -107,7 +107,7 @@ class DiffusionTrainer(Loop[DiffusionResult]):
         check_batch_size(
             config.data.batch_size, config.optimizer.accumulation, self.accelerator.num_processes
         )
-        self.fid_images = prepare_fid(config)
+        self.fid_images = prepare_fid(config, pixel_format(autoencoder))
         set_seed(config.seed)
         device = self.accelerator.device
         self.autoencoder = autoencoder.to(device).eval().requires_grad_(False)

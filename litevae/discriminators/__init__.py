@@ -1,6 +1,6 @@
 """Discriminators for adversarial training: `build_discriminator`.
 
-Each takes images (N, 3, H, W) in [-1, 1] and returns a tuple of logits, one tensor per head; a larger logit means
+Each takes images (N, C, H, W) in [-1, 1] and returns a tuple of logits, one tensor per head; a larger logit means
 "real". Adversarial losses are means over a head's logits. No discriminator is tied to the image size that it was
 built for: training can begin at 128 and continue at 256.
 """
@@ -33,13 +33,16 @@ class DiscriminatorConfig:
 Discriminator: TypeAlias = UNetDiscriminator | PatchGANDiscriminator | StyleGANDiscriminator
 
 
-def build_discriminator(config: DiscriminatorConfig, size: int, *later_sizes: int) -> Discriminator:
+def build_discriminator(
+    config: DiscriminatorConfig, size: int, *later_sizes: int, in_channels: int = 3
+) -> Discriminator:
     """Returns a discriminator with random weights, drawn from PyTorch's global generator.
 
     Args:
         config: kind and width.
         size: side in pixels of the images that training begins with.
         later_sizes: sides of the images that training continues with.
+        in_channels: number of image channels.
 
     Raises:
         ValueError: the kind or width is unknown, or the discriminator does not take one of the sizes.
@@ -50,11 +53,11 @@ def build_discriminator(config: DiscriminatorConfig, size: int, *later_sizes: in
     discriminator: Discriminator
     match config.kind:
         case "unet":
-            discriminator = UNetDiscriminator(size, channels)
+            discriminator = UNetDiscriminator(size, channels, in_channels)
         case "patchgan":
-            discriminator = PatchGANDiscriminator(channels)
+            discriminator = PatchGANDiscriminator(channels, in_channels)
         case "stylegan":
-            discriminator = StyleGANDiscriminator(size, channels)
+            discriminator = StyleGANDiscriminator(size, channels, in_channels)
         case _:
             raise ValueError(f"kind must be one of unet, patchgan, stylegan, got {config.kind!r}")
     for side in (size, *later_sizes):

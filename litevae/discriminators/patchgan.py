@@ -20,17 +20,18 @@ class PatchGANDiscriminator(nn.Module):
 
     Args:
         channels: width of the first layer, 64 in the paper.
+        in_channels: number of image channels, C.
 
     Raises:
         ValueError: the width is below 1.
     """
 
-    def __init__(self, channels: int = 64) -> None:
+    def __init__(self, channels: int = 64, in_channels: int = 3) -> None:
         super().__init__()
         if channels < 1:
             raise ValueError(f"channels must be 1 or more, got {channels}")
         layers: list[nn.Module] = []
-        before = 3
+        before = in_channels
         for multiplier, stride in LAYERS:
             width, first = channels * multiplier, not layers
             layers.append(Conv2d(before, width, 4, stride, padding=1, bias=first))
@@ -56,7 +57,7 @@ class PatchGANDiscriminator(nn.Module):
             )
 
     def forward(self, image: Tensor) -> tuple[Tensor]:
-        """Returns logits (N, 1, ⌊H/8⌋ - 2, ⌊W/8⌋ - 2) of images (N, 3, H, W) in [-1, 1].
+        """Returns logits (N, 1, ⌊H/8⌋ - 2, ⌊W/8⌋ - 2) of images (N, C, H, W) in [-1, 1].
 
         Raises:
             ValueError: H or W is below 24.

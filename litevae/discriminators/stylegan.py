@@ -34,12 +34,13 @@ class StyleGANDiscriminator(nn.Module):
         size: side in pixels of the images that training begins with.
         channels: width at 512 pixels, which doubles with each halving, up to 512. 64 is the paper's large
             network (config F), 32 its config E.
+        in_channels: number of image channels, C.
 
     Raises:
         ValueError: the width is below 1, or the size is below 8 or has too few factors of two.
     """
 
-    def __init__(self, size: int, channels: int = 64) -> None:
+    def __init__(self, size: int, channels: int = 64, in_channels: int = 3) -> None:
         super().__init__()
         if size < MIN_SIZE:
             raise ValueError(f"size must be {MIN_SIZE} or more, got {size}")
@@ -53,7 +54,7 @@ class StyleGANDiscriminator(nn.Module):
         sides = [FINAL_SIZE * 2**i for i in range(blocks, -1, -1)]
         widths = [max(1, min(MAX_CHANNELS, channels * 512 // side)) for side in sides]
         last = widths[-1]
-        self.from_rgb = EqualisedConv2d(3, widths[0], 1)
+        self.from_rgb = EqualisedConv2d(in_channels, widths[0], 1)
         self.blocks = nn.Sequential(*(ResBlock(before, width) for before, width in pairwise(widths)))
         self.conv_out = EqualisedConv2d(last + 1, last, 3, padding=1)
         self.linear1 = EqualisedLinear(last * FINAL_SIZE**2, last)
@@ -68,7 +69,7 @@ class StyleGANDiscriminator(nn.Module):
             )
 
     def forward(self, image: Tensor) -> tuple[Tensor]:
-        """Returns logits (N, 1) of images (N, 3, H, W) in [-1, 1].
+        """Returns logits (N, 1) of images (N, C, H, W) in [-1, 1].
 
         Raises:
             ValueError: H or W is not a multiple of 2^(number of blocks), which is 32 if built for 128.

@@ -32,12 +32,13 @@ class UNetDiscriminator(nn.Module):
         size: side in pixels of the images that training begins with. Below 256 the network has the five
             levels of the paper's layout for 128, otherwise the six of its layout for 256.
         channels: width of the outermost level; the innermost one is 16 times as wide.
+        in_channels: number of image channels, C.
 
     Raises:
         ValueError: the size or the width is below 1.
     """
 
-    def __init__(self, size: int, channels: int = 64) -> None:
+    def __init__(self, size: int, channels: int = 64, in_channels: int = 3) -> None:
         super().__init__()
         if size < 1 or channels < 1:
             raise ValueError(f"size and channels must be 1 or more, got {size} and {channels}")
@@ -46,7 +47,7 @@ class UNetDiscriminator(nn.Module):
         skips = [0, *down[-2::-1]]  # the innermost block of the decoder path has none
         self.down_blocks = nn.ModuleList(
             ResBlock(before, width, "down", preactivate=i > 0)
-            for i, (before, width) in enumerate(zip([3, *down], down, strict=False))
+            for i, (before, width) in enumerate(zip([in_channels, *down], down, strict=False))
         )
         self.up_blocks = nn.ModuleList(
             ResBlock(before + skip, width, "up")
@@ -59,7 +60,7 @@ class UNetDiscriminator(nn.Module):
         """Accepts every size."""
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns logits (N, 1, H, W) per pixel and (N, 1) per image, of images (N, 3, H, W) in [-1, 1]."""
+        """Returns logits (N, 1, H, W) per pixel and (N, 1) per image, of images (N, C, H, W) in [-1, 1]."""
         x, inputs = image, []
         for block in self.down_blocks:
             inputs.append(x)

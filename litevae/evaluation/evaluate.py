@@ -15,19 +15,19 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from litevae.data.batches import Batches
-from litevae.data.images import to_model_range
+from litevae.data.pixels import to_model_range
 from litevae.data.sources import ImageSource
 from litevae.data.squares import SquareDataset
 from litevae.errors import UserError
 from litevae.evaluation.fid import make_fid, share_features
-from litevae.evaluation.metrics import METRICS, batch_psnr, batch_ssim
+from litevae.evaluation.metrics import METRICS, batch_psnr, batch_ssim, check_metrics_apply
 from litevae.evaluation.reconstruction import reconstruct_batch
 from litevae.evaluation.saved import saving
 from litevae.evaluation.yardsticks import YARDSTICKS, make_yardsticks
 from litevae.files import open_regular, replacing
 from litevae.losses.perceptual import LPIPS
 from litevae.memory import check_batch
-from litevae.models.interface import Autoencoder, check_size
+from litevae.models.interface import Autoencoder, check_size, pixel_format
 
 SAVE_EVERY = 60.0  # seconds
 SUMS = ("sums", "count", "exact", "unreadable")  # buffers of `Sums`
@@ -70,15 +70,16 @@ def evaluate(
 ) -> Evaluation:
     """Measures the reconstructions of images' middle squares, resized to `size` pixels.
 
-    Images and reconstructions are rounded to 8 bits before every metric. PSNR, SSIM (Wang et al., 2004, as
+    Images and reconstructions are rounded to 8 bits before every metric; those of a model with a range of values are
+    only clipped to it. PSNR, SSIM (Wang et al., 2004, as
     `litevae.evaluation.metrics.ssim`) and LPIPS (0.1, VGG16) are means over the images. rFID is the Fréchet
     distance (Heusel et al., 2017) of the 2048 Inception features; images are resized for Inception as in the
     original. The yardsticks of `litevae.evaluation.yardsticks` are measured beside the model. Under `torchrun` each
     process measures its share, and all return the same result. A progress bar is shown on stderr.
 
     Args:
-        model: autoencoder of RGB images; it runs on its own device and in its own dtype.
-        images: source of the images.
+        model: autoencoder; it runs on its own device and in its own dtype.
+        images: source of images in the model's format.
         metrics: names from `METRICS`.
         size: side of the squares in pixels, a multiple of the model's compression factor f, at least 2 f and 16.
         count: number of images, evenly spaced over the source; None takes all. Unreadable images are left out.
@@ -94,13 +95,14 @@ def evaluate(
             continued, so `partial` must be None with it.
 
     Raises:
-        UserError: a metric is unknown; the model does not take this size or RGB images; the weights of Inception
-            or VGG16 are missing and cannot be downloaded; too few images can be read; `partial` belongs to
+        UserError: a metric is unknown, or not for such images; the model does not take this size; the weights of
+            Inception or VGG16 are missing and cannot be downloaded; too few images can be read; `partial` belongs to
             another evaluation; or a reconstruction is not finite.
     """
     check_metrics(metrics)
     check_size(model, size)
-    check_batch(min(batch_size, len(images)), size, 3, model.device.type, "batch size")
+    check_metrics_apply(metrics, pixel_format(model))
+    check_batch(min(batch_size, len(images)), size, model.config.in_channels, model.device.type, "batch size")
     state = PartialState(cpu=not torch.accelerator.is_available())
     share = range(state.process_index, SquareDataset(images, size, count).count, state.num_processes)
     sums = Sums(metrics, features).to(model.device)
@@ -121,7 +123,7 @@ def evaluate(
     loader = DataLoader(squares, batch_size, num_workers=workers, collate_fn=squares.collate)
     saved = time.monotonic()
     with (
-        saving(save, state) as save_batch,
+        saving(save, state, pixel_format(model)) as save_batch,
         tqdm(
             total=len(share), initial=done, unit="image", mininterval=0.5, disable=not state.is_main_process
         ) as bar,
@@ -183,7 +185,7 @@ class Sums(nn.Module):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
 
     def add(self, images: Tensor, reconstructions: Mapping[str, Tensor]) -> None:
-        """Adds (N, 3, H, W) uint8 images and their reconstructions by each of `MEASURED`."""
+        """Adds (N, C, H, W) images and their reconstructions by each of `MEASURED`."""
         if self.fids:
             self.fids[MODEL].update(images, real=True)
         for row, name in enumerate(MEASURED):

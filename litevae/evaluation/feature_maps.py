@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from litevae.data.images import Pixels
+from litevae.data.pixels import Pixels, to_picture
 from litevae.errors import UserError
 from litevae.evaluation.reconstruction import encode
 from litevae.models.interface import Autoencoder
@@ -31,7 +31,7 @@ def feature_magnitude(model: Autoencoder, image: Pixels) -> Magnitude:
 
     Args:
         model: LiteVAE or `AutoencoderKL` without tiling; it runs on its own device and in its own dtype.
-        image: (H, W, 3) uint8 pixels, as `encode` takes them.
+        image: (H, W, C) pixels, as `encode` takes them.
 
     Returns:
         The magnitudes (h, w), of the size of the image padded as in `encode`; half of it per side with wavelet
@@ -103,7 +103,7 @@ def draw_feature_maps(
     percentile of all models.
 
     Args:
-        images: label of the row and (H, W, 3) uint8 pixels.
+        images: label of the row and (H, W, C) pixels.
         magnitudes: results of `feature_magnitude` by model, one per image.
         imbalances: imbalance of each model, printed above its maps; more images may have been measured.
         path: PNG file to write.
@@ -112,7 +112,7 @@ def draw_feature_maps(
     figure = Figure(figsize=(2.9 * columns, 2.8 * len(images) + 1.1), dpi=DPI, layout="compressed")
     axes = figure.subplots(len(images), columns, squeeze=False)
     for row, (label, image) in enumerate(images):
-        axes[row, 0].imshow(image, interpolation="antialiased")
+        axes[row, 0].imshow(to_picture(image), interpolation="antialiased")
         axes[row, 0].set_ylabel(label)
     axes[0, 0].set_title("input", fontsize=10)
     # Fractions of a whole column: the colour bar keeps its size however many rows there are.

@@ -58,7 +58,7 @@ def collect_latents(
     on stderr.
 
     Args:
-        model: autoencoder of RGB images; it runs on its own device and in its own dtype.
+        model: autoencoder; it runs on its own device and in its own dtype.
         images: source of the images; unreadable ones are left out.
         size: side of the squares in pixels.
         count: maximum number of images, evenly spaced over the source.
@@ -69,7 +69,7 @@ def collect_latents(
         The latents (N, n_z, h, w), float32, on the CPU.
 
     Raises:
-        UserError: the model does not take this size or RGB images, no image can be read, or a latent is not
+        UserError: the model does not take this size, no image can be read, or a latent is not
             finite.
     """
     check_size(model, size)

@@ -1,4 +1,4 @@
-"""The metrics by name, and PSNR and SSIM of uint8 images: of single images, and of batches on any device."""
+"""The metrics by name, and PSNR and SSIM of levels in 0..255: of single images, and of batches on any device."""
 
 import math
 from collections.abc import Sequence
@@ -9,12 +9,24 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
-from litevae.data.images import Pixels
+from litevae.data.pixels import RGB, PixelFormat, Pixels
+from litevae.errors import UserError
 
 Metric = Literal["rfid", "lpips", "psnr", "ssim"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
 LOWER_IS_BETTER = ("rfid", "lpips")
+RGB_METRICS = ("rfid", "lpips")  # whose networks take RGB images of 8 bits
 SIGMA, RADIUS = 1.5, 5  # SSIM's window, in pixels
+
+
+def check_metrics_apply(metrics: Sequence[str], pixel_format: PixelFormat, prefix: str = "") -> None:
+    """Raises UserError, which begins with `prefix`, if a metric's network does not take such images."""
+    names = [name for name in metrics if name in RGB_METRICS]
+    if names and pixel_format != RGB:
+        raise UserError(
+            f"{prefix}{names[0]} compares RGB images of 8 bits, and the model's have {pixel_format}: choose from "
+            "psnr, ssim"
+        )
 
 
 def is_better(metric: Metric, value: float, other: float) -> bool:
@@ -35,13 +47,13 @@ def find_best(metric: Metric, values: Sequence[float | None]) -> int | None:
 
 
 def psnr(image: Pixels, reconstruction: Pixels) -> float:
-    """Returns the peak signal-to-noise ratio in dB of two (H, W, 3) uint8 images; infinite if they are equal."""
+    """Returns the peak signal-to-noise ratio in dB of two (H, W, C) images; infinite if they are equal."""
     with np.errstate(divide="ignore"):
         return float(peak_signal_noise_ratio(image, reconstruction, data_range=255))
 
 
 def ssim(image: Pixels, reconstruction: Pixels) -> float:
-    """Returns the structural similarity of two (H, W, 3) uint8 images of at least 11 pixels, averaged over channels.
+    """Returns the structural similarity of two (H, W, C) images of at least 11 pixels, averaged over channels.
 
     The settings are those of Wang et al. (2004): an 11x11 Gaussian window of sigma 1.5, population covariance.
     """
@@ -59,13 +71,13 @@ def ssim(image: Pixels, reconstruction: Pixels) -> float:
 
 
 def batch_psnr(images: Tensor, reconstructions: Tensor) -> Tensor:
-    """Returns the PSNR of each pair of images in two (N, 3, H, W) uint8 tensors: (N,) float64, in dB."""
+    """Returns the PSNR of each pair of images in two (N, C, H, W) tensors of levels: (N,) float64, in dB."""
     error = (images.double() - reconstructions.double()).square().mean((1, 2, 3))
     return 10 * torch.log10(255**2 / error)
 
 
 def batch_ssim(images: Tensor, reconstructions: Tensor) -> Tensor:
-    """Returns the SSIM of each pair of images in two (N, 3, H, W) uint8 tensors, H and W at least 11: (N,) float64.
+    """Returns the SSIM of each pair of images in two (N, C, H, W) tensors of levels, H and W at least 11: (N,) float64.
 
     torchmetrics' SSIM takes 121 taps per pixel where two passes need 22, and its float32 sums lose the variance
     of bright flat areas.

@@ -8,7 +8,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from litevae.data.images import Pixels
+from litevae.data.pixels import Pixels, to_picture
 from litevae.evaluation.metrics import psnr
 from litevae.evaluation.reconstruction import decode, encode
 from litevae.evaluation.yardsticks import HAAR, reconstruct_without_learning, yardstick_labels
@@ -23,8 +23,8 @@ def draw_reconstructions(
     """Draws one row per image: input, Haar yardstick, reconstruction, and latent as RGB.
 
     Args:
-        model: autoencoder of RGB images.
-        images: label of the row and (H, W, 3) uint8 pixels.
+        model: autoencoder.
+        images: label of the row and (H, W, C) pixels.
         path: PNG file to write.
         principal: whether to show principal components, as in `latents_as_rgb`.
     """
@@ -60,7 +60,7 @@ def draw_reconstructions(
             axes = figure.add_axes(
                 (x / total_width, y / total_height, width / total_width, heights[row] / total_height)
             )
-            axes.imshow(picture, interpolation="antialiased")
+            axes.imshow(to_picture(picture), interpolation="antialiased")
             axes.set_xticks([])
             axes.set_yticks([])
             for spine in axes.spines.values():
@@ -122,8 +122,9 @@ def latents_as_rgb(latents: Sequence[torch.Tensor], principal: bool = True) -> l
 
 def draw_grid(pairs: Sequence[tuple[Pixels, Pixels]], path: Path, most: int = 8) -> None:
     """Draws the first `most` images, each beside its reconstruction, as a PNG; creates its folder."""
-    rows = [np.concatenate(pair, axis=1) for pair in pairs[:most]]
-    grid = np.full((sum(len(row) for row in rows), max(row.shape[1] for row in rows), 3), 255, np.uint8)
+    rows = [np.concatenate([to_picture(each) for each in pair], axis=1) for pair in pairs[:most]]
+    shape = sum(len(row) for row in rows), max(row.shape[1] for row in rows), rows[0].shape[2]
+    grid = np.full(shape, 255, np.uint8)
     top = 0
     for row in rows:
         grid[top : top + len(row), : row.shape[1]] = row

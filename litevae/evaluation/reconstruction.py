@@ -6,9 +6,9 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
-from litevae.data.images import Pixels, pad_image, to_pixels
+from litevae.data.pixels import Pixels, pad_image, to_pixels
 from litevae.errors import UserError
-from litevae.models.interface import Autoencoder, encode_pixels, spatial_compression
+from litevae.models.interface import Autoencoder, encode_pixels, pixel_format, spatial_compression
 
 
 @torch.inference_mode()
@@ -16,8 +16,8 @@ def encode(model: Autoencoder, image: Pixels) -> Tensor:
     """Encodes an image to the mode of its posterior.
 
     Args:
-        model: autoencoder of RGB images; it runs on its own device and in its own dtype.
-        image: (H, W, 3) uint8 pixels of any size; `pad_image` pads them by mirroring.
+        model: autoencoder; it runs on its own device and in its own dtype.
+        image: (H, W, C) pixels of any size in the model's format; `pad_image` pads them by mirroring.
 
     Returns:
         The latent (1, n_z, h, w) with h = max(⌈H/f⌉, 2) and w likewise, in the model's dtype and on its device.
@@ -27,29 +27,29 @@ def encode(model: Autoencoder, image: Pixels) -> Tensor:
 
 @torch.inference_mode()
 def decode(model: Autoencoder, latent: Tensor, size: tuple[int, int]) -> Pixels:
-    """Decodes a latent to (H, W, 3) uint8 pixels, without the padding.
+    """Decodes a latent to (H, W, C) pixels in the model's format, without the padding.
 
     Args:
         model: autoencoder that encoded the image.
         latent: result of `encode`.
         size: height and width of the image that was encoded.
     """
-    decoded = to_pixels(model.decode(latent).sample)
+    decoded = to_pixels(model.decode(latent).sample, pixel_format(model).dtype)
     return decoded[0, :, : size[0], : size[1]].permute(1, 2, 0).contiguous().cpu().numpy()
 
 
 def reconstruct(model: Autoencoder, image: Pixels) -> Pixels:
-    """Encodes and decodes an (H, W, 3) uint8 image; returns the same shape and dtype."""
+    """Encodes and decodes an (H, W, C) image; returns the same shape and dtype."""
     height, width = image.shape[:2]
     return decode(model, encode(model, image), (height, width))
 
 
 def reconstruct_batch(model: Autoencoder, pixels: Tensor, seeds: list[int] | None) -> tuple[Tensor, Tensor]:
-    """Returns a batch and its reconstruction, both (N, 3, H, W) uint8 on the model's device.
+    """Returns a batch and its reconstruction, both (N, C, H, W) on the model's device.
 
     Args:
-        model: autoencoder of RGB images.
-        pixels: (N, 3, H, W) uint8 pixels.
+        model: autoencoder.
+        pixels: (N, C, H, W) pixels in the model's format, which the reconstruction has too.
         seeds: seed of each image's sample of the posterior; None decodes the mode.
 
     Raises:
@@ -61,7 +61,7 @@ def reconstruct_batch(model: Autoencoder, pixels: Tensor, seeds: list[int] | Non
     decoded: Tensor = model.decode(latent).sample
     if not decoded.isfinite().all():
         raise UserError("the model's reconstructions are not finite")
-    return pixels, to_pixels(decoded)
+    return pixels, to_pixels(decoded, pixels.dtype)
 
 
 def sample_posterior(posterior: DiagonalGaussianDistribution, seeds: Sequence[int]) -> Tensor:

@@ -14,7 +14,13 @@ from litevae.data.sources import ImageSource
 from litevae.data.squares import SquareDataset
 from litevae.errors import UserError
 from litevae.memory import check_batch
-from litevae.models.interface import Autoencoder, check_size, encode_pixels, spatial_compression
+from litevae.models.interface import (
+    Autoencoder,
+    check_size,
+    encode_pixels,
+    shared_pixel_format,
+    spatial_compression,
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ def compare_latents(
     stderr.
 
     Args:
-        model: autoencoder of RGB images; it runs on its own device and in its own dtype.
+        model: autoencoder; it runs on its own device and in its own dtype.
         teacher: autoencoder of the same latent shape, on the same device.
         images: source of the images; unreadable ones are left out.
         size: side of the squares in pixels.
@@ -65,7 +71,7 @@ def compare_latents(
     check_same_latents(model, teacher)
     for each in (model, teacher):
         check_size(each, size)
-    check_batch(min(batch_size, len(images)), size, 3, model.device.type, "batch size")
+    check_batch(min(batch_size, len(images)), size, model.config.in_channels, model.device.type, "batch size")
     state = PartialState(cpu=not torch.accelerator.is_available())
     share = range(state.process_index, SquareDataset(images, size, count).count, state.num_processes)
     squares = SquareDataset(images, size, count, share)
@@ -105,7 +111,8 @@ def compare_latents(
 
 
 def check_same_latents(model: Autoencoder, teacher: Autoencoder) -> None:
-    """Raises UserError if the latents of two models differ in shape."""
+    """Raises UserError if the images of two models differ, or the shape of their latents."""
+    shared_pixel_format({"the teacher": teacher, "the model": model})
     shapes = [(each.config.latent_channels, spatial_compression(each)) for each in (model, teacher)]
     if shapes[0] != shapes[1]:
         described = [f"{channels} channels at 1/{factor} of the side" for channels, factor in shapes]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from litevae.data.images import Pixels, as_batch, to_model_range
+from litevae.data.pixels import Pixels, as_batch, to_model_range
 from litevae.errors import UserError
 from litevae.evaluation.fid import make_fid
 from litevae.evaluation.metrics import METRICS, Metric, psnr, ssim
@@ -19,7 +19,7 @@ class Validation:
     PSNR and SSIM are always measured. The networks of the other metrics are loaded once.
 
     Args:
-        images: (H, W, 3) uint8 images.
+        images: (H, W, C) images in the models' format.
         metrics: further metrics, from `METRICS`.
 
     Raises:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from litevae.data.images import Pixels, as_batch
+from litevae.data.pixels import Pixels, as_batch
 from litevae.evaluation.metrics import psnr, ssim
 from litevae.models.interface import Autoencoder, spatial_compression
 from litevae_kernels import wavedec2, waverec2
@@ -25,7 +25,7 @@ def make_yardsticks(model: Autoencoder, pixels: Tensor) -> dict[str, Tensor]:
 
     Args:
         model: autoencoder that gives f and n_z: the block size and how many numbers a block's latent has.
-        pixels: images (N, C, H, W), uint8, of any size.
+        pixels: images (N, C, H, W), levels in 0..255, of any size.
 
     Returns:
         Images of the same shape and dtype by name.
@@ -38,7 +38,7 @@ def make_yardsticks(model: Autoencoder, pixels: Tensor) -> dict[str, Tensor]:
         coarsest_haar(images, factor, haar_count(model) // pixels.shape[1]),
     )
     return {
-        name: image.round().clamp(0, 255).to(torch.uint8)
+        name: (image.round() if pixels.dtype == torch.uint8 else image).clamp(0, 255).to(pixels.dtype)
         for name, image in zip(YARDSTICKS, made, strict=True)
     }
 
@@ -108,13 +108,13 @@ def yardstick_labels(model: Autoencoder) -> dict[str, str]:
 
 
 def reconstruct_without_learning(model: Autoencoder, image: Pixels) -> dict[str, Pixels]:
-    """Returns each yardstick's reconstruction of one (H, W, 3) uint8 image, in the same shape and dtype."""
+    """Returns each yardstick's reconstruction of one (H, W, C) image, in the same shape and dtype."""
     made = make_yardsticks(model, as_batch(image.copy()))
     return {name: each[0].permute(1, 2, 0).contiguous().numpy() for name, each in made.items()}
 
 
 def measure_yardsticks(model: Autoencoder, images: Sequence[Pixels]) -> dict[str, dict[str, float]]:
-    """Returns the mean PSNR and SSIM of each yardstick over (H, W, 3) uint8 images of at least 11 pixels."""
+    """Returns the mean PSNR and SSIM of each yardstick over (H, W, C) images of at least 11 pixels."""
     made = [reconstruct_without_learning(model, image) for image in images]
     return {
         name: {

@@ -7,7 +7,7 @@ from pathlib import Path
 from accelerate import PartialState
 from PIL import Image
 
-from litevae.data.images import Pixels
+from litevae.data.pixels import Pixels
 from litevae.data.sources import HELD_OUT_PHOTOGRAPH, TRAINING_PHOTOGRAPHS, load_photograph
 from litevae.errors import UserError
 from litevae.experiments.spec import RunSpec, Setup

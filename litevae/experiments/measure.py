@@ -9,7 +9,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from litevae.data.images import Pixels
+from litevae.data.pixels import Pixels
 from litevae.data.sources import open_images
 from litevae.data.squares import load_validation
 from litevae.diffusion import DiffusionConfig, LatentDiffusionPipeline

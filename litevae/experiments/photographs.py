@@ -9,7 +9,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from litevae.data.images import Pixels, read_image
+from litevae.data.images import read_image
+from litevae.data.pixels import Pixels
 from litevae.data.sources import HELD_OUT_PHOTOGRAPH, TRAINING_PHOTOGRAPHS, load_photograph
 from litevae.errors import UserError
 from litevae.experiments.demo_images import cut

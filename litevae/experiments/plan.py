@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
+from litevae.data.pixels import RGB
 from litevae.data.sources import open_images
 from litevae.diffusion import DiffusionConfig, load_diffusion_config
 from litevae.diffusion.fid import prepare_fid
@@ -117,6 +118,11 @@ def row_config(experiment: Experiment, run: RunSpec, setup: Setup, seed: int) ->
 
 def check_run(experiment: Experiment, setup: Setup, config: Config) -> None:
     """Raises UserError or ValueError for any problem that would make the run or its measurement fail."""
+    if config.data.pixel_format != RGB:
+        raise UserError(
+            f"experiments measure RGB images of 8 bits: data.channels must be 3 and data.value_range null, got "
+            f"{config.data.pixel_format}"
+        )
     for path in (config.data.train, config.data.validation):
         open_images(path)
     late = [stage.start for stage in config.stages if stage.start > config.max_steps]

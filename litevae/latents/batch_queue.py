@@ -13,7 +13,7 @@ MAX_WAITING = 2**28  # bytes of images that wait for others of their size
 
 class Batch(NamedTuple):
     numbers: list[int]  # of the images, in ascending order
-    pixels: Tensor  # (N, 3, H, W) uint8
+    pixels: Tensor  # (N, C, H, W)
 
 
 class BatchQueue:
@@ -28,7 +28,7 @@ class BatchQueue:
 
     Attributes:
         ready: batches to encode.
-        waiting: numbers and pixels (3, H, W) of the images that wait for others, by size.
+        waiting: numbers and pixels (C, H, W) of the images that wait for others, by size.
     """
 
     def __init__(self, batch_size: int, size: int) -> None:
@@ -43,11 +43,11 @@ class BatchQueue:
     def add(self, batch: BucketBatch) -> int:
         """Adds the images that have pixels, and returns their number."""
         # Older versions of PyTorch turn tuples into lists where they pin memory.
-        sizes = {(height, width) for height, width in batch.sizes}
-        if len(sizes) == 1 and not self.waiting:
-            height, width = sizes.pop()
+        shapes = {tuple(shape) for shape in batch.shapes}
+        if len(shapes) == 1 and not self.waiting:
+            channels, height, width = shapes.pop()
             if height and len(batch.numbers) == self.capacity(height, width):  # nothing needs to be copied
-                self.ready.append(Batch(batch.numbers, batch.pixels.view(-1, 3, height, width)))
+                self.ready.append(Batch(batch.numbers, batch.pixels.view(-1, channels, height, width)))
                 return len(batch.numbers)
         images = [pair for pair in zip(batch.numbers, batch.images(), strict=True) if pair[1].numel()]
         for number, image in images:
@@ -55,14 +55,14 @@ class BatchQueue:
         return len(images)
 
     def add_image(self, number: int, image: Tensor) -> None:
-        """Adds a (3, H, W) image; the fullest batch becomes ready when too much memory waits."""
+        """Adds a (C, H, W) image; the fullest batch becomes ready when too much memory waits."""
         size = (image.shape[1], image.shape[2])
         self.waiting.setdefault(size, []).append((number, image))
         if len(self.waiting[size]) == self.capacity(*size):
             self.take(size)
             return
-        lengths = {each: 3 * each[0] * each[1] * len(images) for each, images in self.waiting.items()}
-        if sum(lengths.values()) > max(MAX_WAITING, 3 * self.max_pixels):
+        lengths = {each: images[0][1].nbytes * len(images) for each, images in self.waiting.items()}
+        if sum(lengths.values()) > max(MAX_WAITING, image[:, 0, 0].nbytes * self.max_pixels):
             self.take(max(lengths, key=lambda each: lengths[each]))
 
     def take(self, size: tuple[int, int]) -> None:

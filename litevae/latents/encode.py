@@ -92,7 +92,7 @@ def encode_images(
     them, two batches later.
 
     Args:
-        model: autoencoder of 3 channels on the device to run on. It is converted to the settings' precision, in place.
+        model: autoencoder on the device to run on. It is converted to the settings' precision, in place.
         images: source of the images.
         folder: folder to write to.
         settings: settings of the encoded data set.
@@ -111,7 +111,9 @@ def encode_images(
         WorkerDied: a process that decodes images was killed, or crashed. The encoded images are kept.
         OSError: a file cannot be written, or another process has failed or died.
     """
-    check_batch(min(batch_size, len(images)), settings.size, 3, model.device.type, "batch size")
+    check_batch(
+        min(batch_size, len(images)), settings.size, model.config.in_channels, model.device.type, "batch size"
+    )
     processes = Processes()
     try:
         with StopRequest() as stop, ExitStack() as until_end:

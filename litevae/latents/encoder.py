@@ -35,7 +35,7 @@ class BatchedEncoder:
         """Encodes a batch.
 
         Args:
-            pixels: (N, 3, H, W) uint8 on the CPU.
+            pixels: (N, C, H, W) in the model's format, on the CPU.
 
         Returns:
             (1 or 2, N, 2 n_z, h, w) float16 on the model's device: the moments of the images, and with `mirror` those

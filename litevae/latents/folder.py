@@ -30,10 +30,10 @@ from litevae.latents.shards import Unfinished, find_damage, read_unfinished, unf
 from litevae.lock import LOCK, locked
 from litevae.models.interface import (
     Autoencoder,
-    check_rgb,
     check_size,
     fixed_size,
     minimum_size,
+    pixel_format,
     spatial_compression,
 )
 from litevae.models.weights import hash_encoder
@@ -81,7 +81,7 @@ def make_buckets(model: Autoencoder, settings: Settings) -> Buckets:
             )
         check_size(model, size)
         return Buckets(crop, size, step)
-    check_rgb(model)
+    pixel_format(model)  # whether it takes images
     if fixed_size(model) is not None:
         raise UserError(
             f"crop must be middle, got {crop}: this model takes only squares of {fixed_size(model)}"

@@ -53,7 +53,7 @@ def measure_latents(
     same result. A progress bar appears on stderr.
 
     Args:
-        model: autoencoder of 3 channels, which runs on its own device and in its own dtype.
+        model: autoencoder, which runs on its own device and in its own dtype.
         images: source of the images; unreadable ones are left out.
         size: side of the squares in pixels.
         count: maximum number of images, evenly spaced over the source.
@@ -64,7 +64,7 @@ def measure_latents(
         UserError: the model does not take this size, no image can be read, or the latents are constant or not finite.
     """
     check_size(model, size)
-    check_batch(min(batch_size, len(images)), size, 3, model.device.type, "batch size")
+    check_batch(min(batch_size, len(images)), size, model.config.in_channels, model.device.type, "batch size")
     channels = model.config.latent_channels
     first, second = (torch.zeros(channels, dtype=torch.float64, device=model.device) for _ in range(2))
     used = 0

@@ -6,6 +6,7 @@ from litevae.losses.kl import kl_loss
 from litevae.losses.ldl import ldl_loss
 from litevae.losses.objective import (
     RECONSTRUCTION_TERMS,
+    RGB_TERMS,
     TEACHER_TERMS,
     TERMS,
     Loss,
@@ -22,6 +23,7 @@ from litevae.losses.wavelet import wavelet_loss
 __all__ = [
     "LPIPS",
     "RECONSTRUCTION_TERMS",
+    "RGB_TERMS",
     "TEACHER_TERMS",
     "TERMS",
     "ESRGANLoss",

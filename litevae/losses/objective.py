@@ -26,6 +26,7 @@ from litevae.losses.wavelet import wavelet_loss
 from litevae.settings import setting
 
 RECONSTRUCTION_TERMS = ("l1", "l2", "lpips", "esrgan", "wavelet", "gaussian", "ldl")
+RGB_TERMS = ("lpips", "esrgan")  # whose networks take images of 3 channels
 TEACHER_TERMS = ("teacher_kl", "teacher_mean", "teacher_logvar")
 TERMS = (*RECONSTRUCTION_TERMS, "kl", *TEACHER_TERMS, "adversarial")
 
@@ -63,6 +64,9 @@ class LossConfig:
     )
     teacher_logvar: float = setting(
         0.0, "Weight of the L1 distance of the posterior's log-variance from the teacher's.", minimum=0
+    )
+    repeat_channels: bool = setting(
+        False, "Repeat the channel of grey images for lpips and esrgan, whose networks take RGB."
     )
     adversarial: float = setting(0.0, "Weight of the adversarial loss; 0 trains no discriminator.", minimum=0)
     adversarial_loss: AdversarialLoss = setting("hinge", "Kind of the adversarial loss.")
@@ -129,6 +133,10 @@ class Objective(nn.Module):
                 except UserError as error:
                     raise UserError(f"loss.{name}: {error}") from None
 
+    def as_rgb(self, image: Tensor) -> Tensor:
+        """Returns images (N, 3, H, W), or of one channel if it may be repeated, for a network that takes RGB."""
+        return image.expand(-1, 3, -1, -1) if self.config.repeat_channels and image.shape[1] == 1 else image
+
     @property
     def needs_ema(self) -> bool:
         """Returns whether `generator` needs the EMA model's reconstruction."""
@@ -167,7 +175,7 @@ class Objective(nn.Module):
         """Returns the autoencoder's loss on one batch, computed in float32 even under autocast.
 
         Args:
-            image, reconstruction: image in [-1, 1] and its reconstruction, (N, 3, H, W); the latter is needed
+            image, reconstruction: image in [-1, 1] and its reconstruction, (N, C, H, W); the latter is needed
                 if `needs_reconstruction`.
             mean, logvar: mean and log-variance of the posterior, (N, n_z, h, w).
             step: number of the training step.
@@ -178,7 +186,7 @@ class Objective(nn.Module):
                 DistributedDataParallel, the wrapped module is called.
             last_weight: weight of the decoder's last convolution, a leaf of the reconstruction's graph;
                 needed for the adaptive weight.
-            ema_reconstruction: reconstruction by the EMA model, (N, 3, H, W); needed if `needs_ema`.
+            ema_reconstruction: reconstruction by the EMA model, (N, C, H, W); needed if `needs_ema`.
 
         Raises:
             ValueError: `reconstruction`, `teacher`, `discriminator`, `last_weight` or `ema_reconstruction` is
@@ -206,8 +214,8 @@ class Objective(nn.Module):
             compute: dict[str, Callable[[], Tensor]] = {
                 "l1": lambda: l1_loss(image, restored),
                 "l2": lambda: l2_loss(image, restored),
-                "lpips": lambda: self.networks["lpips"](image, restored),
-                "esrgan": lambda: self.networks["esrgan"](image, restored),
+                "lpips": lambda: self.networks["lpips"](*map(self.as_rgb, (image, restored))),
+                "esrgan": lambda: self.networks["esrgan"](*map(self.as_rgb, (image, restored))),
                 "wavelet": lambda: wavelet_loss(image, restored),
                 "gaussian": lambda: gaussian_loss(image, restored),
                 "ldl": lambda: ldl_loss(

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
+from litevae.data.pixels import is_value_range
 from litevae.errors import shorten
 
 WIDEST = 2**16  # channels
@@ -71,6 +72,10 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
             value is None or (is_list(value) and 1 <= len(value) <= 4096 and all(map(is_number, value)))
         ):
             raise ValueError(f"{name} must be one number per latent channel, got {shorten(value)}")
+        if name == "value_range" and not (value is None or is_value_range(value)):
+            raise ValueError(
+                f"value_range must be null or two numbers, the lower first, got {shorten(value)}"
+            )
         if name == "scaling_factor" and not value:
             raise ValueError(f"scaling_factor must be a number other than 0, got {shorten(value)}")
         if name == "act_fn" and not isinstance(value, str):

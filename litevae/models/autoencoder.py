@@ -72,6 +72,7 @@ class LiteVAE(PretrainedMixin, AutoencoderMixin, PeftAdapterMixin):
         latents_mean, latents_std: statistics of each latent channel, as in diffusers. The model does not
             apply them.
         force_upcast: whether the SDXL pipelines run the model in float32 when the rest is float16.
+        value_range: stored values that -1 and 1 stand for; None for pictures of 8 bits. The model does not apply it.
 
     Raises:
         ValueError: an argument has an unknown value, `block_out_channels` has fewer than two entries, a width
@@ -120,6 +121,7 @@ class LiteVAE(PretrainedMixin, AutoencoderMixin, PeftAdapterMixin):
         latents_mean: Sequence[float] | None = None,
         latents_std: Sequence[float] | None = None,
         force_upcast: bool = False,
+        value_range: Sequence[float] | None = None,
     ) -> None:
         check_arguments(locals())
         super().__init__()

@@ -23,7 +23,7 @@ class SmallEncoderVAE(PretrainedMixin, AutoencoderKL):
 
     Args:
         encoder_block_out_channels: widths of the encoder's blocks.
-        latent_channels, block_out_channels, layers_per_block, norm_num_groups, use_quant_conv,
+        in_channels, latent_channels, block_out_channels, layers_per_block, norm_num_groups, use_quant_conv,
             use_post_quant_conv, sample_size, scaling_factor, latents_mean, latents_std: arguments of
             `AutoencoderKL`.
 
@@ -45,6 +45,7 @@ class SmallEncoderVAE(PretrainedMixin, AutoencoderKL):
         scaling_factor: float = 1.0,
         latents_mean: Sequence[float] | None = None,
         latents_std: Sequence[float] | None = None,
+        in_channels: int = 3,
     ) -> None:
         check_arguments(locals())
         blocks = len(block_out_channels)
@@ -54,6 +55,8 @@ class SmallEncoderVAE(PretrainedMixin, AutoencoderKL):
                 f"got {list(block_out_channels)}"
             )
         super().__init__(
+            in_channels=in_channels,
+            out_channels=in_channels,
             down_block_types=("DownEncoderBlock2D",) * blocks,
             up_block_types=("UpDecoderBlock2D",) * blocks,
             block_out_channels=tuple(block_out_channels),
@@ -69,6 +72,7 @@ class SmallEncoderVAE(PretrainedMixin, AutoencoderKL):
             force_upcast=False,
         )
         self.encoder = Encoder(
+            in_channels=in_channels,
             out_channels=latent_channels,
             down_block_types=("DownEncoderBlock2D",) * len(encoder_block_out_channels),
             block_out_channels=tuple(encoder_block_out_channels),

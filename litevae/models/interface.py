@@ -1,12 +1,13 @@
 """Functions that work with every kind of autoencoder."""
 
+from collections.abc import Mapping
 from typing import TypeAlias
 
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
-from litevae.data.images import to_model_range
+from litevae.data.pixels import PixelFormat, to_model_range
 from litevae.errors import UserError
 from litevae.models.autoencoder import LiteVAE
 
@@ -25,10 +26,27 @@ def fixed_size(model: Autoencoder) -> int | None:
     return model.config.sample_size if model.config.get("aggregator") == "vit" else None
 
 
-def check_rgb(model: Autoencoder) -> None:
-    """Raises UserError unless the model takes images of 3 channels."""
-    if model.config.in_channels != 3:
-        raise UserError(f"the model takes {model.config.in_channels} channels; images here have 3")
+def pixel_format(model: Autoencoder) -> PixelFormat:
+    """Returns what the images of a model are; `UserError` unless it takes 1, 3 or 4 channels."""
+    values = model.config.get("value_range")
+    try:
+        return PixelFormat(model.config.in_channels, None if values is None else tuple(values))
+    except ValueError:
+        raise UserError(
+            f"the model takes {model.config.in_channels} channels; images here have 1, 3 or 4"
+        ) from None
+
+
+def shared_pixel_format(models: Mapping[str, Autoencoder]) -> PixelFormat:
+    """Returns what the images of several models, by name, are; `UserError` if they differ."""
+    formats = {name: pixel_format(model) for name, model in models.items()}
+    first, *others = formats
+    for name in others:
+        if formats[name] != formats[first]:
+            raise UserError(
+                f"{first} takes images of {formats[first]}, and {name} of {formats[name]}: they cannot be compared"
+            )
+    return formats[first]
 
 
 def minimum_size(model: Autoencoder) -> int:
@@ -37,7 +55,7 @@ def minimum_size(model: Autoencoder) -> int:
 
 
 def check_size(model: Autoencoder, size: int, name: str = "size") -> None:
-    """Checks that the model takes RGB images of `size` x `size` pixels.
+    """Checks that the model takes images of `size` x `size` pixels.
 
     Args:
         model: autoencoder that will encode the images.
@@ -45,10 +63,10 @@ def check_size(model: Autoencoder, size: int, name: str = "size") -> None:
         name: name of the setting in error messages.
 
     Raises:
-        UserError: the model does not take RGB images, it takes only one other size, or the size is not a
+        UserError: the model does not take 1, 3 or 4 channels, it takes only one other size, or the size is not a
             multiple of its factor f, or is below 2 f or 16.
     """
-    check_rgb(model)
+    pixel_format(model)
     if fixed_size(model) not in (None, size):
         raise UserError(f"{name} must be {fixed_size(model)}, the only size this model takes, got {size}")
     factor = spatial_compression(model)
@@ -58,11 +76,13 @@ def check_size(model: Autoencoder, size: int, name: str = "size") -> None:
 
 
 def encode_pixels(model: Autoencoder, pixels: Tensor) -> DiagonalGaussianDistribution:
-    """Returns the posterior of (N, 3, H, W) uint8 pixels, on the model's device and in its dtype.
+    """Returns the posterior of (N, C, H, W) pixels in the model's format, on its device and in its dtype.
 
     Raises:
-        UserError: the model does not take images of this size.
+        UserError: the model does not take images of this size, or of this number of channels.
     """
+    if pixels.shape[1] != (channels := model.config.in_channels):
+        raise UserError(f"the model takes images of {channels} channels, got {pixels.shape[1]}")
     image = to_model_range(pixels.to(model.device, non_blocking=True))
     if not isinstance(model, LiteVAE):  # LiteVAE's first operator converts the dtype
         image = image.to(model.dtype)

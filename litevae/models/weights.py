@@ -24,7 +24,15 @@ if TYPE_CHECKING:
 
 # Entries of a model's config.json that do not belong to its architecture.
 NOT_ARCHITECTURE = frozenset(
-    {"sample_size", "scaling_factor", "shift_factor", "force_upcast", "latents_mean", "latents_std"}
+    {
+        "sample_size",
+        "scaling_factor",
+        "shift_factor",
+        "force_upcast",
+        "latents_mean",
+        "latents_std",
+        "value_range",
+    }
 )
 
 
@@ -169,12 +177,14 @@ def explain_shapes(model: type[ModelMixin], config: Mapping[str, Any], path: Pat
 
 
 def hash_encoder(model: "Autoencoder") -> str:
-    """Returns the SHA-256 of all that determines a model's latents: its architecture and encoder weights."""
+    """Returns the SHA-256 of what determines a model's latents: architecture, range of values and encoder weights."""
     config = {
         name: value
         for name, value in model.config.items()
         if not name.startswith("_") and name not in NOT_ARCHITECTURE
     }
+    if model.config.get("value_range") is not None:  # without one, the hash is that of older versions
+        config["value_range"] = list(model.config.value_range)
     digest = hashlib.sha256(json.dumps([type(model).__name__, config], sort_keys=True).encode())
     for part in (model.encoder, model.quant_conv):
         for name, tensor in part.state_dict().items() if part is not None else ():

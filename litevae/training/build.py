@@ -29,7 +29,7 @@ def build_model(config: Config, teacher: Teacher | None = None) -> Autoencoder:
     """
     check_has_encoder(config)
     if teacher is not None:
-        check_student(config.model, teacher)
+        check_student(config.model, config.data, teacher)
     model = build_fresh_model(config)
     if config.init:
         folder = model_folder(Path(config.init))
@@ -81,7 +81,9 @@ def check_has_encoder(config: Config) -> None:
 def build_fresh_model(config: Config) -> Autoencoder:
     """Builds the model of a run with fresh weights; raises UserError if it does not take a setting."""
     try:
-        return with_fresh_weights(config.model, config.data.size, config.initialise == "wavelet")
+        return with_fresh_weights(
+            config.model, config.data.size, config.initialise == "wavelet", config.data.pixel_format
+        )
     except ValueError as error:
         # The model's sample_size is the setting data.size.
         name, found, rest = str(error).partition("sample_size")

@@ -8,8 +8,8 @@ from typing import Literal
 from litevae import settings
 from litevae.data.config import DataConfig
 from litevae.errors import UserError
-from litevae.evaluation.metrics import Metric
-from litevae.losses import RECONSTRUCTION_TERMS, TEACHER_TERMS, LossConfig
+from litevae.evaluation.metrics import Metric, check_metrics_apply
+from litevae.losses import RECONSTRUCTION_TERMS, RGB_TERMS, TEACHER_TERMS, LossConfig
 from litevae.models.config import ModelConfig, check_model_config
 from litevae.settings import section, setting
 from litevae.training.sections import (
@@ -192,6 +192,7 @@ def check_training_config(config: Config) -> None:
     if not config.output_dir:
         raise UserError("output_dir is empty: give a folder to write to")
     check_model_config(config.model, "model.")
+    check_channels(config)
     if config.model.encoder_type != "learned" and config.loss.kl:
         raise UserError(
             f"loss.kl must be 0 for model.encoder_type={config.model.encoder_type}, whose latent is a point and not a "
@@ -221,6 +222,25 @@ def check_training_config(config: Config) -> None:
     if config.max_epochs is None:  # otherwise the number of steps is not known yet
         check_gradient_ratio(config)
     check_stages(config)
+
+
+def check_channels(config: Config) -> None:
+    """Checks that the model, the losses and the metrics take the images; a UserError names a setting that does not."""
+    pixel_format, kind = config.data.pixel_format, config.model.kind
+    if pixel_format.value_range is not None and kind != "litevae":
+        raise UserError(
+            f"data.value_range must be null for model.kind={kind}, whose config.json cannot hold it, got "
+            f"{list(pixel_format.value_range)}"
+        )
+    for name in RGB_TERMS:
+        repeated = pixel_format.channels == 1 and config.loss.repeat_channels
+        if getattr(config.loss, name) and pixel_format.channels != 3 and not repeated:
+            instead = ", or set loss.repeat_channels=true" if pixel_format.channels == 1 else ""
+            raise UserError(
+                f"loss.{name} compares RGB images: its weight must be 0 for data.channels={pixel_format.channels}"
+                f"{instead}"
+            )
+    check_metrics_apply(config.validate_metrics, pixel_format, "validate_metrics: ")
 
 
 def check_distillation(config: Config) -> None:

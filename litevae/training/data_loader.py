@@ -14,7 +14,7 @@ from litevae.data.bad_images import BAD_IMAGES, BadImages
 from litevae.data.batches import Batches
 from litevae.data.config import check_has_images
 from litevae.data.crops import CropBatch, CropSettings, TrainingCrops, collate
-from litevae.data.images import Pixels
+from litevae.data.pixels import Pixels
 from litevae.data.sources import ImageSource, Photographs, open_images
 from litevae.data.squares import load_validation, open_validation
 from litevae.latents import LatentDataset
@@ -29,7 +29,7 @@ SHOWN = 4  # number of images in reconstructions.png
 class TrainingData:
     """The images of a run.
 
-    `validation` and `shown` are lists of names and (H, W, 3) uint8 images; `bad_images` lists the images that
+    `validation` and `shown` are lists of names and (H, W, C) images; `bad_images` lists the images that
     training could not use. The seed of PyTorch's loader is drawn from the global generator.
 
     Args:
@@ -61,7 +61,7 @@ class TrainingData:
         # PyTorch's loader draws from its generator when it starts, and a resumed run starts it once more.
         self.random = torch.Generator().manual_seed(int(torch.empty((), dtype=torch.int64).random_()))
         check_has_images(self.config)
-        self.images = open_images(self.config.train) if images is None else images
+        self.images = open_images(self.config.train, self.config.pixel_format) if images is None else images
         self.open(stages[-1].size, folder / BAD_IMAGES, resuming)
         self.latents: LatentDataset | None = None
         if config.teacher_latents and teacher is not None:
@@ -129,7 +129,7 @@ class TrainingData:
         moments = None
         if self.latents is not None:
             moments = torch.zeros(share, *self.latents.index["latents"]["shape"])
-        return CropBatch(torch.zeros(share, 3, stage.size, stage.size, dtype=torch.uint8), [], moments)
+        return CropBatch(self.images.pixel_format.black(share, stage.size, stage.size), [], moments)
 
 
 class ShareSampler:
@@ -146,6 +146,6 @@ class ShareSampler:
 
 
 def centre_crop(image: Pixels, height: int, width: int) -> Pixels:
-    """Crops the middle of an (H, W, 3) image to at most `height` x `width` pixels."""
+    """Crops the middle of an (H, W, C) image to at most `height` x `width` pixels."""
     top, left = max(image.shape[0] - height, 0) // 2, max(image.shape[1] - width, 0) // 2
     return image[top : top + height, left : left + width]

@@ -44,12 +44,12 @@ class Autoencode(nn.Module):
         """Encodes images and decodes a sample of their posterior.
 
         Args:
-            image: images (N, 3, H, W) in [-1, 1].
+            image: images (N, C, H, W) in [-1, 1].
             noise: standard normal noise (N, n_z, h, w) of the sample, mean + std · noise.
             change: change of the sample before it is decoded.
 
         Returns:
-            The reconstruction (N, 3, H, W), or None, and the posterior's mean and log-variance, both (N, n_z, h, w).
+            The reconstruction (N, C, H, W), or None, and the posterior's mean and log-variance, both (N, n_z, h, w).
         """
         posterior = self.model.encode(image).latent_dist
         mean, logvar, std = posterior.mean, posterior.logvar, posterior.std
@@ -170,7 +170,7 @@ class TrainingStep:
         """Performs one step on this process's share of the batch.
 
         Args:
-            image: images (N, 3, H, W) in [-1, 1].
+            image: images (N, C, H, W) in [-1, 1].
             noise: standard normal noise (N, n_z, h, w).
             step: number of the step, from 1.
             stop: whether this process was asked to stop.
@@ -251,7 +251,7 @@ class TrainingStep:
         """Adds one part's gradients; returns the autoencoder's loss and the discriminator's, if there is one.
 
         Args:
-            image: images of the part (n, 3, H, W) in [-1, 1].
+            image: images of the part (n, C, H, W) in [-1, 1].
             noise: noise of the part (n, n_z, h, w).
             change: change of the part's latents, or None.
             moments: stored moments of the teacher (n, 2 n_z, h, w), or None.

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from litevae.data.config import DataConfig
 from litevae.errors import UserError, shorten
 from litevae.files import sha256
 from litevae.models.card import PATH
 from litevae.models.config import ModelConfig
-from litevae.models.interface import Autoencoder, check_rgb
+from litevae.models.interface import Autoencoder, pixel_format
 from litevae.models.layers import NoConv2d
 from litevae.models.loading import load_model, model_folder
 from litevae.models.weight_files import find_weights, weight_files
@@ -47,7 +48,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the posterior's mean and log-variance, both (N, n_z, h, w), of images (N, 3, H, W) in [-1, 1]."""
+        """Returns the posterior's mean and log-variance, both (N, n_z, h, w), of images (N, C, H, W) in [-1, 1]."""
         with torch.autocast(image.device.type, enabled=False):
             posterior = self.model.encode(image.float()).latent_dist
         return posterior.mean, posterior.logvar
@@ -95,7 +96,7 @@ def load_teacher(path: str) -> Autoencoder:
     try:
         folder = teacher_folder(path)
         model = load_model(folder)
-        check_rgb(model)
+        pixel_format(model)
     except UserError as error:
         raise UserError(f"teacher: {error}") from None
     config = model.config
@@ -126,21 +127,34 @@ def teacher_settings(teacher: Autoencoder) -> dict[str, Any]:
     }
 
 
-def as_overrides(settings: Mapping[str, Any]) -> list[str]:
-    """Returns settings of `ModelConfig` as they are written on the command line."""
+def image_settings(teacher: Autoencoder) -> dict[str, Any]:
+    """Returns the settings of `DataConfig` that give a model the images that a teacher takes."""
+    images = pixel_format(teacher)
+    values = images.value_range
+    return {"channels": images.channels, "value_range": None if values is None else list(values)}
+
+
+def as_overrides(settings: Mapping[str, Any], section: str = "model") -> list[str]:
+    """Returns settings of a section as they are written on the command line."""
 
     def write(value: Any) -> str:
-        return str(value).replace(" ", "").lower()
+        return "null" if value is None else str(value).replace(" ", "").lower()
 
-    return [f"model.{name}={write(value)}" for name, value in settings.items()]
+    return [f"{section}.{name}={write(value)}" for name, value in settings.items()]
 
 
-def check_student(config: ModelConfig, teacher: Teacher) -> None:
-    """Raises UserError, which names the settings to change, if a model has another latent or decoder than a teacher."""
-    own = asdict(config)
+def check_student(model: ModelConfig, data: DataConfig, teacher: Teacher) -> None:
+    """Raises UserError, which names the settings to change, if a model cannot take a teacher's place.
+
+    That is so if its latent, its decoder or its images are others.
+    """
+    own = asdict(model)
     different = {name: value for name, value in teacher_settings(teacher.model).items() if own[name] != value}
-    if different:
-        raise UserError(f"teacher: {teacher.folder} needs {' '.join(as_overrides(different))}")
+    needed = as_overrides(different)
+    if data.pixel_format != pixel_format(teacher.model):
+        needed += as_overrides(image_settings(teacher.model), "data")
+    if needed:
+        raise UserError(f"teacher: {teacher.folder} needs {' '.join(needed)}")
 
 
 def describe_teacher(teacher: Teacher) -> str:

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from litevae.data.buckets import MIDDLE
 from litevae.data.config import DataConfig
 from litevae.data.crops import CropBatch, CropItem, TrainingCrops, collate
-from litevae.data.images import Pixels
+from litevae.data.pixels import PixelFormat, Pixels
 from litevae.data.remote import redact_pattern
 from litevae.data.sources import ImageSource
 from litevae.errors import UserError
@@ -33,6 +33,10 @@ class EncodedImages:
             if images.key(number) not in shard.bad
         ]
         self.images, self.numbers = images, np.array(numbers, dtype=np.int64)
+
+    @property
+    def pixel_format(self) -> PixelFormat:
+        return self.images.pixel_format
 
     def __len__(self) -> int:
         return len(self.numbers)

@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor, nn
 
 from litevae.data.config import check_has_images
-from litevae.data.images import to_model_range
+from litevae.data.pixels import to_model_range
 from litevae.data.remote import redact_pattern
 from litevae.data.sources import open_images
 from litevae.discriminators import build_discriminator
@@ -108,7 +108,7 @@ class Trainer(Loop[TrainingResult]):
         images = None
         if config.max_epochs is not None:
             check_has_images(config.data)
-            images = open_images(config.data.train)
+            images = open_images(config.data.train, config.data.pixel_format)
             config = with_steps(config, len(images))
         config, accelerator, checkpoint, note = begin(config, folder := Path(config.output_dir))
         self.config, self.best_by = config, config.checkpoint.best_by
@@ -180,7 +180,9 @@ class Trainer(Loop[TrainingResult]):
         stages = [stage for stage in self.stages if stage.last >= config.loss.adversarial_start]
         sizes = [stage.size for stage in stages or self.stages[:1]]
         try:
-            discriminator = build_discriminator(config.discriminator, *sizes)
+            discriminator = build_discriminator(
+                config.discriminator, *sizes, in_channels=config.data.channels
+            )
         except ValueError as error:
             raise UserError(f"discriminator: {error}") from None
         if config.channels_last:
@@ -219,7 +221,7 @@ class Trainer(Loop[TrainingResult]):
                 del batches  # ends its workers, which the traceback of an error would keep alive
 
     def update(self, batch: Tensor, step: int, stop: bool) -> Outcome:
-        """Performs one step on this process's share of the batch, (N, 3, H, W) uint8."""
+        """Performs one step on this process's share of the batch, (N, C, H, W) levels."""
         image = to_model_range(batch)
         if self.config.channels_last:
             image = image.contiguous(memory_format=torch.channels_last)
@@ -333,7 +335,8 @@ class Trainer(Loop[TrainingResult]):
                 if self.data.validation
                 else None,
                 "count": len(self.data.validation),
-                "measured_on": f"{height}x{width} pixels, 8 bits, mode of the posterior, mean over the images",
+                "measured_on": f"{height}x{width} pixels, {self.config.data.pixel_format}, mode of the posterior, "
+                "mean over the images",
                 "psnr": None,
                 "ssim": None,
                 **result.metrics,

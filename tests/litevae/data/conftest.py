@@ -8,13 +8,15 @@ import pytest
 import webdataset
 from PIL import Image
 
-from litevae.data.images import BadImage
+from litevae.data.pixels import RGB, BadImage
 from litevae.data.sources import open_images
 from litevae.errors import UserError
 
 
 class GivenImages:
     """A source of the given pixels; None stands for an image that cannot be read."""
+
+    pixel_format = RGB
 
     def __init__(self, *pixels):
         self.pixels = pixels

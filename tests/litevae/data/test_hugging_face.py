@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from litevae.data.images import BadImage
+from litevae.data.pixels import BadImage
 from litevae.data.sources import open_images
 
 

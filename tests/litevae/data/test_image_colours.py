@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from litevae.data.images import BadImage, decode_image, to_rgb
+from litevae.data.images import decode_image, to_colours
+from litevae.data.pixels import BadImage
 
 WHITE = [255, 255, 255]
 
@@ -65,7 +66,7 @@ def test_the_first_pixel_is_transparent_and_shows_white(content, second, tmp_pat
 @pytest.mark.parametrize("mode", ["LA", "La", "PA", "RGBA", "RGBa"])
 def test_half_transparent_black_is_grey_in_every_mode(mode):
     image = Image.new(mode, (1, 1), (0,) * (len(mode) - 1) + (128,))  # PA: the palette is grey
-    assert to_rgb(image).tolist() == [[[127] * 3]]
+    assert to_colours(image).tolist() == [[[127] * 3]]
 
 
 def profile(space, gamma, colorants=()):

@@ -7,20 +7,11 @@ import zlib
 import numpy as np
 import pytest
 import tifffile
-import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 from skimage import data
-from torchvision.transforms import functional
 
-from litevae.data.images import (
-    BadImage,
-    decode_image,
-    pad_image,
-    read_image,
-    resize_window,
-    to_model_range,
-    to_pixels,
-)
+from litevae.data.images import decode_image, read_image, read_values, write_values
+from litevae.data.pixels import BadImage, PixelFormat
 from litevae.errors import UserError
 
 RGB = data.chelsea()[:31, :45]
@@ -265,31 +256,116 @@ def test_broken_bytes_give_pixels_or_a_bad_image(kind):
         assert pixels.size
 
 
-@pytest.mark.parametrize("size", [16, 100, 300, 500])
-def test_resized_square_is_torchvisions(size):
-    image = Image.fromarray(data.chelsea()[:300, :300])
-    expected = functional.resize(image, [size, size], functional.InterpolationMode.BICUBIC, antialias=True)
-    np.testing.assert_array_equal(resize_window(np.asarray(image), 0, 0, 300, 300, size), expected)
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
+def test_grey_is_pillows(tmp_path, mode):
+    image = Image.fromarray(RGB).convert(mode)
+    image.save(tmp_path / "x.png")
+    expected = np.asarray(image.convert("L"))
+    np.testing.assert_array_equal(read_image(tmp_path / "x.png", PixelFormat(1)), expected[..., None])
 
 
-def test_window_of_the_size_is_not_resampled():
-    np.testing.assert_array_equal(resize_window(RGB, 3, 5, 20, 20, 20), RGB[3:23, 5:25])
+def test_grey_of_a_transparent_image_is_that_of_the_image_on_white(tmp_path):
+    image = Image.fromarray(np.dstack([RGB, np.full(RGB.shape[:2], 128, np.uint8)]))
+    image.save(tmp_path / "x.png")
+    white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    np.testing.assert_array_equal(read_image(tmp_path / "x.png", PixelFormat(1))[..., 0], white.convert("L"))
 
 
-def test_pixels_survive_the_way_to_the_model_and_back():
-    levels = torch.arange(256, dtype=torch.uint8)
-    values = to_model_range(levels)
-    assert (values.min(), values.max()) == (-1, 1)
-    assert torch.equal(to_pixels(values), levels)
-    assert to_pixels(torch.tensor([-5.0, 5.0])).tolist() == [0, 255]
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "L", "RGB"])
+def test_rgba_keeps_the_colours_of_transparent_pixels(tmp_path, mode):
+    alpha = np.arange(RGB[..., 0].size).reshape(RGB.shape[:2]).astype(np.uint8)
+    image = Image.fromarray(np.dstack([RGB, alpha])).convert(mode)
+    image.save(tmp_path / "x.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "x.png", PixelFormat(4)), image.convert("RGBA"))
 
 
-@pytest.mark.parametrize("size", [(1, 1), (8, 16), (9, 23), (31, 45)])
-def test_batch_is_mirrored_up_to_a_multiple(size):
-    image = RGB[: size[0], : size[1]]
-    batch = to_model_range(pad_image(image, 8))
-    assert batch.shape == (1, 3, *(max(16, -(-side // 8) * 8) for side in size))
-    inside = to_pixels(batch)[0].permute(1, 2, 0)
-    np.testing.assert_array_equal(inside[: size[0], : size[1]], image)
-    if size[0] % 8:
-        np.testing.assert_array_equal(inside[size[0], : size[1]], image[-1])
+DEEP = np.random.default_rng(0).integers(0, 65536, (9, 14), dtype=np.uint16)
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.tif", "x.npy"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_values_are_read_as_they_are_stored(tmp_path, name, dtype):
+    values = DEEP.astype(dtype)
+    write_values(tmp_path / name, values)
+    found = read_values(tmp_path / name)
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(found, values)
+    pixels = read_image(tmp_path / name, PixelFormat(1, (0, 65535)))
+    assert pixels.dtype == np.float32
+    np.testing.assert_allclose(pixels[..., 0], values / 257, rtol=2**-23)
+
+
+@pytest.mark.parametrize("dtype", ["<u2", ">u2", "<i2", ">i2", "<i4", ">i4", "<f4", ">f4"])
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_tiff_of_another_writer(tmp_path, dtype, compression):
+    values = DEEP.astype(dtype)
+    tifffile.imwrite(tmp_path / "x.tif", values, byteorder=dtype[0], compression=compression)
+    if compression and dtype in (">i2", ">i4", ">f4"):
+        with pytest.raises(BadImage, match="compressed big-endian TIFF"):
+            read_values(tmp_path / "x.tif")
+        return
+    np.testing.assert_array_equal(read_values(tmp_path / "x.tif"), values)
+
+
+def test_colours_with_a_range_are_read_without_their_profile(tmp_path):
+    image = Image.fromarray(RGB)
+    image.save(
+        tmp_path / "x.png", icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    )
+    pixels = read_image(tmp_path / "x.png", PixelFormat(3, (0, 255)))
+    np.testing.assert_array_equal(pixels, RGB.astype(np.float32))
+
+
+def test_values_are_turned_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(DEEP).save(tmp_path / "x.png", exif=exif)
+    np.testing.assert_array_equal(read_values(tmp_path / "x.png"), np.rot90(DEEP, -1))
+
+
+def rgb_of_16_bits(path):
+    def chunk(name, content):
+        return (
+            struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        )
+
+    header = struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)
+    rows = zlib.compress(bytes(8 * (1 + 8 * 6)))
+    content = chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + content)
+
+
+@pytest.mark.parametrize(
+    ("write", "reason"),
+    [
+        (rgb_of_16_bits, r"Pillow's mode RGB \(RGB;16B\): with a range of values, images are grey"),
+        (lambda path: Image.fromarray(RGB).convert("P").save(path), "Pillow's mode P"),
+        (lambda path: Image.fromarray(RGB).convert("1").save(path), "Pillow's mode 1"),
+        (lambda path: Image.fromarray(RGB).save(path), "has 3 channels, and the model takes 1"),
+        (lambda path: Image.fromarray(RGB).save(path, "JPEG"), "not an image, or of an unsupported format"),
+        (lambda path: path.write_bytes(b"\x93NUMPY"), "cannot be read"),
+        (lambda path: path.mkdir(), "is a folder"),
+    ],
+)
+def test_files_that_hold_no_such_values(tmp_path, write, reason):
+    write(tmp_path / "x.png")
+    with pytest.raises(UserError, match=reason) as caught:
+        read_image(tmp_path / "x.png", PixelFormat(1, (0, 65535)))
+    assert "\n" not in str(caught.value)
+
+
+def test_tiff_of_16_bits_in_colour_is_refused(tmp_path):
+    tifffile.imwrite(tmp_path / "x.tif", np.dstack([DEEP] * 3), photometric="rgb")
+    with pytest.raises(BadImage):
+        read_values(tmp_path / "x.tif")
+
+
+@pytest.mark.parametrize("name", ["x.npy", "x.png"])
+def test_the_limit_of_pixels_holds_for_values(tmp_path, monkeypatch, name):
+    write_values(tmp_path / name, DEEP)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+    monkeypatch.setenv("LITEVAE_MAX_IMAGE_PIXELS", "100")
+    with pytest.raises(BadImage, match="LITEVAE_MAX_IMAGE_PIXELS=N allows N pixels"):
+        read_values(tmp_path / name)
+    monkeypatch.setenv("LITEVAE_MAX_IMAGE_PIXELS", "126")
+    assert read_values(tmp_path / name).shape == DEEP.shape

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from litevae.data import remote
 from litevae.data.crops import CropSettings, TrainingCrops, collate
-from litevae.data.images import BadImage
+from litevae.data.pixels import BadImage
 from litevae.data.remote import RemoteError, RemoteFile, read_part, redact, redact_pattern
 from litevae.data.sources import open_images
 

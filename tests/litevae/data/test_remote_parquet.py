@@ -9,7 +9,7 @@ from pyarrow import parquet
 from torch.utils.data import DataLoader
 
 from litevae.data.crops import CropSettings, Order, TrainingCrops, collate
-from litevae.data.images import BadImage
+from litevae.data.pixels import BadImage
 from litevae.data.remote_parquet import GROUPS_TOGETHER
 from litevae.data.sources import open_images
 

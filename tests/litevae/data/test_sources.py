@@ -1,12 +1,16 @@
+import io
 import os
 import pickle
+import tarfile
 
 import numpy as np
 import pytest
+from PIL import Image
 from skimage import data
 
-from litevae.data.images import BadImage
+from litevae.data.pixels import BadImage, PixelFormat
 from litevae.data.sources import HELD_OUT_PHOTOGRAPH, TRAINING_PHOTOGRAPHS, load_photograph, open_images
+from litevae.errors import UserError
 
 
 def test_photographs_are_colour_and_chelsea_is_held_out(names):
@@ -139,3 +143,57 @@ def test_an_image_must_be_a_regular_file(tmp_path):
     for i in range(2):
         with pytest.raises(BadImage, match="not a regular file"):
             images.load(i)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_photographs_of_the_demo_in_other_channels(channels):
+    source = open_images("demo", PixelFormat(channels))
+    photograph = Image.fromarray(load_photograph(TRAINING_PHOTOGRAPHS[0]))
+    expected = np.asarray(photograph.convert({1: "L", 4: "RGBA"}[channels]))
+    np.testing.assert_array_equal(source.load(0), expected.reshape(*expected.shape[:2], channels))
+
+
+def test_the_demo_has_no_range_of_values():
+    with pytest.raises(UserError, match="demo: its photographs have 8 bits"):
+        open_images("demo", PixelFormat(3, (0, 255)))
+
+
+@pytest.fixture
+def arrays(tmp_path):
+    """Writes x.npy, y.jpg, and a .tar file of both in a folder of its own; returns the array."""
+    array = np.random.default_rng(0).integers(0, 4096, (9, 7), dtype=np.uint16)
+    (tmp_path / "files").mkdir()
+    (tmp_path / "tars").mkdir()
+    np.save(tmp_path / "files" / "x.npy", array)
+    Image.fromarray(load_photograph("astronaut")[:9, :7]).save(tmp_path / "files" / "y.jpg")
+    with tarfile.open(tmp_path / "tars" / "a.tar", "w") as tar:
+        for name in ("x.npy", "y.jpg"):
+            tar.add(tmp_path / "files" / name, arcname=name)
+    return array
+
+
+@pytest.mark.parametrize("folder", ["files", "tars"])
+def test_only_with_a_range_arrays_are_images(arrays, tmp_path, folder, capsys):
+    plain = open_images(str(tmp_path / folder))
+    assert (len(plain), plain.key(0)[-5:]) == (1, "y.jpg")
+    source = open_images(str(tmp_path / folder), PixelFormat(1, (0, 4095)))
+    assert (len(source), source.key(0)[-5:]) == (1, "x.npy")
+    expected = arrays[..., None].astype(np.float64) * (255 / 4095)
+    np.testing.assert_allclose(source.load(0), expected, rtol=2**-23)
+
+
+def test_a_folder_without_arrays_says_which_files_count(arrays, tmp_path):
+    (tmp_path / "files" / "x.npy").unlink()
+    with pytest.raises(UserError, match=r"no images \(\.npy, \.png, \.tif, \.tiff\) in this folder"):
+        open_images(str(tmp_path / "files"), PixelFormat(1, (0, 4095)))
+
+
+def test_arrays_in_a_dataset(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    array, file = np.random.default_rng(0).uniform(-1, 1, (6, 5, 4)), io.BytesIO()
+    np.save(file, array)
+    column = datasets.Features({"image": datasets.Image(decode=False)})
+    rows = {"image": [{"bytes": file.getvalue(), "path": None}]}
+    datasets.Dataset.from_dict(rows, column).save_to_disk(tmp_path / "rows")
+    source = open_images(str(tmp_path / "rows"), PixelFormat(4, (-1, 1)))
+    np.testing.assert_allclose(source.load(0), (array + 1) * 127.5, rtol=2**-23)

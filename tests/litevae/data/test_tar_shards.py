@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import webdataset
 
-from litevae.data.images import BadImage
+from litevae.data.pixels import BadImage
 from litevae.data.sources import open_images
 
 

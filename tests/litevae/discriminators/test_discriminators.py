@@ -227,3 +227,13 @@ class TestBuild:
     def test_bad_settings_are_named(self, config, size, message):
         with pytest.raises(ValueError, match=message):
             build_discriminator(config, size)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("channels", [1, 4])
+def test_every_channel_is_looked_at(kind, channels):
+    torch.manual_seed(0)
+    discriminator = build_discriminator(DiscriminatorConfig(kind, "S"), 64, in_channels=channels)
+    image = images(4, channels, 64, 64).requires_grad_()
+    mean_of(discriminator(image)).backward()
+    assert (image.grad.abs().amax((0, 2, 3)) > 0).all()

@@ -8,6 +8,7 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 
+from litevae.data.pixels import PixelFormat
 from litevae.errors import UserError
 from litevae.evaluation.saved import prepare_folder, saving
 
@@ -69,3 +70,29 @@ def test_earlier_pictures_are_replaced_only_if_that_is_asked_for(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
     with pytest.raises(UserError, match=r"notes\.txt: cannot be made"):
         prepare_folder(tmp_path / "notes.txt", replace=True, resuming=False)
+
+
+def test_values_of_a_range_are_saved_as_they_are(tmp_path):
+    images = PixelFormat(1, (-5, 1000))
+    levels = torch.rand(3, 1, 6, 4, generator=torch.Generator().manual_seed(0)) * 255
+    expected = np.interp(levels.double().permute(0, 2, 3, 1), (0, 255), (-5, 1000))
+    (tmp_path / "folder").mkdir()
+    for target in (tmp_path / "folder", tmp_path / "all.npz"):
+        with saving(target, PartialState(cpu=True), images) as each:
+            each([0, 1, 4], levels)
+    found = [np.load(tmp_path / "folder" / f"{number:08d}.npy") for number in (0, 1, 4)]
+    for values in (np.stack(found), np.load(tmp_path / "all.npz")["arr_0"]):
+        assert values.dtype == np.float32
+        np.testing.assert_allclose(values, expected, rtol=2**-23, atol=1005 * 2**-23)
+    with pytest.raises(UserError, match="is not empty"):
+        prepare_folder(tmp_path / "folder", replace=False, resuming=False)
+    prepare_folder(tmp_path / "folder", replace=True, resuming=False)
+    assert not list((tmp_path / "folder").iterdir())
+
+
+def test_grey_pictures_are_saved_as_grey(tmp_path):
+    with saving(tmp_path, PartialState(cpu=True), PixelFormat(1)) as each:
+        each([0], PICTURES[:1, :1])
+    picture = Image.open(tmp_path / "00000000.png")
+    assert picture.mode == "L"
+    np.testing.assert_array_equal(picture, PICTURES[0, 0])

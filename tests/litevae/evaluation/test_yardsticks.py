@@ -134,3 +134,17 @@ def test_only_a_lower_psnr_is_below():
     assert below_haar({"psnr": 27.9}, yardsticks)
     assert not below_haar({"psnr": 28.0}, yardsticks)
     assert not below_haar({"rfid": 1.0}, {HAAR: {"rfid": 2.0}})
+
+
+@pytest.mark.parametrize(("channels", "kept"), [(1, 12), (4, 3)])
+def test_the_latents_numbers_are_shared_by_the_channels(channels, kept):
+    with torch.device("meta"):
+        model = LiteVAE.from_preset("litevae-s", in_channels=channels, latent_channels=12 + channels // 4)
+    image = np.random.default_rng(0).uniform(0, 255, (32, 24, channels)).astype(np.float32)
+    found = reconstruct_without_learning(model, image)[HAAR]
+    assert haar_count(model) == 12
+    assert found.dtype == np.float32
+    for channel in range(channels):
+        expected = kept_by_pywavelets(image[..., channel] - 127.5, 8, kept) + 127.5
+        np.testing.assert_allclose(found[..., channel], expected.clip(0, 255), atol=1e-3)
+    assert (found != np.rint(found)).mean() > 0.9  # values of a range are not rounded

@@ -1,5 +1,7 @@
 """Tests of the objective against its terms."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -80,6 +82,15 @@ def test_gradient_reaches_reconstruction_and_posterior(inputs):
 
 
 class TestPerceptualTerms:
+    @pytest.mark.parametrize("name", ["lpips", "esrgan"])
+    def test_of_grey_images_are_those_of_their_rgb_images(self, name):
+        config = LossConfig(l1=0, wavelet=0, gaussian=0, kl=0, pretrained=False, **{name: 1.0})
+        grey = [torch.rand(2, 1, 32, 32) * 2 - 1 for _ in range(2)]
+        moments = [torch.zeros(2, 4, 4, 4)] * 2
+        found = Objective(replace(config, repeat_channels=True)).generator(*grey, *moments, step=1)
+        rgb = [torch.cat([image] * 3, dim=1) for image in grey]
+        torch.testing.assert_close(found.total, Objective(config).generator(*rgb, *moments, step=1).total)
+
     @pytest.fixture
     def objective(self):
         return Objective(LossConfig(lpips=1.0, esrgan=0.5, pretrained=False))

@@ -4,10 +4,13 @@ from diffusers import AutoencoderKL
 from diffusers.models.resnet import ResnetBlock2D
 
 from litevae import LiteVAE
+from litevae.data.pixels import PixelFormat
 from litevae.errors import UserError
 from litevae.models.baseline import SmallEncoderVAE
 from litevae.models.build import build, with_fresh_weights
 from litevae.models.config import ModelConfig
+from litevae.models.interface import pixel_format
+from litevae.models.loading import load_model
 from litevae.training import load_config
 
 SMALL = {"block_out_channels": [32, 32, 64], "layers_per_block": 1, "num_groups": 16}
@@ -127,3 +130,34 @@ def test_counting_the_weights_draws_no_random_numbers():
         build(config, 32)
     found = build(config, 32).encoder.state_dict()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kind": "litevae", "preset": "litevae-s", "output_type": "wavelet", "extractor": "nafnet"},
+        {"kind": "litevae", "preset": "litevae-s", "encoder_type": "dwt"},
+        {"kind": "sd-vae"},
+        {"kind": "vae-small"},
+    ],
+    ids=str,
+)
+def test_models_for_other_channels(settings, channels, tmp_path):
+    wavelet = {"latent_channels": 4 * channels} if "encoder_type" in settings else {}
+    config = ModelConfig(**{**SMALL, "block_out_channels": [32, 32, 64, 64], **settings, **wavelet})
+    model = with_fresh_weights(config, 64, pixel_format=PixelFormat(channels))
+    model.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path)
+    assert pixel_format(loaded) == PixelFormat(channels)
+    image = torch.rand(1, channels, 32, 32)
+    with torch.no_grad():
+        assert loaded(image).sample.shape == image.shape
+
+
+@pytest.mark.parametrize("kind", ["sd-vae", "vae-small"])
+def test_baselines_have_no_range_of_values(kind):
+    with pytest.raises(
+        ValueError, match=f"value_range is for kind=litevae, and must be null for kind={kind}"
+    ):
+        build(ModelConfig(kind=kind, **SMALL), 64, PixelFormat(1, (0, 1)))

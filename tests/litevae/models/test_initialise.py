@@ -104,6 +104,8 @@ def test_encoder_without_parameters():
         {"latent_channels": 4, "shared_extractor": True},
         {"block_out_channels": (16, 16, 16, 16), "num_groups": 8},
         {"latent_channels": 16, "finest_level": 2, "encoder_norm": "smc"},
+        {"in_channels": 1, "latent_channels": 4},
+        {"in_channels": 4, "latent_channels": 16},
     ],
     ids=str,
 )
@@ -111,7 +113,7 @@ def test_the_latent_starts_as_the_coarsest_sub_bands(options):
     torch.manual_seed(0)
     model = LiteVAE.from_preset("litevae-s", **{**SMALL, **options}, decoder_norm="smc")
     initialise_as_wavelet(model)
-    image = torch.rand(1, 3, 64, 64, dtype=torch.float64) * 2 - 1
+    image = torch.rand(1, model.config.in_channels, 64, 64, dtype=torch.float64) * 2 - 1
     with torch.no_grad():
         posterior = model.encode(image.float()).latent_dist
         reconstruction = model.decode(posterior.mean).sample

@@ -7,7 +7,7 @@ import skimage.data
 import torch
 
 from litevae import LiteVAE
-from litevae.data.images import to_model_range
+from litevae.data.pixels import to_model_range
 from litevae_kernels import use_backend
 from litevae_kernels.arithmetic import multiplies
 

@@ -2,8 +2,17 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
+from litevae import LiteVAE
+from litevae.data.pixels import PixelFormat
 from litevae.errors import UserError
-from litevae.models.interface import check_size, encode_pixels, fixed_size, spatial_compression
+from litevae.models.interface import (
+    check_size,
+    encode_pixels,
+    fixed_size,
+    pixel_format,
+    shared_pixel_format,
+    spatial_compression,
+)
 
 
 @pytest.fixture
@@ -57,7 +66,7 @@ class TestCheckSize:
                 64,
                 "size must be 32, the only size this model takes, got 64",
             ),
-            ({"in_channels": 1}, 32, "the model takes 1 channels; images here have 3"),
+            ({"in_channels": 2}, 32, "the model takes 2 channels; images here have 1, 3 or 4"),
         ],
         ids=str,
     )
@@ -87,3 +96,42 @@ class TestEncodePixels:
         with pytest.raises(UserError, match="multiples of 8, at least 16, got 12x16") as caught:
             encode_pixels(make(), torch.zeros(1, 3, 12, 16, dtype=torch.uint8))
         assert "\n" not in str(caught.value)
+
+
+class TestPixelFormat:
+    def test_is_that_of_the_configuration(self, make, baseline, tmp_path):
+        assert pixel_format(baseline) == pixel_format(make()) == PixelFormat()
+        model = make(in_channels=4, value_range=[-1000, 3000])
+        model.save_pretrained(tmp_path)
+        assert pixel_format(LiteVAE.from_pretrained(tmp_path)) == PixelFormat(4, (-1000, 3000))
+
+    def test_of_two_channels_does_not_exist(self, make):
+        with pytest.raises(UserError, match="the model takes 2 channels; images here have 1, 3 or 4"):
+            pixel_format(make(in_channels=2))
+
+    @pytest.mark.parametrize(
+        "value", [[1, 0], [0], [0, 1, 2], "01", [0, "1"], [0, True], [0, float("nan")], 5]
+    )
+    def test_ranges_that_there_are_not(self, make, value):
+        with pytest.raises(ValueError, match="value_range must be null or two numbers, the lower first, got"):
+            make(value_range=value)
+
+    def test_models_of_other_images_cannot_be_compared(self, make):
+        models = {"a": make(), "b": make(in_channels=1)}
+        assert shared_pixel_format({"a": make(), "b": make()}) == PixelFormat()
+        with pytest.raises(UserError, match="a takes images of 8 bits, and b of 8 bits, 1 channel"):
+            shared_pixel_format(models)
+
+
+def test_pixels_of_other_channels_are_refused(make, baseline, pixels):
+    for model in (make(), baseline):
+        with pytest.raises(UserError, match="the model takes images of 3 channels, got 1"):
+            encode_pixels(model, pixels[:, :1])
+
+
+def test_levels_that_are_not_rounded_are_encoded_as_they_are(make, pixels):
+    levels = pixels + torch.rand(pixels.shape, generator=torch.Generator().manual_seed(1)) / 2
+    model = make()
+    with torch.no_grad():
+        expected = model.encode(levels / 127.5 - 1).latent_dist.mean
+        assert torch.equal(encode_pixels(model, levels).mean, expected)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from litevae import LiteVAE
-from litevae.data.images import to_model_range
+from litevae.data.pixels import to_model_range
 from litevae.models.initialise import initialise
 from litevae_kernels import use_backend
 from litevae_kernels.nn import SelfModulatedConv2d

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from diffusers.configuration_utils import FrozenDict
 from safetensors.torch import load_file
 from torch import nn
 
@@ -246,6 +247,12 @@ class TestHashEncoder:
         assert hash_encoder(LiteVAE.from_pretrained(tmp_path)) == expected
         assert hash_encoder(model.to(memory_format=torch.channels_last)) == expected
 
+    def test_is_that_of_versions_without_a_range_of_values(self, make):
+        model = make()
+        expected = hash_encoder(model)
+        model._internal_dict = FrozenDict({k: v for k, v in model.config.items() if k != "value_range"})
+        assert hash_encoder(model) == expected
+
     def test_all_that_the_latents_depend_on_matters(self, make):
         models = [make(), make(use_1x1_conv=True), make(finest_level=2), make().bfloat16()]
         changed = make()
@@ -255,6 +262,8 @@ class TestHashEncoder:
         without_parameters = [
             make(encoder_type="dwt", latent_channels=12),
             make(encoder_type="dwt", latent_channels=12, block_out_channels=(8, 8, 16)),
+            make(encoder_type="dwt", latent_channels=12, value_range=[0, 1]),
+            make(encoder_type="dwt", latent_channels=12, value_range=[0, 2]),
         ]
         hashes = [hash_encoder(model) for model in (*models, changed, quantised, *without_parameters)]
         assert len(set(hashes)) == len(hashes)

@@ -1,6 +1,7 @@
 import pytest
 from omegaconf import OmegaConf
 
+from litevae.data.pixels import PixelFormat
 from litevae.errors import UserError
 from litevae.training.config import (
     Config,
@@ -130,6 +131,11 @@ def test_wrong_type_names_key_and_type(override, expected):
         ("model.finest_level=0", "model.finest_level must be 1 or more, got 0"),
         ("model.shared_extractor=maybe", "model.shared_extractor must be true or false"),
         ("model.encoder_type=dwt", "loss.kl must be 0 for model.encoder_type=dwt"),
+        ("data.channels=2", "data.channels must be 1, 3 or 4, got 2"),
+        ("data.channels=5", "data.channels must be 4 or less"),
+        ("data.value_range=[5,1]", "data.value_range must be two numbers, the lower first"),
+        ("data.value_range=[0,.inf]", "data.value_range must be two numbers, the lower first"),
+        ("data.value_range=7", "data.value_range must be 2 values"),
         ("max_bad_steps=0", "max_bad_steps must be 1 or more"),
         ("checkpoint.keep=0", "checkpoint.keep must be 1 or more"),
         ("max_steps", "'max_steps' is not a setting"),
@@ -255,3 +261,34 @@ def test_epochs_must_include_the_gradient_ratio_and_not_be_endless():
 def test_what_is_frozen_must_leave_something_to_train(settings, message):
     with pytest.raises(UserError, match=message):
         load_config("demo", settings)
+
+
+SD_VAE = ["model.kind=sd-vae", "model.decoder_norm=group", "model.output_type=image"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            ["data.channels=1", "loss.lpips=1"],
+            "loss.lpips compares RGB images: its weight must be 0 for data.channels=1",
+        ),
+        (["data.channels=4", "loss.esrgan=1", "loss.repeat_channels=true"], "must be 0 for data.channels=4"),
+        (
+            ["data.channels=1", "validate_metrics=[lpips]"],
+            "validate_metrics: lpips compares RGB images of 8 bits",
+        ),
+        (["data.value_range=[0,1]", "validate_metrics=[rfid]"], "validate_metrics: rfid compares RGB images"),
+        (
+            [*SD_VAE, "data.value_range=[0,1]"],
+            "data.value_range must be null for model.kind=sd-vae, whose config.json cannot hold it, got [0.0, 1.0]",
+        ),
+    ],
+)
+def test_images_that_losses_metrics_or_the_model_do_not_take(settings, message):
+    assert message in fails(*settings)
+
+
+def test_lpips_takes_grey_images_whose_channel_is_repeated():
+    config = load_config("demo", ["data.channels=1", "loss.lpips=1", "loss.repeat_channels=true"])
+    assert config.data.pixel_format == PixelFormat(1)

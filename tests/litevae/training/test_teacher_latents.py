@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from litevae.data.crops import CropSettings, TrainingCrops
-from litevae.data.images import to_model_range
+from litevae.data.pixels import to_model_range
 from litevae.data.sources import open_images
 from litevae.errors import UserError
 from litevae.latents import LatentDataset, Settings, encode_images
