@@ -27,14 +27,15 @@ def fixed_size(model: Autoencoder) -> int | None:
 
 
 def pixel_format(model: Autoencoder) -> PixelFormat:
-    """Returns what the images of a model are; `UserError` unless it takes 1, 3 or 4 channels."""
-    values = model.config.get("value_range")
+    """Returns what the images of a model are; `UserError` unless it takes and makes 1, 3 or 4 channels."""
+    values, channels = model.config.get("value_range"), model.config.in_channels
+    made = model.config.get("out_channels", channels)
+    if made != channels:
+        raise UserError(f"the model takes {channels} channels and makes {made}; they must be as many")
     try:
-        return PixelFormat(model.config.in_channels, None if values is None else tuple(values))
+        return PixelFormat(channels, None if values is None else tuple(values))
     except ValueError:
-        raise UserError(
-            f"the model takes {model.config.in_channels} channels; images here have 1, 3 or 4"
-        ) from None
+        raise UserError(f"the model takes {channels} channels; images here have 1, 3 or 4") from None
 
 
 def shared_pixel_format(models: Mapping[str, Autoencoder]) -> PixelFormat:

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import typer
@@ -263,6 +264,10 @@ def prepared(tmp_path_factory):
             path = folder / name / ("cats", "dogs")[i % 2] / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             photograph.crop((40 * i, 10 * i, 40 * i + 72, 10 * i + 64)).save(path)
+    (folder / "ARRAYS").mkdir()
+    for i in range(2):
+        grey = np.asarray(photograph.convert("L").crop((40 * i, 0, 40 * i + 72, 64)))
+        np.save(folder / "ARRAYS" / f"{i}.npy", grey.astype(np.uint16) * 16)
     decoder = {"block_out_channels": (16, 16, 16, 16), "layers_per_block": 1}
     scale = {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
     model = LiteVAE.from_preset("litevae-s", num_groups=8, sample_size=32, **decoder, **scale)

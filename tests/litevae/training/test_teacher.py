@@ -188,7 +188,8 @@ class TestErrors:
         [
             ({"act_fn": "relu"}, "act_fn must be silu"),
             ({"mid_block_add_attention": False}, "mid_block_add_attention must be true"),
-            ({"in_channels": 1, "out_channels": 1}, "the model takes 1 channels"),
+            ({"in_channels": 2, "out_channels": 2}, "the model takes 2 channels"),
+            ({"in_channels": 4}, "the model takes 4 channels and makes 3"),
         ],
         ids=str,
     )
