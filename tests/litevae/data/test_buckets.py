@@ -5,13 +5,13 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from skimage import data
 from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from litevae.data.buckets import BucketDataset, Buckets, collate_images
-from litevae.data.images import BadImage
+from litevae.data.pixels import BadImage
 from litevae.latents.batch_queue import BatchQueue
 
 SIZES = [
@@ -97,6 +97,23 @@ def test_pixels_are_those_of_pillow(crop, size, whole_image):
         assert (found != expected).mean() < 0.01
 
 
+@pytest.mark.parametrize("crop", ["shorter", "area"])
+def test_grey_and_unrounded_channels_are_those_of_pillow(crop):
+    levels = data.chelsea()[:200, :300].astype(np.float32) * np.float32(0.999)
+    buckets = Buckets(crop, 64, 8)
+    height, width = buckets.find(200, 300)
+    found = buckets.resize(levels)
+    assert found.dtype == np.float32
+    assert found.shape == (height, width, 3)
+    for channel in range(3):
+        image = Image.fromarray(levels[..., channel])
+        expected = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+        np.testing.assert_array_equal(found[..., channel], np.asarray(expected).clip(0, 255))
+    grey = levels[..., :1].astype(np.uint8)
+    expected = ImageOps.fit(Image.fromarray(grey[..., 0]), (width, height), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(buckets.resize(grey)[..., 0], np.asarray(expected))
+
+
 def test_nothing_but_a_step_is_missing():
     """A ramp shows which part of the image is there."""
     ramp = np.linspace(0, 255, 1000).round().astype(np.uint8)
@@ -140,11 +157,11 @@ def test_batches_hold_images_of_any_size(given_images, picture, workers):
     dataset = BucketDataset(given_images(*images), Buckets("shorter", 64, 8))
     assert len(dataset) == 5
     (batch,) = DataLoader(dataset, 5, collate_fn=collate_images, num_workers=workers)
-    assert batch.sizes == [(64, 64), (64, 96), (0, 0), (0, 0), (128, 64)]
+    assert batch.shapes == [(3, 64, 64), (3, 64, 96), (3, 0, 0), (3, 0, 0), (3, 128, 64)]
     assert batch.errors == {2: "reason 2", 3: "64x300 pixels, longer than 4:1"}
     assert (batch.numbers, batch.labels) == (list(range(5)), [None] * 5)
     for i, found in enumerate(batch.images()):
-        assert tuple(found.shape) == (3, *batch.sizes[i])
+        assert tuple(found.shape) == batch.shapes[i]
         if i in (0, 4):
             np.testing.assert_array_equal(found.permute(1, 2, 0).numpy(), images[i])
 
