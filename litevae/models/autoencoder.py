@@ -272,9 +272,8 @@ class LiteVAE(PretrainedMixin, AutoencoderMixin, PeftAdapterMixin):
             convolutions: the parameters', or autocast's.
 
         Raises:
-            ValueError: the images are not 4-D, have another number of channels or another size, or are on
-                another device; with ``aggregator="vit"``, an image or a tile does not have the size `sample_size`;
-                or tiles are smaller than 2 f.
+            ValueError: the images are not 4-D, have another number of channels or size, or are on another device; tiles
+                are smaller than 2 f; or with ``aggregator="vit"``, an image or a tile is not of `sample_size`.
             TypeError: the images are no dense tensor, or have another dtype.
         """
         check_image(x, self.config.in_channels, self.spatial_compression_ratio)
