@@ -99,9 +99,8 @@ def read_values(file: Path | IO[bytes]) -> Values:
                     f"has pixels of Pillow's mode {stored}: with a range of values, images are grey of 8, 16 or 32 "
                     "bits, RGB or RGBA of 8 bits, or .npy arrays"
                 )
-            if any(
-                part.codec_name == "libtiff" and mode in "IF" and "B" in part.args[0] for part in image.tile
-            ):
+            compressed = any(part.codec_name == "libtiff" for part in image.tile)
+            if compressed and mode in ("I", "F") and any("B" in each for each in raw):
                 raise BadImage(
                     "is a compressed big-endian TIFF of signed or 32-bit values, whose bytes Pillow would swap"
                 )
