@@ -103,7 +103,7 @@ def read_values(file: Path | IO[bytes]) -> Values:
                     "bits, RGB or RGBA of 8 bits, or .npy arrays"
                 )
             compressed = any(part.codec_name == "libtiff" for part in image.tile)
-            if compressed and mode in ("I", "F") and any("B" in str(each) for each in raw):
+            if compressed and mode in ("I", "F") and any("B" in each for each in raw):
                 raise BadImage(
                     "is a compressed big-endian TIFF of signed or 32-bit values, whose bytes Pillow would swap"
                 )
