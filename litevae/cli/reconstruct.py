@@ -120,7 +120,7 @@ def reconstruct(
         raise UserError(f"{len(images) - len(values)} of {len(images)} images cannot be reconstructed")
 
 
-def name_outputs(images: list[Path], folder: Path, keep: bool) -> list[Path]:
+def name_outputs(images: list[Path], folder: Path, keep: bool = False) -> list[Path]:
     """Chooses a different file in `folder` for each image: a PNG file, or with `keep` one of the image's kind.
 
     Raises:

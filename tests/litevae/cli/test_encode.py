@@ -101,7 +101,7 @@ def test_whole_images(command, tmp_path, capsys):
 
 def test_ctrl_c(command, photographs, monkeypatch, interrupting):
     images = open_images(str(photographs))
-    monkeypatch.setattr("litevae.data.sources.open_images", lambda _: interrupting(images, 5))
+    monkeypatch.setattr("litevae.data.sources.open_images", lambda *_: interrupting(images, 5))
     output = command("--shard-size", 4, "--batch-size", 2).out
     assert "stopped by SIGTERM; 6 of 11 images are encoded: the same command continues" in output
 
