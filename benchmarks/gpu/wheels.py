@@ -21,7 +21,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[2]
 # Without PyTorch on the machine, nothing here can run; its wheels are larger than what may be carried.
 PRESENT = ("torch", "torchvision", "triton", "numpy", "setuptools")
-# What the steps need of the extra "test".
+# What the steps need of the extra "test", and pytest-xdist for several processes.
 TESTS = (
     "pytest",
     "pytest-benchmark",

@@ -14,6 +14,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from skimage import data
 
@@ -114,6 +115,12 @@ def photographs(tmp_path_factory):
         else:
             Image.fromarray(data.chelsea()[9 * i : 9 * i + 40 + i, 20 * i : 20 * i + 60 - i]).save(path)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def own_precision():
+    """Makes every Accelerator take its own precision; otherwise it keeps that of an earlier run in the process."""
+    AcceleratorState._reset_state()
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from PIL import Image
 
 from litevae import LiteVAE
@@ -15,7 +14,6 @@ from litevae.latents import LatentDataset, Settings, encode_images
 @pytest.fixture
 def feed(autoencoder, tmp_path):
     def make(config):
-        AcceleratorState._reset_state()  # it keeps the precision of an earlier run in this process
         return LatentData(config, autoencoder, Accelerator(cpu=True), tmp_path, resuming=False)
 
     return make
