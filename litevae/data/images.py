@@ -20,6 +20,8 @@ Pixels = npt.NDArray[np.uint8]  # (H, W, 3) in sRGB
 
 MAX_PIXELS = "LITEVAE_MAX_IMAGE_PIXELS"  # environment variable
 
+LONGEST_LABEL = 1000  # characters of the name of an image's class
+
 EXTENSIONS = (
     *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
     *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
@@ -90,6 +92,12 @@ def decode_image(file: Path | IO[bytes]) -> Pixels:
     except Exception as error:  # Pillow's decoders raise almost any exception for a corrupt file
         message = " ".join(str(error).split()) or type(error).__name__
         raise BadImage(f"cannot be read: {message}") from None
+
+
+def check_label_length(length: int) -> None:
+    """Raises BadImage if the name of an image's class is so long that it cannot be one."""
+    if length > LONGEST_LABEL:
+        raise BadImage(f"its label must have at most {LONGEST_LABEL:,} characters, got {length:,}")
 
 
 def turn_upright(image: Image.Image) -> Image.Image:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from litevae.data.images import BadImage, Pixels, decode_image
+from litevae.data.images import BadImage, Pixels, check_label_length, decode_image
 from litevae.data.paths import PackedStrings, name_files
 from litevae.data.remote import RemoteError, is_remote, read_part, redact
 from litevae.data.shard_index import ShardIndex, index_shard
@@ -70,6 +70,7 @@ class TarShards:
 
     def label(self, index: int) -> str | None:
         number, _, _, offset, size = self.locations[index].tolist()
+        check_label_length(size)
         label = self.read(number, offset, size).decode(errors="replace").strip() if size else ""
         return None if label in ("", "-1") else label  # -1 is an unknown class, as in `datasets`
 
