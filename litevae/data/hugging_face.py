@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from litevae.data.images import decode_image
 from litevae.data.paths import name_files
-from litevae.data.pixels import RGB, BadImage, PixelFormat, Pixels
+from litevae.data.pixels import RGB, BadImage, PixelFormat, Pixels, check_label_length
 from litevae.errors import UserError
 
 T = TypeVar("T")
@@ -112,7 +112,7 @@ def choose_columns(features: Any, path: str) -> tuple[str, list[str]]:
         column
         for column, feature in features.items()
         if "label" not in features
-        and (isinstance(feature, ClassLabel) or re.search("label|class|categor|target", column.lower()))
+        and (isinstance(feature, ClassLabel) or re.search("label|class|cls|categor|target", column.lower()))
     ]
     return "image" if "image" in columns else columns[0], unused_labels
 
@@ -122,7 +122,9 @@ def name_class(feature: Any, label: Any) -> str | None:
     if label is None or label == -1:  # `datasets` uses -1 for an unknown class
         return None
     if not hasattr(feature, "int2str"):  # only a ClassLabel has names
-        return str(label)
+        text = str(label)
+        check_label_length(len(text))
+        return text
     if not 0 <= label < feature.num_classes:
         raise BadImage(f"its label must be from 0 to {feature.num_classes - 1}, or -1 for none, got {label}")
     name: str = feature.int2str(label)

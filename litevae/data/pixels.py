@@ -17,6 +17,7 @@ Pixels = npt.NDArray[np.uint8 | np.float32]
 Values = npt.NDArray[Any]  # (H, W) or (H, W, C) numbers, as a file stores them
 
 CHANNELS = (1, 3, 4)
+LONGEST_LABEL = 1000  # characters of the name of an image's class
 LARGEST_VALUE = 1e30  # of a range, because levels are float32
 
 EXTENSIONS = (
@@ -28,6 +29,12 @@ VALUE_EXTENSIONS = (".npy", ".png", ".tif", ".tiff")
 
 class BadImage(ValueError):
     """An image has no usable pixels. The message is the reason, in one line."""
+
+
+def check_label_length(length: int) -> None:
+    """Raises BadImage if the name of an image's class is so long that it cannot be one."""
+    if length > LONGEST_LABEL:
+        raise BadImage(f"its label must have at most {LONGEST_LABEL:,} characters, got {length:,}")
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,11 @@ class ImageSource(Protocol):
         """Returns the image's name within the source, which does not depend on the source's location."""
 
     def label(self, index: int) -> str | None:
-        """Returns the image's class: its folder, the shard's .cls member, or the dataset's column `label`."""
+        """Returns the image's class: its folder, the shard's .cls member, or the dataset's column `label`.
+
+        Raises:
+            BadImage: it cannot be read, or is no class.
+        """
 
     def load(self, index: int) -> Pixels:
         """Returns (H, W, C) pixels in this format, as `decode_image` does; `BadImage` if that fails."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from litevae.data.images import decode_image
 from litevae.data.paths import PackedStrings, name_files
-from litevae.data.pixels import RGB, BadImage, PixelFormat, Pixels
+from litevae.data.pixels import RGB, BadImage, PixelFormat, Pixels, check_label_length
 from litevae.data.remote import RemoteError, is_remote, read_part, redact
 from litevae.data.shard_index import ShardIndex, index_shard
 from litevae.errors import UserError
@@ -72,6 +72,7 @@ class TarShards:
 
     def label(self, index: int) -> str | None:
         number, _, _, offset, size = self.locations[index].tolist()
+        check_label_length(size)
         label = self.read(number, offset, size).decode(errors="replace").strip() if size else ""
         return None if label in ("", "-1") else label  # -1 is an unknown class, as in `datasets`
 

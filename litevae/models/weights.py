@@ -123,7 +123,7 @@ def load_decoder(model: "Autoencoder", source: Path, setting: str = "init_decode
         parts["post_quant_conv"] = model.post_quant_conv
     for name, part in parts.items():
         own = {key.removeprefix(f"{name}."): w for key, w in weights.items() if key.startswith(f"{name}.")}
-        copy_weights(part, own, source, setting)
+        copy_weights(part, own, source, setting, f"{name}.")
 
 
 def advice(kind: str) -> str:
@@ -137,17 +137,25 @@ def advice(kind: str) -> str:
     return f"{load}a LiteVAE takes only the decoder of an AutoencoderKL, with load_decoder"
 
 
-def copy_weights(module: nn.Module, weights: dict[str, Tensor], source: Path, setting: str) -> None:
-    """Copies `weights`, read from `source`, into a module. Raises UserError if names or shapes differ."""
+def copy_weights(
+    module: nn.Module, weights: dict[str, Tensor], source: Path, setting: str, prefix: str = ""
+) -> None:
+    """Copies `weights`, read from `source`, into a module.
+
+    Raises:
+        UserError: names or shapes differ. The message begins with `setting` and names a weight, after `prefix`.
+    """
     own: dict[str, Tensor] = module.state_dict()
     for name in sorted(own.keys() | weights.keys()):
         if name not in weights:
-            raise UserError(f"{setting}: {source} has another architecture: it lacks {name}")
+            raise UserError(f"{setting}: {source} has another architecture: it lacks {prefix}{name}")
         if name not in own:
-            raise UserError(f"{setting}: {source} has another architecture: this model lacks its {name}")
+            raise UserError(
+                f"{setting}: {source} has another architecture: this model lacks its {prefix}{name}"
+            )
         if own[name].shape != weights[name].shape:
             raise UserError(
-                f"{setting}: {source} has another architecture: {name} is {tuple(weights[name].shape)} there "
+                f"{setting}: {source} has another architecture: {prefix}{name} is {tuple(weights[name].shape)} there "
                 f"and {tuple(own[name].shape)} here"
             )
     module.load_state_dict(weights)

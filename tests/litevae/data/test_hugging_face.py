@@ -113,14 +113,22 @@ def test_labels_of_a_dataset_are_its_column_of_that_name(tmp_path, picture, asse
 
 
 def test_columns_that_seem_to_hold_classes_are_named(tmp_path, dataset):
-    columns = {"fine_label": [1], "caption": ["x"], "Category": ["a"]}
+    columns = {"fine_label": [1], "caption": ["x"], "Category": ["a"], "cls": [2]}
     rows = dataset([1], **columns, kind=[0]).cast_column("kind", datasets.ClassLabel(names=["cat"]))
     rows.save_to_disk(tmp_path / "data")
     source = open_images(str(tmp_path / "data"))
-    assert source.unused_labels == ["fine_label", "Category", "kind"]
+    assert source.unused_labels == ["fine_label", "Category", "cls", "kind"]
     assert source.label(0) is None
     rows.add_column("label", [3]).save_to_disk(tmp_path / "labelled")
     assert open_images(str(tmp_path / "labelled")).unused_labels == []
+
+
+def test_a_label_of_a_thousand_characters_is_the_longest(tmp_path, dataset):
+    dataset(range(2), label=["x" * 1000, "x" * 1001]).save_to_disk(tmp_path / "data")
+    source = open_images(str(tmp_path / "data"))
+    assert source.label(0) == "x" * 1000
+    with pytest.raises(BadImage, match="its label must have at most 1,000 characters, got 1,001"):
+        source.label(1)
 
 
 @pytest.mark.parametrize("label", [3, 2**40, -2])

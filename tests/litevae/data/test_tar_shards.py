@@ -115,6 +115,14 @@ def test_a_link_is_counted(tmp_path, png, write_tar, capsys):
     assert "left out: links or sparse files with an image's name (1)" in capsys.readouterr().err
 
 
+def test_a_long_label_is_not_read(tmp_path, png, write_tar, monkeypatch):
+    write_tar(tmp_path / "s.tar", [("0.png", png(0)), ("0.cls", b"7" * 10**6)])
+    source = open_images(str(tmp_path / "s.tar"))
+    monkeypatch.setattr(source, "read", None)
+    with pytest.raises(BadImage, match="its label must have at most 1,000 characters, got 1,000,000"):
+        source.label(0)
+
+
 def test_an_unknown_class_is_no_label(tmp_path, png, write_tar):
     classes = [b"-1\n", b"", b" \n", b"0"]
     members = [

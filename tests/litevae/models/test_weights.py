@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from diffusers.configuration_utils import FrozenDict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from litevae import LiteVAE
@@ -210,8 +210,14 @@ class TestLoadDecoder:
 
     def test_another_decoder_is_named(self, make, vae, tmp_path):
         vae.save_pretrained(tmp_path)
-        with pytest.raises(UserError, match=r"init_decoder: .*conv_in\.weight is \(16, 4, 3, 3\) there and"):
+        with pytest.raises(
+            UserError, match=r"init_decoder: .* decoder\.conv_in\.weight is \(16, 4, 3, 3\) there"
+        ):
             load_decoder(make(latent_channels=5), tmp_path)
+        decoder = {name: w for name, w in vae.state_dict().items() if name.startswith("decoder.")}
+        save_file(decoder, tmp_path / "alone.safetensors")
+        with pytest.raises(UserError, match=r"it lacks post_quant_conv\.bias$"):
+            load_decoder(make(use_1x1_conv=True), tmp_path / "alone.safetensors")
         with pytest.raises(UserError, match=r"^init_decoder: nowhere: no such file or folder$"):
             load_decoder(make(), Path("nowhere"))
 
