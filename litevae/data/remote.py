@@ -74,7 +74,8 @@ def check_address(url: str) -> None:
         raise UserError(f"{redact(url)}: {scheme}:// is refused; allowed are {ALLOWED}, and local paths")
     if find_spec(package) is None:
         raise UserError(
-            f"{redact(url)}: reading this needs the package {package}: pip install 'litevae[remote]'"
+            f"{redact(url)}: reading this needs the package {package}: pip install "
+            f"'litevae[{'gcs' if package == 'gcsfs' else 'remote'}]'"
         )
 
 

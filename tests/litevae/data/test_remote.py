@@ -110,7 +110,7 @@ def test_a_missing_package_is_named(refusal, monkeypatch, scheme, package):
     monkeypatch.setattr(remote, "find_spec", lambda _: None)
     message = refusal(f"{scheme}://bucket/x.tar")
     assert f"{scheme}://bucket/x.tar: reading this needs the package {package}" in message
-    assert "pip install 'litevae[remote]'" in message
+    assert f"pip install 'litevae[{'gcs' if scheme == 'gs' else 'remote'}]'" in message
 
 
 def test_messages_hold_no_secrets(server, shards, refusal):
