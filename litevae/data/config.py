@@ -70,9 +70,8 @@ class DataConfig:
     @property
     def pixel_format(self) -> "PixelFormat":
         """What the images are; `UserError` if `channels` or `value_range` is not allowed."""
-        from litevae.data.pixels import (
-            PixelFormat,
-        )  # imports PyTorch, which `litevae --help` need not wait for
+        # Imports PyTorch, which `litevae --help` need not wait for.
+        from litevae.data.pixels import PixelFormat
 
         try:
             return PixelFormat(self.channels, self.value_range)

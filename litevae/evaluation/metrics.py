@@ -24,7 +24,7 @@ def check_metrics_apply(metrics: Sequence[str], pixel_format: PixelFormat, prefi
     names = [name for name in metrics if name in RGB_METRICS]
     if names and pixel_format != RGB:
         raise UserError(
-            f"{prefix}{names[0]} compares RGB images of 8 bits, and the model's have {pixel_format}: choose from "
+            f"{prefix}{names[0]} compares RGB images of 8 bits, and the model's are {pixel_format}: choose from "
             "psnr, ssim"
         )
 

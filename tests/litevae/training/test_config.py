@@ -81,7 +81,7 @@ def test_unknown_key_names_the_nearest(key, nearest):
         ("stages=[{begin: 3}]", "stages must be a list such as"),
         ("stages=[{start: soon}]", "stages must be a list such as"),
         ("discriminator.kind=dcgan", "discriminator.kind must be unet or patchgan or stylegan"),
-        ("discriminator.betas=[1]", "discriminator.betas must be 2 values such as [0.5,0.5], each a number"),
+        ("discriminator.betas=[1]", "discriminator.betas must be 2 values such as [0.5,0.9], each a number"),
         ("discriminator.learning_rate=fast", "discriminator.learning_rate must be a number"),
         ("tracker=comet", "tracker must be tensorboard or wandb or none"),
         ("model.kind=vqgan", "model.kind must be litevae or sd-vae or vae-small"),
