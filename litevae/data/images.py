@@ -89,6 +89,8 @@ def decode_image(file: Path | IO[bytes], pixel_format: PixelFormat = RGB) -> Pix
 def read_values(file: Path | IO[bytes]) -> Values:
     """Reads the numbers that a .npy, PNG or TIFF file holds, as they are stored, in the file's dtype.
 
+    The signed 16-bit integers of a TIFF are read as int32, because Pillow has no mode for them.
+
     Colour profiles and transparent colours are ignored. The EXIF orientation is applied.
 
     Returns:

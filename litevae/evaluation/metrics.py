@@ -29,6 +29,12 @@ def check_metrics_apply(metrics: Sequence[str], pixel_format: PixelFormat, prefi
         )
 
 
+def split_metrics(metrics: Sequence[str], pixel_format: PixelFormat) -> tuple[list[str], list[str]]:
+    """Returns the metrics that take images of a format, and those that do not."""
+    left_out = [] if pixel_format == RGB else [name for name in metrics if name in RGB_METRICS]
+    return [name for name in metrics if name not in left_out], left_out
+
+
 def is_better(metric: Metric, value: float, other: float) -> bool:
     """Returns whether a value of a metric is better than another; NaN is never better."""
     return value < other if metric in LOWER_IS_BETTER else value > other

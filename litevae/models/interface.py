@@ -8,6 +8,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
 from litevae.data.pixels import PixelFormat, count_channels, to_model_range
+from litevae.data.sources import ImageSource
 from litevae.errors import UserError
 from litevae.models.autoencoder import LiteVAE
 
@@ -36,6 +37,12 @@ def pixel_format(model: Autoencoder) -> PixelFormat:
         return PixelFormat(channels, values)
     except ValueError as error:
         raise UserError(f"the model's {error}") from None
+
+
+def check_images(model: Autoencoder, images: ImageSource) -> None:
+    """Raises UserError unless the images of a source are what the model takes."""
+    if images.pixel_format != (taken := pixel_format(model)):
+        raise UserError(f"the images are {images.pixel_format}, and the model takes {taken}")
 
 
 def shared_pixel_format(models: Mapping[str, Autoencoder]) -> PixelFormat:

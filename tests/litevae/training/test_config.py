@@ -273,7 +273,9 @@ SD_VAE = ["model.kind=sd-vae", "model.decoder_norm=group", "model.output_type=im
             ["data.channels=1", "loss.lpips=1"],
             "loss.lpips compares RGB images: its weight must be 0 for data.channels=1",
         ),
-        (["data.channels=4", "loss.esrgan=1", "loss.repeat_channels=true"], "must be 0 for data.channels=4"),
+        (["data.channels=4", "loss.esrgan=1", "loss.repeat_channels=true"], "got data.channels=4"),
+        (["loss.repeat_channels=true"], "loss.repeat_channels must be false unless data.channels=1"),
+        (["data.channels=4", "loss.esrgan=1"], "must be 0 for data.channels=4"),
         (
             ["data.channels=1", "validate_metrics=[lpips]"],
             "validate_metrics: lpips compares RGB images of 8 bits",
