@@ -47,7 +47,7 @@ def device_name() -> str:
     return f"{model}, {count} thread{'s' * (count != 1)}"
 
 
-def choose_precision(precision: str, device: torch.device) -> str:
+def choose_precision(precision: str, device: torch.device, has_range: bool = False) -> str:
     """Returns the precision to compute in.
 
     The first time that "bf16" or "fp16" is asked for on a CPU without its arithmetic, a line on stderr says what it
@@ -57,9 +57,11 @@ def choose_precision(precision: str, device: torch.device) -> str:
         precision: "fp32", "bf16", "fp16", or "auto", which is "bf16" on a GPU with bfloat16 tensor cores (compute
             capability 8.0 or above) and on a CPU with AVX512-BF16, AMX-BF16 or Arm's BF16, otherwise "fp32".
         device: device to compute on.
+        has_range: whether the images have a range of values. bfloat16 has 8 significant bits, and would round them:
+            "auto" is then "fp32".
     """
     if precision == "auto":
-        return "bf16" if multiplies("bf16", device) else "fp32"
+        return "bf16" if not has_range and multiplies("bf16", device) else "fp32"
     if device.type == "cpu" and not multiplies(precision, device):
         _warn_emulated(precision)
     return precision

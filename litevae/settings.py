@@ -288,7 +288,8 @@ def describe_type(kind: Any) -> str:
             example = ",".join(choices[-2:])
         return f"a list such as [{example}], each {describe_type(args[0])}"
     if origin is tuple:
-        return f"{len(args)} values such as [{','.join('0.5' for _ in args)}], each {describe_type(args[0])}"
+        example = ",".join(("0.5", "0.9", "0.95")[: len(args)])  # rising, for a range
+        return f"{len(args)} values such as [{example}], each {describe_type(args[0])}"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     return words[kind]
 

@@ -207,7 +207,7 @@ def encode(
                 f"--device {device}: each of the {state.num_processes} processes has its own device, or cpu"
             )
         place = state.device
-    images = open_images(data, pixel_format(autoencoder))
+    images = open_images(data, images_of := pixel_format(autoencoder))
     if (
         isinstance(images, HuggingFaceImages | RemoteParquet)
         and images.unused_labels
@@ -219,7 +219,7 @@ def encode(
             file=sys.stderr,
         )
     workers = choose_workers(workers)
-    chosen = cast("Precision", choose_precision(precision, place))
+    chosen = cast("Precision", choose_precision(precision, place, images_of.value_range is not None))
     size = autoencoder.config.sample_size if size is None else size
     settings = Settings(size, chosen, mirror, shard_size, crop, bucket_step)
     batch_size = batch_size or (8 if place.type == "cpu" else 32)

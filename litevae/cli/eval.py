@@ -1,6 +1,7 @@
 """`litevae eval`."""
 
 import glob
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +12,6 @@ from litevae.cli.common import (
     COLUMNS,
     BatchSizeOption,
     DataArgument,
-    MetricsOption,
     ModelArgument,
     OptionalCountOption,
     OverwriteOption,
@@ -32,7 +32,13 @@ from litevae.models.loading import load_model
 def evaluate(
     model: ModelArgument,
     data: DataArgument,
-    metrics: MetricsOption = "rfid,lpips,psnr,ssim",
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Metrics, from rfid, lpips, psnr and ssim; by default all that take the model's images.",
+        ),
+    ] = None,
     size: SizeOption = 256,
     count: OptionalCountOption = None,
     batch_size: BatchSizeOption = 16,
@@ -92,7 +98,7 @@ def evaluate(
     and of VGG16 (for lpips) are downloaded if they are missing. The averaged weights of a checkpoint are
     evaluated.
     """
-    names = parse_metrics(metrics)
+    names = list(COLUMNS) if metrics is None else parse_metrics(metrics)
     check_new_file(output, overwrite)
     partial: Path | None = output.with_name(output.name + ".partial")
     if save is not None:
@@ -121,15 +127,22 @@ def evaluate(
     from litevae.evaluation.complexity import measure_speed
     from litevae.evaluation.evaluate import evaluate as run
     from litevae.evaluation.fid import INCEPTION_NAME
-    from litevae.evaluation.metrics import check_metrics_apply
+    from litevae.evaluation.metrics import check_metrics_apply, split_metrics
     from litevae.evaluation.yardsticks import BELOW, below_haar, for_json, yardstick_labels
     from litevae.models.interface import pixel_format
 
     images_of = pixel_format(autoencoder)
-    check_metrics_apply(names, images_of)
+    if metrics is None:
+        names, left_out = split_metrics(names, images_of)
+    check_metrics_apply(names, images_of, "--metrics: ")
     has_device = torch.accelerator.is_available()
     state = PartialState(cpu=not has_device)
-    chosen = [choose_precision(precision, state.device)]
+    if metrics is None and left_out and state.is_main_process:
+        print(
+            f"without {' and '.join(left_out)}, which compare RGB images of 8 bits: the model's are {images_of}",
+            file=sys.stderr,
+        )
+    chosen = [choose_precision(precision, state.device, images_of.value_range is not None)]
     broadcast_object_list(chosen)  # the machines of the processes may differ
     images, loading = open_images(data, images_of), (size, count, batch_size, choose_workers(workers))
     if other is not None:

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from litevae.cli.common import OverwriteOption, check_new, check_new_file, check_picture, make_folder
-from litevae.data.pixels import VALUE_EXTENSIONS
 from litevae.errors import UserError
 from litevae.files import why_missing
 from litevae.models.loading import load_model
@@ -126,6 +125,8 @@ def name_outputs(images: list[Path], folder: Path, keep: bool = False) -> list[P
     Raises:
         UserError: one of them is an input itself.
     """
+    from litevae.data.pixels import VALUE_EXTENSIONS
+
     targets: list[Path] = []
     for image in images:
         suffix = image.suffix.lower() if keep else ".png"

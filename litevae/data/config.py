@@ -1,11 +1,13 @@
 """The typed configuration of training images."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from litevae.data.pixels import PixelFormat
 from litevae.errors import UserError
 from litevae.settings import setting
+
+if TYPE_CHECKING:
+    from litevae.data.pixels import PixelFormat
 
 MOST_WORKERS = 512  # without a limit, a mistyped number would fill the memory with processes
 
@@ -66,8 +68,11 @@ class DataConfig:
     )
 
     @property
-    def pixel_format(self) -> PixelFormat:
+    def pixel_format(self) -> "PixelFormat":
         """What the images are; `UserError` if `channels` or `value_range` is not allowed."""
+        # Imports PyTorch, which `litevae --help` need not wait for.
+        from litevae.data.pixels import PixelFormat
+
         try:
             return PixelFormat(self.channels, self.value_range)
         except ValueError as error:

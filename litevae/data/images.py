@@ -4,11 +4,11 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
@@ -22,6 +22,15 @@ MAX_PIXELS = "LITEVAE_MAX_IMAGE_PIXELS"  # environment variable
 
 EIGHT_BITS = ("L", "RGB", "RGBA")  # Pillow's modes of as many bits per channel
 VALUE_MODES = (*EIGHT_BITS, "I", "I;16", "I;16B", "F")
+
+BITS_PER_SAMPLE, PLANAR, SAMPLE_FORMAT = 258, 284, 339  # TIFF tags
+UNSIGNED, SIGNED, FLOAT = 1, 2, 3  # sample formats
+TIFF_SAMPLES = {  # by Pillow's mode, the (bits, sample format) that it reads unchanged
+    **dict.fromkeys(EIGHT_BITS, ((8, UNSIGNED),)),
+    **dict.fromkeys(("I;16", "I;16B"), ((16, UNSIGNED),)),
+    "I": ((16, SIGNED), (32, SIGNED)),
+    "F": ((32, FLOAT),),
+}
 
 ORIENTATION = 0x0112  # the EXIF tag
 UPRIGHT = {  # by the tag's value, the operation that turns the image upright
@@ -60,13 +69,15 @@ def decode_image(file: Path | IO[bytes], pixel_format: PixelFormat = RGB) -> Pix
     Raises:
         BadImage: the file does not exist, is no image, is truncated or corrupt, has more pixels than the
             environment variable LITEVAE_MAX_IMAGE_PIXELS allows (by default Pillow's limit of about 179 million,
-            against decompression bombs), or has pixels of unknown colour (floating-point, LAB). With a range:
+            against decompression bombs), has pixels of unknown colour (floating-point, LAB), or is a TIFF whose planes
+            Pillow does not decode. With a range:
             `read_values` raised it, the number of channels is another, or a value is outside the range or not finite.
     """
     with explaining_failures(file):
         if pixel_format.value_range is not None:
             return pixel_format.to_levels(read_values(file))
-        with Image.open(file, formats=image_formats()) as opened:
+        with open_picture(file) as opened:
+            check_planes(opened)
             scale_transparent_colour(opened)
             colour = wide_transparent_colour(opened)
             opened.load()
@@ -78,6 +89,8 @@ def decode_image(file: Path | IO[bytes], pixel_format: PixelFormat = RGB) -> Pix
 def read_values(file: Path | IO[bytes]) -> Values:
     """Reads the numbers that a .npy, PNG or TIFF file holds, as they are stored, in the file's dtype.
 
+    The signed 16-bit integers of a TIFF are read as int32, because Pillow has no mode for them.
+
     Colour profiles and transparent colours are ignored. The EXIF orientation is applied.
 
     Returns:
@@ -85,7 +98,7 @@ def read_values(file: Path | IO[bytes]) -> Values:
 
     Raises:
         BadImage: the file is no such file, is truncated or corrupt, has more pixels than `decode_image` takes, has a
-            palette, or has numbers that Pillow cannot read unchanged, such as RGB of 16 bits.
+            palette or several pages, or has numbers that Pillow cannot read unchanged, such as RGB of 16 bits.
     """
     with (
         explaining_failures(file),
@@ -93,22 +106,78 @@ def read_values(file: Path | IO[bytes]) -> Values:
     ):
         if is_npy(opened):
             return read_npy(opened, 2 * (Image.MAX_IMAGE_PIXELS or sys.maxsize))
-        with Image.open(opened, formats=["PNG", "TIFF"]) as image:
-            mode = image.mode
-            raw = {args if isinstance(args := part.args or "", str) else args[0] for part in image.tile}
-            if mode not in VALUE_MODES or (mode in EIGHT_BITS and not raw <= {mode, *mode}):
-                stored = mode if raw == {mode} else f"{mode} ({', '.join(sorted(map(str, raw)))})"
-                raise BadImage(
-                    f"has pixels of Pillow's mode {stored}: with a range of values, images are grey of 8, 16 or 32 "
-                    "bits, RGB or RGBA of 8 bits, or .npy arrays"
-                )
-            compressed = any(part.codec_name == "libtiff" for part in image.tile)
-            if compressed and mode in ("I", "F") and any("B" in each for each in raw):
-                raise BadImage(
-                    "is a compressed big-endian TIFF of signed or 32-bit values, whose bytes Pillow would swap"
-                )
+        try:
+            image = Image.open(opened, formats=["PNG", "TIFF"])
+        except UnidentifiedImageError:
+            raise BadImage(
+                "is no file of values that can be read: with a range of values, images are .npy, PNG or TIFF files"
+            ) from None
+        with image:
+            check_values(image)
             image.load()
             return np.asarray(turn_upright(image))
+
+
+def check_values(image: ImageFile.ImageFile) -> None:
+    """Raises BadImage unless Pillow reads all numbers of a PNG or TIFF file as they are stored."""
+    if (pages := getattr(image, "n_frames", 1)) > 1:
+        raise BadImage(
+            f"has {pages} {'pages' if image.format == 'TIFF' else 'frames'}: store them as single images"
+        )
+    mode = image.mode
+    raw = {args if isinstance(args := part.args or "", str) else args[0] for part in image.tile}
+    if raw == {"L;I"}:
+        raise BadImage("is grey whose 0 is white, which Pillow inverts: store it with 0 as black")
+    if mode not in VALUE_MODES or (mode in EIGHT_BITS and not raw <= {mode, *mode}):
+        stored = mode if raw == {mode} else f"{mode} ({', '.join(sorted(map(str, raw)))})"
+        raise BadImage(
+            f"has pixels of Pillow's mode {stored}: with a range of values, images are grey of 8, 16 or 32 "
+            "bits, RGB or RGBA of 8 bits, or .npy arrays"
+        )
+    if image.format == "TIFF":
+        tags = tiff_tags(image)
+        bits, kinds = set(tags.get(BITS_PER_SAMPLE, (1,))), set(tags.get(SAMPLE_FORMAT, (UNSIGNED,)))
+        if (bits, kinds) not in [({size}, {kind}) for size, kind in TIFF_SAMPLES[mode]]:
+            names = {UNSIGNED: "unsigned integers", SIGNED: "signed integers", FLOAT: "floats"}
+            found = " and ".join(names.get(kind, "unknown numbers") for kind in sorted(kinds))
+            raise BadImage(
+                f"is a TIFF of {found} of {' and '.join(map(str, sorted(bits)))} bits in Pillow's mode {mode}, which "
+                "Pillow would change: store it as .npy"
+            )
+    compressed = any(part.codec_name == "libtiff" for part in image.tile)
+    if compressed and mode in ("I", "F") and any("B" in each for each in raw):
+        raise BadImage(
+            "is a compressed big-endian TIFF of signed or 32-bit values, whose bytes Pillow would swap"
+        )
+
+
+def tiff_tags(image: ImageFile.ImageFile) -> Mapping[int, Any]:
+    """Returns the tags of the TIFF file's page; their values are tuples, or a number for a few of one value."""
+    tags: Mapping[int, Any] = getattr(image, "tag_v2", {})
+    return tags
+
+
+def open_picture(file: Path | IO[bytes]) -> ImageFile.ImageFile:
+    """Opens an image of 8 bits; `BadImage` names the setting that an array needs."""
+    try:
+        return Image.open(file, formats=image_formats())
+    except UnidentifiedImageError:
+        with nullcontext(file) if not isinstance(file, Path) else file.open("rb") as opened:
+            opened.seek(0)
+            if is_npy(opened):
+                raise BadImage("is an .npy array: only a model with data.value_range takes arrays") from None
+        raise
+
+
+def check_planes(image: ImageFile.ImageFile) -> None:
+    """Raises BadImage for a TIFF with a plane per channel of more than 8 bits, which Pillow decodes as 8 bits."""
+    tags = tiff_tags(image)
+    planes = tags.get(PLANAR) == 2 and any(part.codec_name == "raw" for part in image.tile)
+    if planes and (bits := max(tags.get(BITS_PER_SAMPLE, (1,)))) > 8:
+        raise BadImage(
+            f"is an uncompressed TIFF with a plane of {bits} bits per channel, which Pillow does not decode: store the "
+            "channels interleaved"
+        )
 
 
 def write_values(path: Path, values: Values) -> None:

@@ -16,9 +16,11 @@ from litevae.errors import shorten
 Pixels = npt.NDArray[np.uint8 | np.float32]
 Values = npt.NDArray[Any]  # (H, W) or (H, W, C) numbers, as a file stores them
 
-CHANNELS = (1, 3, 4)
+COLOURS = {1: "grey", 3: "RGB", 4: "RGBA"}
+CHANNELS = tuple(COLOURS)
 LONGEST_LABEL = 1000  # characters of the name of an image's class
 LARGEST_VALUE = 1e30  # of a range, because levels are float32
+LARGEST_INTEGER = 2**53  # from there on, float64 does not hold every integer
 
 EXTENSIONS = (
     *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
@@ -46,7 +48,7 @@ class PixelFormat:
 
     Args:
         channels: 1, 3 or 4.
-        value_range: the stored values that become -1 and 1, or None.
+        value_range: the stored values that become -1 and 1, or None. A list becomes a tuple.
 
     Raises:
         ValueError: an argument has another value. The message names it.
@@ -58,18 +60,22 @@ class PixelFormat:
     def __post_init__(self) -> None:
         if self.channels not in CHANNELS:
             raise ValueError(f"channels must be 1, 3 or 4, got {shorten(self.channels)}")
-        if self.value_range is not None and not is_value_range(self.value_range):
+        if self.value_range is None:
+            return
+        if not is_value_range(self.value_range):
+            value: Any = self.value_range
+            found = shorten(list(value) if isinstance(value, tuple) else value)
             raise ValueError(
-                "value_range must be two numbers, the lower first, such as [0,65535], got "
-                f"{shorten(list(self.value_range))}"
+                f"value_range must be two numbers, the lower first, such as [0,65535], got {found}"
             )
+        object.__setattr__(self, "value_range", tuple(self.value_range))
 
     def __str__(self) -> str:
-        """Describes the format in a few words; "8 bits" stands for RGB."""
-        bits = "8 bits"
-        if self.value_range is not None:
-            bits = "values from {:.12g} to {:.12g}".format(*self.value_range)
-        return bits if self.channels == 3 else f"{bits}, {self.channels} channel{'s' * (self.channels > 1)}"
+        """Describes what the images are, such as "RGB of 8 bits" or "values from 0 to 4095, 1 channel"."""
+        if self.value_range is None:
+            return f"{COLOURS[self.channels]} of 8 bits"
+        low, high = self.value_range
+        return f"values from {low:.12g} to {high:.12g}, {count_channels(self.channels)}"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -90,16 +96,19 @@ class PixelFormat:
         """Maps stored values (H, W) or (H, W, C) linearly from the range to 0..255, in float32.
 
         Raises:
-            BadImage: there is another number of channels, or a value is not finite or outside the range.
+            BadImage: there is another number of channels, a value is not finite or outside the range, or an integer is
+                beyond 2^53, which float64 does not hold.
         """
         assert self.value_range is not None
         values = values[..., None] if values.ndim == 2 else values
         if values.shape[2] != self.channels:
-            raise BadImage(f"has {values.shape[2]} channels, and the model takes {self.channels}")
+            raise BadImage(f"has {count_channels(values.shape[2])}, and the model takes {self.channels}")
         if not np.isfinite(values).all():
             raise BadImage("has values that are infinite or NaN")
         low, high = self.value_range
         found = values.min(), values.max()
+        if values.dtype.kind != "f" and max(-int(found[0]), int(found[1])) > LARGEST_INTEGER:
+            raise BadImage("has integers beyond 2^53, which float64 does not hold")
         # 0.1 in the dtype of a file may be above the range's 0.1.
         ends = np.array(self.value_range, values.dtype if values.dtype.kind == "f" else np.float64)
         if found[0] < ends[0] or found[1] > ends[1]:
@@ -116,15 +125,24 @@ class PixelFormat:
         return low + levels.astype(np.float64) * ((high - low) / 255)
 
     def restore(self, levels: Pixels, like: Values) -> Values:
-        """Returns the values of levels (H, W, C) in the shape and dtype of `like`; integers are rounded."""
+        """Returns the values of levels (H, W, C) in the shape and dtype of `like`.
+
+        Integers are rounded, and clipped to those of the dtype that float64 holds.
+        """
         values = self.to_values(levels).reshape(like.shape)
         if like.dtype.kind != "f":
             limits = np.iinfo(like.dtype)
-            values = np.rint(values).clip(limits.min, limits.max)
+            low, high = max(limits.min, -LARGEST_INTEGER), min(limits.max, LARGEST_INTEGER)
+            values = np.rint(values).clip(low, high)
         return values.astype(like.dtype.newbyteorder("="))
 
 
 RGB = PixelFormat()
+
+
+def count_channels(channels: int) -> str:
+    """Returns a number of channels in words, such as "1 channel"."""
+    return f"{channels} channel{'s' * (channels != 1)}"
 
 
 def is_value_range(value: Any) -> bool:

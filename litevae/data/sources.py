@@ -149,7 +149,7 @@ class Photographs:
 
     def __init__(self, names: Sequence[str], pixel_format: PixelFormat = RGB) -> None:
         if pixel_format.value_range is not None:
-            raise UserError(f"demo: its photographs have 8 bits, and the model's images {pixel_format}")
+            raise UserError(f"demo: its photographs have 8 bits, and the model's images are {pixel_format}")
         self.names, self.pixel_format = names, pixel_format
         self.pixels = [convert(load_photograph(name), pixel_format.channels) for name in names]
 

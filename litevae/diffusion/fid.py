@@ -35,7 +35,7 @@ def prepare_fid(config: DiffusionConfig, pixel_format: PixelFormat = RGB) -> Ima
     if settings.measure == "never":
         return "fid.measure is never"
     if pixel_format != RGB:
-        reason = f"FID compares RGB images of 8 bits, and the autoencoder's have {pixel_format}"
+        reason = f"FID compares RGB images of 8 bits, and the autoencoder's are {pixel_format}"
         if settings.measure == "always":
             raise UserError(f"fid.measure=always: {reason}")
         return reason

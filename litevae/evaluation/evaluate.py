@@ -27,7 +27,7 @@ from litevae.evaluation.yardsticks import YARDSTICKS, make_yardsticks
 from litevae.files import open_regular, replacing
 from litevae.losses.perceptual import LPIPS
 from litevae.memory import check_batch
-from litevae.models.interface import Autoencoder, check_size, pixel_format
+from litevae.models.interface import Autoencoder, check_images, check_size, pixel_format
 
 SAVE_EVERY = 60.0  # seconds
 SUMS = ("sums", "count", "exact", "unreadable")  # buffers of `Sums`
@@ -95,12 +95,13 @@ def evaluate(
             continued, so `partial` must be None with it.
 
     Raises:
-        UserError: a metric is unknown, or not for such images; the model does not take this size; the weights of
-            Inception or VGG16 are missing and cannot be downloaded; too few images can be read; `partial` belongs to
-            another evaluation; or a reconstruction is not finite.
+        UserError: a metric is unknown, or not for such images; the model does not take these images, or this size; the
+            weights of Inception or VGG16 are missing and cannot be downloaded; too few images can be read; `partial`
+            belongs to another evaluation; or a reconstruction is not finite.
     """
     check_metrics(metrics)
     check_size(model, size)
+    check_images(model, images)
     check_metrics_apply(metrics, pixel_format(model))
     check_batch(min(batch_size, len(images)), size, model.config.in_channels, model.device.type, "batch size")
     state = PartialState(cpu=not torch.accelerator.is_available())

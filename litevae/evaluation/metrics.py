@@ -24,9 +24,15 @@ def check_metrics_apply(metrics: Sequence[str], pixel_format: PixelFormat, prefi
     names = [name for name in metrics if name in RGB_METRICS]
     if names and pixel_format != RGB:
         raise UserError(
-            f"{prefix}{names[0]} compares RGB images of 8 bits, and the model's have {pixel_format}: choose from "
+            f"{prefix}{names[0]} compares RGB images of 8 bits, and the model's are {pixel_format}: choose from "
             "psnr, ssim"
         )
+
+
+def split_metrics(metrics: Sequence[str], pixel_format: PixelFormat) -> tuple[list[str], list[str]]:
+    """Returns the metrics that take images of a format, and those that do not."""
+    left_out = [] if pixel_format == RGB else [name for name in metrics if name in RGB_METRICS]
+    return [name for name in metrics if name not in left_out], left_out
 
 
 def is_better(metric: Metric, value: float, other: float) -> bool:

@@ -6,6 +6,7 @@ import re
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -201,9 +202,9 @@ class LatentDataset(Dataset[Latent]):
 class ShapeBatchSampler(Sampler[list[int]]):
     """Batches of items of one shape each, for a DataLoader's `batch_sampler`.
 
-    Every iteration yields each item once. The order depends on `seed` and on the number of the iteration, so that all
-    processes of a distributed run get the same batches. To share them between the processes, use `drop_last`, and
-    Accelerate or every n-th batch.
+    Every iteration yields each item once; with `drop_last`, those that fill no batch are left out. The order depends
+    on `seed` and on the number of the iteration, so that all processes of a distributed run get the same batches. To
+    share them between the processes, use `drop_last`, and Accelerate or every n-th batch.
 
     Args:
         dataset: dataset of the items.
@@ -213,7 +214,7 @@ class ShapeBatchSampler(Sampler[list[int]]):
         seed: seed of the order.
 
     Raises:
-        ValueError: `batch_size` is not a whole number from 1.
+        ValueError: `batch_size` is not a whole number from 1, or `seed` none from 0.
     """
 
     def __init__(
@@ -224,10 +225,17 @@ class ShapeBatchSampler(Sampler[list[int]]):
         drop_last: bool = False,
         seed: int = 0,
     ) -> None:
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size must be a whole number from 1, got {shorten(batch_size)}")
+        for name, value, smallest in (("batch_size", batch_size, 1), ("seed", seed, 0)):
+            if not isinstance(value, Integral) or isinstance(value, bool) or value < smallest:
+                raise ValueError(f"{name} must be a whole number from {smallest}, got {shorten(value)}")
         self.items = [numbers.numpy() for numbers in dataset.items_by_shape().values()]
-        self.batch_size, self.shuffle, self.drop_last, self.seed = batch_size, shuffle, drop_last, seed
+        # NumPy's small integers would overflow.
+        self.batch_size, self.shuffle, self.drop_last, self.seed = (
+            int(batch_size),
+            shuffle,
+            drop_last,
+            int(seed),
+        )
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:

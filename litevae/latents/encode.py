@@ -22,7 +22,7 @@ from litevae.latents.processes import ProcessDied, Processes, error_message, rai
 from litevae.latents.shard_encoder import ShardEncoder, combine_times
 from litevae.lock import locked
 from litevae.memory import check_batch
-from litevae.models.interface import Autoencoder
+from litevae.models.interface import Autoencoder, check_images
 from litevae.signals import StopRequest
 
 NOTICEABLE = 0.1  # fraction of the time from which waiting counts as a bottleneck
@@ -105,12 +105,13 @@ def encode_images(
             folders. None encodes all.
 
     Raises:
-        UserError: the model does not take images of these sizes; a batch exceeds the memory; the folder has other
-            content or other settings, or another run writes to it; too many images cannot be used; or a latent
-            is not finite. All processes raise the error of any one of them.
+        UserError: the model does not take such images, or images of these sizes; a batch exceeds the memory; the
+            folder has other content or other settings, or another run writes to it; too many images cannot be used; or
+            a latent is not finite. All processes raise the error of any one of them.
         WorkerDied: a process that decodes images was killed, or crashed. The encoded images are kept.
         OSError: a file cannot be written, or another process has failed or died.
     """
+    check_images(model, images)
     check_batch(
         min(batch_size, len(images)), settings.size, model.config.in_channels, model.device.type, "batch size"
     )

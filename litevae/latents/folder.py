@@ -28,6 +28,7 @@ from litevae.latents.index import (
 )
 from litevae.latents.shards import Unfinished, find_damage, read_unfinished, unfinished_path
 from litevae.lock import LOCK, locked
+from litevae.models.arguments import is_whole
 from litevae.models.interface import (
     Autoencoder,
     check_size,
@@ -86,13 +87,17 @@ def make_buckets(model: Autoencoder, settings: Settings) -> Buckets:
         raise UserError(
             f"crop must be middle, got {crop}: this model takes only squares of {fixed_size(model)}"
         )
-    if step < 1 or step % factor:
-        raise UserError(f"bucket_step must be a multiple of {factor}, got {step}")
+    if not is_whole(step, factor, 2**31) or step % factor:
+        raise UserError(
+            f"bucket_step must be a whole number, {factor} or a multiple of it, got {shorten(step)}"
+        )
+    step = int(step)
     least = -(-minimum_size(model) // step) * step
     if crop == "area":  # the shorter side of an image of 4:1 is half as long
         least *= 2
     if size % step or size < least:
-        raise UserError(f"size must be a multiple of {step}, at least {least}, got {size}")
+        why = ", because an image of 4:1 is half as high as the square of its area" * (crop == "area")
+        raise UserError(f"size must be a multiple of {step}, at least {least}, got {size}{why}")
     return Buckets(crop, size, step)
 
 

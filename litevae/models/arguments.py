@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
-from litevae.data.pixels import is_value_range
 from litevae.errors import shorten
 
 WIDEST = 2**16  # channels
@@ -49,6 +48,9 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     Raises:
         ValueError: an argument has another type, or is out of range. The message names it.
     """
+    # Imports PyTorch, which `litevae --help` need not wait for.
+    from litevae.data.pixels import is_value_range
+
     for name, value in arguments.items():
         if name in WHOLE_NUMBERS and not is_whole(value, *WHOLE_NUMBERS[name]):
             smallest, largest = WHOLE_NUMBERS[name]

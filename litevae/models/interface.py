@@ -7,7 +7,8 @@ from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
-from litevae.data.pixels import PixelFormat, to_model_range
+from litevae.data.pixels import PixelFormat, count_channels, to_model_range
+from litevae.data.sources import ImageSource
 from litevae.errors import UserError
 from litevae.models.autoencoder import LiteVAE
 
@@ -31,11 +32,17 @@ def pixel_format(model: Autoencoder) -> PixelFormat:
     values, channels = model.config.get("value_range"), model.config.in_channels
     made = model.config.get("out_channels", channels)
     if made != channels:
-        raise UserError(f"the model takes {channels} channels and makes {made}; they must be as many")
+        raise UserError(f"the model takes {count_channels(channels)} and makes {made}; they must be as many")
     try:
-        return PixelFormat(channels, None if values is None else tuple(values))
-    except ValueError:
-        raise UserError(f"the model takes {channels} channels; images here have 1, 3 or 4") from None
+        return PixelFormat(channels, values)
+    except ValueError as error:
+        raise UserError(f"the model's {error}") from None
+
+
+def check_images(model: Autoencoder, images: ImageSource) -> None:
+    """Raises UserError unless the images of a source are what the model takes."""
+    if images.pixel_format != (taken := pixel_format(model)):
+        raise UserError(f"the images are {images.pixel_format}, and the model takes {taken}")
 
 
 def shared_pixel_format(models: Mapping[str, Autoencoder]) -> PixelFormat:
@@ -45,7 +52,7 @@ def shared_pixel_format(models: Mapping[str, Autoencoder]) -> PixelFormat:
     for name in others:
         if formats[name] != formats[first]:
             raise UserError(
-                f"{first} takes images of {formats[first]}, and {name} of {formats[name]}: they cannot be compared"
+                f"{first} takes {formats[first]}, and {name} takes {formats[name]}: they cannot be compared"
             )
     return formats[first]
 
@@ -83,7 +90,7 @@ def encode_pixels(model: Autoencoder, pixels: Tensor) -> DiagonalGaussianDistrib
         UserError: the model does not take images of this size, or of this number of channels.
     """
     if pixels.shape[1] != (channels := model.config.in_channels):
-        raise UserError(f"the model takes images of {channels} channels, got {pixels.shape[1]}")
+        raise UserError(f"the model takes images of {count_channels(channels)}, got {pixels.shape[1]}")
     image = to_model_range(pixels.to(model.device, non_blocking=True))
     if not isinstance(model, LiteVAE):  # LiteVAE's first operator converts the dtype
         image = image.to(model.dtype)

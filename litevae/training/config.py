@@ -232,6 +232,11 @@ def check_channels(config: Config) -> None:
             f"data.value_range must be null for model.kind={kind}, whose config.json cannot hold it, got "
             f"{list(pixel_format.value_range)}"
         )
+    if config.loss.repeat_channels and pixel_format.channels != 1:
+        raise UserError(
+            "loss.repeat_channels must be false unless data.channels=1, got "
+            f"data.channels={pixel_format.channels}"
+        )
     for name in RGB_TERMS:
         repeated = pixel_format.channels == 1 and config.loss.repeat_channels
         if getattr(config.loss, name) and pixel_format.channels != 3 and not repeated:

@@ -23,7 +23,9 @@ ConfigType = TypeVar("ConfigType", bound=RunConfig)
 CHECKPOINTS = "checkpoints"  # name of the folder of a run's checkpoints
 
 
-def begin(config: ConfigType, folder: Path) -> tuple[ConfigType, Accelerator, Checkpoint | None, str]:
+def begin(
+    config: ConfigType, folder: Path, has_range: bool = False
+) -> tuple[ConfigType, Accelerator, Checkpoint | None, str]:
     """Chooses the checkpoint and the precision of a run, and creates its Accelerator.
 
     The main process chooses for all processes. If `config.precision` is "auto", a run that resumes keeps the precision
@@ -32,6 +34,7 @@ def begin(config: ConfigType, folder: Path) -> tuple[ConfigType, Accelerator, Ch
     Args:
         config: settings of the run.
         folder: output folder.
+        has_range: whether the images have a range of values, as in `choose_precision`.
 
     Returns:
         The settings with the precision that was chosen, the Accelerator, the checkpoint to resume from, if any, and
@@ -45,7 +48,10 @@ def begin(config: ConfigType, folder: Path) -> tuple[ConfigType, Accelerator, Ch
     if state.is_main_process:
         try:
             checkpoint = choose_checkpoint(config.resume, folder / CHECKPOINTS)
-            chosen = [checkpoint, *choose_run_precision(config.precision, checkpoint, state.device)]
+            chosen = [
+                checkpoint,
+                *choose_run_precision(config.precision, checkpoint, state.device, has_range),
+            ]
         except UserError as error:
             chosen[0] = error
     broadcast_object_list(chosen)
@@ -65,7 +71,7 @@ def without_secrets(settings: Any) -> Any:
 
 
 def choose_run_precision(
-    precision: str, checkpoint: Checkpoint | None, device: torch.device
+    precision: str, checkpoint: Checkpoint | None, device: torch.device, has_range: bool = False
 ) -> tuple[str, str]:
     """Returns the precision of a run and the line about it; see `begin`."""
     if precision != "auto":
@@ -77,12 +83,12 @@ def choose_run_precision(
         precision = choose_precision(precision, device)
         why = f"as in {checkpoint.path}"
     else:
-        precision = choose_precision("auto", device)
-        why = (
-            "which this machine multiplies"
-            if precision == "bf16"
-            else "as this machine multiplies no bfloat16"
-        )
+        precision = choose_precision("auto", device, has_range)
+        why = "as this machine multiplies no bfloat16"
+        if precision == "bf16":
+            why = "which this machine multiplies"
+        elif has_range:
+            why = "as bf16 would round values of data.value_range to 8 bits"
     return precision, f"precision=auto: {precision}, {why}"
 
 

@@ -110,7 +110,9 @@ class Trainer(Loop[TrainingResult]):
             check_has_images(config.data)
             images = open_images(config.data.train, config.data.pixel_format)
             config = with_steps(config, len(images))
-        config, accelerator, checkpoint, note = begin(config, folder := Path(config.output_dir))
+        config, accelerator, checkpoint, note = begin(
+            config, folder := Path(config.output_dir), config.data.value_range is not None
+        )
         self.config, self.best_by = config, config.checkpoint.best_by
         super().__init__(config, folder, accelerator, note)
         self.stages = list_stages(config)

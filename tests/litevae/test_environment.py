@@ -76,6 +76,8 @@ def test_a_lowered_instruction_set_stands_for_a_cpu_without_bfloat16(monkeypatch
 def test_auto_is_bfloat16_on_a_gpu_that_multiplies_it(monkeypatch, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert choose_precision("auto", torch.device("cuda:1")) == expected
+    assert choose_precision("auto", torch.device("cuda:1"), has_range=True) == "fp32"
+    assert choose_precision("bf16", torch.device("cuda:1"), has_range=True) == "bf16"
     assert choose_precision("auto", torch.device("meta")) == "fp32"
 
 

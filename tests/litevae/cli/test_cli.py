@@ -162,3 +162,8 @@ def test_wrong_variable_of_the_kernels_is_one_line(variable):
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"litevae: error: {variable} is 'nonsense'; allowed")
+
+
+def test_commands_import_torch_only_when_they_run():
+    code = "import sys, litevae.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

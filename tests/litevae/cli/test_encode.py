@@ -74,7 +74,10 @@ def test_a_flipped_bit_is_found(command, tmp_path, capsys):
         (["--batch-size", "0"], "--batch-size"),
         (["--verify", "nowhere"], "nowhere: no such folder"),
         (["--crop", "left"], "'left' is not one of 'middle', 'shorter', 'area'"),
-        (["--crop", "area", "--bucket-step", "6"], "bucket_step must be a multiple of 4, got 6"),
+        (
+            ["--crop", "area", "--bucket-step", "6"],
+            "bucket_step must be a whole number, 4 or a multiple of it, got 6",
+        ),
     ],
 )
 def test_mistakes_are_one_line(model_folder, photographs, tmp_path, capsys, options, message):

@@ -52,7 +52,7 @@ def test_result(run, tiny_folder, tiny_model, square_pixels, tmp_path):
     assert record["below_haar_yardstick"] is True  # the model is not trained
     (line,) = [line for line in output.splitlines() if line.startswith("model ")]
     assert line.endswith("  below the Haar yardstick")
-    assert "8 images, middle square, 32 x 32, 8 bits; mode of the posterior; fp32" in output
+    assert "8 images, middle square, 32 x 32, RGB of 8 bits; mode of the posterior; fp32" in output
     assert "unreadable images, left out: 1" in output
 
     error = run(tiny_folder, "--metrics", "psnr", status=2).err

@@ -342,7 +342,7 @@ def rgb_of_16_bits(path):
         (lambda path: Image.fromarray(RGB).convert("P").save(path), "Pillow's mode P"),
         (lambda path: Image.fromarray(RGB).convert("1").save(path), "Pillow's mode 1"),
         (lambda path: Image.fromarray(RGB).save(path), "has 3 channels, and the model takes 1"),
-        (lambda path: Image.fromarray(RGB).save(path, "JPEG"), "not an image, or of an unsupported format"),
+        (lambda path: Image.fromarray(RGB).save(path, "JPEG"), "images are .npy, PNG or TIFF files"),
         (lambda path: path.write_bytes(b"\x93NUMPY"), "cannot be read"),
         (lambda path: path.mkdir(), "is a folder"),
     ],

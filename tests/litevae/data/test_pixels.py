@@ -58,11 +58,31 @@ def test_batch_is_mirrored_up_to_a_multiple(size):
         ((1, (0, float("inf"))), "value_range must be"),
         ((1, (float("nan"), 1)), "value_range must be"),
         ((1, (0, 1, 2)), "value_range must be"),
+        ((1, 5), "value_range must be two numbers.* got 5"),
     ],
 )
 def test_formats_that_there_are_not(arguments, message):
     with pytest.raises(ValueError, match=message):
         PixelFormat(*arguments)
+
+
+def test_lists_and_tuples_are_the_same_range():
+    assert PixelFormat(1, [0, 1]) == PixelFormat(1, (0, 1))
+    assert hash(PixelFormat(1, [0, 1])) == hash(PixelFormat(1, (0, 1)))
+
+
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        (PixelFormat(), "RGB of 8 bits"),
+        (PixelFormat(1), "grey of 8 bits"),
+        (PixelFormat(4), "RGBA of 8 bits"),
+        (PixelFormat(1, (0, 4095)), "values from 0 to 4095, 1 channel"),
+        (PixelFormat(3, (-0.5, 1)), "values from -0.5 to 1, 3 channels"),
+    ],
+)
+def test_formats_in_words(images, words):
+    assert str(images) == words
 
 
 @pytest.mark.parametrize(
@@ -95,6 +115,8 @@ def test_restored_integers_stay_within_their_dtype():
     ends = np.array([0, 255], np.float32).reshape(1, 2, 1)
     assert images.restore(ends, np.zeros((1, 2), np.uint8)).tolist() == [[0, 255]]
     assert images.restore(ends, np.zeros((1, 2, 1), ">f4")).tolist() == [[[-10], [300]]]
+    wide = PixelFormat(1, (-1e20, 1e20)).restore(ends, np.zeros((1, 2), np.int64))
+    assert wide.tolist() == [[-(2**53), 2**53]]
 
 
 def test_ends_of_the_range_in_the_dtype_of_the_file():
@@ -111,6 +133,9 @@ def test_ends_of_the_range_in_the_dtype_of_the_file():
         (np.array([[0.0, np.nan]]), "has values that are infinite or NaN"),
         (np.array([[0.0, np.inf]]), "has values that are infinite or NaN"),
         (np.zeros((2, 2, 3)), "has 3 channels, and the model takes 1"),
+        (np.array([[0, 2**63 - 1]]), r"has integers beyond 2\^53"),
+        (np.array([[-(2**63), 0]]), r"has integers beyond 2\^53"),
+        (np.array([[2**64 - 1]], np.uint64), r"has integers beyond 2\^53"),
     ],
 )
 def test_values_that_are_not_in_the_format(values, reason):

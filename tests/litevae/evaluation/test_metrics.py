@@ -70,7 +70,7 @@ def test_metrics_of_values_are_those_of_scikit_image_in_their_range(low, high, c
 @pytest.mark.parametrize("metric", ["rfid", "lpips"])
 def test_metrics_of_networks_are_for_rgb_of_8_bits(metric, images):
     with pytest.raises(
-        UserError, match=f"here: {metric} compares RGB images of 8 bits, and the model's have {images}"
+        UserError, match=f"here: {metric} compares RGB images of 8 bits, and the model's are {images}"
     ):
         check_metrics_apply(["psnr", metric], images, "here: ")
     check_metrics_apply(["psnr", "ssim"], images)

@@ -250,10 +250,19 @@ class TestShapes:
         with pytest.raises(ValueError, match=r"items of different shapes make no batch .*ShapeBatchSampler"):
             dataset[:]
 
-    @pytest.mark.parametrize("size", [0, -1, 1.5, None])
+    @pytest.mark.parametrize("size", [0, -1, 1.5, None, True])
     def test_batch_size_is_a_whole_number(self, dataset, size):
         with pytest.raises(ValueError, match="batch_size must be a whole number from 1, got"):
             ShapeBatchSampler(dataset, size)
+
+    @pytest.mark.parametrize("seed", [-1, 0.5, None, False])
+    def test_seed_is_a_whole_number(self, dataset, seed):
+        with pytest.raises(ValueError, match="seed must be a whole number from 0, got"):
+            ShapeBatchSampler(dataset, 2, seed=seed)
+
+    def test_numbers_of_numpy_are_whole_numbers(self, dataset):
+        found = ShapeBatchSampler(dataset, np.uint8(2), seed=np.int64(3))
+        assert list(found) == list(ShapeBatchSampler(dataset, 2, seed=3))
 
 
 def test_middle_squares_are_one_shape(folder):

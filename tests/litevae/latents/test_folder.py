@@ -23,6 +23,9 @@ with open(sys.argv[1], "ab") as file:
 """
 
 
+WHY_TWICE = ", because an image of 4:1 is half as high as the square of its area"
+
+
 class TestLock:
     @pytest.mark.parametrize("process", [0, 1])
     def test_a_run_is_refused_until_no_process_of_another_is_left(self, encode, tmp_path, contents, process):
@@ -153,10 +156,34 @@ def test_other_buckets_are_refused(encode, tmp_path):
     [
         ({"bucket_step": 8}, "bucket_step=8 has no effect on middle squares: choose crop shorter or area"),
         ({"crop": "left"}, "crop must be one of middle, shorter, area, got 'left'"),
-        ({"crop": "area", "bucket_step": 6}, "bucket_step must be a multiple of 4, got 6"),
-        ({"crop": "area", "bucket_step": 0}, "bucket_step must be a multiple of 4, got 0"),
-        ({"crop": "area", "bucket_step": -4}, "bucket_step must be a multiple of 4, got -4"),
-        ({"crop": "area", "size": 28}, "size must be a multiple of 4, at least 32, got 28"),
+        (
+            {"crop": "area", "bucket_step": 6},
+            "bucket_step must be a whole number, 4 or a multiple of it, got 6",
+        ),
+        (
+            {"crop": "area", "bucket_step": 8.0},
+            "bucket_step must be a whole number, 4 or a multiple of it, got 8.0",
+        ),
+        (
+            {"crop": "area", "bucket_step": "8"},
+            "bucket_step must be a whole number, 4 or a multiple of it, got '8'",
+        ),
+        (
+            {"crop": "area", "bucket_step": True},
+            "bucket_step must be a whole number, 4 or a multiple of it, got True",
+        ),
+        (
+            {"crop": "area", "bucket_step": 0},
+            "bucket_step must be a whole number, 4 or a multiple of it, got 0",
+        ),
+        (
+            {"crop": "area", "bucket_step": -4},
+            "bucket_step must be a whole number, 4 or a multiple of it, got -4",
+        ),
+        (
+            {"crop": "area", "size": 28},
+            f"size must be a multiple of 4, at least 32, got 28{WHY_TWICE}",
+        ),
         ({"crop": "shorter", "size": 12}, "size must be a multiple of 4, at least 16, got 12"),
         (
             {"crop": "shorter", "size": 40, "bucket_step": 16},
@@ -164,7 +191,7 @@ def test_other_buckets_are_refused(encode, tmp_path):
         ),
         (
             {"crop": "area", "size": 64, "bucket_step": 64},
-            "size must be a multiple of 64, at least 128, got 64",
+            f"size must be a multiple of 64, at least 128, got 64{WHY_TWICE}",
         ),
     ],
 )

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import AutoencoderKL
@@ -66,7 +68,7 @@ class TestCheckSize:
                 64,
                 "size must be 32, the only size this model takes, got 64",
             ),
-            ({"in_channels": 2}, 32, "the model takes 2 channels; images here have 1, 3 or 4"),
+            ({"in_channels": 2}, 32, "the model's channels must be 1, 3 or 4, got 2"),
         ],
         ids=str,
     )
@@ -106,8 +108,13 @@ class TestPixelFormat:
         assert pixel_format(LiteVAE.from_pretrained(tmp_path)) == PixelFormat(4, (-1000, 3000))
 
     def test_of_two_channels_does_not_exist(self, make):
-        with pytest.raises(UserError, match="the model takes 2 channels; images here have 1, 3 or 4"):
+        with pytest.raises(UserError, match="the model's channels must be 1, 3 or 4, got 2"):
             pixel_format(make(in_channels=2))
+
+    def test_of_a_broken_range_does_not_exist(self, baseline):
+        broken = SimpleNamespace(config=SimpleNamespace(in_channels=1, get={"value_range": [5, 1]}.get))
+        with pytest.raises(UserError, match=r"the model's value_range must be two numbers.*got \[5, 1\]"):
+            pixel_format(broken)
 
     @pytest.mark.parametrize(
         "value", [[1, 0], [0], [0, 1, 2], "01", [0, "1"], [0, True], [0, float("nan")], 5]
@@ -119,7 +126,7 @@ class TestPixelFormat:
     def test_models_of_other_images_cannot_be_compared(self, make):
         models = {"a": make(), "b": make(in_channels=1)}
         assert shared_pixel_format({"a": make(), "b": make()}) == PixelFormat()
-        with pytest.raises(UserError, match="a takes images of 8 bits, and b of 8 bits, 1 channel"):
+        with pytest.raises(UserError, match="a takes RGB of 8 bits, and b takes grey of 8 bits"):
             shared_pixel_format(models)
 
 
@@ -127,6 +134,8 @@ def test_pixels_of_other_channels_are_refused(make, baseline, pixels):
     for model in (make(), baseline):
         with pytest.raises(UserError, match="the model takes images of 3 channels, got 1"):
             encode_pixels(model, pixels[:, :1])
+    with pytest.raises(UserError, match="the model takes images of 1 channel, got 3"):
+        encode_pixels(make(in_channels=1), pixels)
 
 
 def test_levels_that_are_not_rounded_are_encoded_as_they_are(make, pixels):

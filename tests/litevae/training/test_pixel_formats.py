@@ -10,7 +10,10 @@ from skimage import data
 from skimage.metrics import peak_signal_noise_ratio
 
 from litevae.cli import main
+from litevae.data.sources import open_images
 from litevae.errors import UserError
+from litevae.evaluation.evaluate import evaluate
+from litevae.latents import Settings, encode_images
 from litevae.models.interface import pixel_format
 from litevae.models.loading import load_model
 from litevae.training import train
@@ -76,11 +79,37 @@ def test_a_run_and_the_commands_that_take_its_model(images, tiny, kind, discrimi
     assert measured["crop"].endswith(str(config.data.pixel_format))
     assert main(["scale", *map(str, (tmp_path / "run", source)), *OPTIONS]) == 0
     assert main(["encode", *map(str, (tmp_path / "run", source, tmp_path / "latents")), *OPTIONS]) == 0
-    assert (
-        main(["eval", *map(str, (tmp_path / "run", source)), "-o", str(tmp_path / "none.json"), *OPTIONS])
-        == 2
-    )
-    assert "rfid compares RGB images of 8 bits" in capsys.readouterr().err
+    images_of = config.data.pixel_format
+    capsys.readouterr()
+    command = ["eval", *map(str, (tmp_path / "run", source)), *OPTIONS, "-o"]
+    assert main([*command, str(tmp_path / "all.json")]) == 0
+    left_out = f"without rfid and lpips, which compare RGB images of 8 bits: the model's are {images_of}"
+    assert left_out in capsys.readouterr().err.splitlines()
+    assert list(json.loads((tmp_path / "all.json").read_text())["metrics"]) == ["psnr", "ssim"]
+    assert main([*command, str(tmp_path / "none.json"), "--metrics", "lpips,psnr"]) == 2
+    assert "--metrics: lpips compares RGB images of 8 bits" in capsys.readouterr().err
+    model, others = load_model(tmp_path / "run"), open_images("demo")
+    message = f"the images are RGB of 8 bits, and the model takes {images_of}"
+    with pytest.raises(UserError, match=message):
+        evaluate(model, others, ["psnr"], size=32)
+    with pytest.raises(UserError, match=message):
+        encode_images(model, others, tmp_path / "others", Settings(size=32))
+
+
+def test_auto_is_fp32_for_values_of_a_range(images, tiny, cpu_multiplies, capsys, tmp_path):
+    cpu_multiplies("bf16")
+    source = images / "deep"
+    train(tiny(f"data.train={source}", *KINDS["deep"], "precision=auto", *RUN))
+    assert "precision=auto: fp32, as bf16 would round values" in capsys.readouterr().err
+    arguments = [*map(str, (tmp_path / "run", source)), *OPTIONS]
+    for precision, expected in (("auto", "fp32"), ("bf16", "bf16")):
+        output, folder = str(tmp_path / f"{precision}.json"), str(tmp_path / precision)
+        assert main(["eval", *arguments, "--precision", precision, "-o", output]) == 0
+        assert json.loads((tmp_path / f"{precision}.json").read_text())["precision"] == expected
+        assert main(["encode", *arguments[:2], folder, *OPTIONS, "--precision", precision]) == 0
+        assert (
+            json.loads((tmp_path / precision / "index.json").read_text())["encoding"]["precision"] == expected
+        )
 
 
 def test_reconstructions_are_of_the_kind_of_their_files(images, tiny, capsys, tmp_path):

@@ -188,7 +188,7 @@ class TestErrors:
         [
             ({"act_fn": "relu"}, "act_fn must be silu"),
             ({"mid_block_add_attention": False}, "mid_block_add_attention must be true"),
-            ({"in_channels": 2, "out_channels": 2}, "the model takes 2 channels"),
+            ({"in_channels": 2, "out_channels": 2}, "the model's channels must be 1, 3 or 4, got 2"),
             ({"in_channels": 4}, "the model takes 4 channels and makes 3"),
         ],
         ids=str,
