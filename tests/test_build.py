@@ -15,12 +15,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def on_path(folder, name, script):
-    """Writes an executable shell script, and returns an environment that finds it first."""
+    """Writes an executable shell script, and returns an environment that finds it first and has no settings."""
     folder.mkdir()
     (folder / name).write_text("#!/bin/sh\n" + script)
     (folder / name).chmod(0o755)
     path = [str(folder), str(Path(sys.executable).parent), os.environ["PATH"]]
-    return {**os.environ, "PATH": os.pathsep.join(path)}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("LITEVAE_BUILD_")}
+    return {**inherited, "PATH": os.pathsep.join(path)}
 
 
 @pytest.mark.parametrize(

@@ -175,13 +175,13 @@ def layer(padding_mode, padding):
         (
             lambda: layer("replicate", 1)(IMAGE[..., :0]),
             ValueError,
-            "allows at most 0 for x of shape (2, 6, 8, 0)",
+            "x has shape (2, 6, 8, 0); with a padding of (1, 1)",
         ),
         (lambda: layer("reflect", 1)(IMAGE.int()), TypeError, "x has dtype torch.int32; allowed"),
         (
             lambda: layer("reflect", 1)(IMAGE[:, :0]),
             ValueError,
-            "scale has shape (6,); x's channels are needed",
+            "x has shape (2, 0, 8, 8); 6 channels are needed, as in the weight",
         ),
     ],
 )
