@@ -187,7 +187,7 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def provenance(model: Path, data: str, *sizes: int, pixels: str = "RGB of 8 bits") -> dict[str, Any]:
+def provenance(model: Path, data: str, *sizes: int, pixels: str) -> dict[str, Any]:
     """Returns the model, data, crop and versions of a measurement, for the JSON file of its result.
 
     Args:

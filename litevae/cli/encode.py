@@ -191,9 +191,7 @@ def encode(
     import torch
     from accelerate import PartialState
 
-    from litevae.data.hugging_face import HuggingFaceImages
     from litevae.data.remote import redact_pattern
-    from litevae.data.remote_parquet import RemoteParquet
     from litevae.data.sources import open_images
     from litevae.environment import choose_precision
     from litevae.latents import Settings, encode_images
@@ -208,14 +206,11 @@ def encode(
             )
         place = state.device
     images = open_images(data, images_of := pixel_format(autoencoder))
-    if (
-        isinstance(images, HuggingFaceImages | RemoteParquet)
-        and images.unused_labels
-        and state.is_main_process
-    ):
+    unused_labels = getattr(images, "unused_labels", None)  # only of tables
+    if unused_labels and state.is_main_process:
         print(
             f"{redact_pattern(data)}: has no column label, so the images get no labels; rename the column with the "
-            f"classes to label ({', '.join(images.unused_labels):.200})",
+            f"classes to label ({', '.join(unused_labels):.200})",
             file=sys.stderr,
         )
     workers = choose_workers(workers)

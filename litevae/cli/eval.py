@@ -132,12 +132,14 @@ def evaluate(
     from litevae.models.interface import pixel_format
 
     images_of = pixel_format(autoencoder)
+    left_out: list[str] = []
     if metrics is None:
         names, left_out = split_metrics(names, images_of)
-    check_metrics_apply(names, images_of, "--metrics: ")
+    else:
+        check_metrics_apply(names, images_of, "--metrics: ")
     has_device = torch.accelerator.is_available()
     state = PartialState(cpu=not has_device)
-    if metrics is None and left_out and state.is_main_process:
+    if left_out and state.is_main_process:
         print(
             f"without {' and '.join(left_out)}, which compare RGB images of 8 bits: the model's are {images_of}",
             file=sys.stderr,

@@ -54,7 +54,8 @@ def reconstruct(
     from litevae.models.interface import fixed_size, pixel_format, spatial_compression
 
     images_of = pixel_format(autoencoder)
-    targets = name_outputs(images, output, images_of.value_range is not None)
+    keeps = images_of.value_range is not None  # the kind and data type of the files
+    targets = name_outputs(images, output, keeps)
     check_new(*targets, overwrite=overwrite)
     if picture is not None:
         check_picture(picture)
@@ -62,7 +63,7 @@ def reconstruct(
         # Path.resolve fails on links that form a cycle.
         if os.path.realpath(picture) in map(os.path.realpath, (*images, *targets)):
             raise UserError(f"--picture {picture} is an input or a reconstruction: give another file")
-    from litevae.data.images import read_image, read_values, write_values
+    from litevae.data.images import decode_image, read_values, write_values
     from litevae.evaluation.metrics import psnr
     from litevae.evaluation.pictures import draw_reconstructions
     from litevae.evaluation.reconstruction import reconstruct as run
@@ -85,8 +86,9 @@ def reconstruct(
     shown = []
     for path, target in zip(images, targets, strict=True):
         try:
-            pixels = read_image(path, images_of)
             try:
+                stored = read_values(path) if keeps else None
+                pixels = decode_image(path, images_of) if stored is None else images_of.to_levels(stored)
                 result = run(autoencoder, pixels)
             except ValueError as error:
                 raise UserError(f"{path}: {error}") from None
@@ -97,9 +99,8 @@ def reconstruct(
             continue
         make_folder(output)
         values.append(psnr(pixels, result))
-        keeps = images_of.value_range is not None
         with replacing(target) as temporary:
-            write_values(temporary, images_of.restore(result, read_values(path)) if keeps else result)
+            write_values(temporary, result if stored is None else images_of.restore(result, stored))
         yardsticks.append(psnr(pixels, reconstruct_without_learning(autoencoder, pixels)[HAAR]))
         below = f" ({BELOW})" * (values[-1] < yardsticks[-1])
         print(

@@ -5,7 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -100,10 +100,7 @@ def read_values(file: Path | IO[bytes]) -> Values:
         BadImage: the file is no such file, is truncated or corrupt, has more pixels than `decode_image` takes, has a
             palette or several pages, or has numbers that Pillow cannot read unchanged, such as RGB of 16 bits.
     """
-    with (
-        explaining_failures(file),
-        nullcontext(file) if not isinstance(file, Path) else file.open("rb") as opened,
-    ):
+    with explaining_failures(file), open_bytes(file) as opened:
         if is_npy(opened):
             return read_npy(opened, 2 * (Image.MAX_IMAGE_PIXELS or sys.maxsize))
         try:
@@ -162,11 +159,18 @@ def open_picture(file: Path | IO[bytes]) -> ImageFile.ImageFile:
     try:
         return Image.open(file, formats=image_formats())
     except UnidentifiedImageError:
-        with nullcontext(file) if not isinstance(file, Path) else file.open("rb") as opened:
-            opened.seek(0)
+        with open_bytes(file) as opened:
             if is_npy(opened):
                 raise BadImage("is an .npy array: only a model with data.value_range takes arrays") from None
         raise
+
+
+def open_bytes(file: Path | IO[bytes]) -> AbstractContextManager[IO[bytes]]:
+    """Opens a file, or goes to the beginning of its content, which stays open."""
+    if isinstance(file, Path):
+        return file.open("rb")
+    file.seek(0)
+    return nullcontext(file)
 
 
 def check_planes(image: ImageFile.ImageFile) -> None:
@@ -260,9 +264,7 @@ def find_other_colours(
         file: the PNG file, of which the lower bytes are decoded.
         colour: the colour.
     """
-    if not isinstance(file, Path):
-        file.seek(0)
-    with Image.open(file, formats=["PNG"]) as lower:
+    with open_bytes(file) as content, Image.open(content, formats=["PNG"]) as lower:
         lower.tile = [lower.tile[0]._replace(args="RGB;16L")]  # Pillow takes the second byte of each value
         upper_bytes, lower_bytes = np.asarray(image), np.asarray(lower)
     return Image.fromarray((upper_bytes.astype(np.int32) * 256 + lower_bytes != colour).any(-1))

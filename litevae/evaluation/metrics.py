@@ -21,10 +21,10 @@ SIGMA, RADIUS = 1.5, 5  # SSIM's window, in pixels
 
 def check_metrics_apply(metrics: Sequence[str], pixel_format: PixelFormat, prefix: str = "") -> None:
     """Raises UserError, which begins with `prefix`, if a metric's network does not take such images."""
-    names = [name for name in metrics if name in RGB_METRICS]
-    if names and pixel_format != RGB:
+    _, others = split_metrics(metrics, pixel_format)
+    if others:
         raise UserError(
-            f"{prefix}{names[0]} compares RGB images of 8 bits, and the model's are {pixel_format}: choose from "
+            f"{prefix}{others[0]} compares RGB images of 8 bits, and the model's are {pixel_format}: choose from "
             "psnr, ssim"
         )
 

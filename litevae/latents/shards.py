@@ -43,15 +43,13 @@ from litevae.latents.index import (
 )
 
 MOMENTS, MIRRORED = "moments", "moments_mirrored"
+CHANGED = "its content is not what was written (SHA-256)"
 
 
 def tensor_name(mirrored: bool, size: tuple[int, int] | None) -> str:
     """Returns the name of a tensor in a shard; `size` is the latents' height and width if there are several."""
     name = MIRRORED if mirrored else MOMENTS
     return name if size is None else f"{name}_{size[0]}x{size[1]}"
-
-
-CHANGED = "its content is not what was written (SHA-256)"
 
 
 def unfinished_path(folder: Path, number: int) -> Path:

@@ -91,9 +91,9 @@ def test_json_has_no_infinity(tmp_path):
 
 
 def test_a_result_names_the_weights_that_were_measured(tiny_folder):
-    address = provenance(tiny_folder, "https://user:pass@host/x.tar?signature", 64)["data"]
+    address = provenance(tiny_folder, "https://user:pass@host/x.tar?signature", 64, pixels="RGB")["data"]
     assert address == "https://host/x.tar"
-    record = provenance(tiny_folder, "demo", 64, 128)
+    record = provenance(tiny_folder, "demo", 64, 128, pixels="RGB of 8 bits")
     weights = tiny_folder / "diffusion_pytorch_model.safetensors"
     assert record["weights"] == {weights.name: sha256(weights)}
     assert (record["model"], record["data"]) == (str(tiny_folder), "demo")
