@@ -1,7 +1,8 @@
 """OpenVINO and ONNX Runtime, which many would choose for inference on a CPU: ``pip install ".[rivals]"``.
 
 A rival that is not installed is left out with a warning. ONNX Runtime's CPU provider has no bfloat16 convolution, so it
-runs in float32 only. Its instruction set cannot be lowered; OpenVINO follows ``ONEDNN_MAX_CPU_ISA``.
+runs in float32 only. OpenVINO follows ``ONEDNN_MAX_CPU_ISA``. ONNX Runtime's instruction set cannot be lowered, so it
+is left out where the others run with less than the CPU's AVX-512.
 """
 
 import importlib
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from benchmarks.harness import dtype_name
 from litevae_kernels import use_backend
+from litevae_kernels.arithmetic import current_isa
+from litevae_kernels.backend import core
 
 Call = Callable[[Tensor], Tensor]
 
@@ -61,7 +64,14 @@ def in_openvino(module: Exported, x: Tensor, dtypes: Iterable[torch.dtype]) -> d
 
 
 def in_onnxruntime(module: Exported, x: Tensor) -> Call | None:
-    """Returns a float32 function that ONNX Runtime computes; None if it or onnxscript is not installed."""
+    """Returns a float32 function that ONNX Runtime computes.
+
+    Returns None if it or onnxscript is not installed, or if it would use AVX-512 beside rivals that may not.
+    """
+    isa = current_isa()
+    if core is not None and "avx512" in core.isas and isa in core.isas[: core.isas.index("avx512")]:
+        warnings.warn(f"onnxruntime is not among the rivals: it uses AVX-512, and they {isa}", stacklevel=2)
+        return None
     onnxruntime = optional("onnxruntime")
     if onnxruntime is None or optional("onnxscript") is None:
         return None

@@ -17,15 +17,15 @@ def experiment(
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Training settings to change.")
     ] = None,
     scale: Annotated[
-        str, typer.Option(metavar="SCALE", help="tiny, medium, or paper (the published setting).")
+        str, typer.Option(metavar="SCALE", help="tiny, small, or paper (the published setting).")
     ] = "tiny",
     data: Annotated[
         list[str] | None,
-        typer.Option(metavar="SET=PATH", help="Training images of a data set, for --scale paper."),
+        typer.Option(metavar="SET=PATH", help="Training images of a data set, for small and paper."),
     ] = None,
     validation: Annotated[
         list[str] | None,
-        typer.Option(metavar="SET=PATH", help="Images of a data set to measure on, for --scale paper."),
+        typer.Option(metavar="SET=PATH", help="Images of a data set to measure on, for small and paper."),
     ] = None,
     metrics: Annotated[
         str | None,
@@ -34,6 +34,10 @@ def experiment(
         ),
     ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, metavar="N", help="Runs per row.")] = None,
+    row: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CELL", help="Run only the rows that have this cell; repeatable."),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -51,15 +55,16 @@ def experiment(
              litevae experiment table09
              litevae experiment table05 --scale paper --data imagenet=TRAIN --validation imagenet=VAL
              litevae experiment table04 max_steps=20
-             litevae experiment kl --scale medium --seeds 3
+             litevae experiment kl --scale small --data imagenet=TRAIN --validation imagenet=VAL --seeds 3
              torchrun --nproc-per-node 2 --no-python litevae experiment table01 --scale paper ...
 
     Trains every model of the experiment and writes NAME.md, with our figures beside the paper's, yardsticks without
     any learning, and a verdict on each of the paper's statements, for which several seeds are needed; NAME.json with
     every setting; and the figures as PNG files. tiny is a smoke test, whose report says only that everything ran. It
     runs the same code with the full encoders on scikit-image's photographs, at a quarter of the image size, for 0.2%
-    of the steps and with a small decoder: about a minute per model on two CPU cores. medium, for a GPU, has half the
-    size, 1% of the steps and the full decoder. Its figures cannot be compared with the paper's.
+    of the steps and with a small decoder: about a minute per model on two CPU cores. small takes your photographs, at
+    the paper's image sizes, for 0.5% of the steps, with the same decoder. Its figures cannot be compared with the
+    paper's.
 
     Models are stored in DIR/runs under a hash of their settings. Experiments share the models that they have in
     common, and an interrupted command continues with the remaining models (at the paper's scale, from its last
@@ -88,6 +93,7 @@ def experiment(
         overrides or (),
         parse_metrics(metrics) if metrics is not None else None,
         seeds,
+        row or (),
     )
     try:
         report = run_experiment(name, setup)

@@ -1,19 +1,24 @@
-"""Folders with squares of scikit-image's photographs, for the small scales."""
+"""Folders with squares of photographs, for the scales below the paper's."""
 
+import hashlib
+import os
 import shutil
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from accelerate import PartialState
 from PIL import Image
 
 from litevae.data.pixels import Pixels
-from litevae.data.sources import HELD_OUT_PHOTOGRAPH, TRAINING_PHOTOGRAPHS, load_photograph
+from litevae.data.sources import HELD_OUT_PHOTOGRAPH, TRAINING_PHOTOGRAPHS, load_photograph, open_images
 from litevae.errors import UserError
 from litevae.experiments.spec import RunSpec, Setup
 from litevae.files import make_folder
 
-TRAINING_SQUARES = 256  # maximum number for measuring latents
+SQUARES = 256  # maximum number for measuring
+
+Squares = Iterator[tuple[str, Pixels]]  # names for files, and pixels
 
 
 def held_out_images(setup: Setup, run: RunSpec, size: int) -> str:
@@ -24,9 +29,26 @@ def held_out_images(setup: Setup, run: RunSpec, size: int) -> str:
         run: the row.
         size: side in pixels of the squares to measure on.
     """
-    if not setup.at.demo:
-        return setup.validation[run.dataset]
-    return str(squares_folder(setup.output, held_out=True, size=size))
+    if setup.at.demo:
+        return str(squares_folder(setup.output, held_out=True, size=size))
+    source = setup.validation[run.dataset]
+    if not setup.at.reduced:
+        return source
+    name = hashlib.sha256(os.path.realpath(source).encode()).hexdigest()[:8]
+    return str(
+        make_squares(
+            setup.output, f"{name}-{size}", squares_of_source(source, size), f"the images of {source}", size
+        )
+    )
+
+
+def squares_of_source(path: str, size: int) -> Squares:
+    """Yields one square of each of at most `SQUARES` images, evenly spaced in the source and not resized."""
+    images = open_images(path)
+    for index in range(0, len(images), max(1, -(-len(images) // SQUARES))):
+        squares = cut(images.load(index), size)
+        if squares:
+            yield f"{index:07d}.png", squares[index % len(squares)]
 
 
 def squares_folder(output: Path, held_out: bool, size: int) -> Path:
@@ -40,26 +62,47 @@ def squares_folder(output: Path, held_out: bool, size: int) -> Path:
     Raises:
         UserError: the photographs are smaller than a square, or the folder cannot be created.
     """
-    folder = output / "images" / f"{'held-out' if held_out else 'training'}-{size}"
+    names: Sequence[str] = (HELD_OUT_PHOTOGRAPH,) if held_out else TRAINING_PHOTOGRAPHS
+    squares = (
+        (f"{name}-{place:04d}.png", square)
+        for name in names
+        for place, square in enumerate(cut(load_photograph(name), size))
+    )
+    folder = f"{'held-out' if held_out else 'training'}-{size}"
+    return make_squares(
+        output, folder, squares, "the photographs of the demo", size, SQUARES * (not held_out)
+    )
+
+
+def make_squares(output: Path, name: str, squares: Squares, origin: str, size: int, most: int = 0) -> Path:
+    """Returns `output/images/name`, a folder with `squares`, and creates it if it is missing.
+
+    Args:
+        output: folder of the experiments' results.
+        name: name of the new folder.
+        squares: what it holds.
+        origin: what the squares are cut from, for messages.
+        size: their side in pixels.
+        most: maximum number of squares to keep, evenly spaced; 0 keeps all.
+
+    Raises:
+        UserError: there are no squares, or the folder cannot be created.
+    """
+    folder = output / "images" / name
     state = PartialState()
     if state.is_main_process and not folder.is_dir():
-        names = (HELD_OUT_PHOTOGRAPH,) if held_out else TRAINING_PHOTOGRAPHS
-        squares = [
-            (f"{name}-{place:04d}.png", square)
-            for name in names
-            for place, square in enumerate(cut(load_photograph(name), size))
-        ]
-        if not squares:
-            raise UserError(f"squares of {size} pixels are larger than the photographs of the demo")
-        if not held_out:
-            squares = squares[:: max(1, -(-len(squares) // TRAINING_SQUARES))]
+        found = list(squares)
+        if not found:
+            raise UserError(f"squares of {size} pixels are larger than {origin}")
+        if most:
+            found = found[:: max(1, -(-len(found) // most))]
         try:
             make_folder(folder.parent)
             unfinished = Path(tempfile.mkdtemp(dir=folder.parent))
         except OSError as error:
             raise UserError(f"cannot write to {output}: {error.strerror}") from None
-        for name, square in squares:
-            Image.fromarray(square).save(unfinished / name)
+        for file, square in found:
+            Image.fromarray(square).save(unfinished / file)
         unfinished.chmod(0o755)
         try:
             unfinished.rename(folder)

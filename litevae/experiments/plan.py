@@ -1,5 +1,6 @@
 """The plan of an experiment: the configuration of every run, with all checks before any training."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from litevae.experiments.spec import (
     RunSpec,
     Setup,
     load_experiment,
+    matches,
     measured_sizes,
     training_config,
 )
@@ -51,7 +53,7 @@ def prepare(name: str, setup: Setup) -> tuple[Experiment, list[list[Config]]]:
             experiment; a data set has no images; settings do not fit together; or the weights of a loss or a
             metric are missing and cannot be downloaded.
     """
-    experiment = load_experiment(name)
+    experiment = only_rows(load_experiment(name), setup.rows)
     check_options(experiment, setup)
     if experiment.kind == "complexity":
         return experiment, []
@@ -59,7 +61,7 @@ def prepare(name: str, setup: Setup) -> tuple[Experiment, list[list[Config]]]:
         metrics = wanted_metrics(experiment, setup)
         check_metrics(metrics)
         Sums(metrics, None)  # raises if weights are missing
-    seeds = setup.seeds or (experiment.seeds if setup.at.demo else 1)
+    seeds = setup.seeds or (experiment.seeds if setup.at.reduced else 1)
     configs = [[row_config(experiment, run, setup, seed) for seed in range(seeds)] for run in experiment.runs]
     for run, (config, *_) in zip(experiment.runs, configs, strict=True):
         try:
@@ -71,11 +73,34 @@ def prepare(name: str, setup: Setup) -> tuple[Experiment, list[list[Config]]]:
     return experiment, configs
 
 
+def only_rows(experiment: Experiment, cells: Sequence[str]) -> Experiment:
+    """Returns the experiment with the rows that have one of `cells`, and the claims about them; all without cells.
+
+    Raises:
+        UserError: no row has a cell.
+    """
+    for cell in cells:
+        if not any(cell in run.row for run in experiment.runs):
+            known = dict.fromkeys(each for run in experiment.runs for each in run.row)
+            raise UserError(
+                f"--row {cell!r}: no row has this cell: choose from {', '.join(map(repr, known))}"
+            )
+    if not cells:
+        return experiment
+    runs = [run for run in experiment.runs if set(cells) & set(run.row)]
+    claims = [
+        claim
+        for claim in experiment.claims
+        if all(any(matches(run, row, claim.among) for run in runs) for row in (claim.better, claim.than))
+    ]
+    return replace(experiment, runs=runs, claims=claims)
+
+
 def check_options(experiment: Experiment, setup: Setup) -> None:
     """Raises UserError for an option without effect, or one that the experiment decides itself."""
     if setup.at.demo and (setup.data or setup.validation):
         raise UserError(
-            f"--data and --validation are for --scale paper: {setup.scale} uses scikit-image's photographs"
+            f"--data and --validation are for the scales small and paper: {setup.scale} uses scikit-image's photographs"
         )
     datasets = {run.dataset for run in experiment.runs}
     for option, given in (("--data", setup.data), ("--validation", setup.validation)):
@@ -97,7 +122,7 @@ def check_options(experiment: Experiment, setup: Setup) -> None:
 def wanted_metrics(experiment: Experiment, setup: Setup) -> list[str]:
     if setup.metrics is not None:
         return list(setup.metrics)
-    if setup.at.demo:
+    if setup.at.reduced:
         return [name for name in experiment.metrics if name in WITHOUT_WEIGHTS]
     return list(experiment.metrics)
 
@@ -165,7 +190,7 @@ def diffusion_config(
     """Returns the configuration of the second stage, whose folder is inside the autoencoder's."""
     wanted = [] if "fid" in experiment.metrics else ["fid.measure=never"]
     config = load_diffusion_config(
-        setup.at.second_stage if setup.at.demo else run.diffusion or setup.at.second_stage,
+        setup.at.second_stage if setup.at.reduced else run.diffusion or setup.at.second_stage,
         [
             *setup.at.diffusion,
             *wanted,

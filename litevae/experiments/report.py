@@ -56,6 +56,7 @@ def write_report(
         "experiment": name,
         "scale": setup.scale,
         "overrides": list(setup.overrides),
+        "only": list(setup.rows),
         "title": experiment.title,
         "rows": [
             {
@@ -97,7 +98,7 @@ def description(experiment: Experiment, setup: Setup, rows: Sequence[Row]) -> st
     steps = join_words({config.max_steps for config in configs})
     batch = join_words({config.data.batch_size for config in configs})
     sides = join_words({stage.size for config in configs for stage in list_stages(config)})
-    images = "scikit-image's photographs" if setup.at.demo else join_words({row.spec.dataset for row in rows})
+    images = join_words({training_images(setup, row) for row in rows})
     seeds = max(len(row.trained) for row in rows)
     text = (
         f"Trained for {steps} steps of {batch} crops of {images}, {sides} pixels per side"
@@ -108,15 +109,24 @@ def description(experiment: Experiment, setup: Setup, rows: Sequence[Row]) -> st
         text += " ± of the distances is over groups of images instead of seeds."
     if not all(trained.alone for row in rows for trained in row.trained):
         text += " Some runs did not have the machine to themselves, so their seconds say little."
-    if setup.at.demo:
+    if setup.at.reduced:
         text += (
             " The encoders are the paper's. The images and the number of steps are much smaller: the paper's figures"
             " stand beside ours to show what the experiment is about, not for comparison. Rows that differ only in the"
             " data set, or in something that this scale leaves out, show the same run."
         )
+    if setup.rows:
+        text += f" Only rows with {join_words(set(setup.rows))}."
     if setup.overrides:
         text += f" Changed by hand: {', '.join(setup.overrides)}."
     return text
+
+
+def training_images(setup: Setup, row: Row) -> str:
+    """Returns what the images are called that a row's model was trained on."""
+    if setup.at.demo:
+        return "scikit-image's photographs"
+    return setup.data[row.spec.dataset] if setup.at.reduced else row.spec.dataset
 
 
 def trained_with(rows: Sequence[Row]) -> str:
@@ -167,6 +177,8 @@ def measurement(experiment: Experiment, setup: Setup, rows: Sequence[Row]) -> st
     whose = "held-out images"
     if setup.at.demo:
         whose = "squares of a photograph that no model was trained on"
+    elif setup.at.reduced:
+        whose = "squares of held-out images, not resized"
     return f"Measured on {counts} {whose}, {sizes} pixels per side, 8 bits, " + (
         "samples of the posterior." if experiment.kind == "mmd" else "mode of the posterior."
     )

@@ -31,10 +31,10 @@ class Scale:
     """How a published setting is scaled down.
 
     `size`: divisor of the image sizes. `steps`: steps kept per thousand. `settings` of training and `diffusion`
-    settings of the second stage replace the experiment's. `demo`: whether to train on scikit-image's photographs
-    instead of data sets that the user names. `mmd_groups`: groups of images for the MMD. `complexity_batch`: batch
-    size for timing. `smoke`: whether the scale only tests that everything runs, so that its reports give neither
-    figures nor verdicts.
+    settings of the second stage replace the experiment's. `reduced`: whether anything is scaled down. `demo`: whether
+    to train on scikit-image's photographs instead of data sets that the user names. `mmd_groups`: groups of images for
+    the MMD. `complexity_batch`: batch size for timing. `smoke`: whether the scale only tests that everything runs, so
+    that its reports give neither figures nor verdicts.
     """
 
     description: str
@@ -43,6 +43,7 @@ class Scale:
     settings: tuple[str, ...] = ()
     diffusion: tuple[str, ...] = ()
     second_stage: str = "ldm-ffhq"
+    reduced: bool = True
     demo: bool = False
     mmd_groups: int = 10
     complexity_batch: int = 32
@@ -51,42 +52,47 @@ class Scale:
 
 # Below the paper's scale no weights are downloaded, so there is no LPIPS, and there is a discriminator only where
 # the experiment is about it. Encoders keep their size.
-DEMO_SETTINGS = (
-    "data.train=demo",
+REDUCED_SETTINGS = (
     "data.crop=native",
     "data.workers=0",
-    "data.validation_count=28",
+    "data.batch_size=4",
+    "model.block_out_channels=[32,32,64,64]",
+    "model.num_groups=16",
     "loss.lpips=0",
     "loss.adversarial=0",
+    "discriminator.width=S",
     "optimizer.warmup_steps=20",
+    "ema_decay=0",
     "log_every=10",
     "validate_every=50",
     "tracker=none",
 )
 SCALES = {
-    "paper": Scale("the paper's setting", diffusion=("fid.measure=always",)),
-    "medium": Scale(
-        "medium scale, not the paper's",
-        size=2,
-        steps=10,
-        settings=(*DEMO_SETTINGS, "ema_decay=0"),
+    "paper": Scale("the paper's setting", diffusion=("fid.measure=always",), reduced=False),
+    "small": Scale(
+        "small scale, not the paper's",
+        steps=5,
+        settings=(
+            *REDUCED_SETTINGS,
+            "data.validation_count=64",
+            "model.layers_per_block=2",
+            "optimizer.schedule=cosine",
+            "checkpoint.every=250",
+        ),
         diffusion=("fid.measure=never", "precision=fp32", "max_steps=2000"),
         second_stage="small",
-        demo=True,
         mmd_groups=4,
+        complexity_batch=1,
     ),
     "tiny": Scale(
         "tiny scale, not the paper's",
         size=4,
         steps=2,
         settings=(
-            *DEMO_SETTINGS,
-            "data.batch_size=4",
-            "model.block_out_channels=[32,32,64,64]",
+            *REDUCED_SETTINGS,
+            "data.train=demo",
+            "data.validation_count=28",
             "model.layers_per_block=1",
-            "model.num_groups=16",
-            "ema_decay=0",
-            "discriminator.width=S",
             "checkpoint.every=0",
         ),
         diffusion=("fid.measure=never", "precision=fp32", "max_steps=600", "data.batch_size=16"),
@@ -212,7 +218,7 @@ def training_config(
         UserError: a setting does not exist or does not fit.
     """
     name, chosen = run.config or experiment.config, [*experiment.settings, *run.settings]
-    if scale.demo:
+    if scale.reduced:
         chosen += [*scaled_settings(load_config(name, chosen), scale), *experiment.demo, *run.demo]
     return load_config(name, [*chosen, f"seed={seed}", *overrides])
 
@@ -262,12 +268,13 @@ class Setup:
     Args:
         scale: name of a scale from `SCALES`.
         output: folder for trained models and results, shared by all experiments of a scale.
-        data: training images per data set, as `data.train` takes them; for the scale "paper".
+        data: training images per data set, as `data.train` takes them; for the scales "small" and "paper".
         validation: images to measure on, per data set.
         overrides: settings that replace the experiment's; those of the second stage begin with "diffusion.".
         metrics: metrics instead of the experiment's; None takes psnr and ssim, which need no weights, below the
             paper's scale.
         seeds: number of seeds instead of the experiment's.
+        rows: cells; only the rows that have one of them are run. All rows without cells.
     """
 
     scale: str
@@ -277,6 +284,7 @@ class Setup:
     overrides: Sequence[str] = ()
     metrics: Sequence[str] | None = None
     seeds: int | None = None
+    rows: Sequence[str] = ()
 
     @property
     def at(self) -> Scale:

@@ -50,7 +50,7 @@ LANGUAGES = {"python", "sh", "yaml", "text", "cpp", "cmake", "bibtex", "toml"}
 # Commands that are not run, by patterns of their beginnings, and the reasons.
 NOT_RUN = {
     r"torchrun ": "starts several processes, as the tests of training, latents and evaluation do",
-    r"litevae experiment \w+ --scale (medium|paper)": "takes days on a GPU",
+    r"litevae experiment \w+ --scale (small|paper)": "takes hours or days",
     r"sudo apt-get |python -m litevae\.experiments\.photographs ": "needs packages of Debian, from the network",
     r"pip install ": "needs the network; .ci/run installs the package",
     r"litevae push |hf ": "needs the network; tests/litevae/cli/test_push.py has a Hub of its own",

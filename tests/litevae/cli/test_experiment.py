@@ -13,7 +13,7 @@ def test_list_prints_every_experiment_with_its_title(litevae):
 
 def test_unknown_names_and_scales_are_one_line(fails, tmp_path):
     assert "did you mean 'table09'?" in fails("experiment", "tabel09", "-o", tmp_path)
-    assert "--scale huge: must be one of paper, medium, tiny" in fails(
+    assert "--scale huge: must be one of paper, small, tiny" in fails(
         "experiment", "table09", "--scale", "huge"
     )
 

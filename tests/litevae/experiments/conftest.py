@@ -55,9 +55,11 @@ def make_row(name, psnrs, paper=None, runs=None):
     return Row(RunSpec(row=["set", name], paper=paper or {}), runs, [{"psnr": value} for value in psnrs], 28)
 
 
-def make_report(tmp_path, rows, claims=(), scale="medium", **settings):
+def make_report(tmp_path, rows, claims=(), scale="small", **settings):
     experiment = Experiment(title="a title", columns=["Dataset", "Model"], claims=list(claims), **settings)
-    path = write_report("table07", experiment, Setup(scale, tmp_path), rows, [], 12.0)
+    path = write_report(
+        "table07", experiment, Setup(scale, tmp_path, {"imagenet": "photographs/train"}), rows, [], 12.0
+    )
     return path.read_text()
 
 

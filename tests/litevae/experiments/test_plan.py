@@ -11,7 +11,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--scale", "huge"], "--scale huge: must be one of paper, medium, tiny"),
+        (["--scale", "huge"], "--scale huge: must be one of paper, small, tiny"),
         (
             ["--scale", "paper", "--metrics", "psnr"],
             "row 'both' needs images of imagenet: give --data imagenet=PATH",
@@ -21,7 +21,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
             ["--scale", "paper", "--data", "imagnet=/x"],
             "--data imagnet=...: this experiment's data sets are imagenet",
         ),
-        (["--data", "imagenet=/x"], "--data and --validation are for --scale paper"),
+        (["--data", "imagenet=/x"], "--data and --validation are for the scales small and paper"),
+        (
+            ["--row", "neither"],
+            "--row 'neither': no row has this cell: choose from 'both', 'without Gaussian'",
+        ),
+        (["--scale", "small"], "row 'both' needs images of imagenet: give --data imagenet=PATH"),
         (["--metrics", "fsim"], "unknown metric 'fsim': choose from rfid, lpips, psnr, ssim"),
         (["data.sise=32"], "unknown setting 'data.sise': did you mean 'data.size'?"),
         (["data.size=36"], "row 'both': size must be a multiple of 8"),

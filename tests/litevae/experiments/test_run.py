@@ -1,6 +1,8 @@
 import json
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import litevae.experiments.demo_images as demo_images_module
 import litevae.experiments.trained as trained_module
@@ -65,3 +67,27 @@ def test_a_signal_stops_it_and_nothing_is_reported(tmp_path, own, monkeypatch, c
     assert main(["experiment", own, "-o", str(tmp_path / "out")]) == 0
     assert "stopped by SIGINT: the same command continues" in capsys.readouterr().out
     assert not (tmp_path / "out" / "own.md").exists()
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_small_scale_trains_and_measures_on_folders_without_resizing(tmp_path, own, capsys):
+    random = np.random.default_rng(0)
+    folders = [tmp_path / name for name in ("train", "held-out")]
+    for folder in folders:
+        folder.mkdir()
+        for number in range(3):
+            pixels = random.integers(0, 256, (40, 33 + number, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / f"{number}.png")
+    out = tmp_path / "out"
+    options = [f"--data=imagenet={folders[0]}", f"--validation=imagenet={folders[1]}", "--row=both"]
+    command = ["experiment", own, "--scale=small", *options, "max_steps=1", "data.size=32", "-o", str(out)]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert f"Trained for 1 steps of 4 crops of {folders[0]}, 32 pixels per side" in printed
+    assert "Only rows with both." in printed
+    assert "Measured on 3 squares of held-out images, not resized, 32 pixels per side" in printed
+    assert "It helps." not in printed  # a claim about a row that was left out
+    (squares,) = (out / "images").iterdir()
+    for number, file in enumerate(sorted(squares.iterdir())):
+        whole = np.asarray(Image.open(folders[1] / f"{number}.png"))
+        assert np.array_equal(np.asarray(Image.open(file)), whole[:32, :32])
