@@ -75,17 +75,25 @@ def gradients(step: TrainingStep) -> list[Tensor]:
 def check_gradients(
     name: str, size: int, image: Tensor, noise: Tensor, dtype: torch.dtype, *, adversarial: bool
 ) -> None:
-    """Checks the gradients in `dtype` against those of PyTorch's own operators in `dtype` and float32."""
+    """Checks the gradients in `dtype` against those of PyTorch's own operators in `dtype` and float64."""
     config, overrides = SUBJECTS[name]
 
-    def run(backend: str | None, *more: str) -> list[Tensor]:
+    def run(backend: str | None, *more: str, double: bool = False) -> list[Tensor]:
         step = make_step(config, [*overrides, f"precision={dtype_name(dtype)}", *more], size, adversarial)
+        inputs = (image, noise)
+        if double:
+            inputs = (image.double(), noise.double())
+            for module in (step.model, step.discriminator, step.objective, step.ema.model):
+                if module is not None:
+                    module.double()
         call = step if backend is None else with_backend(backend, step)
-        assert call(image, noise, 1, False).non_finite is None
+        assert call(*inputs, 1, False).non_finite is None
         return gradients(step)
 
     ours, plain = run(None), run("reference")
-    for actual, expected, exact in zip(ours, plain, run("reference", "precision=fp32"), strict=True):
+    for actual, expected, exact in zip(
+        ours, plain, run("reference", "precision=fp32", double=True), strict=True
+    ):
         check(actual, expected, exact, name, FLOAT32_ERROR)
 
 
