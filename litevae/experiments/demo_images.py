@@ -43,12 +43,13 @@ def held_out_images(setup: Setup, run: RunSpec, size: int) -> str:
 
 
 def squares_of_source(path: str, size: int) -> Squares:
-    """Yields one square of each of at most `SQUARES` images, evenly spaced in the source and not resized."""
+    """Yields at most `SQUARES` squares, evenly spaced in the source and in its images, and not resized."""
     images = open_images(path)
+    most = max(1, SQUARES // len(images))  # per image
     for index in range(0, len(images), max(1, -(-len(images) // SQUARES))):
         squares = cut(images.load(index), size)
-        if squares:
-            yield f"{index:07d}.png", squares[index % len(squares)]
+        for place in sorted({number * len(squares) // most for number in range(most)} if squares else ()):
+            yield f"{index:07d}-{place:04d}.png", squares[place].copy()
 
 
 def squares_folder(output: Path, held_out: bool, size: int) -> Path:

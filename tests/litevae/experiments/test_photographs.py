@@ -34,17 +34,21 @@ def test_photographs_become_disjoint_squares_of_two_splits(packages, tmp_path, c
     names = {
         split: sorted(file.name for file in (folder / split).iterdir()) for split in ("train", "held-out")
     }
-    assert len(names["train"]) == 6 + 2
+    assert len(names["train"]) == 2 * 2 + 2
     assert len(names["held-out"]) == 2 + 1
     printed = capsys.readouterr().out
-    assert "8 squares in" in printed
+    assert "6 squares in" in printed
     assert "3 squares in" in printed
-    pixels = read_image(packages[0].folder / "nature/leaf.png")
+    # 800 x 600 pixels are reduced to 683 x 512; the other photograph is small enough.
+    pixels = Image.open(packages[0].folder / "nature/leaf.png").resize((683, 512), Image.Resampling.BICUBIC)
     squares = [
         read_image(folder / "train" / name) for name in names["train"] if name.startswith("wallpapers")
     ]
-    rows = [np.concatenate(squares[i : i + 3], axis=1) for i in (0, 3)]
-    assert np.array_equal(np.concatenate(rows), pixels[:512, :768])
+    rows = [np.concatenate(squares[i : i + 2], axis=1) for i in (0, 2)]
+    assert np.array_equal(np.concatenate(rows), np.asarray(pixels)[:512, :512])
+    whole = read_image(packages[1].folder / "nature/leaf.png")
+    small = [read_image(folder / "held-out" / name) for name in names["held-out"] if name.startswith("back")]
+    assert np.array_equal(np.concatenate(small, axis=1), whole[:256, :512])
     text = (folder / "LICENCES.txt").read_text(encoding="utf-8")
     assert all(f"{name}: " in text for name in ("wallpapers", "backgrounds", "scikit-image"))
 
