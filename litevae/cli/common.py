@@ -18,7 +18,14 @@ if TYPE_CHECKING:
     import torch
 
 # By metric: heading, and digits after the decimal point.
-COLUMNS = {"rfid": ("rFID", 3), "lpips": ("LPIPS", 4), "psnr": ("PSNR", 2), "ssim": ("SSIM", 4)}
+COLUMNS = {
+    "rfid": ("rFID", 3),
+    "lpips": ("LPIPS", 4),
+    "st_lpips": ("ST-LPIPS", 4),
+    "psnr": ("PSNR", 2),
+    "ssim": ("SSIM", 4),
+}
+METRIC_NAMES = "rfid, lpips, st_lpips, psnr and ssim"
 
 ModelArgument = Annotated[
     Path,
@@ -44,9 +51,7 @@ DataArgument = Annotated[
 FolderOption = Annotated[
     Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the picture and the figures.")
 ]
-MetricsOption = Annotated[
-    str, typer.Option(metavar="NAMES", help="Metrics, from rfid, lpips, psnr and ssim.")
-]
+MetricsOption = Annotated[str, typer.Option(metavar="NAMES", help=f"Metrics, from {METRIC_NAMES}.")]
 SizeOption = Annotated[int, typer.Option(min=16, metavar="PIXELS", help="Side that images are resized to.")]
 CountOption = Annotated[int, typer.Option(min=1, metavar="N", help="Maximum number of images to measure.")]
 OptionalCountOption = Annotated[

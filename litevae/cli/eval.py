@@ -10,6 +10,7 @@ import typer
 
 from litevae.cli.common import (
     COLUMNS,
+    METRIC_NAMES,
     BatchSizeOption,
     DataArgument,
     ModelArgument,
@@ -36,7 +37,8 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="NAMES",
-            help="Metrics, from rfid, lpips, psnr and ssim; by default all that take the model's images.",
+            help=f"Metrics, from {METRIC_NAMES}; by default those of rfid, lpips, psnr and ssim that take the "
+            "model's images.",
         ),
     ] = None,
     size: SizeOption = 256,
@@ -72,16 +74,20 @@ def evaluate(
     Example: litevae eval runs/imagenet-b path/to/images -o imagenet-b.json
              litevae eval diffusers:path/to/sd-vae path/to/images -o sd-vae.json
              litevae eval runs/demo demo --size 64 --metrics psnr,ssim
+             litevae eval runs/demo demo --size 64 --metrics st_lpips,psnr
              litevae eval runs/distill path/to/images --teacher path/to/sd-vae
              litevae eval runs/imagenet-b path/to/images --save reconstructions.npz
              torchrun --nproc-per-node 2 --no-python litevae eval runs/imagenet-b path/to/images
 
     Images are cropped to the middle square and resized; images and reconstructions are rounded to 8 bits before
-    every metric, unless the model was trained with data.value_range. PSNR (in dB), SSIM and LPIPS (VGG16) are means
-    over the images. rFID compares Inception features and is biased upwards if there are few images: compare it only
-    at equal counts. rFID and LPIPS are for RGB images of 8 bits. Three yardsticks without any learning are measured
-    on the same pixels: the mean colour, the enlarged means of f x f blocks, and as many of each block's coarsest Haar
-    coefficients as the latent has channels. A model below the last one is marked.
+    every metric, unless the model was trained with data.value_range. PSNR (in dB), SSIM, LPIPS (VGG16)
+    and ST-LPIPS (AlexNet) are means over the images. rFID compares Inception features and is biased upwards if there
+    are few images: compare it only at equal counts. rFID, LPIPS and ST-LPIPS are for RGB images of 8 bits. st_lpips
+    is not LPIPS; it needs pip install 'litevae[perceptual]' and downloads nothing.
+
+    Three yardsticks without any learning are measured on the same pixels: the mean colour, the enlarged means of
+    f x f blocks, and as many of each block's coarsest Haar coefficients as the latent has channels. A model below the
+    last one is marked.
 
     --teacher also measures the autoencoder that the model was distilled from, the speed of both encoders, and in
     float32 the errors of the model's posterior: the error of its mean relative to the standard deviation of the
@@ -98,7 +104,7 @@ def evaluate(
     and of VGG16 (for lpips) are downloaded if they are missing. The averaged weights of a checkpoint are
     evaluated.
     """
-    names = list(COLUMNS) if metrics is None else parse_metrics(metrics)
+    names = parse_metrics(metrics or "")
     check_new_file(output, overwrite)
     partial: Path | None = output.with_name(output.name + ".partial")
     if save is not None:
@@ -127,14 +133,15 @@ def evaluate(
     from litevae.evaluation.complexity import measure_speed
     from litevae.evaluation.evaluate import evaluate as run
     from litevae.evaluation.fid import INCEPTION_NAME
-    from litevae.evaluation.metrics import check_metrics_apply, split_metrics
+    from litevae.evaluation.metrics import DEFAULT_METRICS, check_metrics_apply, split_metrics
     from litevae.evaluation.yardsticks import BELOW, below_haar, for_json, yardstick_labels
+    from litevae.losses.st_lpips import ST_LPIPS_NAME
     from litevae.models.interface import pixel_format
 
     images_of = pixel_format(autoencoder)
     left_out: list[str] = []
     if metrics is None:
-        names, left_out = split_metrics(names, images_of)
+        names, left_out = split_metrics(DEFAULT_METRICS, images_of)
     else:
         check_metrics_apply(names, images_of, "--metrics: ")
     has_device = torch.accelerator.is_available()
@@ -188,6 +195,7 @@ def evaluate(
             for name, network in (
                 ("rfid", INCEPTION_NAME),
                 ("lpips", "LPIPS 0.1, VGG16"),
+                ("st_lpips", ST_LPIPS_NAME),
             )
             if name in names
         },
@@ -225,6 +233,8 @@ def evaluate(
             f"{errors.relative:.2%} of the latents' standard deviation; of its log-variance: {errors.logvar:.3g}"
         )
         print(f"encoder: {own:.4g} images/s, the teacher's {others:.4g} images/s ({own / others:.1f}x)")
+    for name, network in record["networks"].items():
+        print(f"{COLUMNS[name][0]}: {network}")
     if result.exact and "psnr" in names:
         print(f"images reconstructed without an error: {result.exact}; the PSNR is the mean of the others")
     if result.unreadable:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from litevae.cli.common import parse_metrics
+from litevae.cli.common import METRIC_NAMES, parse_metrics
 from litevae.errors import UserError
 
 
@@ -29,9 +29,7 @@ def experiment(
     ] = None,
     metrics: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAMES", help="Metrics, from rfid, lpips, psnr and ssim; the experiment's by default."
-        ),
+        typer.Option(metavar="NAMES", help=f"Metrics, from {METRIC_NAMES}; the experiment's by default."),
     ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, metavar="N", help="Runs per row.")] = None,
     row: Annotated[

@@ -1,4 +1,4 @@
-"""rFID, LPIPS, PSNR and SSIM of an autoencoder over any number of images."""
+"""rFID, LPIPS, ST-LPIPS, PSNR and SSIM of an autoencoder over any number of images."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -20,16 +20,24 @@ from litevae.data.sources import ImageSource
 from litevae.data.squares import SquareDataset
 from litevae.errors import UserError
 from litevae.evaluation.fid import make_fid, share_features
-from litevae.evaluation.metrics import METRICS, batch_psnr, batch_ssim, check_metrics_apply
+from litevae.evaluation.metrics import (
+    DEFAULT_METRICS,
+    METRICS,
+    batch_psnr,
+    batch_ssim,
+    check_metric_sizes,
+    check_metrics_apply,
+    distance_networks,
+)
 from litevae.evaluation.reconstruction import reconstruct_batch
 from litevae.evaluation.saved import saving
 from litevae.evaluation.yardsticks import YARDSTICKS, make_yardsticks
 from litevae.files import open_regular, replacing
-from litevae.losses.perceptual import LPIPS
 from litevae.memory import check_batch
 from litevae.models.interface import Autoencoder, check_images, check_size, pixel_format
 
 SAVE_EVERY = 60.0  # seconds
+AVERAGED = ("psnr", "ssim", "lpips", "st_lpips")  # means over the images
 SUMS = ("sums", "count", "exact", "unreadable")  # buffers of `Sums`
 REAL = ("real_features_sum", "real_features_cov_sum", "real_features_num_samples")  # states of the FID
 MODEL = "model"
@@ -40,10 +48,10 @@ MEASURED = (MODEL, *YARDSTICKS)
 class Evaluation:
     """The result of `evaluate`.
 
-    `values` holds the requested metrics: rfid and lpips (0 or more; lower is better), psnr in dB, and ssim (1 or
-    less; higher is better). `count` images were measured and `unreadable` ones left out. `exact` of them were
-    reconstructed without an error. Their PSNR is infinite, so the mean PSNR leaves them out; it is infinite if
-    all images are exact. `yardsticks` holds the same metrics of each yardstick on the same pixels.
+    `values` holds the requested metrics: rfid, lpips and st_lpips (0 or more; lower is better), psnr in dB, and ssim
+    (1 or less; higher is better). `count` images were measured and `unreadable` ones left out. `exact` of
+    them were reconstructed without an error. Their PSNR is infinite, so the mean PSNR leaves them out; it is infinite
+    if all images are exact. `yardsticks` holds the same metrics of each yardstick on the same pixels.
     """
 
     values: dict[str, float]
@@ -57,7 +65,7 @@ class Evaluation:
 def evaluate(
     model: Autoencoder,
     images: ImageSource,
-    metrics: Sequence[str] = METRICS,
+    metrics: Sequence[str] = DEFAULT_METRICS,
     size: int = 256,
     count: int | None = None,
     batch_size: int = 16,
@@ -71,11 +79,11 @@ def evaluate(
     """Measures the reconstructions of images' middle squares, resized to `size` pixels.
 
     Images and reconstructions are rounded to 8 bits before every metric; those of a model with a range of values are
-    only clipped to it. PSNR, SSIM (Wang et al., 2004, as
-    `litevae.evaluation.metrics.ssim`) and LPIPS (0.1, VGG16) are means over the images. rFID is the Fréchet
-    distance (Heusel et al., 2017) of the 2048 Inception features; images are resized for Inception as in the
-    original. The yardsticks of `litevae.evaluation.yardsticks` are measured beside the model. Under `torchrun` each
-    process measures its share, and all return the same result. A progress bar is shown on stderr.
+    only clipped to it. PSNR, SSIM (Wang et al., 2004, as `litevae.evaluation.metrics.ssim`), LPIPS (0.1, VGG16) and
+    ST-LPIPS (AlexNet) are means over the images. rFID is the Fréchet distance (Heusel et al., 2017) of the
+    2048 Inception features; images are resized for Inception as in the original. The yardsticks of
+    `litevae.evaluation.yardsticks` are measured beside the model. Under `torchrun` each process measures its share,
+    and all return the same result. A progress bar is shown on stderr.
 
     Args:
         model: autoencoder; it runs on its own device and in its own dtype.
@@ -96,11 +104,12 @@ def evaluate(
 
     Raises:
         UserError: a metric is unknown, or not for such images; the model does not take these images, or this size; the
-            weights of Inception or VGG16 are missing and cannot be downloaded; too few images can be read; `partial`
-            belongs to another evaluation; or a reconstruction is not finite.
+            weights of Inception or VGG16 are missing and cannot be downloaded, or the package of st_lpips is missing;
+            too few images can be read; `partial` belongs to another evaluation; or a reconstruction is not finite.
     """
     check_metrics(metrics)
     check_size(model, size)
+    check_metric_sizes(metrics, [size])
     check_images(model, images)
     check_metrics_apply(metrics, pixel_format(model))
     check_batch(min(batch_size, len(images)), size, model.config.in_channels, model.device.type, "batch size")
@@ -166,7 +175,7 @@ class Sums(nn.Module):
         features: network that replaces Inception, as in `evaluate`.
     """
 
-    sums: Tensor  # sums of psnr, ssim and lpips: a row for each of `MEASURED`
+    sums: Tensor  # a row for each of `MEASURED`, a column for each of `AVERAGED`
     count: Tensor
     exact: Tensor  # one for each of `MEASURED`
     unreadable: Tensor
@@ -174,13 +183,13 @@ class Sums(nn.Module):
     def __init__(self, metrics: Sequence[str], features: nn.Module | None) -> None:
         super().__init__()
         self.metrics = tuple(metrics)
-        self.lpips = LPIPS() if "lpips" in metrics else None
+        self.networks = distance_networks(metrics)
         self.fids: dict[str, FrechetInceptionDistance] = {}
         if "rfid" in metrics:
             first = make_fid(features)
             self.fids = {MODEL: first} | {name: share_features(first) for name in YARDSTICKS}
         self.fid_modules = nn.ModuleList(self.fids.values())  # for `to`
-        self.register_buffer("sums", torch.zeros(len(MEASURED), 3, dtype=torch.float64))
+        self.register_buffer("sums", torch.zeros(len(MEASURED), len(AVERAGED), dtype=torch.float64))
         self.register_buffer("exact", torch.zeros(len(MEASURED), dtype=torch.int64))
         for name in ("count", "unreadable"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
@@ -193,14 +202,16 @@ class Sums(nn.Module):
             restored = reconstructions[name]
             if self.fids:
                 self.fids[name].update(restored, real=False)
-            if self.lpips is not None:
-                distance = self.lpips(to_model_range(images), to_model_range(restored))
-                self.sums[row, 2] += distance.double() * len(images)
             ratios = batch_psnr(images, restored)
             different = ratios.isfinite()
-            self.sums[row, 0] += ratios[different].sum()
+            totals = {"psnr": ratios[different].sum()}
             if "ssim" in self.metrics:
-                self.sums[row, 1] += batch_ssim(images, restored).sum()
+                totals["ssim"] = batch_ssim(images, restored).sum()
+            for metric, network in self.networks.items():
+                distance = network(to_model_range(images), to_model_range(restored))
+                totals[metric] = distance.double() * len(images)
+            for metric, total in totals.items():
+                self.sums[row, AVERAGED.index(metric)] += total
             self.exact[row] += (~different).sum()
         self.count += len(images)
 
@@ -214,11 +225,9 @@ class Sums(nn.Module):
         found: dict[str, dict[str, float]] = {}
         for row, name in enumerate(MEASURED):
             different = count - exact[row]
-            values = {
-                "psnr": sums[row, 0].item() / different if different else torch.inf,
-                "ssim": sums[row, 1].item() / count,
-                "lpips": sums[row, 2].item() / count,
-            }
+            totals = dict(zip(AVERAGED, sums[row].tolist(), strict=True))
+            values = {metric: total / count for metric, total in totals.items()}
+            values["psnr"] = totals["psnr"] / different if different else torch.inf
             if self.fids:
                 values["rfid"] = self.fid(name)
             found[name] = {metric: values[metric] for metric in self.metrics}

@@ -7,15 +7,18 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
-from torch import Tensor
+from torch import Tensor, nn
 
 from litevae.data.pixels import RGB, PixelFormat, Pixels
 from litevae.errors import UserError
+from litevae.losses.perceptual import LPIPS
+from litevae.losses.st_lpips import LEAST_SIDE, STLPIPS
 
-Metric = Literal["rfid", "lpips", "psnr", "ssim"]
+Metric = Literal["rfid", "lpips", "st_lpips", "psnr", "ssim"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
-LOWER_IS_BETTER = ("rfid", "lpips")
-RGB_METRICS = ("rfid", "lpips")  # whose networks take RGB images of 8 bits
+DEFAULT_METRICS: tuple[Metric, ...] = ("rfid", "lpips", "psnr", "ssim")  # st_lpips needs another package
+LOWER_IS_BETTER = ("rfid", "lpips", "st_lpips")
+RGB_METRICS = ("rfid", "lpips", "st_lpips")  # whose networks take RGB images of 8 bits
 SIGMA, RADIUS = 1.5, 5  # SSIM's window, in pixels
 
 
@@ -27,6 +30,23 @@ def check_metrics_apply(metrics: Sequence[str], pixel_format: PixelFormat, prefi
             f"{prefix}{others[0]} compares RGB images of 8 bits, and the model's are {pixel_format}: choose from "
             "psnr, ssim"
         )
+
+
+def check_metric_sizes(metrics: Sequence[str], sides: Sequence[int]) -> None:
+    """Raises UserError if a metric does not take images with one of these sides, in pixels."""
+    smallest = min(sides, default=LEAST_SIDE)
+    if "st_lpips" in metrics and smallest < LEAST_SIDE:
+        raise UserError(f"st_lpips needs images of at least {LEAST_SIDE} pixels a side, got {smallest}")
+
+
+def distance_networks(metrics: Sequence[str]) -> nn.ModuleDict:
+    """Returns the networks of the metrics that are the mean output of one, such as LPIPS, by the metrics' names.
+
+    Raises:
+        UserError: as the networks.
+    """
+    networks = {"lpips": LPIPS, "st_lpips": STLPIPS}
+    return nn.ModuleDict({name: make() for name, make in networks.items() if name in metrics})
 
 
 def split_metrics(metrics: Sequence[str], pixel_format: PixelFormat) -> tuple[list[str], list[str]]:

@@ -11,6 +11,7 @@ from litevae.data.sources import ImageSource
 from litevae.errors import UserError
 from litevae.evaluation.complexity import measure_complexity
 from litevae.evaluation.evaluate import Evaluation, check_metrics, evaluate
+from litevae.evaluation.metrics import check_metric_sizes
 from litevae.models.interface import Autoencoder, check_size
 from litevae.plotting import DPI
 
@@ -18,6 +19,7 @@ SIZES = (64, 128, 256, 512)
 LABELS = {
     "rfid": "rFID (lower is better)",
     "lpips": "LPIPS (lower is better)",
+    "st_lpips": "ST-LPIPS with AlexNet (lower is better)",
     "psnr": "PSNR in dB (higher is better)",
     "ssim": "SSIM (higher is better)",
 }
@@ -46,10 +48,11 @@ def sweep_resolutions(
         The results by name and size, in the given order.
 
     Raises:
-        UserError: a model does not take a size (one with a Vision Transformer takes a single size), or as
-            `evaluate`.
+        UserError: a model or a metric does not take a size (a model with a Vision Transformer takes a single size),
+            or as `evaluate`.
     """
     check_metrics(metrics)
+    check_metric_sizes(metrics, sizes)
     for name, model in models.items():
         for size in sizes:
             check_takes(name, model, size)

@@ -7,9 +7,15 @@ import torch
 from litevae.data.pixels import Pixels, as_batch, to_model_range
 from litevae.errors import UserError
 from litevae.evaluation.fid import make_fid
-from litevae.evaluation.metrics import METRICS, Metric, psnr, ssim
+from litevae.evaluation.metrics import (
+    METRICS,
+    Metric,
+    check_metric_sizes,
+    distance_networks,
+    psnr,
+    ssim,
+)
 from litevae.evaluation.reconstruction import reconstruct
-from litevae.losses.perceptual import LPIPS
 from litevae.models.interface import Autoencoder
 
 
@@ -23,8 +29,8 @@ class Validation:
         metrics: further metrics, from `METRICS`.
 
     Raises:
-        UserError: the weights of Inception or VGG16 are missing and cannot be downloaded, or rFID is asked for and
-            there are fewer than two images.
+        UserError: the weights of Inception or VGG16 are missing and cannot be downloaded, the package of st_lpips is
+            missing, the images are too small for a metric, or rFID is asked for and there are fewer than two.
     """
 
     def __init__(self, images: Sequence[Pixels], metrics: Sequence[Metric] = ()) -> None:
@@ -32,7 +38,8 @@ class Validation:
         self.metrics = [name for name in METRICS if name in ("psnr", "ssim", *metrics)]
         if "rfid" in metrics and len(images) < 2:
             raise UserError(f"rfid needs at least two images, got {len(images)}")
-        self.lpips = LPIPS() if "lpips" in metrics else None
+        check_metric_sizes(metrics, [min(image.shape[:2]) for image in images])
+        self.networks = distance_networks(metrics)
         self.fid = make_fid(None) if "rfid" in metrics else None
         if self.fid is not None:
             self.fid.reset_real_features = False  # those of the images stay the same
@@ -44,16 +51,15 @@ class Validation:
     def __call__(self, model: Autoencoder) -> tuple[dict[str, float], list[tuple[Pixels, Pixels]]]:
         """Returns the means of the metrics over the images, rFID, and each image with its reconstruction."""
         pairs = [(image, reconstruct(model, image)) for image in self.images]
-        found = {
+        found: dict[str, float] = {
             name: sum(metric(*pair) for pair in pairs) / len(pairs)
             for name, metric in (("psnr", psnr), ("ssim", ssim))
         }
-        if self.lpips is not None:
-            network = self.lpips.to(model.device)
+        for name, network in self.networks.to(model.device).items():
             distances = [
                 network(*(to_model_range(as_batch(each).to(model.device)) for each in pair)) for pair in pairs
             ]
-            found["lpips"] = torch.stack(distances).double().mean().item()
+            found[name] = torch.stack(distances).double().mean().item()
         if self.fid is not None:
             found["rfid"] = self.measure_fid(pairs, model)
         return {name: found[name] for name in self.metrics}, pairs

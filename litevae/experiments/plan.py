@@ -14,6 +14,7 @@ from litevae.diffusion.fid import prepare_fid
 from litevae.discriminators import build_discriminator
 from litevae.errors import UserError
 from litevae.evaluation.evaluate import Sums, check_metrics
+from litevae.evaluation.metrics import check_metric_sizes
 from litevae.experiments.demo_images import held_out_images
 from litevae.experiments.spec import (
     SECOND_STAGE,
@@ -22,6 +23,7 @@ from litevae.experiments.spec import (
     Setup,
     load_experiment,
     matches,
+    measured_size,
     measured_sizes,
     training_config,
 )
@@ -29,6 +31,7 @@ from litevae.experiments.trained import digest
 from litevae.losses import Objective
 from litevae.models.build import with_fresh_weights
 from litevae.models.interface import check_size
+from litevae.training.build import check_sizes
 from litevae.training.config import Config, check_batch_size, list_stages
 
 WITHOUT_WEIGHTS = ("psnr", "ssim")
@@ -66,6 +69,10 @@ def prepare(name: str, setup: Setup) -> tuple[Experiment, list[list[Config]]]:
     for run, (config, *_) in zip(experiment.runs, configs, strict=True):
         try:
             check_run(experiment, setup, config)
+            if experiment.kind in WITH_METRICS:
+                one = [measured_size(config, run, setup.at)]
+                sizes = measured_sizes(experiment, setup.at) if experiment.kind == "resolution" else one
+                check_metric_sizes(wanted_metrics(experiment, setup), sizes)
             if experiment.kind == "generation":
                 check_second_stage(experiment, setup, run)
         except (UserError, ValueError) as error:
@@ -162,10 +169,10 @@ def check_run(experiment: Experiment, setup: Setup, config: Config) -> None:
         sizes = [stage.size for stage in list_stages(config)]
         if config.loss.adversarial:
             build_discriminator(config.discriminator, *sizes)
+    check_sizes(model, config)
     if experiment.kind == "resolution":
-        sizes += measured_sizes(experiment, setup.at)
-    for size in sizes:
-        check_size(model, size)
+        for size in measured_sizes(experiment, setup.at):
+            check_size(model, size)
     for stage in list_stages(config):
         check_batch_size(stage.batch_size, config.optimizer.accumulation, PartialState().num_processes)
     Objective(config.loss)  # raises if VGG's weights are missing

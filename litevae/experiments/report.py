@@ -13,6 +13,7 @@ from litevae.experiments.spec import Experiment, Setup, measured_size, measured_
 from litevae.experiments.trained import Row
 from litevae.experiments.verdict import confidence, error_bar, heading_of, join_words, number, verdicts
 from litevae.files import replacing
+from litevae.losses import RECONSTRUCTION_TERMS
 from litevae.training.config import list_stages
 
 
@@ -132,9 +133,8 @@ def training_images(setup: Setup, row: Row) -> str:
 def trained_with(rows: Sequence[Row]) -> str:
     """Describes the settings of all rows that matter for the result."""
     configs = [(trained.config, trained.record) for row in rows for trained in row.trained]
-    losses = ("l1", "l2", "lpips", "esrgan", "wavelet", "gaussian", "ldl", "kl", "adversarial")
     weights = []
-    for name in losses:
+    for name in (*RECONSTRUCTION_TERMS, "kl", "adversarial"):
         values = {getattr(config.loss, name) for config, _ in configs}
         if values != {0}:
             weights.append(f"{name} {join_words({f'{value:g}' for value in values})}")

@@ -11,11 +11,23 @@ from litevae.experiments.spec import MARGINS, Claim, Experiment, matches
 from litevae.experiments.trained import Row
 
 # Prefixes of the metrics of which lower values are better.
-LOWER_IS_BETTER = ("rfid", "lpips", "fid", "imbalance", "sigma", "spread", "worst", "memory", "seconds")
+LOWER_IS_BETTER = (
+    "rfid",
+    "lpips",
+    "st_lpips",
+    "fid",
+    "imbalance",
+    "sigma",
+    "spread",
+    "worst",
+    "memory",
+    "seconds",
+)
 # By metric: heading, and digits after the decimal point.
 HEADINGS = {
     "rfid": ("rFID ↓", 2),
     "lpips": ("LPIPS ↓", 3),
+    "st_lpips": ("ST-LPIPS (AlexNet) ↓", 3),
     "psnr": ("PSNR ↑", 2),
     "ssim": ("SSIM ↑", 3),
     "fid": ("FID ↓", 2),

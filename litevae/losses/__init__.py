@@ -12,11 +12,13 @@ from litevae.losses.objective import (
     Loss,
     LossConfig,
     Objective,
+    least_side,
     sum_terms,
 )
 from litevae.losses.perceptual import LPIPS, ESRGANLoss
 from litevae.losses.reconstruction import l1_loss, l2_loss
 from litevae.losses.regularisation import LeCam, gradient_penalty
+from litevae.losses.st_lpips import STLPIPS
 from litevae.losses.teacher import teacher_kl_loss
 from litevae.losses.wavelet import wavelet_loss
 
@@ -24,6 +26,7 @@ __all__ = [
     "LPIPS",
     "RECONSTRUCTION_TERMS",
     "RGB_TERMS",
+    "STLPIPS",
     "TEACHER_TERMS",
     "TERMS",
     "ESRGANLoss",
@@ -40,6 +43,7 @@ __all__ = [
     "l1_loss",
     "l2_loss",
     "ldl_loss",
+    "least_side",
     "sum_terms",
     "teacher_kl_loss",
     "wavelet_loss",

@@ -21,12 +21,13 @@ from litevae.losses.kl import kl_loss
 from litevae.losses.ldl import ldl_loss
 from litevae.losses.perceptual import LPIPS, ESRGANLoss
 from litevae.losses.reconstruction import l1_loss, l2_loss
+from litevae.losses.st_lpips import LEAST_SIDE, STLPIPS
 from litevae.losses.teacher import teacher_kl_loss
 from litevae.losses.wavelet import wavelet_loss
 from litevae.settings import setting
 
-RECONSTRUCTION_TERMS = ("l1", "l2", "lpips", "esrgan", "wavelet", "gaussian", "ldl")
-RGB_TERMS = ("lpips", "esrgan")  # whose networks take images of 3 channels
+RECONSTRUCTION_TERMS = ("l1", "l2", "lpips", "st_lpips", "esrgan", "wavelet", "gaussian", "ldl")
+RGB_TERMS = ("lpips", "st_lpips", "esrgan")  # whose networks take images of 3 channels
 TEACHER_TERMS = ("teacher_kl", "teacher_mean", "teacher_logvar")
 TERMS = (*RECONSTRUCTION_TERMS, "kl", *TEACHER_TERMS, "adversarial")
 
@@ -46,6 +47,9 @@ class LossConfig:
     l1: float = setting(1.0, "Weight of the L1 loss.", minimum=0)
     l2: float = setting(0.0, "Weight of the L2 loss.", minimum=0)
     lpips: float = setting(0.0, "Weight of LPIPS, a perceptual loss.", minimum=0)
+    st_lpips: float = setting(
+        0.0, "Weight of ST-LPIPS, a perceptual loss other than LPIPS, which downloads nothing.", minimum=0
+    )
     esrgan: float = setting(0.0, "Weight of ESRGAN's perceptual loss.", minimum=0)
     wavelet: float = setting(1.0, "Weight of the wavelet loss.", minimum=0)
     gaussian: float = setting(0.5, "Weight of the Gaussian loss.", minimum=0)
@@ -66,7 +70,7 @@ class LossConfig:
         0.0, "Weight of the L1 distance of the posterior's log-variance from the teacher's.", minimum=0
     )
     repeat_channels: bool = setting(
-        False, "Repeat the channel of grey images for lpips and esrgan, whose networks take RGB."
+        False, "Repeat the channel of grey images for lpips, st_lpips and esrgan, whose networks take RGB."
     )
     adversarial: float = setting(0.0, "Weight of the adversarial loss; 0 trains no discriminator.", minimum=0)
     adversarial_loss: AdversarialLoss = setting("hinge", "Kind of the adversarial loss.")
@@ -83,6 +87,11 @@ class LossConfig:
     pretrained: bool = setting(
         True, "Pretrained VGG weights for lpips and esrgan; random ones if false, for tests only."
     )
+
+
+def least_side(config: LossConfig) -> int:
+    """Returns the smallest side of images that the networks of the terms in use take, in pixels."""
+    return LEAST_SIDE if config.st_lpips else 1
 
 
 @dataclass(frozen=True)
@@ -105,15 +114,16 @@ class Loss:
 class Objective(nn.Module):
     """Computes the `Loss` of the generator and of the discriminator.
 
-    The module has no parameters and an empty state dict; `.to(device)` moves the VGG networks of lpips and
-    esrgan.
+    The module has no parameters and an empty state dict; `.to(device)` moves the networks of lpips,
+    st_lpips and esrgan.
 
     Args:
         config: weights and settings of the terms.
 
     Raises:
         ValueError: no term that compares images or posteriors has a weight.
-        UserError: the weights of a VGG network are missing and cannot be downloaded.
+        UserError: the weights of a VGG network are missing and cannot be downloaded, or the package of st_lpips is
+            missing.
     """
 
     def __init__(self, config: LossConfig) -> None:
@@ -126,10 +136,15 @@ class Objective(nn.Module):
         if not any(name in self.weights for name in comparing):
             raise ValueError(f"one of {', '.join(comparing)} must have a weight other than 0")
         self.networks = nn.ModuleDict()
-        for name, network in {"lpips": LPIPS, "esrgan": ESRGANLoss}.items():
+        networks: dict[str, Callable[[], nn.Module]] = {
+            "lpips": lambda: LPIPS(config.pretrained),
+            "st_lpips": STLPIPS,
+            "esrgan": lambda: ESRGANLoss(config.pretrained),
+        }
+        for name, make in networks.items():
             if name in self.weights:
                 try:
-                    self.networks[name] = network(config.pretrained)
+                    self.networks[name] = make()
                 except UserError as error:
                     raise UserError(f"loss.{name}: {error}") from None
 
@@ -215,6 +230,7 @@ class Objective(nn.Module):
                 "l1": lambda: l1_loss(image, restored),
                 "l2": lambda: l2_loss(image, restored),
                 "lpips": lambda: self.networks["lpips"](*map(self.as_rgb, (image, restored))),
+                "st_lpips": lambda: self.networks["st_lpips"](*map(self.as_rgb, (image, restored))),
                 "esrgan": lambda: self.networks["esrgan"](*map(self.as_rgb, (image, restored))),
                 "wavelet": lambda: wavelet_loss(image, restored),
                 "gaussian": lambda: gaussian_loss(image, restored),

@@ -1,7 +1,7 @@
 """Perceptual losses on VGG's features: LPIPS, and ESRGAN's on features before the activation (Appendix D.1)."""
 
 import importlib.resources
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -16,39 +16,34 @@ from litevae.files import explaining_weights
 EPS = 1e-10
 
 
-class LPIPS(nn.Module):
-    """LPIPS 0.1 with VGG16 (Zhang et al., 2018), with the calibration of the `lpips` package.
+class CalibratedDistance(nn.Module):
+    """The distance of Zhang et al. (2018), Equation 1: a weighted squared distance of features of unit length.
 
     The module has no parameters and an empty state dict.
 
     Args:
-        pretrained: whether to load ImageNet's weights, as in `VGGFeatures`.
-
-    Raises:
-        UserError: VGG16's weights are missing and cannot be downloaded.
+        features: network whose features are compared.
+        weights: state dict of the `lpips` package, with the weights of the channels of each of the features.
     """
 
     shift: Tensor
     scale: Tensor
 
-    def __init__(self, pretrained: bool = True) -> None:
+    def __init__(self, features: "FrozenFeatures", weights: Mapping[str, Tensor]) -> None:
         super().__init__()
-        # relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3
-        self.features = VGGFeatures("vgg16", (3, 8, 15, 22, 29), pretrained)
+        self.features = features
         # ImageNet's normalisation for images in [-1, 1], rounded as in lpips.
         buffers = {
             "shift": torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1),
             "scale": torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1),
         }
-        with importlib.resources.as_file(importlib.resources.files("lpips") / "weights/v0.1/vgg.pth") as path:
-            calibration = torch.load(path, map_location="cpu", weights_only=True)
         for index in range(len(self.features.output_indices)):
-            buffers[f"calibration{index}"] = calibration[f"lin{index}.model.1.weight"]
+            buffers[f"calibration{index}"] = weights[f"lin{index}.model.1.weight"]
         for name, buffer in buffers.items():
             self.register_buffer(name, buffer, persistent=False)
 
     def forward(self, image: Tensor, reconstruction: Tensor) -> Tensor:
-        """Returns the mean LPIPS distance, computed in float32 even under autocast.
+        """Returns the mean distance, computed in float32 even under autocast.
 
         Args:
             image, reconstruction: images (N, 3, H, W) in [-1, 1] with H and W at least 16.
@@ -66,6 +61,23 @@ class LPIPS(nn.Module):
 
     def normalise(self, image: Tensor) -> Tensor:
         return (image.to(self.shift.dtype) - self.shift) / self.scale
+
+
+class LPIPS(CalibratedDistance):
+    """LPIPS 0.1 with VGG16 (Zhang et al., 2018), with the calibration of the `lpips` package.
+
+    Args:
+        pretrained: whether to load ImageNet's weights, as in `VGGFeatures`.
+
+    Raises:
+        UserError: VGG16's weights are missing and cannot be downloaded.
+    """
+
+    def __init__(self, pretrained: bool = True) -> None:
+        with importlib.resources.as_file(importlib.resources.files("lpips") / "weights/v0.1/vgg.pth") as path:
+            calibration = torch.load(path, map_location="cpu", weights_only=True)
+        # relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3
+        super().__init__(VGGFeatures("vgg16", (3, 8, 15, 22, 29), pretrained), calibration)
 
 
 def unit_vectors(features: Tensor) -> Tensor:
@@ -112,34 +124,21 @@ class ESRGANLoss(nn.Module):
         return ((image.to(self.mean.dtype) + 1) / 2 - self.mean) / self.std
 
 
-class VGGFeatures(nn.Module):
-    """The frozen layers of torchvision's VGG up to the last one in `output_indices`.
+class FrozenFeatures(nn.Module):
+    """Layers that stand one after the other, some of whose outputs are returned.
 
     The weights are non-persistent buffers: they are constants, which a checkpoint need not contain.
 
     Args:
-        name: name of the network.
+        layers: layers with their weights.
         output_indices: indices of the layers whose output `forward` returns, in ascending order.
-        pretrained: whether to load ImageNet's weights, which torchvision downloads. Otherwise, for tests,
-            the weights are random but always the same, and do not change the global random state.
-
-    Raises:
-        UserError: the weights are missing and cannot be downloaded.
     """
 
-    def __init__(
-        self, name: Literal["vgg16", "vgg19"], output_indices: Sequence[int], pretrained: bool
-    ) -> None:
+    def __init__(self, layers: nn.Sequential, output_indices: Sequence[int]) -> None:
         super().__init__()
+        self.layers = layers
         self.output_indices = tuple(output_indices)
-        with torch.device("meta"):  # allocates nothing for the classifier, which has most of a VGG's weights
-            network = torchvision.models.get_model(name, weights=None, init_weights=False)
-        self.layers: nn.Sequential = network.features[: self.output_indices[-1] + 1]
-        if pretrained:
-            load_pretrained(self.layers, name)
-        else:
-            randomise(self.layers)
-        for layer in self.layers:
+        for layer in layers:
             for key, parameter in list(layer.named_parameters()):
                 delattr(layer, key)
                 layer.register_buffer(key, parameter.detach(), persistent=False)
@@ -156,6 +155,32 @@ class VGGFeatures(nn.Module):
             if index in self.output_indices:
                 outputs.append(image)
         return outputs
+
+
+class VGGFeatures(FrozenFeatures):
+    """The frozen layers of torchvision's VGG up to the last one in `output_indices`.
+
+    Args:
+        name: name of the network.
+        output_indices: indices of the layers whose output `forward` returns, in ascending order.
+        pretrained: whether to load ImageNet's weights, which torchvision downloads. Otherwise, for tests,
+            the weights are random but always the same, and do not change the global random state.
+
+    Raises:
+        UserError: the weights are missing and cannot be downloaded.
+    """
+
+    def __init__(
+        self, name: Literal["vgg16", "vgg19"], output_indices: Sequence[int], pretrained: bool
+    ) -> None:
+        with torch.device("meta"):  # allocates nothing for the classifier, which has most of a VGG's weights
+            network = torchvision.models.get_model(name, weights=None, init_weights=False)
+        layers: nn.Sequential = network.features[: output_indices[-1] + 1]
+        if pretrained:
+            load_pretrained(layers, name)
+        else:
+            randomise(layers)
+        super().__init__(layers, output_indices)
 
 
 def load_pretrained(layers: nn.Sequential, name: str) -> None:

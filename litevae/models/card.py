@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 README = "README.md"
 PATH = "PATH"  # stands in a card's example for the folder or the repository of the model
 UNKNOWN_LICENSE = "unknown"  # one of the Hub's identifiers
-HEADINGS = {"psnr": "PSNR (dB)", "rfid": "rFID"}  # the other metrics in capitals
+HEADINGS = {
+    "psnr": "PSNR (dB)",
+    "rfid": "rFID",
+    "st_lpips": "ST-LPIPS (AlexNet)",
+}  # the other metrics in capitals
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import torch
 
 from litevae.data.config import check_has_images
 from litevae.errors import UserError
-from litevae.losses import TEACHER_TERMS
+from litevae.losses import TEACHER_TERMS, least_side
 from litevae.models.build import with_fresh_weights
 from litevae.models.initialise import fix_variance
 from litevae.models.interface import Autoencoder, check_size
@@ -107,8 +107,12 @@ def check_run(config: Config) -> None:
 
 
 def check_sizes(model: Autoencoder, config: Config) -> None:
-    """Raises UserError if the model does not take the images of a stage."""
-    check_size(model, config.data.size, "data.size")
+    """Raises UserError if the model or a loss does not take the images of a stage."""
+    sizes = {"data.size": config.data.size}
     for index, stage in enumerate(config.stages):
         if stage.size is not None and stage.start <= config.max_steps:
-            check_size(model, stage.size, f"stages[{index}].size")
+            sizes[f"stages[{index}].size"] = stage.size
+    for name, size in sizes.items():
+        check_size(model, size, name)
+        if size < least_side(config.loss):
+            raise UserError(f"{name} must be {least_side(config.loss)} or more for loss.st_lpips, got {size}")

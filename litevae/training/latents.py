@@ -78,7 +78,9 @@ def draw_strength(config: LatentConfig, count: int, device: torch.device) -> Ten
     return config.noise * factor
 
 
-def sides_to_draw(side: int, factor: int, smallest: float, discriminator: nn.Module | None) -> list[int]:
+def sides_to_draw(
+    side: int, factor: int, smallest: float, discriminator: nn.Module | None, least: int = MIN_SIZE
+) -> list[int]:
     """Returns the sides of latents that may stand for those of a stage, from `smallest` times their side on.
 
     Args:
@@ -86,10 +88,11 @@ def sides_to_draw(side: int, factor: int, smallest: float, discriminator: nn.Mod
         factor: pixels per latent pixel along a side.
         smallest: smallest factor of the scaling.
         discriminator: network whose `check_size` must accept the images, or None.
+        least: smallest side in pixels of images that the losses take.
     """
 
     def fits(pixels: int) -> bool:
-        if pixels < MIN_SIZE:
+        if pixels < max(least, MIN_SIZE):
             return False
         try:
             if discriminator is not None:

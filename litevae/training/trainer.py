@@ -23,7 +23,7 @@ from litevae.evaluation.pictures import draw_grid, draw_reconstructions
 from litevae.evaluation.validation import Validation
 from litevae.evaluation.yardsticks import HAAR, below_haar, for_json, measure_yardsticks
 from litevae.files import replacing
-from litevae.losses import Objective
+from litevae.losses import Objective, least_side
 from litevae.memory import check_batch
 from litevae.models.interface import Autoencoder, spatial_compression
 from litevae.models.weight_files import read_weights
@@ -236,8 +236,12 @@ class Trainer(Loop[TrainingResult]):
         change = None
         settings = self.config.latent
         if settings.noise or settings.equivariance:
-            smallest = settings.equivariance_scale
-            sides = sides_to_draw(side, factor, smallest, self.discriminator) if settings.equivariance else []
+            smallest, least = settings.equivariance_scale, least_side(self.config.loss)
+            sides = (
+                sides_to_draw(side, factor, smallest, self.discriminator, least)
+                if settings.equivariance
+                else []
+            )
             change = draw_change(settings, share, count, index, sides)
         return self.train_step(image, share, step, stop, self.unusable is not None, change, self.moments)
 

@@ -3,6 +3,7 @@ import math
 import os
 import runpy
 import signal
+import sys
 import threading
 import zlib
 from collections import deque
@@ -121,6 +122,38 @@ def photographs(tmp_path_factory):
 def own_precision():
     """Makes every Accelerator take its own precision; otherwise it keeps that of an earlier run in the process."""
     AcceleratorState._reset_state()
+
+
+@pytest.fixture(scope="session")
+def st_lpips_package():
+    """Returns the network of the package stlpips-pytorch, without two modules that it imports and does not use."""
+    unused = {"IPython": mock.Mock(), "torchsummary": mock.Mock()}
+    with mock.patch.dict(sys.modules, unused):
+        from stlpips_pytorch.stlpips import LPIPS as Network
+    return Network(net="alex", variant="shift_tolerant", verbose=False).requires_grad_(False)
+
+
+class Colours(torch.nn.Module):
+    """Features that are easy to compute: the mean of each colour."""
+
+    num_features = 3
+
+    def forward(self, images):
+        return images.double().mean((2, 3))
+
+
+@pytest.fixture
+def stand_in_networks(monkeypatch):
+    """Replaces the networks of rFID and LPIPS, whose weights are downloaded, and returns the features of rFID."""
+    from litevae.evaluation import evaluate, fid, metrics, validation  # slow to import
+    from litevae.losses import LPIPS
+
+    lpips = LPIPS(pretrained=False)
+    monkeypatch.setattr(metrics, "LPIPS", lambda: lpips)
+    make_fid = fid.make_fid
+    for module in (evaluate, validation):
+        monkeypatch.setattr(module, "make_fid", lambda features: make_fid(features or Colours()))
+    return Colours()
 
 
 @pytest.fixture(scope="session")

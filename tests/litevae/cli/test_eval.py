@@ -1,4 +1,5 @@
 import json
+import sys
 from urllib.error import URLError
 
 import numpy as np
@@ -9,6 +10,8 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
 from litevae.cli import main
+from litevae.data.sources import open_images
+from litevae.evaluation.evaluate import evaluate
 from litevae.evaluation.yardsticks import measure_yardsticks
 from litevae.files import sha256
 
@@ -102,6 +105,43 @@ def test_missing_weights_are_one_line(run, tiny_folder, tmp_path, monkeypatch):
         error = run(tiny_folder, "--metrics", metric, status=2).err
         assert error.count("\n") == 1
         assert f"{tmp_path}/checkpoints/{name} is not there" in error
+    assert not (tmp_path / "eval.json").exists()
+
+
+def test_every_metric_and_its_network(
+    run, tiny_folder, tiny_model, squares, square_pixels, tmp_path, stand_in_networks, st_lpips_package
+):
+    names = ["rfid", "lpips", "st_lpips", "psnr", "ssim"]
+    output = run(tiny_folder, "--metrics", ",".join(reversed(names)), "--save", tmp_path / "all.npz").out
+    record = json.loads((tmp_path / "eval.json").read_text())
+    expected = evaluate(
+        tiny_model, open_images(str(squares)), names, 32, workers=0, features=stand_in_networks
+    )
+    assert list(record["metrics"]) == names
+    assert record["metrics"] == pytest.approx(expected.values, rel=1e-4)
+    for found, values in zip(record["yardsticks"].values(), expected.yardsticks.values(), strict=True):
+        assert found == pytest.approx(values, rel=1e-4)
+    with np.load(tmp_path / "all.npz") as file:
+        pairs = [torch.from_numpy(each / 127.5 - 1).float() for each in (square_pixels, file["arr_0"])]
+    distances = st_lpips_package(*(each.permute(0, 3, 1, 2) for each in pairs))
+    assert record["metrics"]["st_lpips"] == pytest.approx(distances.mean().item(), rel=1e-4)
+    assert record["networks"] == {
+        "rfid": "Inception of torch-fidelity, weights-inception-2015-12-05-6726825d",
+        "lpips": "LPIPS 0.1, VGG16",
+        "st_lpips": "ST-LPIPS (not LPIPS) with AlexNet, stlpips-pytorch 0.0.2",
+    }
+    assert f"\nST-LPIPS: {record['networks']['st_lpips']}\n" in output
+    headings = "".join(f"{name:>10}" for name in ("rFID", "LPIPS", "ST-LPIPS", "PSNR", "SSIM"))
+    assert f"{headings}\n" in output
+
+
+def test_what_st_lpips_needs_is_one_line(run, tiny_folder, tmp_path, monkeypatch):
+    error = run(tiny_folder, "--metrics", "st_lpips", "--size", 16, status=2).err
+    assert error == "litevae: error: st_lpips needs images of at least 21 pixels a side, got 16\n"
+    monkeypatch.setitem(sys.modules, "stlpips_pytorch", None)
+    error = run(tiny_folder, "--metrics", "st_lpips", status=2).err
+    assert error.count("\n") == 1
+    assert "pip install 'litevae[perceptual]'" in error
     assert not (tmp_path / "eval.json").exists()
 
 

@@ -63,6 +63,7 @@ def test_result(run, tmp_path, squares):
         (["--sizes", "30"], "smc does not take images of 30 x 30 pixels: size must be a multiple of 4"),
         (["--names", "A"], "--names must be 2 different names, separated by commas, got A"),
         (["--names", "A,A"], "--names must be 2 different names"),
+        (["--metrics", "st_lpips", "--sizes", "20,32"], "st_lpips needs images of at least 21 pixels a side"),
         (["--metrics", "mse"], "error: unknown metric 'mse'"),
     ],
 )

@@ -12,6 +12,7 @@ from skimage import data
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import litevae.evaluation.evaluate as evaluate_module
+import litevae.evaluation.metrics as metrics_module
 from litevae import LiteVAE
 from litevae.data.sources import open_images
 from litevae.errors import UserError
@@ -100,36 +101,40 @@ def test_psnr_and_ssim_are_scikit_images():
     assert batch_psnr(*tensors).tolist() == pytest.approx(expected, rel=1e-12)
 
 
-def test_all_metrics_of_a_folder(model, folder, pairs, monkeypatch):
+def test_all_metrics_of_a_folder(model, folder, pairs, st_lpips_package, monkeypatch):
     """The expected values come from float64 formulas and scikit-image on the model's reconstructions."""
     lpips = LPIPS(pretrained=False)
-    monkeypatch.setattr(evaluate_module, "LPIPS", lambda: lpips)
-    features = Colours()
-    found = evaluate(model, open_images(str(folder)), size=SIZE, batch_size=3, workers=0, features=features)
+    monkeypatch.setattr(metrics_module, "LPIPS", lambda: lpips)
+    features, names = Colours(), ["rfid", "lpips", "st_lpips", "psnr", "ssim"]
+    found = evaluate(model, open_images(str(folder)), names, SIZE, batch_size=3, workers=0, features=features)
     assert (found.count, found.unreadable, found.exact) == (COUNT, 1, 0)
-    assert list(found.values) == ["rfid", "lpips", "psnr", "ssim"]
+    assert list(found.values) == names
 
     assert found.values["psnr"] == pytest.approx(
         np.mean([peak_signal_noise_ratio(a, b) for a, b in zip(*pairs, strict=True)]), abs=1e-4
     )
     ssim = [skimage_ssim(a, b) for a, b in zip(*pairs, strict=True)]
     assert found.values["ssim"] == pytest.approx(np.mean(ssim), abs=1e-4)
-    with torch.no_grad():
-        distances = [
-            lpips(*(torch.from_numpy(z[i : i + 1]).permute(0, 3, 1, 2).float() / 127.5 - 1 for z in pairs))
-            for i in range(COUNT)
-        ]
-    # VGG's features are float32, and the batches have another size.
-    assert found.values["lpips"] == pytest.approx(np.mean(distances), rel=1e-4)
+
+    def distance(network, *pairs):
+        """Returns the mean of a network's distances of the images, one by one."""
+        tensors = [torch.from_numpy(z).permute(0, 3, 1, 2).float() / 127.5 - 1 for z in pairs]
+        return np.mean(
+            [network(*pair).item() for pair in zip(*(each.split(1) for each in tensors), strict=True)]
+        )
+
+    # The networks compute in float32, and the batches have another size.
+    assert found.values["lpips"] == pytest.approx(distance(lpips, *pairs), rel=1e-4)
+    assert found.values["st_lpips"] == pytest.approx(distance(st_lpips_package, *pairs), rel=1e-4)
 
     a, b = (torch.cat(features.seen[side::5]).numpy() for side in (0, 1))
     for z, pixels in zip((a, b), pairs, strict=True):  # another batch size can round a pixel differently
         assert z == pytest.approx(pixels.mean((1, 2), dtype=np.float64), abs=5 / SIZE**2)
     covariances = [np.cov(z, rowvar=False) for z in (a, b)]
-    distance = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(
+    frechet = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(
         sum(covariances) - 2 * sqrtm(covariances[0] @ covariances[1]).real
     )
-    assert found.values["rfid"] == pytest.approx(distance, rel=1e-9)
+    assert found.values["rfid"] == pytest.approx(frechet, rel=1e-9)
 
     # The yardsticks are measured like another model on the same images.
     assert list(found.yardsticks) == list(YARDSTICKS)
@@ -144,11 +149,13 @@ def test_all_metrics_of_a_folder(model, folder, pairs, monkeypatch):
         c = torch.cat(features.seen[2 + number :: 5]).numpy()
         assert c == pytest.approx(restored.mean((1, 2)))
         covariances = [np.cov(z, rowvar=False) for z in (a, c)]
-        distance = ((a.mean(0) - c.mean(0)) ** 2).sum() + np.trace(
+        frechet = ((a.mean(0) - c.mean(0)) ** 2).sum() + np.trace(
             sum(covariances) - 2 * sqrtm(covariances[0] @ covariances[1]).real
         )
-        assert values["rfid"] == pytest.approx(distance, rel=1e-6, abs=1e-6)
+        assert values["rfid"] == pytest.approx(frechet, rel=1e-6, abs=1e-6)
         assert (values["lpips"] > 0) == (values["psnr"] < np.inf)
+        expected = distance(st_lpips_package, pairs[0], restored)
+        assert values["st_lpips"] == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("sample", [False, True])
@@ -219,7 +226,14 @@ def test_images_without_an_error_are_left_out_of_the_psnr():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"metrics": ["psnr", "fid"]}, "unknown metric 'fid': choose from rfid, lpips, psnr, ssim"),
+        (
+            {"metrics": ["psnr", "fid"]},
+            "unknown metric 'fid': choose from rfid, lpips, st_lpips, psnr, ssim",
+        ),
+        (
+            {"metrics": ["st_lpips"], "size": 20},
+            "st_lpips needs images of at least 21 pixels a side, got 20",
+        ),
         ({"metrics": []}, "no metrics given"),
         ({"size": 30}, "size must be a multiple of 4, at least 16, got 30"),
         ({"size": 12}, "size must be a multiple of 4, at least 16, got 12"),

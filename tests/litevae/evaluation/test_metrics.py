@@ -6,7 +6,14 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from litevae.data.pixels import PixelFormat
 from litevae.errors import UserError
-from litevae.evaluation.metrics import batch_psnr, batch_ssim, check_metrics_apply, psnr, ssim
+from litevae.evaluation.metrics import (
+    batch_psnr,
+    batch_ssim,
+    check_metric_sizes,
+    check_metrics_apply,
+    psnr,
+    ssim,
+)
 
 IMAGE = data.chelsea()[:64, :80]
 NOISY = np.clip(IMAGE + np.random.default_rng(0).normal(0, 10, IMAGE.shape), 0, 255).astype(np.uint8)
@@ -40,6 +47,13 @@ def test_ssim_equals_the_definition():
     assert ssim(IMAGE, NOISY) == pytest.approx(np.mean(values), rel=1e-9)
 
 
+def test_images_that_are_too_small_for_a_metric():
+    check_metric_sizes(["psnr", "st_lpips"], [21, 256])
+    check_metric_sizes(["psnr", "ssim"], [16])
+    with pytest.raises(UserError, match="st_lpips needs images of at least 21 pixels a side, got 20"):
+        check_metric_sizes(["psnr", "st_lpips"], [256, 20])
+
+
 @pytest.mark.parametrize(("low", "high"), [(0, 65535), (-1000, 3000)])
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_metrics_of_values_are_those_of_scikit_image_in_their_range(low, high, channels):
@@ -67,7 +81,7 @@ def test_metrics_of_values_are_those_of_scikit_image_in_their_range(low, high, c
 
 
 @pytest.mark.parametrize("images", [PixelFormat(1), PixelFormat(4), PixelFormat(3, (0, 65535))], ids=str)
-@pytest.mark.parametrize("metric", ["rfid", "lpips"])
+@pytest.mark.parametrize("metric", ["rfid", "lpips", "st_lpips"])
 def test_metrics_of_networks_are_for_rgb_of_8_bits(metric, images):
     with pytest.raises(
         UserError, match=f"here: {metric} compares RGB images of 8 bits, and the model's are {images}"

@@ -6,29 +6,18 @@ import torch
 from PIL import Image
 from skimage import data
 
-import litevae.evaluation.evaluate as evaluate_module
+import litevae.evaluation.metrics as metrics_module
 import litevae.evaluation.validation as validation_module
 from litevae import LiteVAE
 from litevae.data.sources import open_images
 from litevae.errors import UserError
 from litevae.evaluation.evaluate import evaluate
-from litevae.evaluation.fid import make_fid
 from litevae.evaluation.metrics import METRICS, is_better
 from litevae.evaluation.validation import Validation
-from litevae.losses.perceptual import LPIPS
 
 SIZE, COUNT = 32, 5
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-class Colours(torch.nn.Module):
-    """Features that are easy to compute: the mean of each colour."""
-
-    num_features = 3
-
-    def forward(self, images):
-        return images.double().mean((2, 3))
 
 
 def make_model(seed):
@@ -37,20 +26,22 @@ def make_model(seed):
     return LiteVAE.from_preset("litevae-s", **sizes)
 
 
-def test_metrics_are_those_of_an_evaluation_for_each_model_in_turn(tmp_path, monkeypatch):
-    lpips = LPIPS(pretrained=False)
-    for module in (evaluate_module, validation_module):
-        monkeypatch.setattr(module, "LPIPS", lambda: lpips)
-    monkeypatch.setattr(validation_module, "make_fid", lambda _: make_fid(Colours()))
+def test_metrics_are_those_of_an_evaluation_for_each_model_in_turn(tmp_path, stand_in_networks):
     images = [data.chelsea()[20 * i : 20 * i + SIZE, 30 * i : 30 * i + SIZE].copy() for i in range(COUNT)]
     for i, image in enumerate(images):
         Image.fromarray(image).save(tmp_path / f"{i}.png")
-    validation = Validation(images, ["rfid", "lpips"])
+    validation = Validation(images, ["rfid", "lpips", "st_lpips"])
     for seed in range(2):
         model = make_model(seed)
         found, pairs = validation(model)
         expected = evaluate(
-            model, open_images(str(tmp_path)), METRICS, SIZE, batch_size=1, workers=0, features=Colours()
+            model,
+            open_images(str(tmp_path)),
+            METRICS,
+            SIZE,
+            batch_size=1,
+            workers=0,
+            features=stand_in_networks,
         )
         assert list(found) == list(METRICS)
         assert found == pytest.approx(expected.values, rel=1e-4)
@@ -58,8 +49,9 @@ def test_metrics_are_those_of_an_evaluation_for_each_model_in_turn(tmp_path, mon
 
 
 def test_only_psnr_and_ssim_are_measured_unasked(monkeypatch):
-    for name in ("LPIPS", "make_fid"):
-        monkeypatch.setattr(validation_module, name, None)
+    monkeypatch.setattr(validation_module, "make_fid", None)
+    for name in ("LPIPS", "STLPIPS"):
+        monkeypatch.setattr(metrics_module, name, None)
     found, _ = Validation([data.chelsea()[:SIZE, :SIZE].copy()])(make_model(0))
     assert list(found) == ["psnr", "ssim"]
 
@@ -69,9 +61,15 @@ def test_rfid_of_one_image_is_refused():
         Validation([data.chelsea()], ["rfid"])
 
 
+def test_images_that_are_too_small_are_refused():
+    images = [data.chelsea()[:size, :SIZE].copy() for size in (SIZE, 16)]
+    with pytest.raises(UserError, match="st_lpips needs images of at least 21 pixels a side, got 16"):
+        Validation(images, ["st_lpips"])
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_lower_is_better_for_distances(metric):
-    lower = metric in ("rfid", "lpips")
+    lower = metric in ("rfid", "lpips", "st_lpips")
     assert is_better(metric, 1.0, 2.0) == lower
     assert is_better(metric, 2.0, 1.0) == (not lower)
     assert not is_better(metric, 1.0, 1.0)

@@ -27,9 +27,17 @@ pytestmark = pytest.mark.usefixtures("one_thread")
             "--row 'neither': no row has this cell: choose from 'both', 'without Gaussian'",
         ),
         (["--scale", "small"], "row 'both' needs images of imagenet: give --data imagenet=PATH"),
-        (["--metrics", "fsim"], "unknown metric 'fsim': choose from rfid, lpips, psnr, ssim"),
+        (["--metrics", "fsim"], "unknown metric 'fsim': choose from rfid, lpips, st_lpips, psnr, ssim"),
+        (
+            ["--metrics", "st_lpips", "data.size=16"],
+            "row 'both': st_lpips needs images of at least 21 pixels a side, got 16",
+        ),
+        (
+            ["loss.st_lpips=1", "data.size=16"],
+            "row 'both': data.size must be 21 or more for loss.st_lpips, got 16",
+        ),
         (["data.sise=32"], "unknown setting 'data.sise': did you mean 'data.size'?"),
-        (["data.size=36"], "row 'both': size must be a multiple of 8"),
+        (["data.size=36"], "row 'both': data.size must be a multiple of 8"),
         (["seed=3"], "seed=3: the experiment sets this itself"),
         (["diffusion.max_steps=3"], "diffusion.max_steps=3: this experiment has no second stage"),
         (

@@ -15,19 +15,20 @@ from litevae.training.trainer import TrainingResult
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.usefixtures("no_pictures", "stand_in_networks")
 def test_an_experiment_trains_measures_and_reports(tmp_path, own, own_text, capsys, monkeypatch):
     out = tmp_path / "out"
     cut = demo_images_module.cut
     monkeypatch.setattr(demo_images_module, "cut", lambda image, size: cut(image, size)[:5])
-    command = ["experiment", own, "max_steps=2", "-o", str(out)]
+    names = ["rfid", "lpips", "st_lpips", "psnr", "ssim"]
+    command = ["experiment", own, "max_steps=2", "-o", str(out), "--metrics", ",".join(names)]
     assert main(command) == 0
     printed = capsys.readouterr().out
     assert (out / "own.md").read_text() in printed
     record = json.loads((out / "own.json").read_text())
     assert record["overrides"] == ["max_steps=2"]
     values = [row["values"][0] for row in record["rows"]]
-    assert all(set(each) == {"psnr", "ssim", "seconds"} for each in values)
+    assert all(set(each) == {*names, "seconds"} for each in values)
     # `litevae eval` measures the same on the run's model and the same squares
     (run,) = {c["output_dir"] for c in record["rows"][0]["configurations"]}
     evaluation = tmp_path / "eval.json"
@@ -36,7 +37,7 @@ def test_an_experiment_trains_measures_and_reports(tmp_path, own, own_text, caps
         "--size",
         "32",
         "--metrics",
-        "psnr,ssim",
+        ",".join(names),
         "--workers",
         "0",
         "--precision",
@@ -47,7 +48,7 @@ def test_an_experiment_trains_measures_and_reports(tmp_path, own, own_text, caps
     assert main(["eval", run, str(squares), *options]) == 0
     measured = json.loads(evaluation.read_text())
     assert measured["count"] == record["rows"][0]["images"] == 5
-    for name in ("psnr", "ssim"):
+    for name in names:
         assert values[0][name] == pytest.approx(measured["metrics"][name], abs=1e-9)
 
     # nothing is trained twice, not even by another experiment

@@ -23,7 +23,7 @@ from litevae.losses import (
 
 ONLY_L1 = {"wavelet": 0, "gaussian": 0, "kl": 0}
 TEACHER_WEIGHTS = {"teacher_kl": 0.5, "teacher_mean": 1.0, "teacher_logvar": 0.25}
-SIZE = 16
+SIZE = 24
 
 
 class Discriminator(nn.Module):
@@ -82,7 +82,7 @@ def test_gradient_reaches_reconstruction_and_posterior(inputs):
 
 
 class TestPerceptualTerms:
-    @pytest.mark.parametrize("name", ["lpips", "esrgan"])
+    @pytest.mark.parametrize("name", ["lpips", "st_lpips", "esrgan"])
     def test_of_grey_images_are_those_of_their_rgb_images(self, name):
         config = LossConfig(l1=0, wavelet=0, gaussian=0, kl=0, pretrained=False, **{name: 1.0})
         grey = [torch.rand(2, 1, 32, 32) * 2 - 1 for _ in range(2)]
@@ -93,12 +93,12 @@ class TestPerceptualTerms:
 
     @pytest.fixture
     def objective(self):
-        return Objective(LossConfig(lpips=1.0, esrgan=0.5, pretrained=False))
+        return Objective(LossConfig(lpips=1.0, st_lpips=0.7, esrgan=0.5, pretrained=False))
 
     def test_are_those_of_their_modules(self, objective, inputs):
         image, reconstruction, *_ = inputs
         loss = objective.generator(*inputs, step=0)
-        for name in ("lpips", "esrgan"):
+        for name in ("lpips", "st_lpips", "esrgan"):
             assert loss.terms[name] == objective.networks[name](image, reconstruction)
 
     def test_networks_are_no_part_of_a_checkpoint(self, objective):

@@ -1,4 +1,4 @@
-"""Tests of LPIPS against the lpips package and of ESRGAN's loss against torchvision's VGG19, in float64."""
+"""LPIPS and ST-LPIPS against their packages, and ESRGAN's loss against torchvision's VGG19, in float64."""
 
 import copy
 import io
@@ -15,7 +15,7 @@ import torchvision
 from torchvision.transforms.functional import normalize
 
 from litevae.errors import UserError
-from litevae.losses import LPIPS, ESRGANLoss
+from litevae.losses import LPIPS, STLPIPS, ESRGANLoss
 from litevae.losses.perceptual import EPS, unit_vectors
 
 SHAPE = (2, 3, 32, 48)
@@ -25,12 +25,16 @@ FLOAT32 = 16 * 4608**0.5 * 2**-24
 # In float64 the only errors are those of the normalisation's two constants, rounded to float32, for two images.
 CONSTANTS = 4 * 2**-24
 
-LOSSES = pytest.mark.parametrize("name", ["lpips", "esrgan"])
+LOSSES = pytest.mark.parametrize("name", ["lpips", "st_lpips", "esrgan"])
 
 
 @pytest.fixture(scope="module")
 def losses():
-    return {"lpips": LPIPS(pretrained=False), "esrgan": ESRGANLoss(pretrained=False)}
+    return {
+        "lpips": LPIPS(pretrained=False),
+        "st_lpips": STLPIPS(),
+        "esrgan": ESRGANLoss(pretrained=False),
+    }
 
 
 def weights_of(features):
@@ -39,7 +43,7 @@ def weights_of(features):
 
 
 @pytest.fixture(scope="module")
-def oracles(losses):
+def oracles(losses, st_lpips_package):
     with (
         torch.device("meta"),
         warnings.catch_warnings(action="ignore"),
@@ -78,7 +82,12 @@ def oracles(losses):
         assert (seen[0] < 0).any()
         return (seen[0] - seen[1]).abs().mean()
 
-    return {"lpips": lambda *images: package(*images).mean(), "esrgan": esrgan}
+    shift_tolerant = copy.deepcopy(st_lpips_package).double()
+    return {
+        "lpips": lambda *images: package(*images).mean(),
+        "st_lpips": lambda *images: shift_tolerant(*images).mean(),
+        "esrgan": esrgan,
+    }
 
 
 def value_and_gradient(loss, image, reconstruction):
@@ -120,18 +129,19 @@ def test_gradient_is_finite_between_constant_images(name, losses):
     assert gradient.any()
 
 
-def test_zero_features_have_a_finite_gradient(losses, pair):
+@pytest.mark.parametrize(("name", "last"), [("lpips", 28), ("st_lpips", 13)])
+def test_zero_features_have_a_finite_gradient(name, last, losses, pair):
     features = torch.zeros(1, 4, 2, 2)
     features[0, 1, 0, 0] = 1e-15  # without EPS its slope would be 1e15
     features.requires_grad_()
     (unit_vectors(features) - 0.5).square().sum().backward()
     assert 0 < features.grad.abs().max() < 10 / EPS**0.5
 
-    dead = copy.deepcopy(losses["lpips"])
-    dead.features.layers[28].bias.fill_(-1e6)
+    dead = copy.deepcopy(losses[name])
+    dead.features.layers[last].bias.fill_(-1e6)
     image, reconstruction = (each.float() for each in pair(SHAPE))
     value, gradient = value_and_gradient(dead, image, reconstruction)
-    assert 0 < value < losses["lpips"](image, reconstruction)
+    assert 0 < value < losses[name](image, reconstruction)
     assert gradient.isfinite().all()
 
 

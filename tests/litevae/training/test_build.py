@@ -204,3 +204,13 @@ def test_what_a_run_would_refuse_is_found_without_one(setting, message):
     check_run(load_config("demo"))
     with pytest.raises(UserError, match=message):
         check_run(load_config("demo", [setting]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [(["data.size=16"], "data.size"), (["stages=[{start: 9, size: 16}]"], r"stages\[0\].size")],
+)
+def test_images_that_are_too_small_for_a_loss_are_refused(settings, name):
+    check_run(load_config("demo", settings))
+    with pytest.raises(UserError, match=f"{name} must be 21 or more for loss.st_lpips, got 16"):
+        check_run(load_config("demo", [*settings, "loss.st_lpips=1"]))

@@ -24,8 +24,10 @@ def test_its_settings_repeat_the_run(tiny, no_pictures, tmp_path):
 
     metrics = json.loads((folder / "metrics.json").read_text())
     assert f"| model | {metrics['validation']['psnr']:.4g} |" in text
-    metrics["validation"]["lpips"] = 0.25  # a further name in validate_metrics
-    assert "| model | 0.25 | " in make_run_card(model, config, metrics).text
+    metrics["validation"] |= {"lpips": 0.25, "st_lpips": 0.5}  # further names in validate_metrics
+    text = make_run_card(model, config, metrics).text
+    assert "| | LPIPS | ST-LPIPS (AlexNet) | PSNR (dB) | SSIM |" in text
+    assert "| model | 0.25 | 0.5 | " in text
     metrics["validation"] |= {"count": 0, "psnr": None}
     metrics["complete"] = False
     text = make_run_card(model, config, metrics).text

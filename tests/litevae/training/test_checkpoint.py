@@ -8,9 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from skimage import data
 
+import litevae.evaluation.metrics as metrics_module
 import litevae.evaluation.validation as validation_module
 from litevae.errors import UserError
+from litevae.evaluation.validation import Validation
+from litevae.models.loading import load_model
 from litevae.training import train
 from litevae.training.checkpoint import Checkpoint, choose_checkpoint, find_checkpoints, open_checkpoint
 
@@ -300,7 +305,7 @@ def test_the_best_checkpoint_is_chosen_by_any_metric(
         def forward(self, *_):
             return torch.tensor(next(self.values))
 
-    monkeypatch.setattr(validation_module, "LPIPS", Constant)
+    monkeypatch.setattr(metrics_module, "LPIPS", Constant)
     settings = ["max_steps=4", "checkpoint.every=1", "checkpoint.keep=1", "validate_every=1"]
     train(tiny(*settings, "validate_metrics=[lpips]", "checkpoint.best_by=lpips"))
     assert checkpoint_names(tmp_path / "run") == ["step-00000002", "step-00000004"]
@@ -309,6 +314,31 @@ def test_the_best_checkpoint_is_chosen_by_any_metric(
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())["validation"]
     assert metrics["lpips"] == pytest.approx(0.4)
     assert [point["lpips"] for point in metrics["history"]] == pytest.approx([0.5, 0.3, 0.4, 0.4])
+
+
+@pytest.mark.usefixtures("stand_in_networks")
+def test_every_metric_is_in_the_manifest_and_in_the_history(tiny, tmp_path, no_pictures):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(2):
+        Image.fromarray(data.chelsea()[50 * i : 50 * i + 32, :32]).save(folder / f"{i}.png")
+    names = ["rfid", "lpips", "st_lpips"]
+    config = tiny(
+        "max_steps=1",
+        f"validate_metrics=[{','.join(names)}]",
+        "checkpoint.best_by=st_lpips",
+        "checkpoint.every=1",
+        f"data.validation={folder}",
+    )
+    result = train(config)
+    found, _ = Validation([data.chelsea()[50 * i : 50 * i + 32, :32].copy() for i in range(2)], names)(
+        load_model(result.output_dir)
+    )
+    assert list(found) == [*names, "psnr", "ssim"]
+    manifest = json.loads((tmp_path / "run" / "checkpoints" / "step-00000001" / "manifest.json").read_text())
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())["validation"]
+    for measured in (manifest, metrics, metrics["history"][-1], result.metrics):
+        assert {name: measured[name] for name in found} == pytest.approx(found, rel=1e-4)
 
 
 def test_a_metric_that_is_not_measured_cannot_choose_the_best(tiny):

@@ -9,7 +9,7 @@ from torchvision.transforms.functional import InterpolationMode, resize, rotate
 
 from litevae.discriminators import StyleGANDiscriminator
 from litevae.errors import UserError
-from litevae.losses import Objective
+from litevae.losses import LossConfig, Objective, least_side
 from litevae.models.loading import load_model
 from litevae.training.build import build_model
 from litevae.training.latents import Change, draw_change, sides_to_draw
@@ -85,6 +85,7 @@ def test_nothing_is_drawn_if_all_is_off():
 def test_sides_suit_the_losses_and_the_discriminator():
     assert sides_to_draw(8, 8, 0.25, None) == [2, 3, 4, 5, 6, 7, 8]
     assert sides_to_draw(8, 4, 0.25, None) == [4, 5, 6, 7, 8]  # 16 pixels at least
+    assert sides_to_draw(8, 4, 0.25, None, least_side(LossConfig(st_lpips=1.0))) == [6, 7, 8]
     assert sides_to_draw(16, 8, 0.25, StyleGANDiscriminator(128, 1)) == [
         4,
         8,

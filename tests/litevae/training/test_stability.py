@@ -17,6 +17,7 @@ LOSSES = ["loss.pretrained=false"] + [
         "l1": 1.0,
         "l2": 1.0,
         "lpips": 1.0,
+        "st_lpips": 1.0,
         "esrgan": 1.0,
         "wavelet": 1.0,
         "gaussian": 0.5,
@@ -60,7 +61,7 @@ def held_out(tmp_path_factory):
     [
         ("patchgan", 32, "hinge", "constant", 1),
         ("unet", 32, "logistic", "adaptive", 2),
-        ("stylegan", 16, "hinge", "adaptive", 1),
+        ("stylegan", 32, "hinge", "adaptive", 1),
     ],
 )
 def test_all_losses_train_with_the_discriminator(

@@ -335,7 +335,8 @@ class TestLossScaling:
 
 
 EVERYTHING = [
-    f"loss.{name}=0.1" for name in ("l1", "l2", "lpips", "esrgan", "wavelet", "gaussian", "ldl", "kl")
+    f"loss.{name}=0.1"
+    for name in ("l1", "l2", "lpips", "st_lpips", "esrgan", "wavelet", "gaussian", "ldl", "kl")
 ]
 
 
