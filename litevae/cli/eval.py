@@ -68,7 +68,7 @@ def evaluate(
     ] = None,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Measure a model's reconstructions: rFID, LPIPS, PSNR and SSIM.
+    """Measure a model's reconstructions: rFID, LPIPS, ST-LPIPS, PSNR and SSIM.
 
     \b
     Example: litevae eval runs/imagenet-b path/to/images -o imagenet-b.json
@@ -80,10 +80,10 @@ def evaluate(
              torchrun --nproc-per-node 2 --no-python litevae eval runs/imagenet-b path/to/images
 
     Images are cropped to the middle square and resized; images and reconstructions are rounded to 8 bits before
-    every metric, unless the model was trained with data.value_range. PSNR (in dB), SSIM, LPIPS (VGG16)
-    and ST-LPIPS (AlexNet) are means over the images. rFID compares Inception features and is biased upwards if there
-    are few images: compare it only at equal counts. rFID, LPIPS and ST-LPIPS are for RGB images of 8 bits. st_lpips
-    is not LPIPS; it needs pip install 'litevae[perceptual]' and downloads nothing.
+    every metric, unless the model was trained with data.value_range. PSNR (in dB), SSIM, LPIPS (VGG16) and
+    ST-LPIPS (AlexNet) are means over the images. rFID compares Inception features and is biased upwards if there are
+    few images: compare it only at equal counts. rFID, LPIPS and ST-LPIPS are for RGB images of 8 bits. st_lpips is not
+    LPIPS; it needs pip install 'litevae[perceptual]' and downloads nothing.
 
     Three yardsticks without any learning are measured on the same pixels: the mean colour, the enlarged means of
     f x f blocks, and as many of each block's coarsest Haar coefficients as the latent has channels. A model below the

@@ -49,9 +49,9 @@ class Evaluation:
     """The result of `evaluate`.
 
     `values` holds the requested metrics: rfid, lpips and st_lpips (0 or more; lower is better), psnr in dB, and ssim
-    (1 or less; higher is better). `count` images were measured and `unreadable` ones left out. `exact` of
-    them were reconstructed without an error. Their PSNR is infinite, so the mean PSNR leaves them out; it is infinite
-    if all images are exact. `yardsticks` holds the same metrics of each yardstick on the same pixels.
+    (1 or less; higher is better). `count` images were measured and `unreadable` ones left out. `exact` of them were
+    reconstructed without an error. Their PSNR is infinite, so the mean PSNR leaves them out; it is infinite if all
+    images are exact. `yardsticks` holds the same metrics of each yardstick on the same pixels.
     """
 
     values: dict[str, float]

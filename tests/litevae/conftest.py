@@ -127,8 +127,9 @@ def own_precision():
 @pytest.fixture(scope="session")
 def st_lpips_package():
     """Returns the network of the package stlpips-pytorch, without two modules that it imports and does not use."""
-    unused = {"IPython": mock.Mock(), "torchsummary": mock.Mock()}
-    with mock.patch.dict(sys.modules, unused):
+    with pytest.MonkeyPatch.context() as patch:
+        for unused in ("IPython", "torchsummary"):
+            patch.setitem(sys.modules, unused, mock.Mock())
         from stlpips_pytorch.stlpips import LPIPS as Network
     return Network(net="alex", variant="shift_tolerant", verbose=False).requires_grad_(False)
 
