@@ -164,7 +164,8 @@ def _analyse(
     else:
         if CHANNELS > 1 and LEVEL > 1:
             upper = _zeros(2 * COLS * CHANNELS, ACC, BLOCK)
-            lower = upper
+            # Zeros of its own: Triton takes two names of one tuple for one variable of the loop.
+            lower = _zeros(2 * COLS * CHANNELS, ACC, BLOCK)
             # This is a loop because Triton's compile time grows with the square of the number of accesses.
             for half in range(2):
                 upper = lower
