@@ -15,10 +15,18 @@ constexpr int64_t kMaxBlocks = 0x7fffffff;
 
 template <class Body>
 __global__ void __launch_bounds__(kThreads) kernel(const __grid_constant__ Pass p) {
-  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; thread < p.threads;
-       thread += step)
-    Body::run(p, thread);
+  if constexpr (Body::kPaired) {
+    // All threads stay together. Those past the end repeat the last one's work, and store the same values.
+    for (int64_t block = blockIdx.x; block * kThreads < p.threads; block += gridDim.x) {
+      const int64_t thread = block * kThreads + threadIdx.x;
+      Body::run(p, thread < p.threads ? thread : p.threads - 1);
+    }
+  } else {
+    const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+    for (int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; thread < p.threads;
+         thread += step)
+      Body::run(p, thread);
+  }
 }
 
 struct Launch {

@@ -5,6 +5,7 @@
 
 #include "../common/device.cuh"
 #include "haar.h"
+#include "pairs.cuh"
 
 namespace litevae {
 namespace haar {
@@ -43,9 +44,12 @@ enum class Kind {
   rows                 // contiguous rows that vectors do not fit: vectors with single elements around them
 };
 
-LITEVAE_CONSTEXPR int lanes_of(Kind kind) {
-  return kind == Kind::channels ? 2 : kind == Kind::pixels_planar || kind == Kind::pixels_interleaved ? 3 : 1;
+// Whether pairs of threads move their runs together.
+LITEVAE_CONSTEXPR bool is_paired(Kind kind) {
+  return kind == Kind::pixels_planar || kind == Kind::pixels_interleaved;
 }
+
+LITEVAE_CONSTEXPR int lanes_of(Kind kind) { return kind == Kind::channels ? 2 : is_paired(kind) ? 3 : 1; }
 
 namespace {
 
@@ -57,6 +61,7 @@ constexpr DType kDTypeOf = sizeof(T) == 8 ? DType::f64 : DType::f32;
 
 template <class S>
 struct Load {
+  using Paired = PairedLoad<S>;
   static constexpr bool kLoads = true;
   template <int N, class T>
   LITEVAE_DEVICE void operator()(const char* at, T (&v)[N]) const {
@@ -86,6 +91,7 @@ struct LoadRow {
 
 template <class S>
 struct Store {
+  using Paired = PairedStore<S>;
   static constexpr bool kLoads = false;
   template <int N, class T>
   LITEVAE_DEVICE void operator()(char* at, const T (&v)[N]) const {
@@ -284,6 +290,14 @@ struct Tile {
   const T factor;
   const Place at;
 
+  template <class Move>
+  LITEVAE_DEVICE auto paired(const Move& move) const {
+    if constexpr (is_paired(kKind))
+      return typename Move::Paired();
+    else
+      return move;
+  }
+
   // Row i of the tile in a level's sub-bands.
   template <int kLevel>
   LITEVAE_DEVICE BandPlaces<kKind> places(int i) const {
@@ -301,11 +315,12 @@ struct Tile {
     const BandPlaces<kKind> places1 = places<1>(i * kRows / 2), places2 = places<kGroup>(i);
     const auto image = [&](auto move) {
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) move_row<kKind>(first + r * p.image.h, p.image, move, pixels[r]);
+      for (int r = 0; r < kRows; ++r)
+        move_row<kKind>(first + r * p.image.h, p.image, paired(move), pixels[r]);
     };
     const auto coefficients = [&](auto move) {
 #pragma unroll
-      for (int r = 0; r < kRows / 2; ++r) move_bands(places1, r, move, level1[r]);
+      for (int r = 0; r < kRows / 2; ++r) move_bands(places1, r, paired(move), level1[r]);
       if constexpr (kGroup == 2) move_bands(places2, 0, move, level2);
     };
 
@@ -339,7 +354,7 @@ struct Tile {
       Row<kLevel - 1> top, bottom;
       Row<kLevel> bands[4] = {};
       if constexpr (!kAnalysis) {
-        move_bands(places<kLevel>(i), 0, load, bands);
+        move_bands(places<kLevel>(i), 0, paired(load), bands);
         transform<kAnalysis>(top, bottom, bands, ll, factor);
       }
       row<kLevel - 1>(2 * i, top);
@@ -347,7 +362,7 @@ struct Tile {
       if constexpr (kAnalysis) {
         transform<kAnalysis>(top, bottom, bands, ll, factor);
         const BandPlaces<kKind> to = places<kLevel>(i);
-        with_store<T>(p.coeff_dtype, [&](auto store) { move_bands(to, 0, store, bands); });
+        with_store<T>(p.coeff_dtype, [&](auto store) { move_bands(to, 0, paired(store), bands); });
       }
     }
   }
@@ -502,7 +517,7 @@ LITEVAE_DEVICE Place edge_place_of(const Pass& p, int64_t thread) {
 
 template <bool kIsAnalysis, class From, class T, int kLevels, Kind kKind>
 struct Inside {
-  static constexpr bool kAnalysis = kIsAnalysis;
+  static constexpr bool kAnalysis = kIsAnalysis, kPaired = is_paired(kKind);
   static LITEVAE_DEVICE void run(const Pass& p, int64_t thread) {
     const Place at = place_of<kKind>(p, thread);
     Tile<kAnalysis, From, T, kLevels, kKind>{p, load_of(p, at), static_cast<T>(p.factor), at}.run();
@@ -522,7 +537,7 @@ struct Inside {
 // A thread makes one position of one level, so that the loads of a tile are spread over many threads.
 template <bool kIsAnalysis, class T>
 struct Edge {
-  static constexpr bool kAnalysis = kIsAnalysis;
+  static constexpr bool kAnalysis = kIsAnalysis, kPaired = false;
   static LITEVAE_DEVICE void run(const Pass& p, int64_t thread) {
     if constexpr (kAnalysis) {
       level<1>(p, thread);

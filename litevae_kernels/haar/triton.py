@@ -24,8 +24,10 @@ MAX_FUSED = 3
 # Pixels times channels per thread where channels are innermost in memory: RGB at three levels. Triton would need a
 # minute to compile more.
 MAX_PACKED = 192
-# Positions and threads per program: few, so that small calls use all multiprocessors.
+# Positions and threads per program: few, so that small calls use all multiprocessors. Threads that exchange vectors are
+# one warp, which needs no shared memory for that.
 BLOCK = 64
+WARP = 32
 
 
 @triton.jit
@@ -65,6 +67,17 @@ def _store(pointer, value, mask):
 
 
 @triton.jit
+def _piece(COUNT: tl.constexpr, VEC: tl.constexpr, PAIRS: tl.constexpr):
+    """Returns the elements per access to a row of COUNT elements.
+
+    Two vectors, if they divide the row: Triton then makes neighbouring threads access one sector of memory together,
+    and exchange the vectors. With one vector, an access of a warp would touch a sector for each half of it.
+    """
+    PAIR: tl.constexpr = 2 * VEC if PAIRS and VEC > 1 and COUNT % (2 * VEC) == 0 else VEC
+    return PAIR
+
+
+@triton.jit
 def _load_row(
     pointer, offsets, steps, mask, ACC: tl.constexpr, COLS: tl.constexpr, LANES: tl.constexpr, PACKED: tl.constexpr,
     VEC: tl.constexpr, BLOCK: tl.constexpr,
@@ -74,18 +87,19 @@ def _load_row(
     A lane is a channel, or a channel of a sub-band where one tensor holds all four.
 
     offsets: offset of the row's first element. steps: strides of rows (not used here), columns and lanes. PACKED:
-    memory has the order of the result. VEC: elements per access; more than 1 implies that they are adjacent.
+    memory has the order of the result. VEC: elements per vector; more than 1 implies that they are adjacent.
     """
     RUNS: tl.constexpr = 1 if PACKED else LANES
+    PIECE: tl.constexpr = _piece(COLS * LANES // RUNS, VEC, PACKED)
     stored = ()
     for run in tl.static_range(RUNS):
-        for i in tl.static_range(COLS * LANES // RUNS // VEC):
-            if VEC == 1:
+        for i in tl.static_range(COLS * LANES // RUNS // PIECE):
+            if PIECE == 1:
                 at = offsets + run * steps[2] + i * (1 if PACKED else steps[1])
                 stored = stored + (tl.load(pointer + at, mask=mask),)
             else:
-                at = (offsets + run * steps[2] + i * VEC)[:, None] + tl.arange(0, VEC)[None, :]
-                stored = stored + _unjoin(tl.load(pointer + at, mask=mask[:, None]), VEC, BLOCK)
+                at = (offsets + run * steps[2] + i * PIECE)[:, None] + tl.arange(0, PIECE)[None, :]
+                stored = stored + _unjoin(tl.load(pointer + at, mask=mask[:, None]), PIECE, BLOCK)
     out = ()
     for col in tl.static_range(COLS):
         for lane in tl.static_range(LANES):
@@ -96,18 +110,19 @@ def _load_row(
 @triton.jit
 def _store_row(
     pointer, offsets, steps, mask, row, COLS: tl.constexpr, LANES: tl.constexpr, PACKED: tl.constexpr,
-    VEC: tl.constexpr, BLOCK: tl.constexpr,
+    PAIRS: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Stores what `_load_row` loads."""
+    """Stores what `_load_row` loads. PAIRS: neighbouring threads store together."""
     RUNS: tl.constexpr = 1 if PACKED else LANES
+    PIECE: tl.constexpr = _piece(COLS * LANES // RUNS, VEC, PAIRS)
     for run in tl.static_range(RUNS):
-        for i in tl.static_range(COLS * LANES // RUNS // VEC):
-            if VEC == 1:
+        for i in tl.static_range(COLS * LANES // RUNS // PIECE):
+            if PIECE == 1:
                 at = offsets + run * steps[2] + i * (1 if PACKED else steps[1])
                 _store(pointer + at, row[i * RUNS + run], mask)
             else:
-                at = (offsets + run * steps[2] + i * VEC)[:, None] + tl.arange(0, VEC)[None, :]
-                _store(pointer + at, _join(row, i * VEC * RUNS + run, RUNS, VEC, BLOCK), mask[:, None])
+                at = (offsets + run * steps[2] + i * PIECE)[:, None] + tl.arange(0, PIECE)[None, :]
+                _store(pointer + at, _join(row, i * PIECE * RUNS + run, RUNS, PIECE, BLOCK), mask[:, None])
 
 
 @triton.jit
@@ -149,7 +164,8 @@ def _analyse(
     else:
         if CHANNELS > 1 and LEVEL > 1:
             upper = _zeros(2 * COLS * CHANNELS, ACC, BLOCK)
-            lower = upper
+            # Zeros of its own: Triton takes two names of one tuple for one variable of the loop.
+            lower = _zeros(2 * COLS * CHANNELS, ACC, BLOCK)
             # This is a loop because Triton's compile time grows with the square of the number of accesses.
             for half in range(2):
                 upper = lower
@@ -183,7 +199,7 @@ def _analyse(
                         for channel in tl.static_range(CHANNELS):
                             stored = stored + (quads[col * CHANNELS + channel][band],)
                 _store_row(pointer, offsets, steps, mask, stored, COLS, PER_TENSOR * CHANNELS, BANDS_PACKED,
-                           VECS[LEVEL], BLOCK)  # fmt: skip
+                           BANDS_PACKED, VECS[LEVEL], BLOCK)  # fmt: skip
     return ll
 
 
@@ -201,7 +217,9 @@ def _synthesise(
     offsets = places[LEVEL][0] + row * places[LEVEL][1][0]
     steps = places[LEVEL][1]
     if LEVEL == 0:
-        _store_row(image, offsets, steps, mask, coarser, COLS, CHANNELS, IMAGE_PACKED, VECS[0], BLOCK)
+        _store_row(
+            image, offsets, steps, mask, coarser, COLS, CHANNELS, IMAGE_PACKED, CHANNELS > 1, VECS[0], BLOCK
+        )
     else:
         PER_TENSOR: tl.constexpr = 4 if STACKED else 1
         LANES: tl.constexpr = PER_TENSOR * CHANNELS
@@ -343,7 +361,7 @@ def haar_fused_kernel(
         ll = _analyse(image, bands, places, mask, 0, LEVELS, factor, ACC, TILE, CHANNELS, IMAGE_PACKED, BANDS_PACKED,
                       STACKED, VECS, BLOCK)  # fmt: skip
         if carry is not None:
-            _store_row(carry, at_carry, carry_steps, mask, ll, COLS, CHANNELS, False, 1, BLOCK)
+            _store_row(carry, at_carry, carry_steps, mask, ll, COLS, CHANNELS, False, False, 1, BLOCK)
     else:
         coarser = ()
         if carry is not None:
@@ -567,13 +585,13 @@ def _passes(
     return out
 
 
-def _launch(kernel: Any, positions: int, *args: Any, **constants: Any) -> None:
-    kernel[(triton.cdiv(positions, BLOCK),)](
+def _launch(kernel: Any, block: int, positions: int, *args: Any, **constants: Any) -> None:
+    kernel[(triton.cdiv(positions, block),)](
         *args,
         **constants,
-        WIDE=beyond_int32(positions + BLOCK),
-        BLOCK=BLOCK,
-        num_warps=BLOCK // 32,
+        WIDE=beyond_int32(positions + block),
+        BLOCK=block,
+        num_warps=block // WARP,
         enable_fp_fusion=False,
     )
 
@@ -614,6 +632,7 @@ def _launch_fused(
     tiles = n * (c // channels) * rows * cols
     _launch(
         haar_fused_kernel,
+        WARP if packed else BLOCK,
         tiles,
         image,
         tuple(x for bands in levels for x in bands),
@@ -655,6 +674,7 @@ def _launch_level(
     bands = (*bands, carry)
     _launch(
         haar_level_kernel,
+        BLOCK,
         quads,
         image,
         bands,

@@ -76,6 +76,53 @@ def test_haar(cuda_kernels: Any) -> None:
     assert traffic.haar(image, coefficients) == {traffic.HAAR: touched(kernels)}
 
 
+# Sectors of each request, in multiples of the bytes that it moves. Rows of the third level are 24 bytes per thread in
+# bfloat16, and Triton's pairs of vectors fit only those rows whose number of vectors is even.
+COEFFICIENTS = {
+    ("cuda", torch.float32): 1.0,
+    ("cuda", torch.bfloat16): 1.05,
+    ("triton", torch.float32): 1.05,
+    ("triton", torch.bfloat16): 1.29,
+}
+
+
+@pytest.mark.parametrize("function", ["analysis", "synthesis"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("image_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_haar_of_rgb_in_channels_last(
+    backend: str,
+    image_format: torch.memory_format,
+    dtype: torch.dtype,
+    function: str,
+    request: pytest.FixtureRequest,
+) -> None:
+    """A warp's accesses to adjacent coefficients use whole sectors, and its stores to a float32 image do."""
+    kernels = request.getfixturevalue(f"{backend}_kernels")
+    image = torch.randn(1, 3, 64, 128).contiguous(memory_format=image_format)
+    coefficients = [
+        torch.randn(1, 12, 64 >> i, 128 >> i).to(dtype).contiguous(memory_format=torch.channels_last)
+        for i in (1, 2, 3)
+    ]
+    written = coefficients if function == "analysis" else [image]
+    arguments = (image, coefficients, 3, "symmetric", 0.5, True)
+    counted = kernels.emulator.count_traffic(
+        lambda: kernels.run("haar", function, *arguments, written=written)
+    )
+    assert len(counted) == 1
+    (kernel,) = counted.values()
+    of_coefficients, of_image = kernel.stores, kernel.loads
+    if function == "synthesis":
+        of_coefficients, of_image = of_image, of_coefficients
+    assert of_coefficients.bytes == sum(x.nbytes for x in coefficients)
+    assert of_image.bytes == image.nbytes
+    assert round(of_coefficients.excess, 2) <= COEFFICIENTS[backend, dtype]
+    # The first cache serves the second half of a sector that two loads read.
+    assert of_image.excess <= (1 if function == "synthesis" else 2)
+    assert kernel.loads.distinct * 32 == kernel.loads.bytes
+    assert kernel.stores.distinct * 32 == kernel.stores.bytes
+
+
 def test_elementwise(emulator: Any) -> None:
     """Biases and residuals: PyTorch adds them in a pass that reads two tensors and writes one."""
     out, other = torch.randn(8, 128), torch.randn(8, 128)

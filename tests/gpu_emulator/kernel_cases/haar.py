@@ -121,6 +121,7 @@ def _covering_triton() -> dict[str, Case]:
     calls = {
         "fused fp32": (even, 2, True, F32, F32, "contiguous", "contiguous"),
         "fused bf16 packed": (even, 1, True, BF16, BF16, cl, cl),
+        "fused fp32 to bf16 packed, all levels": (even, 3, True, F32, BF16, "contiguous", cl),
         "fused fp16, flat": ((1, 2, 8, 16), 1, False, F16, F16, "contiguous", "contiguous"),
         "odd fp32 to bf16": (odd, 1, True, F32, BF16, "contiguous", cl),
         "odd fp64": (odd, 1, False, F64, F64, "wild", "wild"),

@@ -52,7 +52,8 @@ def test_under_the_interpreter(under_the_interpreter: Any) -> None:
 def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter's time depends on the number of programs, not on their size."""
     if INTERPRETED:
-        monkeypatch.setattr(kernels, "BLOCK", 256)
+        for name in ("BLOCK", "WARP"):
+            monkeypatch.setattr(kernels, name, 256)
 
 
 def strides_of(shape: tuple[int, ...], layout: str) -> tuple[int, int, int, int]:
