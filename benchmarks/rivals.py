@@ -70,7 +70,10 @@ def in_onnxruntime(module: Exported, x: Tensor) -> Call | None:
     """
     isa = current_isa()
     if core is not None and "avx512" in core.isas and isa in core.isas[: core.isas.index("avx512")]:
-        warnings.warn(f"onnxruntime is not among the rivals: it uses AVX-512, and they {isa}", stacklevel=2)
+        warnings.warn(
+            f"onnxruntime is left out: it uses AVX-512, and the other rivals are lowered to {isa}",
+            stacklevel=2,
+        )
         return None
     onnxruntime = optional("onnxruntime")
     if onnxruntime is None or optional("onnxscript") is None:

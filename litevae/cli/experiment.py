@@ -34,7 +34,9 @@ def experiment(
     seeds: Annotated[int | None, typer.Option(min=1, metavar="N", help="Runs per row.")] = None,
     row: Annotated[
         list[str] | None,
-        typer.Option(metavar="CELL", help="Run only the rows that have this cell; repeatable."),
+        typer.Option(
+            metavar="CELL", help="Run only the rows that have this cell, and report only them; repeatable."
+        ),
     ] = None,
     output: Annotated[
         Path | None,
@@ -61,11 +63,11 @@ def experiment(
     every setting; and the figures as PNG files. tiny is a smoke test, whose report says only that everything ran. It
     runs the same code with the full encoders on scikit-image's photographs, at a quarter of the image size, for 0.2%
     of the steps and with a small decoder: about a minute per model on two CPU cores. small takes your photographs, at
-    the paper's image sizes, for 0.5% of the steps, with the same decoder. Its figures cannot be compared with the
-    paper's.
+    the paper's image sizes, for 0.5% of the steps, with a small decoder too. The figures of both cannot be compared
+    with the paper's.
 
     Models are stored in DIR/runs under a hash of their settings. Experiments share the models that they have in
-    common, and an interrupted command continues with the remaining models (at the paper's scale, from its last
+    common, and an interrupted command continues with the remaining models (above the tiny scale, from the last
     checkpoint). One experiment at a time can write to DIR. The data sets are imagenet, ffhq, celeba-hq and
     deepfashion. Settings of the second stage begin with "diffusion.", as in diffusion.max_steps=100.
     """

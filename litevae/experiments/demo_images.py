@@ -1,16 +1,16 @@
 """Folders with squares of photographs, for the scales below the paper's."""
 
+import functools
 import hashlib
-import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from accelerate import PartialState
 from PIL import Image
 
-from litevae.data.pixels import Pixels
+from litevae.data.pixels import BadImage, Pixels
 from litevae.data.sources import HELD_OUT_PHOTOGRAPH, TRAINING_PHOTOGRAPHS, load_photograph, open_images
 from litevae.errors import UserError
 from litevae.experiments.spec import RunSpec, Setup
@@ -18,7 +18,7 @@ from litevae.files import make_folder
 
 SQUARES = 256  # maximum number for measuring
 
-Squares = Iterator[tuple[str, Pixels]]  # names for files, and pixels
+Squares = Iterable[tuple[str, Pixels]]  # names for files, and pixels
 
 
 def held_out_images(setup: Setup, run: RunSpec, size: int) -> str:
@@ -34,21 +34,40 @@ def held_out_images(setup: Setup, run: RunSpec, size: int) -> str:
     source = setup.validation[run.dataset]
     if not setup.at.reduced:
         return source
-    name = hashlib.sha256(os.path.realpath(source).encode()).hexdigest()[:8]
-    return str(
-        make_squares(
-            setup.output, f"{name}-{size}", squares_of_source(source, size), f"the images of {source}", size
-        )
-    )
+    return str(cut_held_out(setup.output, source, size))
+
+
+@functools.lru_cache
+def cut_held_out(output: Path, source: str, size: int) -> Path:
+    """Returns a folder, named by its content, with squares of a source of images; as `squares_folder` otherwise.
+
+    Raises:
+        UserError: an image that is due cannot be read, or as `make_squares`.
+    """
+    squares = list(squares_of_source(source, size))
+    content = hashlib.sha256()
+    for _, pixels in squares:
+        content.update(pixels.tobytes())
+    name = f"{content.hexdigest()[:8]}-{size}"
+    return make_squares(output, name, squares, f"the images of {source}", size, SQUARES)
 
 
 def squares_of_source(path: str, size: int) -> Squares:
-    """Yields at most `SQUARES` squares, evenly spaced in the source and in its images, and not resized."""
+    """Yields squares, evenly spaced in the source and in its images, and not resized: at most twice `SQUARES`.
+
+    Raises:
+        UserError: an image cannot be read.
+    """
     images = open_images(path)
-    most = max(1, SQUARES // len(images))  # per image
-    for index in range(0, len(images), max(1, -(-len(images) // SQUARES))):
-        squares = cut(images.load(index), size)
-        for place in sorted({number * len(squares) // most for number in range(most)} if squares else ()):
+    step = max(1, len(images) // SQUARES)
+    most = -(-SQUARES * step // len(images))  # per image
+    for index in range(0, len(images), step):
+        try:
+            squares = cut(images.load(index), size)
+        except BadImage as error:
+            raise UserError(f"{images.name(index)}: {error}") from None
+        places = {(2 * number + 1) * len(squares) // (2 * most) for number in range(most)}
+        for place in sorted(places) if squares else ():
             yield f"{index:07d}-{place:04d}.png", squares[place].copy()
 
 
@@ -95,8 +114,8 @@ def make_squares(output: Path, name: str, squares: Squares, origin: str, size: i
         found = list(squares)
         if not found:
             raise UserError(f"squares of {size} pixels are larger than {origin}")
-        if most:
-            found = found[:: max(1, -(-len(found) // most))]
+        if most and len(found) > most:
+            found = [found[number * len(found) // most] for number in range(most)]
         try:
             make_folder(folder.parent)
             unfinished = Path(tempfile.mkdtemp(dir=folder.parent))

@@ -238,7 +238,7 @@ def generation(experiment: Experiment, setup: Setup, rows: Sequence[Row]) -> Pic
     for row in rows:
         trained = row.trained[0]
         size, workers = measured_size(trained.config, row.spec, setup.at), trained.config.data.workers
-        source = many_images(setup, row, size) if setup.at.demo else setup.data[row.spec.dataset]
+        source = many_images(setup, size) if setup.at.demo else setup.data[row.spec.dataset]
         images = open_images(source)
         if load(trained).config.scaling_factor == 1:
             found = measure_latents(load(trained), images, size, workers=workers)
@@ -284,13 +284,11 @@ def draw_generated(config: DiffusionConfig, first: int, path: Path) -> None:
     draw_samples(torch.cat(list(batches)), path)
 
 
-def many_images(setup: Setup, row: Row, size: int) -> str:
-    """Returns the folder of the images for the second stage.
+def many_images(setup: Setup, size: int) -> str:
+    """Returns the folder of squares for the second stage at the tiny scale.
 
-    Below the paper's scale these are the training images, because one held-out photograph gives too few.
+    These are the training images, because one held-out photograph gives too few.
     """
-    if not setup.at.demo:
-        return held_out_images(setup, row.spec, size)
     return str(squares_folder(setup.output, held_out=False, size=size))
 
 

@@ -1,4 +1,4 @@
-"""Photographs that anyone can install, cut into squares: `python -m litevae.experiments.photographs DIR`."""
+"""Photographs that anyone can install, reduced and cut: `python -m litevae.experiments.photographs DIR`."""
 
 import argparse
 import importlib.util
@@ -181,7 +181,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns 0, or 2 after a line on stderr that says what is missing."""
     parser = argparse.ArgumentParser(
         "python -m litevae.experiments.photographs",
-        description=f"Cut photographs of Debian packages, scikit-image and scikit-learn into {SIZE}x{SIZE} squares.",
+        description=f"Reduce photographs of Debian packages, scikit-image and scikit-learn to {SHORTER} pixels on the "
+        f"shorter side, and cut them into {SIZE}x{SIZE} squares.",
     )
     parser.add_argument("folder", metavar="DIR", type=Path, help="Folder to create.")
     folder = parser.parse_args(arguments).folder

@@ -69,12 +69,14 @@ def prepare(name: str, setup: Setup) -> tuple[Experiment, list[list[Config]]]:
     for run, (config, *_) in zip(experiment.runs, configs, strict=True):
         try:
             check_run(experiment, setup, config)
+            sizes = [measured_size(config, run, setup.at)]
+            if experiment.kind == "resolution":
+                sizes = measured_sizes(experiment, setup.at)
+            held_out_images(setup, run, max(sizes))  # raises if the images are smaller
             if experiment.kind in WITH_METRICS:
-                one = [measured_size(config, run, setup.at)]
-                sizes = measured_sizes(experiment, setup.at) if experiment.kind == "resolution" else one
                 check_metric_sizes(wanted_metrics(experiment, setup), sizes)
             if experiment.kind == "generation":
-                check_second_stage(experiment, setup, run)
+                check_second_stage(experiment, setup, run, config.data.validation)
         except (UserError, ValueError) as error:
             raise UserError(f"row {run.name!r}: {error}") from None
     return experiment, configs
@@ -178,10 +180,8 @@ def check_run(experiment: Experiment, setup: Setup, config: Config) -> None:
     Objective(config.loss)  # raises if VGG's weights are missing
 
 
-def check_second_stage(experiment: Experiment, setup: Setup, run: RunSpec) -> None:
-    config = diffusion_config(
-        experiment, setup, run, Path("autoencoder"), "latents", held_out_images(setup, run, 64)
-    )
+def check_second_stage(experiment: Experiment, setup: Setup, run: RunSpec, images: str) -> None:
+    config = diffusion_config(experiment, setup, run, Path("autoencoder"), "latents", images)
     check_batch_size(
         config.data.batch_size,
         config.optimizer.accumulation,

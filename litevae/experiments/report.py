@@ -111,10 +111,11 @@ def description(experiment: Experiment, setup: Setup, rows: Sequence[Row]) -> st
     if not all(trained.alone for row in rows for trained in row.trained):
         text += " Some runs did not have the machine to themselves, so their seconds say little."
     if setup.at.reduced:
+        what = "The images, the decoder" if setup.at.size > 1 else "The data sets, the decoder"
         text += (
-            " The encoders are the paper's. The images and the number of steps are much smaller: the paper's figures"
-            " stand beside ours to show what the experiment is about, not for comparison. Rows that differ only in the"
-            " data set, or in something that this scale leaves out, show the same run."
+            f" The encoders are the paper's. {what} and the number of steps are much smaller: the paper's figures"
+            " stand beside ours to show what the experiment is about, not for comparison. Rows that differ only in"
+            f" {'the data set, or in ' if setup.at.demo else ''}something that this scale leaves out show the same run."
         )
     if setup.rows:
         text += f" Only rows with {join_words(set(setup.rows))}."
@@ -139,7 +140,9 @@ def trained_with(rows: Sequence[Row]) -> str:
         if values != {0}:
             weights.append(f"{name} {join_words({f'{value:g}' for value in values})}")
     precisions = join_words({record.get("precision", config.precision) for config, record in configs})
-    rates = join_words({f"{config.optimizer.learning_rate:g}" for config, _ in configs})
+    rates = join_words(
+        {f"{config.optimizer.learning_rate:g} ({config.optimizer.schedule})" for config, _ in configs}
+    )
     return (
         f"Weights of the losses: {', '.join(weights)}. Precision {precisions}; crops: "
         f"{join_words({config.data.crop for config, _ in configs})}; EMA decay "
@@ -160,6 +163,7 @@ def smoke_test(experiment: Experiment, setup: Setup, rows: Sequence[Row]) -> lis
         "A smoke test: every model of this experiment was trained, measured and drawn without an error. It says "
         "nothing about the models.",
         markdown(lines),
+        f"Only rows with {join_words(set(setup.rows))}." if setup.rows else "",
         f"Changed by hand: {', '.join(setup.overrides)}." if setup.overrides else "",
     ]
 
@@ -179,6 +183,10 @@ def measurement(experiment: Experiment, setup: Setup, rows: Sequence[Row]) -> st
         whose = "squares of a photograph that no model was trained on"
     elif setup.at.reduced:
         whose = "squares of held-out images, not resized"
+        if experiment.kind == "resolution":
+            whose = (
+                f"squares of held-out images, shrunk from {max(measured_sizes(experiment, setup.at))} pixels"
+            )
     return f"Measured on {counts} {whose}, {sizes} pixels per side, 8 bits, " + (
         "samples of the posterior." if experiment.kind == "mmd" else "mode of the posterior."
     )

@@ -15,7 +15,7 @@ PACKAGE = "stlpips-pytorch 0.0.2"
 ST_LPIPS_NAME = f"ST-LPIPS (not LPIPS) with AlexNet, {PACKAGE}"
 WEIGHTS = "weights/vST0.0/alex_shift_tolerant.pth"
 WEIGHTS_SHA256 = "b356b382f96010f77d085ee8343ecd9fd322d0a56e8de2b2d0549fafcad8b9ee"
-LEAST_SIDE = 21  # pixels; the second blur of smaller images has less than 3, too few to mirror
+LEAST_SIDE = 21  # pixels; the third blur of smaller images has less than 3, too few to mirror
 
 
 class STLPIPS(CalibratedDistance):
@@ -84,7 +84,7 @@ def load_weights() -> dict[str, Tensor]:
 class Blur(nn.Module):
     """Blurs features (N, C, H, W) with the filter 1 2 1 along both axes and keeps every second position.
 
-    They are mirrored by 2 positions at the border, which gives (N, C, H // 2 + 1, W // 2 + 1).
+    They are mirrored by 2 positions at the border, which gives (N, C, (H + 3) // 2, (W + 3) // 2).
     """
 
     def forward(self, features: Tensor) -> Tensor:

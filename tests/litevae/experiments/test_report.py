@@ -25,7 +25,7 @@ def test_the_settings_that_matter_are_stated(report, row):
     text = report([row("A", [20.0, 22.0])])
     assert "with 2 seeds (mean ± half the 95% confidence interval)" in text
     assert "Weights of the losses: l2 10, kl 1e-06. Precision auto; crops: native; " in text
-    assert "EMA decay 0; learning rate 0.0005, 10 steps of warm-up." in text
+    assert "EMA decay 0; learning rate 0.0005 (cosine), 10 steps of warm-up." in text
     # Standard deviation sqrt(2), standard error 1, Student's t 12.706.
     assert "| set | A | 21.00 ± 12.71 |" in text
 

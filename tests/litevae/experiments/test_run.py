@@ -7,6 +7,7 @@ from PIL import Image
 import litevae.experiments.demo_images as demo_images_module
 import litevae.experiments.trained as trained_module
 from litevae.cli import main
+from litevae.errors import UserError
 from litevae.experiments.run import run_experiment
 from litevae.experiments.spec import Setup
 from litevae.experiments.trained import Stopped
@@ -92,3 +93,38 @@ def test_the_small_scale_trains_and_measures_on_folders_without_resizing(tmp_pat
     for number, file in enumerate(sorted(squares.iterdir())):
         whole = np.asarray(Image.open(folders[1] / f"{number}.png"))
         assert np.array_equal(np.asarray(Image.open(file)), whole[:32, :32])
+
+
+def test_held_out_squares_are_spread_over_images_and_renewed_with_them(tmp_path, monkeypatch):
+    random = np.random.default_rng(0)
+    folder = tmp_path / "held-out"
+    folder.mkdir()
+    pixels = random.integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(pixels).save(folder / "a.png")
+    monkeypatch.setattr(demo_images_module, "SQUARES", 2)
+    first = demo_images_module.cut_held_out(tmp_path, str(folder), 32)
+    found = [np.asarray(Image.open(file)) for file in sorted(first.iterdir())]
+    for square, expected in zip(found, (pixels[:32, 32:], pixels[32:, 32:]), strict=True):
+        assert np.array_equal(square, expected)
+    Image.fromarray(255 - pixels).save(folder / "a.png")
+    demo_images_module.cut_held_out.cache_clear()
+    assert demo_images_module.cut_held_out(tmp_path, str(folder), 32) != first
+
+    (folder / "b.png").write_bytes(b"no image")
+    demo_images_module.cut_held_out.cache_clear()
+    with pytest.raises(UserError, match=r"b\.png: "):
+        demo_images_module.cut_held_out(tmp_path, str(folder), 32)
+
+
+def test_rows_that_are_measured_at_a_larger_size_need_images_of_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trained_module, "train", lambda config, replace: pytest.fail("trained"))
+    Image.new("RGB", (256, 256)).save(tmp_path / "a.png")
+    options = [
+        f"--data=imagenet={tmp_path}",
+        f"--validation=imagenet={tmp_path}",
+        "-o",
+        str(tmp_path / "out"),
+    ]
+    for name in ("figure04", "shared-resolutions"):
+        assert main(["experiment", name, "--scale=small", *options]) == 2
+        assert "squares of 512 pixels are larger than the images of" in capsys.readouterr().err
