@@ -88,7 +88,9 @@ def conv3x3_kernel(
     column = pixel - row * columns
     inside = pixel < pixels
     has_output = output < outputs
-    place = x + (n * (x_n * IN_VEC) + row.to(tl.int64) * (x_h * IN_VEC) + column.to(tl.int64) * (x_w * IN_VEC))
+    place = x + (
+        n * (x_n * IN_VEC) + row.to(tl.int64) * (x_h * IN_VEC) + column.to(tl.int64) * (x_w * IN_VEC)
+    )
     filters = weight + output * (9 * channels)
     if affine is not None:
         affine += n * 3 * channels
@@ -104,7 +106,9 @@ def conv3x3_kernel(
         seen = inside & (r >= 0) & (r < height) & (c >= 0) & (c < columns)
         mask = seen[:, None] & has_channel[None, :]
         a = tl.load(
-            place[:, None] + (up * (x_h * IN_VEC) + left * (x_w * IN_VEC)) + channel[None, :], mask=mask, other=0
+            place[:, None] + (up * (x_h * IN_VEC) + left * (x_w * IN_VEC)) + channel[None, :],
+            mask=mask,
+            other=0,
         )
         b = tl.load(
             filters[None, :] + tap * channels + channel[:, None],
@@ -144,12 +148,6 @@ def _vector(channels: int, *tensors: Tensor) -> int:
     return bits & -bits
 
 
-def _block(channels: int, most: int) -> int:
-    """Returns the width of a tile: a power of two that wastes few channels. Each width is a kernel of its own."""
-    even = channels & -channels
-    return min(most, even if even >= 32 else max(16, triton.next_power_of_2(channels)))
-
-
 def _steps(x: Tensor | None, vector: int) -> tuple[int, int, int]:
     if x is None:
         return 0, 0, 0
@@ -179,7 +177,10 @@ def forward(
     """
     n, channels, height, width = x.shape
     outputs = y.shape[1]
-    tile_o, tile_c = _block(outputs, 128), _block(channels, 32)
+    # A wide tile of outputs normalises each pixel less often, even where it computes outputs that do not exist.
+    tile_o, tile_c = (
+        min(most, max(16, triton.next_power_of_2(size))) for size, most in ((outputs, 128), (channels, 32))
+    )
     in_vec = _vector(channels, x, weight.permute(0, 3, 1, 2))
     out_vec = _vector(outputs, y, *([] if residual is None else [residual]))
     programs = n * triton.cdiv(height * width, TILE_P) * triton.cdiv(outputs, tile_o)

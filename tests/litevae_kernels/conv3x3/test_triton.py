@@ -70,7 +70,9 @@ def problem(
     return x, weight, draw(o, **options, seed=2), draw(n, o, h, w, **options, seed=3, layout=layout)
 
 
-def check(y: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *more: int) -> None:
+def check(
+    y: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *more: int
+) -> None:
     """Compares `y` with the convolution of the exact input `h`, which had `more` roundings in float32."""
     exact, magnitude = (
         F.conv2d(*(f(t.double()) for t in (h, weight)), padding=1) for f in (lambda t: t, torch.abs)
@@ -111,7 +113,8 @@ def test_normalised_input(dtype: torch.dtype, device: str, monkeypatch: pytest.M
         x, weight, bias, residual = problem(shape, dtype, device, "channels_last")
         x = x + mean
         norm = [
-            draw(shape[1], dtype=torch.float32, device=device, seed=seed) if affine else None for seed in (4, 5)
+            draw(shape[1], dtype=torch.float32, device=device, seed=seed) if affine else None
+            for seed in (4, 5)
         ]
         with poisoned_memory():
             y = gpu.norm_forward(x, None, groups, *norm, 1e-6, weight, bias, residual)
