@@ -235,7 +235,14 @@ def registers_and_spills(compiled: Any) -> tuple[int, int] | None:
             ptxas = Path(triton.__file__).parent / "backends/nvidia/bin" / name
             if not ptxas.exists():
                 continue
-            command = [ptxas, "-v", f"--gpu-name={target}", source, "-o", Path(folder) / "kernel.cubin"]
+            command: list[str | Path] = [
+                ptxas,
+                "-v",
+                f"--gpu-name={target}",
+                source,
+                "-o",
+                Path(folder) / "kernel.cubin",
+            ]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode == 0:
                 spilled = sum(int(x) for x in re.findall(r"(\d+) bytes spill", done.stderr))

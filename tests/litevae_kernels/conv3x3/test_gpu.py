@@ -3,9 +3,12 @@
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from litevae_kernels import conv3x3, info, use_backend
 from litevae_kernels.conv3x3 import gpu
+from litevae_kernels.conv3x3.normed import norm_silu_conv3x3
 
 X = torch.randn(2, 16, 6, 5).to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
 WEIGHT = torch.randn(8, 16, 3, 3).to(torch.bfloat16)
@@ -144,3 +147,34 @@ def test_pytorch_alone_is_right():
     torch.testing.assert_close(y, conv3x3(X, WEIGHT, silu_input=True), atol=0.2, rtol=0.02)
     assert y.dtype == torch.bfloat16
     assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def test_calls_on_a_gpu_reach_the_operators():
+    """Tensors without memory take the way of a GPU's; with gradients, and without the switch, they do not."""
+    pytest.importorskip("triton")
+    with FakeTensorMode(), Calls() as calls:
+        x = torch.empty(2, 32, 6, 5, dtype=torch.bfloat16, device="cuda", memory_format=torch.channels_last)
+        weight = torch.empty(8, 32, 3, 3, dtype=torch.bfloat16, device="cuda")
+        with use_backend("triton"):
+            for y in (conv3x3(x, weight), norm_silu_conv3x3(x, 8, None, None, weight)):
+                assert y.shape == (2, 8, 6, 5)
+                assert y.is_contiguous(memory_format=torch.channels_last)
+            assert calls.names == ["litevae::conv3x3", "litevae::norm_silu_conv3x3"]
+            with torch.enable_grad():
+                norm_silu_conv3x3(x, 8, None, None, weight)
+        conv3x3(x, weight)
+        assert calls.names[2:] == ["litevae::group_norm_silu"]
+
+
+class Calls(TorchDispatchMode):
+    """Notes the names of this package's operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "litevae":
+            self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
