@@ -150,9 +150,10 @@ def _faster(key: Hashable, x: Tensor, ours: Call, theirs: Call) -> Tensor:
         return ours()
     wins = _winners.get(key)
     if wins is None:
-        if x.is_cuda and torch.cuda.is_current_stream_capturing():
-            return theirs()  # Nothing can be timed now; a later call may.
-        wins = _winners[key] = measure(ours, theirs)
+        with torch.cuda.device_of(x):  # The clock is that of the current device.
+            if x.is_cuda and torch.cuda.is_current_stream_capturing():
+                return theirs()  # Nothing can be timed now; a later call may.
+            wins = _winners[key] = measure(ours, theirs)
     return ours() if wins else theirs()
 
 
