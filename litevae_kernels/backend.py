@@ -91,8 +91,11 @@ _latest: str | None = _from_environment
 
 
 def forced_backend() -> str | None:
-    """Returns the backend that `use_backend` or the environment forces in this thread; None if neither does."""
-    return _choice.forced
+    """Returns the backend that `use_backend` or the environment forces in this thread; None if neither does.
+
+    While `torch.compile` traces, the latest choice of any thread counts.
+    """
+    return _latest if torch.compiler.is_compiling() else _choice.forced
 
 
 @contextlib.contextmanager
@@ -239,7 +242,7 @@ def choose(device_type: str) -> str:
     Raises:
         RuntimeError: the forced backend cannot serve the call; the message says why.
     """
-    forced = _latest if torch.compiler.is_compiling() else _choice.forced
+    forced = forced_backend()
     if forced is not None:
         reason = why_not(forced, device_type)
         if reason is not None:

@@ -54,7 +54,7 @@ def report() -> list[tuple[str, str]]:
         rows.append(("CUDA kernels", cuda or f"not built: {core.cuda_reason}"))
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     rows.append(("GPUs", ", ".join(gpus) or "none visible to torch"))
-    for variable in ("LITEVAE_BACKEND", "LITEVAE_CPU_ISA"):
+    for variable in ("LITEVAE_BACKEND", "LITEVAE_CPU_ISA", "LITEVAE_GPU_CONV"):
         rows.append((variable, os.environ.get(variable) or "not set"))
     return rows
 

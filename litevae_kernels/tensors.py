@@ -223,6 +223,12 @@ def memory_format_of(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
+def in_layout(x: Tensor, channels_innermost: bool) -> Tensor:
+    """Returns `x`, or a copy of it, with adjacent channels or, if not `channels_innermost`, adjacent pixels."""
+    adjacent = x.stride(1) == 1 if channels_innermost else x.stride(3) == 1
+    return x if adjacent else x.contiguous(memory_format=memory_format_of(channels_innermost))
+
+
 def accumulate_dtype(*dtypes: torch.dtype) -> torch.dtype:
     """Returns the dtype of the arithmetic: float64 if any of `dtypes` is, else float32."""
     return torch.float64 if torch.float64 in dtypes else torch.float32

@@ -1,13 +1,21 @@
-"""Helpers of the operators' tests: error budgets, poisoned memory, and inputs of every shape and stride."""
+"""Helpers of the operators' tests: error budgets, poisoned memory, inputs of every stride, kernels without a GPU."""
 
 import contextlib
 import random
-from collections.abc import Iterator, Sequence
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 LAYOUTS = ("contiguous", "channels_last", "sliced", "transposed", "expanded")
+
+Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]  # a Triton kernel, its arguments and its named arguments
 
 
 def assert_within_budget(
@@ -145,3 +153,98 @@ class Winograd:
 
 def _absolute(absolute: bool, *tensors: Tensor) -> list[Tensor]:
     return [t.abs() if absolute else t for t in tensors]
+
+
+def record_launches(kernels: Any, call: Callable[[], object], dimensions: int = 3) -> list[Launch]:
+    """Returns the launches of Triton kernels in a call, without doing them.
+
+    Args:
+        kernels: the module whose kernels are called; their names end with "_kernel".
+        call: function without arguments.
+        dimensions: the largest number of dimensions of a grid.
+    """
+    seen: list[Launch] = []
+
+    class Recorder:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            assert len(grid) <= dimensions
+            assert 0 < grid[0] < 2**31
+            assert all(size < 2**16 for size in grid[1:])
+
+            def launch(*args: Any, **kwargs: Any) -> None:
+                assert not kwargs["enable_fp_fusion"] or "sum" not in self.kernel.fn.__code__.co_names
+                seen.append((self.kernel, args, kwargs))
+
+            return launch
+
+    with contextlib.ExitStack() as stack:
+        for name in dir(kernels):
+            if name.endswith("_kernel"):
+                stack.enter_context(mock.patch.object(kernels, name, Recorder(getattr(kernels, name))))
+        call()
+    return seen
+
+
+def compile_launch(launch: Launch, capability: int = 90) -> Any:
+    """Returns what Triton compiles for a launch on GPUs of a capability, such as 90 for sm_90; needs no GPU."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, args, kwargs = launch
+    names = {torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16", torch.bfloat16: "bf16"}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+
+    def type_of(x: Any, path: tuple[int, ...]) -> Any:
+        if isinstance(x, tuple):
+            return tuple(type_of(y, (*path, i)) for i, y in enumerate(x))
+        if isinstance(x, Tensor):
+            if x.data_ptr() % 16 == 0 and not kernel.params[path[0]].do_not_specialize_on_alignment:
+                attributes[path] = [["tt.divisibility", 16]]
+            return f"*{names[x.dtype]}"
+        if isinstance(x, int):
+            return "i64"
+        if isinstance(x, float):
+            return "fp64"
+        constants[path] = None
+        return "constexpr"
+
+    signature = {}
+    for i, name in enumerate(kernel.arg_names):
+        signature[name] = type_of(args[i], (i,)) if i < len(args) else "constexpr"
+        if i >= len(args):
+            constants[(i,)] = kwargs[name]
+    options = {name: value for name, value in kwargs.items() if name not in signature}
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def registers_and_spills(compiled: Any) -> tuple[int, int] | None:
+    """Returns a compiled kernel's registers per thread and bytes spilled, or None if Triton has no ptxas for it."""
+    import triton
+
+    target = re.findall(r"^\.target (\w+)", compiled.asm["ptx"], re.MULTILINE)[0]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(compiled.asm["ptx"])
+        for name in ("ptxas", "ptxas-blackwell"):  # Triton has two versions.
+            ptxas = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+            if not ptxas.exists():
+                continue
+            command: list[str | Path] = [
+                ptxas,
+                "-v",
+                f"--gpu-name={target}",
+                source,
+                "-o",
+                Path(folder) / "kernel.cubin",
+            ]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode == 0:
+                spilled = sum(int(x) for x in re.findall(r"(\d+) bytes spill", done.stderr))
+                return int(re.findall(r"Used (\d+) registers", done.stderr)[0]), spilled
+    return None

@@ -10,10 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.gpu import GPU_ENCODERS
-from benchmarks.harness import Provider, contest, median_ratio, served_dtypes
+from benchmarks.harness import (
+    Provider,
+    contest,
+    median_ratio,
+    relative_error,
+    served_dtypes,
+    with_backend,
+)
 from benchmarks.host_time import PYTORCH, host_seconds, make_calls
 from benchmarks.models import (
     SD_VAE,
@@ -27,6 +35,8 @@ from benchmarks.models import (
 from benchmarks.session import Result, Session, milliseconds
 from benchmarks.test_against_sd_vae import Field
 from litevae.models.layers import ResBlock
+from litevae_kernels import group_norm_silu
+from litevae_kernels.conv3x3.normed import norm_silu_conv3x3
 
 INPUTS = 3
 COMPARED = (SD_VAE, "LiteVAE-B", "LiteVAE-S")
@@ -190,6 +200,49 @@ def test_biases_and_additions(
 
     calls = {name: call_of(model, "encoder") for name, model in models.items()}
     race(benchmark, session, "biases and additions", calls, device, image(32), **rounds(dry_run, 30, 7))
+
+
+@pytest.mark.parametrize("size", [(96, 128), (64, 128), (512, 32)], ids=str)
+@torch.no_grad()
+def test_fused_convolution(
+    benchmark: Any, session: Session, device: str, dry_run: bool, size: tuple[int, int]
+) -> None:
+    """The second half of a block: the Triton convolution that normalises its input, and PyTorch's after our norm."""
+    images, channels, side = (1, 32, 8) if dry_run else (32, *size)
+    options: Any = {"device": device, "dtype": served_dtypes(device)[-1]}
+
+    def image() -> Tensor:
+        x = torch.randn(images, channels, side, side, **options)
+        return x.contiguous(memory_format=torch.channels_last)
+
+    sets = [(image(), image()) for _ in range(INPUTS)]
+    weight = torch.randn(channels, channels, 3, 3, **options) * (9 * channels) ** -0.5
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    bias, scale, offset = (torch.randn(channels, **options) for _ in range(3))
+
+    def fused(i: int) -> Tensor:
+        x, residual = sets[i]
+        return norm_silu_conv3x3(x, 32, scale, offset, weight, bias, residual=residual)
+
+    def apart(i: int) -> Tensor:
+        x, residual = sets[i]
+        return F.conv2d(group_norm_silu(x, 32, scale, offset), weight, bias, padding=1).add_(residual)
+
+    ours = with_backend("triton", fused) if device == "cuda" else fused
+    x, residual = (t[:1].double() for t in sets[0])
+    exact = F.silu(F.group_norm(x, 32, scale.double(), offset.double(), 1e-6))
+    exact = F.conv2d(exact, weight.double(), bias.double(), padding=1) + residual
+    assert relative_error(ours(0)[:1], exact) < max(2 * relative_error(apart(0)[:1], exact), 1e-5)
+    contest(
+        benchmark,
+        session,
+        f"norm, convolution and addition, {images}x{channels}x{side}x{side}",
+        "fused, litevae_kernels triton",
+        {"fused, litevae_kernels triton": ours, "group_norm_silu, then conv2d": apart},
+        inputs=INPUTS,
+        images=images,
+        **rounds(dry_run),
+    )
 
 
 def test_host_time(benchmark: Any, session: Session, device: str, dry_run: bool) -> None:

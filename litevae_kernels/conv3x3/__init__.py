@@ -27,11 +27,12 @@ for the result and the gradient of the input, whatever the size of the image; fo
 Sums of a tile's values must not overflow, and a NaN or an infinity spreads to every tile of results that depends on
 it. Derivatives of higher order are computed by PyTorch. Forward-mode derivatives are not supported.
 
+On a GPU, a Triton kernel may serve half precision in channels_last without gradients; it is off by default (see gpu).
+
 PyTorch's direct convolution serves all other calls: other devices, float64, narrow layers, small images,
 `torch.export`, `torch.func`, and every call under ``use_backend("reference")``, which is the way to an exact direct
-convolution. On a CPU without the arithmetic of a half precision, it computes in float32 and rounds once. There is no
-Triton kernel: if Triton is forced and does not serve the CPU, a call that the kernels would have served raises an
-error.
+convolution. On a CPU without the arithmetic of a half precision, it computes in float32 and rounds once. If Triton is
+forced and does not serve the CPU, a call that the kernels would have served raises an error.
 """
 
 import torch
@@ -40,7 +41,7 @@ from torch import Tensor
 
 from litevae_kernels.arithmetic import current_isa, result_dtype
 from litevae_kernels.backend import choose, forced_backend
-from litevae_kernels.conv3x3 import op, reference
+from litevae_kernels.conv3x3 import gpu, op, reference
 from litevae_kernels.conv3x3.dispatch import describe, serves
 from litevae_kernels.tensors import (
     check_bias,
@@ -120,6 +121,8 @@ def check_arguments(
 def is_fused(x: Tensor, weight: Tensor) -> bool:
     """Returns whether the kernels serve a call, which PyTorch's convolution could always serve as well."""
     # This comes first because sizes that are read while torch.jit traces get into the graph.
+    if x.is_cuda:
+        return gpu.serves(result_dtype(x), x)
     if not x.is_cpu or choose("cpu") != "native":
         return False
     pixels = x.shape[2] * x.shape[3]
@@ -133,6 +136,8 @@ def describe_backend(device_type: str, dtype: torch.dtype) -> str:
         device_type: type of the device.
         dtype: dtype of the result.
     """
+    if device_type == "cuda":
+        return gpu.describe(dtype)
     if device_type != "cpu" or forced_backend() not in (None, "native"):
         return "PyTorch's convolution"
     isa = current_isa()

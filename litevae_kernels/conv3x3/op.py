@@ -7,10 +7,16 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from litevae_kernels.arithmetic import current_isa
-from litevae_kernels.conv3x3 import native, reference
+from litevae_kernels.conv3x3 import gpu, native, reference
 from litevae_kernels.conv3x3.dispatch import WIDEST_VECTOR, is_small
 from litevae_kernels.group_norm_silu.native import statistics
-from litevae_kernels.tensors import differentiable_gradients, in_inference_mode, is_plain, memory_format_of
+from litevae_kernels.tensors import (
+    differentiable_gradients,
+    in_inference_mode,
+    in_layout,
+    is_plain,
+    memory_format_of,
+)
 
 
 def _output(x: Tensor, channels: int, channels_last: bool) -> Tensor:
@@ -25,12 +31,6 @@ def _output(x: Tensor, channels: int, channels_last: bool) -> Tensor:
 
 def _channels_innermost(x: Tensor) -> bool:
     return x.stride(1) == 1
-
-
-def _in_layout(x: Tensor, channels_innermost: bool) -> Tensor:
-    """Returns `x`, or a copy of it, with adjacent channels or, if not `channels_innermost`, adjacent pixels."""
-    adjacent = x.stride(1) == 1 if channels_innermost else x.stride(3) == 1
-    return x if adjacent else x.contiguous(memory_format=memory_format_of(channels_innermost))
 
 
 def _no_autocast() -> torch.autocast:
@@ -67,12 +67,14 @@ def _forward(
     if _is_small(x, weight):
         with _no_autocast():
             return y.copy_(reference.forward(x, weight.to(x.dtype), bias, residual, silu_input))
-    residual = None if residual is None else _in_layout(residual.to(x.dtype), innermost)
-    native.forward(_in_layout(x, innermost), weight, bias, residual, silu_input, y)
+    residual = None if residual is None else in_layout(residual.to(x.dtype), innermost)
+    native.forward(in_layout(x, innermost), weight, bias, residual, silu_input, y)
     return y
 
 
 torch.library.impl("litevae::conv3x3", "CPU", _forward)
+torch.library.impl("litevae::conv3x3", "CUDA", gpu.forward)
+torch.library.impl("litevae::norm_silu_conv3x3", "CUDA", gpu.norm_forward)
 
 
 @torch.library.impl("litevae::norm_silu_conv3x3", "CPU")
@@ -96,11 +98,11 @@ def _norm_forward(
     y = _output(x, weight.shape[0], innermost)
     if y.numel() == 0:
         return y
-    x, skip = _in_layout(x, innermost), None if skip is None else _in_layout(skip, innermost)
+    x, skip = in_layout(x, innermost), None if skip is None else in_layout(skip, innermost)
     stats = torch.empty((x.shape[0], num_groups, 2), dtype=torch.float64)
     statistics(x, skip, stats, num_groups, eps)
     bias = None if bias is None else bias.to(x.dtype)
-    residual = None if residual is None else _in_layout(residual.to(x.dtype), innermost)
+    residual = None if residual is None else in_layout(residual.to(x.dtype), innermost)
     native.norm_forward(x, skip, norm_weight, norm_bias, stats, weight, bias, residual, y)
     return y
 
@@ -111,7 +113,7 @@ def _input_gradient(grad: Tensor, weight: Tensor, channels_last: bool) -> Tensor
     if _is_small(grad, weight):
         with _no_autocast():
             return grad_x.copy_(reference.input_gradient(grad, weight.to(grad.dtype)))
-    native.input_gradient(_in_layout(grad, channels_last), weight, grad_x)
+    native.input_gradient(in_layout(grad, channels_last), weight, grad_x)
     return grad_x
 
 
@@ -125,7 +127,7 @@ def _weight_gradient(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
         with _no_autocast():
             return grad_weight.copy_(reference.weight_gradient(x, grad, weight.shape))
     innermost = _channels_innermost(x)
-    native.weight_gradient(_in_layout(x, innermost), _in_layout(grad, innermost), grad_weight)
+    native.weight_gradient(in_layout(x, innermost), in_layout(grad, innermost), grad_weight)
     return grad_weight
 
 
@@ -236,6 +238,7 @@ def conv3x3(
 ) -> Tensor:
     """Differentiable `litevae::conv3x3`; with `silu_input`, only bias and residual have gradients."""
     if in_inference_mode():
-        forward = _forward if is_plain(x, weight, bias, residual) else torch.ops.litevae.conv3x3
+        direct = x.is_cpu and is_plain(x, weight, bias, residual)
+        forward = _forward if direct else torch.ops.litevae.conv3x3
         return forward(x, weight, bias, residual, silu_input)
     return _Conv3x3.apply(x, weight, bias, residual, silu_input)

@@ -488,18 +488,10 @@ def _step(parameter: Tensor | None) -> int:
     return 0 if parameter is None else parameter.stride(0)
 
 
-def forward(
-    x: Tensor,
-    skip: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    y: Tensor,
-    stats: Tensor,
-    num_groups: int,
-    eps: float,
-) -> None:
-    """Fills `y` (N, C, H, W) and `stats` (N, num_groups, 2)."""
-    n, channels, height, width = y.shape
+def statistics(x: Tensor, skip: Tensor | None, stats: Tensor, num_groups: int, eps: float) -> None:
+    """Fills `stats` (N, num_groups, 2) with the mean and 1 / sqrt(var + eps) of each group, in float64."""
+    n, _, height, width = x.shape
+    channels = x.shape[1] + (0 if skip is None else skip.shape[1])
     pixels = height * width
     parts = _parts(x, skip)
     chunk = min(part.chunk(MAX_STEPS) for part in parts)
@@ -517,6 +509,23 @@ def forward(
             partials, stats, n, channels, pixels, *groups, chunks, chunk, eps,
             BLOCK=512, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
+
+
+def forward(
+    x: Tensor,
+    skip: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor,
+    stats: Tensor,
+    num_groups: int,
+    eps: float,
+) -> None:
+    """Fills `y` (N, C, H, W) and `stats` (N, num_groups, 2)."""
+    parts = _parts(x, skip)
+    statistics(x, skip, stats, num_groups, eps)
+    groups = (num_groups, y.shape[1] // num_groups)
+    with on_device(x):
         for part in parts:
             out = y.narrow(1, part.first, part.x.shape[1])
             view = _view(out)

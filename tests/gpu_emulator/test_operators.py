@@ -7,16 +7,9 @@ from typing import Any
 import pytest
 import torch
 from kernel_cases.running import Kernels, cases_of, run_case, run_covering, run_random
-from ptx_emulator import build
+from ptx_emulator import build, triton_driver
 
-import litevae_kernels
-from litevae_kernels.core_interface import OPERATORS
-
-PACKAGE = Path(litevae_kernels.__file__).parent
-WITH_KERNELS = {
-    "cuda": build.OPERATORS,
-    "triton": [name for name in OPERATORS if (PACKAGE / name / "triton.py").exists()],
-}
+WITH_KERNELS = {"cuda": build.OPERATORS, "triton": triton_driver.OPERATORS}
 BACKENDS = tuple(WITH_KERNELS)
 EACH = [(backend, name) for backend, names in WITH_KERNELS.items() for name in names]
 TESTED = sorted(path.stem for path in Path(__file__).parent.glob("kernel_cases/*.py"))

@@ -15,8 +15,7 @@ from torch import Tensor
 
 import litevae_kernels
 from litevae_kernels import arithmetic
-
-Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]  # a kernel, its arguments and its named arguments
+from litevae_kernels.testing import Launch, compile_launch, record_launches, registers_and_spills
 
 
 @pytest.fixture
@@ -39,78 +38,15 @@ def under_the_interpreter(pytestconfig: pytest.Config) -> Callable[[str], subpro
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Launch]]:
-    """Returns a function that gives the launches (kernel, arguments, named arguments) of a call without doing them.
-
-    Its arguments are the module of the kernels, the call, and the largest number of dimensions of a grid.
-    """
-
-    def record(kernels: Any, call: Callable[[], None], dimensions: int = 3) -> list[Launch]:
-        seen: list[Launch] = []
-
-        class Recorder:
-            def __init__(self, kernel: Any) -> None:
-                self.kernel = kernel
-
-            def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-                assert len(grid) <= dimensions
-                assert 0 < grid[0] < 2**31
-                assert all(size < 2**16 for size in grid[1:])
-
-                def launch(*args: Any, **kwargs: Any) -> None:
-                    assert not kwargs["enable_fp_fusion"] or "sum" not in self.kernel.fn.__code__.co_names
-                    seen.append((self.kernel, args, kwargs))
-
-                return launch
-
-        with monkeypatch.context() as patch:
-            for name in dir(kernels):
-                if name.endswith("_kernel"):
-                    patch.setattr(kernels, name, Recorder(getattr(kernels, name)))
-            call()
-        return seen
-
-    return record
+def launches() -> Callable[..., list[Launch]]:
+    """Returns a function that gives the launches of a call without doing them."""
+    return record_launches
 
 
 @pytest.fixture
 def compile_for_sm90() -> Callable[[Launch], Any]:
     """Returns a function that compiles a launch (kernel, arguments, named arguments) for an H100, without one."""
-
-    def compile(launch: Launch) -> Any:
-        import triton
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource
-
-        kernel, args, kwargs = launch
-        names = {torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16", torch.bfloat16: "bf16"}
-        constants: dict[tuple[int, ...], Any] = {}
-        attributes: dict[tuple[int, ...], Any] = {}
-
-        def type_of(x: Any, path: tuple[int, ...]) -> Any:
-            if isinstance(x, tuple):
-                return tuple(type_of(y, (*path, i)) for i, y in enumerate(x))
-            if isinstance(x, Tensor):
-                if x.data_ptr() % 16 == 0 and not kernel.params[path[0]].do_not_specialize_on_alignment:
-                    attributes[path] = [["tt.divisibility", 16]]
-                return f"*{names[x.dtype]}"
-            if isinstance(x, int):
-                return "i64"
-            if isinstance(x, float):
-                return "fp64"
-            constants[path] = None
-            return "constexpr"
-
-        signature = {}
-        for i, name in enumerate(kernel.arg_names):
-            signature[name] = type_of(args[i], (i,)) if i < len(args) else "constexpr"
-            if i >= len(args):
-                constants[(i,)] = kwargs[name]
-        options = {name: value for name, value in kwargs.items() if name not in signature}
-        source = ASTSource(kernel, signature, constants, attributes)
-        return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-
-    return compile
+    return compile_launch
 
 
 @pytest.fixture
@@ -145,33 +81,14 @@ def lanes_agree() -> Callable[[str], bool]:
 
 
 @pytest.fixture
-def resources(tmp_path: Path) -> Callable[[Any], tuple[int, int]]:
+def resources() -> Callable[[Any], tuple[int, int]]:
     """Returns a function that gives the number of registers of a compiled kernel, and the bytes of its spills."""
 
     def assemble(compiled: Any) -> tuple[int, int]:
-        import triton
-
-        source = tmp_path / "kernel.ptx"
-        source.write_text(compiled.asm["ptx"])
-        for name in ("ptxas", "ptxas-blackwell"):  # Triton has two versions.
-            ptxas = Path(triton.__file__).parent / "backends/nvidia/bin" / name
-            command = [
-                str(ptxas),
-                "-v",
-                "--gpu-name=sm_90a",
-                str(source),
-                "-o",
-                str(tmp_path / "kernel.cubin"),
-            ]
-            done = (
-                subprocess.run(command, capture_output=True, text=True, check=False)
-                if ptxas.exists()
-                else None
-            )
-            if done is not None and done.returncode == 0:
-                spilled = sum(int(x) for x in re.findall(r"(\d+) bytes spill", done.stderr))
-                return int(re.findall(r"Used (\d+) registers", done.stderr)[0]), spilled
-        pytest.skip("this Triton has no ptxas that assembles its PTX")
+        found = registers_and_spills(compiled)
+        if found is None:
+            pytest.skip("this Triton has no ptxas that assembles its PTX")
+        return found
 
     return assemble
 

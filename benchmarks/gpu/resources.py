@@ -1,0 +1,79 @@
+"""Prints what the Triton convolution takes of a GPU, as ptxas says, for each ResBlock's layers; needs no GPU.
+
+``python -m benchmarks.gpu.resources`` prints the table of docs/performance.md: registers per thread, KiB of shared
+memory per block of 256 threads, and bytes that are spilled, if any. None of them is a speed.
+"""
+
+import argparse
+import importlib
+from collections import Counter
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.traffic import PRESETS
+from benchmarks.report import markdown
+from litevae import LiteVAE
+from litevae.models.layers import ResBlock
+from litevae_kernels.testing import Launch, compile_launch, record_launches, registers_and_spills
+
+ARCHITECTURES = (80, 86, 89, 90, 120)
+
+
+def layers(preset: str) -> Counter[tuple[int, int, bool]]:
+    """Returns how many convolutions have each (input channels, output channels, residual) in a model."""
+    with torch.device("meta"):
+        model = LiteVAE.from_preset(preset)
+    found: Counter[tuple[int, int, bool]] = Counter()
+    for block in model.modules():
+        if isinstance(block, ResBlock):
+            for conv, residual in ((block.conv1, False), (block.conv2, True)):
+                found[int(conv.in_channels), int(conv.out_channels), residual] += 1
+    return found
+
+
+def launch(channels: int, outputs: int, residual: bool) -> Launch:
+    """Returns the launch of a normalised convolution; the size of the image does not change the kernel."""
+    kernels = importlib.import_module("litevae_kernels.conv3x3.triton")
+    options: Any = {"device": "meta", "dtype": torch.bfloat16}
+    x, y = (
+        torch.empty(1, c, 64, 64, **options, memory_format=torch.channels_last) for c in (channels, outputs)
+    )
+    affine = torch.empty(1, 3, channels, device="meta")
+    weight, bias = torch.empty(outputs, 3, 3, channels, **options), torch.empty(outputs, **options)
+    arguments = (x, affine, weight, bias, y if residual else None, True, y)
+    (found,) = record_launches(kernels, lambda: kernels.forward(*arguments))
+    return found
+
+
+def describe(channels: int, outputs: int, residual: bool, architecture: int) -> str:
+    """Returns the cell of a layer: registers, shared memory and spills."""
+    compiled = compile_launch(launch(channels, outputs, residual), architecture)
+    found = registers_and_spills(compiled)
+    if found is None:
+        return "no ptxas"
+    registers, spilled = found
+    return f"{registers}, {compiled.metadata.shared / 1024:.0f} KiB" + (f", {spilled} B" if spilled else "")
+
+
+def table(architectures: tuple[int, ...] = ARCHITECTURES) -> str:
+    """Returns the table in Markdown, with a row for each pair of channels and kind of layer."""
+    counts = {name: layers(preset) for name, preset in PRESETS.items()}
+    rows = [
+        ["channels in, out", *(f"layers of {name}" for name in counts), *(f"sm_{a}" for a in architectures)]
+    ]
+    for channels, outputs, residual in sorted(set().union(*counts.values())):
+        key = channels, outputs, residual
+        name = f"{channels}, {outputs}{', residual' if residual else ''}"
+        rows.append(
+            [name, *(str(c[key]) for c in counts.values()), *(describe(*key, a) for a in architectures)]
+        )
+    return markdown(rows[0], rows[1:])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.resources", description=__doc__)
+    parser.add_argument(
+        "architectures", type=int, nargs="*", default=ARCHITECTURES, help="such as 90 for sm_90"
+    )
+    print(table(tuple(parser.parse_args().architectures)))

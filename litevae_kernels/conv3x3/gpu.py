@@ -1,0 +1,187 @@
+"""The 3x3 convolution on a GPU, without gradients: the Triton kernel or PyTorch's operators, whichever is faster.
+
+No GPU has confirmed the kernel, so it is off unless the environment variable ``LITEVAE_GPU_CONV`` is ``measure`` or
+``use_backend("triton")`` forces it. With ``measure``, the first call of each shape, dtype and device times both, as
+``torch.backends.cudnn.benchmark`` does, and the process keeps the faster one.
+"""
+
+import os
+import statistics
+import warnings
+from collections.abc import Callable, Hashable
+
+import torch
+from torch import Tensor
+
+from litevae_kernels.backend import choose, forced_backend, triton_installed, why_not
+from litevae_kernels.conv3x3 import reference
+from litevae_kernels.tensors import in_layout
+
+DTYPES = (torch.bfloat16, torch.float16)  # cuDNN serves float32
+MOST_PIXELS = 2**30  # per image, so that int32 holds an index and what is added to it
+MODES = ("off", "measure")
+ROUNDS, CALLS = 5, 5  # of a measurement
+
+Call = Callable[[], Tensor]
+
+
+def _read_mode(value: str | None) -> str:
+    if value is not None and value not in MODES:
+        raise ValueError(f"LITEVAE_GPU_CONV is {value[:40]!r}; allowed: {', '.join(MODES)}")
+    return value or "off"
+
+
+mode = _read_mode(os.environ.get("LITEVAE_GPU_CONV") or None)
+
+_winners: dict[Hashable, bool] = {}  # whether the kernel is faster, by all that may matter
+
+
+def serves(dtype: torch.dtype, x: Tensor) -> bool:
+    """Returns whether a call with `x` (N, C, H, W) on a GPU, and a result of `dtype`, may run on the kernel."""
+    if not _is_on() or torch.is_grad_enabled() or choose("cuda") == "reference":
+        return False
+    return dtype in DTYPES and x.stride(1) == 1 and x.shape[2] * x.shape[3] <= MOST_PIXELS
+
+
+def describe(dtype: torch.dtype) -> str:
+    """Returns what serves calls on a GPU, for `litevae_kernels.info`."""
+    if forced_backend() == "reference" or not _is_on() or dtype not in DTYPES:
+        return "PyTorch's convolution"
+    which = "triton" if forced_backend() == "triton" else "the faster of triton and PyTorch's convolution"
+    return f"{which}, if channels are innermost and gradients off; else PyTorch's convolution"
+
+
+def _is_on() -> bool:
+    forced = forced_backend()
+    return triton_installed and (forced == "triton" or (mode == "measure" and forced is None))
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, silu_input: bool
+) -> Tensor:
+    """Returns the convolution (N, C_out, H, W) in channels_last; `x` has adjacent channels."""
+
+    def ours() -> Tensor:
+        return _convolve(x, None, weight, bias, residual, silu_input)
+
+    def theirs() -> Tensor:
+        return _convolve_in_pytorch(x, weight, bias, residual, silu_input)
+
+    return _faster(_key("conv", x, weight, bias, residual, silu_input), x, ours, theirs)
+
+
+def norm_forward(
+    x: Tensor,
+    skip: Tensor | None,
+    num_groups: int,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """Returns the convolution of the SiLU of a group normalisation; with a skip, the norm has a kernel of its own."""
+
+    def norm(backend: str) -> Tensor:
+        parameters = (norm_weight, norm_bias, num_groups, eps, backend)
+        return torch.ops.litevae.group_norm_silu(x, skip, *parameters)[0]
+
+    def ours() -> Tensor:
+        from litevae_kernels.conv3x3 import triton
+
+        if skip is not None:
+            return _convolve(norm("triton"), None, weight, bias, residual, False)
+        affine = triton.affine_of(x, norm_weight, norm_bias, num_groups, eps)
+        return _convolve(x, affine, weight, bias, residual, True)
+
+    def theirs() -> Tensor:
+        h = norm("native" if why_not("native", x.device.type) is None else "triton")
+        return _convolve_in_pytorch(h, weight, bias, residual, False)
+
+    channels = 0 if skip is None else skip.shape[1]
+    return _faster(_key("norm", x, weight, bias, residual, num_groups, channels), x, ours, theirs)
+
+
+def _key(
+    name: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *others: Hashable
+) -> Hashable:
+    layout = (x.dtype, x.shape, x.stride(), x.data_ptr() % 16, weight.dtype, weight.shape, weight.stride())
+    return (name, x.device, *layout, bias is None, residual is None, *others)
+
+
+def _convolve(
+    x: Tensor,
+    affine: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    silu_input: bool,
+) -> Tensor:
+    from litevae_kernels.conv3x3 import triton  # some platforms have no Triton
+
+    n, _, height, width = x.shape
+    y = torch.empty(
+        (n, weight.shape[0], height, width),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last,
+    )
+    if y.numel():
+        residual = None if residual is None else in_layout(residual.to(x.dtype), True)
+        filters = weight.to(x.dtype).permute(0, 2, 3, 1).contiguous()
+        triton.forward(x, affine, filters, bias, residual, silu_input, y)
+    return y
+
+
+def _convolve_in_pytorch(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, silu_input: bool
+) -> Tensor:
+    bias = None if bias is None else bias.to(x.dtype)
+    # Autocast, which may be on, has had its effect.
+    with torch.autocast(x.device.type, enabled=False):
+        y = reference.forward(x, weight.to(x.dtype), bias, residual, silu_input)
+    return y.contiguous(memory_format=torch.channels_last)
+
+
+def _faster(key: Hashable, x: Tensor, ours: Call, theirs: Call) -> Tensor:
+    # A compiled graph in which the kernel was forced may run when nothing is forced any more.
+    if mode != "measure" or forced_backend() == "triton":
+        return ours()
+    wins = _winners.get(key)
+    if wins is None:
+        with torch.cuda.device_of(x):  # The clock is that of the current device.
+            if x.is_cuda and torch.cuda.is_current_stream_capturing():
+                return theirs()  # Nothing can be timed now; a later call may.
+            wins = _winners[key] = measure(ours, theirs)
+    return ours() if wins else theirs()
+
+
+def measure(ours: Call, theirs: Call) -> bool:
+    """Returns whether `ours` takes less time than `theirs`; False, with a warning, if it fails."""
+    times: tuple[list[float], list[float]] = [], []
+    theirs()  # The first calls compile and choose algorithms.
+    try:
+        ours()
+        for _ in range(ROUNDS):
+            for call, taken in zip((ours, theirs), times, strict=True):
+                taken.append(_time(call))
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        warnings.warn(
+            f"PyTorch serves a 3x3 convolution because the Triton kernel failed: {type(error).__name__}: {reason}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return statistics.median(times[0]) < statistics.median(times[1])
+
+
+def _time(call: Call) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(CALLS):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)

@@ -1,0 +1,208 @@
+"""The 3x3 convolution in Triton: an implicit matrix product on tensor cores, for CUDA devices and the interpreter.
+
+A program computes a tile of (pixels, output channels) of one image. Its loop takes one of the nine taps and a block of
+input channels at a time: the rows of the left factor are the pixels that the tap sees, so that no matrix of patches is
+ever in memory. Normalisation and SiLU are applied to the left factor after it was loaded, which repeats them for each
+tap and each tile of output channels but saves a pass over memory. Zeros replace what lies outside of the image after
+that, because the padding belongs to the normalised image. Bias and residual are added in float32, and the result is
+rounded once.
+"""
+
+# Triton types the kernels, and a name may have different types where a branch is compiled away.
+# mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment,misc"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from litevae_kernels.group_norm_silu.triton import statistics
+from litevae_kernels.triton_support import grid_of, kernel, on_device, program_index
+
+TILE_P = 128  # pixels, twice the 64 rows of a warp group's instruction
+AFFINE_BLOCK = 128
+
+
+@kernel("stats", "weight", "bias", "affine")
+def conv3x3_affine_kernel(
+    stats, weight, bias, affine,
+    weight_c: tl.int64, bias_c: tl.int64, batch: tl.int64, channels: tl.int64, groups: tl.int64,
+    group_channels: tl.int64,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Writes affine (batch, 3, channels): a norm's result is (x - first) second + third.
+
+    The first is the rounded mean; what the rounding lost is in the third, so that a large mean costs no digits.
+    """
+    program = program_index()
+    blocks = tl.cdiv(channels, BLOCK)
+    n = program // blocks
+    if n >= batch:
+        return
+    channel = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    mask = channel < channels
+    group = n * groups + channel // group_channels
+    mean = tl.load(stats + 2 * group, mask=mask, other=0)
+    slope = tl.load(stats + 2 * group + 1, mask=mask, other=0)
+    offset = tl.full(channel.shape, 0, tl.float64)
+    if weight is not None:
+        slope *= tl.load(weight + channel * weight_c, mask=mask, other=0).to(tl.float64)
+    if bias is not None:
+        offset = tl.load(bias + channel * bias_c, mask=mask, other=0).to(tl.float64)
+    high = mean.to(tl.float32)
+    out = affine + (n * 3 * channels + channel)
+    tl.store(out, high, mask=mask)
+    tl.store(out + channels, slope.to(tl.float32), mask=mask)
+    tl.store(out + 2 * channels, (offset - (mean - high.to(tl.float64)) * slope).to(tl.float32), mask=mask)
+
+
+@kernel("affine", "bias")
+def conv3x3_kernel(
+    x, weight, affine, bias, residual, y,
+    x_n: tl.int64, x_h: tl.int64, x_w: tl.int64,
+    residual_n: tl.int64, residual_h: tl.int64, residual_w: tl.int64,
+    bias_c: tl.int64, batch: tl.int64, height: tl.int64, width: tl.int64, channels: tl.int64, outputs: tl.int64,
+    IN_VEC: tl.constexpr, OUT_VEC: tl.constexpr, SILU: tl.constexpr,
+    TILE_P: tl.constexpr, TILE_O: tl.constexpr, TILE_C: tl.constexpr,
+):  # fmt: skip
+    """Writes y (batch, height, width, outputs), the convolution of x with weight (outputs, 3, 3, channels).
+
+    `channels` and the strides of x are in units of IN_VEC, and `outputs` and the strides of the residual in units of
+    OUT_VEC. `affine` (batch, 3, channels) normalises x.
+    """
+    channels *= IN_VEC
+    outputs *= OUT_VEC
+    pixels = (height * width).to(tl.int32)
+    height = height.to(tl.int32)
+    columns = width.to(tl.int32)
+    program = program_index()
+    across = tl.cdiv(outputs, TILE_O)
+    down = tl.cdiv(pixels, TILE_P)
+    n = program // across // down
+    if n >= batch:
+        return
+    # neighbours share pixels, which are then in the cache
+    output = program % across * TILE_O + tl.arange(0, TILE_O)
+    pixel = (program // across % down * TILE_P).to(tl.int32) + tl.arange(0, TILE_P)
+    row = pixel // columns
+    column = pixel - row * columns
+    inside = pixel < pixels
+    has_output = output < outputs
+    place = x + (
+        n * (x_n * IN_VEC) + row.to(tl.int64) * (x_h * IN_VEC) + column.to(tl.int64) * (x_w * IN_VEC)
+    )
+    filters = weight + output * (9 * channels)
+    if affine is not None:
+        affine += n * 3 * channels
+    total = tl.zeros((TILE_P, TILE_O), tl.float32)
+    for step in range(0, 9 * tl.cdiv(channels, TILE_C).to(tl.int32)):
+        tap = step % 9
+        up = tap // 3 - 1
+        left = tap % 3 - 1
+        channel = step // 9 * TILE_C + tl.arange(0, TILE_C)
+        has_channel = channel < channels
+        r = row + up
+        c = column + left
+        seen = inside & (r >= 0) & (r < height) & (c >= 0) & (c < columns)
+        mask = seen[:, None] & has_channel[None, :]
+        a = tl.load(
+            place[:, None] + (up * (x_h * IN_VEC) + left * (x_w * IN_VEC)) + channel[None, :],
+            mask=mask,
+            other=0,
+        )
+        b = tl.load(
+            filters[None, :] + tap * channels + channel[:, None],
+            mask=has_channel[:, None] & has_output[None, :], other=0,
+        )  # fmt: skip
+        if affine is not None or SILU:
+            z = a.to(tl.float32)
+            if affine is not None:
+                at = affine + channel
+                high = tl.load(at, mask=has_channel, other=0)[None, :]
+                slope = tl.load(at + channels, mask=has_channel, other=0)[None, :]
+                offset = tl.load(at + 2 * channels, mask=has_channel, other=0)[None, :]
+                z = tl.fma(z - high, slope, offset)
+            if SILU:
+                z = z / (1 + tl.exp(-z))
+            a = tl.where(mask, z, 0).to(weight.dtype.element_ty)
+        total = tl.dot(a, b, total, input_precision="ieee")
+    if bias is not None:
+        total += tl.load(bias + output * bias_c, mask=has_output, other=0).to(tl.float32)[None, :]
+    mask = inside[:, None] & has_output[None, :]
+    if residual is not None:
+        residual += n * (residual_n * OUT_VEC)
+        at = row.to(tl.int64) * (residual_h * OUT_VEC) + column.to(tl.int64) * (residual_w * OUT_VEC)
+        total += tl.load(residual + at[:, None] + output[None, :], mask=mask, other=0).to(tl.float32)
+    to = (n * pixels + pixel) * outputs
+    tl.store(y + to[:, None] + output[None, :], total.to(y.dtype.element_ty), mask=mask)
+
+
+def _vector(channels: int, *tensors: Tensor) -> int:
+    """Returns the number of elements per access: a power of two that divides the channels and all other strides."""
+    bits = 16 // tensors[0].element_size() | channels
+    for x in tensors:
+        if x.data_ptr() % 16:
+            return 1
+        for i in (0, 2, 3):
+            bits |= x.stride(i) if x.shape[i] > 1 else 0
+    return bits & -bits
+
+
+def _steps(x: Tensor | None, vector: int) -> tuple[int, int, int]:
+    if x is None:
+        return 0, 0, 0
+    # The stride of an axis of one element is arbitrary.
+    n, h, w = (0 if x.shape[i] == 1 else x.stride(i) // vector for i in (0, 2, 3))
+    return n, h, w
+
+
+def forward(
+    x: Tensor,
+    affine: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    silu_input: bool,
+    y: Tensor,
+) -> None:
+    """Fills `y` (N, C_out, H, W), whose memory format is channels_last.
+
+    Args:
+        x: (N, C, H, W) with adjacent channels, of at most 2^30 pixels per image.
+        affine: float32 (N, 3, C) that `affine_of` returns: the convolution sees (x - first) second + third.
+        weight: (C_out, 3, 3, C), contiguous, in x's dtype.
+        bias: (C_out) in any dtype.
+        residual: (N, C_out, H, W) in x's dtype with adjacent channels.
+        silu_input: whether the convolution sees the SiLU of that.
+    """
+    n, channels, height, width = x.shape
+    outputs = y.shape[1]
+    # A wide tile of outputs normalises each pixel less often, even where it computes outputs that do not exist.
+    tile_o, tile_c = (
+        min(most, max(16, triton.next_power_of_2(size))) for size, most in ((outputs, 128), (channels, 32))
+    )
+    in_vec = _vector(channels, x, weight.permute(0, 3, 1, 2))
+    out_vec = _vector(outputs, y, *([] if residual is None else [residual]))
+    programs = n * triton.cdiv(height * width, TILE_P) * triton.cdiv(outputs, tile_o)
+    with on_device(x):
+        conv3x3_kernel[grid_of(programs)](
+            x, weight, affine, bias, residual, y, *_steps(x, in_vec), *_steps(residual, out_vec),
+            0 if bias is None else bias.stride(0), n, height, width, channels // in_vec, outputs // out_vec,
+            IN_VEC=in_vec, OUT_VEC=out_vec, SILU=silu_input, TILE_P=TILE_P, TILE_O=tile_o, TILE_C=tile_c,
+            num_warps=8, num_stages=3, enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+def affine_of(x: Tensor, weight: Tensor | None, bias: Tensor | None, num_groups: int, eps: float) -> Tensor:
+    """Returns what `forward` needs to normalise `x` (N, C, H, W) with the `weight` and `bias` (C) of a group norm."""
+    n, channels = x.shape[:2]
+    stats = torch.empty((n, num_groups, 2), dtype=torch.float64, device=x.device)
+    statistics(x, None, stats, num_groups, eps)
+    affine = torch.empty((n, 3, channels), dtype=torch.float32, device=x.device)
+    steps = (0 if p is None else p.stride(0) for p in (weight, bias))
+    with on_device(x):
+        conv3x3_affine_kernel[grid_of(n * triton.cdiv(channels, AFFINE_BLOCK))](
+            stats, weight, bias, affine, *steps, n, channels, num_groups, channels // num_groups,
+            BLOCK=AFFINE_BLOCK, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+    return affine
