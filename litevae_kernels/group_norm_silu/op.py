@@ -65,8 +65,8 @@ def _gradients(
 
 torch.library.define(
     "litevae::group_norm_silu",
-    "(Tensor x, Tensor? skip, Tensor? weight, Tensor? bias, int num_groups, float eps, str backend) "
-    "-> (Tensor y, Tensor stats)",
+    "(Tensor x, Tensor? skip, Tensor? weight, Tensor? bias, int num_groups, float eps, str backend, "
+    "Tensor? offset=None) -> (Tensor y, Tensor stats)",
 )
 torch.library.define(
     "litevae::group_norm_silu_",
@@ -87,11 +87,12 @@ def _forward(
     num_groups: int,
     eps: float,
     backend: str,
+    offset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     y, stats = _outputs(x, skip, num_groups)
     if y.numel() == 0:
         return y, stats.zero_()
-    _backend(backend).forward(x, skip, weight, bias, y, stats, num_groups, eps)
+    _backend(backend).forward(x, skip, weight, bias, y, stats, num_groups, eps, offset)
     return y, stats
 
 
@@ -137,6 +138,7 @@ def _(
     num_groups: int,
     eps: float,
     backend: str,
+    offset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return _outputs(x, skip, num_groups)
 
@@ -201,15 +203,28 @@ def group_norm_silu(
     num_groups: int,
     eps: float,
     backend: str,
+    offset: Tensor | None = None,
 ) -> Tensor:
-    """Returns the result of `litevae::group_norm_silu`, differentiable and without the statistics."""
+    """Returns the result of `litevae::group_norm_silu`, differentiable and without the statistics.
+
+    While gradients are recorded, `offset` is added in a pass of its own, in x's dtype.
+    """
     if in_inference_mode():
-        if backend != "native" or not is_plain(x, skip, weight, bias):
-            return torch.ops.litevae.group_norm_silu(x, skip, weight, bias, num_groups, eps, backend)[0]
+        if backend != "native" or not is_plain(x, skip, weight, bias, offset):
+            op = torch.ops.litevae.group_norm_silu
+            return op(x, skip, weight, bias, num_groups, eps, backend, offset)[0]
         y = _result(x, skip)
         if y.numel():
-            native.forward(x, skip, weight, bias, y, None, num_groups, eps)
+            native.forward(x, skip, weight, bias, y, None, num_groups, eps, offset)
         return y
+    if offset is not None:
+        if not torch.is_grad_enabled():
+            op = torch.ops.litevae.group_norm_silu
+            return op(x, skip, weight, bias, num_groups, eps, backend, offset)[0]
+        offset = offset.to(x.dtype)[:, None, None]
+        if skip is not None:
+            skip = skip + offset[x.shape[1] :]
+        x = x + offset[: x.shape[1]]
     return _GroupNormSiLU.apply(x, skip, weight, bias, num_groups, eps, backend)
 
 

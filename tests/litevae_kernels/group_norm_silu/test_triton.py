@@ -213,7 +213,9 @@ def test_equals_pytorch_in_float64(device: str, group: int, monkeypatch: pytest.
             patch.setattr(
                 kernels, "TILE", (512, 1024, 256)[seed % 3] if INTERPRETED else (256, 2048)[group % 2]
             )
-            patch.setattr(kernels, "PROGRAMS", (1, 4, 10**9)[seed // 13 % 3])
+            for name in ("PROGRAMS", "SUMMING_PROGRAMS"):
+                patch.setattr(kernels, name, (1, 4, 10**9)[seed // 13 % 3])
+            patch.setattr(kernels, "SUMMED_STEPS", (1, 4)[seed // 7 % 2])
             patch.setattr(kernels, "MAX_STEPS", 4)
             case = draw(seed, device)
             try:
