@@ -92,6 +92,8 @@ class Recorder(TorchDispatchMode):
                 x, weight, bias = args[:3]
                 self.bytes.update(convolution(x, weight, bias, out))
                 self.macs += out.numel() * weight[0].numel()
+            case "litevae::add_residual_":
+                self.bytes[ADDITION] += elementwise(tensors[:2], tensors[0])
             case "aten::add_":
                 self.bytes[ADDITION] += elementwise(tensors, out)
             case "aten::avg_pool2d" | "aten::cat":

@@ -407,6 +407,38 @@ def group_norm_silu_grad_kernel(
         tl.store(out + at, tl.fma(dz, slope, -tl.fma(normal, multiple, constant)), mask=mask)
 
 
+@kernel("bias")
+def residual_add_kernel(
+    y, residual, bias,
+    y_n: tl.int64, y_c: tl.int64, y_h: tl.int64, y_w: tl.int64,
+    residual_n: tl.int64, residual_c: tl.int64, residual_h: tl.int64, residual_w: tl.int64,
+    bias_c: tl.int64,
+    batch: tl.int64, channels: tl.int64, pixels: tl.int64, width: tl.int64, first: tl.int64,
+    chunks: tl.int64, steps: tl.int64,
+    Y_INNER: tl.constexpr, Y_PIXELS: tl.constexpr, Y_VEC: tl.constexpr, RESIDUAL_INNER: tl.constexpr,
+    RESIDUAL_PIXELS: tl.constexpr, RESIDUAL_VEC: tl.constexpr, C_VEC: tl.constexpr, P_VEC: tl.constexpr,
+    ACC: tl.constexpr, TILE_P: tl.constexpr, TILE_C: tl.constexpr,
+):  # fmt: skip
+    """Adds residual (batch, channels, pixels) and bias (channels) to y (batch, channels, pixels)."""
+    channels *= C_VEC
+    pixels *= P_VEC
+    n, chunk, channel, has_channel = _place(program_index(), channels, chunks, TILE_C)
+    if n >= batch:
+        return
+    b = tl.load(bias + channel * bias_c, mask=has_channel, other=0).to(ACC)[None, :]
+    pixel = chunk * (steps * TILE_P) + tl.arange(0, TILE_P)
+    for step in tl.range(0, steps, loop_unroll_factor=2):
+        now = pixel + step * TILE_P
+        mask = (now < pixels)[:, None] & has_channel[None, :]
+        at = _offsets(
+            n, channel, now, (residual_n, residual_c, residual_h, residual_w), width,
+            RESIDUAL_INNER, RESIDUAL_PIXELS, RESIDUAL_VEC,
+        )  # fmt: skip
+        other = tl.load(residual + at, mask=mask, other=0).to(ACC)
+        at = _offsets(n, channel, now, (y_n, y_c, y_h, y_w), width, Y_INNER, Y_PIXELS, Y_VEC)
+        tl.store(y + at, tl.load(y + at, mask=mask, other=0).to(ACC) + b + other, mask=mask)
+
+
 def _power_of_two(*values: int) -> int:
     """Returns the largest power of two, at most 16, that divides all values."""
     bits = 16
@@ -451,7 +483,7 @@ def _tile(inner: str, channels: int, pixels: int) -> tuple[int, int]:
         tile_c = even if even >= 32 else max(triton.next_power_of_2(channels), 8)
         tile_c = min(tile_c, 64, TILE)
         return TILE // tile_c, tile_c
-    tile_p = min(max(triton.next_power_of_2(pixels), 64), TILE)
+    tile_p = min(max(triton.next_power_of_2(pixels) // SUMMED_STEPS, 64), TILE)
     return tile_p, TILE // tile_p
 
 
@@ -592,6 +624,18 @@ def forward(
             group_norm_silu_apply_kernel[grid](
                 part.x, coefficients, out, *part.view.strides, *view.strides, *part.sizes(view), y.shape[1], *tiling,
                 **part.view.constants("X"), **view.constants("Y"), **options, enable_fp_fusion=True,
+            )  # fmt: skip
+
+
+def add(y: Tensor, residual: Tensor, bias: Tensor) -> None:
+    """Adds `residual` (N, C, H, W) and `bias` (C), of any dtype, to `y` (N, C, H, W), and rounds once."""
+    view = _view(residual)
+    with on_device(y):
+        for part in _parts(y, None):
+            grid, tiling, options = part.tiling(part.chunk(sums=False), view)
+            residual_add_kernel[grid](
+                y, residual, bias, *part.view.strides, *view.strides, _step(bias), *part.sizes(view), *tiling,
+                **part.view.constants("Y"), **view.constants("RESIDUAL"), **options, enable_fp_fusion=True,
             )  # fmt: skip
 
 

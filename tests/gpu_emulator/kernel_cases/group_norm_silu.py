@@ -128,6 +128,14 @@ def check(kernels: Kernels, rng: random.Random, case: Case) -> None:
     outgoing = (results["x"].view, results["skip"].view if cs else None, grad_weight, grad_bias)
     kernels.run("group_norm_silu", "backward", grad, *inputs, stats, *outgoing, case.groups, written=outgoing)
 
+    if kernels.name == "triton" and bias is not None:
+        total = tensor(c, case.layouts[3], grad.double())
+        kernels.run("group_norm_silu", "add", total.view, grad, bias, written=[total.view])
+        wanted = 2 * grad.double() + bias.double()[:, None, None]
+        magnitude = 2 * grad.double().abs() + bias.double().abs()[:, None, None]
+        assert_within_budget(total.view, wanted, magnitude=magnitude, operations=3)
+        total.check_surroundings("total")
+
     named = zip(("x", "skip", "weight", "bias"), inputs, strict=True)
     wide = {k: t.double().clone().contiguous().requires_grad_() for k, t in named if t is not None}
     whole = torch.cat([wide[k] for k in ("x", "skip") if k in wide], 1)
