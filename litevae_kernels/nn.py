@@ -219,8 +219,8 @@ class GroupNormSiLU(nn.GroupNorm):
 
         `offset` is a number per channel that is added to the input before the norm.
         """
-        options = {"eps": self.eps, "skip": skip, "offset": offset}
-        return group_norm_silu(input, self.num_groups, self.weight, self.bias, **options)
+        parameters = (self.num_groups, self.weight, self.bias)
+        return group_norm_silu(input, *parameters, eps=self.eps, skip=skip, offset=offset)
 
 
 class Conv3x3(Conv2d):

@@ -10,8 +10,8 @@ from diffusers.models.attention_processor import Attention as DiffusersAttention
 from diffusers.models.modeling_utils import get_parameter_dtype
 from torch import Tensor, nn
 
-from litevae_kernels.arithmetic import widened
 from litevae_kernels import conv3x3
+from litevae_kernels.arithmetic import widened
 from litevae_kernels.backend import keep_backend
 from litevae_kernels.conv3x3.normed import norm_silu_conv3x3, normalises
 from litevae_kernels.diffusers_vae import why_called
@@ -197,17 +197,17 @@ class ResBlock(nn.Module):
             isinstance(self.norm1, GroupNormSiLU) and self.conv_shortcut is not None
         ):
             inputs = [torch.cat(inputs, dim=1)]  # some layer takes only one input
-        fused = False
-        if defers_bias(self.conv1, self.norm2, inputs[0]):
-            h = self.norm2(conv3x3(self.norm1(*inputs), self.conv1.weight), offset=self.conv1.bias)
+        offset = None
+        if fuses(self.norm1, self.conv1, inputs[0]):
+            h = convolve_normalised(self.norm1, self.conv1, inputs)
+        elif defers_bias(self.conv1, self.norm2, inputs[0]):
+            assert isinstance(self.conv1, Conv3x3)
+            h, offset = conv3x3(self.norm1(*inputs), self.conv1.weight), self.conv1.bias
         else:
-            if fuses(self.norm1, self.conv1, inputs[0]):
-                h = convolve_normalised(self.norm1, self.conv1, inputs)
-            else:
-                h = self.convolve(self.conv1, self.norm1(*inputs))
-            fused = fuses(self.norm2, self.conv2, h)
-            if not fused:
-                h = self.norm2(h)
+            h = self.convolve(self.conv1, self.norm1(*inputs))
+        fused = offset is None and fuses(self.norm2, self.conv2, h)
+        if not fused:
+            h = self.norm2(h) if offset is None else self.norm2(h, offset=offset)
         # The shortcut is computed only now, so that it does not add to the peak memory of conv1.
         residual = inputs[0]
         if self.conv_shortcut is not None:

@@ -53,8 +53,8 @@ def group_norm_silu(
             the kernels add it in float32 (float64 for float64), without a pass of its own; otherwise it is added
             in x's dtype.
         overwrite: whether the result may take the memory of `x`, whose values the caller no longer needs. The kernel
-            for the CPU does so in eager mode while gradients are off, if `x` is dense, and `skip` and `offset` are missing;
-            all other calls ignore the permission.
+            for the CPU does so in eager mode while gradients are off, if `x` is dense, and `skip` and `offset` are
+            missing; all other calls ignore the permission.
 
     Returns:
         result (N, C, *), or (N, C + C_skip, *), with the dtype and memory format of `x`.
@@ -73,7 +73,13 @@ def group_norm_silu(
     arguments = (_as_4d(x), None if skip is None else _as_4d(skip), weight, bias, num_groups, eps)
     if backend == "reference":
         y = reference.forward(*arguments, offset)
-    elif overwrite and backend == "native" and skip is None is offset and op.can_overwrite(arguments[0], weight, bias):
+    elif (
+        overwrite
+        and backend == "native"
+        and skip is None
+        and offset is None
+        and op.can_overwrite(arguments[0], weight, bias)
+    ):
         y = op.group_norm_silu_(arguments[0], weight, bias, num_groups, eps)
     else:
         refuse_tangents("group_norm_silu", backend, x, skip, weight, bias, offset)

@@ -107,10 +107,16 @@ def test_tensors_may_have_no_elements(cuda_kernels: Any) -> None:
     ],
     ids=str,
 )
-def test_an_offset_is_added_before_the_norm(kernels: Any, dtype: torch.dtype, layout: torch.memory_format) -> None:
+def test_an_offset_is_added_before_the_norm(
+    kernels: Any, dtype: torch.dtype, layout: torch.memory_format
+) -> None:
     torch.manual_seed(0)
     x, skip = (torch.randn(2, c, 5, 8).to(dtype).contiguous(memory_format=layout) for c in (24, 16))
-    weight, bias, offset = torch.randn(40), torch.randn(40, dtype=torch.float64), 3 * torch.randn(80).half()[::2]
+    weight, bias, offset = (
+        torch.randn(40),
+        torch.randn(40, dtype=torch.float64),
+        3 * torch.randn(80).half()[::2],
+    )
     y = torch.full((2, 40, 5, 8), torch.nan, dtype=dtype).contiguous(memory_format=layout)
     stats = torch.empty(2, 8, 2, dtype=torch.float64)
     arguments = (x, skip, weight, bias, y, stats, 8, 1e-6, offset)

@@ -78,8 +78,22 @@ def test_haar(cuda_kernels: Any) -> None:
     assert traffic.haar(image, coefficients) == {traffic.HAAR: touched(kernels)}
 
 
+def test_addition_of_a_bias_and_a_residual(triton_kernels: Any) -> None:
+    y, residual = (
+        torch.randn(1, 64, 32, 32).bfloat16().contiguous(memory_format=torch.channels_last) for _ in range(2)
+    )
+    bias = torch.randn(64)
+    kernels = triton_kernels.emulator.count_traffic(
+        lambda: triton_kernels.run("group_norm_silu", "add", y, residual, bias, written=[y])
+    )
+    assert touched(kernels) == traffic.elementwise([y, residual], y) + bias.nbytes
+    (kernel,) = kernels.values()
+    assert set(kernel.loads.widths) >= {16}
+    assert set(kernel.stores.widths) == {16}
+
+
 def test_elementwise(emulator: Any) -> None:
-    """Biases and residuals: PyTorch adds them in a pass that reads two tensors and writes one."""
+    """PyTorch adds a residual in a pass that reads two tensors and writes one."""
     out, other = torch.randn(8, 128), torch.randn(8, 128)
     expected = out + other
     module = emulator.load(ADD.encode())

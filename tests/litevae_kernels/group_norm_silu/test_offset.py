@@ -51,7 +51,9 @@ def test_an_offset_far_from_the_input_costs_no_digits() -> None:
 
 def test_gradients_are_those_of_a_sum() -> None:
     torch.manual_seed(0)
-    leaves = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, 6, 3, 5), (2, 2, 3, 5), 8, 8)]
+    leaves = [
+        torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, 6, 3, 5), (2, 2, 3, 5), 8, 8)
+    ]
 
     def call(x: Tensor, skip: Tensor, weight: Tensor, offset: Tensor) -> Tensor:
         return group_norm_silu(x, 4, weight, skip=skip, offset=offset)
