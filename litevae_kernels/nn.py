@@ -214,9 +214,13 @@ class GroupNormSiLU(nn.GroupNorm):
             check_dtype(dtype, "dtype is")
         super().__init__(num_groups, num_channels, eps, affine, device, dtype, **kwargs)
 
-    def forward(self, input: Tensor, skip: Tensor | None = None) -> Tensor:
-        """Normalises `input` or, with a second input (N, C_skip, *), ``torch.cat([input, skip], 1)``."""
-        return group_norm_silu(input, self.num_groups, self.weight, self.bias, eps=self.eps, skip=skip)
+    def forward(self, input: Tensor, skip: Tensor | None = None, offset: Tensor | None = None) -> Tensor:
+        """Normalises `input` or, with a second input (N, C_skip, *), ``torch.cat([input, skip], 1)``.
+
+        `offset` is a number per channel that is added to the input before the norm.
+        """
+        parameters = (self.num_groups, self.weight, self.bias)
+        return group_norm_silu(input, *parameters, eps=self.eps, skip=skip, offset=offset)
 
 
 class Conv3x3(Conv2d):

@@ -39,7 +39,7 @@ def launch(channels: int, outputs: int, residual: bool) -> Launch:
     x, y = (
         torch.empty(1, c, 64, 64, **options, memory_format=torch.channels_last) for c in (channels, outputs)
     )
-    affine = torch.empty(1, 3, channels, device="meta")
+    affine = torch.empty(3, 1, channels, device="meta")
     weight, bias = torch.empty(outputs, 3, 3, channels, **options), torch.empty(outputs, **options)
     arguments = (x, affine, weight, bias, y if residual else None, True, y)
     (found,) = record_launches(kernels, lambda: kernels.forward(*arguments))

@@ -40,6 +40,40 @@ LITEVAE_DEVICE int64_t take(int64_t& rest, int64_t by) {
   return remainder;
 }
 
+// This is a call, which keeps the long division out of the kernels that hardly ever need it.
+struct Division {
+  int64_t quotient, remainder;
+};
+LITEVAE_DEVICE_CALL Division divide_far(int64_t dividend, int64_t by) {
+  const int64_t quotient = dividend / by;
+  return {quotient, dividend - quotient * by};
+}
+
+// Division by a number that is known at the launch.
+struct Divider {
+  int64_t by;
+  uint32_t magic;  // if it is 0, the division is a plain one
+
+  // Returns a divider for dividends below `limit`.
+  static Divider of(int64_t by, int64_t limit) {
+    const bool fits = by > 1 && limit <= (int64_t{1} << 32) / by;
+    return {by, fits ? static_cast<uint32_t>((int64_t{1} << 32) / by + 1) : 0};
+  }
+  // Divides `rest` in place and returns the remainder.
+  LITEVAE_DEVICE int64_t take(int64_t& rest) const {
+    if (magic == 0) {
+      if (by == 1) return 0;
+      const Division far = divide_far(rest, by);
+      rest = far.quotient;
+      return far.remainder;
+    }
+    const uint32_t dividend = static_cast<uint32_t>(rest), divisor = static_cast<uint32_t>(by);
+    const uint32_t quotient = static_cast<uint32_t>(static_cast<uint64_t>(dividend) * magic >> 32);
+    rest = quotient;
+    return dividend - quotient * divisor;
+  }
+};
+
 LITEVAE_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
 
 // A tensor as kernels take it. Strides are in bytes, so that addresses do not depend on the element type.

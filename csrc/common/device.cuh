@@ -117,6 +117,10 @@ LITEVAE_DEVICE void unpack(const uint32_t (&words)[kWords], T (&to)[N], IsHalf..
   } else if constexpr (sizeof(S) == 4) {
 #pragma unroll
     for (int i = 0; i < N; ++i) to[i] = static_cast<T>(bit_cast<float>(words[i]));
+  } else if constexpr (std::is_same<S, BFloat16>::value) {
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      to[i] = static_cast<T>(bit_cast<float>(i % 2 == 0 ? words[i / 2] << 16 : words[i / 2] & 0xffff0000u));
   } else {
 #pragma unroll
     for (int i = 0; i < N; ++i) {

@@ -15,21 +15,22 @@ using group_norm_silu::Forward;
 using group_norm_silu::Inputs;
 
 Inputs make_inputs(const TensorView& x, const OptionalView& skip, const OptionalView& weight,
-                   const OptionalView& bias, uintptr_t stats, int64_t groups) {
+                   const OptionalView& bias, const OptionalView& offset, uintptr_t stats, int64_t groups) {
   Inputs in{};
   in.x = x, in.stats = pointer<double>(stats), in.groups = groups;
   if (skip) in.skip = *skip, check_fits(skip->dtype == x.dtype && same_size(*skip, x, skip->size[1]), "skip");
   if (weight) in.weight = *weight, check_fits(weight->size[1] == in.channels(), "weight");
   if (bias) in.bias = *bias, check_fits(bias->size[1] == in.channels(), "bias");
+  if (offset) in.offset = *offset, check_fits(offset->size[1] == in.channels(), "offset");
   if (groups < 1 || in.channels() % groups)
     throw std::invalid_argument("groups do not divide the channels: " + std::to_string(groups));
   return in;
 }
 
 Forward make_forward(const TensorView& x, const OptionalView& skip, const OptionalView& weight,
-                     const OptionalView& bias, const OptionalView& y, uintptr_t stats, int64_t groups,
-                     double eps) {
-  const Inputs in = make_inputs(x, skip, weight, bias, stats, groups);
+                     const OptionalView& bias, const OptionalView& offset, const OptionalView& y,
+                     uintptr_t stats, int64_t groups, double eps) {
+  const Inputs in = make_inputs(x, skip, weight, bias, offset, stats, groups);
   if (y) check_fits(y->dtype == x.dtype && same_size(*y, x, in.channels()), "y");
   return {in, y.value_or(TensorView{}), eps};
 }
@@ -38,7 +39,7 @@ Backward make_backward(const TensorView& grad, const TensorView& x, const Option
                        const OptionalView& weight, const OptionalView& bias, uintptr_t stats,
                        const TensorView& grad_x, const OptionalView& grad_skip,
                        const OptionalView& grad_weight, const OptionalView& grad_bias, int64_t groups) {
-  const Inputs in = make_inputs(x, skip, weight, bias, stats, groups);
+  const Inputs in = make_inputs(x, skip, weight, bias, {}, stats, groups);
   check_fits(grad.dtype == x.dtype && same_size(grad, x, in.channels()), "grad");
   check_fits(same_size(grad_x, x) && grad_x.dtype == x.dtype, "grad_x");
   Backward b{in, grad, grad_x, {}, {}, {}};
@@ -55,8 +56,9 @@ void bind_group_norm_silu(py::module_& m) {
   m.def(
       "group_norm_silu_cpu",
       [](const TensorView& x, const OptionalView& skip, const OptionalView& weight, const OptionalView& bias,
-         const OptionalView& y, uintptr_t stats, int64_t groups, double eps, int threads) {
-        Forward call = make_forward(x, skip, weight, bias, y, stats, groups, eps);
+         const OptionalView& offset, const OptionalView& y, uintptr_t stats, int64_t groups, double eps,
+         int threads) {
+        Forward call = make_forward(x, skip, weight, bias, offset, y, stats, groups, eps);
         std::vector<double> unwanted;  // the kernel writes statistics even if the caller takes none
         if (!stats) unwanted.resize(2 * call.in.batch() * groups), call.in.stats = unwanted.data();
         group_norm_silu_forward(call, threads);
@@ -79,9 +81,9 @@ void bind_group_norm_silu(py::module_& m) {
   });
   m.def("group_norm_silu_cuda",
         [](const TensorView& x, const OptionalView& skip, const OptionalView& weight,
-           const OptionalView& bias, const TensorView& y, uintptr_t stats, int64_t groups, double eps,
-           uintptr_t scratch, int device, uintptr_t stream) {
-          group_norm_silu_forward_cuda(make_forward(x, skip, weight, bias, y, stats, groups, eps),
+           const OptionalView& bias, const OptionalView& offset, const TensorView& y, uintptr_t stats,
+           int64_t groups, double eps, uintptr_t scratch, int device, uintptr_t stream) {
+          group_norm_silu_forward_cuda(make_forward(x, skip, weight, bias, offset, y, stats, groups, eps),
                                        pointer(scratch), device, pointer(stream));
         });
   m.def("group_norm_silu_backward_cuda",

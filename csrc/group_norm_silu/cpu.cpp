@@ -544,6 +544,7 @@ void finish_moments(const Shape& s, const Forward& call, int64_t n, double* mean
   }
   const int64_t each = s.group_channels();
   const double pixels = static_cast<double>(s.pixels);
+  for (int64_t c = 0; c < s.channels; ++c) mean[c] += value(call.in.offset, c, 0);
   for (int64_t g = 0; g < s.groups; ++g) {
     double group_mean = 0, group_m2 = 0;
     for (int64_t c = g * each; c < (g + 1) * each; ++c) group_mean += mean[c];
@@ -557,9 +558,11 @@ void finish_moments(const Shape& s, const Forward& call, int64_t n, double* mean
     const double rstd = 1 / ::sqrt((variance < 0 ? 0 : variance) + call.eps);
     double* stats = call.in.stats + 2 * (n * s.groups + g);
     stats[0] = group_mean, stats[1] = rstd;
-    const T high = static_cast<T>(group_mean);
-    const double low = group_mean - static_cast<double>(high);
     for (int64_t c = g * each; c < (g + 1) * each; ++c) {
+      // What is added to the input is subtracted from its mean.
+      const double exact = group_mean - value(call.in.offset, c, 0);
+      const T high = static_cast<T>(exact);
+      const double low = exact - static_cast<double>(high);
       const double factor = rstd * value(call.in.weight, c, 1);
       *coefficients.at(kMean, c) = high;
       *coefficients.at(kFactor, c) = static_cast<T>(factor);

@@ -13,6 +13,7 @@ struct Inputs {
   TensorView x;             // (N, C_x, H, W)
   TensorView skip;          // (N, C_skip, H, W), same dtype as x
   TensorView weight, bias;  // (1, C, 1, 1), each with any dtype
+  TensorView offset;        // (1, C, 1, 1), any dtype: added to x and skip before the norm; forward only
   double* stats;            // (N, groups, 2): mean and rstd = 1 / sqrt(var + eps) of each group
   int64_t groups;
 

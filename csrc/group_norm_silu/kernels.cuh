@@ -1,8 +1,9 @@
 // The work of one thread block in each kernel of GroupNorm+SiLU. plan.cuh divides the tensors among the
 // blocks and picks the kernels.
 //
-// Forward: Statistics computes the mean and the sum of squared deviations of each channel in each chunk,
-// Combine computes the statistics of each group, and Apply writes y. Backward: Sums adds up dz and dz xhat of
+// Forward: Statistics computes the mean and the sum of squared deviations of each group in each chunk and
+// slab, Combine computes the statistics of each group and the coefficients of its channels, and Apply writes
+// y. Backward: Sums adds up dz and dz xhat of
 // each channel in each chunk, Reduce adds these up over chunks and over the channels of a group,
 // ApplyBackward writes the gradient of x, and Parameters adds up the gradients of weight and bias over the
 // batch.
@@ -52,19 +53,27 @@ struct Pass {
   int64_t x_channels;       // number of channels of x
   bool flat;                // all pixels of an image are evenly spaced in all tensors
   int64_t pixels, width, channels, groups, group_channels, batch;
-  Strided weight, bias;
+  Strided weight, bias, offset;
   Strided grad_weight, grad_bias;
   double* stats;
   double eps;
 
   Table table;
+  Divider by_row;         // divides a thread's number into its place within a row or column and the other one
+  Divider inner, outer;   // divide a block's number into slab, chunk and image
+  Divider by_group;       // divides a channel's number into its place in the group and the group
   int64_t slabs, chunks;  // per image
+  int64_t slab;           // channels per slab
   int64_t chunk;          // units per chunk
   double chunk_pixels;    // pixels per chunk
   double last_pixels;     // pixels of the last chunk
-  Pair* partial;          // (N, chunks, C): results of each chunk
-  Pair* sums;             // (N, C): sums over all pixels, backward only
-  Pair* group_means;      // (N, groups)
+  // (N, chunks, C): results of each chunk, backward of each channel, forward of each group in each slab:
+  // those of a slab follow each other from its first channel's place.
+  Pair* partial;
+  void* coefficients;  // (3, N, C): mean, scale and constant of each channel, forward only
+  bool is_double;      // whether the coefficients are
+  Pair* sums;          // (N, C): sums over all pixels, backward only
+  Pair* group_means;   // (N, groups)
 };
 
 // Any 16-bit or 32-bit type, known at run time only.
@@ -77,13 +86,20 @@ LITEVAE_CONSTEXPR int lanes_of(Kind kind) {
   return kind == Kind::single ? 1 : 16 / static_cast<int>(sizeof(S));
 }
 
+// Returns 1 / x, for a float with an error of one unit in the last place.
+LITEVAE_DEVICE float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+LITEVAE_DEVICE double reciprocal(double x) { return 1. / x; }
+
 LITEVAE_DEVICE float sigmoid(float z) {
-  // exp overflows to infinity, and 1 / infinity is 0. This is PTX because the intrinsics also spend time on
+  // exp overflows to infinity, and 1 / infinity is 0. This is PTX because the intrinsic also spends time on
   // subnormal numbers.
-  float e, s;
+  float e;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(z * -1.4426950408889634f));
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(s) : "f"(1.f + e));
-  return s;
+  return reciprocal(1.f + e);
 }
 LITEVAE_DEVICE double sigmoid(double z) { return 1. / (1. + exp(-z)); }
 
@@ -108,35 +124,43 @@ struct Part {
   int64_t n, chunk, first_channel, begin;
   int count;  // number of units
 
-  LITEVAE_DEVICE Part(const Pass& p, int64_t block) : p(p) {
-    int64_t slab;
-    if (p.table.column_stride == 1) {  // neighbouring blocks read neighbouring memory
-      slab = take(block, p.slabs), chunk = take(block, p.chunks);
-    } else {
-      chunk = take(block, p.chunks), slab = take(block, p.slabs);
-    }
-    n = block;
-    first_channel = slab * p.table.columns * K;
+  LITEVAE_DEVICE Part(const Pass& p, int64_t block) : p(p), n(block) {
+    const int64_t inner = p.inner.take(n), outer = p.outer.take(n);
+    // Neighbouring blocks read neighbouring memory.
+    const bool slabs_first = p.table.column_stride == 1;
+    chunk = slabs_first ? outer : inner;
+    first_channel = (slabs_first ? inner : outer) * p.slab;
     begin = chunk * p.chunk;
     const int64_t units = p.pixels / (V / K);
     count = static_cast<int>(units - begin < p.chunk ? units - begin : p.chunk);
   }
 
   LITEVAE_DEVICE int channels() const {
-    const int64_t rest = p.channels - first_channel, columns = p.table.columns * K;
-    return static_cast<int>(rest < columns ? rest : columns);
+    const int64_t rest = p.channels - first_channel;
+    return static_cast<int>(rest < p.slab ? rest : p.slab);
+  }
+  // A thread's column and row in the table.
+  struct Place {
+    int column, row;
+  };
+  LITEVAE_DEVICE Place place(int thread) const {
+    int64_t rest = thread;
+    const int inner = static_cast<int>(p.by_row.take(rest)), outer = static_cast<int>(rest);
+    const bool columns_first = p.table.column_stride == 1;
+    return {columns_first ? inner : outer, columns_first ? outer : inner};
   }
   // Returns whether a thread has channels to work on, which the last columns may lack.
-  LITEVAE_DEVICE bool has(int thread) const {
-    return p.table.has(thread) && p.table.column(thread) * K < channels();
+  LITEVAE_DEVICE bool has(int thread, const Place& place) const {
+    return p.table.has(thread) && place.column * K < channels();
   }
-  // Returns the index, over the whole batch, of the group that a channel belongs to.
+  // Returns the number of the group, in its image, that a channel belongs to.
   LITEVAE_DEVICE int64_t group(int64_t channel) const {
-    take(channel, p.group_channels);
-    return n * p.groups + channel;
+    p.by_group.take(channel);
+    return channel;
   }
-  LITEVAE_DEVICE Pair& partial(int channel) const {
-    return p.partial[(n * p.chunks + chunk) * p.channels + first_channel + channel];
+  // Returns the place of a result of this block, by a number below its number of channels.
+  LITEVAE_DEVICE Pair& partial(int index) const {
+    return p.partial[(n * p.chunks + chunk) * p.channels + first_channel + index];
   }
 
   // A unit as it was loaded, which takes fewer registers than its unpacked values.
@@ -158,7 +182,13 @@ struct Part {
     DType dtype;
 
     LITEVAE_DEVICE char* at(int unit) const {
-      if (kKind != Kind::single || width == 0) return first + static_cast<int64_t>(unit) * step;
+      if constexpr (kKind != Kind::single) {
+        // This is PTX because the compiler would multiply 64 bits by 64 bits.
+        int64_t distance;
+        asm("mul.wide.s32 %0, %1, %2;" : "=l"(distance) : "r"(unit), "r"(step));
+        return first + distance;
+      }
+      if (width == 0) return first + static_cast<int64_t>(unit) * step;
       int64_t y = begin + unit;
       const int64_t x = take(y, width);
       return first + y * row_step + x * step;
@@ -178,8 +208,8 @@ struct Part {
         store_vector<S>(at(unit), from);
     }
   };
-  LITEVAE_DEVICE Units units(const Strided (&tensor)[2], int thread) const {
-    int64_t c = first_channel + p.table.column(thread) * K;
+  LITEVAE_DEVICE Units units(const Strided (&tensor)[2], const Place& place) const {
+    int64_t c = first_channel + place.column * K;
     const bool in_skip = c >= p.x_channels;
     if (in_skip) c -= p.x_channels;
     const Strided& t = tensor[in_skip];
@@ -193,13 +223,14 @@ struct Part {
   }
 };
 
-// Calls use(unit, values of each tensor) for a thread's units below `end`, and loads kBatch of them at once.
+// Calls use(unit, values of each tensor) for the units of a thread in row `row`, and loads kBatch of them at
+// once.
 template <int kBatch, int kTensors, class Part, class Use>
-LITEVAE_DEVICE void stream(const Part& part, int thread, int end,
-                           const typename Part::Units (&from)[kTensors], const Use& use) {
-  const int rows = part.p.table.rows;
+LITEVAE_DEVICE void stream(const Part& part, int row, const typename Part::Units (&from)[kTensors],
+                           const Use& use) {
+  const int rows = part.p.table.rows, end = part.count;
 #pragma unroll 1
-  for (int unit = part.p.table.row(thread); unit < end; unit += kBatch * rows) {
+  for (int unit = row; unit < end; unit += kBatch * rows) {
     typename Part::Unit loaded[kBatch][kTensors];
 #pragma unroll
     for (int u = 0; u < kBatch; ++u)
@@ -217,9 +248,20 @@ LITEVAE_DEVICE void stream(const Part& part, int thread, int end,
   }
 }
 
-// The coefficients of z = (x - mean) a + b for each channel of a block. The mean is split in two, and the
-// second half goes into b, so that the difference keeps its digits at any mean. Backward, the gradient of x
-// is a dz - (x - mean) c - d.
+// The coefficients of z = (x - mean) a + b for a channel. The mean is split in two, and the second half goes
+// into b, so that the difference keeps its digits at any mean.
+template <class T>
+struct Coefficient {
+  T mean, a, b;
+
+  LITEVAE_DEVICE Coefficient(const Pass& p, int64_t channel, double exact, double rstd) {
+    const double scale = rstd * parameter(p.weight, channel, 1.);
+    mean = static_cast<T>(exact), a = static_cast<T>(scale);
+    b = static_cast<T>(parameter(p.bias, channel, 0.) - (exact - static_cast<double>(mean)) * scale);
+  }
+};
+
+// The coefficients of each channel of a block. Backward, the gradient of x is a dz - (x - mean) c - d.
 template <class T, int kChannels, bool kGradient>
 struct Coefficients {
   T mean[kChannels], a[kChannels], b[kChannels];
@@ -231,12 +273,11 @@ struct Coefficients {
     const Pass& p = part.p;
     block.each([&](int thread) {
       for (int i = thread; i < part.channels(); i += block.threads) {
-        const int64_t channel = part.first_channel + i, group = part.group(channel);
+        const int64_t channel = part.first_channel + i, group = part.n * p.groups + part.group(channel);
         const double exact = p.stats[2 * group], rstd = p.stats[2 * group + 1];
-        const double scale = rstd * parameter(p.weight, channel, 1.);
-        mean[i] = static_cast<T>(exact), a[i] = static_cast<T>(scale);
-        const double low = exact - static_cast<double>(mean[i]);
-        b[i] = static_cast<T>(parameter(p.bias, channel, 0.) - low * scale);
+        const Coefficient<T> one(p, channel, exact, rstd);
+        mean[i] = one.mean, a[i] = one.a, b[i] = one.b;
+        const double low = exact - static_cast<double>(one.mean);
         if constexpr (kGradient) {
           const Pair means = p.group_means[group];
           const double slope = rstd * rstd * means.second;
@@ -273,46 +314,96 @@ LITEVAE_DEVICE void add_lanes(T (&first)[V], T (&second)[V]) {
   }
 }
 
+// Statistics of `count` elements of each of K channels: a shift, the mean minus the shift, and the sum of
+// squared deviations from the mean. A single number for the mean would round it.
+template <class T, int K>
+struct alignas(16) Moments {
+  T shift[K], mean[K], squares[K], count;
+
+  Moments() = default;
+  // Copies the numbers, and not the bytes after them.
+  LITEVAE_DEVICE Moments& operator=(const Moments& from) {
+#pragma unroll
+    for (int k = 0; k < K; ++k)
+      shift[k] = from.shift[k], mean[k] = from.mean[k], squares[k] = from.squares[k];
+    count = from.count;
+    return *this;
+  }
+
+  // Adds the elements of others, which are at most as many.
+  LITEVAE_DEVICE void merge(const Moments& others) {
+    const T all = count + others.count, share = others.count * reciprocal(all > 0 ? all : 1);
+    const T weight = count * share;
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      const T apart = (others.shift[k] - shift[k]) + (others.mean[k] - mean[k]);
+      mean[k] = multiply_add(apart, share, mean[k]);
+      squares[k] = multiply_add(apart * weight, apart, squares[k] + others.squares[k]);
+    }
+    count = all;
+  }
+};
+
 template <class S, Kind kKind>
 struct Statistics {
   using Part = group_norm_silu::Part<S, kKind>;
   using T = typename Part::T;
-  static constexpr int V = Part::V, K = Part::K, kBatch = 4;
-  static constexpr int kMaxThreads = kThreads, kMinBlocks = 6;
+  static constexpr int V = Part::V, K = Part::K, kBatch = 8, kSample = 4;
+  static constexpr int kMaxThreads = kThreads, kMinBlocks = 5;
+  using Found = Moments<T, K>;
   struct Shared {
-    T values[K][kThreads], sums[kThreads], shift[kThreads];
-  };
-  // A thread's statistics of its units: for each channel a shift, the mean minus the shift, and the sum of
-  // squared deviations from the mean. A single number for the mean would round it.
-  struct Found {
-    T count, shift[K], mean[K], squares[K];
+    Found rows[kThreads];
+    double mean[kThreads];
+    T squares[kThreads];
   };
 
-  static LITEVAE_DEVICE Found find(const Part& part, int thread) {
+  // Returns the statistics of a thread's units.
+  static LITEVAE_DEVICE Found find(const Part& part, int thread, const typename Part::Place& place) {
     Found found{};
-    const int first = part.p.table.row(thread), rows = part.p.table.rows;
-    if (!part.has(thread) || first >= part.count) return found;
-    const typename Part::Units from[] = {part.units(part.p.x, thread)};
-    const auto count = [&](int end) { return static_cast<T>((end - first + rows - 1) / rows * (V / K)); };
-    // The shift is the mean of the first units, at least an eighth of all. The squared deviations from it add
-    // up to at most nine times those from the mean.
-    const int some = smaller(part.count, kBatch * rows);
-    stream<kBatch>(part, thread, some, from, [&](int, const T(&x)[1][V]) {
+    if (!part.has(thread, place)) return found;
+    const auto from = part.units(part.p.x, place);
+    const int rows = part.p.table.rows, end = part.count;
+    T sum[V] = {}, squares[V] = {};
+    int units = 0;
+#pragma unroll 1
+    for (int unit = place.row; unit < end; unit += kBatch * rows) {
+      typename Part::Unit loaded[kBatch];
 #pragma unroll
-      for (int v = 0; v < V; ++v) found.shift[K == 1 ? 0 : v] += x[0][v];
-    });
-    T share = 1 / count(some), sum[V] = {}, squares[V] = {};
+      for (int u = 0; u < kBatch; ++u)
+        if (unit + u * rows < end) loaded[u] = from.load(unit + u * rows);
+      if (units == 0) {
+        // The shift is the mean of the first units, at least an eighth of all. The squared deviations from it
+        // add up to at most nine times those from the mean.
 #pragma unroll
-    for (int k = 0; k < K; ++k) found.shift[k] *= share;
-    stream<kBatch>(part, thread, part.count, from, [&](int, const T(&x)[1][V]) {
+        for (int u = 0; u < kSample; ++u) {
+          if (unit + u * rows >= end) break;
+          T values[V];
+          loaded[u].unpack(values);
 #pragma unroll
-      for (int v = 0; v < V; ++v) {
-        const T d = x[0][v] - found.shift[K == 1 ? 0 : v];
-        sum[v] += d, squares[v] = multiply_add(d, d, squares[v]);
+          for (int v = 0; v < V; ++v) found.shift[K == 1 ? 0 : v] += values[v];
+          ++units;
+        }
+        const T share = reciprocal(static_cast<T>(units * (V / K)));
+#pragma unroll
+        for (int k = 0; k < K; ++k) found.shift[k] *= share;
+        units = 0;
       }
-    });
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) {
+        if (unit + u * rows >= end) break;
+        T values[V];
+        loaded[u].unpack(values);
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          const T d = values[v] - found.shift[K == 1 ? 0 : v];
+          sum[v] += d, squares[v] = multiply_add(d, d, squares[v]);
+        }
+        ++units;
+      }
+    }
     add_lanes<K>(sum, squares);
-    found.count = count(part.count), share = 1 / found.count;
+    found.count = static_cast<T>(units * (V / K));
+    const T share = reciprocal(units > 0 ? found.count : 1);
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       found.mean[k] = sum[k] * share;
@@ -326,44 +417,52 @@ struct Statistics {
     const Part part(p, index);
     const Table& table = p.table;
     Private<Found> all(block);
+    Private<typename Part::Place> places(block);
+    const auto half = [](int rows) { return (rows + 1) / 2; };
     block.each([&](int thread) {
-      Found& found = all[thread] = find(part, thread);
-      if (table.has(thread) && table.row(thread) == 0) {
-#pragma unroll
-        for (int k = 0; k < K; ++k) shared.shift[k * table.columns + table.column(thread)] = found.shift[k];
-      }
+      const auto place = places[thread] = part.place(thread);
+      const Found& found = all[thread] = find(part, thread, place);
+      if (table.has(thread) && place.row >= half(table.rows)) shared.rows[thread] = found;
     });
-    const T share = 1 / static_cast<T>(part.count * (V / K));
+    // The upper half of the rows goes to the lower half until one row is left.
+    for (int rows = table.rows; rows > 1; rows = half(rows)) {
+      block.each([&](int thread) {
+        const int row = places[thread].row, left = half(rows);
+        if (!table.has(thread) || row >= left) return;
+        if (row + left < rows) all[thread].merge(shared.rows[thread + left * table.row_stride]);
+        if (left > 1 && row >= half(left)) shared.rows[thread] = all[thread];
+      });
+    }
     block.each([&](int thread) {
-      if (!table.has(thread)) return;
-      Found& found = all[thread];
+      const auto& place = places[thread];
+      if (!part.has(thread, place) || place.row != 0) return;
+      const Found& found = all[thread];
 #pragma unroll
       for (int k = 0; k < K; ++k) {
-        found.mean[k] += found.shift[k] - shared.shift[k * table.columns + table.column(thread)];
-        shared.values[k][thread] = found.count * found.mean[k];
+        const int i = place.column * K + k;
+        shared.mean[i] = static_cast<double>(found.shift[k]) + static_cast<double>(found.mean[k]);
+        shared.squares[i] = found.squares[k];
       }
     });
-    add_rows(block, table, shared.values, shared.sums);
+    const int64_t first_group = part.group(part.first_channel);
+    const int channels = part.channels();
+    const int groups = static_cast<int>(part.group(part.first_channel + channels - 1) - first_group) + 1;
     block.each([&](int thread) {
-      if (!table.has(thread)) return;
-      Found& found = all[thread];
-#pragma unroll
-      for (int k = 0; k < K; ++k) {
-        const T d = found.mean[k] - shared.sums[k * table.columns + table.column(thread)] * share;
-        shared.values[k][thread] = multiply_add(found.count * d, d, found.squares[k]);
+      for (int i = thread; i < groups; i += block.threads) {
+        const int64_t first = (first_group + i) * p.group_channels - part.first_channel;
+        const int begin = first < 0 ? 0 : static_cast<int>(first),
+                  end = smaller(first + p.group_channels, channels);
+        double middle = 0, sum = 0, apart = 0, squares = 0;
+#pragma unroll 1
+        for (int c = begin; c < end; ++c) {
+          const double mean = shared.mean[c] + parameter(p.offset, part.first_channel + c, 0.);
+          if (c == begin) middle = mean;
+          const double d = mean - middle;
+          sum += d, apart += d * d, squares += static_cast<double>(shared.squares[c]);
+        }
+        const double pixels = part.count * (V / K), distance = sum / (end - begin);
+        part.partial(i) = {middle + distance, squares + pixels * (apart - sum * distance)};
       }
-    });
-    block.each([&](int thread) {
-      for (int i = thread; i < part.channels(); i += block.threads) {
-        const int at = i % K * table.columns + i / K;
-        part.partial(i).first = static_cast<double>(shared.shift[at]) +
-                                static_cast<double>(shared.sums[at]) * static_cast<double>(share);
-      }
-    });
-    add_rows(block, table, shared.values, shared.sums);
-    block.each([&](int thread) {
-      for (int i = thread; i < part.channels(); i += block.threads)
-        part.partial(i).second = shared.sums[i % K * table.columns + i / K];
     });
   }
 };
@@ -374,23 +473,26 @@ struct Apply {
   using T = typename Part::T;
   static constexpr int V = Part::V, K = Part::K;
   static constexpr int kMaxThreads = kThreads, kMinBlocks = 6;
-  using Shared = Coefficients<T, kThreads, false>;
+  struct Shared {};
 
-  static LITEVAE_DEVICE void run(const Pass& p, int64_t index, const Block& block, Shared& shared) {
+  static LITEVAE_DEVICE void run(const Pass& p, int64_t index, const Block& block, Shared&) {
     // Starts from the end, which the statistics read last and which may still be in the cache.
     const Part part(p, p.blocks - 1 - index);
-    shared.fill(block, part);
     block.each([&](int thread) {
-      if (!part.has(thread)) return;
-      Coefficients<T, K, false> own;
-      own.take(shared, p.table.column(thread) * K);
-      const auto y = part.units(p.out, thread);
-      stream<4>(part, thread, part.count, {part.units(p.x, thread)}, [&](int unit, const T(&x)[1][V]) {
+      const auto place = part.place(thread);
+      if (!part.has(thread, place)) return;
+      const int64_t channels = p.batch * p.channels;
+      const T* from =
+          static_cast<const T*>(p.coefficients) + part.n * p.channels + part.first_channel + place.column * K;
+      T mean[K], a[K], b[K];
+      load_vector<T>(from, mean), load_vector<T>(from + channels, a), load_vector<T>(from + 2 * channels, b);
+      const auto y = part.units(p.out, place);
+      stream<4>(part, place.row, {part.units(p.x, place)}, [&](int unit, const T(&x)[1][V]) {
         T result[V];
 #pragma unroll
         for (int v = 0; v < V; ++v) {
           const int k = K == 1 ? 0 : v;
-          const T z = multiply_add(x[0][v] - own.mean[k], own.a[k], own.b[k]);
+          const T z = multiply_add(x[0][v] - mean[k], a[k], b[k]);
           result[v] = z * sigmoid(z);
         }
         y.store(unit, result);
@@ -415,10 +517,11 @@ struct Sums {
     shared.coefficients.fill(block, part);
     block.each([&](int thread) {
       T sum[V] = {}, products[V] = {};
-      if (part.has(thread)) {
+      const auto place = part.place(thread);
+      if (part.has(thread, place)) {
         Coefficients<T, K, false> own;
-        own.take(shared.coefficients, p.table.column(thread) * K);
-        stream<2>(part, thread, part.count, {part.units(p.x, thread), part.units(p.grad, thread)},
+        own.take(shared.coefficients, place.column * K);
+        stream<2>(part, place.row, {part.units(p.x, place), part.units(p.grad, place)},
                   [&](int, const T(&x_grad)[2][V]) {
 #pragma unroll
                     for (int v = 0; v < V; ++v) {
@@ -439,7 +542,7 @@ struct Sums {
       for (int i = thread; i < part.channels(); i += block.threads) {
         const int at = i % K * p.table.columns + i / K;
         const double sum = shared.sums[at], products = shared.sums[K * p.table.columns + at];
-        const double* const stats = p.stats + 2 * part.group(part.first_channel + i);
+        const double* const stats = p.stats + 2 * (part.n * p.groups + part.group(part.first_channel + i));
         const double low = stats[0] - static_cast<double>(shared.coefficients.mean[i]);
         part.partial(i) = {sum, (products - low * sum) * stats[1]};
       }
@@ -459,11 +562,12 @@ struct ApplyBackward {
     const Part part(p, p.blocks - 1 - index);
     shared.fill(block, part);
     block.each([&](int thread) {
-      if (!part.has(thread)) return;
+      const auto place = part.place(thread);
+      if (!part.has(thread, place)) return;
       Coefficients<T, K, true> own;
-      own.take(shared, p.table.column(thread) * K);
-      const auto to = part.units(p.out, thread);
-      stream<2>(part, thread, part.count, {part.units(p.x, thread), part.units(p.grad, thread)},
+      own.take(shared, place.column * K);
+      const auto to = part.units(p.out, place);
+      stream<2>(part, place.row, {part.units(p.x, place), part.units(p.grad, place)},
                 [&](int unit, const T(&x_grad)[2][V]) {
                   T result[V];
 #pragma unroll
@@ -485,26 +589,40 @@ struct ApplyBackward {
 struct Combine {
   static constexpr int kMaxThreads = kReduceThreads, kMinBlocks = 1;
   struct Shared {
-    double values[2][kReduceThreads], sums[kReduceThreads];
+    double values[2][kReduceThreads], sums[kReduceThreads], mean, rstd;
   };
 
   static LITEVAE_DEVICE void run(const Pass& p, int64_t index, const Block& block, Shared& shared) {
     int64_t n = index;
-    const int64_t first = take(n, p.groups) * p.group_channels;
-    const Pair* const partial = p.partial + n * p.chunks * p.channels + first;
-    const Table table = Table::of(block, p.group_channels), all{1, block.threads, 1, 1};
-    const double shift = partial[0].first;
+    const int64_t group = take(n, p.groups), first = group * p.group_channels,
+                  last = first + p.group_channels;
+    const int64_t first_slab = first / p.slab, slabs = (last - 1) / p.slab - first_slab + 1;
+    const Pair* const partial = p.partial + n * p.chunks * p.channels;
+    // Returns where the group's results of a slab begin.
+    const auto at = [&](int64_t slab) {
+      int64_t channel = slab * p.slab;
+      const int64_t begin = channel;
+      p.by_group.take(channel);
+      return begin + group - channel;
+    };
+    const Table table = Table::of(block, slabs), all{1, block.threads, 1, 1};
+    const double shift = partial[at(first_slab)].first;
     block.each([&](int thread) {
       double sum = 0, squares = 0;
       if (table.has(thread))
-        for (int64_t c = table.column(thread); c < p.group_channels; c += table.columns)
+        for (int64_t i = table.column(thread); i < slabs; i += table.columns) {
+          const int64_t slab = first_slab + i, begin = slab * p.slab, end = begin + p.slab;
+          const auto channels =
+              static_cast<double>((end < last ? end : last) - (begin > first ? begin : first));
+          const Pair* const from = partial + at(slab);
 #pragma unroll 4
           for (int64_t chunk = table.row(thread); chunk < p.chunks; chunk += table.rows) {
-            const Pair one = partial[chunk * p.channels + c];
-            const double count = chunk + 1 < p.chunks ? p.chunk_pixels : p.last_pixels;
+            const Pair one = from[chunk * p.channels];
+            const double count = channels * (chunk + 1 < p.chunks ? p.chunk_pixels : p.last_pixels);
             const double d = one.first - shift;
             sum += count * d, squares += one.second + count * d * d;
           }
+        }
       shared.values[0][thread] = sum, shared.values[1][thread] = squares;
     });
     add_rows(block, all, shared.values, shared.sums);
@@ -514,8 +632,25 @@ struct Combine {
       const double difference = shared.sums[0] * share, square = shared.sums[1] * share;
       double variance = square - difference * difference;
       if (variance < 0) variance = 0;
-      p.stats[2 * index] = shift + difference, p.stats[2 * index + 1] = 1. / sqrt(variance + p.eps);
+      shared.mean = shift + difference, shared.rstd = 1. / sqrt(variance + p.eps);
+      p.stats[2 * index] = shared.mean, p.stats[2 * index + 1] = shared.rstd;
     });
+    block.each([&](int thread) {
+      for (int64_t c = first + thread; c < last; c += block.threads) {
+        // What is added to the input is subtracted from its mean.
+        const double mean = shared.mean - parameter(p.offset, c, 0.);
+        if (p.is_double)
+          store(static_cast<double*>(p.coefficients), p, n, c, Coefficient<double>(p, c, mean, shared.rstd));
+        else
+          store(static_cast<float*>(p.coefficients), p, n, c, Coefficient<float>(p, c, mean, shared.rstd));
+      }
+    });
+  }
+
+  template <class T>
+  static LITEVAE_DEVICE void store(T* to, const Pass& p, int64_t n, int64_t c, const Coefficient<T>& one) {
+    const int64_t all = p.batch * p.channels, i = n * p.channels + c;
+    to[i] = one.mean, to[all + i] = one.a, to[2 * all + i] = one.b;
   }
 };
 

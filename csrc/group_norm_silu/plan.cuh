@@ -18,10 +18,24 @@ struct Division {
   int64_t slabs, chunks, chunk;
 };
 
+// What a pass does with a chunk.
+enum class Work {
+  sum,   // writes a result of each chunk: few, so that the results are few
+  write  // writes a tensor
+};
+
 // `columns` and `units` count units along the channels and along the pixels.
-Division divide_work(int64_t batch, int64_t columns, int64_t units, bool channels_first) {
-  // 16 units are 256 bytes. More would leave fewer pixels per block, and more partial sums to add up.
+Division divide_work(int64_t batch, int64_t columns, int64_t units, bool channels_first, Work work) {
+  // 16 units are 256 bytes. More would leave fewer pixels per block, and more results to add up.
   constexpr int64_t kMaxColumns = 16;
+  // The most units per thread that leave enough blocks to fill the largest GPUs. A thread that sums has eight
+  // if there are as many, which it loads at once, so that the results have a thirtieth of the tensor's size.
+  struct Choice {
+    int64_t units, blocks;
+  };
+  constexpr Choice kSums[] = {{32, 4096}, {16, 264}, {8, 0}, {8, 0}, {8, 0}};
+  constexpr Choice kWrites[] = {{32, 4096}, {16, 512}, {8, 264}, {4, 132}, {2, 0}};
+  const auto& choices = work == Work::sum ? kSums : kWrites;
   Division result;
   int64_t width, rows;
   if (channels_first) {
@@ -29,17 +43,15 @@ Division divide_work(int64_t batch, int64_t columns, int64_t units, bool channel
     width = (columns + result.slabs - 1) / result.slabs;
     rows = std::min(kThreads / width, units);
   } else {
-    rows = std::min<int64_t>(kThreads, units);
+    rows = 16;
+    while (rows < kThreads && rows * choices[4].units < units) rows *= 2;
+    rows = std::min(rows, units);
     width = std::min(kThreads / rows, columns);
   }
   result.slabs = (columns + width - 1) / width;
   result.table = {static_cast<int>(width), static_cast<int>(rows),
                   channels_first ? 1 : static_cast<int>(rows), channels_first ? static_cast<int>(width) : 1};
-  // The most units per thread that leave enough blocks to fill the largest GPUs evenly.
-  constexpr struct {
-    int64_t units, blocks;
-  } kChoices[] = {{32, 4096}, {16, 512}, {8, 264}, {4, 132}, {2, 0}};
-  for (const auto& choice : kChoices) {
+  for (const Choice& choice : choices) {
     result.chunks = (units + rows * choice.units - 1) / (rows * choice.units);
     if (batch * result.slabs * result.chunks >= choice.blocks) break;
   }
@@ -49,8 +61,9 @@ Division divide_work(int64_t batch, int64_t columns, int64_t units, bool channel
   return result;
 }
 
-// Returns the bytes of scratch memory that a call needs at most, whatever the strides. They hold the partial
-// sums of the chunks and, backward, the sums of whole channels and groups.
+// Returns the bytes of scratch memory that a call needs at most, whatever the strides. They hold the results
+// of the chunks and, as large as two more chunks, the coefficients of the channels or, backward, the sums of
+// whole channels and groups.
 int64_t scratch_bytes(int64_t batch, int64_t channels, int64_t pixels, int64_t element) {
   int64_t chunks = 0;
   for (const int64_t lanes : {int64_t{1}, 16 / element})
@@ -58,9 +71,8 @@ int64_t scratch_bytes(int64_t batch, int64_t channels, int64_t pixels, int64_t e
       const int64_t along_channels = channels_first ? lanes : 1, along_pixels = channels_first ? 1 : lanes;
       if (channels % along_channels != 0 || pixels % along_pixels != 0 || batch * channels * pixels == 0)
         continue;
-      chunks = std::max(
-          chunks,
-          divide_work(batch, channels / along_channels, pixels / along_pixels, channels_first).chunks);
+      const int64_t columns = channels / along_channels, units = pixels / along_pixels;
+      chunks = std::max(chunks, divide_work(batch, columns, units, channels_first, Work::sum).chunks);
     }
   return batch * channels * (chunks + 2) * static_cast<int64_t>(sizeof(Pair));
 }
@@ -111,34 +123,46 @@ Pass pass_of(const Inputs& in) {
   p.batch = in.batch(), p.channels = in.channels(), p.pixels = in.height() * in.width();
   p.width = in.width();
   p.groups = in.groups, p.group_channels = p.channels / p.groups;
-  p.weight = in_bytes(in.weight), p.bias = in_bytes(in.bias);
+  p.weight = in_bytes(in.weight), p.bias = in_bytes(in.bias), p.offset = in_bytes(in.offset);
+  p.by_group = Divider::of(p.group_channels, p.channels);
   p.stats = in.stats;
   return p;
 }
 
-Kind prepare(Pass& p, const Inputs& in, bool backward, void* scratch) {
+// Returns the kind of kernel that serves a call.
+Kind choose(Pass& p, const Inputs& in, bool backward) {
   Strided(*const tensors[])[2] = {&p.x, &p.out, &p.grad};
   const int count = backward ? 3 : 2;
   p.flat = true;
   for (int i = 0; i < count; ++i)
     for (Strided& t : *tensors[i])
       if (t.data != nullptr && !flatten(t, in.height(), in.width())) p.flat = false;
-  const int64_t element = element_size(in.x.dtype);
-  const Kind kind = Layout(p, element).kind(tensors, count);
+  return Layout(p, element_size(in.x.dtype)).kind(tensors, count);
+}
 
+void divide(Pass& p, const Inputs& in, Kind kind, Work work) {
   bool channels_first = kind == Kind::channels;
   if (kind == Kind::single) channels_first = p.channels > 1 && (p.pixels == 1 || p.x[0].c < p.x[0].w);
-  const int64_t lanes = kind == Kind::single ? 1 : 16 / element;
-  const int64_t along_pixels = kind == Kind::pixels ? lanes : 1;
-  const Division how = divide_work(p.batch, kind == Kind::channels ? p.channels / lanes : p.channels,
-                                   p.pixels / along_pixels, channels_first);
+  const int64_t lanes = kind == Kind::single ? 1 : 16 / element_size(in.x.dtype);
+  const int64_t along_pixels = kind == Kind::pixels ? lanes : 1, along_channels = lanes / along_pixels;
+  const Division how =
+      divide_work(p.batch, p.channels / along_channels, p.pixels / along_pixels, channels_first, work);
   p.table = how.table, p.slabs = how.slabs, p.chunks = how.chunks, p.chunk = how.chunk;
+  p.slab = how.table.columns * along_channels;
+  p.blocks = p.batch * p.slabs * p.chunks;
+  p.by_row = Divider::of(channels_first ? how.table.columns : how.table.rows, kThreads);
+  p.inner = Divider::of(channels_first ? p.slabs : p.chunks, p.blocks);
+  p.outer = Divider::of(channels_first ? p.chunks : p.slabs, p.blocks);
   p.chunk_pixels = static_cast<double>(how.chunk * along_pixels);
   p.last_pixels = static_cast<double>(p.pixels - (how.chunks - 1) * how.chunk * along_pixels);
+}
+
+// Divides the scratch memory, after the work.
+void place(Pass& p, void* scratch) {
   p.partial = static_cast<Pair*>(scratch);
   p.sums = p.partial + p.batch * p.chunks * p.channels;
   p.group_means = p.sums + p.batch * p.channels;
-  return kind;
+  p.coefficients = p.sums;
 }
 
 // --- Launches.
@@ -173,9 +197,13 @@ void run(const Forward& call, void* scratch, const Launch& launch) {
   if (p.batch * p.channels * p.pixels == 0) return;
   split(call.y, p.x_channels, p.out);
   p.eps = call.eps;
-  const Kind kind = prepare(p, call.in, false, scratch);
+  p.is_double = call.in.x.dtype == DType::f64;
+  const Kind kind = choose(p, call.in, false);
+  divide(p, call.in, kind, Work::sum);
+  place(p, scratch);
   launch_streaming<Statistics>(p, call.in.x.dtype, kind, launch);
   launch_groups<Combine>(p, launch);
+  divide(p, call.in, kind, Work::write);
   launch_streaming<Apply>(p, call.in.x.dtype, kind, launch);
 }
 
@@ -187,9 +215,12 @@ void run(const Backward& call, void* scratch, const Launch& launch) {
   p.out[0] = in_bytes(call.grad_x);
   if (call.grad_skip.data != nullptr) p.out[1] = in_bytes(call.grad_skip);
   p.grad_weight = in_bytes(call.grad_weight), p.grad_bias = in_bytes(call.grad_bias);
-  const Kind kind = prepare(p, call.in, true, scratch);
+  const Kind kind = choose(p, call.in, true);
+  divide(p, call.in, kind, Work::sum);
+  place(p, scratch);
   launch_streaming<Sums>(p, call.in.x.dtype, kind, launch);
   launch_groups<Reduce>(p, launch);
+  divide(p, call.in, kind, Work::write);
   launch_streaming<ApplyBackward>(p, call.in.x.dtype, kind, launch);
   if (p.grad_weight.data == nullptr && p.grad_bias.data == nullptr) return;
   p.blocks = (p.channels + kParameterColumns - 1) / kParameterColumns, p.threads = kThreads;

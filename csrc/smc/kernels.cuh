@@ -16,41 +16,11 @@ constexpr int kColumns = 8;  // channels per block of Gather
 
 namespace {
 
-// Not inlined, because these functions are long and rarely run.
-struct Division {
-  int64_t quotient, remainder;
-};
-LITEVAE_DEVICE_CALL Division divide_far(int64_t dividend, int64_t by) {
-  const int64_t quotient = dividend / by;
-  return {quotient, dividend - quotient * by};
-}
+// Not inlined, because this function is long and rarely run.
 template <class T>
 LITEVAE_DEVICE_CALL T load_far(const char* at, DType dtype) {
   return load_one<T>(at, dtype);
 }
-
-// Division by a number that is known at the launch.
-struct Divider {
-  uint32_t by, magic;  // if `magic` is 0, the division is a plain one
-
-  // Returns a divider for dividends below `limit`.
-  static Divider of(int64_t by, int64_t limit) {
-    const bool fits = by > 1 && limit <= (int64_t{1} << 32) / by;
-    return {static_cast<uint32_t>(by), fits ? static_cast<uint32_t>((int64_t{1} << 32) / by + 1) : 0};
-  }
-  // Divides `rest` in place and returns the remainder.
-  LITEVAE_DEVICE int64_t take(int64_t& rest) const {
-    if (magic == 0) {
-      const Division far = divide_far(rest, by);
-      rest = far.quotient;
-      return far.remainder;
-    }
-    const uint32_t dividend = static_cast<uint32_t>(rest);
-    const uint32_t quotient = static_cast<uint32_t>(static_cast<uint64_t>(dividend) * magic >> 32);
-    rest = quotient;
-    return dividend - quotient * by;
-  }
-};
 
 // Scratch memory of the backward pass, in elements of the norm's type: for each filter its part of the
 // gradient of each of its channels' scales, then for each filter its part of the gradient of the gain.

@@ -10,6 +10,7 @@ from diffusers.models.attention_processor import Attention as DiffusersAttention
 from diffusers.models.modeling_utils import get_parameter_dtype
 from torch import Tensor, nn
 
+from litevae_kernels import conv3x3
 from litevae_kernels.arithmetic import widened
 from litevae_kernels.backend import keep_backend
 from litevae_kernels.conv3x3.normed import norm_silu_conv3x3, normalises
@@ -153,6 +154,19 @@ def convolve_normalised(
     return norm_silu_conv3x3(inputs[0], *parameters, eps=norm.eps, skip=skip, residual=residual)
 
 
+def defers_bias(conv: nn.Module, norm: nn.Module, x: Tensor) -> bool:
+    """Returns whether `norm`, which follows `conv` of `x`, adds the bias of the convolution.
+
+    On a GPU, PyTorch adds it in a pass of its own, and a norm that adds it is free.
+    """
+    return (
+        x.is_cuda
+        and not torch.is_grad_enabled()
+        and why_called(conv, Conv3x3) is None
+        and why_called(norm, GroupNormSiLU) is None
+    )
+
+
 class ResBlock(nn.Module):
     """A residual block with two 3x3 convolutions: x + conv2(silu(norm2(conv1(silu(norm1(x)))))).
 
@@ -183,13 +197,17 @@ class ResBlock(nn.Module):
             isinstance(self.norm1, GroupNormSiLU) and self.conv_shortcut is not None
         ):
             inputs = [torch.cat(inputs, dim=1)]  # some layer takes only one input
+        offset = None
         if fuses(self.norm1, self.conv1, inputs[0]):
             h = convolve_normalised(self.norm1, self.conv1, inputs)
+        elif defers_bias(self.conv1, self.norm2, inputs[0]):
+            assert isinstance(self.conv1, Conv3x3)
+            h, offset = conv3x3(self.norm1(*inputs), self.conv1.weight), self.conv1.bias
         else:
             h = self.convolve(self.conv1, self.norm1(*inputs))
-        fused = fuses(self.norm2, self.conv2, h)
+        fused = offset is None and fuses(self.norm2, self.conv2, h)
         if not fused:
-            h = self.norm2(h)
+            h = self.norm2(h) if offset is None else self.norm2(h, offset=offset)
         # The shortcut is computed only now, so that it does not add to the peak memory of conv1.
         residual = inputs[0]
         if self.conv_shortcut is not None:

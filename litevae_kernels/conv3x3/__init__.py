@@ -31,8 +31,10 @@ On a GPU, a Triton kernel may serve half precision in channels_last without grad
 
 PyTorch's direct convolution serves all other calls: other devices, float64, narrow layers, small images,
 `torch.export`, `torch.func`, and every call under ``use_backend("reference")``, which is the way to an exact direct
-convolution. On a CPU without the arithmetic of a half precision, it computes in float32 and rounds once. If Triton is
-forced and does not serve the CPU, a call that the kernels would have served raises an error.
+convolution. On a CPU without the arithmetic of a half precision, it computes in float32 and rounds once. On a GPU, a
+Triton kernel adds the bias and the residual to its result in one pass while gradients are off; `torch.compile` joins
+the two passes itself. If Triton is forced and does not serve the CPU, a call that the kernels would have served raises
+an error.
 """
 
 import torch
@@ -43,6 +45,7 @@ from litevae_kernels.arithmetic import current_isa, result_dtype
 from litevae_kernels.backend import choose, forced_backend
 from litevae_kernels.conv3x3 import gpu, op, reference
 from litevae_kernels.conv3x3.dispatch import describe, serves
+from litevae_kernels.group_norm_silu.op import add_residual_, joins_residual
 from litevae_kernels.tensors import (
     check_bias,
     check_flag,
@@ -89,6 +92,9 @@ def conv3x3(
         if silu_input and torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
             x, silu_input = F.silu(x), False
         return op.conv3x3(x, weight, bias, residual, silu_input)
+    if residual is not None and bias is not None and joins_residual(x):
+        y = reference.forward(x, weight, None, None, silu_input)
+        return add_residual_(y, residual, bias)
     return reference.forward(x, weight, bias, residual, silu_input)
 
 

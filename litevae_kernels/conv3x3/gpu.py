@@ -15,6 +15,7 @@ from torch import Tensor
 
 from litevae_kernels.backend import choose, forced_backend, triton_installed, why_not
 from litevae_kernels.conv3x3 import reference
+from litevae_kernels.group_norm_silu.op import add_residual_, joins_residual
 from litevae_kernels.tensors import in_layout
 
 DTYPES = (torch.bfloat16, torch.float16)  # cuDNN serves float32
@@ -88,11 +89,12 @@ def norm_forward(
         return torch.ops.litevae.group_norm_silu(x, skip, *parameters)[0]
 
     def ours() -> Tensor:
-        from litevae_kernels.conv3x3 import triton
+        from litevae_kernels.group_norm_silu.triton import statistics as norm_statistics
 
         if skip is not None:
             return _convolve(norm("triton"), None, weight, bias, residual, False)
-        affine = triton.affine_of(x, norm_weight, norm_bias, num_groups, eps)
+        stats = torch.empty((x.shape[0], num_groups, 2), dtype=torch.float64, device=x.device)
+        affine = norm_statistics(x, None, norm_weight, norm_bias, stats, num_groups, eps)
         return _convolve(x, affine, weight, bias, residual, True)
 
     def theirs() -> Tensor:
@@ -140,7 +142,11 @@ def _convolve_in_pytorch(
     bias = None if bias is None else bias.to(x.dtype)
     # Autocast, which may be on, has had its effect.
     with torch.autocast(x.device.type, enabled=False):
-        y = reference.forward(x, weight.to(x.dtype), bias, residual, silu_input)
+        if bias is not None and residual is not None and joins_residual(x):
+            y = reference.forward(x, weight.to(x.dtype), None, None, silu_input)
+            y = add_residual_(y, residual, bias)
+        else:
+            y = reference.forward(x, weight.to(x.dtype), bias, residual, silu_input)
     return y.contiguous(memory_format=torch.channels_last)
 
 

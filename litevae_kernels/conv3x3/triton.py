@@ -11,49 +11,13 @@ rounded once.
 # Triton types the kernels, and a name may have different types where a branch is compiled away.
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment,misc"
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from litevae_kernels.group_norm_silu.triton import statistics
 from litevae_kernels.triton_support import grid_of, kernel, on_device, program_index
 
 TILE_P = 128  # pixels, twice the 64 rows of a warp group's instruction
-AFFINE_BLOCK = 128
-
-
-@kernel("stats", "weight", "bias", "affine")
-def conv3x3_affine_kernel(
-    stats, weight, bias, affine,
-    weight_c: tl.int64, bias_c: tl.int64, batch: tl.int64, channels: tl.int64, groups: tl.int64,
-    group_channels: tl.int64,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Writes affine (batch, 3, channels): a norm's result is (x - first) second + third.
-
-    The first is the rounded mean; what the rounding lost is in the third, so that a large mean costs no digits.
-    """
-    program = program_index()
-    blocks = tl.cdiv(channels, BLOCK)
-    n = program // blocks
-    if n >= batch:
-        return
-    channel = program % blocks * BLOCK + tl.arange(0, BLOCK)
-    mask = channel < channels
-    group = n * groups + channel // group_channels
-    mean = tl.load(stats + 2 * group, mask=mask, other=0)
-    slope = tl.load(stats + 2 * group + 1, mask=mask, other=0)
-    offset = tl.full(channel.shape, 0, tl.float64)
-    if weight is not None:
-        slope *= tl.load(weight + channel * weight_c, mask=mask, other=0).to(tl.float64)
-    if bias is not None:
-        offset = tl.load(bias + channel * bias_c, mask=mask, other=0).to(tl.float64)
-    high = mean.to(tl.float32)
-    out = affine + (n * 3 * channels + channel)
-    tl.store(out, high, mask=mask)
-    tl.store(out + channels, slope.to(tl.float32), mask=mask)
-    tl.store(out + 2 * channels, (offset - (mean - high.to(tl.float64)) * slope).to(tl.float32), mask=mask)
 
 
 @kernel("affine", "bias")
@@ -68,7 +32,7 @@ def conv3x3_kernel(
     """Writes y (batch, height, width, outputs), the convolution of x with weight (outputs, 3, 3, channels).
 
     `channels` and the strides of x are in units of IN_VEC, and `outputs` and the strides of the residual in units of
-    OUT_VEC. `affine` (batch, 3, channels) normalises x.
+    OUT_VEC. `affine` (3, batch, channels) normalises x.
     """
     channels *= IN_VEC
     outputs *= OUT_VEC
@@ -93,7 +57,7 @@ def conv3x3_kernel(
     )
     filters = weight + output * (9 * channels)
     if affine is not None:
-        affine += n * 3 * channels
+        affine += n * channels
     total = tl.zeros((TILE_P, TILE_O), tl.float32)
     for step in range(0, 9 * tl.cdiv(channels, TILE_C).to(tl.int32)):
         tap = step % 9
@@ -119,8 +83,8 @@ def conv3x3_kernel(
             if affine is not None:
                 at = affine + channel
                 high = tl.load(at, mask=has_channel, other=0)[None, :]
-                slope = tl.load(at + channels, mask=has_channel, other=0)[None, :]
-                offset = tl.load(at + 2 * channels, mask=has_channel, other=0)[None, :]
+                slope = tl.load(at + batch * channels, mask=has_channel, other=0)[None, :]
+                offset = tl.load(at + 2 * batch * channels, mask=has_channel, other=0)[None, :]
                 z = tl.fma(z - high, slope, offset)
             if SILU:
                 z = z / (1 + tl.exp(-z))
@@ -169,7 +133,7 @@ def forward(
 
     Args:
         x: (N, C, H, W) with adjacent channels, of at most 2^30 pixels per image.
-        affine: float32 (N, 3, C) that `affine_of` returns: the convolution sees (x - first) second + third.
+        affine: float32 (3, N, C) from the norm's `statistics`: the convolution sees (x - first) second + third.
         weight: (C_out, 3, 3, C), contiguous, in x's dtype.
         bias: (C_out) in any dtype.
         residual: (N, C_out, H, W) in x's dtype with adjacent channels.
@@ -191,18 +155,3 @@ def forward(
             IN_VEC=in_vec, OUT_VEC=out_vec, SILU=silu_input, TILE_P=TILE_P, TILE_O=tile_o, TILE_C=tile_c,
             num_warps=8, num_stages=3, enable_fp_fusion=True,
         )  # fmt: skip
-
-
-def affine_of(x: Tensor, weight: Tensor | None, bias: Tensor | None, num_groups: int, eps: float) -> Tensor:
-    """Returns what `forward` needs to normalise `x` (N, C, H, W) with the `weight` and `bias` (C) of a group norm."""
-    n, channels = x.shape[:2]
-    stats = torch.empty((n, num_groups, 2), dtype=torch.float64, device=x.device)
-    statistics(x, None, stats, num_groups, eps)
-    affine = torch.empty((n, 3, channels), dtype=torch.float32, device=x.device)
-    steps = (0 if p is None else p.stride(0) for p in (weight, bias))
-    with on_device(x):
-        conv3x3_affine_kernel[grid_of(n * triton.cdiv(channels, AFFINE_BLOCK))](
-            stats, weight, bias, affine, *steps, n, channels, num_groups, channels // num_groups,
-            BLOCK=AFFINE_BLOCK, num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
-    return affine

@@ -36,6 +36,7 @@ def group_norm_silu(
     eps: float = 1e-6,
     skip: Tensor | None = None,
     overwrite: bool = False,
+    offset: Tensor | None = None,
 ) -> Tensor:
     """Returns the SiLU of the group normalisation of `x`, or of `x` and `skip` concatenated along the channels.
 
@@ -47,9 +48,13 @@ def group_norm_silu(
         eps: positive number added to the variance.
         skip: second input (N, C_skip, *), same dtype as `x`. Its channels follow those of `x`, as in
             ``torch.cat([x, skip], 1)`` but without the copy. `weight` and `bias` then are (C + C_skip).
+        offset: number per channel (C), or (C + C_skip), any supported dtype, that is added to the input before the
+            norm, such as the bias of the convolution that made the input; default: zeros. While gradients are off,
+            the kernels add it in float32 (float64 for float64), without a pass of its own; otherwise it is added
+            in x's dtype.
         overwrite: whether the result may take the memory of `x`, whose values the caller no longer needs. The kernel
-            for the CPU does so in eager mode while gradients are off, if `x` is dense and `skip` is missing; all
-            other calls ignore the permission.
+            for the CPU does so in eager mode while gradients are off, if `x` is dense, and `skip` and `offset` are
+            missing; all other calls ignore the permission.
 
     Returns:
         result (N, C, *), or (N, C + C_skip, *), with the dtype and memory format of `x`.
@@ -57,27 +62,39 @@ def group_norm_silu(
     Raises:
         TypeError: if a tensor is not float32, float64, float16 or bfloat16, `skip` and `x` differ in dtype,
             `num_groups` or `eps` is not a number, or `overwrite` is not a bool.
-        ValueError: if `x` has fewer than 2 dimensions, `num_groups` does not divide the channels, `weight` or `bias`
-            has another length, `skip` has another size, `eps` is not positive or exceeds float32, or the
+        ValueError: if `x` has fewer than 2 dimensions, `num_groups` does not divide the channels, `weight` `bias` or
+            `offset` has another length, `skip` has another size, `eps` is not positive or exceeds float32, or the
             tensors are on several devices.
         NotImplementedError: a tensor has a forward-mode tangent, and the backend is not the reference.
     """
-    num_groups, eps = check_arguments(x, num_groups, weight, bias, eps, skip)
+    num_groups, eps = check_arguments(x, num_groups, weight, bias, eps, skip, offset)
     check_flag(overwrite, "overwrite")
     backend = choose(x.device.type)
     arguments = (_as_4d(x), None if skip is None else _as_4d(skip), weight, bias, num_groups, eps)
     if backend == "reference":
-        y = reference.forward(*arguments)
-    elif overwrite and backend == "native" and skip is None and op.can_overwrite(arguments[0], weight, bias):
+        y = reference.forward(*arguments, offset)
+    elif (
+        overwrite
+        and backend == "native"
+        and skip is None
+        and offset is None
+        and op.can_overwrite(arguments[0], weight, bias)
+    ):
         y = op.group_norm_silu_(arguments[0], weight, bias, num_groups, eps)
     else:
-        refuse_tangents("group_norm_silu", backend, x, skip, weight, bias)
-        y = op.group_norm_silu(*arguments, backend)
+        refuse_tangents("group_norm_silu", backend, x, skip, weight, bias, offset)
+        y = op.group_norm_silu(*arguments, backend, offset)
     return y if x.ndim == 4 else y.reshape(x.shape[0], y.shape[1], *x.shape[2:])
 
 
 def check_arguments(
-    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, skip: Tensor | None
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    skip: Tensor | None,
+    offset: Tensor | None = None,
 ) -> tuple[int, float]:
     """Returns `num_groups` and `eps` as Python's numbers; raises the errors of `group_norm_silu`."""
     check_tensor(x, "x")
@@ -98,12 +115,12 @@ def check_arguments(
     if num_groups < 1 or channels == 0 or channels % num_groups:
         raise ValueError(f"num_groups is {shown(num_groups)}; it must divide the {channels} channels")
     eps = check_eps(eps)
-    for name, parameter in (("weight", weight), ("bias", bias)):
+    for name, parameter in (("weight", weight), ("bias", bias), ("offset", offset)):
         if parameter is not None:
             check_tensor(parameter, name)
             if parameter.shape != (channels,):
                 raise ValueError(f"{name} has shape {shape_of(parameter)}; ({channels},) is needed")
-    for name, other in (("skip", skip), ("weight", weight), ("bias", bias)):
+    for name, other in (("skip", skip), ("weight", weight), ("bias", bias), ("offset", offset)):
         if other is not None:
             check_device(other, name, x, "x")
     return int(num_groups), eps

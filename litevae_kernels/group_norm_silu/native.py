@@ -36,13 +36,14 @@ def forward(
     stats: Tensor | None,
     num_groups: int,
     eps: float,
+    offset: Tensor | None = None,
 ) -> None:
     """Fills `y` (N, C, H, W) and, unless it is None, `stats` (N, num_groups, 2)."""
     assert core is not None
     on_cpu = x.device.type == "cpu"
     if on_cpu:
         x, skip = _gapless(x, y), None if skip is None else _gapless(skip, y)
-    views = [native_view(t) for t in (x, skip, weight, bias, y)]
+    views = [native_view(t) for t in (x, skip, weight, bias, offset, y)]
     if on_cpu:
         address = 0 if stats is None else stats.data_ptr()  # the core has its own memory for statistics
         core.group_norm_silu_cpu(*views, address, num_groups, eps, torch.get_num_threads())
@@ -64,7 +65,7 @@ def statistics(x: Tensor, skip: Tensor | None, stats: Tensor, num_groups: int, e
     x, skip = _gapless(x, x), None if skip is None else _gapless(skip, x)
     views = [native_view(t) for t in (x, skip)]
     core.group_norm_silu_cpu(
-        *views, None, None, None, stats.data_ptr(), num_groups, eps, torch.get_num_threads()
+        *views, None, None, None, None, stats.data_ptr(), num_groups, eps, torch.get_num_threads()
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from litevae_kernels.backend import choose, why_not
 from litevae_kernels.group_norm_silu import native, reference
 from litevae_kernels.tensors import (
     differentiable_gradients,
@@ -65,13 +66,14 @@ def _gradients(
 
 torch.library.define(
     "litevae::group_norm_silu",
-    "(Tensor x, Tensor? skip, Tensor? weight, Tensor? bias, int num_groups, float eps, str backend) "
-    "-> (Tensor y, Tensor stats)",
+    "(Tensor x, Tensor? skip, Tensor? weight, Tensor? bias, int num_groups, float eps, str backend, "
+    "Tensor? offset=None) -> (Tensor y, Tensor stats)",
 )
 torch.library.define(
     "litevae::group_norm_silu_",
     "(Tensor(a!) x, Tensor? weight, Tensor? bias, int num_groups, float eps) -> ()",
 )
+torch.library.define("litevae::add_residual_", "(Tensor(a!) y, Tensor residual, Tensor bias) -> ()")
 torch.library.define(
     "litevae::group_norm_silu_backward",
     "(Tensor grad, Tensor x, Tensor? skip, Tensor? weight, Tensor? bias, Tensor stats, int num_groups, str backend) "
@@ -87,11 +89,12 @@ def _forward(
     num_groups: int,
     eps: float,
     backend: str,
+    offset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     y, stats = _outputs(x, skip, num_groups)
     if y.numel() == 0:
         return y, stats.zero_()
-    _backend(backend).forward(x, skip, weight, bias, y, stats, num_groups, eps)
+    _backend(backend).forward(x, skip, weight, bias, y, stats, num_groups, eps, offset)
     return y, stats
 
 
@@ -101,6 +104,12 @@ def _forward_in_place(
 ) -> None:
     # The kernel's second pass reads each value before it writes the result in its place.
     native.forward(x, None, weight, bias, x, None, num_groups, eps)
+
+
+@torch.library.impl("litevae::add_residual_", "CUDA")
+def _add_residual(y: Tensor, residual: Tensor, bias: Tensor) -> None:
+    if y.numel():
+        _backend("triton").add(y, residual, bias)
 
 
 def _backward(
@@ -137,12 +146,18 @@ def _(
     num_groups: int,
     eps: float,
     backend: str,
+    offset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return _outputs(x, skip, num_groups)
 
 
 @torch.library.register_fake("litevae::group_norm_silu_")
 def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, num_groups: int, eps: float) -> None:
+    return None
+
+
+@torch.library.register_fake("litevae::add_residual_")
+def _(y: Tensor, residual: Tensor, bias: Tensor) -> None:
     return None
 
 
@@ -201,16 +216,50 @@ def group_norm_silu(
     num_groups: int,
     eps: float,
     backend: str,
+    offset: Tensor | None = None,
 ) -> Tensor:
-    """Returns the result of `litevae::group_norm_silu`, differentiable and without the statistics."""
+    """Returns the result of `litevae::group_norm_silu`, differentiable and without the statistics.
+
+    While gradients are recorded, `offset` is added in a pass of its own, in x's dtype.
+    """
     if in_inference_mode():
-        if backend != "native" or not is_plain(x, skip, weight, bias):
-            return torch.ops.litevae.group_norm_silu(x, skip, weight, bias, num_groups, eps, backend)[0]
+        if backend != "native" or not is_plain(x, skip, weight, bias, offset):
+            op = torch.ops.litevae.group_norm_silu
+            return op(x, skip, weight, bias, num_groups, eps, backend, offset)[0]
         y = _result(x, skip)
         if y.numel():
-            native.forward(x, skip, weight, bias, y, None, num_groups, eps)
+            native.forward(x, skip, weight, bias, y, None, num_groups, eps, offset)
         return y
+    if offset is not None:
+        if not torch.is_grad_enabled():
+            op = torch.ops.litevae.group_norm_silu
+            return op(x, skip, weight, bias, num_groups, eps, backend, offset)[0]
+        offset = offset.to(x.dtype)[:, None, None]
+        if skip is not None:
+            skip = skip + offset[x.shape[1] :]
+        x = x + offset[: x.shape[1]]
     return _GroupNormSiLU.apply(x, skip, weight, bias, num_groups, eps, backend)
+
+
+def joins_residual(y: Tensor) -> bool:
+    """Returns whether `add_residual_` serves calls without gradients on y's device.
+
+    `torch.compile` itself joins the additions after a convolution in one kernel.
+    """
+    return (
+        y.is_cuda
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and forward_ad._current_level < 0  # A tangent would be lost.
+        and choose("cuda") != "reference"
+        and why_not("triton", "cuda") is None
+    )
+
+
+def add_residual_(y: Tensor, residual: Tensor, bias: Tensor) -> Tensor:
+    """Returns `y` (N, C, H, W), to which it adds `residual` and, for each channel, `bias`, in one pass."""
+    torch.ops.litevae.add_residual_(y, residual, bias)
+    return y
 
 
 def can_overwrite(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:

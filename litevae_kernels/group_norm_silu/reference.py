@@ -8,11 +8,19 @@ from litevae_kernels.tensors import accumulate_dtype, is_channels_last, to_forma
 
 
 def forward(
-    x: Tensor, skip: Tensor | None, weight: Tensor | None, bias: Tensor | None, num_groups: int, eps: float
+    x: Tensor,
+    skip: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    num_groups: int,
+    eps: float,
+    offset: Tensor | None = None,
 ) -> Tensor:
     """Returns (N, C + C_skip, H, W) for `x` (N, C, H, W) and `skip` (N, C_skip, H, W)."""
     wide = accumulate_dtype(x.dtype)
     joined = x if skip is None else torch.cat([x, skip], 1)
+    if offset is not None:
+        joined = joined.to(wide) + offset.to(wide)[:, None, None]
     if joined.numel() == 0:
         z = joined.to(wide)
     else:

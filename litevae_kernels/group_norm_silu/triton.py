@@ -23,7 +23,11 @@ from litevae_kernels.tensors import accumulate_dtype
 from litevae_kernels.triton_support import grid_of, kernel, on_device, program_index
 
 TILE = 2048  # elements, 16 per thread
-PROGRAMS = 4096  # number that fills a GPU; a program takes several tiles only if that many remain
+PROGRAMS = 4096  # number that fills a GPU; a program that writes takes several tiles only if that many remain
+# A program that sums takes at least four tiles, which it loads at once, and more if this many programs remain. Its
+# partial results then take about a fortieth of the memory of x.
+SUMMING_PROGRAMS = 512
+SUMMED_STEPS = 4
 # The most tiles that share a shift: their squares add up to at most MAX_STEPS + 1 times the squares about the mean.
 MAX_STEPS = 64
 
@@ -97,7 +101,7 @@ def group_norm_silu_stats_kernel(
     """Writes partials (3, batch, chunks, all_channels): a reference, the mean minus it, squares about the mean.
 
     `channels` and `pixels` are in units of C_VEC and P_VEC. Each place of the tile subtracts the first value that it
-    meets, so that a large mean costs no digits.
+    meets, so that a large mean costs no digits. The loop reads that value again, so that it takes whole batches.
     """
     channels *= C_VEC
     pixels *= P_VEC
@@ -108,15 +112,16 @@ def group_norm_silu_stats_kernel(
     pixel = start + tl.arange(0, TILE_P)
     mask = (pixel < pixels)[:, None] & has_channel[None, :]
     at = _offsets(n, channel, pixel, (x_n, x_c, x_h, x_w), width, X_INNER, X_PIXELS, X_VEC)
-    shift = tl.load(x + at, mask=mask, other=0).to(ACC)
+    met = tl.load(x + at, mask=mask, other=0)
+    shift = met.to(ACC)
     reference = tl.sum(tl.where((tl.arange(0, TILE_P) == 0)[:, None], shift, 0), 0)
     total = tl.zeros((TILE_P, TILE_C), ACC)
     squares = tl.zeros((TILE_P, TILE_C), ACC)
-    for step in tl.range(1, steps, loop_unroll_factor=4):
+    for step in tl.range(0, steps, loop_unroll_factor=4):
         now = pixel + step * TILE_P
         mask = (now < pixels)[:, None] & has_channel[None, :]
         at = _offsets(n, channel, now, (x_n, x_c, x_h, x_w), width, X_INNER, X_PIXELS, X_VEC)
-        change = tl.where(mask, tl.load(x + at, mask=mask, other=0).to(ACC) - shift, 0)
+        change = tl.load(x + at, mask=mask, other=met).to(ACC) - shift  # 0 where there is nothing
         total += change
         squares = tl.fma(change, change, squares)
     # `count` is the number of pixels that each place has seen.
@@ -136,19 +141,25 @@ def group_norm_silu_stats_kernel(
     tl.store(out + 2 * plane, squares, mask=has_channel)
 
 
-@kernel("partials", "stats")
+@kernel("partials", "weight", "bias", "offset", "stats", "coefficients")
 def group_norm_silu_stats_join_kernel(
-    partials, stats,
+    partials, weight, bias, offset, stats, coefficients,
+    weight_c: tl.int64, bias_c: tl.int64, offset_c: tl.int64,
     batch: tl.int64, all_channels: tl.int64, pixels: tl.int64, groups: tl.int64, group_channels: tl.int64,
     chunks: tl.int64, chunk_pixels: tl.int64, eps: tl.float64,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Writes stats (batch, groups, 2), one group per program, from partials (3, batch, chunks, all_channels)."""
+    """Writes stats (batch, groups, 2), one group per program, from partials (3, batch, chunks, all_channels).
+
+    It also writes the coefficients (3, batch, all_channels) of z = (x - mean) a + b. The mean is split in two, and the
+    second half goes into b, so that the difference keeps its digits.
+    """
     program = program_index()
     n = program // groups
     if n >= batch:
         return
-    base = partials + (n * chunks * all_channels + program % groups * group_channels)
+    first = program % groups * group_channels
+    base = partials + (n * chunks * all_channels + first)
     plane = batch * chunks * all_channels
     shift = tl.load(base).to(tl.float64) + tl.load(base + plane).to(tl.float64)
     total = tl.zeros((BLOCK,), tl.float64)
@@ -157,8 +168,11 @@ def group_norm_silu_stats_join_kernel(
         index = i + tl.arange(0, BLOCK)
         mask = index < chunks * group_channels
         chunk = index // group_channels
-        at = base + (chunk * all_channels + (index - chunk * group_channels))
+        channel = index - chunk * group_channels
+        at = base + (chunk * all_channels + channel)
         mean = tl.load(at, mask=mask, other=0).to(tl.float64)
+        if offset is not None:
+            mean += tl.load(offset + (first + channel) * offset_c, mask=mask, other=0).to(tl.float64)
         mean += tl.load(at + plane, mask=mask, other=0).to(tl.float64)
         count = tl.minimum(pixels - chunk * chunk_pixels, chunk_pixels).to(tl.float64)
         change = tl.where(mask, mean - shift, 0)
@@ -167,23 +181,42 @@ def group_norm_silu_stats_join_kernel(
     size = (pixels * group_channels).to(tl.float64)
     distance = tl.sum(total, 0) / size
     variance = tl.maximum(tl.sum(squares, 0) / size - distance * distance, 0)
+    rstd = 1 / tl.sqrt(variance + eps)
     tl.store(stats + 2 * program, shift + distance)
-    tl.store(stats + 2 * program + 1, 1 / tl.sqrt(variance + eps))
+    tl.store(stats + 2 * program + 1, rstd)
+    plane = batch * all_channels
+    for i in range(0, group_channels, BLOCK):
+        inside = i + tl.arange(0, BLOCK)
+        mask = inside < group_channels
+        at = first + inside
+        exact = tl.full((BLOCK,), 0, tl.float64) + (shift + distance)
+        if offset is not None:  # what is added to the input is subtracted from its mean
+            exact -= tl.load(offset + at * offset_c, mask=mask, other=0).to(tl.float64)
+        mean = exact.to(coefficients.dtype.element_ty)
+        slope = tl.full((BLOCK,), 0, tl.float64) + rstd
+        if weight is not None:
+            slope *= tl.load(weight + at * weight_c, mask=mask, other=0).to(tl.float64)
+        constant = (mean.to(tl.float64) - exact) * slope
+        if bias is not None:
+            constant += tl.load(bias + at * bias_c, mask=mask, other=0).to(tl.float64)
+        out = coefficients + (n * all_channels + at)
+        tl.store(out, mean, mask=mask)
+        tl.store(out + plane, slope, mask=mask)
+        tl.store(out + 2 * plane, constant, mask=mask)
 
 
-@kernel("weight", "bias", "stats")
+@kernel("coefficients")
 def group_norm_silu_apply_kernel(
-    x, weight, bias, stats, y,
+    x, coefficients, y,
     x_n: tl.int64, x_c: tl.int64, x_h: tl.int64, x_w: tl.int64,
     y_n: tl.int64, y_c: tl.int64, y_h: tl.int64, y_w: tl.int64,
-    weight_c: tl.int64,
-    bias_c: tl.int64, batch: tl.int64, channels: tl.int64, pixels: tl.int64, width: tl.int64, first: tl.int64,
-    groups: tl.int64, group_channels: tl.int64, chunks: tl.int64, steps: tl.int64,
+    batch: tl.int64, channels: tl.int64, pixels: tl.int64, width: tl.int64, first: tl.int64,
+    all_channels: tl.int64, chunks: tl.int64, steps: tl.int64,
     X_INNER: tl.constexpr, X_PIXELS: tl.constexpr, X_VEC: tl.constexpr, Y_INNER: tl.constexpr,
     Y_PIXELS: tl.constexpr, Y_VEC: tl.constexpr, C_VEC: tl.constexpr, P_VEC: tl.constexpr, ACC: tl.constexpr,
     TILE_P: tl.constexpr, TILE_C: tl.constexpr,
 ):  # fmt: skip
-    """Writes y (batch, channels, pixels) = silu((x - mean) rstd weight + bias)."""
+    """Writes y (batch, channels, pixels) = silu((x - mean) a + b) with coefficients (3, batch, all_channels)."""
     channels *= C_VEC
     pixels *= P_VEC
     # backwards, because the end of x may still be in the cache
@@ -191,16 +224,17 @@ def group_norm_silu_apply_kernel(
     if program < 0:
         return
     n, chunk, channel, has_channel = _place(program, channels, chunks, TILE_C)
-    high, low, rstd, w, b = _parameters(
-        n, channel, has_channel, first, groups, group_channels, weight, bias, weight_c, bias_c, stats, ACC
-    )
-    slope = rstd * w
+    own = coefficients + (n * all_channels + first + channel)
+    plane = batch * all_channels
+    mean = tl.load(own, mask=has_channel, other=0)[None, :]
+    a = tl.load(own + plane, mask=has_channel, other=0)[None, :]
+    b = tl.load(own + 2 * plane, mask=has_channel, other=0)[None, :]
     pixel = chunk * (steps * TILE_P) + tl.arange(0, TILE_P)
     for step in tl.range(0, steps, loop_unroll_factor=2):
         now = pixel + step * TILE_P
         mask = (now < pixels)[:, None] & has_channel[None, :]
         at = _offsets(n, channel, now, (x_n, x_c, x_h, x_w), width, X_INNER, X_PIXELS, X_VEC)
-        z = tl.fma((tl.load(x + at, mask=mask, other=0).to(ACC) - high) - low, slope, b)
+        z = tl.fma(tl.load(x + at, mask=mask, other=0).to(ACC) - mean, a, b)
         at = _offsets(n, channel, now, (y_n, y_c, y_h, y_w), width, Y_INNER, Y_PIXELS, Y_VEC)
         tl.store(y + at, z / (1 + tl.exp(-z)), mask=mask)
 
@@ -373,6 +407,38 @@ def group_norm_silu_grad_kernel(
         tl.store(out + at, tl.fma(dz, slope, -tl.fma(normal, multiple, constant)), mask=mask)
 
 
+@kernel("bias")
+def residual_add_kernel(
+    y, residual, bias,
+    y_n: tl.int64, y_c: tl.int64, y_h: tl.int64, y_w: tl.int64,
+    residual_n: tl.int64, residual_c: tl.int64, residual_h: tl.int64, residual_w: tl.int64,
+    bias_c: tl.int64,
+    batch: tl.int64, channels: tl.int64, pixels: tl.int64, width: tl.int64, first: tl.int64,
+    chunks: tl.int64, steps: tl.int64,
+    Y_INNER: tl.constexpr, Y_PIXELS: tl.constexpr, Y_VEC: tl.constexpr, RESIDUAL_INNER: tl.constexpr,
+    RESIDUAL_PIXELS: tl.constexpr, RESIDUAL_VEC: tl.constexpr, C_VEC: tl.constexpr, P_VEC: tl.constexpr,
+    ACC: tl.constexpr, TILE_P: tl.constexpr, TILE_C: tl.constexpr,
+):  # fmt: skip
+    """Adds residual (batch, channels, pixels) and bias (channels) to y (batch, channels, pixels)."""
+    channels *= C_VEC
+    pixels *= P_VEC
+    n, chunk, channel, has_channel = _place(program_index(), channels, chunks, TILE_C)
+    if n >= batch:
+        return
+    b = tl.load(bias + channel * bias_c, mask=has_channel, other=0).to(ACC)[None, :]
+    pixel = chunk * (steps * TILE_P) + tl.arange(0, TILE_P)
+    for step in tl.range(0, steps, loop_unroll_factor=2):
+        now = pixel + step * TILE_P
+        mask = (now < pixels)[:, None] & has_channel[None, :]
+        at = _offsets(
+            n, channel, now, (residual_n, residual_c, residual_h, residual_w), width,
+            RESIDUAL_INNER, RESIDUAL_PIXELS, RESIDUAL_VEC,
+        )  # fmt: skip
+        other = tl.load(residual + at, mask=mask, other=0).to(ACC)
+        at = _offsets(n, channel, now, (y_n, y_c, y_h, y_w), width, Y_INNER, Y_PIXELS, Y_VEC)
+        tl.store(y + at, tl.load(y + at, mask=mask, other=0).to(ACC) + b + other, mask=mask)
+
+
 def _power_of_two(*values: int) -> int:
     """Returns the largest power of two, at most 16, that divides all values."""
     bits = 16
@@ -417,15 +483,26 @@ def _tile(inner: str, channels: int, pixels: int) -> tuple[int, int]:
         tile_c = even if even >= 32 else max(triton.next_power_of_2(channels), 8)
         tile_c = min(tile_c, 64, TILE)
         return TILE // tile_c, tile_c
-    tile_p = min(max(triton.next_power_of_2(pixels), 64), TILE)
+    tile_p = min(max(triton.next_power_of_2(pixels) // SUMMED_STEPS, 64), TILE)
     return tile_p, TILE // tile_p
 
 
-def _steps(batch: int, channels: int, pixels: int, tile: tuple[int, int], most: int) -> int:
-    """Returns the number of tiles per program: more than one only if enough programs remain."""
-    rest = batch * triton.cdiv(channels, tile[1])
+def _steps(pixels: int, rest: int, least: int, most: int, programs: int) -> int:
+    """Returns the number of tiles per program, a power of two: more than `least` only if `programs` remain.
+
+    Args:
+        pixels: number of tiles along the pixels.
+        rest: number of tiles along the other axes.
+        least: number that a program takes if there are as many.
+        most: largest number.
+        programs: number that must remain.
+    """
     steps = 1
-    while steps < most and rest * triton.cdiv(pixels, 2 * steps * tile[0]) >= PROGRAMS:
+    while (
+        steps < most
+        and steps < pixels
+        and (steps < least or rest * triton.cdiv(pixels, 2 * steps) >= programs)
+    ):
         steps *= 2
     return steps
 
@@ -467,9 +544,12 @@ class _Part(NamedTuple):
         }
         return grid_of(n * chunks * triton.cdiv(c, self.tile[1])), (chunks, chunk // tile_p), options
 
-    def chunk(self, most: int) -> int:
+    def chunk(self, *, sums: bool) -> int:
+        """Returns the number of pixels per program, for a kernel that sums or for one that writes a tensor."""
         n, c, height, width = self.x.shape
-        return self.tile[0] * _steps(n, c, height * width, self.tile, most)
+        tiles = triton.cdiv(height * width, self.tile[0]), n * triton.cdiv(c, self.tile[1])
+        limits = (SUMMED_STEPS, MAX_STEPS, SUMMING_PROGRAMS) if sums else (1, 8, PROGRAMS)
+        return self.tile[0] * _steps(*tiles, *limits)
 
 
 def _parts(x: Tensor, skip: Tensor | None) -> list[_Part]:
@@ -488,16 +568,26 @@ def _step(parameter: Tensor | None) -> int:
     return 0 if parameter is None else parameter.stride(0)
 
 
-def statistics(x: Tensor, skip: Tensor | None, stats: Tensor, num_groups: int, eps: float) -> None:
-    """Fills `stats` (N, num_groups, 2) with the mean and 1 / sqrt(var + eps) of each group, in float64."""
+def statistics(
+    x: Tensor,
+    skip: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    num_groups: int,
+    eps: float,
+    offset: Tensor | None = None,
+) -> Tensor:
+    """Fills `stats` (N, num_groups, 2), and returns mean, a and b (3, N, C) of the normalised (x - mean) a + b."""
     n, _, height, width = x.shape
     channels = x.shape[1] + (0 if skip is None else skip.shape[1])
     pixels = height * width
     parts = _parts(x, skip)
-    chunk = min(part.chunk(MAX_STEPS) for part in parts)
+    chunk = min(part.chunk(sums=True) for part in parts)
     chunks = triton.cdiv(pixels, chunk)
-    groups = (num_groups, channels // num_groups)
-    partials = x.new_empty((3, n, chunks, channels), dtype=accumulate_dtype(x.dtype))
+    dtype = accumulate_dtype(x.dtype)
+    partials = x.new_empty((3, n, chunks, channels), dtype=dtype)
+    coefficients = x.new_empty((3, n, channels), dtype=dtype)
     with on_device(x):
         for part in parts:
             grid, tiling, options = part.tiling(chunk)
@@ -506,9 +596,11 @@ def statistics(x: Tensor, skip: Tensor | None, stats: Tensor, num_groups: int, e
                 **part.view.constants("X"), **options, enable_fp_fusion=False,
             )  # fmt: skip
         group_norm_silu_stats_join_kernel[grid_of(n * num_groups)](
-            partials, stats, n, channels, pixels, *groups, chunks, chunk, eps,
+            partials, weight, bias, offset, stats, coefficients, _step(weight), _step(bias), _step(offset),
+            n, channels, pixels, num_groups, channels // num_groups, chunks, chunk, eps,
             BLOCK=512, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
+    return coefficients
 
 
 def forward(
@@ -520,20 +612,30 @@ def forward(
     stats: Tensor,
     num_groups: int,
     eps: float,
+    offset: Tensor | None = None,
 ) -> None:
     """Fills `y` (N, C, H, W) and `stats` (N, num_groups, 2)."""
-    parts = _parts(x, skip)
-    statistics(x, skip, stats, num_groups, eps)
-    groups = (num_groups, y.shape[1] // num_groups)
+    coefficients = statistics(x, skip, weight, bias, stats, num_groups, eps, offset)
     with on_device(x):
-        for part in parts:
+        for part in _parts(x, skip):
             out = y.narrow(1, part.first, part.x.shape[1])
             view = _view(out)
-            grid, tiling, options = part.tiling(part.chunk(8), view)
+            grid, tiling, options = part.tiling(part.chunk(sums=False), view)
             group_norm_silu_apply_kernel[grid](
-                part.x, weight, bias, stats, out, *part.view.strides, *view.strides, _step(weight), _step(bias),
-                *part.sizes(view), *groups, *tiling,
+                part.x, coefficients, out, *part.view.strides, *view.strides, *part.sizes(view), y.shape[1], *tiling,
                 **part.view.constants("X"), **view.constants("Y"), **options, enable_fp_fusion=True,
+            )  # fmt: skip
+
+
+def add(y: Tensor, residual: Tensor, bias: Tensor) -> None:
+    """Adds `residual` (N, C, H, W) and `bias` (C), of any dtype, to `y` (N, C, H, W), and rounds once."""
+    view = _view(residual)
+    with on_device(y):
+        for part in _parts(y, None):
+            grid, tiling, options = part.tiling(part.chunk(sums=False), view)
+            residual_add_kernel[grid](
+                y, residual, bias, *part.view.strides, *view.strides, _step(bias), *part.sizes(view), *tiling,
+                **part.view.constants("Y"), **view.constants("RESIDUAL"), **options, enable_fp_fusion=True,
             )  # fmt: skip
 
 
@@ -553,7 +655,7 @@ def backward(
     """Fills the gradients that are not None."""
     n, channels, height, width = grad.shape
     parts = _parts(x, skip)
-    chunk = min(part.chunk(MAX_STEPS) for part in parts)
+    chunk = min(part.chunk(sums=True) for part in parts)
     chunks = triton.cdiv(height * width, chunk)
     groups = (num_groups, channels // num_groups)
     steps = (_step(weight), _step(bias))
@@ -589,7 +691,7 @@ def backward(
             if out is None:
                 continue
             to = _view(out)
-            grid, tiling, options = part.tiling(part.chunk(8), view, to)
+            grid, tiling, options = part.tiling(part.chunk(sums=False), view, to)
             group_norm_silu_grad_kernel[grid](
                 part.x, incoming, weight, bias, stats, coefficients, out, *part.view.strides, *view.strides,
                 *to.strides, *steps, *part.sizes(view, to), *groups, *tiling, **constants, **to.constants("OUT"),

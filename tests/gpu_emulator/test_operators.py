@@ -4,10 +4,14 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+import kernel_cases.group_norm_silu
 import pytest
 import torch
+import torch.nn.functional as F
 from kernel_cases.running import Kernels, cases_of, run_case, run_covering, run_random
 from ptx_emulator import build, triton_driver
+
+from litevae_kernels.testing import assert_within_budget
 
 WITH_KERNELS = {"cuda": build.OPERATORS, "triton": triton_driver.OPERATORS}
 BACKENDS = tuple(WITH_KERNELS)
@@ -84,6 +88,41 @@ def test_tensors_may_have_no_elements(cuda_kernels: Any) -> None:
     haar = importlib.import_module("kernel_cases.haar")
     case = haar.Case(True, (0, 3, 8, 8), 2, "symmetric", True, haar.F32, haar.F32, "contiguous", "contiguous")
     assert run_case(cuda_kernels, "haar", case) == set()
+
+
+# Groups of 5 channels, one of which has channels of x and of skip.
+@pytest.mark.parametrize(
+    ("backend", "dtype", "layout"),
+    [
+        ("cuda", torch.bfloat16, torch.channels_last),
+        ("cuda", torch.float32, torch.contiguous_format),
+        ("cuda", torch.float64, torch.contiguous_format),
+        ("triton", torch.float32, torch.channels_last),
+    ],
+    ids=str,
+)
+def test_an_offset_is_added_before_the_norm(
+    kernels: Any, dtype: torch.dtype, layout: torch.memory_format
+) -> None:
+    torch.manual_seed(0)
+    x, skip = (torch.randn(2, c, 5, 8).to(dtype).contiguous(memory_format=layout) for c in (24, 16))
+    weight, bias, offset = (
+        torch.randn(40),
+        torch.randn(40, dtype=torch.float64),
+        3 * torch.randn(80).half()[::2],
+    )
+    y = torch.full((2, 40, 5, 8), torch.nan, dtype=dtype).contiguous(memory_format=layout)
+    stats = torch.empty(2, 8, 2, dtype=torch.float64)
+    arguments = (x, skip, weight, bias, y, stats, 8, 1e-6, offset)
+    kernels.emulator.reset()
+    kernels.run("group_norm_silu", "forward", *arguments, written=[y, stats])
+    assert not kernels.emulator.problems()
+    whole = torch.cat([x, skip], 1).double() + offset.double()[:, None, None]
+    exact = F.silu(F.group_norm(whole, 8, weight.double(), bias.double(), 1e-6))
+    actual = y.float() if dtype == torch.float64 else y  # the parameters are only as exact as float32
+    magnitude = 5 * weight.abs().max().item() + bias.abs().max().item()
+    operations = kernel_cases.group_norm_silu.FORWARD + kernel_cases.group_norm_silu.CHAIN
+    assert_within_budget(actual, exact, magnitude=magnitude, operations=operations)
 
 
 def test_statistics_may_be_unwanted(cuda_kernels: Any) -> None:

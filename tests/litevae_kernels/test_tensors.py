@@ -249,7 +249,7 @@ def test_native_view():
 def test_the_core_refuses_what_is_no_view(view, error, message):
     x = native_view(torch.zeros(1, 4, 1, 1))
     with pytest.raises(error, match=message):
-        core.group_norm_silu_cpu(x, None, view, None, x, torch.zeros(8).data_ptr(), 1, 1e-6, 1)
+        core.group_norm_silu_cpu(x, None, view, None, None, x, torch.zeros(8).data_ptr(), 1, 1e-6, 1)
 
 
 def test_scratch_memory_is_counted_in_bytes():

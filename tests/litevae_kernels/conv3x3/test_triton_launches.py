@@ -37,7 +37,7 @@ def launch(
         return torch.empty(*sizes, dtype=dtype, device="meta", memory_format=channels_last)
 
     weight = empty(outputs, c, 3, 3).permute(0, 2, 3, 1)
-    affine = empty(n, 3, c, dtype=torch.float32) if normalised else None
+    affine = empty(3, n, c, dtype=torch.float32) if normalised else None
     y = empty(n, outputs, h, w)
     arguments = (empty(n, c, h, w), affine, weight, empty(outputs), y if normalised else None, normalised, y)
     (found,) = record_launches(kernels, lambda: kernels.forward(*arguments))

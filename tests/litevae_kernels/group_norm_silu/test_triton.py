@@ -213,7 +213,9 @@ def test_equals_pytorch_in_float64(device: str, group: int, monkeypatch: pytest.
             patch.setattr(
                 kernels, "TILE", (512, 1024, 256)[seed % 3] if INTERPRETED else (256, 2048)[group % 2]
             )
-            patch.setattr(kernels, "PROGRAMS", (1, 4, 10**9)[seed // 13 % 3])
+            for name in ("PROGRAMS", "SUMMING_PROGRAMS"):
+                patch.setattr(kernels, name, (1, 4, 10**9)[seed // 13 % 3])
+            patch.setattr(kernels, "SUMMED_STEPS", (1, 4)[seed // 7 % 2])
             patch.setattr(kernels, "MAX_STEPS", 4)
             case = draw(seed, device)
             try:
@@ -322,3 +324,23 @@ def test_cuda_graph_capture() -> None:
     graph.replay()
     for got, want in zip(captured, run(grad, x, None, None, None, 8, 1e-6), strict=True):
         assert (got is None and want is None) or torch.equal(got, want)
+
+
+@on_device
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+def test_offset_bias_and_residual(device: str, format: torch.memory_format) -> None:
+    """An offset before the norm, and a bias and a residual in one addition, as in a ResBlock without gradients."""
+    torch.manual_seed(2)
+    x, residual = (torch.randn(2, 12, 9, 8).to(device, memory_format=format) for _ in range(2))
+    offset, bias = (3 * torch.randn(12, dtype=torch.float64, device=device) for _ in range(2))
+    y, stats = torch.empty_like(x), torch.empty(2, 4, 2, dtype=torch.float64, device=device)
+    kernels.forward(x, None, None, None, y, stats, 4, 1e-6, offset)
+    whole = x.double() + offset[:, None, None]
+    want = F.silu(F.group_norm(whole, 4, eps=1e-6))
+    # The sums are of one or two values at a place and of 72 places; z has six roundings and SiLU eight.
+    assert_within_budget(y, want, magnitude=5, operations=2 * (2 + 72 + 4) + 14)
+    before = y.double()
+    kernels.add(y, residual, bias)
+    want = before + residual.double() + bias[:, None, None]
+    magnitude = before.abs() + residual.double().abs() + bias.abs()[:, None, None]
+    assert_within_budget(y, want, magnitude=magnitude, operations=3)
