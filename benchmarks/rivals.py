@@ -83,6 +83,8 @@ def in_onnxruntime(module: Exported, x: Tensor) -> Call | None:
         torch.onnx.export(module, (x,), dynamo=True, verbose=False).save(file)  # type: ignore[union-attr]
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    # Its threads may wait actively for work within a call, and not into the next provider's.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
     (name,) = (argument.name for argument in session.get_inputs())
     return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
