@@ -223,6 +223,17 @@ def memory_format_of(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
+def empty_output(x: Tensor, channels: int, channels_last: bool) -> Tensor:
+    """Returns memory for a result (N, `channels`, H, W) of `x` (N, C, H, W)."""
+    batch, _, height, width = x.shape
+    return torch.empty(
+        (batch, channels, height, width),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=memory_format_of(channels_last),
+    )
+
+
 def in_layout(x: Tensor, channels_innermost: bool) -> Tensor:
     """Returns `x`, or a copy of it, with adjacent channels or, if not `channels_innermost`, adjacent pixels."""
     adjacent = x.stride(1) == 1 if channels_innermost else x.stride(3) == 1

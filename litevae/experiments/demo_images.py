@@ -90,7 +90,7 @@ def squares_folder(output: Path, held_out: bool, size: int) -> Path:
     )
     folder = f"{'held-out' if held_out else 'training'}-{size}"
     return make_squares(
-        output, folder, squares, "the photographs of the demo", size, SQUARES * (not held_out)
+        output, folder, squares, "the photographs of the demo", size, 0 if held_out else SQUARES
     )
 
 

@@ -68,13 +68,7 @@ def prepare(name: str, setup: Setup) -> tuple[Experiment, list[list[Config]]]:
     configs = [[row_config(experiment, run, setup, seed) for seed in range(seeds)] for run in experiment.runs]
     for run, (config, *_) in zip(experiment.runs, configs, strict=True):
         try:
-            check_run(experiment, setup, config)
-            sizes = [measured_size(config, run, setup.at)]
-            if experiment.kind == "resolution":
-                sizes = measured_sizes(experiment, setup.at)
-            held_out_images(setup, run, max(sizes))  # raises if the images are smaller
-            if experiment.kind in WITH_METRICS:
-                check_metric_sizes(wanted_metrics(experiment, setup), sizes)
+            check_run(experiment, setup, run, config)
             if experiment.kind == "generation":
                 check_second_stage(experiment, setup, run, config.data.validation)
         except (UserError, ValueError) as error:
@@ -150,7 +144,7 @@ def row_config(experiment: Experiment, run: RunSpec, setup: Setup, seed: int) ->
     return replace(config, output_dir=str(setup.output / "runs" / digest(config)), resume=resume)
 
 
-def check_run(experiment: Experiment, setup: Setup, config: Config) -> None:
+def check_run(experiment: Experiment, setup: Setup, run: RunSpec, config: Config) -> None:
     """Raises UserError or ValueError for any problem that would make the run or its measurement fail."""
     if config.data.pixel_format != RGB:
         raise UserError(
@@ -168,13 +162,17 @@ def check_run(experiment: Experiment, setup: Setup, config: Config) -> None:
         )
     with torch.device("meta"):
         model = with_fresh_weights(config.model, config.data.size)
-        sizes = [stage.size for stage in list_stages(config)]
         if config.loss.adversarial:
-            build_discriminator(config.discriminator, *sizes)
+            build_discriminator(config.discriminator, *(stage.size for stage in list_stages(config)))
     check_sizes(model, config)
+    sizes = [measured_size(config, run, setup.at)]
     if experiment.kind == "resolution":
-        for size in measured_sizes(experiment, setup.at):
+        sizes = measured_sizes(experiment, setup.at)
+        for size in sizes:
             check_size(model, size)
+    held_out_images(setup, run, max(sizes))  # raises if the images are smaller
+    if experiment.kind in WITH_METRICS:
+        check_metric_sizes(wanted_metrics(experiment, setup), sizes)
     for stage in list_stages(config):
         check_batch_size(stage.batch_size, config.optimizer.accumulation, PartialState().num_processes)
     Objective(config.loss)  # raises if VGG's weights are missing

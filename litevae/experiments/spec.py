@@ -31,10 +31,10 @@ class Scale:
     """How a published setting is scaled down.
 
     `size`: divisor of the image sizes. `steps`: steps kept per thousand. `settings` of training and `diffusion`
-    settings of the second stage replace the experiment's. `reduced`: whether anything is scaled down. `demo`: whether
-    to train on scikit-image's photographs instead of data sets that the user names. `mmd_groups`: groups of images for
-    the MMD. `complexity_batch`: batch size for timing. `smoke`: whether the scale only tests that everything runs, so
-    that its reports give neither figures nor verdicts.
+    settings of the second stage replace the experiment's. `demo`: whether to train on scikit-image's photographs
+    instead of data sets that the user names. `mmd_groups`: groups of images for the MMD. `complexity_batch`: batch
+    size for timing. `smoke`: whether the scale only tests that everything runs, so that its reports give neither
+    figures nor verdicts.
     """
 
     description: str
@@ -43,11 +43,15 @@ class Scale:
     settings: tuple[str, ...] = ()
     diffusion: tuple[str, ...] = ()
     second_stage: str = "ldm-ffhq"
-    reduced: bool = True
     demo: bool = False
     mmd_groups: int = 10
     complexity_batch: int = 32
     smoke: bool = False
+
+    @property
+    def reduced(self) -> bool:
+        """Whether anything is scaled down."""
+        return self.steps < 1000
 
 
 # Below the paper's scale no weights are downloaded, so there is no LPIPS, and there is a discriminator only where
@@ -68,7 +72,7 @@ REDUCED_SETTINGS = (
     "tracker=none",
 )
 SCALES = {
-    "paper": Scale("the paper's setting", diffusion=("fid.measure=always",), reduced=False),
+    "paper": Scale("the paper's setting", diffusion=("fid.measure=always",)),
     "small": Scale(
         "small scale, not the paper's",
         steps=5,

@@ -43,9 +43,8 @@ from torch import Tensor
 
 from litevae_kernels.arithmetic import current_isa, result_dtype
 from litevae_kernels.backend import choose, forced_backend
-from litevae_kernels.conv3x3 import gpu, op, reference
+from litevae_kernels.conv3x3 import gpu, op
 from litevae_kernels.conv3x3.dispatch import describe, serves
-from litevae_kernels.group_norm_silu.op import add_residual_, joins_residual
 from litevae_kernels.tensors import (
     check_bias,
     check_flag,
@@ -92,10 +91,7 @@ def conv3x3(
         if silu_input and torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
             x, silu_input = F.silu(x), False
         return op.conv3x3(x, weight, bias, residual, silu_input)
-    if residual is not None and bias is not None and joins_residual(x):
-        y = reference.forward(x, weight, None, None, silu_input)
-        return add_residual_(y, residual, bias)
-    return reference.forward(x, weight, bias, residual, silu_input)
+    return gpu.convolve_and_add(x, weight, bias, residual, silu_input)
 
 
 def check_arguments(

@@ -12,11 +12,11 @@ from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from litevae_kernels.backend import choose, forced_backend, triton_installed, why_not
 from litevae_kernels.conv3x3 import reference
-from litevae_kernels.group_norm_silu.op import add_residual_, joins_residual
-from litevae_kernels.tensors import in_layout
+from litevae_kernels.tensors import empty_output, in_layout
 
 DTYPES = (torch.bfloat16, torch.float16)  # cuDNN serves float32
 MOST_PIXELS = 2**30  # per image, so that int32 holds an index and what is added to it
@@ -105,6 +105,48 @@ def norm_forward(
     return _faster(_key("norm", x, weight, bias, residual, num_groups, channels), x, ours, theirs)
 
 
+torch.library.define("litevae::add_residual_", "(Tensor(a!) y, Tensor residual, Tensor bias) -> ()")
+
+
+@torch.library.impl("litevae::add_residual_", "CUDA")
+def _add_residual(y: Tensor, residual: Tensor, bias: Tensor) -> None:
+    from litevae_kernels.group_norm_silu import triton  # some platforms have no Triton
+
+    if y.numel():
+        triton.add(y, residual, bias)
+
+
+@torch.library.register_fake("litevae::add_residual_")
+def _(y: Tensor, residual: Tensor, bias: Tensor) -> None:
+    return None
+
+
+def convolve_and_add(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, silu_input: bool
+) -> Tensor:
+    """Returns PyTorch's convolution; on a GPU one pass adds bias and residual where that saves a pass."""
+    if bias is None or residual is None or not _joins_residual(x):
+        return reference.forward(x, weight, bias, residual, silu_input)
+    y = reference.forward(x, weight, None, None, silu_input)
+    torch.ops.litevae.add_residual_(y, residual, bias)
+    return y
+
+
+def _joins_residual(x: Tensor) -> bool:
+    """Returns whether `litevae::add_residual_` serves calls with `x`.
+
+    `torch.compile` itself joins the additions after a convolution in one kernel.
+    """
+    return (
+        x.is_cuda
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and forward_ad._current_level < 0  # A tangent would be lost.
+        and choose("cuda") != "reference"
+        and why_not("triton", "cuda") is None
+    )
+
+
 def _key(
     name: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *others: Hashable
 ) -> Hashable:
@@ -122,13 +164,7 @@ def _convolve(
 ) -> Tensor:
     from litevae_kernels.conv3x3 import triton  # some platforms have no Triton
 
-    n, _, height, width = x.shape
-    y = torch.empty(
-        (n, weight.shape[0], height, width),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=torch.channels_last,
-    )
+    y = empty_output(x, weight.shape[0], True)
     if y.numel():
         residual = None if residual is None else in_layout(residual.to(x.dtype), True)
         filters = weight.to(x.dtype).permute(0, 2, 3, 1).contiguous()
@@ -142,11 +178,7 @@ def _convolve_in_pytorch(
     bias = None if bias is None else bias.to(x.dtype)
     # Autocast, which may be on, has had its effect.
     with torch.autocast(x.device.type, enabled=False):
-        if bias is not None and residual is not None and joins_residual(x):
-            y = reference.forward(x, weight.to(x.dtype), None, None, silu_input)
-            y = add_residual_(y, residual, bias)
-        else:
-            y = reference.forward(x, weight.to(x.dtype), bias, residual, silu_input)
+        y = convolve_and_add(x, weight.to(x.dtype), bias, residual, silu_input)
     return y.contiguous(memory_format=torch.channels_last)
 
 

@@ -12,21 +12,11 @@ from litevae_kernels.conv3x3.dispatch import WIDEST_VECTOR, is_small
 from litevae_kernels.group_norm_silu.native import statistics
 from litevae_kernels.tensors import (
     differentiable_gradients,
+    empty_output,
     in_inference_mode,
     in_layout,
     is_plain,
-    memory_format_of,
 )
-
-
-def _output(x: Tensor, channels: int, channels_last: bool) -> Tensor:
-    batch, _, height, width = x.shape
-    return torch.empty(
-        (batch, channels, height, width),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=memory_format_of(channels_last),
-    )
 
 
 def _channels_innermost(x: Tensor) -> bool:
@@ -61,7 +51,7 @@ def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, silu_input: bool
 ) -> Tensor:
     innermost = _channels_innermost(x)
-    y = _output(x, weight.shape[0], innermost)
+    y = empty_output(x, weight.shape[0], innermost)
     # Autocast rounds the parameters; the kernels round the weight themselves.
     bias = None if bias is None else bias.to(x.dtype)
     if _is_small(x, weight):
@@ -95,7 +85,7 @@ def _norm_forward(
         h = torch.ops.litevae.group_norm_silu(x, skip, *norm)[0]
         return torch.ops.litevae.conv3x3(h, weight, bias, residual, False)
     innermost = _channels_innermost(x)
-    y = _output(x, weight.shape[0], innermost)
+    y = empty_output(x, weight.shape[0], innermost)
     if y.numel() == 0:
         return y
     x, skip = in_layout(x, innermost), None if skip is None else in_layout(skip, innermost)
@@ -109,7 +99,7 @@ def _norm_forward(
 
 @torch.library.impl("litevae::conv3x3_input_gradient", "CPU")
 def _input_gradient(grad: Tensor, weight: Tensor, channels_last: bool) -> Tensor:
-    grad_x = _output(grad, weight.shape[1], channels_last)
+    grad_x = empty_output(grad, weight.shape[1], channels_last)
     if _is_small(grad, weight):
         with _no_autocast():
             return grad_x.copy_(reference.input_gradient(grad, weight.to(grad.dtype)))
@@ -133,7 +123,7 @@ def _weight_gradient(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
 
 @torch.library.register_fake("litevae::conv3x3")
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, silu_input: bool) -> Tensor:
-    return _output(x, weight.shape[0], _channels_innermost(x))
+    return empty_output(x, weight.shape[0], _channels_innermost(x))
 
 
 @torch.library.register_fake("litevae::norm_silu_conv3x3")
@@ -148,12 +138,12 @@ def _(
     bias: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
-    return _output(x, weight.shape[0], _channels_innermost(x))
+    return empty_output(x, weight.shape[0], _channels_innermost(x))
 
 
 @torch.library.register_fake("litevae::conv3x3_input_gradient")
 def _(grad: Tensor, weight: Tensor, channels_last: bool) -> Tensor:
-    return _output(grad, weight.shape[1], channels_last)
+    return empty_output(grad, weight.shape[1], channels_last)
 
 
 @torch.library.register_fake("litevae::conv3x3_weight_gradient")

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from litevae_kernels.backend import choose, why_not
 from litevae_kernels.group_norm_silu import native, reference
 from litevae_kernels.tensors import (
     differentiable_gradients,
@@ -73,7 +72,6 @@ torch.library.define(
     "litevae::group_norm_silu_",
     "(Tensor(a!) x, Tensor? weight, Tensor? bias, int num_groups, float eps) -> ()",
 )
-torch.library.define("litevae::add_residual_", "(Tensor(a!) y, Tensor residual, Tensor bias) -> ()")
 torch.library.define(
     "litevae::group_norm_silu_backward",
     "(Tensor grad, Tensor x, Tensor? skip, Tensor? weight, Tensor? bias, Tensor stats, int num_groups, str backend) "
@@ -104,12 +102,6 @@ def _forward_in_place(
 ) -> None:
     # The kernel's second pass reads each value before it writes the result in its place.
     native.forward(x, None, weight, bias, x, None, num_groups, eps)
-
-
-@torch.library.impl("litevae::add_residual_", "CUDA")
-def _add_residual(y: Tensor, residual: Tensor, bias: Tensor) -> None:
-    if y.numel():
-        _backend("triton").add(y, residual, bias)
 
 
 def _backward(
@@ -153,11 +145,6 @@ def _(
 
 @torch.library.register_fake("litevae::group_norm_silu_")
 def _(x: Tensor, weight: Tensor | None, bias: Tensor | None, num_groups: int, eps: float) -> None:
-    return None
-
-
-@torch.library.register_fake("litevae::add_residual_")
-def _(y: Tensor, residual: Tensor, bias: Tensor) -> None:
     return None
 
 
@@ -239,27 +226,6 @@ def group_norm_silu(
             skip = skip + offset[x.shape[1] :]
         x = x + offset[: x.shape[1]]
     return _GroupNormSiLU.apply(x, skip, weight, bias, num_groups, eps, backend)
-
-
-def joins_residual(y: Tensor) -> bool:
-    """Returns whether `add_residual_` serves calls without gradients on y's device.
-
-    `torch.compile` itself joins the additions after a convolution in one kernel.
-    """
-    return (
-        y.is_cuda
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and forward_ad._current_level < 0  # A tangent would be lost.
-        and choose("cuda") != "reference"
-        and why_not("triton", "cuda") is None
-    )
-
-
-def add_residual_(y: Tensor, residual: Tensor, bias: Tensor) -> Tensor:
-    """Returns `y` (N, C, H, W), to which it adds `residual` and, for each channel, `bias`, in one pass."""
-    torch.ops.litevae.add_residual_(y, residual, bias)
-    return y
 
 
 def can_overwrite(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
