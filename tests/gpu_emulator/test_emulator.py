@@ -94,6 +94,11 @@ FAULTS = {
         "setp.lt.u32 %p1, %r1, 8; @%p1 shfl.sync.bfly.b32 %r5, %r1, 1, 31, 0xffffffff;",
         "warp: lanes that an instruction names do not come to it",
     ),
+    "a ballot without its lanes": (
+        BARRIER,
+        "setp.lt.u32 %p1, %r1, 8; @%p1 vote.sync.ballot.b32 %r5, %p1, 0xffffffff;",
+        "warp: lanes that an instruction names do not come to it",
+    ),
 }
 
 
@@ -103,6 +108,13 @@ def test_reports_faults(emulator: Any, exchange: Any, fault: str) -> None:
     exchange(barrier, before)
     found = emulator.problems()
     assert any(line.startswith(report) for line in found), found
+
+
+def test_a_ballot_is_of_the_warp(emulator: Any, exchange: Any) -> None:
+    """Of the 64 threads, those up to 40 vote yes."""
+    votes = exchange(before="setp.gt.u32 %p1, %r1, 40; vote.sync.ballot.b32 %r1, !%p1, 0xffffffff;")
+    assert votes == 32 * [2**9 - 1] + 32 * [-1]  # each thread gets the vote of the other warp
+    assert emulator.problems() == []
 
 
 def test_dropped_barriers_are_races(emulator: Any, exchange: Any) -> None:

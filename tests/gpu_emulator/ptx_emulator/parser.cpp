@@ -572,6 +572,9 @@ class Parser {
                    : has("up")  ? Shuffle::up
                                 : Shuffle::down;
       for (size_t i = 1; i < arguments.size(); ++i) in.from.push_back(operand(arguments[i]));
+    } else if (name == "vote" && has("sync") && has("ballot")) {
+      in.op = Op::ballot, in.to = operands(arguments[0]);
+      for (size_t i = 1; i < arguments.size(); ++i) in.from.push_back(operand(arguments[i]));
     } else if (name == "call") {
       decode_call(in, arguments);
     } else {

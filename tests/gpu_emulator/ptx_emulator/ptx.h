@@ -108,6 +108,7 @@ enum class Op : uint8_t {
   st,
   // Lanes of a warp together.
   shfl,
+  ballot,
   warp_barrier,
   ldmatrix,
   stmatrix,

@@ -115,6 +115,7 @@ bool Warp::step(Frame& frame, Path& path) {
     case Op::exit:
     case Op::barrier:
     case Op::shfl:
+    case Op::ballot:
     case Op::warp_barrier:
     case Op::ldmatrix:
     case Op::stmatrix:
@@ -207,10 +208,9 @@ void Warp::pass_barrier() {
 // Runs an instruction for which the lanes of a mask must come together, or blocks the path until they have.
 bool Warp::gather(Frame& frame, Path& path, const Instruction& in, uint32_t active) {
   uint32_t members = all;
-  if (in.op == Op::shfl || in.op == Op::warp_barrier) {
+  if (in.op == Op::shfl || in.op == Op::ballot || in.op == Op::warp_barrier) {
     Lanes buffer;
-    members =
-        static_cast<uint32_t>(row(frame, in.from[in.op == Op::shfl ? 3 : 0], buffer)[first_lane(active)]);
+    members = static_cast<uint32_t>(row(frame, in.from.back(), buffer)[first_lane(active)]);
   }
   if ((members & live & ~active) != 0) {
     const bool others_run = !path.blocked && !frame.paths.empty();
@@ -222,6 +222,7 @@ bool Warp::gather(Frame& frame, Path& path, const Instruction& in, uint32_t acti
   }
   path.blocked = false;
   if (in.op == Op::shfl) shuffle(frame, in, active);
+  if (in.op == Op::ballot) ballot(frame, in, active);
   if (in.op == Op::ldmatrix) load_matrices(frame, in);
   if (in.op == Op::stmatrix) store_matrices(frame, in);
   if (in.op == Op::warp_barrier) for_each_lane(active, [&](int lane) { ++epochs[lane]; });
@@ -307,7 +308,7 @@ void Warp::load(Frame& frame, const Instruction& in, uint32_t active) {
         frame.registers[static_cast<size_t>(in.to[i].index) * kWarp + lane] =
             load_value(from + i * size, in.type);
   });
-  if (in.space == Space::global) count_request(true, active, addresses, count * size);
+  count_request(in, true, active, addresses, count * size);
 }
 
 void Warp::store(Frame& frame, const Instruction& in, uint32_t active) {
@@ -321,7 +322,7 @@ void Warp::store(Frame& frame, const Instruction& in, uint32_t active) {
     for (int i = 0; i < count; ++i) memcpy(data + i * size, &values[i + 1][lane], size);
     memcpy(resolve(frame, in, lane, addresses[lane], count * size, data), data, count * size);
   });
-  if (in.space == Space::global) count_request(false, active, addresses, count * size);
+  count_request(in, false, active, addresses, count * size);
 }
 
 // --- Instructions of lanes together.
@@ -359,6 +360,15 @@ void Warp::shuffle(Frame& frame, const Instruction& in, uint32_t active) {
   });
   assign(frame, in.to[0], active, out.data());
   if (in.to.size() > 1) assign(frame, in.to[1], active, valid.data());
+}
+
+void Warp::ballot(Frame& frame, const Instruction& in, uint32_t active) {
+  Lanes buffer, out;
+  const uint64_t* const values = row(frame, in.from[0], buffer);
+  uint32_t truths = 0;
+  for_each_lane(active, [&](int lane) { truths |= static_cast<uint32_t>(values[lane] & 1) << lane; });
+  out.fill(truths);
+  assign(frame, in.to[0], active, out.data());
 }
 
 // Matrices of 8 x 8 elements of 16 bits. Lane 8 m + r has the address of row r of matrix m. Lane l holds
@@ -545,10 +555,18 @@ uint8_t* Warp::resolve_global(const Instruction& in, int lane, const Access& acc
   return pointer;
 }
 
-void Warp::count_request(bool is_load, uint32_t active, const Lanes& addresses, int bytes) {
-  if (!block.device.options.count_traffic) return;
-  std::vector<uint64_t> sectors;
+void Warp::count_request(const Instruction& in, bool is_load, uint32_t active, const Lanes& addresses,
+                         int bytes) {
+  if (!block.device.options.count_traffic || (in.space != Space::global && in.space != Space::generic))
+    return;
+  uint32_t lanes = 0;  // those that access global memory
   for_each_lane(active, [&](int lane) {
+    const Access access{addresses[lane], bytes, nullptr, in.read_only, kWarp * index + lane, epochs[lane]};
+    if (in.space == Space::global || block.device.memory.contains(access)) lanes |= 1u << lane;
+  });
+  if (lanes == 0) return;
+  std::vector<uint64_t> sectors;
+  for_each_lane(lanes, [&](int lane) {
     const uint64_t last = (addresses[lane] + bytes - 1) / 32;
     for (uint64_t sector = addresses[lane] / 32; sector <= last; ++sector) sectors.push_back(sector);
   });
@@ -556,7 +574,7 @@ void Warp::count_request(bool is_load, uint32_t active, const Lanes& addresses, 
   sectors.erase(std::unique(sectors.begin(), sectors.end()), sectors.end());
   (is_load ? block.loaded_sectors : block.stored_sectors).insert(sectors.begin(), sectors.end());
   Traffic& traffic = block.record.traffic[(is_load ? "load " : "store ") + std::to_string(bytes)];
-  traffic.requests += 1, traffic.bytes += static_cast<uint64_t>(std::popcount(active)) * bytes;
+  traffic.requests += 1, traffic.bytes += static_cast<uint64_t>(std::popcount(lanes)) * bytes;
   traffic.sectors += sectors.size();
   for (size_t i = 0; i < sectors.size(); ++i) traffic.lines += i == 0 || sectors[i] / 4 != sectors[i - 1] / 4;
 }

@@ -68,6 +68,7 @@ class Warp {
   void load(Frame& frame, const Instruction& in, uint32_t active);
   void store(Frame& frame, const Instruction& in, uint32_t active);
   void shuffle(Frame& frame, const Instruction& in, uint32_t active);
+  void ballot(Frame& frame, const Instruction& in, uint32_t active);
   void load_matrices(Frame& frame, const Instruction& in);
   void store_matrices(Frame& frame, const Instruction& in);
 
@@ -78,7 +79,7 @@ class Warp {
                    const uint8_t* written);
   uint8_t* resolve_shared(const Instruction& in, int lane, const Access& access);
   uint8_t* resolve_global(const Instruction& in, int lane, const Access& access);
-  void count_request(bool is_load, uint32_t active, const Lanes& addresses, int bytes);
+  void count_request(const Instruction& in, bool is_load, uint32_t active, const Lanes& addresses, int bytes);
   void report(const char* what, const Instruction& in, int lane);
 
   Block& block;
