@@ -1,5 +1,6 @@
 """The emulator itself: hand-written PTX, each of whose faults it must report, and which it must run right."""
 
+import re
 import struct
 from typing import Any
 
@@ -149,11 +150,18 @@ def test_writes_to_inputs_and_between_blocks_are_reported(emulator: Any) -> None
     assert "two threads of a launch write different values to one place" in found
 
 
-def test_unknown_instructions_are_refused(emulator: Any) -> None:
-    with pytest.raises(EmulatorError, match=r"line .*: the emulator does not know 'wgmma"):
-        emulator.load(EXCHANGE.replace("BARRIER", "wgmma.fence.sync.aligned;").replace("BEFORE", "").encode())
-    with pytest.raises(EmulatorError, match=r"does not know 'add\.rz\.f32"):
-        emulator.load(EXCHANGE.replace("BARRIER", "add.rz.f32 %r1, %r1, %r1;").replace("BEFORE", "").encode())
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        "red.global.add.u32 [%rd1], %r1;",
+        "add.rz.f32 %r1, %r1, %r1;",
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%r1, %r1, %r1, %r1}, {%r1}, {%r1}, {%r1, %r1, %r1, %r1};",
+    ],
+)
+def test_unknown_instructions_are_refused(emulator: Any, instruction: str) -> None:
+    name = re.escape(instruction.split()[0])
+    with pytest.raises(EmulatorError, match=f"line .*: the emulator does not know '{name}"):
+        emulator.load(EXCHANGE.replace("BARRIER", instruction).replace("BEFORE", "").encode())
 
 
 CONVERT = """

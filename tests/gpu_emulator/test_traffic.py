@@ -193,6 +193,34 @@ def test_addition_of_a_bias_and_a_residual(triton_kernels: Any) -> None:
     assert set(kernel.stores.widths) == {16}
 
 
+@pytest.mark.parametrize("skip_channels", [0, 32])
+def test_convolution(triton_kernels: Any, skip_channels: int) -> None:
+    """Inputs, weight and result as predicted, and what a convolution of PyTorch's does not have."""
+
+    def tensor(channels: int) -> torch.Tensor:
+        return torch.randn(1, channels, 16, 16).bfloat16().contiguous(memory_format=torch.channels_last)
+
+    x, skip, residual, y = (
+        tensor(64),
+        tensor(skip_channels) if skip_channels else None,
+        tensor(32),
+        tensor(32),
+    )
+    inputs = 64 + skip_channels
+    weight, bias, affine = (
+        torch.randn(32, 3, 3, inputs).bfloat16(),
+        torch.randn(32),
+        torch.randn(3, 1, inputs),
+    )
+    arguments = (x, skip, affine, weight, bias, residual, True, y)
+    kernels = triton_kernels.emulator.count_traffic(
+        lambda: triton_kernels.run("conv3x3", "forward", *arguments, written=[y])
+    )
+    whole = x if skip is None else torch.cat([x, skip], 1)
+    more = residual.nbytes + bias.nbytes + affine.nbytes
+    assert touched(kernels) == traffic.convolution(whole, weight, None, y)[traffic.CONVOLUTION] + more
+
+
 @pytest.mark.parametrize("space", [".global", ""], ids=["global", "generic"])
 def test_elementwise(emulator: Any, space: str) -> None:
     """PyTorch adds a residual in a pass that reads two tensors and writes one.

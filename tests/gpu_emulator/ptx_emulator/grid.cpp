@@ -27,7 +27,7 @@ void check_limits(Device& device, const Launch& launch) {
 Block::Block(Device& device, Launch& launch)
     : device(device),
       launch(launch),
-      shared(shared_bytes(launch)),
+      shared(shared_bytes(launch), launch.block.count()),
       dynamic_offset(round_up(launch.entry.static_shared, 16)),
       record(device.kernels[launch.entry.name]) {}
 
@@ -46,7 +46,7 @@ void Block::run(Size where, int64_t number_of_block) {
   const auto waits = [](const Warp& warp) { return !warp.waiting().empty(); };
   while (true) {
     for (Warp& warp : warps) warp.run();
-    if (std::none_of(warps.begin(), warps.end(), waits)) return;
+    if (std::none_of(warps.begin(), warps.end(), waits)) return check_products(warps);
     check_barrier(warps);
     shared.pass_barrier();
     for (Warp& warp : warps) warp.pass_barrier();
@@ -69,6 +69,18 @@ void Block::check_barrier(const std::vector<Warp>& warps) {
   const std::string place = first->place_of(first->at(first->waiting()[0]), 0);
   if (!same) device.report("barrier: threads of a block wait at different barriers", place);
   if (ended) device.report("barrier: some threads of the block have ended", place);
+}
+
+// Four warps, from a multiple of four on, are a group, which runs the same products.
+void Block::check_products(const std::vector<Warp>& warps) {
+  for (const Warp& warp : warps) {
+    if (warp.product_history() == 0) continue;
+    const auto same = [&](const Warp& other) {
+      return other.number() / 4 == warp.number() / 4 && other.product_history() == warp.product_history();
+    };
+    if (std::count_if(warps.begin(), warps.end(), same) != 4)
+      device.report("wgmma: the warps of a group run different products", launch.entry.name);
+  }
 }
 
 void run(Device& device, Launch launch) {

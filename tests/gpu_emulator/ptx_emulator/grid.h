@@ -43,6 +43,7 @@ class Block {
 
  private:
   void check_barrier(const std::vector<Warp>& warps);
+  void check_products(const std::vector<Warp>& warps);
 
   int64_t number = 0;
 };

@@ -1,6 +1,7 @@
 #include "memory.h"
 
 #include <algorithm>
+#include <cstring>
 
 namespace ptx {
 namespace {
@@ -82,7 +83,8 @@ const char* GlobalMemory::check_byte(const Access& access, uint32_t thread, int 
   return wrong;
 }
 
-SharedMemory::SharedMemory(int64_t bytes) : bytes(bytes), storage(bytes + 128), cells(bytes) {
+SharedMemory::SharedMemory(int64_t bytes, int64_t threads)
+    : bytes(bytes), storage(bytes + 128), cells(bytes), fences(threads) {
   const uintptr_t address = reinterpret_cast<uintptr_t>(storage.data());
   base = storage.data() + (128 - address % 128) % 128;
 }
@@ -112,6 +114,33 @@ void SharedMemory::add_reader(Cell& cell, const Access& access) const {
   cell.read_epoch = epoch, cell.read_warp_epoch = access.warp_epoch;
 }
 
+void SharedMemory::set_writer(Cell& cell, const Access& access) const {
+  cell.writer = access.thread, cell.write_epoch = epoch, cell.write_warp_epoch = access.warp_epoch;
+  cell.write_fences = fences[access.thread].count;
+}
+
+// Whether a fence lies between a write and the access by a tensor core: the writer's, or after a barrier the
+// reader's.
+bool SharedMemory::is_fenced(const Cell& cell, const Access& access) const {
+  return fences[cell.writer].count > cell.write_fences || fences[access.thread].epoch > cell.write_epoch;
+}
+
+const char* SharedMemory::begin_copy(const Access& access) {
+  const char* const wrong = check(access);
+  for (int i = 0; i < access.bytes; ++i) cells[access.address + i].copied_in = first_epoch;
+  memset(base + access.address, 0xff, access.bytes);
+  return wrong;
+}
+
+void SharedMemory::finish_copy(const Access& access) {
+  memcpy(base + access.address, access.written, access.bytes);
+  for (int i = 0; i < access.bytes; ++i) {
+    Cell& cell = cells[access.address + i];
+    cell.copied_in = 0;
+    set_writer(cell, access);
+  }
+}
+
 const char* SharedMemory::check(const Access& access) {
   const char* wrong = nullptr;
   for (int i = 0; i < access.bytes; ++i) {
@@ -122,13 +151,17 @@ const char* SharedMemory::check(const Access& access) {
       if (after_write && !same) wrong = "shared memory: write after another thread's write without a barrier";
       if (conflicts(cell.reader, cell.read_epoch, cell.read_warp_epoch, access))
         wrong = "shared memory: write after another thread's read without a barrier";
-      cell.writer = access.thread, cell.write_epoch = epoch, cell.write_warp_epoch = access.warp_epoch;
+      set_writer(cell, access);
     } else {
       if (after_write) wrong = "shared memory: read of another thread's write without a barrier";
       if (cell.writer < 0 || cell.write_epoch < first_epoch)
         wrong = "shared memory: read of what nobody wrote";
+      else if (access.by_tensor_core && !is_fenced(cell, access))
+        wrong = "shared memory: read by a tensor core of a write without fence.proxy.async";
       add_reader(cell, access);
     }
+    if (cell.copied_in == first_epoch)
+      wrong = "shared memory: access to the destination of an asynchronous copy before its wait";
   }
   return wrong;
 }

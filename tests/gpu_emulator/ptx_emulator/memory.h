@@ -14,10 +14,11 @@ namespace ptx {
 struct Access {
   uint64_t address;
   int bytes;
-  const uint8_t* written;  // null for a load
-  bool read_only;          // ld.global.nc, whose cache does not see stores of the same launch
-  int thread;              // within the block
-  uint32_t warp_epoch;     // number of barriers of its warp so far
+  const uint8_t* written;       // null for a load
+  bool read_only;               // ld.global.nc, whose cache does not see stores of the same launch
+  int thread;                   // within the block
+  uint32_t warp_epoch;          // number of barriers of its warp so far
+  bool by_tensor_core = false;  // through the asynchronous proxy, which sees writes only after a fence
 };
 
 // Device memory is host memory: an address is a pointer.
@@ -49,11 +50,16 @@ class GlobalMemory {
 // The shared memory of one block at a time. Addresses are offsets.
 class SharedMemory {
  public:
-  explicit SharedMemory(int64_t bytes);
+  SharedMemory(int64_t bytes, int64_t threads);
   // A new block begins: its memory is not initialised (it is NaN).
   void begin_block();
   void pass_barrier() { ++epoch; }
   const char* check(const Access& access);
+  // Nobody may access the destination of an asynchronous copy until it is finished, which writes it.
+  const char* begin_copy(const Access& access);
+  void finish_copy(const Access& access);
+  // fence.proxy.async of a thread.
+  void fence(int thread) { fences[thread] = {fences[thread].count + 1, epoch}; }
 
   uint8_t* data() { return base; }
   int64_t size() const { return bytes; }
@@ -66,14 +72,22 @@ class SharedMemory {
   struct Cell {
     int32_t writer = -1, reader = -1;
     uint32_t write_epoch = 0, write_warp_epoch = 0, read_epoch = 0, read_warp_epoch = 0;
+    uint32_t write_fences = 0;  // of the writer before it wrote
+    uint32_t copied_in = 0;     // the first epoch of the block that has a copy under way to this byte
+  };
+  struct Fences {
+    uint32_t count = 0, epoch = 0;  // when the last one was
   };
   bool conflicts(int32_t other, uint32_t other_epoch, uint32_t other_warp_epoch, const Access& access) const;
   void add_reader(Cell& cell, const Access& access) const;
+  void set_writer(Cell& cell, const Access& access) const;
+  bool is_fenced(const Cell& cell, const Access& access) const;
 
   const int64_t bytes;
   std::vector<uint8_t> storage;
   uint8_t* base;
   std::vector<Cell> cells;
+  std::vector<Fences> fences;  // by thread
   uint32_t epoch = 0, first_epoch = 0;
 };
 

@@ -14,11 +14,6 @@ constexpr uint64_t kPoison = 0xdeadbeefdeadbeef;  // value of registers that not
 
 int first_lane(uint32_t lanes) { return std::countr_zero(lanes); }
 
-template <class F>
-void for_each_lane(uint32_t lanes, const F& f) {
-  for (; lanes != 0; lanes &= lanes - 1) f(first_lane(lanes));
-}
-
 uint64_t load_value(const uint8_t* from, Type type) {
   uint64_t value = 0;
   const int bytes = size_of(type), unused = 64 - 8 * bytes;
@@ -82,6 +77,7 @@ Warp::Warp(Block& block, int index, int threads)
       live(all),
       entry(block.launch.entry, nullptr, block.launch.arguments.data()) {
   entry.add({0, all});
+  if (entry.function.has_products) products.written.assign(entry.function.registers, true);
 }
 
 void Warp::run(Frame& frame) {
@@ -108,6 +104,7 @@ bool Warp::step(Frame& frame, Path& path) {
     active &= in.predicate_negated ? ~truths : truths;
   }
   block.record.instructions += std::popcount(active);
+  if (frame.function.has_products && active != 0) check_registers(in);
   switch (in.op) {
     case Op::bra:
     case Op::call:
@@ -119,6 +116,11 @@ bool Warp::step(Frame& frame, Path& path) {
     case Op::warp_barrier:
     case Op::ldmatrix:
     case Op::stmatrix:
+    case Op::mma:
+    case Op::product:
+    case Op::product_fence:
+    case Op::commit_products:
+    case Op::wait_products:
       if (active != 0) return control(frame, path, in, active);
       break;
     default:
@@ -221,12 +223,38 @@ bool Warp::gather(Frame& frame, Path& path, const Instruction& in, uint32_t acti
     report("warp: lanes that an instruction names do not come to it", in, first_lane(active));
   }
   path.blocked = false;
-  if (in.op == Op::shfl) shuffle(frame, in, active);
-  if (in.op == Op::ballot) ballot(frame, in, active);
-  if (in.op == Op::ldmatrix) load_matrices(frame, in);
-  if (in.op == Op::stmatrix) store_matrices(frame, in);
-  if (in.op == Op::warp_barrier) for_each_lane(active, [&](int lane) { ++epochs[lane]; });
   ++path.pc;
+  switch (in.op) {
+    case Op::shfl:
+      shuffle(frame, in, active);
+      break;
+    case Op::ballot:
+      ballot(frame, in, active);
+      break;
+    case Op::ldmatrix:
+      load_matrices(frame, in);
+      break;
+    case Op::stmatrix:
+      store_matrices(frame, in);
+      break;
+    case Op::mma:
+      multiply(frame, in);
+      break;
+    case Op::product:
+      begin_product(frame, in);
+      break;
+    case Op::product_fence:
+      products.written.assign(products.written.size(), false);
+      break;
+    case Op::commit_products:
+      products.commit();
+      break;
+    case Op::wait_products:
+      wait_for_products(frame, in);
+      break;
+    default:  // warp_barrier
+      for_each_lane(active, [&](int lane) { ++epochs[lane]; });
+  }
   return true;
 }
 
@@ -247,6 +275,14 @@ void Warp::execute(Frame& frame, const Instruction& in, uint32_t active) {
       values.fill(active);
       return assign(frame, in.to[0], active, values.data());
     }
+    case Op::copy:
+      return copy(frame, in, active);
+    case Op::commit_copies:
+      return for_each_lane(active, [&](int lane) { copies[lane].commit(); });
+    case Op::wait_copies:
+      return wait_for_copies(in, active);
+    case Op::proxy_fence:
+      return for_each_lane(active, [&](int lane) { block.shared.fence(kWarp * index + lane); });
     case Op::trap:
       report("trap", in, first_lane(active));
       fail("trap at " + place_of(in, first_lane(active)));
@@ -532,11 +568,14 @@ uint8_t* Warp::resolve(Frame& frame, const Instruction& in, int lane, uint64_t a
   return frame.owns(address, bytes) ? pointer : resolve_global(in, lane, access);
 }
 
+void Warp::require_shared(const Instruction& in, int lane, const Access& access) {
+  if (static_cast<int64_t>(access.address) + access.bytes <= block.shared.size()) return;
+  report("shared memory: out of bounds", in, lane);
+  fail("shared memory out of bounds at " + place_of(in, lane));
+}
+
 uint8_t* Warp::resolve_shared(const Instruction& in, int lane, const Access& access) {
-  if (static_cast<int64_t>(access.address) + access.bytes > block.shared.size()) {
-    report("shared memory: out of bounds", in, lane);
-    fail("shared memory out of bounds at " + place_of(in, lane));
-  }
+  require_shared(in, lane, access);
   const char* const wrong = block.shared.check(access);
   if (wrong != nullptr) report(wrong, in, lane);
   return block.shared.data() + access.address;

@@ -5,14 +5,21 @@
 #pragma once
 
 #include <array>
+#include <bit>
 #include <vector>
 
 #include "arithmetic.h"
+#include "asynchronous.h"
 #include "device.h"
 
 namespace ptx {
 
 class Block;
+
+template <class F>
+void for_each_lane(uint32_t lanes, const F& f) {
+  for (; lanes != 0; lanes &= lanes - 1) f(std::countr_zero(lanes));
+}
 
 struct Path {
   int pc;
@@ -48,6 +55,9 @@ class Warp {
   void pass_barrier();
   const std::vector<Path>& waiting() const { return at_barrier; }
   bool has_ended_threads() const { return live != all; }
+  int number() const { return index; }
+  // Depends on the matrix products so far, which must be the same in the four warps of a group.
+  uint64_t product_history() const { return products.history; }
   const Instruction& at(const Path& path) const { return entry.function.code[path.pc]; }
   std::string place_of(const Instruction& in, int lane) const;  // for messages
 
@@ -72,11 +82,21 @@ class Warp {
   void load_matrices(Frame& frame, const Instruction& in);
   void store_matrices(Frame& frame, const Instruction& in);
 
+  // In asynchronous.cpp.
+  void copy(Frame& frame, const Instruction& in, uint32_t active);
+  void wait_for_copies(const Instruction& in, uint32_t active);
+  void multiply(Frame& frame, const Instruction& in);
+  void begin_product(Frame& frame, const Instruction& in);
+  void wait_for_products(Frame& frame, const Instruction& in);
+  std::vector<uint8_t> load_factor(const Instruction& in, const Factor& factor);
+  void check_registers(const Instruction& in);
+
   const uint64_t* row(Frame& frame, const Operand& operand, Lanes& buffer);
   void assign(Frame& frame, const Operand& to, uint32_t active, const uint64_t* values);
   uint64_t special(Special which, int lane) const;
   uint8_t* resolve(Frame& frame, const Instruction& in, int lane, uint64_t address, int bytes,
                    const uint8_t* written);
+  void require_shared(const Instruction& in, int lane, const Access& access);
   uint8_t* resolve_shared(const Instruction& in, int lane, const Access& access);
   uint8_t* resolve_global(const Instruction& in, int lane, const Access& access);
   void count_request(const Instruction& in, bool is_load, uint32_t active, const Lanes& addresses, int bytes);
@@ -89,6 +109,8 @@ class Warp {
   std::array<uint32_t, kWarp> epochs{};
   std::vector<Path> at_barrier;
   Frame entry;
+  std::array<Groups<Copy>, kWarp> copies;
+  Products products;
 };
 
 }  // namespace ptx
