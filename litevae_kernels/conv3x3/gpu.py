@@ -12,10 +12,9 @@ from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from litevae_kernels.backend import choose, forced_backend, triton_installed, why_not
-from litevae_kernels.conv3x3 import reference
+from litevae_kernels.conv3x3.addition import convolve
 from litevae_kernels.tensors import empty_output, in_layout
 
 DTYPES = (torch.bfloat16, torch.float16)  # cuDNN serves float32
@@ -89,12 +88,12 @@ def norm_forward(
         return torch.ops.litevae.group_norm_silu(x, skip, *parameters)[0]
 
     def ours() -> Tensor:
-        from litevae_kernels.group_norm_silu.triton import statistics as norm_statistics
+        from litevae_kernels.group_norm_silu.triton import coefficients_of
 
         if skip is not None:
             return _convolve(norm("triton"), None, weight, bias, residual, False)
         stats = torch.empty((x.shape[0], num_groups, 2), dtype=torch.float64, device=x.device)
-        affine = norm_statistics(x, None, norm_weight, norm_bias, stats, num_groups, eps)
+        affine = coefficients_of(x, None, norm_weight, norm_bias, stats, num_groups, eps)
         return _convolve(x, affine, weight, bias, residual, True)
 
     def theirs() -> Tensor:
@@ -103,48 +102,6 @@ def norm_forward(
 
     channels = 0 if skip is None else skip.shape[1]
     return _faster(_key("norm", x, weight, bias, residual, num_groups, channels), x, ours, theirs)
-
-
-torch.library.define("litevae::add_residual_", "(Tensor(a!) y, Tensor residual, Tensor bias) -> ()")
-
-
-@torch.library.impl("litevae::add_residual_", "CUDA")
-def _add_residual(y: Tensor, residual: Tensor, bias: Tensor) -> None:
-    from litevae_kernels.group_norm_silu import triton  # some platforms have no Triton
-
-    if y.numel():
-        triton.add(y, residual, bias)
-
-
-@torch.library.register_fake("litevae::add_residual_")
-def _(y: Tensor, residual: Tensor, bias: Tensor) -> None:
-    return None
-
-
-def convolve_and_add(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, silu_input: bool
-) -> Tensor:
-    """Returns PyTorch's convolution; on a GPU one pass adds bias and residual where that saves a pass."""
-    if bias is None or residual is None or not _joins_residual(x):
-        return reference.forward(x, weight, bias, residual, silu_input)
-    y = reference.forward(x, weight, None, None, silu_input)
-    torch.ops.litevae.add_residual_(y, residual, bias)
-    return y
-
-
-def _joins_residual(x: Tensor) -> bool:
-    """Returns whether `litevae::add_residual_` serves calls with `x`.
-
-    `torch.compile` itself joins the additions after a convolution in one kernel.
-    """
-    return (
-        x.is_cuda
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and forward_ad._current_level < 0  # A tangent would be lost.
-        and choose("cuda") != "reference"
-        and why_not("triton", "cuda") is None
-    )
 
 
 def _key(
@@ -178,7 +135,7 @@ def _convolve_in_pytorch(
     bias = None if bias is None else bias.to(x.dtype)
     # Autocast, which may be on, has had its effect.
     with torch.autocast(x.device.type, enabled=False):
-        y = convolve_and_add(x, weight.to(x.dtype), bias, residual, silu_input)
+        y = convolve(x, weight.to(x.dtype), bias, residual, silu_input)
     return y.contiguous(memory_format=torch.channels_last)
 
 
