@@ -14,7 +14,12 @@ from litevae_kernels import conv3x3
 from litevae_kernels.arithmetic import widened
 from litevae_kernels.backend import keep_backend
 from litevae_kernels.conv3x3 import addition
-from litevae_kernels.conv3x3.normed import norm_silu_conv3x3, normalises
+from litevae_kernels.conv3x3.normed import (
+    measured_norm_silu_conv3x3,
+    measures,
+    norm_silu_conv3x3,
+    normalises,
+)
 from litevae_kernels.diffusers_vae import why_called
 from litevae_kernels.nn import Conv2d, Conv3x3, GroupNormSiLU, Linear, SelfModulatedConv2d
 
@@ -166,14 +171,24 @@ def fuses(norm: nn.Module, conv: nn.Module, x: Tensor) -> bool:
 
 
 def convolve_normalised(
-    norm: nn.Module, conv: nn.Module, inputs: list[Tensor], residual: Tensor | None = None
-) -> Tensor:
-    """Returns ``conv(norm(*inputs)) + residual`` for layers that `fuses` accepts."""
+    norm: nn.Module,
+    conv: nn.Module,
+    inputs: list[Tensor],
+    statistics: list[Tensor],
+    residual: Tensor | None = None,
+    *,
+    measure: bool,
+) -> Measured:
+    """Returns ``conv(norm(*inputs)) + residual`` for layers that `fuses` accepts, measured if a kernel can."""
     assert isinstance(norm, GroupNormSiLU)
     assert isinstance(conv, Conv3x3)
     parameters = (norm.num_groups, norm.weight, norm.bias, conv.weight, conv.bias)
     skip = inputs[1] if len(inputs) > 1 else None
-    return norm_silu_conv3x3(inputs[0], *parameters, eps=norm.eps, skip=skip, residual=residual)
+    options: Any = {"eps": norm.eps, "skip": skip, "residual": residual}
+    if measures(inputs[0], conv.weight):
+        options |= {"statistics": statistics, "measure": measure}
+        return Measured(*measured_norm_silu_conv3x3(inputs[0], *parameters, **options))
+    return Measured(norm_silu_conv3x3(inputs[0], *parameters, **options))
 
 
 def defers_bias(conv: nn.Module, norm: nn.Module, x: Tensor) -> bool:
@@ -226,11 +241,13 @@ class ResBlock(nn.Module):
             isinstance(self.norm1, GroupNormSiLU) and self.conv_shortcut is not None
         ):
             inputs, statistics = [torch.cat(inputs, dim=1)], []  # some layer takes only one input
-        offset = None
+        if len(statistics) < len(inputs):
+            statistics = []
+        offset = found = None
         if fuses(self.norm1, self.conv1, inputs[0]):
-            h = convolve_normalised(self.norm1, self.conv1, inputs)
+            h, found = convolve_normalised(self.norm1, self.conv1, inputs, statistics, measure=True)
         else:
-            if len(statistics) == len(inputs) and why_called(self.norm1, GroupNormSiLU) is None:
+            if statistics and why_called(self.norm1, GroupNormSiLU) is None:
                 h = self.norm1(*inputs, statistics=statistics)
             else:
                 h = self.norm1(*inputs)
@@ -250,7 +267,9 @@ class ResBlock(nn.Module):
             own = has_forward_of(self.conv_shortcut, ShortcutConv2d)
             residual = self.conv_shortcut(*inputs) if own else self.conv_shortcut(torch.cat(inputs, dim=1))
         if fused:
-            return Measured(convolve_normalised(self.norm2, self.conv2, [h], residual))
+            statistics = [] if found is None else [found]
+            options: Any = {"residual": residual, "measure": measure}
+            return convolve_normalised(self.norm2, self.conv2, [h], statistics, **options)
         return Measured(self.convolve(self.conv2, h, residual))
 
     def adds(self, h: Tensor, measure: bool) -> bool:

@@ -20,13 +20,13 @@ torch.library.define(
 
 
 def _add_residuals(y: Tensor, residuals: Sequence[Tensor], biases: Sequence[Tensor], measure: bool) -> Tensor:
-    """Adds one or two residuals (N, C, H, W) and at most two biases (C), of any dtype, to `y`, and rounds once.
+    """Adds at most two residuals (N, C, H, W) and two biases (C), of any dtype, to `y`, and rounds once.
 
     Returns float64 (N, C, 2), the mean and the variance of each channel of the sum, or unless `measure` no number.
     """
     from litevae_kernels.group_norm_silu import triton  # some platforms have no Triton
 
-    statistics = _statistics_of(y, measure)
+    statistics = empty_statistics(y, y.shape[1], measure)
     if y.numel():
         triton.add(y, residuals, biases, statistics if measure else None)
     return statistics
@@ -38,12 +38,13 @@ for _key in ("CPU", "CUDA"):  # A CPU stands for a GPU under Triton's interprete
 
 @torch.library.register_fake("litevae::add_residuals_")
 def _(y: Tensor, residuals: Sequence[Tensor], biases: Sequence[Tensor], measure: bool) -> Tensor:
-    return _statistics_of(y, measure)
+    return empty_statistics(y, y.shape[1], measure)
 
 
-def _statistics_of(y: Tensor, measure: bool) -> Tensor:
-    shape = (*y.shape[:2], 2) if measure else (0,)
-    return torch.empty(shape, dtype=torch.float64, device=y.device)
+def empty_statistics(like: Tensor, channels: int, measure: bool) -> Tensor:
+    """Returns memory for statistics (N, channels, 2) of a result; without `measure`, for no number."""
+    shape = (like.shape[0], channels, 2) if measure else (0,)
+    return torch.empty(shape, dtype=torch.float64, device=like.device)
 
 
 def serves(x: Tensor, *, measure: bool = False) -> bool:
@@ -85,7 +86,7 @@ def convolve_and_add(
     Args:
         x, weight, silu_input: arguments of `conv3x3`.
         biases: at most two of (C_out).
-        residuals: one or two of (N, C_out, H, W).
+        residuals: at most two of (N, C_out, H, W).
         measure: whether to return the sum's statistics, as `group_norm_silu` takes them.
     """
     y = reference.forward(x, weight, None, None, silu_input)

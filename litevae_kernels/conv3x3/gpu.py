@@ -8,13 +8,14 @@ No GPU has confirmed the kernel, so it is off unless the environment variable ``
 import os
 import statistics
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
 
 from litevae_kernels.backend import choose, forced_backend, triton_installed, why_not
-from litevae_kernels.conv3x3.addition import convolve
+from litevae_kernels.conv3x3 import reference
+from litevae_kernels.conv3x3.addition import convolve, empty_statistics
 from litevae_kernels.tensors import empty_output, in_layout
 
 DTYPES = (torch.bfloat16, torch.float16)  # cuDNN serves float32
@@ -80,28 +81,58 @@ def norm_forward(
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
+    statistics: Sequence[Tensor] | None = None,
+    measured: Tensor | None = None,
 ) -> Tensor:
-    """Returns the convolution of the SiLU of a group normalisation; with a skip, the norm has a kernel of its own."""
+    """Returns the convolution of the SiLU of a group normalisation; with a skip, the norm has a kernel of its own.
+
+    Args:
+        statistics: those of `x` and `skip`, as `group_norm_silu` takes them.
+        measured: filled with those of the result, unless it is None.
+    """
 
     def norm(backend: str) -> Tensor:
-        parameters = (norm_weight, norm_bias, num_groups, eps, backend)
+        parameters = (norm_weight, norm_bias, num_groups, eps, backend, None, statistics)
         return torch.ops.litevae.group_norm_silu(x, skip, *parameters)[0]
 
     def ours() -> Tensor:
         from litevae_kernels.group_norm_silu.triton import coefficients_of
 
         if skip is not None:
-            return _convolve(norm("triton"), None, weight, bias, residual, False)
+            return _convolve(norm("triton"), None, weight, bias, residual, False, measured)
         stats = torch.empty((x.shape[0], num_groups, 2), dtype=torch.float64, device=x.device)
-        affine = coefficients_of(x, None, norm_weight, norm_bias, stats, num_groups, eps)
-        return _convolve(x, affine, weight, bias, residual, True)
+        affine = coefficients_of(
+            x, None, norm_weight, norm_bias, stats, num_groups, eps, None, statistics or ()
+        )
+        return _convolve(x, affine, weight, bias, residual, True, measured)
 
     def theirs() -> Tensor:
         h = norm("native" if why_not("native", x.device.type) is None else "triton")
-        return _convolve_in_pytorch(h, weight, bias, residual, False)
+        return _convolve_in_pytorch(h, weight, bias, residual, False, measured)
 
     channels = 0 if skip is None else skip.shape[1]
-    return _faster(_key("norm", x, weight, bias, residual, num_groups, channels), x, ours, theirs)
+    kind = (num_groups, channels, bool(statistics), measured is None)
+    return _faster(_key("norm", x, weight, bias, residual, *kind), x, ours, theirs)
+
+
+def measured_norm_forward(
+    x: Tensor,
+    skip: Tensor | None,
+    num_groups: int,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    statistics: Sequence[Tensor] | None,
+    measure: bool,
+) -> tuple[Tensor, Tensor]:
+    """Returns what `norm_forward` does, and the statistics of it or, unless `measure`, no number."""
+    measured = empty_statistics(x, weight.shape[0], measure)
+    norm = (num_groups, norm_weight, norm_bias, eps)
+    y = norm_forward(x, skip, *norm, weight, bias, residual, statistics, measured if measure else None)
+    return y, measured
 
 
 def _key(
@@ -118,6 +149,7 @@ def _convolve(
     bias: Tensor | None,
     residual: Tensor | None,
     silu_input: bool,
+    measured: Tensor | None = None,
 ) -> Tensor:
     from litevae_kernels.conv3x3 import triton  # some platforms have no Triton
 
@@ -125,18 +157,32 @@ def _convolve(
     if y.numel():
         residual = None if residual is None else in_layout(residual.to(x.dtype), True)
         filters = weight.to(x.dtype).permute(0, 2, 3, 1).contiguous()
-        triton.forward(x, affine, filters, bias, residual, silu_input, y)
+        triton.forward(x, affine, filters, bias, residual, silu_input, y, measured)
     return y
 
 
 def _convolve_in_pytorch(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, silu_input: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    silu_input: bool,
+    measured: Tensor | None = None,
 ) -> Tensor:
     bias = None if bias is None else bias.to(x.dtype)
     # Autocast, which may be on, has had its effect.
     with torch.autocast(x.device.type, enabled=False):
-        y = convolve(x, weight.to(x.dtype), bias, residual, silu_input)
-    return y.contiguous(memory_format=torch.channels_last)
+        if measured is None:
+            y = convolve(x, weight.to(x.dtype), bias, residual, silu_input)
+            return y.contiguous(memory_format=torch.channels_last)
+        y = reference.forward(x, weight.to(x.dtype), None, None, silu_input)
+    y = y.contiguous(memory_format=torch.channels_last)
+    if y.numel():
+        from litevae_kernels.group_norm_silu import triton
+
+        biases, residuals = ([t for t in (term,) if t is not None] for term in (bias, residual))
+        triton.add(y, residuals, biases, measured)
+    return y
 
 
 def _faster(key: Hashable, x: Tensor, ours: Call, theirs: Call) -> Tensor:

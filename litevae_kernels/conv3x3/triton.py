@@ -11,18 +11,40 @@ rounded once.
 # Triton types the kernels, and a name may have different types where a branch is compiled away.
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment,misc"
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from litevae_kernels.group_norm_silu.triton import channel_statistics
 from litevae_kernels.triton_support import grid_of, kernel, on_device, program_index
 
 TILE_P = 128  # pixels, twice the 64 rows of a warp group's instruction
 
 
-@kernel("affine", "bias")
+@triton.jit
+def _store_partials(partials, value, mask, valid, n, chunk, output, has_output, batch, chunks, outputs):
+    """Writes the partials (3, batch, chunks, outputs) of a tile (pixels, outputs), as GroupNorm's kernels read them.
+
+    They are the first pixel's value, the mean minus it, and the sum of squares about the mean. All values are at hand,
+    so that the squares need no other shift than the mean.
+    """
+    first = (tl.arange(0, value.shape[0]) == 0)[:, None]
+    reference = tl.sum(tl.where(first, value, 0), 0)
+    change = tl.where(mask, value - reference[None, :], 0)
+    mean = tl.sum(change, 0) / valid.to(tl.float32)
+    apart = tl.where(mask, change - mean[None, :], 0)
+    squares = tl.sum(apart * apart, 0)
+    out = partials + ((n * chunks + chunk) * outputs + output)
+    plane = batch * chunks * outputs
+    tl.store(out, reference, mask=has_output)
+    tl.store(out + plane, mean, mask=has_output)
+    tl.store(out + 2 * plane, squares, mask=has_output)
+
+
+@kernel("affine", "bias", "partials")
 def conv3x3_kernel(
-    x, weight, affine, bias, residual, y,
+    x, weight, affine, bias, residual, y, partials,
     x_n: tl.int64, x_h: tl.int64, x_w: tl.int64,
     residual_n: tl.int64, residual_h: tl.int64, residual_w: tl.int64,
     bias_c: tl.int64, batch: tl.int64, height: tl.int64, width: tl.int64, channels: tl.int64, outputs: tl.int64,
@@ -32,7 +54,7 @@ def conv3x3_kernel(
     """Writes y (batch, height, width, outputs), the convolution of x with weight (outputs, 3, 3, channels).
 
     `channels` and the strides of x are in units of IN_VEC, and `outputs` and the strides of the residual in units of
-    OUT_VEC. `affine` (3, batch, channels) normalises x.
+    OUT_VEC. `affine` (3, batch, channels) normalises x. Unless partials is None, it gets those of y.
     """
     channels *= IN_VEC
     outputs *= OUT_VEC
@@ -98,7 +120,14 @@ def conv3x3_kernel(
         at = row.to(tl.int64) * (residual_h * OUT_VEC) + column.to(tl.int64) * (residual_w * OUT_VEC)
         total += tl.load(residual + at[:, None] + output[None, :], mask=mask, other=0).to(tl.float32)
     to = (n * pixels + pixel) * outputs
-    tl.store(y + to[:, None] + output[None, :], total.to(y.dtype.element_ty), mask=mask)
+    rounded = total.to(y.dtype.element_ty)
+    tl.store(y + to[:, None] + output[None, :], rounded, mask=mask)
+    if partials is not None:
+        chunk = program // across % down
+        valid = tl.minimum(pixels - chunk * TILE_P, TILE_P)
+        _store_partials(
+            partials, rounded.to(tl.float32), mask, valid, n, chunk, output, has_output, batch, down, outputs
+        )
 
 
 def _vector(channels: int, *tensors: Tensor) -> int:
@@ -128,8 +157,9 @@ def forward(
     residual: Tensor | None,
     silu_input: bool,
     y: Tensor,
+    statistics: Tensor | None = None,
 ) -> None:
-    """Fills `y` (N, C_out, H, W), whose memory format is channels_last.
+    """Fills `y` (N, C_out, H, W), whose memory format is channels_last, and unless it is None `statistics`.
 
     Args:
         x: (N, C, H, W) with adjacent channels, of at most 2^30 pixels per image.
@@ -138,6 +168,7 @@ def forward(
         bias: (C_out) in any dtype.
         residual: (N, C_out, H, W) in x's dtype with adjacent channels.
         silu_input: whether the convolution sees the SiLU of that.
+        statistics: float64 (N, C_out, 2), the mean and the variance of each channel of `y`.
     """
     n, channels, height, width = x.shape
     outputs = y.shape[1]
@@ -147,11 +178,15 @@ def forward(
     )
     in_vec = _vector(channels, x, weight.permute(0, 3, 1, 2))
     out_vec = _vector(outputs, y, *([] if residual is None else [residual]))
-    programs = n * triton.cdiv(height * width, TILE_P) * triton.cdiv(outputs, tile_o)
+    chunks = triton.cdiv(height * width, TILE_P)
+    programs = n * chunks * triton.cdiv(outputs, tile_o)
+    partials = None if statistics is None else y.new_empty((3, n, chunks, outputs), dtype=torch.float32)
     with on_device(x):
         conv3x3_kernel[grid_of(programs)](
-            x, weight, affine, bias, residual, y, *_steps(x, in_vec), *_steps(residual, out_vec),
+            x, weight, affine, bias, residual, y, partials, *_steps(x, in_vec), *_steps(residual, out_vec),
             0 if bias is None else bias.stride(0), n, height, width, channels // in_vec, outputs // out_vec,
             IN_VEC=in_vec, OUT_VEC=out_vec, SILU=silu_input, TILE_P=TILE_P, TILE_O=tile_o, TILE_C=tile_c,
-            num_warps=8, num_stages=3, enable_fp_fusion=True,
+            num_warps=8, num_stages=3, enable_fp_fusion=False,
         )  # fmt: skip
+        if partials is not None and statistics is not None:
+            channel_statistics(partials, statistics, height * width, TILE_P)

@@ -487,13 +487,15 @@ def _add(
     SECOND_VEC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Adds b and the residuals to a tile of y, and returns it as it was stored."""
-    at = _offsets(n, channel, pixel, first_strides, width, FIRST_INNER, FIRST_PIXELS, FIRST_VEC)
-    other = tl.load(first + at, mask=mask, other=0).to(ACC)
+    other = b
+    if first is not None:
+        at = _offsets(n, channel, pixel, first_strides, width, FIRST_INNER, FIRST_PIXELS, FIRST_VEC)
+        other += tl.load(first + at, mask=mask, other=0).to(ACC)
     if second is not None:
         at = _offsets(n, channel, pixel, second_strides, width, SECOND_INNER, SECOND_PIXELS, SECOND_VEC)
         other += tl.load(second + at, mask=mask, other=0).to(ACC)
     at = _offsets(n, channel, pixel, y_strides, width, Y_INNER, Y_PIXELS, Y_VEC)
-    value = (tl.load(y + at, mask=mask, other=0).to(ACC) + b + other).to(y.dtype.element_ty)
+    value = (tl.load(y + at, mask=mask, other=0).to(ACC) + other).to(y.dtype.element_ty)
     tl.store(y + at, value, mask=mask)
     return value.to(ACC)
 
@@ -805,14 +807,15 @@ def forward(
 def add(
     y: Tensor, residuals: Sequence[Tensor], biases: Sequence[Tensor], statistics: Tensor | None = None
 ) -> None:
-    """Adds one or two `residuals` (N, C, H, W) and at most two `biases` (C) to `y` (N, C, H, W), and rounds once.
+    """Adds at most two `residuals` (N, C, H, W) and two `biases` (C) to `y` (N, C, H, W), and rounds once.
 
     They have any dtype. Fills `statistics` (N, C, 2) with those of the sum, unless it is None.
     """
-    first, second = (*residuals, None)[:2]
+    first, second = (*residuals, None, None)[:2]
     bias, second_bias = (*biases, None, None)[:2]
     views = [_view(residual) for residual in residuals]
-    to_first, to_second = (*views, _View((0, 0, 0, 0), "none", "flat", 1))[:2]
+    missing = _View((0, 0, 0, 0), "none", "flat", 1)
+    to_first, to_second = (*views, missing, missing)[:2]
     (part,) = _parts(y, None)
     n, c, height, width = y.shape
     chunk = part.chunk(sums=statistics is not None)
