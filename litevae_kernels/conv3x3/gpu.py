@@ -152,12 +152,16 @@ def _convolve(
     measured: Tensor | None = None,
 ) -> Tensor:
     from litevae_kernels.conv3x3 import triton  # some platforms have no Triton
+    from litevae_kernels.group_norm_silu.triton import channel_statistics
 
     y = empty_output(x, weight.shape[0], True)
     if y.numel():
         residual = None if residual is None else in_layout(residual.to(x.dtype), True)
         filters = weight.to(x.dtype).permute(0, 2, 3, 1).contiguous()
-        triton.forward(x, affine, filters, bias, residual, silu_input, y, measured)
+        partials = None if measured is None else triton.empty_partials(y)
+        triton.forward(x, affine, filters, bias, residual, silu_input, y, partials)
+        if partials is not None and measured is not None:
+            channel_statistics(partials, measured, y.shape[2] * y.shape[3], triton.TILE_P)
     return y
 
 

@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from litevae_kernels.group_norm_silu.triton import channel_statistics
 from litevae_kernels.triton_support import grid_of, kernel, on_device, program_index
 
 TILE_P = 128  # pixels, twice the 64 rows of a warp group's instruction
@@ -149,6 +148,12 @@ def _steps(x: Tensor | None, vector: int) -> tuple[int, int, int]:
     return n, h, w
 
 
+def empty_partials(y: Tensor) -> Tensor:
+    """Returns memory for the partial statistics (3, N, chunks, C_out) of `y` (N, C_out, H, W)."""
+    n, outputs, height, width = y.shape
+    return y.new_empty((3, n, triton.cdiv(height * width, TILE_P), outputs), dtype=torch.float32)
+
+
 def forward(
     x: Tensor,
     affine: Tensor | None,
@@ -157,9 +162,9 @@ def forward(
     residual: Tensor | None,
     silu_input: bool,
     y: Tensor,
-    statistics: Tensor | None = None,
+    partials: Tensor | None = None,
 ) -> None:
-    """Fills `y` (N, C_out, H, W), whose memory format is channels_last, and unless it is None `statistics`.
+    """Fills `y` (N, C_out, H, W), whose memory format is channels_last, and unless it is None `partials`.
 
     Args:
         x: (N, C, H, W) with adjacent channels, of at most 2^30 pixels per image.
@@ -168,7 +173,7 @@ def forward(
         bias: (C_out) in any dtype.
         residual: (N, C_out, H, W) in x's dtype with adjacent channels.
         silu_input: whether the convolution sees the SiLU of that.
-        statistics: float64 (N, C_out, 2), the mean and the variance of each channel of `y`.
+        partials: result of `empty_partials`, for the norm's `channel_statistics`; its chunks have TILE_P pixels.
     """
     n, channels, height, width = x.shape
     outputs = y.shape[1]
@@ -178,9 +183,7 @@ def forward(
     )
     in_vec = _vector(channels, x, weight.permute(0, 3, 1, 2))
     out_vec = _vector(outputs, y, *([] if residual is None else [residual]))
-    chunks = triton.cdiv(height * width, TILE_P)
-    programs = n * chunks * triton.cdiv(outputs, tile_o)
-    partials = None if statistics is None else y.new_empty((3, n, chunks, outputs), dtype=torch.float32)
+    programs = n * triton.cdiv(height * width, TILE_P) * triton.cdiv(outputs, tile_o)
     with on_device(x):
         conv3x3_kernel[grid_of(programs)](
             x, weight, affine, bias, residual, y, partials, *_steps(x, in_vec), *_steps(residual, out_vec),
@@ -188,5 +191,3 @@ def forward(
             IN_VEC=in_vec, OUT_VEC=out_vec, SILU=silu_input, TILE_P=TILE_P, TILE_O=tile_o, TILE_C=tile_c,
             num_warps=8, num_stages=3, enable_fp_fusion=False,
         )  # fmt: skip
-        if partials is not None and statistics is not None:
-            channel_statistics(partials, statistics, height * width, TILE_P)

@@ -829,8 +829,8 @@ def add(
             _step(bias), _step(second_bias), *part.sizes(*views), *tiling, **part.view.constants("Y"),
             **to_first.constants("FIRST"), **to_second.constants("SECOND"), **options, enable_fp_fusion=False,
         )  # fmt: skip
-        if partials is not None and statistics is not None:
-            channel_statistics(partials, statistics, height * width, chunk)
+    if partials is not None and statistics is not None:
+        channel_statistics(partials, statistics, height * width, chunk)
 
 
 def channel_statistics(partials: Tensor, statistics: Tensor, pixels: int, chunk: int) -> None:
@@ -841,10 +841,11 @@ def channel_statistics(partials: Tensor, statistics: Tensor, pixels: int, chunk:
         chunk: number of pixels per chunk; the last one may have fewer.
     """
     _, n, chunks, channels = partials.shape
-    channel_statistics_kernel[grid_of(n * triton.cdiv(channels, 16))](
-        partials, statistics, n, channels, pixels, chunks, chunk,
-        ROWS=32, BLOCK=16, num_warps=4, enable_fp_fusion=False,
-    )  # fmt: skip
+    with on_device(partials):
+        channel_statistics_kernel[grid_of(n * triton.cdiv(channels, 16))](
+            partials, statistics, n, channels, pixels, chunks, chunk,
+            ROWS=32, BLOCK=16, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
 
 
 def backward(

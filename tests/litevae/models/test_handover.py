@@ -68,14 +68,12 @@ def test_encode_with_and_without(make_variant: Callable[..., Any], monkeypatch: 
     assert errors[1] <= 1e-5
 
 
-def on_gpu(module: nn.Module) -> nn.Module:
+def on_gpu(module: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Returns a module with parameters on a GPU that this machine need not have."""
     module = copy.deepcopy(module).eval()
     for part in module.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
-            setattr(
-                part, name, nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device="cuda"))
-            )
+            setattr(part, name, nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device="cuda")))
     return module
 
 
@@ -154,6 +152,26 @@ def test_concatenated_inputs_have_no_statistics() -> None:
         with Calls() as calls:
             block.measured(Measured(x, statistics), Measured(skip), measure=True)
     assert calls.given == [0, 0]
+
+
+def test_the_triton_convolution_hands_over_everything() -> None:
+    """Where it is on, its epilogue measures what the second norms read, too."""
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), use_backend("triton"):
+        module = on_gpu(UNET, torch.bfloat16)
+        x = torch.empty(SHAPE, dtype=torch.bfloat16, device="cuda", memory_format=torch.channels_last)
+        seen = []
+
+        class Convolutions(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                if func._schema.name == "litevae::measured_norm_silu_conv3x3":
+                    seen.append((len(args[9]), args[10]))
+                return func(*args, **(kwargs or {}))
+
+        with Convolutions():
+            module(x)
+    assert [given for given, _ in seen[::2]] == FIRST_NORMS
+    assert [given for given, _ in seen[1::2]] == [1] * 10
+    assert [measure for _, measure in seen] == [True] * 19 + [False]
 
 
 def test_compiles_to_one_graph() -> None:

@@ -28,7 +28,7 @@ def launch(
     normalised: bool = True,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Launch:
-    """Returns the launch of a convolution with all operands, or of one with neither norm nor residual."""
+    """Returns the launch of a convolution with all operands and results, or without norm, residual and statistics."""
     n, c, h, w = shape
 
     def empty(*sizes: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -40,6 +40,8 @@ def launch(
     affine = empty(3, n, c, dtype=torch.float32) if normalised else None
     y = empty(n, outputs, h, w)
     arguments = (empty(n, c, h, w), affine, weight, empty(outputs), y if normalised else None, normalised, y)
+    if normalised:
+        arguments = (*arguments, kernels.empty_partials(y))
     (found,) = record_launches(kernels, lambda: kernels.forward(*arguments))
     return found
 
