@@ -5,7 +5,7 @@ input channels at a time: the rows of the left factor are the pixels that the ta
 ever in memory. Normalisation and SiLU are applied to the left factor after it was loaded, which repeats them for each
 tap and each tile of output channels but saves a pass over memory. Zeros replace what lies outside of the image after
 that, because the padding belongs to the normalised image. Bias and residual are added in float32, and the result is
-rounded once.
+rounded once. The tile is still in registers then, and its partial statistics cost no pass over memory.
 """
 
 # Triton types the kernels, and a name may have different types where a branch is compiled away.
