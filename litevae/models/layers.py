@@ -94,15 +94,18 @@ class CheckpointedModule(nn.Module):
     _gradient_checkpointing_func: Callable[..., Tensor]  # set by ModelMixin
 
     def run(self, block: nn.Module, *args: Tensor) -> Tensor:
-        """Returns `block(*args)`, checkpointed if that and gradients are enabled, and not by the block itself."""
-        inside = isinstance(block, CheckpointedModule)
-        if inside or not (self.gradient_checkpointing and torch.is_grad_enabled()):
+        """Returns `block(*args)`, checkpointed if that and gradients are enabled.
+
+        A block that is a `CheckpointedModule` checkpoints its own blocks instead.
+        """
+        inner = isinstance(block, CheckpointedModule)
+        if inner or not (self.gradient_checkpointing and torch.is_grad_enabled()):
             return block(*args)
         # The recomputation runs in the thread of the backward pass, which on a GPU is another one.
         return self._gradient_checkpointing_func(keep_backend(block), *args)
 
     def hand_over(self, block: nn.Module, *inputs: Measured, measure: bool) -> Measured:
-        """Returns the result of `run` with its statistics, if `measure` and a kernel computes them anyway."""
+        """Returns the result of `run`, with its statistics if `measure` and a kernel can compute them on the way."""
         serves = addition.serves(inputs[0].values, measure=True)
         if serves and why_called(block, ResBlock, MidBlock) is None:
             assert isinstance(block, ResBlock | MidBlock)
@@ -232,7 +235,7 @@ class ResBlock(nn.Module):
         return self.measured(Measured(x), None if skip is None else Measured(skip), measure=False).values
 
     def measured(self, x: Measured, skip: Measured | None = None, *, measure: bool) -> Measured:
-        """Returns the result with its statistics, if `measure` and the kernel that adds the residual computes them."""
+        """Returns the result, with its statistics if `measure` and the kernel that adds the residual serves."""
         measure = measure and not self.silu_input  # Only norms need statistics.
         given = [x] if skip is None else [x, skip]
         inputs = [each.values for each in given]
