@@ -17,6 +17,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from litevae.models.decoder import UpBlock
 from litevae.models.feature_unet import FeatureUNet
 from litevae.models.layers import Measured, MidBlock, ResBlock
 from litevae_kernels import use_backend
@@ -141,6 +142,12 @@ def test_attention_and_other_norms_hand_nothing_over() -> None:
     assert middle.measured == [False, False]
     for norm in ("smc", "none"):
         assert not any(run(ResBlock(8, 8, 4, norm), (2, 8, 4, 4)).measured)
+
+
+def test_the_decoders_blocks_hand_over() -> None:
+    calls = run(UpBlock(8, 12, 3, 4, "group", upsample=True), (2, 8, 4, 4))
+    assert first_norms(calls) == [0, 1, 1]
+    assert calls.measured == [True, True, False]  # an upsampler follows
 
 
 def test_concatenated_inputs_have_no_statistics() -> None:
