@@ -33,7 +33,7 @@ def layers(preset: str) -> Counter[tuple[int, int, bool]]:
 
 
 def launch(channels: int, outputs: int, residual: bool) -> Launch:
-    """Returns the launch of a normalised, measured convolution; the size of the image does not change the kernel."""
+    """Returns the launch of a normalised convolution; the size of the image does not change the kernel."""
     kernels = importlib.import_module("litevae_kernels.conv3x3.triton")
     options: Any = {"device": "meta", "dtype": torch.bfloat16}
     x, y = (
@@ -41,8 +41,7 @@ def launch(channels: int, outputs: int, residual: bool) -> Launch:
     )
     affine = torch.empty(3, 1, channels, device="meta")
     weight, bias = torch.empty(outputs, 3, 3, channels, **options), torch.empty(outputs, **options)
-    partials = kernels.empty_partials(y)
-    arguments = (x, affine, weight, bias, y if residual else None, True, y, partials)
+    arguments = (x, affine, weight, bias, y if residual else None, True, y)
     (found,) = record_launches(kernels, lambda: kernels.forward(*arguments))
     return found
 

@@ -189,5 +189,5 @@ def forward(
             x, weight, affine, bias, residual, y, partials, *_steps(x, in_vec), *_steps(residual, out_vec),
             0 if bias is None else bias.stride(0), n, height, width, channels // in_vec, outputs // out_vec,
             IN_VEC=in_vec, OUT_VEC=out_vec, SILU=silu_input, TILE_P=TILE_P, TILE_O=tile_o, TILE_C=tile_c,
-            num_warps=8, num_stages=3, enable_fp_fusion=False,
+            num_warps=8, num_stages=3, enable_fp_fusion=partials is None,
         )  # fmt: skip
