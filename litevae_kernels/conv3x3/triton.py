@@ -22,7 +22,7 @@ TILE_P = 128  # pixels, twice the 64 rows of a warp group's instruction
 
 
 @triton.jit
-def _store_partials(partials, value, mask, valid, n, chunk, output, has_output, batch, chunks, outputs):
+def _store_partials(partials, value, mask, valid, tile, output, has_output, tiles, outputs):
     """Writes the partials (3, batch, chunks, outputs) of a tile (pixels, outputs), as GroupNorm's kernels read them.
 
     They are the first pixel's value, the mean minus it, and the sum of squares about the mean. All values are at hand,
@@ -34,8 +34,8 @@ def _store_partials(partials, value, mask, valid, n, chunk, output, has_output, 
     mean = tl.sum(change, 0) / valid.to(tl.float32)
     apart = tl.where(mask, change - mean[None, :], 0)
     squares = tl.sum(apart * apart, 0)
-    out = partials + ((n * chunks + chunk) * outputs + output)
-    plane = batch * chunks * outputs
+    out = partials + (tile * outputs + output)
+    plane = tiles * outputs
     tl.store(out, reference, mask=has_output)
     tl.store(out + plane, mean, mask=has_output)
     tl.store(out + 2 * plane, squares, mask=has_output)
@@ -122,10 +122,10 @@ def conv3x3_kernel(
     rounded = total.to(y.dtype.element_ty)
     tl.store(y + to[:, None] + output[None, :], rounded, mask=mask)
     if partials is not None:
-        chunk = program // across % down
-        valid = tl.minimum(pixels - chunk * TILE_P, TILE_P)
+        tile = program // across  # of all images
+        valid = tl.minimum(pixels - (tile % down).to(tl.int32) * TILE_P, TILE_P)
         _store_partials(
-            partials, rounded.to(tl.float32), mask, valid, n, chunk, output, has_output, batch, down, outputs
+            partials, rounded.to(tl.float32), mask, valid, tile, output, has_output, batch * down, outputs
         )
 
 
