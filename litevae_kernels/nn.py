@@ -1,5 +1,6 @@
 """Modules that wrap the operators. Their state-dict keys are those of the plain PyTorch layers."""
 
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -214,13 +215,21 @@ class GroupNormSiLU(nn.GroupNorm):
             check_dtype(dtype, "dtype is")
         super().__init__(num_groups, num_channels, eps, affine, device, dtype, **kwargs)
 
-    def forward(self, input: Tensor, skip: Tensor | None = None, offset: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        skip: Tensor | None = None,
+        offset: Tensor | None = None,
+        statistics: Sequence[Tensor] = (),
+    ) -> Tensor:
         """Normalises `input` or, with a second input (N, C_skip, *), ``torch.cat([input, skip], 1)``.
 
-        `offset` is a number per channel that is added to the input before the norm.
+        `offset` is a number per channel that is added to the input before the norm, and `statistics` are those of the
+        inputs, as `litevae_kernels.group_norm_silu` takes them.
         """
         parameters = (self.num_groups, self.weight, self.bias)
-        return group_norm_silu(input, *parameters, eps=self.eps, skip=skip, offset=offset)
+        options: Any = {"eps": self.eps, "skip": skip, "offset": offset, "statistics": statistics}
+        return group_norm_silu(input, *parameters, **options)
 
 
 class Conv3x3(Conv2d):

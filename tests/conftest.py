@@ -1,6 +1,8 @@
 """Fixtures of all tests that run the kernels."""
 
 import os
+import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -14,6 +16,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 # The variable is read at import; a developer's own setting must not affect the tests.
 os.environ.pop("LITEVAE_BACKEND", None)
 
+import litevae_kernels
 from litevae_kernels.backend import core
 
 # The instruction sets of this CPU, or those up to LITEVAE_CPU_ISA.
@@ -49,3 +52,29 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 def fewer() -> Callable[[int], int]:
     """Returns a function that reduces a number of random cases to a quarter on all instruction sets but the best."""
     return lambda count: count if core is None or core.isa() == ISAS[-1] else -(-count // 4)
+
+
+@pytest.fixture
+def under_the_interpreter(pytestconfig: pytest.Config) -> Callable[..., None]:
+    """Returns a function that passes if a file of tests does in a process that has TRITON_INTERPRET set.
+
+    With `old_numpy` it skips where the interpreter fails on the reductions of these kernels.
+    """
+
+    def run(file: str, old_numpy: bool = False) -> None:
+        root = Path(litevae_kernels.__file__).parents[1]
+        path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+        child = subprocess.run(
+            [sys.executable, "-m", "pytest", file, "-q", "-p", "no:cacheprovider", "--color=no"],
+            cwd=pytestconfig.rootpath,
+            env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if old_numpy and "only 0-dimensional arrays can be converted" in child.stdout:
+            pytest.skip("the interpreter of this Triton needs NumPy below 2.5")
+        assert child.returncode == 0, child.stdout + child.stderr
+        assert re.search(r"\d+ passed", child.stdout), child.stdout
+
+    return run

@@ -21,13 +21,14 @@ from benchmarks.report import markdown
 from litevae import LiteVAE
 
 PRESETS = {"LiteVAE-B": "litevae-b", "LiteVAE-S": "litevae-s"}
-HAAR, STATISTICS, APPLY, CONVOLUTION, BIAS, ADDITION, OTHER = KINDS = (
+HAAR, STATISTICS, APPLY, CONVOLUTION, BIAS, RESIDUAL, SUM, OTHER = KINDS = (
     "Haar transform",
     "GroupNorm: statistics",
     "GroupNorm and SiLU: apply",
     "convolutions",
     "their biases",
-    "residual additions",
+    "residuals, read",
+    "what they are added to, read and written",
     "pooling, concatenation",
 )
 # Rates of an H200: a large copy (bytes read and written), and a large bfloat16 matrix product.
@@ -37,9 +38,8 @@ BATCH = 32  # each layer reads its weights once per batch
 # Designs of the encoder, and what of each kind of traffic remains. Each includes the one above it.
 DESIGNS: dict[str, dict[str, float]] = {
     "as built": {},
-    "the other biases, too, without a pass of their own": {BIAS: 0},
-    "statistics in the kernel that adds the residual": {STATISTICS: 0},
-    "norm and SiLU read by the convolution, additions in its epilogue": {APPLY: 0, ADDITION: 1 / 3},
+    "the other biases and statistics, too, without a pass of their own": {BIAS: 0, STATISTICS: 0},
+    "norm and SiLU read by the convolution, additions in its epilogue": {APPLY: 0, SUM: 0},
 }
 
 
@@ -55,16 +55,21 @@ def haar(image: Tensor, coefficients: Sequence[Tensor]) -> dict[str, int]:
     return {HAAR: image.nbytes + sum(x.nbytes for x in coefficients)}
 
 
-def group_norm_silu(inputs: Sequence[Tensor], result: Tensor) -> dict[str, int]:
-    """Returns the bytes of both passes; the partial sums between them are left out."""
+def group_norm_silu(inputs: Sequence[Tensor], result: Tensor, *, given: bool = False) -> dict[str, int]:
+    """Returns the bytes of both passes, or of one if statistics are given; the numbers between them are left out."""
     read = sum(x.nbytes for x in inputs)
-    return {STATISTICS: read, APPLY: read + result.nbytes}
+    return {STATISTICS: 0 if given else read, APPLY: read + result.nbytes}
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, result: Tensor) -> dict[str, int]:
     """Returns the bytes of a convolution that reads its input once, and of PyTorch's separate pass for the bias."""
     added = 0 if bias is None else 2 * result.nbytes
     return {CONVOLUTION: x.nbytes + weight.nbytes + result.nbytes, BIAS: added}
+
+
+def addition(y: Tensor, others: Sequence[Tensor]) -> dict[str, int]:
+    """Returns the bytes of adding tensors to `y` in place; its statistics are left out."""
+    return {RESIDUAL: sum(x.nbytes for x in others), SUM: 2 * y.nbytes}
 
 
 def elementwise(inputs: Sequence[Tensor], result: Tensor) -> int:
@@ -87,18 +92,18 @@ class Recorder(TorchDispatchMode):
                 self.bytes.update(haar(args[0], out))
             case "litevae::group_norm_silu":
                 x, skip = args[:2]
-                self.bytes.update(group_norm_silu([x] if skip is None else [x, skip], out[0]))
+                given = len(args) > 8 and bool(args[8])
+                self.bytes.update(group_norm_silu([x] if skip is None else [x, skip], out[0], given=given))
             case "aten::convolution":
                 x, weight, bias = args[:3]
                 self.bytes.update(convolution(x, weight, bias, out))
                 self.macs += out.numel() * weight[0].numel()
-            case "litevae::add_residual_":
-                self.bytes[ADDITION] += elementwise(tensors[:2], tensors[0])
-            case "aten::add_":
-                self.bytes[ADDITION] += elementwise(tensors, out)
+            case "litevae::add_residuals_" | "aten::add_":
+                others = args[1] if isinstance(args[1], list) else [args[1]]
+                self.bytes.update(addition(args[0], others))
             case "aten::avg_pool2d" | "aten::cat":
                 self.bytes[OTHER] += elementwise(tensors, out)
-            case "aten::slice" | "aten::split" | "prim::device":
+            case "aten::slice" | "aten::split" | "aten::split_with_sizes" | "prim::device":
                 pass  # views
             case name:
                 raise NotImplementedError(f"the traffic of {name} is unknown")

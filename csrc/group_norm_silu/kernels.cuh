@@ -3,10 +3,10 @@
 //
 // Forward: Statistics computes the mean and the sum of squared deviations of each group in each chunk and
 // slab, Combine computes the statistics of each group and the coefficients of its channels, and Apply writes
-// y. Backward: Sums adds up dz and dz xhat of
-// each channel in each chunk, Reduce adds these up over chunks and over the channels of a group,
-// ApplyBackward writes the gradient of x, and Parameters adds up the gradients of weight and bias over the
-// batch.
+// y. Where the statistics of each channel are given, CombineChannels takes the place of the first two.
+// Backward: Sums adds up dz and dz xhat of each channel in each chunk, Reduce adds these up over chunks and
+// over the channels of a group, ApplyBackward writes the gradient of x, and Parameters adds up the gradients
+// of weight and bias over the batch.
 //
 // With dz = dy/dz grad and xhat = (x - mean) rstd, the gradient of x is
 // rstd (weight dz - mean over the group of weight dz - xhat mean over the group of weight dz xhat).
@@ -54,6 +54,7 @@ struct Pass {
   bool flat;                // all pixels of an image are evenly spaced in all tensors
   int64_t pixels, width, channels, groups, group_channels, batch;
   Strided weight, bias, offset;
+  const double* given[2];  // (N, C_x, 2) and (N, C_skip, 2): mean and variance of each channel, or null
   Strided grad_weight, grad_bias;
   double* stats;
   double eps;
@@ -605,7 +606,7 @@ struct Combine {
       p.by_group.take(channel);
       return begin + group - channel;
     };
-    const Table table = Table::of(block, slabs), all{1, block.threads, 1, 1};
+    const Table table = Table::of(block, slabs);
     const double shift = partial[at(first_slab)].first;
     block.each([&](int thread) {
       double sum = 0, squares = 0;
@@ -625,10 +626,18 @@ struct Combine {
         }
       shared.values[0][thread] = sum, shared.values[1][thread] = squares;
     });
-    add_rows(block, all, shared.values, shared.sums);
+    finish(p, index, block, shared, shift, static_cast<double>(p.group_channels * p.pixels));
+  }
+
+  // Writes what the kernel does, from the sums of `size` differences from the shift and of their squares.
+  static LITEVAE_DEVICE void finish(const Pass& p, int64_t index, const Block& block, Shared& shared,
+                                    double shift, double size) {
+    int64_t n = index;
+    const int64_t first = take(n, p.groups) * p.group_channels, last = first + p.group_channels;
+    add_rows(block, Table{1, block.threads, 1, 1}, shared.values, shared.sums);
     block.each([&](int thread) {
       if (thread != 0) return;
-      const double share = 1. / static_cast<double>(p.group_channels * p.pixels);
+      const double share = 1. / size;
       const double difference = shared.sums[0] * share, square = shared.sums[1] * share;
       double variance = square - difference * difference;
       if (variance < 0) variance = 0;
@@ -651,6 +660,31 @@ struct Combine {
   static LITEVAE_DEVICE void store(T* to, const Pass& p, int64_t n, int64_t c, const Coefficient<T>& one) {
     const int64_t all = p.batch * p.channels, i = n * p.channels + c;
     to[i] = one.mean, to[all + i] = one.a, to[2 * all + i] = one.b;
+  }
+};
+
+struct CombineChannels {
+  static constexpr int kMaxThreads = kReduceThreads, kMinBlocks = 1;
+  using Shared = Combine::Shared;
+
+  static LITEVAE_DEVICE void run(const Pass& p, int64_t index, const Block& block, Shared& shared) {
+    int64_t n = index;
+    const int64_t first = take(n, p.groups) * p.group_channels, last = first + p.group_channels;
+    const auto statistics = [&](int64_t c) {
+      return c < p.x_channels ? p.given[0] + 2 * (n * p.x_channels + c)
+                              : p.given[1] + 2 * (n * (p.channels - p.x_channels) + c - p.x_channels);
+    };
+    const double shift = *statistics(first);
+    block.each([&](int thread) {
+      double sum = 0, squares = 0;
+      for (int64_t c = first + thread; c < last; c += block.threads) {
+        const double* const one = statistics(c);
+        const double d = one[0] + parameter(p.offset, c, 0.) - shift;
+        sum += d, squares += one[1] + d * d;
+      }
+      shared.values[0][thread] = sum, shared.values[1][thread] = squares;
+    });
+    Combine::finish(p, index, block, shared, shift, static_cast<double>(p.group_channels));
   }
 };
 

@@ -201,8 +201,14 @@ void run(const Forward& call, void* scratch, const Launch& launch) {
   const Kind kind = choose(p, call.in, false);
   divide(p, call.in, kind, Work::sum);
   place(p, scratch);
-  launch_streaming<Statistics>(p, call.in.x.dtype, kind, launch);
-  launch_groups<Combine>(p, launch);
+  p.given[0] = call.given[0], p.given[1] = call.given[1];
+  if (p.given[0] != nullptr) {
+    p.chunks = 1;
+    launch_groups<CombineChannels>(p, launch);
+  } else {
+    launch_streaming<Statistics>(p, call.in.x.dtype, kind, launch);
+    launch_groups<Combine>(p, launch);
+  }
   divide(p, call.in, kind, Work::write);
   launch_streaming<Apply>(p, call.in.x.dtype, kind, launch);
 }

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litevae.models.layers import CheckpointedModule, MidBlock, Norm, ResBlock, norm_silu
+from litevae.models.layers import CheckpointedModule, Measured, MidBlock, Norm, ResBlock, norm_silu
 from litevae_kernels.nn import Conv3x3
 
 
@@ -41,8 +41,10 @@ class UpBlock(CheckpointedModule):
         self.upsamplers = nn.ModuleList([Upsample(out_channels)] if upsample else [])
 
     def forward(self, x: Tensor) -> Tensor:
+        h = Measured(x)
         for resnet in self.resnets:
-            x = self.run(resnet, x)
+            h = self.hand_over(resnet, h, measure=resnet is not self.resnets[-1])
+        x = h.values
         for upsampler in self.upsamplers:
             x = self.run(upsampler, x)
         return x

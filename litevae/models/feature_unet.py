@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch.nn as nn
 from torch import Tensor
 
-from litevae.models.layers import CheckpointedModule, MidBlock, Norm, ResBlock
+from litevae.models.layers import CheckpointedModule, Measured, MidBlock, Norm, ResBlock
 from litevae_kernels.nn import Conv3x3
 
 RES_BLOCKS = 2  # per level and direction, which gives the paper's parameter counts
@@ -50,12 +50,13 @@ class FeatureUNet(CheckpointedModule):
         self.conv_out = Conv3x3(up_widths[-1], out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
+        h = Measured(self.conv_in(x))
         skips = []
         for block in self.encoder_blocks:
-            x = self.run(block, x)
-            skips.append(x)
-        x = self.mid_block(x)
+            h = self.hand_over(block, h, measure=True)
+            skips.append(h)
+        h = self.hand_over(self.mid_block, h, measure=True)
         for block in self.decoder_blocks:
-            x = self.run(block, x, skips.pop())
-        return self.conv_out(x)
+            skip = skips.pop()
+            h = self.hand_over(block, h, skip, measure=bool(skips))  # No norm reads the last one.
+        return self.conv_out(h.values)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from litevae_kernels import conv3x3
 from litevae_kernels.arithmetic import widened
 from litevae_kernels.backend import keep_backend
-from litevae_kernels.conv3x3.normed import norm_adds_bias, norm_silu_conv3x3, normalises
+from litevae_kernels.conv3x3 import addition
+from litevae_kernels.conv3x3.normed import (
+    measured_norm_silu_conv3x3,
+    measures,
+    norm_adds_bias,
+    norm_silu_conv3x3,
+    normalises,
+)
 from litevae_kernels.diffusers_vae import why_called
 from litevae_kernels.nn import Conv2d, Conv3x3, GroupNormSiLU, Linear, SelfModulatedConv2d
 
@@ -74,6 +81,13 @@ def norm_silu(channels: int, num_groups: int, norm: Norm) -> nn.Module:
     return GroupNormSiLU(num_groups, channels, eps=EPS) if norm == "group" else nn.SiLU()
 
 
+class Measured(NamedTuple):
+    """A tensor (N, C, H, W) and, if a kernel has computed them with it, the statistics that the next norm needs."""
+
+    values: Tensor
+    statistics: Tensor | None = None  # of each channel, as `group_norm_silu` takes them
+
+
 class CheckpointedModule(nn.Module):
     """A module whose blocks can be recomputed in backward; see `ModelMixin.enable_gradient_checkpointing`."""
 
@@ -81,11 +95,23 @@ class CheckpointedModule(nn.Module):
     _gradient_checkpointing_func: Callable[..., Tensor]  # set by ModelMixin
 
     def run(self, block: nn.Module, *args: Tensor) -> Tensor:
-        """Returns `block(*args)`, checkpointed if that and gradients are enabled."""
-        if not (self.gradient_checkpointing and torch.is_grad_enabled()):
+        """Returns `block(*args)`, checkpointed if that and gradients are enabled.
+
+        A block that is a `CheckpointedModule` checkpoints its own blocks instead.
+        """
+        inner = isinstance(block, CheckpointedModule)
+        if inner or not (self.gradient_checkpointing and torch.is_grad_enabled()):
             return block(*args)
         # The recomputation runs in the thread of the backward pass, which on a GPU is another one.
         return self._gradient_checkpointing_func(keep_backend(block), *args)
+
+    def hand_over(self, block: nn.Module, *inputs: Measured, measure: bool) -> Measured:
+        """Returns the result of `run`, with its statistics if `measure` and a kernel can compute them on the way."""
+        serves = addition.serves(inputs[0].values, measure=True)
+        if serves and why_called(block, ResBlock, MidBlock) is None:
+            assert isinstance(block, ResBlock | MidBlock)
+            return block.measured(*inputs, measure=measure)
+        return Measured(self.run(block, *(x.values for x in inputs)))
 
 
 class NoConv2d(nn.Identity):
@@ -112,6 +138,11 @@ class ShortcutConv2d(Conv2d):
         if skip is None:
             return super().forward(input)
         return widened(_convolve_both, input, skip, self.weight, self.bias)
+
+    def parts(self, inputs: list[Tensor]) -> list[Tensor]:
+        """Returns a tensor per input; they and the bias add up to the result."""
+        weights = self.weight.split([x.shape[1] for x in inputs], dim=1)
+        return [widened(F.conv2d, x, weight) for x, weight in zip(inputs, weights, strict=True)]
 
 
 def _convolve_both(input: Tensor, skip: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -144,14 +175,24 @@ def fuses(norm: nn.Module, conv: nn.Module, x: Tensor) -> bool:
 
 
 def convolve_normalised(
-    norm: nn.Module, conv: nn.Module, inputs: list[Tensor], residual: Tensor | None = None
-) -> Tensor:
-    """Returns ``conv(norm(*inputs)) + residual`` for layers that `fuses` accepts."""
+    norm: nn.Module,
+    conv: nn.Module,
+    inputs: list[Tensor],
+    statistics: list[Tensor],
+    residual: Tensor | None = None,
+    *,
+    measure: bool,
+) -> Measured:
+    """Returns ``conv(norm(*inputs)) + residual`` for layers that `fuses` accepts, measured if a kernel can."""
     assert isinstance(norm, GroupNormSiLU)
     assert isinstance(conv, Conv3x3)
     parameters = (norm.num_groups, norm.weight, norm.bias, conv.weight, conv.bias)
     skip = inputs[1] if len(inputs) > 1 else None
-    return norm_silu_conv3x3(inputs[0], *parameters, eps=norm.eps, skip=skip, residual=residual)
+    options: Any = {"eps": norm.eps, "skip": skip, "residual": residual}
+    if measures(inputs[0], conv.weight):
+        options |= {"statistics": statistics, "measure": measure}
+        return Measured(*measured_norm_silu_conv3x3(inputs[0], *parameters, **options))
+    return Measured(norm_silu_conv3x3(inputs[0], *parameters, **options))
 
 
 def defers_bias(conv: nn.Module, norm: nn.Module, x: Tensor) -> bool:
@@ -184,30 +225,64 @@ class ResBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        inputs = [x] if skip is None else [x, skip]
+        return self.measured(Measured(x), None if skip is None else Measured(skip), measure=False).values
+
+    def measured(self, x: Measured, skip: Measured | None = None, *, measure: bool) -> Measured:
+        """Returns the result, with its statistics if `measure` and the kernel that adds the residual serves."""
+        measure = measure and not self.silu_input  # Only norms need statistics.
+        given = [x] if skip is None else [x, skip]
+        inputs = [each.values for each in given]
+        statistics = [each.statistics for each in given if each.statistics is not None]
         if skip is not None and not (
             isinstance(self.norm1, GroupNormSiLU) and self.conv_shortcut is not None
         ):
-            inputs = [torch.cat(inputs, dim=1)]  # some layer takes only one input
-        offset = None
+            inputs, statistics = [torch.cat(inputs, dim=1)], []  # some layer takes only one input
+        if len(statistics) < len(inputs):
+            statistics = []
+        offset = found = None
         if fuses(self.norm1, self.conv1, inputs[0]):
-            h = convolve_normalised(self.norm1, self.conv1, inputs)
-        elif defers_bias(self.conv1, self.norm2, inputs[0]):
-            assert isinstance(self.conv1, Conv3x3)
-            h, offset = conv3x3(self.norm1(*inputs), self.conv1.weight), self.conv1.bias
+            h, found = convolve_normalised(self.norm1, self.conv1, inputs, statistics, measure=True)
         else:
-            h = self.convolve(self.conv1, self.norm1(*inputs))
+            if statistics and why_called(self.norm1, GroupNormSiLU) is None:
+                h = self.norm1(*inputs, statistics=statistics)
+            else:
+                h = self.norm1(*inputs)
+            if defers_bias(self.conv1, self.norm2, inputs[0]):
+                assert isinstance(self.conv1, Conv3x3)
+                h, offset = conv3x3(h, self.conv1.weight), self.conv1.bias
+            else:
+                h = self.convolve(self.conv1, h)
         fused = offset is None and fuses(self.norm2, self.conv2, h)
         if not fused:
             h = self.norm2(h) if offset is None else self.norm2(h, offset=offset)
+            if self.adds(h, measure):
+                return self.add(h, inputs, measure)
         # The shortcut is computed only now, so that it does not add to the peak memory of conv1.
         residual = inputs[0]
         if self.conv_shortcut is not None:
             own = has_forward_of(self.conv_shortcut, ShortcutConv2d)
             residual = self.conv_shortcut(*inputs) if own else self.conv_shortcut(torch.cat(inputs, dim=1))
         if fused:
-            return convolve_normalised(self.norm2, self.conv2, [h], residual)
-        return self.convolve(self.conv2, h, residual)
+            statistics = [] if found is None else [found]
+            options: Any = {"residual": residual, "measure": measure}
+            return convolve_normalised(self.norm2, self.conv2, [h], statistics, **options)
+        return Measured(self.convolve(self.conv2, h, residual))
+
+    def adds(self, h: Tensor, measure: bool) -> bool:
+        """Returns whether one kernel adds to the convolution of `h` what the block adds, and measures the sum."""
+        layers = ((self.conv2, Conv3x3), (self.conv_shortcut, ShortcutConv2d))
+        return addition.serves(h, measure=measure) and all(
+            layer is None or why_called(layer, cls) is None for layer, cls in layers
+        )
+
+    def add(self, h: Tensor, inputs: list[Tensor], measure: bool) -> Measured:
+        """Returns the end of a block that `adds`."""
+        conv: Any = self.conv2
+        shortcut: Any = self.conv_shortcut
+        biases = [layer.bias for layer in (conv, shortcut) if layer is not None and layer.bias is not None]
+        residuals = inputs if shortcut is None else shortcut.parts(inputs)
+        options: Any = {"silu_input": self.silu_input, "measure": measure}
+        return Measured(*addition.convolve_and_add(h, conv.weight, biases, residuals, **options))
 
     def convolve(self, conv: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Returns the convolution of x, with the block's SiLU before it, plus `residual`.
@@ -274,7 +349,11 @@ class MidBlock(CheckpointedModule):
         self.attentions = nn.ModuleList([Attention(channels, num_groups)] if attention else [])
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.run(self.resnets[0], x)
+        return self.measured(Measured(x), measure=False).values
+
+    def measured(self, x: Measured, *, measure: bool) -> Measured:
+        """Returns the result with its statistics, as `ResBlock.measured` does."""
+        x = self.hand_over(self.resnets[0], x, measure=not self.attentions)
         for attention in self.attentions:
-            x = self.run(attention, x)
-        return self.run(self.resnets[1], x)
+            x = Measured(self.run(attention, x.values))
+        return self.hand_over(self.resnets[1], x, measure=measure)

@@ -43,7 +43,7 @@ from torch import Tensor
 
 from litevae_kernels.arithmetic import current_isa, result_dtype
 from litevae_kernels.backend import choose, forced_backend
-from litevae_kernels.conv3x3 import gpu, op
+from litevae_kernels.conv3x3 import addition, gpu, op
 from litevae_kernels.conv3x3.dispatch import describe, serves
 from litevae_kernels.tensors import (
     check_bias,
@@ -91,7 +91,7 @@ def conv3x3(
         if silu_input and torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
             x, silu_input = F.silu(x), False
         return op.conv3x3(x, weight, bias, residual, silu_input)
-    return gpu.convolve_and_add(x, weight, bias, residual, silu_input)
+    return addition.convolve(x, weight, bias, residual, silu_input)
 
 
 def check_arguments(

@@ -8,14 +8,14 @@ No GPU has confirmed the kernel, so it is off unless the environment variable ``
 import os
 import statistics
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from litevae_kernels.backend import choose, forced_backend, triton_installed, why_not
 from litevae_kernels.conv3x3 import reference
+from litevae_kernels.conv3x3.addition import convolve, empty_statistics
 from litevae_kernels.tensors import empty_output, in_layout
 
 DTYPES = (torch.bfloat16, torch.float16)  # cuDNN serves float32
@@ -81,66 +81,53 @@ def norm_forward(
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
+    statistics: Sequence[Tensor] | None = None,
+    measured: Tensor | None = None,
 ) -> Tensor:
-    """Returns the convolution of the SiLU of a group normalisation; the channels of `skip` follow those of `x`."""
+    """Returns the convolution of the SiLU of a group normalisation; the channels of `skip` follow those of `x`.
+
+    Args:
+        statistics: those of `x` and `skip`, as `group_norm_silu` takes them.
+        measured: filled with those of the result, unless it is None.
+    """
 
     def ours() -> Tensor:
-        from litevae_kernels.group_norm_silu.triton import statistics as norm_statistics
+        from litevae_kernels.group_norm_silu.triton import coefficients_of
 
         stats = torch.empty((x.shape[0], num_groups, 2), dtype=torch.float64, device=x.device)
-        affine = norm_statistics(x, skip, norm_weight, norm_bias, stats, num_groups, eps)
-        return _convolve(x, skip, affine, weight, bias, residual, True)
+        norm = (norm_weight, norm_bias, stats, num_groups, eps, None)
+        affine = coefficients_of(x, skip, *norm, statistics or ())
+        return _convolve(x, skip, affine, weight, bias, residual, True, measured)
 
     def theirs() -> Tensor:
         backend = "native" if why_not("native", x.device.type) is None else "triton"
-        norm = (norm_weight, norm_bias, num_groups, eps, backend)
+        norm = (norm_weight, norm_bias, num_groups, eps, backend, None, statistics)
         h = torch.ops.litevae.group_norm_silu(x, skip, *norm)[0]
-        return _convolve_in_pytorch(h, weight, bias, residual, False)
+        return _convolve_in_pytorch(h, weight, bias, residual, False, measured)
 
     of_skip = None if skip is None else _layout(skip)
-    return _faster(_key("norm", x, weight, bias, residual, num_groups, of_skip), x, ours, theirs)
+    kind = (num_groups, of_skip, bool(statistics), measured is None)
+    return _faster(_key("norm", x, weight, bias, residual, *kind), x, ours, theirs)
 
 
-torch.library.define("litevae::add_residual_", "(Tensor(a!) y, Tensor residual, Tensor bias) -> ()")
-
-
-@torch.library.impl("litevae::add_residual_", "CUDA")
-def _add_residual(y: Tensor, residual: Tensor, bias: Tensor) -> None:
-    from litevae_kernels.group_norm_silu import triton  # some platforms have no Triton
-
-    if y.numel():
-        triton.add(y, residual, bias)
-
-
-@torch.library.register_fake("litevae::add_residual_")
-def _(y: Tensor, residual: Tensor, bias: Tensor) -> None:
-    return None
-
-
-def convolve_and_add(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, silu_input: bool
-) -> Tensor:
-    """Returns PyTorch's convolution; on a GPU one pass adds bias and residual where that saves a pass."""
-    if bias is None or residual is None or not _joins_residual(x):
-        return reference.forward(x, weight, bias, residual, silu_input)
-    y = reference.forward(x, weight, None, None, silu_input)
-    torch.ops.litevae.add_residual_(y, residual, bias)
-    return y
-
-
-def _joins_residual(x: Tensor) -> bool:
-    """Returns whether `litevae::add_residual_` serves calls with `x`.
-
-    `torch.compile` itself joins the additions after a convolution in one kernel.
-    """
-    return (
-        x.is_cuda
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and forward_ad._current_level < 0  # A tangent would be lost.
-        and choose("cuda") != "reference"
-        and why_not("triton", "cuda") is None
-    )
+def measured_norm_forward(
+    x: Tensor,
+    skip: Tensor | None,
+    num_groups: int,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    statistics: Sequence[Tensor] | None,
+    measure: bool,
+) -> tuple[Tensor, Tensor]:
+    """Returns what `norm_forward` does, and the statistics of it or, unless `measure`, no number."""
+    measured = empty_statistics(x, weight.shape[0], measure)
+    norm = (num_groups, norm_weight, norm_bias, eps)
+    y = norm_forward(x, skip, *norm, weight, bias, residual, statistics, measured if measure else None)
+    return y, measured
 
 
 def _key(
@@ -162,26 +149,45 @@ def _convolve(
     bias: Tensor | None,
     residual: Tensor | None,
     silu_input: bool,
+    measured: Tensor | None = None,
 ) -> Tensor:
     from litevae_kernels.conv3x3 import triton  # some platforms have no Triton
+    from litevae_kernels.group_norm_silu.triton import channel_statistics
 
     y = empty_output(x, weight.shape[0], True)
     if y.numel():
         skip = None if skip is None else in_layout(skip, True)
         residual = None if residual is None else in_layout(residual.to(x.dtype), True)
         filters = weight.to(x.dtype).permute(0, 2, 3, 1).contiguous()
-        triton.forward(x, skip, affine, filters, bias, residual, silu_input, y)
+        partials = None if measured is None else triton.empty_partials(y)
+        triton.forward(x, skip, affine, filters, bias, residual, silu_input, y, partials)
+        if partials is not None and measured is not None:
+            channel_statistics(partials, measured, y.shape[2] * y.shape[3], triton.TILE_P)
     return y
 
 
 def _convolve_in_pytorch(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, silu_input: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    silu_input: bool,
+    measured: Tensor | None = None,
 ) -> Tensor:
     bias = None if bias is None else bias.to(x.dtype)
     # Autocast, which may be on, has had its effect.
     with torch.autocast(x.device.type, enabled=False):
-        y = convolve_and_add(x, weight.to(x.dtype), bias, residual, silu_input)
-    return y.contiguous(memory_format=torch.channels_last)
+        if measured is None:
+            y = convolve(x, weight.to(x.dtype), bias, residual, silu_input)
+            return y.contiguous(memory_format=torch.channels_last)
+        y = reference.forward(x, weight.to(x.dtype), None, None, silu_input)
+    y = y.contiguous(memory_format=torch.channels_last)
+    if y.numel():
+        from litevae_kernels.group_norm_silu import triton
+
+        biases, residuals = ([t for t in (term,) if t is not None] for term in (bias, residual))
+        triton.add(y, residuals, biases, measured)
+    return y
 
 
 def _faster(key: Hashable, x: Tensor, ours: Call, theirs: Call) -> Tensor:

@@ -1,12 +1,14 @@
 """The 3x3 convolution of the SiLU of a group normalisation, without a normalised tensor in memory, and the reverse."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from litevae_kernels.arithmetic import result_dtype
 from litevae_kernels.conv3x3 import check_arguments, conv3x3, is_fused
 from litevae_kernels.group_norm_silu import check_arguments as check_norm
-from litevae_kernels.group_norm_silu import group_norm_silu
+from litevae_kernels.group_norm_silu import check_statistics, group_norm_silu
 from litevae_kernels.tensors import refuse_tangents
 
 
@@ -47,6 +49,46 @@ def norm_silu_conv3x3(
     return torch.ops.litevae.norm_silu_conv3x3(
         x, skip, num_groups, norm_weight, norm_bias, eps, weight, bias, residual
     )
+
+
+def measured_norm_silu_conv3x3(
+    x: Tensor,
+    num_groups: int,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    skip: Tensor | None = None,
+    residual: Tensor | None = None,
+    statistics: Sequence[Tensor] = (),
+    measure: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Returns what `norm_silu_conv3x3` does and, if `measure`, its statistics, where `measures` is true.
+
+    Args:
+        statistics: those of `x` and `skip`, as `group_norm_silu` takes them.
+        measure: whether the convolution also computes the statistics of its result for the norm that reads it.
+
+    Raises:
+        TypeError, ValueError: as the two operators do.
+    """
+    num_groups, eps = check_norm(x, num_groups, norm_weight, norm_bias, eps, skip)
+    check_arguments(x, weight, bias, residual, skip)
+    if statistics:
+        check_statistics(statistics, x, skip)
+    refuse_tangents("norm_silu_conv3x3", "triton", x, skip, norm_weight, norm_bias, weight, bias, residual)
+    norm = (num_groups, norm_weight, norm_bias, eps)
+    y, found = torch.ops.litevae.measured_norm_silu_conv3x3(
+        x, skip, *norm, weight, bias, residual, statistics, measure
+    )
+    return y, found if measure else None
+
+
+def measures(x: Tensor, weight: Tensor) -> bool:
+    """Returns whether `measured_norm_silu_conv3x3` serves `x` (N, C, H, W) and `weight`."""
+    return normalises(x, weight) and x.is_cuda
 
 
 def normalises(x: Tensor, weight: Tensor) -> bool:

@@ -1,5 +1,6 @@
 """Registration of the 3x3 convolution and its gradients with PyTorch."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from litevae_kernels.arithmetic import current_isa
 from litevae_kernels.conv3x3 import gpu, native, reference
+from litevae_kernels.conv3x3.addition import empty_statistics
 from litevae_kernels.conv3x3.dispatch import WIDEST_VECTOR, is_small
 from litevae_kernels.group_norm_silu.native import statistics
 from litevae_kernels.tensors import (
@@ -41,6 +43,12 @@ torch.library.define(
     "(Tensor x, Tensor? skip, int num_groups, Tensor? norm_weight, Tensor? norm_bias, float eps, "
     "Tensor weight, Tensor? bias, Tensor? residual) -> Tensor",
 )
+# For a GPU only: the statistics of the inputs may be given, and those of the result are returned if `measure`.
+torch.library.define(
+    "litevae::measured_norm_silu_conv3x3",
+    "(Tensor x, Tensor? skip, int num_groups, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor weight, "
+    "Tensor? bias, Tensor? residual, Tensor[]? statistics, bool measure) -> (Tensor y, Tensor measured)",
+)
 torch.library.define(
     "litevae::conv3x3_input_gradient", "(Tensor grad, Tensor weight, bool channels_last) -> Tensor"
 )
@@ -65,6 +73,7 @@ def _forward(
 torch.library.impl("litevae::conv3x3", "CPU", _forward)
 torch.library.impl("litevae::conv3x3", "CUDA", gpu.forward)
 torch.library.impl("litevae::norm_silu_conv3x3", "CUDA", gpu.norm_forward)
+torch.library.impl("litevae::measured_norm_silu_conv3x3", "CUDA", gpu.measured_norm_forward)
 
 
 @torch.library.impl("litevae::norm_silu_conv3x3", "CPU")
@@ -141,6 +150,24 @@ def _(
     return empty_output(x, weight.shape[0], _channels_innermost(x))
 
 
+@torch.library.register_fake("litevae::measured_norm_silu_conv3x3")
+def _(
+    x: Tensor,
+    skip: Tensor | None,
+    num_groups: int,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    statistics: Sequence[Tensor] | None,
+    measure: bool,
+) -> tuple[Tensor, Tensor]:
+    outputs = weight.shape[0]
+    return empty_output(x, outputs, _channels_innermost(x)), empty_statistics(x, outputs, measure)
+
+
 @torch.library.register_fake("litevae::conv3x3_input_gradient")
 def _(grad: Tensor, weight: Tensor, channels_last: bool) -> Tensor:
     return empty_output(grad, weight.shape[1], channels_last)
@@ -161,7 +188,7 @@ def _(x: torch.Size, weight: torch.Size, *_: Any, out_shape: torch.Size | None =
     return _flops(x, weight)
 
 
-@register_flop_formula(torch.ops.litevae.norm_silu_conv3x3)
+@register_flop_formula([torch.ops.litevae.norm_silu_conv3x3, torch.ops.litevae.measured_norm_silu_conv3x3])
 def _(
     x: torch.Size,
     skip: torch.Size | None,

@@ -6,12 +6,14 @@ ever in memory. Normalisation and SiLU are applied to the left factor after it w
 tap and each tile of output channels but saves a pass over memory. Zeros replace what lies outside of the image after
 that, because the padding belongs to the normalised image. A second input, the skip of a U-Net, has a loop of its own
 after that of the first, so that their concatenation is never in memory either. Bias and residual are added in float32,
-and the result is rounded once.
+and the result is rounded once. The tile is still in registers then, and its partial statistics cost no pass over
+memory.
 """
 
 # Triton types the kernels, and a name may have different types where a branch is compiled away.
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment,misc"
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -64,9 +66,29 @@ def add_channels(
     return total
 
 
-@kernel("affine", "bias")
+@triton.jit
+def _store_partials(partials, value, mask, valid, tile, output, has_output, tiles, outputs):
+    """Writes the partials (3, batch, chunks, outputs) of a tile (pixels, outputs), as GroupNorm's kernels read them.
+
+    They are the first pixel's value, the mean minus it, and the sum of squares about the mean. All values are at hand,
+    so that the squares need no other shift than the mean.
+    """
+    first = (tl.arange(0, value.shape[0]) == 0)[:, None]
+    reference = tl.sum(tl.where(first, value, 0), 0)
+    change = tl.where(mask, value - reference[None, :], 0)
+    mean = tl.sum(change, 0) / valid.to(tl.float32)
+    apart = tl.where(mask, change - mean[None, :], 0)
+    squares = tl.sum(apart * apart, 0)
+    out = partials + (tile * outputs + output)
+    plane = tiles * outputs
+    tl.store(out, reference, mask=has_output)
+    tl.store(out + plane, mean, mask=has_output)
+    tl.store(out + 2 * plane, squares, mask=has_output)
+
+
+@kernel("affine", "bias", "partials")
 def conv3x3_kernel(
-    x, skip, weight, affine, bias, residual, y,
+    x, skip, weight, affine, bias, residual, y, partials,
     x_n: tl.int64, x_h: tl.int64, x_w: tl.int64, skip_n: tl.int64, skip_h: tl.int64, skip_w: tl.int64,
     residual_n: tl.int64, residual_h: tl.int64, residual_w: tl.int64,
     bias_c: tl.int64, batch: tl.int64, height: tl.int64, width: tl.int64,
@@ -78,7 +100,7 @@ def conv3x3_kernel(
 
     The weight is (outputs, 3, 3, inputs), and the channels of the skip follow those of x. The numbers of channels and
     the strides of x and skip are in units of IN_VEC, and `outputs` and the strides of the residual in units of OUT_VEC.
-    `affine` (3, batch, inputs) normalises x and skip.
+    `affine` (3, batch, inputs) normalises x and skip. Unless partials is None, it gets those of y.
     """
     channels *= IN_VEC
     inputs = channels + skip_channels * IN_VEC
@@ -117,7 +139,14 @@ def conv3x3_kernel(
         at = row.to(tl.int64) * (residual_h * OUT_VEC) + column.to(tl.int64) * (residual_w * OUT_VEC)
         total += tl.load(residual + at[:, None] + output[None, :], mask=mask, other=0).to(tl.float32)
     to = (n * pixels + pixel) * outputs
-    tl.store(y + to[:, None] + output[None, :], total.to(y.dtype.element_ty), mask=mask)
+    rounded = total.to(y.dtype.element_ty)
+    tl.store(y + to[:, None] + output[None, :], rounded, mask=mask)
+    if partials is not None:
+        tile = program // across  # of all images
+        valid = tl.minimum(pixels - (tile % down).to(tl.int32) * TILE_P, TILE_P)
+        _store_partials(
+            partials, rounded.to(tl.float32), mask, valid, tile, output, has_output, batch * down, outputs
+        )
 
 
 def _vector(channels: int, *tensors: Tensor) -> int:
@@ -139,6 +168,12 @@ def _steps(x: Tensor | None, vector: int) -> tuple[int, int, int]:
     return n, h, w
 
 
+def empty_partials(y: Tensor) -> Tensor:
+    """Returns memory for the partial statistics (3, N, chunks, C_out) of `y` (N, C_out, H, W)."""
+    n, outputs, height, width = y.shape
+    return y.new_empty((3, n, triton.cdiv(height * width, TILE_P), outputs), dtype=torch.float32)
+
+
 def forward(
     x: Tensor,
     skip: Tensor | None,
@@ -148,8 +183,9 @@ def forward(
     residual: Tensor | None,
     silu_input: bool,
     y: Tensor,
+    partials: Tensor | None = None,
 ) -> None:
-    """Fills `y` (N, C_out, H, W), whose memory format is channels_last.
+    """Fills `y` (N, C_out, H, W), whose memory format is channels_last, and unless it is None `partials`.
 
     Args:
         x: (N, C, H, W) with adjacent channels, of at most 2^30 pixels per image.
@@ -160,6 +196,7 @@ def forward(
         bias: (C_out) in any dtype.
         residual: (N, C_out, H, W) in x's dtype with adjacent channels.
         silu_input: whether the convolution sees the SiLU of that.
+        partials: result of `empty_partials`, for the norm's `channel_statistics`; its chunks have TILE_P pixels.
     """
     n, channels, height, width = x.shape
     skip_channels, outputs = 0 if skip is None else skip.shape[1], y.shape[1]
@@ -174,10 +211,10 @@ def forward(
     programs = n * triton.cdiv(height * width, TILE_P) * triton.cdiv(outputs, tile_o)
     with on_device(x):
         conv3x3_kernel[grid_of(programs)](
-            x, skip, weight, affine, bias, residual, y,
+            x, skip, weight, affine, bias, residual, y, partials,
             *_steps(x, in_vec), *_steps(skip, in_vec), *_steps(residual, out_vec),
             0 if bias is None else bias.stride(0), n, height, width,
             channels // in_vec, skip_channels // in_vec, outputs // out_vec,
             IN_VEC=in_vec, OUT_VEC=out_vec, SILU=silu_input, TILE_P=TILE_P, TILE_O=tile_o, TILE_C=tile_c,
-            num_warps=8, num_stages=3, enable_fp_fusion=True,
+            num_warps=8, num_stages=3, enable_fp_fusion=partials is None,
         )  # fmt: skip

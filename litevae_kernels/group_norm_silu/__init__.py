@@ -11,6 +11,9 @@ orders of derivatives exist. The transforms of `torch.func` run on the reference
 outside of them need ``use_backend("reference")``.
 """
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from litevae_kernels.backend import choose
@@ -37,6 +40,7 @@ def group_norm_silu(
     skip: Tensor | None = None,
     overwrite: bool = False,
     offset: Tensor | None = None,
+    statistics: Sequence[Tensor] = (),
 ) -> Tensor:
     """Returns the SiLU of the group normalisation of `x`, or of `x` and `skip` concatenated along the channels.
 
@@ -52,6 +56,9 @@ def group_norm_silu(
             norm, such as the bias of the convolution that made the input; default: zeros. While gradients are off,
             the kernels add it in float32 (float64 for float64), without a pass of its own; otherwise it is added
             in x's dtype.
+        statistics: mean and (biased) variance over the pixels of each channel of `x`, and of `skip` if there is one:
+            float64 (N, C, 2) and (N, C_skip, 2), without `offset`. While gradients are off, the kernels for a GPU use
+            them in place of a pass over the input; all other calls compute their own. Default: none.
         overwrite: whether the result may take the memory of `x`, whose values the caller no longer needs. The kernel
             for the CPU does so in eager mode while gradients are off, if `x` is dense, and `skip` and `offset` are
             missing; all other calls ignore the permission.
@@ -61,14 +68,17 @@ def group_norm_silu(
 
     Raises:
         TypeError: if a tensor is not float32, float64, float16 or bfloat16, `skip` and `x` differ in dtype,
-            `num_groups` or `eps` is not a number, or `overwrite` is not a bool.
+            `statistics` are not float64, `num_groups` or `eps` is not a number, or `overwrite` is not a bool.
         ValueError: if `x` has fewer than 2 dimensions, `num_groups` does not divide the channels, `weight` `bias` or
-            `offset` has another length, `skip` has another size, `eps` is not positive or exceeds float32, or the
+            `offset` has another length, `skip` has another size, `statistics` have another number, shape or layout,
+            `eps` is not positive or exceeds float32, or the
             tensors are on several devices.
         NotImplementedError: a tensor has a forward-mode tangent, and the backend is not the reference.
     """
     num_groups, eps = check_arguments(x, num_groups, weight, bias, eps, skip, offset)
     check_flag(overwrite, "overwrite")
+    if statistics:
+        check_statistics(statistics, x, skip)
     backend = choose(x.device.type)
     arguments = (_as_4d(x), None if skip is None else _as_4d(skip), weight, bias, num_groups, eps)
     if backend == "reference":
@@ -83,7 +93,7 @@ def group_norm_silu(
         y = op.group_norm_silu_(arguments[0], weight, bias, num_groups, eps)
     else:
         refuse_tangents("group_norm_silu", backend, x, skip, weight, bias, offset)
-        y = op.group_norm_silu(*arguments, backend, offset)
+        y = op.group_norm_silu(*arguments, backend, offset, statistics)
     return y if x.ndim == 4 else y.reshape(x.shape[0], y.shape[1], *x.shape[2:])
 
 
@@ -124,6 +134,23 @@ def check_arguments(
         if other is not None:
             check_device(other, name, x, "x")
     return int(num_groups), eps
+
+
+def check_statistics(statistics: Sequence[Tensor], x: Tensor, skip: Tensor | None) -> None:
+    """Raises the errors of `group_norm_silu` for its statistics."""
+    inputs = [x] if skip is None else [x, skip]
+    if len(statistics) != len(inputs):
+        raise ValueError(f"statistics has {len(statistics)} tensors; {len(inputs)} are needed, one per input")
+    for given, of in zip(statistics, inputs, strict=True):
+        check_tensor(given, "statistics")
+        if given.dtype != torch.float64:
+            raise TypeError(f"statistics has dtype {given.dtype}; torch.float64 is needed")
+        if given.shape != (*of.shape[:2], 2) or not given.is_contiguous():
+            raise ValueError(
+                f"statistics has shape {shape_of(given)} and strides {given.stride()}; a contiguous "
+                f"{(*of.shape[:2], 2)} is needed"
+            )
+        check_device(given, "statistics", x, "x")
 
 
 def _as_4d(x: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ Both functions fill tensors that the caller allocated, and take any strides. On 
 innermost dimension is not that of the output, or has gaps.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -37,8 +39,13 @@ def forward(
     num_groups: int,
     eps: float,
     offset: Tensor | None = None,
+    statistics: Sequence[Tensor] = (),
 ) -> None:
-    """Fills `y` (N, C, H, W) and, unless it is None, `stats` (N, num_groups, 2)."""
+    """Fills `y` (N, C, H, W) and, unless it is None, `stats` (N, num_groups, 2).
+
+    A GPU takes the mean and variance of each channel of x and of skip from `statistics`, if there are any; a CPU makes
+    its own.
+    """
     assert core is not None
     on_cpu = x.device.type == "cpu"
     if on_cpu:
@@ -56,7 +63,10 @@ def forward(
         first = scratch.data_ptr()
         address = first if stats is None else stats.data_ptr()
         stream = current_stream(x.device)
-        core.group_norm_silu_cuda(*views, address, num_groups, eps, first + own, x.device.index, stream)
+        given = (*(t.data_ptr() for t in statistics), 0, 0)[:2]
+        core.group_norm_silu_cuda(
+            *views, address, num_groups, eps, *given, first + own, x.device.index, stream
+        )
 
 
 def statistics(x: Tensor, skip: Tensor | None, stats: Tensor, num_groups: int, eps: float) -> None:

@@ -4,6 +4,7 @@ The forward pass also returns the statistics that the backward pass needs: the m
 group, (N, num_groups, 2). They are float64, so that the difference x - mean keeps its digits at any mean.
 """
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -66,7 +67,7 @@ def _gradients(
 torch.library.define(
     "litevae::group_norm_silu",
     "(Tensor x, Tensor? skip, Tensor? weight, Tensor? bias, int num_groups, float eps, str backend, "
-    "Tensor? offset=None) -> (Tensor y, Tensor stats)",
+    "Tensor? offset=None, Tensor[]? statistics=None) -> (Tensor y, Tensor stats)",
 )
 torch.library.define(
     "litevae::group_norm_silu_",
@@ -88,11 +89,12 @@ def _forward(
     eps: float,
     backend: str,
     offset: Tensor | None = None,
+    statistics: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     y, stats = _outputs(x, skip, num_groups)
     if y.numel() == 0:
         return y, stats.zero_()
-    _backend(backend).forward(x, skip, weight, bias, y, stats, num_groups, eps, offset)
+    _backend(backend).forward(x, skip, weight, bias, y, stats, num_groups, eps, offset, statistics or ())
     return y, stats
 
 
@@ -139,6 +141,7 @@ def _(
     eps: float,
     backend: str,
     offset: Tensor | None = None,
+    statistics: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     return _outputs(x, skip, num_groups)
 
@@ -204,23 +207,24 @@ def group_norm_silu(
     eps: float,
     backend: str,
     offset: Tensor | None = None,
+    statistics: Sequence[Tensor] = (),
 ) -> Tensor:
     """Returns the result of `litevae::group_norm_silu`, differentiable and without the statistics.
 
-    While gradients are recorded, `offset` is added in a pass of its own, in x's dtype.
+    While gradients are recorded, `offset` is added in a pass of its own, in x's dtype, and `statistics` are not used.
     """
     if in_inference_mode():
-        if backend != "native" or not is_plain(x, skip, weight, bias, offset):
+        if backend != "native" or not is_plain(x, skip, weight, bias, offset, *statistics):
             op = torch.ops.litevae.group_norm_silu
-            return op(x, skip, weight, bias, num_groups, eps, backend, offset)[0]
+            return op(x, skip, weight, bias, num_groups, eps, backend, offset, statistics)[0]
         y = _result(x, skip)
         if y.numel():
-            native.forward(x, skip, weight, bias, y, None, num_groups, eps, offset)
+            native.forward(x, skip, weight, bias, y, None, num_groups, eps, offset, statistics)
         return y
+    if (statistics or offset is not None) and not torch.is_grad_enabled():
+        op = torch.ops.litevae.group_norm_silu
+        return op(x, skip, weight, bias, num_groups, eps, backend, offset, statistics)[0]
     if offset is not None:
-        if not torch.is_grad_enabled():
-            op = torch.ops.litevae.group_norm_silu
-            return op(x, skip, weight, bias, num_groups, eps, backend, offset)[0]
         offset = offset.to(x.dtype)[:, None, None]
         if skip is not None:
             skip = skip + offset[x.shape[1] :]

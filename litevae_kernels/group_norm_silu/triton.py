@@ -12,6 +12,7 @@ specialises on them, whatever `do_not_specialize` says, so that new shapes would
 # Triton types the kernels, and a name may have different types where a branch is compiled away.
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment,misc"
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -89,6 +90,29 @@ def _slope(x, grad, high, low, rstd, w, b):
     return normal, grad * sigmoid * tl.fma(z, 1 - sigmoid, 1.0)
 
 
+@triton.jit
+def _store_partials(
+    partials, shift, total, squares, valid, n, chunk, channel, has_channel, batch, chunks, all_channels,
+    ACC: tl.constexpr, TILE_P: tl.constexpr,
+):  # fmt: skip
+    """Reduces a program's sums over `valid` pixels, about the shift of each place, to its partials."""
+    reference = tl.sum(tl.where((tl.arange(0, TILE_P) == 0)[:, None], shift, 0), 0)
+    # `count` is the number of pixels that each place has seen.
+    count = tl.maximum(valid - tl.arange(0, TILE_P) + (TILE_P - 1), 0) // TILE_P
+    share = total / tl.maximum(count, 1).to(ACC)[:, None]
+    weight = count.to(ACC)[:, None]
+    squares = tl.maximum(tl.fma(-total, share, squares), 0)
+    distance = (shift - reference[None, :]) + share
+    mean = tl.sum(distance * weight, 0) / valid.to(ACC)
+    apart = distance - mean[None, :]
+    squares = tl.sum(tl.fma(weight * apart, apart, squares), 0)
+    out = partials + ((n * chunks + chunk) * all_channels + channel)
+    plane = batch * chunks * all_channels
+    tl.store(out, reference, mask=has_channel)
+    tl.store(out + plane, mean, mask=has_channel)
+    tl.store(out + 2 * plane, squares, mask=has_channel)
+
+
 @kernel("partials")
 def group_norm_silu_stats_kernel(
     x, partials,
@@ -114,7 +138,6 @@ def group_norm_silu_stats_kernel(
     at = _offsets(n, channel, pixel, (x_n, x_c, x_h, x_w), width, X_INNER, X_PIXELS, X_VEC)
     met = tl.load(x + at, mask=mask, other=0)
     shift = met.to(ACC)
-    reference = tl.sum(tl.where((tl.arange(0, TILE_P) == 0)[:, None], shift, 0), 0)
     total = tl.zeros((TILE_P, TILE_C), ACC)
     squares = tl.zeros((TILE_P, TILE_C), ACC)
     for step in tl.range(0, steps, loop_unroll_factor=4):
@@ -124,21 +147,43 @@ def group_norm_silu_stats_kernel(
         change = tl.load(x + at, mask=mask, other=met).to(ACC) - shift  # 0 where there is nothing
         total += change
         squares = tl.fma(change, change, squares)
-    # `count` is the number of pixels that each place has seen.
-    valid = tl.minimum(pixels - start, steps * TILE_P).to(tl.int32)
-    count = tl.maximum(valid - tl.arange(0, TILE_P) + (TILE_P - 1), 0) // TILE_P
-    share = total / tl.maximum(count, 1).to(ACC)[:, None]
-    weight = count.to(ACC)[:, None]
-    squares = tl.maximum(tl.fma(-total, share, squares), 0)
-    distance = (shift - reference[None, :]) + share
-    mean = tl.sum(distance * weight, 0) / valid.to(ACC)
-    apart = distance - mean[None, :]
-    squares = tl.sum(tl.fma(weight * apart, apart, squares), 0)
-    out = partials + ((n * chunks + chunk) * all_channels + first + channel)
-    plane = batch * chunks * all_channels
-    tl.store(out, reference, mask=has_channel)
-    tl.store(out + plane, mean, mask=has_channel)
-    tl.store(out + 2 * plane, squares, mask=has_channel)
+    _store_partials(
+        partials, shift, total, squares, tl.minimum(pixels - start, steps * TILE_P).to(tl.int32),
+        n, chunk, first + channel, has_channel, batch, chunks, all_channels, ACC, TILE_P,
+    )  # fmt: skip
+
+
+@triton.jit
+def _store_group(
+    program, mean, rstd, weight, bias, offset, stats, coefficients, weight_c, bias_c, offset_c,
+    n, first, batch, all_channels, group_channels, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Writes a group's stats, and the coefficients of its channels.
+
+    The coefficients (3, batch, all_channels) are those of z = (x - mean) a + b. The mean is split in two, and the
+    second half goes into b, so that the difference keeps its digits.
+    """
+    tl.store(stats + 2 * program, mean)
+    tl.store(stats + 2 * program + 1, rstd)
+    plane = batch * all_channels
+    for i in range(0, group_channels, BLOCK):
+        inside = i + tl.arange(0, BLOCK)
+        mask = inside < group_channels
+        at = first + inside
+        exact = tl.full((BLOCK,), 0, tl.float64) + mean
+        if offset is not None:  # what is added to the input is subtracted from its mean
+            exact -= tl.load(offset + at * offset_c, mask=mask, other=0).to(tl.float64)
+        high = exact.to(coefficients.dtype.element_ty)
+        slope = tl.full((BLOCK,), 0, tl.float64) + rstd
+        if weight is not None:
+            slope *= tl.load(weight + at * weight_c, mask=mask, other=0).to(tl.float64)
+        constant = (high.to(tl.float64) - exact) * slope
+        if bias is not None:
+            constant += tl.load(bias + at * bias_c, mask=mask, other=0).to(tl.float64)
+        out = coefficients + (n * all_channels + at)
+        tl.store(out, high, mask=mask)
+        tl.store(out + plane, slope, mask=mask)
+        tl.store(out + 2 * plane, constant, mask=mask)
 
 
 @kernel("partials", "weight", "bias", "offset", "stats", "coefficients")
@@ -149,11 +194,7 @@ def group_norm_silu_stats_join_kernel(
     chunks: tl.int64, chunk_pixels: tl.int64, eps: tl.float64,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Writes stats (batch, groups, 2), one group per program, from partials (3, batch, chunks, all_channels).
-
-    It also writes the coefficients (3, batch, all_channels) of z = (x - mean) a + b. The mean is split in two, and the
-    second half goes into b, so that the difference keeps its digits.
-    """
+    """Writes stats (batch, groups, 2) and coefficients, one group per program, from partials."""
     program = program_index()
     n = program // groups
     if n >= batch:
@@ -182,27 +223,58 @@ def group_norm_silu_stats_join_kernel(
     distance = tl.sum(total, 0) / size
     variance = tl.maximum(tl.sum(squares, 0) / size - distance * distance, 0)
     rstd = 1 / tl.sqrt(variance + eps)
-    tl.store(stats + 2 * program, shift + distance)
-    tl.store(stats + 2 * program + 1, rstd)
-    plane = batch * all_channels
+    _store_group(
+        program, shift + distance, rstd, weight, bias, offset, stats, coefficients, weight_c, bias_c, offset_c,
+        n, first, batch, all_channels, group_channels, BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit
+def _load_statistic(of_x, of_skip, which: tl.constexpr, n, channel, mask, x_channels, all_channels):
+    """Returns the mean (0) or the variance (1) of channels of x and skip, whose statistics are (batch, channels, 2)."""
+    at = 2 * (n * x_channels + channel) + which
+    number = tl.load(of_x + at, mask=mask & (channel < x_channels), other=0)
+    if of_skip is not None:
+        at = 2 * (n * (all_channels - x_channels) + channel - x_channels) + which
+        number += tl.load(of_skip + at, mask=mask & (channel >= x_channels), other=0)
+    return number
+
+
+@kernel("of_x", "of_skip", "weight", "bias", "offset", "stats", "coefficients")
+def group_norm_silu_combine_kernel(
+    of_x, of_skip, weight, bias, offset, stats, coefficients,
+    weight_c: tl.int64, bias_c: tl.int64, offset_c: tl.int64,
+    batch: tl.int64, x_channels: tl.int64, all_channels: tl.int64, groups: tl.int64, group_channels: tl.int64,
+    eps: tl.float64,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Writes stats and coefficients as the join kernel does, from the mean and the variance of each channel."""
+    program = program_index()
+    n = program // groups
+    if n >= batch:
+        return
+    first = program % groups * group_channels
+    shift = _load_statistic(of_x, of_skip, 0, n, first, first >= 0, x_channels, all_channels)
+    total = tl.zeros((BLOCK,), tl.float64)
+    squares = tl.zeros((BLOCK,), tl.float64)
     for i in range(0, group_channels, BLOCK):
         inside = i + tl.arange(0, BLOCK)
         mask = inside < group_channels
-        at = first + inside
-        exact = tl.full((BLOCK,), 0, tl.float64) + (shift + distance)
-        if offset is not None:  # what is added to the input is subtracted from its mean
-            exact -= tl.load(offset + at * offset_c, mask=mask, other=0).to(tl.float64)
-        mean = exact.to(coefficients.dtype.element_ty)
-        slope = tl.full((BLOCK,), 0, tl.float64) + rstd
-        if weight is not None:
-            slope *= tl.load(weight + at * weight_c, mask=mask, other=0).to(tl.float64)
-        constant = (mean.to(tl.float64) - exact) * slope
-        if bias is not None:
-            constant += tl.load(bias + at * bias_c, mask=mask, other=0).to(tl.float64)
-        out = coefficients + (n * all_channels + at)
-        tl.store(out, mean, mask=mask)
-        tl.store(out + plane, slope, mask=mask)
-        tl.store(out + 2 * plane, constant, mask=mask)
+        channel = first + inside
+        mean = _load_statistic(of_x, of_skip, 0, n, channel, mask, x_channels, all_channels)
+        variance = _load_statistic(of_x, of_skip, 1, n, channel, mask, x_channels, all_channels)
+        if offset is not None:
+            mean += tl.load(offset + channel * offset_c, mask=mask, other=0).to(tl.float64)
+        change = tl.where(mask, mean - shift, 0)
+        total += change
+        squares += tl.fma(change, change, variance)
+    size = group_channels.to(tl.float64)
+    distance = tl.sum(total, 0) / size
+    variance = tl.maximum(tl.sum(squares, 0) / size - distance * distance, 0)
+    _store_group(
+        program, shift + distance, 1 / tl.sqrt(variance + eps), weight, bias, offset, stats, coefficients,
+        weight_c, bias_c, offset_c, n, first, batch, all_channels, group_channels, BLOCK,
+    )  # fmt: skip
 
 
 @kernel("coefficients")
@@ -407,36 +479,125 @@ def group_norm_silu_grad_kernel(
         tl.store(out + at, tl.fma(dz, slope, -tl.fma(normal, multiple, constant)), mask=mask)
 
 
-@kernel("bias")
-def residual_add_kernel(
-    y, residual, bias,
-    y_n: tl.int64, y_c: tl.int64, y_h: tl.int64, y_w: tl.int64,
-    residual_n: tl.int64, residual_c: tl.int64, residual_h: tl.int64, residual_w: tl.int64,
-    bias_c: tl.int64,
-    batch: tl.int64, channels: tl.int64, pixels: tl.int64, width: tl.int64, first: tl.int64,
-    chunks: tl.int64, steps: tl.int64,
-    Y_INNER: tl.constexpr, Y_PIXELS: tl.constexpr, Y_VEC: tl.constexpr, RESIDUAL_INNER: tl.constexpr,
-    RESIDUAL_PIXELS: tl.constexpr, RESIDUAL_VEC: tl.constexpr, C_VEC: tl.constexpr, P_VEC: tl.constexpr,
-    ACC: tl.constexpr, TILE_P: tl.constexpr, TILE_C: tl.constexpr,
+@triton.jit
+def _add(
+    y, first, second, b, n, channel, pixel, mask, y_strides, first_strides, second_strides, width,
+    Y_INNER: tl.constexpr, Y_PIXELS: tl.constexpr, Y_VEC: tl.constexpr, FIRST_INNER: tl.constexpr,
+    FIRST_PIXELS: tl.constexpr, FIRST_VEC: tl.constexpr, SECOND_INNER: tl.constexpr, SECOND_PIXELS: tl.constexpr,
+    SECOND_VEC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Adds residual (batch, channels, pixels) and bias (channels) to y (batch, channels, pixels)."""
+    """Adds b and the residuals to a tile of y, and returns it as it was stored."""
+    other = b
+    if first is not None:
+        at = _offsets(n, channel, pixel, first_strides, width, FIRST_INNER, FIRST_PIXELS, FIRST_VEC)
+        other += tl.load(first + at, mask=mask, other=0).to(ACC)
+    if second is not None:
+        at = _offsets(n, channel, pixel, second_strides, width, SECOND_INNER, SECOND_PIXELS, SECOND_VEC)
+        other += tl.load(second + at, mask=mask, other=0).to(ACC)
+    at = _offsets(n, channel, pixel, y_strides, width, Y_INNER, Y_PIXELS, Y_VEC)
+    value = (tl.load(y + at, mask=mask, other=0).to(ACC) + other).to(y.dtype.element_ty)
+    tl.store(y + at, value, mask=mask)
+    return value.to(ACC)
+
+
+@kernel("bias", "second_bias", "partials")
+def residual_add_kernel(
+    y, first, second, bias, second_bias, partials,
+    y_n: tl.int64, y_c: tl.int64, y_h: tl.int64, y_w: tl.int64,
+    first_n: tl.int64, first_c: tl.int64, first_h: tl.int64, first_w: tl.int64,
+    second_n: tl.int64, second_c: tl.int64, second_h: tl.int64, second_w: tl.int64,
+    bias_c: tl.int64, second_bias_c: tl.int64,
+    batch: tl.int64, channels: tl.int64, pixels: tl.int64, width: tl.int64, first_channel: tl.int64,
+    chunks: tl.int64, steps: tl.int64,
+    Y_INNER: tl.constexpr, Y_PIXELS: tl.constexpr, Y_VEC: tl.constexpr, FIRST_INNER: tl.constexpr,
+    FIRST_PIXELS: tl.constexpr, FIRST_VEC: tl.constexpr, SECOND_INNER: tl.constexpr, SECOND_PIXELS: tl.constexpr,
+    SECOND_VEC: tl.constexpr, C_VEC: tl.constexpr, P_VEC: tl.constexpr, ACC: tl.constexpr, TILE_P: tl.constexpr,
+    TILE_C: tl.constexpr,
+):  # fmt: skip
+    """Adds residuals (batch, channels, pixels) and biases (channels) to y (batch, channels, pixels).
+
+    Unless partials is None, it gets those of the sum, as from the statistics kernel: each place of the tile subtracts
+    its first value.
+    """
     channels *= C_VEC
     pixels *= P_VEC
     n, chunk, channel, has_channel = _place(program_index(), channels, chunks, TILE_C)
     if n >= batch:
         return
-    b = tl.load(bias + channel * bias_c, mask=has_channel, other=0).to(ACC)[None, :]
-    pixel = chunk * (steps * TILE_P) + tl.arange(0, TILE_P)
-    for step in tl.range(0, steps, loop_unroll_factor=2):
+    b = tl.zeros((TILE_C,), ACC)
+    if bias is not None:
+        b += tl.load(bias + channel * bias_c, mask=has_channel, other=0).to(ACC)
+    if second_bias is not None:
+        b += tl.load(second_bias + channel * second_bias_c, mask=has_channel, other=0).to(ACC)
+    b = b[None, :]
+    start = chunk * (steps * TILE_P)
+    pixel = start + tl.arange(0, TILE_P)
+    y_strides = (y_n, y_c, y_h, y_w)
+    first_strides = (first_n, first_c, first_h, first_w)
+    second_strides = (second_n, second_c, second_h, second_w)
+    mask = (pixel < pixels)[:, None] & has_channel[None, :]
+    shift = _add(
+        y, first, second, b, n, channel, pixel, mask, y_strides, first_strides, second_strides, width,
+        Y_INNER, Y_PIXELS, Y_VEC, FIRST_INNER, FIRST_PIXELS, FIRST_VEC, SECOND_INNER, SECOND_PIXELS, SECOND_VEC, ACC,
+    )  # fmt: skip
+    total = tl.zeros((TILE_P, TILE_C), ACC)
+    squares = tl.zeros((TILE_P, TILE_C), ACC)
+    for step in tl.range(1, steps, loop_unroll_factor=2):
         now = pixel + step * TILE_P
         mask = (now < pixels)[:, None] & has_channel[None, :]
-        at = _offsets(
-            n, channel, now, (residual_n, residual_c, residual_h, residual_w), width,
-            RESIDUAL_INNER, RESIDUAL_PIXELS, RESIDUAL_VEC,
+        value = _add(
+            y, first, second, b, n, channel, now, mask, y_strides, first_strides, second_strides, width,
+            Y_INNER, Y_PIXELS, Y_VEC, FIRST_INNER, FIRST_PIXELS, FIRST_VEC, SECOND_INNER, SECOND_PIXELS, SECOND_VEC,
+            ACC,
         )  # fmt: skip
-        other = tl.load(residual + at, mask=mask, other=0).to(ACC)
-        at = _offsets(n, channel, now, (y_n, y_c, y_h, y_w), width, Y_INNER, Y_PIXELS, Y_VEC)
-        tl.store(y + at, tl.load(y + at, mask=mask, other=0).to(ACC) + b + other, mask=mask)
+        if partials is not None:
+            change = tl.where(mask, value - shift, 0)
+            total += change
+            squares = tl.fma(change, change, squares)
+    if partials is not None:
+        _store_partials(
+            partials, shift, total, squares, tl.minimum(pixels - start, steps * TILE_P).to(tl.int32),
+            n, chunk, channel, has_channel, batch, chunks, channels, ACC, TILE_P,
+        )  # fmt: skip
+
+
+@kernel("partials", "statistics")
+def channel_statistics_kernel(
+    partials, statistics,
+    batch: tl.int64, channels: tl.int64, pixels: tl.int64, chunks: tl.int64, chunk_pixels: tl.int64,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Writes statistics (batch, channels, 2), the mean and the variance of each channel, from partials."""
+    program = program_index()
+    blocks = tl.cdiv(channels, BLOCK)
+    n = program // blocks
+    if n >= batch:
+        return
+    channel = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    has_channel = channel < channels
+    base = partials + (n * chunks * channels + channel)
+    plane = batch * chunks * channels
+    shift = tl.load(base, mask=has_channel, other=0).to(tl.float64)
+    shift += tl.load(base + plane, mask=has_channel, other=0).to(tl.float64)
+    total = tl.zeros((ROWS, BLOCK), tl.float64)
+    squares = tl.zeros((ROWS, BLOCK), tl.float64)
+    for i in range(0, chunks, ROWS):
+        chunk = i + tl.arange(0, ROWS)
+        mask = (chunk < chunks)[:, None] & has_channel[None, :]
+        at = base[None, :] + (chunk * channels)[:, None]
+        mean = tl.load(at, mask=mask, other=0).to(tl.float64) + tl.load(at + plane, mask=mask, other=0).to(
+            tl.float64
+        )
+        count = tl.minimum(pixels - chunk * chunk_pixels, chunk_pixels).to(tl.float64)[:, None]
+        change = tl.where(mask, mean - shift[None, :], 0)
+        total = tl.fma(count, change, total)
+        squares += tl.fma(count * change, change, tl.load(at + 2 * plane, mask=mask, other=0).to(tl.float64))
+    size = pixels.to(tl.float64)
+    distance = tl.sum(total, 0) / size
+    variance = tl.maximum(tl.sum(squares, 0) / size - distance * distance, 0)
+    at = statistics + 2 * (n * channels + channel)
+    tl.store(at, shift + distance, mask=has_channel)
+    tl.store(at + 1, variance, mask=has_channel)
 
 
 def _power_of_two(*values: int) -> int:
@@ -568,7 +729,7 @@ def _step(parameter: Tensor | None) -> int:
     return 0 if parameter is None else parameter.stride(0)
 
 
-def statistics(
+def coefficients_of(
     x: Tensor,
     skip: Tensor | None,
     weight: Tensor | None,
@@ -577,27 +738,42 @@ def statistics(
     num_groups: int,
     eps: float,
     offset: Tensor | None = None,
+    statistics: Sequence[Tensor] = (),
 ) -> Tensor:
-    """Fills `stats` (N, num_groups, 2), and returns mean, a and b (3, N, C) of the normalised (x - mean) a + b."""
+    """Fills `stats` (N, num_groups, 2), and returns mean, a and b (3, N, C) of the normalised (x - mean) a + b.
+
+    Args:
+        statistics: those of x and of skip, as `channel_statistics` fills them; without them, a pass computes them.
+    """
     n, _, height, width = x.shape
     channels = x.shape[1] + (0 if skip is None else skip.shape[1])
     pixels = height * width
-    parts = _parts(x, skip)
-    chunk = min(part.chunk(sums=True) for part in parts)
-    chunks = triton.cdiv(pixels, chunk)
+    groups = (num_groups, channels // num_groups)
+    steps = (_step(weight), _step(bias), _step(offset))
     dtype = accumulate_dtype(x.dtype)
-    partials = x.new_empty((3, n, chunks, channels), dtype=dtype)
     coefficients = x.new_empty((3, n, channels), dtype=dtype)
+    grid = grid_of(n * num_groups)
     with on_device(x):
+        if statistics:
+            of_x, of_skip = statistics if len(statistics) > 1 else (statistics[0], None)
+            group_norm_silu_combine_kernel[grid](
+                of_x, of_skip, weight, bias, offset, stats, coefficients, *steps, n, x.shape[1], channels, *groups,
+                eps, BLOCK=min(512, triton.next_power_of_2(groups[1])), num_warps=1, enable_fp_fusion=False,
+            )  # fmt: skip
+            return coefficients
+        parts = _parts(x, skip)
+        chunk = min(part.chunk(sums=True) for part in parts)
+        chunks = triton.cdiv(pixels, chunk)
+        partials = x.new_empty((3, n, chunks, channels), dtype=dtype)
         for part in parts:
-            grid, tiling, options = part.tiling(chunk)
-            group_norm_silu_stats_kernel[grid](
+            own_grid, tiling, options = part.tiling(chunk)
+            group_norm_silu_stats_kernel[own_grid](
                 part.x, partials, *part.view.strides, *part.sizes(), channels, *tiling,
                 **part.view.constants("X"), **options, enable_fp_fusion=False,
             )  # fmt: skip
-        group_norm_silu_stats_join_kernel[grid_of(n * num_groups)](
-            partials, weight, bias, offset, stats, coefficients, _step(weight), _step(bias), _step(offset),
-            n, channels, pixels, num_groups, channels // num_groups, chunks, chunk, eps,
+        group_norm_silu_stats_join_kernel[grid](
+            partials, weight, bias, offset, stats, coefficients, *steps,
+            n, channels, pixels, *groups, chunks, chunk, eps,
             BLOCK=512, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return coefficients
@@ -613,9 +789,10 @@ def forward(
     num_groups: int,
     eps: float,
     offset: Tensor | None = None,
+    statistics: Sequence[Tensor] = (),
 ) -> None:
-    """Fills `y` (N, C, H, W) and `stats` (N, num_groups, 2)."""
-    coefficients = statistics(x, skip, weight, bias, stats, num_groups, eps, offset)
+    """Fills `y` (N, C, H, W) and `stats` (N, num_groups, 2); see `coefficients_of`."""
+    coefficients = coefficients_of(x, skip, weight, bias, stats, num_groups, eps, offset, statistics)
     with on_device(x):
         for part in _parts(x, skip):
             out = y.narrow(1, part.first, part.x.shape[1])
@@ -627,16 +804,48 @@ def forward(
             )  # fmt: skip
 
 
-def add(y: Tensor, residual: Tensor, bias: Tensor) -> None:
-    """Adds `residual` (N, C, H, W) and `bias` (C), of any dtype, to `y` (N, C, H, W), and rounds once."""
-    view = _view(residual)
+def add(
+    y: Tensor, residuals: Sequence[Tensor], biases: Sequence[Tensor], statistics: Tensor | None = None
+) -> None:
+    """Adds at most two `residuals` (N, C, H, W) and two `biases` (C) to `y` (N, C, H, W), and rounds once.
+
+    They have any dtype. Fills `statistics` (N, C, 2) with those of the sum, unless it is None.
+    """
+    first, second = (*residuals, None, None)[:2]
+    bias, second_bias = (*biases, None, None)[:2]
+    views = [_view(residual) for residual in residuals]
+    missing = _View((0, 0, 0, 0), "none", "flat", 1)
+    to_first, to_second = (*views, missing, missing)[:2]
+    (part,) = _parts(y, None)
+    n, c, height, width = y.shape
+    chunk = part.chunk(sums=statistics is not None)
+    grid, tiling, options = part.tiling(chunk, *views)
+    partials = None
+    if statistics is not None:
+        partials = y.new_empty((3, n, tiling[0], c), dtype=accumulate_dtype(y.dtype))
     with on_device(y):
-        for part in _parts(y, None):
-            grid, tiling, options = part.tiling(part.chunk(sums=False), view)
-            residual_add_kernel[grid](
-                y, residual, bias, *part.view.strides, *view.strides, _step(bias), *part.sizes(view), *tiling,
-                **part.view.constants("Y"), **view.constants("RESIDUAL"), **options, enable_fp_fusion=True,
-            )  # fmt: skip
+        residual_add_kernel[grid](
+            y, first, second, bias, second_bias, partials, *part.view.strides, *to_first.strides, *to_second.strides,
+            _step(bias), _step(second_bias), *part.sizes(*views), *tiling, **part.view.constants("Y"),
+            **to_first.constants("FIRST"), **to_second.constants("SECOND"), **options, enable_fp_fusion=False,
+        )  # fmt: skip
+    if partials is not None and statistics is not None:
+        channel_statistics(partials, statistics, height * width, chunk)
+
+
+def channel_statistics(partials: Tensor, statistics: Tensor, pixels: int, chunk: int) -> None:
+    """Fills `statistics` (N, C, 2), the mean and variance of each channel, from `partials` (3, N, chunks, C).
+
+    Args:
+        pixels: number of pixels per image.
+        chunk: number of pixels per chunk; the last one may have fewer.
+    """
+    _, n, chunks, channels = partials.shape
+    with on_device(partials):
+        channel_statistics_kernel[grid_of(n * triton.cdiv(channels, 16))](
+            partials, statistics, n, channels, pixels, chunks, chunk,
+            ROWS=32, BLOCK=16, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
 
 
 def backward(

@@ -15,11 +15,11 @@ def test_the_documentation_has_the_tables():
 
 
 def test_shapes_decide():
-    """GroupNorm reads a tensor twice and writes it once, whatever the size of the image."""
+    """GroupNorm reads a tensor twice and writes it once, or once each if its statistics are given, at any size."""
     small, large = (traffic.predict("litevae-s", size) for size in (64, 128))
     norm = (traffic.STATISTICS, traffic.APPLY)
     assert [large.bytes[kind] / small.bytes[kind] for kind in norm] == [4, 4]
-    assert small.bytes[traffic.APPLY] == 2 * small.bytes[traffic.STATISTICS]
+    assert 0 < small.bytes[traffic.STATISTICS] < small.bytes[traffic.APPLY] / 2
     assert large.macs == 4 * small.macs
 
 

@@ -101,8 +101,9 @@ def test_tensors_may_have_no_elements(cuda_kernels: Any) -> None:
     ],
     ids=str,
 )
+@pytest.mark.parametrize("given", [False, True], ids=["own statistics", "given statistics"])
 def test_an_offset_is_added_before_the_norm(
-    kernels: Any, dtype: torch.dtype, layout: torch.memory_format
+    kernels: Any, dtype: torch.dtype, layout: torch.memory_format, given: bool
 ) -> None:
     torch.manual_seed(0)
     x, skip = (torch.randn(2, c, 5, 8).to(dtype).contiguous(memory_format=layout) for c in (24, 16))
@@ -113,7 +114,8 @@ def test_an_offset_is_added_before_the_norm(
     )
     y = torch.full((2, 40, 5, 8), torch.nan, dtype=dtype).contiguous(memory_format=layout)
     stats = torch.empty(2, 8, 2, dtype=torch.float64)
-    arguments = (x, skip, weight, bias, y, stats, 8, 1e-6, offset)
+    statistics = kernel_cases.group_norm_silu.statistics_of(x, skip) if given else ()
+    arguments = (x, skip, weight, bias, y, stats, 8, 1e-6, offset, statistics)
     kernels.emulator.reset()
     kernels.run("group_norm_silu", "forward", *arguments, written=[y, stats])
     assert not kernels.emulator.problems()

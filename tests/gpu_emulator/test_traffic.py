@@ -41,18 +41,21 @@ def touched(kernels: dict[str, Any]) -> int:
     return sum(32 * (kernel.loads.distinct + kernel.stores.distinct) for kernel in kernels.values())
 
 
+@pytest.mark.parametrize("given", [False, True], ids=["own statistics", "given statistics"])
 @pytest.mark.parametrize("skip_channels", [0, 32])
-def test_group_norm_silu(cuda_kernels: Any, skip_channels: int) -> None:
+def test_group_norm_silu(cuda_kernels: Any, skip_channels: int, given: bool) -> None:
     def tensor(channels: int) -> torch.Tensor:
         return torch.randn(1, channels, 32, 32).bfloat16().contiguous(memory_format=torch.channels_last)
 
     inputs = [tensor(channels) for channels in (64, skip_channels) if channels]
     y, stats = tensor(64 + skip_channels), torch.empty(1, 32, 2, dtype=torch.float64)
-    arguments = (inputs[0], inputs[1] if skip_channels else None, None, None, y, stats, 32, 1e-6)
+    statistics = [torch.zeros(*x.shape[:2], 2, dtype=torch.float64) for x in inputs] if given else []
+    skip = inputs[1] if skip_channels else None
+    arguments = (inputs[0], skip, None, None, y, stats, 32, 1e-6, None, statistics)
     kernels = cuda_kernels.emulator.count_traffic(
         lambda: cuda_kernels.run("group_norm_silu", "forward", *arguments, written=[y, stats])
     )
-    predicted = traffic.group_norm_silu(inputs, y)
+    predicted = traffic.group_norm_silu(inputs, y, given=given)
     by_kind = {
         traffic.STATISTICS: {name: k for name, k in kernels.items() if "Apply" not in name},
         traffic.APPLY: {name: k for name, k in kernels.items() if "Apply" in name},
@@ -62,7 +65,11 @@ def test_group_norm_silu(cuda_kernels: Any, skip_channels: int) -> None:
     written = sum(kernel.stores.bytes for kernel in by_kind[traffic.STATISTICS].values())
     coefficients = 12 * y.shape[1]
     partials = written - stats.nbytes - coefficients
-    assert 0 < partials <= y.nbytes / 25
+    if given:
+        assert partials == 0
+        partials = sum(x.nbytes for x in statistics) / 2  # They are read only.
+    else:
+        assert 0 < partials <= y.nbytes / 25
     more = {traffic.STATISTICS: 2 * partials + stats.nbytes + coefficients, traffic.APPLY: coefficients}
     assert all(by_kind.values())
     assert {kind: touched(found) - predicted[kind] for kind, found in by_kind.items()} == more
@@ -179,18 +186,30 @@ def test_haar_of_contiguous_images(backend: str, dtype: torch.dtype, request: py
     assert found.stores.excess == 1
 
 
-def test_addition_of_a_bias_and_a_residual(triton_kernels: Any) -> None:
-    y, residual = (
-        torch.randn(1, 64, 32, 32).bfloat16().contiguous(memory_format=torch.channels_last) for _ in range(2)
+@pytest.mark.parametrize("measure", [False, True], ids=["sum", "sum and statistics"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_addition_of_biases_and_residuals(triton_kernels: Any, count: int, measure: bool) -> None:
+    y, *residuals = (
+        torch.randn(1, 64, 32, 32).bfloat16().contiguous(memory_format=torch.channels_last)
+        for _ in range(1 + count)
     )
-    bias = torch.randn(64)
+    biases = [torch.randn(64) for _ in range(count)]
+    statistics = torch.empty(1, 64, 2, dtype=torch.float64) if measure else None
+    arguments = (y, residuals, biases, statistics)
     kernels = triton_kernels.emulator.count_traffic(
-        lambda: triton_kernels.run("group_norm_silu", "add", y, residual, bias, written=[y])
+        lambda: triton_kernels.run("group_norm_silu", "add", *arguments, written=[y, statistics])
     )
-    assert touched(kernels) == traffic.elementwise([y, residual], y) + bias.nbytes
-    (kernel,) = kernels.values()
-    assert set(kernel.loads.widths) >= {16}
-    assert set(kernel.stores.widths) == {16}
+    sums = kernels["residual_add_kernel"]
+    moved = sum(traffic.addition(y, residuals).values()) + sum(x.nbytes for x in biases)
+    partials = 0
+    if statistics is not None:
+        join = kernels["channel_statistics_kernel"]
+        partials = 32 * join.loads.distinct
+        assert 0 < partials <= y.nbytes / 20
+        assert touched({"": join}) == partials + statistics.nbytes
+    assert touched({"": sums}) == moved + partials
+    assert sums.loads.widths[16] == y.nbytes + sum(x.nbytes for x in residuals)
+    assert sums.stores.widths[16] == y.nbytes
 
 
 @pytest.mark.parametrize("skip_channels", [0, 32])
@@ -240,6 +259,6 @@ def test_elementwise(emulator: Any, space: str) -> None:
     finally:
         emulator.forget()
     assert torch.equal(out, expected)
-    assert touched(kernels) == traffic.elementwise([out, other], out)
+    assert touched(kernels) == sum(traffic.addition(out, [other]).values())
     assert kernels["add"].loads.widths == {4: out.nbytes + other.nbytes}
     assert kernels["add"].stores.widths == {4: out.nbytes}

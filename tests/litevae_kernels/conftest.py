@@ -1,47 +1,16 @@
 """Fixtures that the tests of several operators share."""
 
-import os
 import re
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-import litevae_kernels
 from litevae_kernels import arithmetic
 from litevae_kernels.testing import Launch, compile_launch, record_launches, registers_and_spills
-
-
-@pytest.fixture
-def under_the_interpreter(pytestconfig: pytest.Config) -> Callable[..., None]:
-    """Returns a function that passes if a file of tests does in a process that has TRITON_INTERPRET set.
-
-    With `old_numpy` it skips where the interpreter fails on the reductions of these kernels.
-    """
-
-    def run(file: str, old_numpy: bool = False) -> None:
-        root = Path(litevae_kernels.__file__).parents[1]
-        path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-        child = subprocess.run(
-            [sys.executable, "-m", "pytest", file, "-q", "-p", "no:cacheprovider", "--color=no"],
-            cwd=pytestconfig.rootpath,
-            env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if old_numpy and "only 0-dimensional arrays can be converted" in child.stdout:
-            pytest.skip("the interpreter of this Triton needs NumPy below 2.5")
-        assert child.returncode == 0, child.stdout + child.stderr
-        assert re.search(r"\d+ passed", child.stdout), child.stdout
-
-    return run
 
 
 @pytest.fixture

@@ -92,6 +92,32 @@ def _magnitudes(
     }
 
 
+def statistics_of(*inputs: Tensor | None) -> list[Tensor]:
+    """Returns the mean and the variance of each channel of the inputs that are not None."""
+    found = [torch.var_mean(x.double(), (2, 3), correction=0) for x in inputs if x is not None]
+    return [torch.stack([mean, variance], 2) for variance, mean in found]
+
+
+def _check_sum(
+    kernels: Kernels, case: Case, y: Poisoned, residuals: list[Tensor], biases: list[Tensor]
+) -> None:
+    """Checks the addition to `y`, and the statistics of the sum."""
+    terms = [y.view.double(), *(t.double() for t in residuals), *(t.double()[:, None, None] for t in biases)]
+    shape = y.view.shape
+    exact, magnitude = (sum(map(f, terms)).expand(shape) for f in (torch.clone, torch.abs))
+    found = torch.full((*shape[:2], 2), torch.nan, dtype=torch.float64)
+    kernels.run("group_norm_silu", "add", y.view, residuals, biases, found, written=[y.view, found])
+    assert_within_budget(y.view, exact, magnitude=magnitude, operations=len(terms))
+    (of_sum,) = statistics_of(y.view)
+    largest = (y.view.double() - of_sum[..., 0][..., None, None]).abs().amax((2, 3))
+    arithmetic = torch.float64 if case.dtype == torch.float64 else torch.float32
+    # The shift is a value of the channel, which is at most twice the largest deviation away from any other.
+    for i, magnitude in enumerate((2 * largest, 4 * largest.square())):
+        error = (found - of_sum)[..., i].to(arithmetic)
+        assert_within_budget(error, torch.zeros_like(error), magnitude=magnitude, operations=CHAIN)
+    y.check_surroundings("sum")
+
+
 def check(kernels: Kernels, rng: random.Random, case: Case) -> None:
     n, cx, cs, h, w = case.batch, case.channels, case.skip_channels, case.height, case.width
     c = cx + cs
@@ -128,14 +154,15 @@ def check(kernels: Kernels, rng: random.Random, case: Case) -> None:
     outgoing = (results["x"].view, results["skip"].view if cs else None, grad_weight, grad_bias)
     kernels.run("group_norm_silu", "backward", grad, *inputs, stats, *outgoing, case.groups, written=outgoing)
 
-    if kernels.name == "triton" and bias is not None:
-        total = tensor(c, case.layouts[3])
-        total.view.copy_(grad)
-        kernels.run("group_norm_silu", "add", total.view, grad, bias, written=[total.view])
-        wanted = 2 * grad.double() + bias.double()[:, None, None]
-        magnitude = 2 * grad.double().abs() + bias.double().abs()[:, None, None]
-        assert_within_budget(total.view, wanted, magnitude=magnitude, operations=3)
-        total.check_surroundings("total")
+    given = tensor(c, case.layouts[2])
+    of_inputs = statistics_of(x, skip)
+    arguments = (*inputs, given.view, torch.empty_like(stats), case.groups, case.eps, None, of_inputs)
+    kernels.run("group_norm_silu", "forward", *arguments, written=[given.view, arguments[5]])
+    if kernels.name == "triton":
+        biases = [t for t in (weight, bias) if t is not None]
+        _check_sum(
+            kernels, case, tensor(c, case.layouts[3], joined), [grad, y][: 1 + len(biases) // 2], biases
+        )
 
     named = zip(("x", "skip", "weight", "bias"), inputs, strict=True)
     wide = {k: t.double().clone().contiguous().requires_grad_() for k, t in named if t is not None}
@@ -166,7 +193,9 @@ def check(kernels: Kernels, rng: random.Random, case: Case) -> None:
             assert_within_budget(got, expected[name], magnitude=bounds[name], operations=operations)
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from error
-    for name, t in results.items():
+    # Exact statistics leave the roundings of z and of its sigmoid.
+    assert_within_budget(given.view, expected["y"], magnitude=bounds["y"], operations=FORWARD)
+    for name, t in (*results.items(), ("y of given statistics", given)):
         t.check_surroundings(name)
 
 

@@ -67,7 +67,7 @@ def test_biases_have_no_pass_of_their_own_on_a_gpu():
     assert with_bias(calls) == [False, False]
     norms = [args for name, args in calls if name == "litevae::group_norm_silu"]
     assert [len(args) > 7 and args[7] is not None for args in norms] == [False, True]
-    assert [name for name, _ in calls].count("litevae::add_residual_") == 1
+    assert [name for name, _ in calls].count("litevae::add_residuals_") == 1
     assert "aten::add_" not in [name for name, _ in calls]
     # Gradients, and layers that must be called, need the biases where they were.
     assert with_bias(gpu_calls(block, x, gradients=True)) == [True, True]

@@ -124,6 +124,57 @@ def test_normalised_input(dtype: torch.dtype, device: str, monkeypatch: pytest.M
 
 @on_device
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@torch.no_grad()
+def test_statistics_of_the_result(dtype: torch.dtype, device: str) -> None:
+    """They are those of the rounded result, at any mean, and have the same bits every time."""
+    for i, shape in enumerate(SHAPES):
+        x, weight, bias, residual = problem(shape, dtype, device, "channels_last")
+        bias = bias + (1000 if i % 2 else 0)
+        found = torch.full((2, shape[0], shape[2], 2), float("nan"), dtype=torch.float64, device=device)
+        with poisoned_memory():
+            y, again = (gpu._convolve(x, None, None, weight, bias, residual, True, measured) for measured in found)
+        assert torch.equal(y, again)
+        assert torch.equal(*found)
+        variance, mean = torch.var_mean(y.double(), (2, 3), correction=0)
+        # The tile's first value is the shift, from which differences are twice the largest deviation at most; a tile
+        # has 128 pixels.
+        largest = 2 * (y.double() - mean[..., None, None]).abs().amax((2, 3))
+        for actual, exact, magnitude in zip(
+            found[0].unbind(-1), (mean, variance), (largest, largest.square()), strict=True
+        ):
+            error = (actual - exact).float()
+            assert_within_budget(error, torch.zeros_like(error), magnitude=magnitude, operations=2 * 128 + 8)
+
+
+@on_device
+@torch.no_grad()
+def test_given_statistics(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "mode", "off")
+    x, weight, bias, residual = problem((2, 12, 3, 5, 7), DTYPES[0], device, "channels_last")
+    variance, mean = torch.var_mean(x.double(), (2, 3), correction=0)
+    norm = (x, None, 4, None, None, 1e-6)
+    y = gpu.norm_forward(*norm, weight, bias, residual, [torch.stack([mean, variance], 2)])
+    h = F.group_norm(x.double(), 4, eps=1e-6)
+    check(y, F.silu(h), weight, bias, residual, 12 * (int(h.abs().max()) + 1))
+
+
+@on_device
+@torch.no_grad()
+def test_pytorch_measures_alike(device: str) -> None:
+    """The rival of a measurement returns the same statistics, with and without a residual."""
+    x, weight, bias, residual = problem((2, 12, 3, 5, 7), DTYPES[0], device, "channels_last")
+    for added in (None, residual):
+        found = torch.full((2, 2, 3, 2), float("nan"), dtype=torch.float64, device=device)
+        ours = gpu._convolve(x, None, None, weight, bias, added, False, found[0])
+        theirs = gpu._convolve_in_pytorch(x, weight, bias, added, False, found[1])
+        spacing = torch.finfo(DTYPES[0]).eps
+        scale = theirs.abs().max().item() + 1
+        torch.testing.assert_close(ours, theirs, rtol=spacing, atol=4 * spacing)
+        torch.testing.assert_close(found[0], found[1], rtol=0, atol=8 * spacing * scale**2)
+
+
+@on_device
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels", [16, 3, 23], ids=str)
 @torch.no_grad()
 def test_skip(channels: int, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:

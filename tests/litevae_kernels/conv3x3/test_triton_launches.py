@@ -29,7 +29,7 @@ def launch(
     normalised: bool = True,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Launch:
-    """Returns the launch of a convolution with all operands, or of one with neither norm nor residual."""
+    """Returns the launch of a convolution with all operands and results, or without norm, residual and statistics."""
     n, c, h, w = shape
 
     def empty(*sizes: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -42,6 +42,8 @@ def launch(
     y, skip = empty(n, outputs, h, w), empty(n, skip_channels, h, w) if skip_channels else None
     residual = y if normalised else None
     arguments = (empty(n, c, h, w), skip, affine, weight, empty(outputs), residual, normalised, y)
+    if normalised:
+        arguments = (*arguments, kernels.empty_partials(y))
     (found,) = record_launches(kernels, lambda: kernels.forward(*arguments))
     return found
 
