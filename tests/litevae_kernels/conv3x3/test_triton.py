@@ -132,7 +132,9 @@ def test_statistics_of_the_result(dtype: torch.dtype, device: str) -> None:
         bias = bias + (1000 if i % 2 else 0)
         found = torch.full((2, shape[0], shape[2], 2), float("nan"), dtype=torch.float64, device=device)
         with poisoned_memory():
-            y, again = (gpu._convolve(x, None, None, weight, bias, residual, True, measured) for measured in found)
+            y, again = (
+                gpu._convolve(x, None, None, weight, bias, residual, True, measured) for measured in found
+            )
         assert torch.equal(y, again)
         assert torch.equal(*found)
         variance, mean = torch.var_mean(y.double(), (2, 3), correction=0)
