@@ -12,18 +12,21 @@ It checks every access and every barrier:
   between all threads of a launch, in global memory (threads may write the same value, as Triton's replicas do);
 - read-only loads (``ld.global.nc``) of what the launch writes;
 - shared memory that nobody has written, which is NaN, and registers likewise;
+- thread-block clusters: races in another block's shared memory, which only a barrier of the cluster orders; accesses
+  to it beyond its bounds, before its block must have started, or after its block may have ended;
 - barriers that threads of a block reach at different places or not at all, and lanes that a shuffle names but lacks;
 - limits: threads per block, launch bounds, shared memory, and whether the host asked for more than 48 KB of it.
 
 It also counts instructions, and the sectors and lines of global memory that a warp's request touches.
 
 It does not see: ptxas, so neither SASS nor registers nor spills; time; streams, graphs and concurrent kernels; caches
-and the memory model beyond barriers. It refuses atomics, tensor cores, clusters and asynchronous copies as unknown.
+and the memory model beyond barriers. It refuses atomics, tensor cores and asynchronous copies as unknown.
 Approximate instructions (``ex2.approx``, ``rcp.approx``) are as exact as the CPU's, where a GPU loses up to two units
 in the last place.
 
 The C++ files: `ptx.h` has the instructions, `parser` reads a module, `arithmetic` computes, `memory` holds and checks
-memory, `warp` runs the threads of a warp in lock step, `grid` runs blocks and barriers, `emulator` has the C interface,
-and `cuda_runtime` is the stand-in for the CUDA runtime. In Python, `build` compiles them, `emulator` loads them,
-and `cuda` and `triton_driver` run the functions of `litevae_kernels/<operator>/native.py` and ``triton.py``.
+memory, `warp` runs the threads of a warp in lock step, `grid` runs blocks and barriers, `cluster` those of a cluster,
+`emulator` has the C interface, and `cuda_runtime` is the stand-in for the CUDA runtime. In Python, `build` compiles
+them, `emulator` loads them, and `cuda` and `triton_driver` run the functions of `litevae_kernels/<operator>/native.py`
+and ``triton.py``.
 """

@@ -1,8 +1,10 @@
 // Global and shared memory with the checks of every access: bounds, alignment, races, initialisation.
 //
 // A check returns what is wrong, or null. It follows the happens-before relation, not the order in which the
-// emulator happens to run threads: two threads of a block are ordered by a barrier only, and two blocks by
-// nothing. For each byte it remembers the last writer and the last readers.
+// emulator happens to run threads: two threads of a block are ordered by a barrier only, two blocks of a
+// cluster by the cluster's barrier (a thread's access comes before its next arrival, and that before what
+// another thread does after the wait for it), and other blocks by nothing. For each byte it remembers the
+// last writer and the last readers.
 #pragma once
 
 #include <cstddef>
@@ -18,7 +20,14 @@ struct Access {
   bool read_only;          // ld.global.nc, whose cache does not see stores of the same launch
   int thread;              // within the block
   uint32_t warp_epoch;     // number of barriers of its warp so far
+  // Of shared memory only.
+  int rank = 0;              // of the thread's block in its cluster
+  uint32_t block_epoch = 0;  // number of barriers of its block so far
+  uint32_t arrivals = 0;     // number of arrivals of the thread at the barrier of its cluster so far
+  uint32_t acquired = 0;     // number of those that other threads' accesses were seen to precede
 };
+
+constexpr int kMostThreads = 1024;  // per block
 
 // Device memory is host memory: an address is a pointer.
 class GlobalMemory {
@@ -51,8 +60,10 @@ class SharedMemory {
  public:
   explicit SharedMemory(int64_t bytes);
   // A new block begins: its memory is not initialised (it is NaN).
-  void begin_block();
-  void pass_barrier() { ++epoch; }
+  // `epoch` must exceed all epochs of the blocks before.
+  void begin_block(uint32_t epoch);
+  void pass_barrier() { ++now; }
+  uint32_t epoch() const { return now; }
   const char* check(const Access& access);
 
   uint8_t* data() { return base; }
@@ -63,18 +74,22 @@ class SharedMemory {
   }
 
  private:
-  struct Cell {
-    int32_t writer = -1, reader = -1;
-    uint32_t write_epoch = 0, write_warp_epoch = 0, read_epoch = 0, read_warp_epoch = 0;
+  // Who accessed a byte, and when.
+  struct Trace {
+    int32_t who = -1;
+    uint32_t epoch = 0, warp_epoch = 0, arrivals = 0;
   };
-  bool conflicts(int32_t other, uint32_t other_epoch, uint32_t other_warp_epoch, const Access& access) const;
-  void add_reader(Cell& cell, const Access& access) const;
+  struct Cell {
+    Trace writer, reader;
+  };
+  bool conflicts(const Trace& other, const Access& access) const;
+  void add_reader(Trace& reader, const Access& access) const;
 
   const int64_t bytes;
   std::vector<uint8_t> storage;
   uint8_t* base;
   std::vector<Cell> cells;
-  uint32_t epoch = 0, first_epoch = 0;
+  uint32_t now = 0, first_epoch = 0;
 };
 
 }  // namespace ptx

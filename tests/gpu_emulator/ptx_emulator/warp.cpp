@@ -5,7 +5,7 @@
 #include <climits>
 #include <cstring>
 
-#include "grid.h"
+#include "cluster.h"
 
 namespace ptx {
 namespace {
@@ -118,6 +118,7 @@ bool Warp::step(Frame& frame, Path& path) {
     case Op::warp_barrier:
     case Op::ldmatrix:
     case Op::stmatrix:
+    case Op::cluster_wait:
       if (active != 0) return control(frame, path, in, active);
       break;
     default:
@@ -141,6 +142,8 @@ bool Warp::control(Frame& frame, Path& path, const Instruction& in, uint32_t act
       return leave(frame, path, in, active);
     case Op::barrier:
       return wait(frame, path, in, active);
+    case Op::cluster_wait:
+      return wait_for_cluster(frame, path, in, active);
     default:
       return gather(frame, path, in, active);
   }
@@ -246,6 +249,11 @@ void Warp::execute(Frame& frame, const Instruction& in, uint32_t active) {
       values.fill(active);
       return assign(frame, in.to[0], active, values.data());
     }
+    case Op::mapa:
+    case Op::getctarank:
+      return map_address(frame, in, active);
+    case Op::cluster_arrive:
+      return arrive(in, active);
     case Op::trap:
       report("trap", in, first_lane(active));
       fail("trap at " + place_of(in, first_lane(active)));
@@ -288,6 +296,7 @@ void Warp::move(Frame& frame, const Instruction& in, uint32_t active) {
 }
 
 void Warp::convert_address(Frame& frame, const Instruction& in, uint32_t active) {
+  if (in.space == Space::shared_cluster) return map_address(frame, in, active);
   Lanes buffer, out;
   const uint64_t* const from = row(frame, in.from[0], buffer);
   const uint64_t base = in.space == Space::shared ? reinterpret_cast<uintptr_t>(block.shared.data()) : 0;
@@ -411,7 +420,8 @@ void Warp::store_matrices(Frame& frame, const Instruction& in) {
 // --- Operands.
 
 uint64_t Warp::special(Special which, int lane) const {
-  const Size &grid = block.launch.grid, &threads = block.launch.block, &at = block.position;
+  const Size &grid = block.launch.grid, &threads = block.launch.block, &cluster = block.launch.cluster,
+             &at = block.position;
   const int thread = kWarp * index + lane;
   switch (which) {
     case Special::tid_x:
@@ -442,8 +452,34 @@ uint64_t Warp::special(Special which, int lane) const {
       return lane;
     case Special::warpid:
       return index;
-    case Special::zero:
-      break;
+    case Special::cluster_ctaid_x:
+      return at.x % cluster.x;
+    case Special::cluster_ctaid_y:
+      return at.y % cluster.y;
+    case Special::cluster_ctaid_z:
+      return at.z % cluster.z;
+    case Special::cluster_nctaid_x:
+      return cluster.x;
+    case Special::cluster_nctaid_y:
+      return cluster.y;
+    case Special::cluster_nctaid_z:
+      return cluster.z;
+    case Special::clusterid_x:
+      return at.x / cluster.x;
+    case Special::clusterid_y:
+      return at.y / cluster.y;
+    case Special::clusterid_z:
+      return at.z / cluster.z;
+    case Special::nclusterid_x:
+      return grid.x / cluster.x;
+    case Special::nclusterid_y:
+      return grid.y / cluster.y;
+    case Special::nclusterid_z:
+      return grid.z / cluster.z;
+    case Special::cluster_ctarank:
+      return block.rank;
+    case Special::cluster_nctarank:
+      return cluster.count();
   }
   return 0;
 }
@@ -502,6 +538,9 @@ uint8_t* Warp::resolve(Frame& frame, const Instruction& in, int lane, uint64_t a
     case Space::shared:
       access.address = static_cast<uint32_t>(address);
       return resolve_shared(in, lane, access);
+    case Space::shared_cluster:
+      access.address = ClusterAddress(address).offset;
+      return resolve_cluster(in, lane, access, ClusterAddress(address).rank_or(block.rank));
     case Space::global:
       return resolve_global(in, lane, access);
     case Space::constant:
@@ -515,21 +554,15 @@ uint8_t* Warp::resolve(Frame& frame, const Instruction& in, int lane, uint64_t a
       break;
   }
   if (block.device.memory.contains(access)) return resolve_global(in, lane, access);
-  if (block.shared.owns(address)) {
-    access.address = address - reinterpret_cast<uintptr_t>(block.shared.data());
-    return resolve_shared(in, lane, access);
+  if (Block* const owner = block.cluster.owner(address)) {
+    access.address = address - reinterpret_cast<uintptr_t>(owner->shared.data());
+    return resolve_cluster(in, lane, access, owner->rank);
   }
   return frame.owns(address, bytes) ? pointer : resolve_global(in, lane, access);
 }
 
-uint8_t* Warp::resolve_shared(const Instruction& in, int lane, const Access& access) {
-  if (static_cast<int64_t>(access.address) + access.bytes > block.shared.size()) {
-    report("shared memory: out of bounds", in, lane);
-    fail("shared memory out of bounds at " + place_of(in, lane));
-  }
-  const char* const wrong = block.shared.check(access);
-  if (wrong != nullptr) report(wrong, in, lane);
-  return block.shared.data() + access.address;
+uint8_t* Warp::resolve_shared(const Instruction& in, int lane, Access access) {
+  return resolve_cluster(in, lane, access, block.rank);
 }
 
 uint8_t* Warp::resolve_global(const Instruction& in, int lane, const Access& access) {

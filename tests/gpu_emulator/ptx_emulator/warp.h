@@ -4,6 +4,7 @@
 // diverged meet again as early as they can. Checks do not depend on this order.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <vector>
 
@@ -47,6 +48,13 @@ class Warp {
   void run() { run(entry); }
   void pass_barrier();
   const std::vector<Path>& waiting() const { return at_barrier; }
+  // --- The barrier of the cluster (cluster.cpp).
+  const std::vector<Path>& waiting_for_cluster() const { return at_cluster; }
+  // Lets the threads go on that wait for one of the first `complete` phases; returns whether there are some.
+  bool pass_cluster_barrier(uint32_t complete);
+  // The least number of arrivals of a thread that has not ended, and the most phases that a thread acquired.
+  uint32_t least_arrivals() const;
+  uint32_t most_acquired() const { return *std::max_element(acquired.begin(), acquired.end()); }
   bool has_ended_threads() const { return live != all; }
   const Instruction& at(const Path& path) const { return entry.function.code[path.pc]; }
   std::string place_of(const Instruction& in, int lane) const;  // for messages
@@ -61,6 +69,9 @@ class Warp {
   bool leave(const Frame& frame, Path& path, const Instruction& in, uint32_t active);
   bool wait(const Frame& frame, Path& path, const Instruction& in, uint32_t active);
   bool gather(Frame& frame, Path& path, const Instruction& in, uint32_t active);
+  bool wait_for_cluster(const Frame& frame, Path& path, const Instruction& in, uint32_t active);
+  void arrive(const Instruction& in, uint32_t active);
+  void map_address(Frame& frame, const Instruction& in, uint32_t active);
 
   void compute_lanes(Frame& frame, const Instruction& in, uint32_t active);
   void move(Frame& frame, const Instruction& in, uint32_t active);
@@ -76,7 +87,9 @@ class Warp {
   uint64_t special(Special which, int lane) const;
   uint8_t* resolve(Frame& frame, const Instruction& in, int lane, uint64_t address, int bytes,
                    const uint8_t* written);
-  uint8_t* resolve_shared(const Instruction& in, int lane, const Access& access);
+  uint8_t* resolve_shared(const Instruction& in, int lane, Access access);
+  uint8_t* resolve_cluster(const Instruction& in, int lane, Access access, int rank);
+  void check_aligned(const Instruction& in, uint32_t active);
   uint8_t* resolve_global(const Instruction& in, int lane, const Access& access);
   void count_request(bool is_load, uint32_t active, const Lanes& addresses, int bytes);
   void report(const char* what, const Instruction& in, int lane);
@@ -86,7 +99,9 @@ class Warp {
   const uint32_t all;  // the lanes that have a thread
   uint32_t live;       // lanes that have not ended
   std::array<uint32_t, kWarp> epochs{};
-  std::vector<Path> at_barrier;
+  // By lane: arrivals and waits at the cluster's barrier, and the phases that the waits acquired.
+  std::array<uint32_t, kWarp> arrivals{}, waits{}, acquired{};
+  std::vector<Path> at_barrier, at_cluster;
   Frame entry;
 };
 
