@@ -195,6 +195,7 @@ def _covering_cuda() -> dict[str, Case]:
             cases[f"{layout} {str(dtype)[6:]} in clusters"] = case
     layouts = ("channels_last",) * 4
     cases["blocks without pixels"] = Case(1, 4096, 0, 1, 3, 3, BF16, layouts, clusters=True)
+    cases["a slab that is not full"] = Case(2, 120, 0, 24, 9, 7, BF16, layouts, clusters=True)
     cases["clusters of 16 blocks"] = Case(1, 48, 0, 16, 70, 32, BF16, layouts, clusters=True)
     return cases
 
