@@ -34,8 +34,8 @@ def view(x: Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
 def row(core: ModuleType, card: tuple[int, int, int], batch: int) -> list[str]:
     """Returns the cells of a batch."""
     norms = record(PRESETS[MODEL], SIZE, batch).norms
-    two_passes = moved = served = 0
-    blocks, per_cluster, shared = [], [], []
+    two_passes = moved = 0
+    divisions: list[tuple[int, int, int]] = []
     for inputs, y, groups in norms:
         skip = view(inputs[1]) if len(inputs) > 1 else None
         count, size, bytes_per_block = core.group_norm_silu_clusters(
@@ -45,14 +45,11 @@ def row(core: ModuleType, card: tuple[int, int, int], batch: int) -> list[str]:
         two_passes += apart
         moved += sum(group_norm_silu_in_clusters(inputs, y).values()) if count else apart
         if count:
-            served += 1
-            blocks.append(count * size)
-            per_cluster.append(size)
-            shared.append(bytes_per_block // 1024)
-    spans = [f"{min(values)} to {max(values)}" for values in (per_cluster, blocks, shared)]
+            divisions.append((size, count * size, bytes_per_block // 1024))
+    spans = [f"{min(values)} to {max(values)}" for values in zip(*divisions, strict=True)]
     return [
         str(batch),
-        f"{served} of {len(norms)}",
+        f"{len(divisions)} of {len(norms)}",
         *spans,
         f"{two_passes / batch / 1e6:.1f}",
         f"{moved / batch / 1e6:.1f}",
@@ -69,6 +66,6 @@ def table(core: ModuleType) -> str:
 
 if __name__ == "__main__":
     argparse.ArgumentParser(prog="python -m benchmarks.gpu.clusters", description=__doc__).parse_args()
-    if not hasattr(core, "group_norm_silu_clusters"):
+    if core is None or not hasattr(core, "group_norm_silu_clusters"):
         sys.exit("the compiled core has no clusters: build it with CUDA for sm_90 or newer GPUs")
     print(table(core))

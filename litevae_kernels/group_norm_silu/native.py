@@ -39,7 +39,7 @@ mode = _read_mode(os.environ.get("LITEVAE_GPU_NORM") or None)
 @functools.cache
 def why_no_clusters(device: int) -> str | None:
     """Returns why clusters serve no call on a GPU; None if they serve those whose images fit."""
-    if not hasattr(core, "group_norm_silu_card"):
+    if core is None or not hasattr(core, "group_norm_silu_card"):
         return "the core was not built for a GPU of sm_90 or newer"
     _multiprocessors, _shared_bytes, blocks = core.group_norm_silu_card(device)
     return None if blocks else f"GPU {device} has no thread-block clusters, or the core was not built for it"
