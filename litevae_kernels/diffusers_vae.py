@@ -25,6 +25,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from litevae_kernels.backend import keep_backend
 from litevae_kernels.conv3x3 import conv3x3
+from litevae_kernels.conv3x3.normed import norm_adds_bias
 from litevae_kernels.group_norm_silu import group_norm_silu
 from litevae_kernels.nn import Conv2d, Linear
 from litevae_kernels.tensors import is_channels_last, memory_format_of
@@ -107,12 +108,24 @@ def apply_conv(conv: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
     return y if residual is None else residual + y
 
 
-def apply_norm(norm: Any, activation: nn.Module, x: Tensor, *, ours: bool = False) -> Tensor:
-    """Returns ``activation(norm(x))``, which may overwrite `x` if that is ours and no gradients are recorded."""
+def apply_norm(
+    norm: Any, activation: nn.Module, x: Tensor, *, ours: bool = False, offset: Tensor | None = None
+) -> Tensor:
+    """Returns ``activation(norm(x))``, which may overwrite `x` if that is ours and no gradients are recorded.
+
+    An `offset` per channel is added to x; it needs layers that `group_norm_silu` can stand for.
+    """
     if why_not_norm(norm, activation) is None:
         overwrite = ours and not torch.is_grad_enabled()
-        return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, overwrite=overwrite)
+        parameters = (norm.num_groups, norm.weight, norm.bias)
+        return group_norm_silu(x, *parameters, eps=norm.eps, overwrite=overwrite, offset=offset)
+    assert offset is None
     return activation(norm(x))
+
+
+def defers_bias(conv: nn.Module, norm: nn.Module, activation: nn.Module, x: Tensor) -> bool:
+    """Returns whether `norm`, which follows `conv` of `x`, adds the bias of the convolution."""
+    return norm_adds_bias(x) and why_not_conv(conv) is None and why_not_norm(norm, activation) is None
 
 
 class ResnetBlock2D(DiffusersResnetBlock2D):
@@ -140,8 +153,12 @@ class ResnetBlock2D(DiffusersResnetBlock2D):
             del x
         else:
             h = apply_norm(self.norm1, self.nonlinearity, x)
-        h = apply_conv(self.conv1, h)
-        h = apply_norm(self.norm2, self.nonlinearity, h, ours=why_not_conv(self.conv1) is None)
+        offset = None
+        if defers_bias(self.conv1, self.norm2, self.nonlinearity, h):
+            h, offset = conv3x3(h, self.conv1.weight), self.conv1.bias
+        else:
+            h = apply_conv(self.conv1, h)
+        h = apply_norm(self.norm2, self.nonlinearity, h, ours=why_not_conv(self.conv1) is None, offset=offset)
         h = self.dropout(h)
         if residual is None:
             # Like diffusers: DDP warns of gradients with other strides than the weight's.

@@ -1,6 +1,7 @@
 """Helpers of the operators' tests: error budgets, poisoned memory, inputs of every stride, kernels without a GPU."""
 
 import contextlib
+import copy
 import random
 import re
 import subprocess
@@ -11,7 +12,11 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from litevae_kernels.backend import use_backend
 
 LAYOUTS = ("contiguous", "channels_last", "sliced", "transposed", "expanded")
 
@@ -186,6 +191,33 @@ def record_launches(kernels: Any, call: Callable[[], object], dimensions: int = 
                 stack.enter_context(mock.patch.object(kernels, name, Recorder(getattr(kernels, name))))
         call()
     return seen
+
+
+def gpu_calls(module: nn.Module, x: Tensor, *, gradients: bool = False) -> list[tuple[str, tuple[Any, ...]]]:
+    """Returns names and arguments of the operators in ``module(x)`` on a GPU, which this machine need not have.
+
+    Args:
+        module: any module, which does not change.
+        x: only its shape and dtype matter.
+        gradients: whether they are recorded.
+    """
+    calls = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            calls.append((func._schema.name, args))
+            return func(*args, **(kwargs or {}))
+
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.set_grad_enabled(gradients):
+        on_gpu = copy.deepcopy(module)
+        for layer in on_gpu.modules():
+            for name, parameter in list(layer.named_parameters(recurse=False)):
+                fake = torch.empty(parameter.shape, dtype=parameter.dtype, device="cuda")
+                setattr(layer, name, nn.Parameter(fake))
+        input = torch.empty(x.shape, dtype=x.dtype, device="cuda")
+        with use_backend("triton"), Recorder():
+            on_gpu(input)
+    return calls
 
 
 def compile_launch(launch: Launch, capability: int = 90) -> Any:

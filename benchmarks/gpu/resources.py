@@ -14,41 +14,53 @@ import torch
 from benchmarks.gpu.traffic import PRESETS
 from benchmarks.report import markdown
 from litevae import LiteVAE
+from litevae.models.feature_unet import FeatureUNet
 from litevae.models.layers import ResBlock
 from litevae_kernels.testing import Launch, compile_launch, record_launches, registers_and_spills
 
 ARCHITECTURES = (80, 86, 89, 90, 120)
 
 
-def layers(preset: str) -> Counter[tuple[int, int, bool]]:
-    """Returns how many convolutions have each (input channels, output channels, residual) in a model."""
+Layer = tuple[
+    int, int, int, bool
+]  # channels of the input, of the skip and of the output, and whether a residual is added
+
+
+def layers(preset: str) -> Counter[Layer]:
+    """Returns how many convolutions of each kind a model has."""
     with torch.device("meta"):
         model = LiteVAE.from_preset(preset)
-    found: Counter[tuple[int, int, bool]] = Counter()
+    # The skip of a U-Net's block has as many channels as its output.
+    up = {block for unet in model.modules() if isinstance(unet, FeatureUNet) for block in unet.decoder_blocks}
+    found: Counter[Layer] = Counter()
     for block in model.modules():
         if isinstance(block, ResBlock):
-            for conv, residual in ((block.conv1, False), (block.conv2, True)):
-                found[int(conv.in_channels), int(conv.out_channels), residual] += 1
+            width = int(block.conv1.out_channels)
+            skip = width if block in up else 0
+            found[int(block.conv1.in_channels) - skip, skip, width, False] += 1
+            found[width, 0, width, True] += 1
     return found
 
 
-def launch(channels: int, outputs: int, residual: bool) -> Launch:
+def launch(channels: int, skip_channels: int, outputs: int, residual: bool) -> Launch:
     """Returns the launch of a normalised convolution; the size of the image does not change the kernel."""
     kernels = importlib.import_module("litevae_kernels.conv3x3.triton")
     options: Any = {"device": "meta", "dtype": torch.bfloat16}
-    x, y = (
-        torch.empty(1, c, 64, 64, **options, memory_format=torch.channels_last) for c in (channels, outputs)
+    x, skip, y = (
+        torch.empty(1, c, 64, 64, **options, memory_format=torch.channels_last)
+        for c in (channels, skip_channels, outputs)
     )
-    affine = torch.empty(3, 1, channels, device="meta")
-    weight, bias = torch.empty(outputs, 3, 3, channels, **options), torch.empty(outputs, **options)
-    arguments = (x, affine, weight, bias, y if residual else None, True, y)
+    inputs = channels + skip_channels
+    affine = torch.empty(3, 1, inputs, device="meta")
+    weight, bias = torch.empty(outputs, 3, 3, inputs, **options), torch.empty(outputs, **options)
+    arguments = (x, skip if skip_channels else None, affine, weight, bias, y if residual else None, True, y)
     (found,) = record_launches(kernels, lambda: kernels.forward(*arguments))
     return found
 
 
-def describe(channels: int, outputs: int, residual: bool, architecture: int) -> str:
+def describe(layer: Layer, architecture: int) -> str:
     """Returns the cell of a layer: registers, shared memory and spills."""
-    compiled = compile_launch(launch(channels, outputs, residual), architecture)
+    compiled = compile_launch(launch(*layer), architecture)
     found = registers_and_spills(compiled)
     if found is None:
         return "no ptxas"
@@ -57,16 +69,17 @@ def describe(channels: int, outputs: int, residual: bool, architecture: int) -> 
 
 
 def table(architectures: tuple[int, ...] = ARCHITECTURES) -> str:
-    """Returns the table in Markdown, with a row for each pair of channels and kind of layer."""
+    """Returns the table in Markdown, with a row for each kind of layer."""
     counts = {name: layers(preset) for name, preset in PRESETS.items()}
     rows = [
         ["channels in, out", *(f"layers of {name}" for name in counts), *(f"sm_{a}" for a in architectures)]
     ]
-    for channels, outputs, residual in sorted(set().union(*counts.values())):
-        key = channels, outputs, residual
-        name = f"{channels}, {outputs}{', residual' if residual else ''}"
+    for layer in sorted(set().union(*counts.values())):
+        channels, skip_channels, outputs, residual = layer
+        name = f"{channels} + {skip_channels}" if skip_channels else str(channels)
+        name += f", {outputs}" + (", residual" if residual else "")
         rows.append(
-            [name, *(str(c[key]) for c in counts.values()), *(describe(*key, a) for a in architectures)]
+            [name, *(str(c[layer]) for c in counts.values()), *(describe(layer, a) for a in architectures)]
         )
     return markdown(rows[0], rows[1:])
 

@@ -12,11 +12,13 @@ LARGE = "2_to_31 or many"  # tests that need tens of gigabytes, and so run alone
 CHECKED = (
     "not triton and (huge or identical or depthwise or zeros)"  # few launches, because checkers are slow
 )
-TRITON = "triton and not 2_to_31 and not 2_31"
+LARGE_TRITON = "2_to_31 or 2_31"
+TRITON = f"triton and not ({LARGE_TRITON})"
 MODEL_TESTS = (
     "tests/litevae/models",
     "tests/litevae/losses",
     "tests/litevae/training/test_devices.py",
+    "tests/litevae/training/test_optimization.py",
     "tests/litevae_kernels/test_inference_mode.py",
 )
 READINGS = "benchmarks/gpu/test_readings.py"
@@ -66,7 +68,7 @@ def stages(output: Path, *, dry_run: bool) -> dict[int, list[Step]]:
 
     def checker(tool: str) -> Step:
         command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9")
-        run = (*pytest(), "-m", "gpu", "-x", "-k", CHECKED, *KERNEL_TESTS[1:])
+        run = (*pytest(), "-m", "gpu", "-x", "-k", CHECKED, *KERNEL_TESTS)
         if dry_run:
             return Step(tool, (*run, "--collect-only"), 60)
         return Step(tool, (*command, *run), 60, needs="compute-sanitizer")
@@ -100,6 +102,13 @@ def stages(output: Path, *, dry_run: bool) -> dict[int, list[Step]]:
         2: [
             tests("Triton kernels", TRITON, "tests/litevae_kernels", processes=14, limit=400),
             tests("models", "", *MODEL_TESTS, processes=4, limit=150),
+            tests(
+                "Triton kernels, large tensors",
+                f"({LARGE_TRITON}) and triton",
+                "tests/litevae_kernels",
+                processes=1,
+                limit=200,
+            ),
         ],
         3: [
             readings("encoders, batch 32", "encoders[32]", limit=200),

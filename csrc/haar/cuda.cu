@@ -10,12 +10,11 @@ namespace litevae {
 namespace haar {
 namespace {
 
-constexpr int kThreads = 128;
 constexpr int64_t kMaxBlocks = 0x7fffffff;
 
 template <class Body>
 __global__ void __launch_bounds__(kThreads) kernel(const __grid_constant__ Pass p) {
-  if constexpr (Body::kPaired) {
+  if constexpr (Body::kTogether) {
     // All threads stay together. Those past the end repeat the last one's work, and store the same values.
     for (int64_t block = blockIdx.x; block * kThreads < p.threads; block += gridDim.x) {
       const int64_t thread = block * kThreads + threadIdx.x;

@@ -9,6 +9,8 @@ namespace litevae {
 namespace haar {
 namespace {
 
+constexpr int kThreads = 128;  // of a block
+constexpr int kWarp = 32;
 constexpr unsigned kWholeWarp = 0xffffffffu;
 
 // PTX, because the compiler does not know that an address from another thread is one of global memory.
@@ -18,6 +20,12 @@ LITEVAE_DEVICE void store_global(size_t to, const uint4& v) {
 }
 LITEVAE_DEVICE void store_global(size_t to, const uint2& v) {
   asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(v.x), "r"(v.y) : "memory");
+}
+LITEVAE_DEVICE void store_global(size_t to, uint32_t v) {
+  asm volatile("st.global.u32 [%0], %1;" ::"l"(to), "r"(v) : "memory");
+}
+LITEVAE_DEVICE void store_global(size_t to, uint16_t v) {
+  asm volatile("st.global.u16 [%0], %1;" ::"l"(to), "h"(v) : "memory");
 }
 
 LITEVAE_DEVICE uint4 exchange(const uint4& v) {
@@ -139,7 +147,7 @@ struct PairedStore {
   template <int N, class T>
   LITEVAE_DEVICE void operator()(char* at, const T (&v)[N]) const {
     constexpr int kBytes = N * static_cast<int>(sizeof(S));
-    if constexpr (kBytes == 16) {
+    if constexpr (kBytes <= 16) {
       store_vector<S>(at, v);
     } else {
       uint32_t words[kBytes / 4];

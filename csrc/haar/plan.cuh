@@ -23,14 +23,18 @@ class Layouts {
   Layouts(const Pass& p, const Shape& shape) : p(p), shape(shape) {}
 
   Kind kind() const {
-    if (shape.channels == 3 && coeffs_are_pixels()) {
-      if (image_is_planar()) return Kind::pixels_planar;
-      if (image_is_interleaved()) return Kind::pixels_interleaved;
+    if (shape.channels == 3 && coeffs_are_pixels(true)) {
+      if (image_is_planar(true)) return Kind::pixels_planar;
+      if (image_is_interleaved(true)) return Kind::pixels_interleaved;
     }
-    if (image_is_planar() && coeffs_are_planar()) return Kind::planar;
+    if (image_is_planar(true) && coeffs_are_planar(true)) return Kind::planar;
     if (shape.channels % 2 == 0 && channels_come_in_pairs()) return Kind::channels;
-    if (rows_are_contiguous()) return Kind::rows;
-    return Kind::any;
+    if (image_size() > 4 || coeff_size() > 4) return Kind::any;
+    if (shape.channels == 3 && coeffs_are_pixels(false)) {
+      if (image_is_planar(false)) return Kind::unaligned_planar;
+      if (image_is_interleaved(false)) return Kind::unaligned_interleaved;
+    }
+    return image_is_planar(false) && coeffs_are_planar(false) ? Kind::rows : Kind::any;
   }
 
  private:
@@ -57,27 +61,24 @@ class Layouts {
     return true;
   }
 
-  bool image_is_planar() const {
-    return p.image.w == 1 && rows_fit(p.image, image_size(), 0, kTileWidth * image_size(), true, false);
+  // Each of these says whether a row is contiguous, and if asked for, whether vectors are aligned in every
+  // row.
+  bool image_is_planar(bool fits) const {
+    return p.image.w == 1 &&
+           (!fits || rows_fit(p.image, image_size(), 0, kTileWidth * image_size(), true, false));
   }
-  bool coeffs_are_planar() const {
+  bool coeffs_are_planar(bool fits) const {
     return each_band([&](const Band& b, int level) {
       const int64_t run = (kTileWidth >> level) * coeff_size();
-      return (b.w == 1 || width(level) == 1) && rows_fit(b, coeff_size(), level, run, true, false);
+      return (b.w == 1 || width(level) == 1) && (!fits || rows_fit(b, coeff_size(), level, run, true, false));
     });
   }
-
-  bool rows_are_contiguous() const {
-    return p.image.w == 1 && image_size() <= 4 && coeff_size() <= 4 &&
-           each_band([&](const Band& b, int level) { return b.w == 1 || width(level) == 1; });
-  }
-
-  bool image_is_interleaved() const {
+  bool image_is_interleaved(bool fits) const {
     return p.image.c == 1 && p.image.w == 3 &&
-           rows_fit(p.image, image_size(), 0, 3 * kTileWidth * image_size(), false, false);
+           (!fits || rows_fit(p.image, image_size(), 0, 3 * kTileWidth * image_size(), false, false));
   }
-  // Whether the 12 coefficients of a pixel are adjacent, and the pixels of a row too.
-  bool coeffs_are_pixels() const {
+  // Here, the 12 coefficients of a pixel are adjacent.
+  bool coeffs_are_pixels(bool fits) const {
     for (int level = 0; level < p.levels; ++level)
       for (int band = 0; band < 4; ++band) {
         const char* ll = p.bands[level][kLL].data;
@@ -87,7 +88,7 @@ class Layouts {
       const bool dense = b.c == 1 && (b.w == 12 || width(level) == 1);
       const int64_t run = 12 * (kTileWidth >> level) * coeff_size();
       const Band first{p.bands[level - 1][kLL].data, b.n, b.c, b.h, b.w};
-      return dense && rows_fit(first, coeff_size(), level, run, false, false);
+      return dense && (!fits || rows_fit(first, coeff_size(), level, run, false, false));
     });
   }
 
@@ -142,6 +143,10 @@ void launch_kind(const Pass& p, Kind kind, const Launch& launch) {
       return launch_levels<kAnalysis, Exact, float, Kind::pixels_planar>(p, launch);
     case Kind::pixels_interleaved:
       return launch_levels<kAnalysis, Exact, float, Kind::pixels_interleaved>(p, launch);
+    case Kind::unaligned_planar:
+      return launch_levels<kAnalysis, Exact, float, Kind::unaligned_planar>(p, launch);
+    case Kind::unaligned_interleaved:
+      return launch_levels<kAnalysis, Exact, float, Kind::unaligned_interleaved>(p, launch);
     case Kind::channels:
       return launch_levels<kAnalysis, Either, float, Kind::channels>(p, launch);
     default:

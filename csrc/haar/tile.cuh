@@ -6,6 +6,7 @@
 #include "../common/device.cuh"
 #include "haar.h"
 #include "pairs.cuh"
+#include "segments.cuh"
 
 namespace litevae {
 namespace haar {
@@ -41,15 +42,24 @@ enum class Kind {
   channels,       // channels innermost, an even number of them: two channels per thread
   pixels_planar,  // three channels: contiguous rows in the image, the 12 coefficients of a pixel adjacent
   pixels_interleaved,  // three channels: channels innermost in the image and in the coefficients
-  rows                 // contiguous rows that vectors do not fit: vectors with single elements around them
+  rows,                // contiguous rows that vectors do not fit: vectors with single elements around them
+  unaligned_planar,    // pixels_planar and pixels_interleaved whose rows vectors do not fit
+  unaligned_interleaved
 };
 
-// Whether pairs of threads move their runs together.
-LITEVAE_CONSTEXPR bool is_paired(Kind kind) {
-  return kind == Kind::pixels_planar || kind == Kind::pixels_interleaved;
+LITEVAE_CONSTEXPR bool is_unaligned(Kind kind) {
+  return kind == Kind::unaligned_planar || kind == Kind::unaligned_interleaved;
+}
+LITEVAE_CONSTEXPR bool is_interleaved(Kind kind) {
+  return kind == Kind::pixels_interleaved || kind == Kind::unaligned_interleaved;
 }
 
-LITEVAE_CONSTEXPR int lanes_of(Kind kind) { return kind == Kind::channels ? 2 : is_paired(kind) ? 3 : 1; }
+// Whether one thread takes all three channels of an image, and threads of a warp move rows together.
+LITEVAE_CONSTEXPR bool is_pixels(Kind kind) {
+  return is_interleaved(kind) || kind == Kind::pixels_planar || kind == Kind::unaligned_planar;
+}
+
+LITEVAE_CONSTEXPR int lanes_of(Kind kind) { return kind == Kind::channels ? 2 : is_pixels(kind) ? 3 : 1; }
 
 namespace {
 
@@ -62,6 +72,7 @@ constexpr DType kDTypeOf = sizeof(T) == 8 ? DType::f64 : DType::f32;
 template <class S>
 struct Load {
   using Paired = PairedLoad<S>;
+  using InSegments = SegmentLoad<S>;
   static constexpr bool kLoads = true;
   template <int N, class T>
   LITEVAE_DEVICE void operator()(const char* at, T (&v)[N]) const {
@@ -92,6 +103,7 @@ struct LoadRow {
 template <class S>
 struct Store {
   using Paired = PairedStore<S>;
+  using InSegments = SegmentStore<S>;
   static constexpr bool kLoads = false;
   template <int N, class T>
   LITEVAE_DEVICE void operator()(char* at, const T (&v)[N]) const {
@@ -144,12 +156,12 @@ LITEVAE_DEVICE int64_t offset(const Band& b, int64_t n, int64_t c, int64_t y, in
 template <Kind kKind, int N, class T, class Move>
 LITEVAE_DEVICE void move_row(char* first, const Band& b, const Move& move, T (&v)[lanes_of(kKind)][N]) {
   constexpr int kLanes = lanes_of(kKind);
-  if constexpr (kKind == Kind::planar || kKind == Kind::pixels_planar) {
+  if constexpr (kKind == Kind::planar || (is_pixels(kKind) && !is_interleaved(kKind))) {
 #pragma unroll
     for (int k = 0; k < kLanes; ++k) move(first + k * b.c, v[k]);
   } else if constexpr (kKind == Kind::rows) {
     move.run(first, v[0]);
-  } else if constexpr (kKind == Kind::pixels_interleaved) {
+  } else if constexpr (is_interleaved(kKind)) {
     T flat[N * kLanes];
     if constexpr (Move::kLoads) move(first, flat);
 #pragma unroll
@@ -195,7 +207,7 @@ struct BandPlaces {
 template <Kind kKind, int N, class T, class Move>
 LITEVAE_DEVICE void move_bands(const BandPlaces<kKind>& places, int r, const Move& move,
                                T (&v)[4][lanes_of(kKind)][N]) {
-  if constexpr (kKind == Kind::pixels_planar || kKind == Kind::pixels_interleaved) {
+  if constexpr (is_pixels(kKind)) {
     constexpr int kLanes = lanes_of(kKind), kPixel = 4 * kLanes;
     T flat[N * kPixel];
     if constexpr (Move::kLoads) move(places.row(kLL, r), flat);
@@ -277,6 +289,10 @@ LITEVAE_DEVICE void transform(T (&top)[kLanes][2 * N], T (&bottom)[kLanes][2 * N
     }
 }
 
+// Whether a thread stores several vectors of a row of the image.
+template <bool kAnalysis, Kind kKind>
+constexpr bool stores_planar_image = !kAnalysis && kKind == Kind::planar;
+
 // One thread's tile in either direction. Analysis goes from the pixels up, and synthesis from the coarsest
 // level down.
 template <bool kAnalysis, class From, class T, int kLevels, Kind kKind>
@@ -290,12 +306,22 @@ struct Tile {
   const T factor;
   const Place at;
 
+  // How a warp's threads move rows together, where a row of each by itself would touch parts of sectors.
   template <class Move>
-  LITEVAE_DEVICE auto paired(const Move& move) const {
-    if constexpr (is_paired(kKind))
+  LITEVAE_DEVICE auto together(const Move& move) const {
+    if constexpr (is_unaligned(kKind))
+      return typename Move::InSegments();
+    else if constexpr (is_pixels(kKind))
       return typename Move::Paired();
     else
       return move;
+  }
+  template <class Move>
+  LITEVAE_DEVICE auto image_together(const Move& move) const {
+    if constexpr (stores_planar_image<kAnalysis, kKind>)
+      return typename Move::Paired();
+    else
+      return together(move);
   }
 
   // Row i of the tile in a level's sub-bands.
@@ -316,12 +342,12 @@ struct Tile {
     const auto image = [&](auto move) {
 #pragma unroll
       for (int r = 0; r < kRows; ++r)
-        move_row<kKind>(first + r * p.image.h, p.image, paired(move), pixels[r]);
+        move_row<kKind>(first + r * p.image.h, p.image, image_together(move), pixels[r]);
     };
     const auto coefficients = [&](auto move) {
 #pragma unroll
-      for (int r = 0; r < kRows / 2; ++r) move_bands(places1, r, paired(move), level1[r]);
-      if constexpr (kGroup == 2) move_bands(places2, 0, move, level2);
+      for (int r = 0; r < kRows / 2; ++r) move_bands(places1, r, together(move), level1[r]);
+      if constexpr (kGroup == 2) move_bands(places2, 0, together(move), level2);
     };
 
     if constexpr (kAnalysis)
@@ -354,7 +380,7 @@ struct Tile {
       Row<kLevel - 1> top, bottom;
       Row<kLevel> bands[4] = {};
       if constexpr (!kAnalysis) {
-        move_bands(places<kLevel>(i), 0, paired(load), bands);
+        move_bands(places<kLevel>(i), 0, together(load), bands);
         transform<kAnalysis>(top, bottom, bands, ll, factor);
       }
       row<kLevel - 1>(2 * i, top);
@@ -362,7 +388,7 @@ struct Tile {
       if constexpr (kAnalysis) {
         transform<kAnalysis>(top, bottom, bands, ll, factor);
         const BandPlaces<kKind> to = places<kLevel>(i);
-        with_store<T>(p.coeff_dtype, [&](auto store) { move_bands(to, 0, paired(store), bands); });
+        with_store<T>(p.coeff_dtype, [&](auto store) { move_bands(to, 0, together(store), bands); });
       }
     }
   }
@@ -495,7 +521,8 @@ LITEVAE_CONSTEXPR int64_t edge_positions(int levels, int level) {
   return (int64_t{1} << (levels - level)) * (kTileWidth >> level);
 }
 
-LITEVAE_DEVICE Place edge_place_of(const Pass& p, int64_t thread) {
+// `thread` is the tile, in all channels unless `c` says which.
+LITEVAE_DEVICE Place edge_place_of(const Pass& p, int64_t thread, int64_t c) {
   Place at;
   const int64_t full_rows = p.tiles_y - p.ny;
   int64_t edge = pop_index(thread, p.tiles_x * p.tiles_y - p.nx * p.ny);
@@ -508,7 +535,7 @@ LITEVAE_DEVICE Place edge_place_of(const Pass& p, int64_t thread) {
     if (at.x >= p.x0) at.x += p.nx;
     at.y = p.y0 + edge;
   }
-  at.c = pop_index(thread, p.channel_groups);
+  at.c = p.channels_first ? c : pop_index(thread, p.channel_groups);
   at.n = thread;
   return at;
 }
@@ -517,7 +544,8 @@ LITEVAE_DEVICE Place edge_place_of(const Pass& p, int64_t thread) {
 
 template <bool kIsAnalysis, class From, class T, int kLevels, Kind kKind>
 struct Inside {
-  static constexpr bool kAnalysis = kIsAnalysis, kPaired = is_paired(kKind);
+  static constexpr bool kAnalysis = kIsAnalysis;
+  static constexpr bool kTogether = is_pixels(kKind) || stores_planar_image<kAnalysis, kKind>;
   static LITEVAE_DEVICE void run(const Pass& p, int64_t thread) {
     const Place at = place_of<kKind>(p, thread);
     Tile<kAnalysis, From, T, kLevels, kKind>{p, load_of(p, at), static_cast<T>(p.factor), at}.run();
@@ -537,7 +565,7 @@ struct Inside {
 // A thread makes one position of one level, so that the loads of a tile are spread over many threads.
 template <bool kIsAnalysis, class T>
 struct Edge {
-  static constexpr bool kAnalysis = kIsAnalysis, kPaired = false;
+  static constexpr bool kAnalysis = kIsAnalysis, kTogether = false;
   static LITEVAE_DEVICE void run(const Pass& p, int64_t thread) {
     if constexpr (kAnalysis) {
       level<1>(p, thread);
@@ -556,8 +584,9 @@ struct Edge {
 
   static LITEVAE_DEVICE Position position(const Pass& p, int64_t thread, int level) {
     const int width = kTileWidth >> level, height = 1 << (p.levels - level);
+    const int64_t c = p.channels_first ? pop_index(thread, p.channel_groups) : 0;
     const int64_t inside_x = pop_index(thread, width), inside_y = pop_index(thread, height);
-    const Place at = edge_place_of(p, thread);
+    const Place at = edge_place_of(p, thread, c);
     return {at.n, at.c, at.y * height + inside_y, at.x * width + inside_x};
   }
 

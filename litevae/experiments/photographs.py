@@ -1,4 +1,4 @@
-"""Photographs that anyone can install, reduced and cut: `python -m litevae.experiments.photographs DIR`."""
+"""Photographs that anyone can install, reduced: `python -m litevae.experiments.photographs DIR`."""
 
 import argparse
 import importlib.util
@@ -14,13 +14,11 @@ from litevae.data.images import read_image
 from litevae.data.pixels import Pixels
 from litevae.data.sources import HELD_OUT_PHOTOGRAPH, TRAINING_PHOTOGRAPHS, load_photograph
 from litevae.errors import UserError
-from litevae.experiments.demo_images import cut
 from litevae.files import replacing_folder
 
-SIZE = 256  # side of the squares in pixels
-# Length that a photograph's shorter side is reduced to, which is about that of ImageNet's. At full resolution, most
-# squares of these photographs are so smooth that 12 Haar coefficients per block reconstruct them at more than 40 dB.
-SHORTER = 512
+# Length in pixels that a photograph's shorter side is reduced to, as for ImageNet at 256 x 256. At full size, most
+# parts of these photographs are so smooth that 12 Haar coefficients per block reconstruct them at more than 40 dB.
+SHORTER = 256
 TRAINING, HELD_OUT = "train", "held-out"  # names of the subfolders
 LICENCES = "LICENCES.txt"
 
@@ -29,7 +27,7 @@ LICENCES = "LICENCES.txt"
 class Collection:
     """Photographs from one folder of a package.
 
-    `split` is the subfolder that their squares go to, and `files` are paths within `folder`. `install` is the command
+    `split` is the subfolder that they go to, and `files` are paths within `folder`. `install` is the command
     that installs the package, and `licence` says on what terms it may be used.
     """
 
@@ -113,20 +111,19 @@ SCIKIT_IMAGE_LICENCE = (
 
 
 def prepare_photographs(folder: Path) -> dict[str, int]:
-    """Reduces the photographs, cuts them into adjacent squares, and writes these as PNG files.
+    """Reduces the photographs and writes them as PNG files.
 
-    No photograph has squares in both subfolders. The squares of the demo's photographs are in the subfolder of the
-    split that they have in the demo.
+    The demo's photographs are in the subfolder of the split that they have in the demo.
 
     Args:
         folder: folder to create, with `train`, `held-out` and a text file of the licences.
 
     Returns:
-        The number of squares in each subfolder.
+        The number of photographs in each subfolder.
 
     Raises:
         UserError: `folder` exists, a package is not installed, or a file cannot be read.
-        OSError: the squares cannot be written.
+        OSError: the photographs cannot be written.
     """
     if folder.exists():
         raise UserError(f"{folder} exists: give a new folder, or delete it")
@@ -143,10 +140,8 @@ def prepare_photographs(folder: Path) -> dict[str, int]:
         for split in counts:
             (new / split).mkdir(parents=True)
         for split, name, pixels in photographs(sources):
-            squares = cut(pixels, SIZE)
-            for place, square in enumerate(squares):
-                Image.fromarray(square).save(new / split / f"{name}-{place:03d}.png")
-            counts[split] += len(squares)
+            Image.fromarray(pixels).save(new / split / f"{name}.png")
+            counts[split] += 1
         (new / LICENCES).write_text(describe_licences(sources), encoding="utf-8")
     return counts
 
@@ -182,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "python -m litevae.experiments.photographs",
         description=f"Reduce photographs of Debian packages, scikit-image and scikit-learn to {SHORTER} pixels on the "
-        f"shorter side, and cut them into {SIZE}x{SIZE} squares.",
+        "shorter side.",
     )
     parser.add_argument("folder", metavar="DIR", type=Path, help="Folder to create.")
     folder = parser.parse_args(arguments).folder
@@ -191,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{' and '.join(f'{count} squares in {folder / split}' for split, count in counts.items())}")
+    print(f"{' and '.join(f'{count} photographs in {folder / split}' for split, count in counts.items())}")
     print(f"the licences are in {folder / LICENCES}")
     return 0
 

@@ -17,26 +17,27 @@ from litevae.models.nafnet import NAFBlock
 from litevae.models.vit import TransformerBlock, ViT
 from litevae_kernels.nn import SelfModulatedConv2d
 
-INITIAL_LOGVAR = -4.0
-WAVELET_LOGVAR = -8.0  # noise of standard deviation exp(-2) would hide the details
+INITIAL_LOGVAR = -8.0  # the noise of a larger one would hide the details of an image
 
 
 @torch.no_grad()
 def initialise(model: Autoencoder) -> None:
-    """Initialises `model` in place, so that LiteVAE's encoder is linear and preserves the signal's scale.
+    """Initialises `model` in place, so that LiteVAE's encoder is linear and preserves what it is given.
 
     PyTorch's default initialisation shrinks the signal in each convolution outside the residual branches and
     adds normalised branches, which ignore brightness and colour, at full strength: for hundreds of steps the
     latent is noise and the reconstruction brown. Here the branches start at zero, as in ADM
-    (Dhariwal & Nichol, 2021), whose U-Nets the encoder follows; the other convolutions preserve the variance;
-    and the posterior's standard deviation starts at exp(-2) instead of 1. The baselines are initialised in the
-    same way.
+    (Dhariwal & Nichol, 2021), whose U-Nets the encoder follows; the other convolutions are delta-orthogonal
+    (Xiao et al., 2018), so that they neither blur nor lose anything that their channels can hold; and the
+    posterior's standard deviation starts at exp(-4) instead of 1. The baselines are initialised in the same way.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+    for conv in convolutions_outside_branches(model):
+        mix_orthogonally(conv)
     for module in model.modules():
         if isinstance(module, ResBlock | ResnetBlock2D):
             conv = cast(nn.Conv2d, module.conv2)
@@ -57,7 +58,11 @@ def initialise(model: Autoencoder) -> None:
             nn.init.zeros_(module.pos_embed)
     if isinstance(model.encoder, WaveletEncoder):
         return
-    moments = last_convolution(model)
+    start_variance(last_convolution(model))
+
+
+def start_variance(moments: nn.Conv2d) -> None:
+    """Makes a convolution to mean and log-variance begin with log-variances near `INITIAL_LOGVAR`."""
     logvar = slice(moments.out_channels // 2, None)
     moments.weight[logvar] *= 0.1
     if moments.bias is not None:
@@ -83,11 +88,10 @@ def fix_variance(model: Autoencoder, std: float) -> None:
 def initialise_as_wavelet(model: Autoencoder) -> None:
     """Initialises `model` in place, so that its latent consists of sub-bands of the image.
 
-    The residual branches start at zero, as in `initialise`. The convolutions outside of them start as 1x1
-    convolutions that pass the first channels on and mix the others orthogonally. The posterior's mean is then the
-    first coefficients of the coarsest wavelet level: the local means of the colours, then their details. The
-    decoder repeats each local mean. It cannot add the details linearly, because a convolution does not know at which
-    copy of a repeated value it is. The posterior's standard deviation starts at exp(-4), below the size of details.
+    Everything starts as in `initialise`, but the convolutions outside of the residual branches pass the first
+    channels on. The posterior's mean is then the first coefficients of the coarsest wavelet level: the local means of
+    the colours, then their details. The decoder repeats each local mean. It cannot add the details linearly, because
+    a convolution does not know at which copy of a repeated value it is.
 
     Raises:
         ValueError: the model has no such path: it is not a LiteVAE with U-Nets and a decoder with `decoder_norm="smc"`,
@@ -113,10 +117,6 @@ def initialise_as_wavelet(model: Autoencoder) -> None:
             f"and an encoder of at least {passed} channels"
         )
     initialise(model)
-    branches = {id(conv) for block in res_blocks(model) for conv in (block.conv1, block.conv2)}
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d) and id(module) not in branches:
-            mix_orthogonally(module)
     coarsest = aggregator.conv_in.in_channels - bands  # first input channel of the coarsest level
     for unet, first in ((extractor, 0), (aggregator, coarsest)):
         pass_on(unet.conv_in, passed, first)
@@ -135,9 +135,7 @@ def initialise_as_wavelet(model: Autoencoder) -> None:
     nn.init.zeros_(decoder.conv_out.weight)
     for sign, first in ((1, 0), (-1, carried)):
         centre(decoder.conv_out)[:colours, first : first + colours] = sign * torch.eye(colours)
-    moments = aggregator.conv_out
-    moments.weight[moments.out_channels // 2 :] *= 0.1
-    cast(Tensor, moments.bias)[moments.out_channels // 2 :] = WAVELET_LOGVAR
+    start_variance(aggregator.conv_out)
     for conv in (model.quant_conv, model.post_quant_conv):
         if isinstance(conv, nn.Conv2d):
             pass_on(conv, conv.out_channels)
@@ -154,12 +152,28 @@ def centre(conv: nn.Conv2d) -> Tensor:
     return conv.weight[:, :, height // 2, width // 2]
 
 
+def convolutions_outside_branches(model: nn.Module) -> list[nn.Conv2d]:
+    """Returns the convolutions that a residual block does not bypass, with the shortcuts of the blocks."""
+    inside: set[nn.Module] = set()
+    for block in model.modules():
+        if isinstance(block, ResBlock | ResnetBlock2D | NAFBlock):
+            inside.update(set(block.modules()) - {getattr(block, "conv_shortcut", None)})
+    return [conv for conv in model.modules() if isinstance(conv, nn.Conv2d) and conv not in inside]
+
+
 def mix_orthogonally(conv: nn.Conv2d) -> None:
-    """Makes a convolution an orthogonal map of the channels of each position, which preserves the variance."""
-    weights = torch.empty(conv.out_channels, conv.in_channels)
-    nn.init.orthogonal_(weights, gain=max(1, conv.out_channels / conv.in_channels) ** 0.5)
+    """Makes a convolution an orthogonal map of the pixels that belong to each output, which preserves the variance.
+
+    These are all channels of one pixel, and of stride x stride adjacent ones if the convolution is strided
+    (delta-orthogonal: Xiao et al., 2018, https://arxiv.org/abs/1806.05393, for a stride of 1).
+    """
+    (rows, columns), (top, left) = conv.stride, cast(tuple[int, int], conv.padding)
+    inputs = conv.in_channels * rows * columns
+    weights = torch.empty(conv.out_channels, inputs)
+    nn.init.orthogonal_(weights, gain=max(1, conv.out_channels / inputs) ** 0.5)
     nn.init.zeros_(conv.weight)
-    centre(conv).copy_(weights)
+    window = conv.weight[:, :, top : top + rows, left : left + columns]
+    window.copy_(weights.view(conv.out_channels, conv.in_channels, rows, columns))
 
 
 def pass_on(conv: nn.Conv2d | None, count: int, first: int = 0) -> None:

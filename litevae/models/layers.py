@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from litevae_kernels import conv3x3
 from litevae_kernels.arithmetic import widened
 from litevae_kernels.backend import keep_backend
-from litevae_kernels.conv3x3.normed import norm_silu_conv3x3, normalises
+from litevae_kernels.conv3x3.normed import norm_adds_bias, norm_silu_conv3x3, normalises
 from litevae_kernels.diffusers_vae import why_called
 from litevae_kernels.nn import Conv2d, Conv3x3, GroupNormSiLU, Linear, SelfModulatedConv2d
 
@@ -155,16 +155,8 @@ def convolve_normalised(
 
 
 def defers_bias(conv: nn.Module, norm: nn.Module, x: Tensor) -> bool:
-    """Returns whether `norm`, which follows `conv` of `x`, adds the bias of the convolution.
-
-    On a GPU, PyTorch adds it in a pass of its own, and a norm that adds it is free.
-    """
-    return (
-        x.is_cuda
-        and not torch.is_grad_enabled()
-        and why_called(conv, Conv3x3) is None
-        and why_called(norm, GroupNormSiLU) is None
-    )
+    """Returns whether `norm`, which follows `conv` of `x`, adds the bias of the convolution."""
+    return norm_adds_bias(x) and why_called(conv, Conv3x3) is None and why_called(norm, GroupNormSiLU) is None
 
 
 class ResBlock(nn.Module):

@@ -63,7 +63,7 @@ def forward(
     """Returns the convolution (N, C_out, H, W) in channels_last; `x` has adjacent channels."""
 
     def ours() -> Tensor:
-        return _convolve(x, None, weight, bias, residual, silu_input)
+        return _convolve(x, None, None, weight, bias, residual, silu_input)
 
     def theirs() -> Tensor:
         return _convolve_in_pytorch(x, weight, bias, residual, silu_input)
@@ -82,27 +82,23 @@ def norm_forward(
     bias: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
-    """Returns the convolution of the SiLU of a group normalisation; with a skip, the norm has a kernel of its own."""
-
-    def norm(backend: str) -> Tensor:
-        parameters = (norm_weight, norm_bias, num_groups, eps, backend)
-        return torch.ops.litevae.group_norm_silu(x, skip, *parameters)[0]
+    """Returns the convolution of the SiLU of a group normalisation; the channels of `skip` follow those of `x`."""
 
     def ours() -> Tensor:
         from litevae_kernels.group_norm_silu.triton import statistics as norm_statistics
 
-        if skip is not None:
-            return _convolve(norm("triton"), None, weight, bias, residual, False)
         stats = torch.empty((x.shape[0], num_groups, 2), dtype=torch.float64, device=x.device)
-        affine = norm_statistics(x, None, norm_weight, norm_bias, stats, num_groups, eps)
-        return _convolve(x, affine, weight, bias, residual, True)
+        affine = norm_statistics(x, skip, norm_weight, norm_bias, stats, num_groups, eps)
+        return _convolve(x, skip, affine, weight, bias, residual, True)
 
     def theirs() -> Tensor:
-        h = norm("native" if why_not("native", x.device.type) is None else "triton")
+        backend = "native" if why_not("native", x.device.type) is None else "triton"
+        norm = (norm_weight, norm_bias, num_groups, eps, backend)
+        h = torch.ops.litevae.group_norm_silu(x, skip, *norm)[0]
         return _convolve_in_pytorch(h, weight, bias, residual, False)
 
-    channels = 0 if skip is None else skip.shape[1]
-    return _faster(_key("norm", x, weight, bias, residual, num_groups, channels), x, ours, theirs)
+    of_skip = None if skip is None else _layout(skip)
+    return _faster(_key("norm", x, weight, bias, residual, num_groups, of_skip), x, ours, theirs)
 
 
 torch.library.define("litevae::add_residual_", "(Tensor(a!) y, Tensor residual, Tensor bias) -> ()")
@@ -150,12 +146,17 @@ def _joins_residual(x: Tensor) -> bool:
 def _key(
     name: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *others: Hashable
 ) -> Hashable:
-    layout = (x.dtype, x.shape, x.stride(), x.data_ptr() % 16, weight.dtype, weight.shape, weight.stride())
+    layout = (x.dtype, *_layout(x), weight.dtype, weight.shape, weight.stride())
     return (name, x.device, *layout, bias is None, residual is None, *others)
+
+
+def _layout(x: Tensor) -> tuple[Hashable, ...]:
+    return x.shape, x.stride(), x.data_ptr() % 16
 
 
 def _convolve(
     x: Tensor,
+    skip: Tensor | None,
     affine: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
@@ -166,9 +167,10 @@ def _convolve(
 
     y = empty_output(x, weight.shape[0], True)
     if y.numel():
+        skip = None if skip is None else in_layout(skip, True)
         residual = None if residual is None else in_layout(residual.to(x.dtype), True)
         filters = weight.to(x.dtype).permute(0, 2, 3, 1).contiguous()
-        triton.forward(x, affine, filters, bias, residual, silu_input, y)
+        triton.forward(x, skip, affine, filters, bias, residual, silu_input, y)
     return y
 
 

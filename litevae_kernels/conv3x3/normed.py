@@ -1,4 +1,4 @@
-"""The 3x3 convolution of the SiLU of a group normalisation, without a normalised tensor in memory."""
+"""The 3x3 convolution of the SiLU of a group normalisation, without a normalised tensor in memory, and the reverse."""
 
 import torch
 from torch import Tensor
@@ -57,3 +57,11 @@ def normalises(x: Tensor, weight: Tensor) -> bool:
     ):
         return False
     return x.dtype == result_dtype(x) and is_fused(x, weight)
+
+
+def norm_adds_bias(x: Tensor) -> bool:
+    """Returns whether the norm after a convolution of `x` should add the bias of the convolution, as its `offset`.
+
+    On a GPU, PyTorch adds the bias in a pass of its own, and a norm that adds it is free.
+    """
+    return x.is_cuda and not torch.is_grad_enabled()

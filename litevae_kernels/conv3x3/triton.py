@@ -4,8 +4,9 @@ A program computes a tile of (pixels, output channels) of one image. Its loop ta
 input channels at a time: the rows of the left factor are the pixels that the tap sees, so that no matrix of patches is
 ever in memory. Normalisation and SiLU are applied to the left factor after it was loaded, which repeats them for each
 tap and each tile of output channels but saves a pass over memory. Zeros replace what lies outside of the image after
-that, because the padding belongs to the normalised image. Bias and residual are added in float32, and the result is
-rounded once.
+that, because the padding belongs to the normalised image. A second input, the skip of a U-Net, has a loop of its own
+after that of the first, so that their concatenation is never in memory either. Bias and residual are added in float32,
+and the result is rounded once.
 """
 
 # Triton types the kernels, and a name may have different types where a branch is compiled away.
@@ -20,21 +21,67 @@ from litevae_kernels.triton_support import grid_of, kernel, on_device, program_i
 TILE_P = 128  # pixels, twice the 64 rows of a warp group's instruction
 
 
+@triton.jit
+def add_channels(
+    total, x, x_n, x_h, x_w, first, channels, weight, affine, n, row, column, inside, output, has_output,
+    batch, height, columns, inputs, SILU: tl.constexpr, TILE_C: tl.constexpr,
+):  # fmt: skip
+    """Returns total (pixels, outputs) and what the channels of x add, the `first` of which is one of `inputs`.
+
+    The pixels at (row, column) are those of image n. All sizes and strides are in elements.
+    """
+    place = x + (n * x_n + row.to(tl.int64) * x_h + column.to(tl.int64) * x_w)
+    filters = weight + output * (9 * inputs) + first
+    if affine is not None:
+        affine += n * inputs + first
+    for step in range(0, 9 * tl.cdiv(channels, TILE_C).to(tl.int32)):
+        tap = step % 9
+        up = tap // 3 - 1
+        left = tap % 3 - 1
+        channel = step // 9 * TILE_C + tl.arange(0, TILE_C)
+        has_channel = channel < channels
+        r = row + up
+        c = column + left
+        seen = inside & (r >= 0) & (r < height) & (c >= 0) & (c < columns)
+        mask = seen[:, None] & has_channel[None, :]
+        a = tl.load(place[:, None] + (up * x_h + left * x_w) + channel[None, :], mask=mask, other=0)
+        b = tl.load(
+            filters[None, :] + tap * inputs + channel[:, None],
+            mask=has_channel[:, None] & has_output[None, :], other=0,
+        )  # fmt: skip
+        if affine is not None or SILU:
+            z = a.to(tl.float32)
+            if affine is not None:
+                at = affine + channel
+                high = tl.load(at, mask=has_channel, other=0)[None, :]
+                slope = tl.load(at + batch * inputs, mask=has_channel, other=0)[None, :]
+                offset = tl.load(at + 2 * batch * inputs, mask=has_channel, other=0)[None, :]
+                z = tl.fma(z - high, slope, offset)
+            if SILU:
+                z = z / (1 + tl.exp(-z))
+            a = tl.where(mask, z, 0).to(weight.dtype.element_ty)
+        total = tl.dot(a, b, total, input_precision="ieee")
+    return total
+
+
 @kernel("affine", "bias")
 def conv3x3_kernel(
-    x, weight, affine, bias, residual, y,
-    x_n: tl.int64, x_h: tl.int64, x_w: tl.int64,
+    x, skip, weight, affine, bias, residual, y,
+    x_n: tl.int64, x_h: tl.int64, x_w: tl.int64, skip_n: tl.int64, skip_h: tl.int64, skip_w: tl.int64,
     residual_n: tl.int64, residual_h: tl.int64, residual_w: tl.int64,
-    bias_c: tl.int64, batch: tl.int64, height: tl.int64, width: tl.int64, channels: tl.int64, outputs: tl.int64,
+    bias_c: tl.int64, batch: tl.int64, height: tl.int64, width: tl.int64,
+    channels: tl.int64, skip_channels: tl.int64, outputs: tl.int64,
     IN_VEC: tl.constexpr, OUT_VEC: tl.constexpr, SILU: tl.constexpr,
     TILE_P: tl.constexpr, TILE_O: tl.constexpr, TILE_C: tl.constexpr,
 ):  # fmt: skip
-    """Writes y (batch, height, width, outputs), the convolution of x with weight (outputs, 3, 3, channels).
+    """Writes y (batch, height, width, outputs), the convolution of x and skip with weight.
 
-    `channels` and the strides of x are in units of IN_VEC, and `outputs` and the strides of the residual in units of
-    OUT_VEC. `affine` (3, batch, channels) normalises x.
+    The weight is (outputs, 3, 3, inputs), and the channels of the skip follow those of x. The numbers of channels and
+    the strides of x and skip are in units of IN_VEC, and `outputs` and the strides of the residual in units of OUT_VEC.
+    `affine` (3, batch, inputs) normalises x and skip.
     """
     channels *= IN_VEC
+    inputs = channels + skip_channels * IN_VEC
     outputs *= OUT_VEC
     pixels = (height * width).to(tl.int32)
     height = height.to(tl.int32)
@@ -52,44 +99,16 @@ def conv3x3_kernel(
     column = pixel - row * columns
     inside = pixel < pixels
     has_output = output < outputs
-    place = x + (
-        n * (x_n * IN_VEC) + row.to(tl.int64) * (x_h * IN_VEC) + column.to(tl.int64) * (x_w * IN_VEC)
-    )
-    filters = weight + output * (9 * channels)
-    if affine is not None:
-        affine += n * channels
     total = tl.zeros((TILE_P, TILE_O), tl.float32)
-    for step in range(0, 9 * tl.cdiv(channels, TILE_C).to(tl.int32)):
-        tap = step % 9
-        up = tap // 3 - 1
-        left = tap % 3 - 1
-        channel = step // 9 * TILE_C + tl.arange(0, TILE_C)
-        has_channel = channel < channels
-        r = row + up
-        c = column + left
-        seen = inside & (r >= 0) & (r < height) & (c >= 0) & (c < columns)
-        mask = seen[:, None] & has_channel[None, :]
-        a = tl.load(
-            place[:, None] + (up * (x_h * IN_VEC) + left * (x_w * IN_VEC)) + channel[None, :],
-            mask=mask,
-            other=0,
-        )
-        b = tl.load(
-            filters[None, :] + tap * channels + channel[:, None],
-            mask=has_channel[:, None] & has_output[None, :], other=0,
+    total = add_channels(
+        total, x, x_n * IN_VEC, x_h * IN_VEC, x_w * IN_VEC, 0, channels, weight, affine,
+        n, row, column, inside, output, has_output, batch, height, columns, inputs, SILU, TILE_C,
+    )  # fmt: skip
+    if skip is not None:
+        total = add_channels(
+            total, skip, skip_n * IN_VEC, skip_h * IN_VEC, skip_w * IN_VEC, channels, skip_channels * IN_VEC,
+            weight, affine, n, row, column, inside, output, has_output, batch, height, columns, inputs, SILU, TILE_C,
         )  # fmt: skip
-        if affine is not None or SILU:
-            z = a.to(tl.float32)
-            if affine is not None:
-                at = affine + channel
-                high = tl.load(at, mask=has_channel, other=0)[None, :]
-                slope = tl.load(at + batch * channels, mask=has_channel, other=0)[None, :]
-                offset = tl.load(at + 2 * batch * channels, mask=has_channel, other=0)[None, :]
-                z = tl.fma(z - high, slope, offset)
-            if SILU:
-                z = z / (1 + tl.exp(-z))
-            a = tl.where(mask, z, 0).to(weight.dtype.element_ty)
-        total = tl.dot(a, b, total, input_precision="ieee")
     if bias is not None:
         total += tl.load(bias + output * bias_c, mask=has_output, other=0).to(tl.float32)[None, :]
     mask = inside[:, None] & has_output[None, :]
@@ -122,6 +141,7 @@ def _steps(x: Tensor | None, vector: int) -> tuple[int, int, int]:
 
 def forward(
     x: Tensor,
+    skip: Tensor | None,
     affine: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
@@ -133,25 +153,31 @@ def forward(
 
     Args:
         x: (N, C, H, W) with adjacent channels, of at most 2^30 pixels per image.
-        affine: float32 (3, N, C) from the norm's `statistics`: the convolution sees (x - first) second + third.
-        weight: (C_out, 3, 3, C), contiguous, in x's dtype.
+        skip: (N, C_skip, H, W) in x's dtype with adjacent channels, which follow those of x.
+        affine: float32 (3, N, C + C_skip) from the norm's `statistics`: the convolution sees
+            (x - first) second + third.
+        weight: (C_out, 3, 3, C + C_skip), contiguous, in x's dtype.
         bias: (C_out) in any dtype.
         residual: (N, C_out, H, W) in x's dtype with adjacent channels.
         silu_input: whether the convolution sees the SiLU of that.
     """
     n, channels, height, width = x.shape
-    outputs = y.shape[1]
+    skip_channels, outputs = 0 if skip is None else skip.shape[1], y.shape[1]
     # A wide tile of outputs normalises each pixel less often, even where it computes outputs that do not exist.
     tile_o, tile_c = (
-        min(most, max(16, triton.next_power_of_2(size))) for size, most in ((outputs, 128), (channels, 32))
+        min(most, max(16, triton.next_power_of_2(size)))
+        for size, most in ((outputs, 128), (max(channels, skip_channels), 32))
     )
-    in_vec = _vector(channels, x, weight.permute(0, 3, 1, 2))
+    inputs = [x] if skip is None else [x, skip]
+    in_vec = _vector(channels | skip_channels, *inputs, weight.permute(0, 3, 1, 2))
     out_vec = _vector(outputs, y, *([] if residual is None else [residual]))
     programs = n * triton.cdiv(height * width, TILE_P) * triton.cdiv(outputs, tile_o)
     with on_device(x):
         conv3x3_kernel[grid_of(programs)](
-            x, weight, affine, bias, residual, y, *_steps(x, in_vec), *_steps(residual, out_vec),
-            0 if bias is None else bias.stride(0), n, height, width, channels // in_vec, outputs // out_vec,
+            x, skip, weight, affine, bias, residual, y,
+            *_steps(x, in_vec), *_steps(skip, in_vec), *_steps(residual, out_vec),
+            0 if bias is None else bias.stride(0), n, height, width,
+            channels // in_vec, skip_channels // in_vec, outputs // out_vec,
             IN_VEC=in_vec, OUT_VEC=out_vec, SILU=silu_input, TILE_P=TILE_P, TILE_O=tile_o, TILE_C=tile_c,
             num_warps=8, num_stages=3, enable_fp_fusion=True,
         )  # fmt: skip

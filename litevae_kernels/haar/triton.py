@@ -28,6 +28,8 @@ MAX_PACKED = 192
 # one warp, which needs no shared memory for that.
 BLOCK = 64
 WARP = 32
+# Elements of a row that a warp accesses as a whole. Longer rows would take too many registers.
+MAX_WHOLE = tl.constexpr(16)
 
 
 @triton.jit
@@ -67,14 +69,17 @@ def _store(pointer, value, mask):
 
 
 @triton.jit
-def _piece(COUNT: tl.constexpr, VEC: tl.constexpr, PAIRS: tl.constexpr):
-    """Returns the elements per access to a row of COUNT elements.
+def _piece(COUNT: tl.constexpr, VEC: tl.constexpr, TOGETHER: tl.constexpr):
+    """Returns the elements per access to a row of COUNT elements, which is VEC unless threads work together.
 
-    Two vectors, if they divide the row: Triton then makes neighbouring threads access one sector of memory together,
-    and exchange the vectors. With one vector, an access of a warp would touch a sector for each half of it.
+    They do in accesses to a whole row, with the next power of two as its length, or to two vectors. Triton then makes
+    neighbouring threads access adjacent vectors, or elements if no vectors are aligned, and exchange them. Alone, each
+    thread of a warp would touch a part of other sectors of memory.
     """
-    PAIR: tl.constexpr = 2 * VEC if PAIRS and VEC > 1 and COUNT % (2 * VEC) == 0 else VEC
-    return PAIR
+    WHOLE: tl.constexpr = triton.next_power_of_2(COUNT)
+    PAIR: tl.constexpr = 2 * VEC if VEC > 1 and COUNT % (2 * VEC) == 0 else VEC
+    PIECE: tl.constexpr = (WHOLE if WHOLE <= MAX_WHOLE else PAIR) if TOGETHER else VEC
+    return PIECE
 
 
 @triton.jit
@@ -90,16 +95,21 @@ def _load_row(
     memory has the order of the result. VEC: elements per vector; more than 1 implies that they are adjacent.
     """
     RUNS: tl.constexpr = 1 if PACKED else LANES
-    PIECE: tl.constexpr = _piece(COLS * LANES // RUNS, VEC, PACKED)
+    COUNT: tl.constexpr = COLS * LANES // RUNS
+    PIECE: tl.constexpr = _piece(COUNT, VEC, PACKED)
     stored = ()
     for run in tl.static_range(RUNS):
-        for i in tl.static_range(COLS * LANES // RUNS // PIECE):
+        for i in tl.static_range(tl.cdiv(COUNT, PIECE)):
             if PIECE == 1:
                 at = offsets + run * steps[2] + i * (1 if PACKED else steps[1])
                 stored = stored + (tl.load(pointer + at, mask=mask),)
             else:
-                at = (offsets + run * steps[2] + i * PIECE)[:, None] + tl.arange(0, PIECE)[None, :]
-                stored = stored + _unjoin(tl.load(pointer + at, mask=mask[:, None]), PIECE, BLOCK)
+                within = tl.arange(0, PIECE)
+                at = (offsets + run * steps[2] + i * PIECE)[:, None] + within[None, :]
+                wanted = mask[:, None] & (within < COUNT)[None, :]
+                values = _unjoin(tl.load(pointer + at, mask=wanted), PIECE, BLOCK)
+                for j in tl.static_range(min(PIECE, COUNT)):
+                    stored = stored + (values[j],)
     out = ()
     for col in tl.static_range(COLS):
         for lane in tl.static_range(LANES):
@@ -110,19 +120,24 @@ def _load_row(
 @triton.jit
 def _store_row(
     pointer, offsets, steps, mask, row, COLS: tl.constexpr, LANES: tl.constexpr, PACKED: tl.constexpr,
-    PAIRS: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
+    TOGETHER: tl.constexpr, VEC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Stores what `_load_row` loads. PAIRS: neighbouring threads store together."""
+    """Stores what `_load_row` loads. TOGETHER: threads store vectors together, as they do where rows are packed."""
     RUNS: tl.constexpr = 1 if PACKED else LANES
-    PIECE: tl.constexpr = _piece(COLS * LANES // RUNS, VEC, PAIRS)
+    COUNT: tl.constexpr = COLS * LANES // RUNS
+    PIECE: tl.constexpr = _piece(COUNT, VEC, PACKED or (TOGETHER and VEC > 1))
+    for _ in tl.static_range(PIECE - COUNT):
+        row = row + (row[0],)  # never stored
     for run in tl.static_range(RUNS):
-        for i in tl.static_range(COLS * LANES // RUNS // PIECE):
+        for i in tl.static_range(tl.cdiv(COUNT, PIECE)):
             if PIECE == 1:
                 at = offsets + run * steps[2] + i * (1 if PACKED else steps[1])
                 _store(pointer + at, row[i * RUNS + run], mask)
             else:
-                at = (offsets + run * steps[2] + i * PIECE)[:, None] + tl.arange(0, PIECE)[None, :]
-                _store(pointer + at, _join(row, i * PIECE * RUNS + run, RUNS, PIECE, BLOCK), mask[:, None])
+                within = tl.arange(0, PIECE)
+                at = (offsets + run * steps[2] + i * PIECE)[:, None] + within[None, :]
+                wanted = mask[:, None] & (within < COUNT)[None, :]
+                _store(pointer + at, _join(row, i * PIECE * RUNS + run, RUNS, PIECE, BLOCK), wanted)
 
 
 @triton.jit
@@ -199,7 +214,7 @@ def _analyse(
                         for channel in tl.static_range(CHANNELS):
                             stored = stored + (quads[col * CHANNELS + channel][band],)
                 _store_row(pointer, offsets, steps, mask, stored, COLS, PER_TENSOR * CHANNELS, BANDS_PACKED,
-                           BANDS_PACKED, VECS[LEVEL], BLOCK)  # fmt: skip
+                           False, VECS[LEVEL], BLOCK)  # fmt: skip
     return ll
 
 
@@ -217,9 +232,7 @@ def _synthesise(
     offsets = places[LEVEL][0] + row * places[LEVEL][1][0]
     steps = places[LEVEL][1]
     if LEVEL == 0:
-        _store_row(
-            image, offsets, steps, mask, coarser, COLS, CHANNELS, IMAGE_PACKED, CHANNELS > 1, VECS[0], BLOCK
-        )
+        _store_row(image, offsets, steps, mask, coarser, COLS, CHANNELS, IMAGE_PACKED, True, VECS[0], BLOCK)
     else:
         PER_TENSOR: tl.constexpr = 4 if STACKED else 1
         LANES: tl.constexpr = PER_TENSOR * CHANNELS
@@ -336,8 +349,9 @@ def haar_fused_kernel(
     carry_n: tl.int64, carry_c: tl.int64, carry_h: tl.int64, carry_w: tl.int64,
     tiles: tl.int64, channels: tl.int64, rows: tl.int64, cols: tl.int64, factor: tl.float64,
     ANALYSIS: tl.constexpr, LEVELS: tl.constexpr, ACC: tl.constexpr, TILE: tl.constexpr,
-    CHANNELS: tl.constexpr, IMAGE_PACKED: tl.constexpr, BANDS_PACKED: tl.constexpr, STACKED: tl.constexpr,
-    VECS: tl.constexpr, CHANNELS_INNER: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    CHANNELS: tl.constexpr, IMAGE_PACKED: tl.constexpr, BANDS_PACKED: tl.constexpr,
+    CARRY_PACKED: tl.constexpr, STACKED: tl.constexpr, VECS: tl.constexpr, CHANNELS_INNER: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Transforms one tile per thread: 2^LEVELS rows, TILE columns and CHANNELS channels, two image rows at a time.
 
@@ -361,11 +375,13 @@ def haar_fused_kernel(
         ll = _analyse(image, bands, places, mask, 0, LEVELS, factor, ACC, TILE, CHANNELS, IMAGE_PACKED, BANDS_PACKED,
                       STACKED, VECS, BLOCK)  # fmt: skip
         if carry is not None:
-            _store_row(carry, at_carry, carry_steps, mask, ll, COLS, CHANNELS, False, False, 1, BLOCK)
+            _store_row(carry, at_carry, carry_steps, mask, ll, COLS, CHANNELS, CARRY_PACKED, False, 1, BLOCK)
     else:
         coarser = ()
         if carry is not None:
-            coarser = _load_row(carry, at_carry, carry_steps, mask, ACC, COLS, CHANNELS, False, 1, BLOCK)
+            coarser = _load_row(
+                carry, at_carry, carry_steps, mask, ACC, COLS, CHANNELS, CARRY_PACKED, 1, BLOCK
+            )
         _synthesise(image, bands, places, mask, coarser, 0, LEVELS, factor, ACC, TILE, CHANNELS, IMAGE_PACKED,
                     BANDS_PACKED, STACKED, VECS, BLOCK)  # fmt: skip
 
@@ -526,9 +542,9 @@ def _vector(x: Tensor, count: int, packed: bool) -> int:
 
 
 def _packable(x: Tensor, lanes: int, count: int) -> bool:
-    """Returns whether a row's `count` elements are contiguous, with `lanes` innermost, and aligned for vectors."""
+    """Returns whether a row's `count` elements are adjacent, with `lanes` innermost, and few or aligned for vectors."""
     adjacent = x.stride(1) == 1 and x.stride(3) == lanes
-    return adjacent and (count % 2 == 1 or _vector(x, count, True) > 1)
+    return adjacent and (count <= MAX_WHOLE.value or count % 2 == 1 or _vector(x, count, True) > 1)
 
 
 def _in_units(strides: Sequence[int], vector: int) -> list[int]:
@@ -608,7 +624,7 @@ def _launch_fused(
     n, c, height, width = image.shape
     count = len(levels)
     present = [[x for x in bands if x is not None] for bands in levels]
-    # One thread takes all channels of a pixel where they are adjacent, few and aligned, and rows are contiguous.
+    # One thread takes all channels of a pixel where they are adjacent and few, and rows are contiguous.
     lanes = 4 * c if stacked else c
     tile = tile_columns(width, count, image.element_size(), True)
     few = c <= 4 and c * (tile << count) <= MAX_PACKED
@@ -632,7 +648,7 @@ def _launch_fused(
     tiles = n * (c // channels) * rows * cols
     _launch(
         haar_fused_kernel,
-        WARP if packed else BLOCK,
+        WARP if packed or not analysis else BLOCK,
         tiles,
         image,
         tuple(x for bands in levels for x in bands),
@@ -651,6 +667,7 @@ def _launch_fused(
         CHANNELS=channels,
         IMAGE_PACKED=image_packed,
         BANDS_PACKED=bands_packed,
+        CARRY_PACKED=packed and carry is not None and _packable(carry, c, (tile >> count) * c),
         STACKED=stacked,
         VECS=tuple(vectors),
         CHANNELS_INNER=not packed and c > 1 and present[0][0].stride(1) == 1,

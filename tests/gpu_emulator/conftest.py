@@ -1,6 +1,8 @@
 """The emulated GPU's kernels, built once per session and cached with pytest's cache."""
 
 import os
+import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,22 @@ from ptx_emulator import build
 from ptx_emulator.cuda import CudaKernels
 from ptx_emulator.emulator import Emulator
 from ptx_emulator.triton_driver import TritonKernels
+from torch import Tensor
+
+# The beginning of a kernel that reads the tensor at %rd1 and writes the one at %rd2.
+HEADER = """
+.version 8.8
+.target sm_90a
+.address_size 64
+.visible .entry kernel(.param .u64 first, .param .u64 second)
+{
+  .reg .b32 %r<256>;
+  .reg .b64 %rd<16>;
+  .reg .pred %p<4>;
+  ld.param.u64 %rd1, [first];
+  ld.param.u64 %rd2, [second];
+  mov.u32 %r200, %tid.x;
+"""
 
 
 @pytest.fixture(scope="session")
@@ -45,3 +63,22 @@ def triton_kernels(build_cache: Path) -> TritonKernels:
     if reason is not None:
         pytest.skip(reason)
     return TritonKernels(build.build_emulator(build_cache), build_cache / "triton")
+
+
+@pytest.fixture
+def run_ptx(emulator: Emulator) -> Callable[[str, Tensor, Tensor, int], list[str]]:
+    """Returns a function that runs `HEADER` and a body on one block of threads, and returns the problems."""
+
+    def run(body: str, first: Tensor, second: Tensor, threads: int) -> list[str]:
+        module = emulator.load(f"{HEADER}{body}\n}}\n".encode())
+        emulator.reset()
+        emulator.allow(first, writable=False)
+        emulator.allow(second, writable=True)
+        pointers = [struct.pack("<Q", t.data_ptr()) for t in (first, second)]
+        try:
+            emulator.launch(module, "kernel", (1, 1, 1), (threads, 1, 1), 0, pointers)
+        finally:
+            emulator.forget()
+        return emulator.problems()
+
+    return run

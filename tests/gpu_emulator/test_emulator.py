@@ -1,5 +1,6 @@
 """The emulator itself: hand-written PTX, each of whose faults it must report, and which it must run right."""
 
+import re
 import struct
 from typing import Any
 
@@ -94,6 +95,11 @@ FAULTS = {
         "setp.lt.u32 %p1, %r1, 8; @%p1 shfl.sync.bfly.b32 %r5, %r1, 1, 31, 0xffffffff;",
         "warp: lanes that an instruction names do not come to it",
     ),
+    "a ballot without its lanes": (
+        BARRIER,
+        "setp.lt.u32 %p1, %r1, 8; @%p1 vote.sync.ballot.b32 %r5, %p1, 0xffffffff;",
+        "warp: lanes that an instruction names do not come to it",
+    ),
 }
 
 
@@ -103,6 +109,13 @@ def test_reports_faults(emulator: Any, exchange: Any, fault: str) -> None:
     exchange(barrier, before)
     found = emulator.problems()
     assert any(line.startswith(report) for line in found), found
+
+
+def test_a_ballot_is_of_the_warp(emulator: Any, exchange: Any) -> None:
+    """Of the 64 threads, those up to 40 vote yes."""
+    votes = exchange(before="setp.gt.u32 %p1, %r1, 40; vote.sync.ballot.b32 %r1, !%p1, 0xffffffff;")
+    assert votes == 32 * [2**9 - 1] + 32 * [-1]  # each thread gets the vote of the other warp
+    assert emulator.problems() == []
 
 
 def test_dropped_barriers_are_races(emulator: Any, exchange: Any) -> None:
@@ -137,11 +150,18 @@ def test_writes_to_inputs_and_between_blocks_are_reported(emulator: Any) -> None
     assert "two threads of a launch write different values to one place" in found
 
 
-def test_unknown_instructions_are_refused(emulator: Any) -> None:
-    with pytest.raises(EmulatorError, match=r"line .*: the emulator does not know 'wgmma"):
-        emulator.load(EXCHANGE.replace("BARRIER", "wgmma.fence.sync.aligned;").replace("BEFORE", "").encode())
-    with pytest.raises(EmulatorError, match=r"does not know 'add\.rz\.f32"):
-        emulator.load(EXCHANGE.replace("BARRIER", "add.rz.f32 %r1, %r1, %r1;").replace("BEFORE", "").encode())
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        "red.global.add.u32 [%rd1], %r1;",
+        "add.rz.f32 %r1, %r1, %r1;",
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%r1, %r1, %r1, %r1}, {%r1}, {%r1}, {%r1, %r1, %r1, %r1};",
+    ],
+)
+def test_unknown_instructions_are_refused(emulator: Any, instruction: str) -> None:
+    name = re.escape(instruction.split()[0])
+    with pytest.raises(EmulatorError, match=f"line .*: the emulator does not know '{name}"):
+        emulator.load(EXCHANGE.replace("BARRIER", instruction).replace("BEFORE", "").encode())
 
 
 CONVERT = """

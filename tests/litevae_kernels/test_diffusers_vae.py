@@ -5,13 +5,17 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from litevae_kernels import use_backend
+from litevae_kernels import diffusers_vae, use_backend
 from litevae_kernels.accelerate import accelerate_vae
+from litevae_kernels.backend import triton_installed
 from litevae_kernels.diffusers_vae import Box, apply_norm, why_called
+from litevae_kernels.group_norm_silu import group_norm_silu
+from litevae_kernels.testing import gpu_calls
 
 # What reaches the norms and convolutions has passed the same number of roundings as in diffusers' model. In bfloat16
 # the convolution's own error is up to 2.5 times that of a direct one (conv3x3.h); in float32 a result may differ by
@@ -275,6 +279,49 @@ class Around(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x)
+
+
+@pytest.mark.skipif(not triton_installed, reason="needs Triton")
+def test_a_block_s_biases_have_no_pass_of_their_own_on_a_gpu(make_vae):
+    """As in LiteVAE's ResBlock, the norm adds the first bias, and one addition the second bias and the residual."""
+
+    def with_bias(calls: list[tuple[str, tuple[Any, ...]]]) -> list[bool]:
+        return [args[2] is not None for name, args in calls if name == "aten::convolution"]
+
+    block, x = accelerated(make_vae()).decoder.mid_block.resnets[0], torch.empty(2, 64, 4, 4)
+    calls = gpu_calls(block, x)
+    assert with_bias(calls) == [False, False]
+    norms = [args for name, args in calls if name == "litevae::group_norm_silu"]
+    assert [len(args) > 7 and args[7] is not None for args in norms] == [False, True]
+    assert [name for name, _ in calls].count("litevae::add_residual_") == 1
+    assert "aten::add_" not in [name for name, _ in calls]
+    # Gradients, and layers that must be called, need the biases where they were.
+    assert with_bias(gpu_calls(block, x, gradients=True)) == [True, True]
+    handle = block.norm2.register_forward_hook(lambda module, args, y: None)
+    assert with_bias(gpu_calls(block, x)) == [True, False]
+    handle.remove()
+    block.conv1.bias = None
+    assert with_bias(gpu_calls(block, x)) == [False, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_that_add_a_bias_change_no_result(make_vae, monkeypatch, dtype):
+    """The kernels for the CPU take an offset as those for a GPU do."""
+    vae = make_vae().to(dtype)
+    monkeypatch.setattr(diffusers_vae, "norm_adds_bias", lambda x: True)
+    deferred: list[Tensor] = []
+
+    def norm(*args: Any, offset: Tensor | None, **kwargs: Any) -> Tensor:
+        deferred.extend([] if offset is None else [offset])
+        return group_norm_silu(*args, offset=offset, **kwargs)
+
+    monkeypatch.setattr(diffusers_vae, "group_norm_silu", norm)
+    with torch.no_grad():
+        actual, plain = (outputs(m, *inputs(vae, dtype)) for m in (accelerated(vae), vae))
+        exact = outputs(copy.deepcopy(vae).double(), *(x.double() for x in inputs(vae, dtype)))
+    assert len(deferred) == sum(isinstance(m, ResnetBlock2D) for m in vae.modules())
+    for name, expected in exact.items():
+        assert_as_exact(actual[name], plain[name], expected, name)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

@@ -95,7 +95,11 @@ _KINDS = {
     "channels": ("channels_last", "channels_last_sliced", 4),
     "pixels planar": ("contiguous", "channels_last", 3),
     "pixels interleaved": ("channels_last", "channels_last", 3),
+    "unaligned planar": ("contiguous", "channels_last", 3),
+    "unaligned interleaved": ("channels_last", "channels_last", 3),
 }
+# Kinds for rows to which no vectors are aligned.
+_ODD = ("any", "rows", "unaligned planar", "unaligned interleaved")
 
 
 def _covering_cuda() -> dict[str, Case]:
@@ -108,7 +112,7 @@ def _covering_cuda() -> dict[str, Case]:
             dtypes = (load, store) if analysis else (store, load)
             # Height: tiles inside and at the border, odd at every level. Width: rows of vectors that stay aligned,
             # or for the kinds without such rows an odd one.
-            shape = (1 + i % 2, channels, 27, 43 if kind in ("any", "rows") else 40)
+            shape = (1 + i % 2, channels, 27, 43 if kind in _ODD else 40)
             mode = MODES[i % len(MODES)]
             name = f"{'analysis' if analysis else 'synthesis'} {kind} {str(load)[6:]} {levels}"
             cases[name] = Case(analysis, shape, levels, mode, kind != "planar", *dtypes, image, coeffs)

@@ -69,6 +69,8 @@ T flushed(T value) {
   return std::fabs(value) < std::numeric_limits<T>::min() ? std::copysign(T(0), value) : value;
 }
 
+}  // namespace
+
 double number_of(uint64_t bits, Type type) {
   switch (type) {
     case Type::f16:
@@ -81,6 +83,8 @@ double number_of(uint64_t bits, Type type) {
       return Bits<double>::number(bits);
   }
 }
+
+namespace {
 
 template <class F>
 void each(Lanes& out, const F& value) {
@@ -97,8 +101,12 @@ void float_arithmetic(const Instruction& in, const uint64_t* const* from, Lanes&
     if (in.saturate) value = std::fmin(std::fmax(value, T(0)), T(1));
     return B::of(value);
   };
-  const auto source = [&](int i, int lane) {
-    const T value = B::number(from[i][lane]);
+  // The last source has the type of the result; those before it may be narrower.
+  const bool is_mixed = in.source_type == Type::f16 || in.source_type == Type::bf16;
+  const auto source = [&](size_t i, int lane) {
+    const T value = is_mixed && i + 1 < in.from.size()
+                        ? static_cast<T>(number_of(from[i][lane], in.source_type))
+                        : B::number(from[i][lane]);
     return in.flush ? flushed(value) : value;
   };
   const auto unary = [&](auto f) { each(out, [&](int l) { return finish(f(source(0, l))); }); };
@@ -143,6 +151,21 @@ void float_arithmetic(const Instruction& in, const uint64_t* const* from, Lanes&
       return unary([](T a) { return 1 / std::sqrt(a); });
     default:
       fail("line " + std::to_string(in.line) + ": not an instruction of floating-point numbers");
+  }
+}
+
+// Two numbers in each register.
+void paired_arithmetic(const Instruction& in, const uint64_t* const* from, Lanes& out) {
+  out.fill(0);
+  for (const int shift : {0, 32}) {
+    Lanes halves[3], results;
+    const uint64_t* sources[3] = {};
+    for (size_t i = 0; i < in.from.size(); ++i) {
+      each(halves[i], [&](int l) { return from[i][l] >> shift & 0xffffffff; });
+      sources[i] = halves[i].data();
+    }
+    float_arithmetic<float>(in, sources, results);
+    each(out, [&](int l) { return out[l] | results[l] << shift; });
   }
 }
 
@@ -488,6 +511,8 @@ void compute(const Instruction& in, const uint64_t* const* from, Lanes& out, Lan
       return float_arithmetic<float>(in, from, out);
     case Type::f64:
       return float_arithmetic<double>(in, from, out);
+    case Type::f32x2:
+      return paired_arithmetic(in, from, out);
     case Type::f16:
     case Type::bf16:
     case Type::f16x2:

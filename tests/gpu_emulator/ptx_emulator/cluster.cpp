@@ -26,6 +26,7 @@ void Cluster::run(Size first) {
     for (Block& block : blocks) block.run();
   } while (pass_barrier());
   check_ends();
+  for (const Block& block : blocks) block.check_products();
 }
 
 // Lets the threads go on that every other thread permits to; returns false if all threads have ended.
@@ -163,15 +164,17 @@ void Warp::map_address(Frame& frame, const Instruction& in, uint32_t active) {
   assign(frame, in.to[0], active, out.data());
 }
 
-uint8_t* Warp::resolve_cluster(const Instruction& in, int lane, Access access, int rank) {
+// Blocks of a cluster have equally much shared memory.
+void Warp::require_shared(const Instruction& in, int lane, const Access& access, int rank) {
   const bool exists = rank < block.cluster.size();
-  SharedMemory& memory = block.cluster.block(exists ? rank : block.rank).shared;
-  if (!exists || static_cast<int64_t>(access.address) + access.bytes > memory.size()) {
-    report("shared memory: out of bounds", in, lane);
-    fail("shared memory out of bounds at " + place_of(in, lane));
-  }
-  access.rank = block.rank, access.block_epoch = block.shared.epoch();
-  access.arrivals = arrivals[lane], access.acquired = acquired[lane];
+  if (exists && static_cast<int64_t>(access.address) + access.bytes <= block.shared.size()) return;
+  report("shared memory: out of bounds", in, lane);
+  fail("shared memory out of bounds at " + place_of(in, lane));
+}
+
+uint8_t* Warp::resolve_cluster(const Instruction& in, int lane, const Access& access, int rank) {
+  require_shared(in, lane, access, rank);
+  SharedMemory& memory = block.cluster.block(rank).shared;
   if (rank != block.rank) {
     if (waits[lane] == 0)
       report("cluster: access to the shared memory of a block that may not have started", in, lane);

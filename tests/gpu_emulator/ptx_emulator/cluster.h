@@ -39,6 +39,10 @@ class Cluster {
   // The block whose shared memory has a generic address, or null.
   Block* owner(uint64_t address);
 
+  // fence.proxy.async of a thread, which may write to the memory of any block.
+  void fence(const Access& access) {
+    for (Block& block : blocks) block.shared.fence(access);
+  }
   // A phase in which a thread arrived without a release orders no accesses.
   void mark_relaxed(uint32_t phase) { relaxed.insert(phase); }
   bool is_relaxed(uint32_t phase) const { return relaxed.count(phase) != 0; }

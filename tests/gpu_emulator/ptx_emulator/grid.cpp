@@ -17,7 +17,8 @@ int64_t shared_bytes(const Launch& launch) {
 void check_limits(Device& device, const Launch& launch) {
   const Function& entry = launch.entry;
   const int64_t threads = launch.block.count();
-  if (threads < 1 || threads > 1024) device.report("launch: a block needs 1 to 1024 threads", entry.name);
+  if (threads < 1 || threads > kMostThreads)
+    fail("launch: a block needs 1 to 1024 threads, in " + entry.name);
   if (entry.most_threads > 0 && threads > entry.most_threads)
     device.report("launch: more threads than __launch_bounds__ allows", entry.name);
   if (shared_bytes(launch) > kMostShared)
@@ -36,7 +37,7 @@ Block::Block(Device& device, Launch& launch, Cluster& cluster, int rank)
       launch(launch),
       cluster(cluster),
       rank(rank),
-      shared(shared_bytes(launch)),
+      shared(shared_bytes(launch), launch.cluster.count()),
       dynamic_offset(round_up(launch.entry.static_shared, 16)),
       record(device.kernels[launch.entry.name]) {}
 
@@ -84,6 +85,18 @@ void Block::check_barrier() {
   const std::string place = first->place_of(first->at(first->waiting()[0]), 0);
   if (!same) device.report("barrier: threads of a block wait at different barriers", place);
   if (ended) device.report("barrier: some threads of the block have ended", place);
+}
+
+// Four warps, from a multiple of four on, are a group, which runs the same products.
+void Block::check_products() const {
+  for (const Warp& warp : warps) {
+    if (warp.product_history() == 0) continue;
+    const auto same = [&](const Warp& other) {
+      return other.number() / 4 == warp.number() / 4 && other.product_history() == warp.product_history();
+    };
+    if (std::count_if(warps.begin(), warps.end(), same) != 4)
+      device.report("wgmma: the warps of a group run different products", launch.entry.name);
+  }
 }
 
 void run(Device& device, Launch launch) {

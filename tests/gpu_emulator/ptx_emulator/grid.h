@@ -33,6 +33,8 @@ class Block {
   void begin(Size position, int64_t number, uint32_t epoch);
   // Runs until every thread waits for the cluster or has ended.
   void run();
+  // When all threads have ended.
+  void check_products() const;
 
   // The state that the warps of the block share.
   Device& device;

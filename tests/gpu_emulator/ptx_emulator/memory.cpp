@@ -1,6 +1,7 @@
 #include "memory.h"
 
 #include <algorithm>
+#include <cstring>
 
 namespace ptx {
 namespace {
@@ -89,13 +90,15 @@ const char* GlobalMemory::check_byte(const Access& access, uint32_t thread, int 
   return wrong;
 }
 
-SharedMemory::SharedMemory(int64_t bytes) : bytes(bytes), storage(bytes + 128), cells(bytes) {
+SharedMemory::SharedMemory(int64_t bytes, int64_t blocks_of_cluster)
+    : bytes(bytes), storage(bytes + 128), cells(bytes), fences(blocks_of_cluster * kMostThreads) {
   const uintptr_t address = reinterpret_cast<uintptr_t>(storage.data());
   base = storage.data() + (128 - address % 128) % 128;
 }
 
 void SharedMemory::begin_block(uint32_t epoch) {
   first_epoch = now = epoch;
+  std::fill(fences.begin(), fences.end(), Fences{});
   std::fill(storage.begin(), storage.end(), uint8_t{0xff});
 }
 
@@ -123,6 +126,41 @@ void SharedMemory::add_reader(Trace& reader, const Access& access) const {
   reader = all;
 }
 
+void SharedMemory::set_writer(Cell& cell, const Access& access) const {
+  cell.writer = {who(access), access.block_epoch, access.warp_epoch, access.arrivals};
+  cell.write_fences = fences[who(access)].count;
+}
+
+void SharedMemory::fence(const Access& access) {
+  Fences& of_thread = fences[who(access)];
+  of_thread = {of_thread.count + 1, access.block_epoch, access.acquired};
+}
+
+// Whether a fence lies between a write and the access by a tensor core: the writer's, or after a barrier the
+// reader's.
+bool SharedMemory::is_fenced(const Cell& cell, const Access& access) const {
+  const Trace& writer = cell.writer;
+  const Fences& of_reader = fences[who(access)];
+  return fences[writer.who].count > cell.write_fences || of_reader.acquired > writer.arrivals ||
+         (rank_of(writer.who) == access.rank && of_reader.epoch > writer.epoch);
+}
+
+const char* SharedMemory::begin_copy(const Access& access) {
+  const char* const wrong = check(access);
+  for (int i = 0; i < access.bytes; ++i) cells[access.address + i].copied_in = first_epoch;
+  memset(base + access.address, 0xff, access.bytes);
+  return wrong;
+}
+
+void SharedMemory::finish_copy(const Access& access) {
+  memcpy(base + access.address, access.written, access.bytes);
+  for (int i = 0; i < access.bytes; ++i) {
+    Cell& cell = cells[access.address + i];
+    cell.copied_in = 0;
+    set_writer(cell, access);
+  }
+}
+
 const char* SharedMemory::check(const Access& access) {
   const char* wrong = nullptr;
   for (int i = 0; i < access.bytes; ++i) {
@@ -133,13 +171,17 @@ const char* SharedMemory::check(const Access& access) {
       if (after_write && !same) wrong = "shared memory: write after another thread's write without a barrier";
       if (conflicts(cell.reader, access))
         wrong = "shared memory: write after another thread's read without a barrier";
-      cell.writer = {who(access), access.block_epoch, access.warp_epoch, access.arrivals};
+      set_writer(cell, access);
     } else {
       if (after_write) wrong = "shared memory: read of another thread's write without a barrier";
       if (cell.writer.who < 0 || cell.writer.epoch < first_epoch)
         wrong = "shared memory: read of what nobody wrote";
+      else if (access.by_tensor_core && !is_fenced(cell, access))
+        wrong = "shared memory: read by a tensor core of a write without fence.proxy.async";
       add_reader(cell.reader, access);
     }
+    if (cell.copied_in == first_epoch)
+      wrong = "shared memory: access to the destination of an asynchronous copy before its wait";
   }
   return wrong;
 }

@@ -21,10 +21,11 @@ struct Access {
   int thread;              // within the block
   uint32_t warp_epoch;     // number of barriers of its warp so far
   // Of shared memory only.
-  int rank = 0;              // of the thread's block in its cluster
-  uint32_t block_epoch = 0;  // number of barriers of its block so far
-  uint32_t arrivals = 0;     // number of arrivals of the thread at the barrier of its cluster so far
-  uint32_t acquired = 0;     // number of those that other threads' accesses were seen to precede
+  int rank;                     // of the thread's block in its cluster
+  uint32_t block_epoch;         // number of barriers of its block so far
+  uint32_t arrivals;            // number of arrivals of the thread at the barrier of its cluster so far
+  uint32_t acquired;            // number of those that other threads' accesses were seen to precede
+  bool by_tensor_core = false;  // through the asynchronous proxy, which sees writes only after a fence
 };
 
 constexpr int kMostThreads = 1024;  // per block
@@ -58,13 +59,18 @@ class GlobalMemory {
 // The shared memory of one block at a time. Addresses are offsets.
 class SharedMemory {
  public:
-  explicit SharedMemory(int64_t bytes);
+  SharedMemory(int64_t bytes, int64_t blocks_of_cluster);
   // A new block begins: its memory is not initialised (it is NaN).
   // `epoch` must exceed all epochs of the blocks before.
   void begin_block(uint32_t epoch);
   void pass_barrier() { ++now; }
   uint32_t epoch() const { return now; }
   const char* check(const Access& access);
+  // Nobody may access the destination of an asynchronous copy until it is finished, which writes it.
+  const char* begin_copy(const Access& access);
+  void finish_copy(const Access& access);
+  // fence.proxy.async of a thread of the cluster; of the access, only its time and its thread matter.
+  void fence(const Access& access);
 
   uint8_t* data() { return base; }
   int64_t size() const { return bytes; }
@@ -81,14 +87,22 @@ class SharedMemory {
   };
   struct Cell {
     Trace writer, reader;
+    uint32_t write_fences = 0;  // of the writer before it wrote
+    uint32_t copied_in = 0;     // the first epoch of the block that has a copy under way to this byte
+  };
+  struct Fences {
+    uint32_t count = 0, epoch = 0, acquired = 0;  // when the last one was
   };
   bool conflicts(const Trace& other, const Access& access) const;
   void add_reader(Trace& reader, const Access& access) const;
+  void set_writer(Cell& cell, const Access& access) const;
+  bool is_fenced(const Cell& cell, const Access& access) const;
 
   const int64_t bytes;
   std::vector<uint8_t> storage;
   uint8_t* base;
   std::vector<Cell> cells;
+  std::vector<Fences> fences;  // by the thread's number in the cluster
   uint32_t now = 0, first_epoch = 0;
 };
 

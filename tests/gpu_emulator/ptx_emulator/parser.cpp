@@ -14,11 +14,11 @@ using std::string;
 using std::vector;
 
 const std::unordered_map<string, Type> kTypes{
-    {"u8", Type::u8},       {"s8", Type::s8},         {"b8", Type::b8},    {"u16", Type::u16},
-    {"s16", Type::s16},     {"b16", Type::b16},       {"u32", Type::u32},  {"s32", Type::s32},
-    {"b32", Type::b32},     {"u64", Type::u64},       {"s64", Type::s64},  {"b64", Type::b64},
-    {"f16", Type::f16},     {"bf16", Type::bf16},     {"f32", Type::f32},  {"f64", Type::f64},
-    {"f16x2", Type::f16x2}, {"bf16x2", Type::bf16x2}, {"pred", Type::pred}};
+    {"u8", Type::u8},       {"s8", Type::s8},         {"b8", Type::b8},       {"u16", Type::u16},
+    {"s16", Type::s16},     {"b16", Type::b16},       {"u32", Type::u32},     {"s32", Type::s32},
+    {"b32", Type::b32},     {"u64", Type::u64},       {"s64", Type::s64},     {"b64", Type::b64},
+    {"f16", Type::f16},     {"bf16", Type::bf16},     {"f32", Type::f32},     {"f64", Type::f64},
+    {"f16x2", Type::f16x2}, {"bf16x2", Type::bf16x2}, {"f32x2", Type::f32x2}, {"pred", Type::pred}};
 
 const std::unordered_map<string, Special> kSpecials{{"%tid.x", Special::tid_x},
                                                     {"%tid.y", Special::tid_y},
@@ -530,6 +530,8 @@ class Parser {
       decode_access(in, arguments[0]);
       return true;
     }
+    if (name == "cp" && has("async")) return decode_copy(in, arguments);
+    if (name == "mma" || name == "wgmma") return decode_product(in, arguments);
     return decode_cluster(in, arguments) || decode_control(in, arguments);
   }
 
@@ -581,13 +583,72 @@ class Parser {
   void decode_access(Instruction& in, const string& address) {
     in.space = space();
     if (in.source_type != Type::none) in.type = in.source_type;
+    in.from.insert(in.from.begin(), address_of(address, in.offset));
+  }
+
+  // "[base + offset]", where the offset may be missing.
+  Operand address_of(const string& address, int64_t& offset) {
     string base = strip(address.substr(1, address.rfind(']') - 1));
     const size_t plus = base.find('+', 1);
     if (plus != string::npos) {
-      in.offset = strtoll(base.c_str() + plus + 1, nullptr, 0);
+      offset = strtoll(base.c_str() + plus + 1, nullptr, 0);
       base = strip(base.substr(0, plus));
     }
-    in.from.insert(in.from.begin(), operand(base));
+    return operand(base);
+  }
+
+  // "cp.async.cg.shared.global [to], [from], bytes, bytes that are read", where the last may be missing; the
+  // rest is filled with zeros.
+  bool decode_copy(Instruction& in, const vector<string>& arguments) {
+    if (has("commit_group") || has("wait_group") || has("wait_all")) {
+      in.op = has("commit_group") ? Op::commit_copies : Op::wait_copies;
+      if (has("wait_group")) in.from = operands(arguments[0]);
+      return true;
+    }
+    if (words.size() < 5 || (words[2] != "ca" && words[2] != "cg") || space() != Space::shared ||
+        !has("global") || arguments.size() < 3)
+      return false;
+    in.op = Op::copy, in.space = Space::shared;
+    in.from = {address_of(arguments[0], in.offset), address_of(arguments[1], in.source_offset)};
+    for (size_t i = 2; i < arguments.size(); ++i) in.from.push_back(operand(arguments[i]));
+    const uint64_t bytes = in.from[2].value;
+    return in.from.size() <= 4 && in.from[2].kind == Operand::Kind::immediate &&
+           (bytes == 4 || bytes == 8 || bytes == 16);
+  }
+
+  // "mma D, A, B, C", and "wgmma D, A, B, whether D is added, 1, 1, whether A and B are transposed".
+  bool decode_product(Instruction& in, const vector<string>& arguments) {
+    static const std::unordered_map<string, Op> kOthers{{"fence", Op::product_fence},
+                                                        {"commit_group", Op::commit_products},
+                                                        {"wait_group", Op::wait_products}};
+    const auto other = kOthers.find(words[1]);
+    if (words[0] == "wgmma" && other != kOthers.end()) {
+      in.op = other->second;
+      if (in.op == Op::wait_products) in.from = operands(arguments[0]);
+      return true;
+    }
+    in.source_type = has("f16") ? Type::f16 : Type::bf16;
+    const string factors = has("f16") ? ".f32.f16.f16" : ".f32.bf16.bf16";
+    string name = words[0];
+    for (size_t i = 1; i < words.size(); ++i) name += "." + words[i];
+    in.to = vector_of(arguments[0]), in.from = vector_of(arguments[1]);
+    const size_t registers_of_a = in.from.size();
+    for (const Operand& o : vector_of(arguments[2])) in.from.push_back(o);
+    for (const Operand& o : vector_of(arguments[3])) in.from.push_back(o);
+    if (name == "mma.sync.aligned.m16n8k16.row.col" + factors + ".f32") {
+      in.op = Op::mma;
+      return in.to.size() == 4 && in.from.size() == 10;
+    }
+    if (!f->is_entry) return false;
+    in.op = Op::product, f->has_products = true;
+    const string columns = std::to_string(2 * in.to.size());
+    const bool loads_a = registers_of_a == 1;
+    if (name != "wgmma.mma_async.sync.aligned.m64n" + columns + "k16" + factors ||
+        in.from.size() != (loads_a ? 3 : 6) || arguments.size() != (loads_a ? 8 : 7) || arguments[4] != "1" ||
+        arguments[5] != "1")
+      return false;
+    in.left_transposed = loads_a && arguments[6] == "1", in.transposed = arguments.back() == "1";
+    return true;
   }
 
   bool decode_control(Instruction& in, const vector<string>& arguments) {
@@ -599,7 +660,7 @@ class Parser {
     } else if (name == "trap") {
       in.op = Op::trap;
     } else if (name == "membar" || name == "fence") {
-      in.op = Op::nop;
+      in.op = has("proxy") && has("async") ? Op::proxy_fence : Op::nop;
     } else if ((name == "bar" || name == "barrier") && has("sync") && arguments.size() == 1) {
       in.op = has("warp") ? Op::warp_barrier : Op::barrier, in.from = operands(arguments[0]);
     } else if (name == "shfl") {
@@ -608,6 +669,9 @@ class Parser {
                    : has("idx") ? Shuffle::idx
                    : has("up")  ? Shuffle::up
                                 : Shuffle::down;
+      for (size_t i = 1; i < arguments.size(); ++i) in.from.push_back(operand(arguments[i]));
+    } else if (name == "vote" && has("sync") && has("ballot")) {
+      in.op = Op::ballot, in.to = operands(arguments[0]);
       for (size_t i = 1; i < arguments.size(); ++i) in.from.push_back(operand(arguments[i]));
     } else if (name == "call") {
       decode_call(in, arguments);

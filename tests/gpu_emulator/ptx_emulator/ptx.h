@@ -28,7 +28,8 @@ enum class Type : uint8_t {
   f32,
   f64,
   f16x2,
-  bf16x2,  // floating point
+  bf16x2,
+  f32x2,  // floating point
   pred,
   none
 };
@@ -108,6 +109,7 @@ enum class Op : uint8_t {
   st,
   // Lanes of a warp together.
   shfl,
+  ballot,
   warp_barrier,
   ldmatrix,
   stmatrix,
@@ -117,6 +119,16 @@ enum class Op : uint8_t {
   getctarank,
   cluster_arrive,
   cluster_wait,
+  mma,
+  // Asynchronous copies, and matrix products of warp groups.
+  copy,
+  commit_copies,
+  wait_copies,
+  product,
+  product_fence,
+  commit_products,
+  wait_products,
+  proxy_fence,
   // Control.
   bra,
   call,
@@ -206,12 +218,14 @@ struct Instruction {
   bool to_space = false;                                             // cvta.to
   bool left = false, clamp = false;                                  // shf.l, shf.clamp
   bool propagate_nan = false;                                        // .NaN
-  bool transposed = false;                                           // ldmatrix.trans
-  bool relaxed = false, aligned = false;                             // barrier.cluster
-  int predicate = -1;                                                // a register's number, or none
+  bool transposed = false;                // ldmatrix.trans, or the right factor of a product
+  bool left_transposed = false;           // the left factor of a product
+  bool relaxed = false, aligned = false;  // barrier.cluster
+  int predicate = -1;                     // a register's number, or none
   bool predicate_negated = false;
   std::vector<Operand> to, from;  // a memory access has its address in from[0]
   int64_t offset = 0;             // added to the address
+  int64_t source_offset = 0;      // added to the address that cp.async copies from
   int target = -1;                // index of the instruction that a branch goes to
   std::string callee;
   int line = 0;
@@ -228,7 +242,8 @@ struct Function {
   int registers = 0;
   std::vector<Variable> parameters, results;
   int64_t parameter_bytes = 0, local_bytes = 0, static_shared = 0;
-  int most_threads = 0;  // .maxntid or .reqntid; 0 if there is none
+  bool has_products = false;  // wgmma
+  int most_threads = 0;       // .maxntid or .reqntid; 0 if there is none
 };
 
 struct Module {

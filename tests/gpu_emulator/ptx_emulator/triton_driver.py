@@ -14,10 +14,7 @@ from litevae_kernels.testing import poisoned_memory
 from ptx_emulator.emulator import Emulator
 
 PACKAGE = Path(importlib.import_module("litevae_kernels").__file__ or "").parent
-# conv3x3 needs tensor cores, which the emulator lacks; Triton's interpreter runs it.
-OPERATORS = sorted({path.parent.name for path in PACKAGE.glob("*/triton.py")} - {"conv3x3"})
-# A device that no GPU has: Triton caches compiled kernels per device.
-DEVICE = -1
+OPERATORS = sorted(path.parent.name for path in PACKAGE.glob("*/triton.py"))
 # struct's codes of the types of Triton's signatures.
 CODES = {
     "i1": "b",
@@ -38,13 +35,14 @@ class TritonKernels:
     Args:
         library: result of `build.build_emulator`.
         cache: folder for compiled kernels, which holds nothing else: PTX stands where Triton expects a cubin.
+        architecture: such as 90 for sm_90.
     """
 
     name = "triton"
 
-    def __init__(self, library: Path, cache: Path) -> None:
+    def __init__(self, library: Path, cache: Path, architecture: int = 90) -> None:
         self.emulator = Emulator(library)
-        self.cache = cache
+        self.cache, self.architecture = cache, architecture
         self.scratch: list[Tensor] = []
         self.inputs: set[int] = set()  # addresses of storages that a call must not write
 
@@ -99,10 +97,10 @@ class _Driver:
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
 
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", self._kernels.architecture, 32)
 
     def get_current_device(self) -> int:
-        return DEVICE
+        return -self._kernels.architecture  # no GPU's number: Triton caches compiled kernels per device
 
     def get_current_stream(self, device: int) -> int:
         return 0

@@ -14,11 +14,6 @@ constexpr uint64_t kPoison = 0xdeadbeefdeadbeef;  // value of registers that not
 
 int first_lane(uint32_t lanes) { return std::countr_zero(lanes); }
 
-template <class F>
-void for_each_lane(uint32_t lanes, const F& f) {
-  for (; lanes != 0; lanes &= lanes - 1) f(first_lane(lanes));
-}
-
 uint64_t load_value(const uint8_t* from, Type type) {
   uint64_t value = 0;
   const int bytes = size_of(type), unused = 64 - 8 * bytes;
@@ -82,6 +77,7 @@ Warp::Warp(Block& block, int index, int threads)
       live(all),
       entry(block.launch.entry, nullptr, block.launch.arguments.data()) {
   entry.add({0, all});
+  if (entry.function.has_products) products.written.assign(entry.function.registers, true);
 }
 
 void Warp::run(Frame& frame) {
@@ -108,6 +104,7 @@ bool Warp::step(Frame& frame, Path& path) {
     active &= in.predicate_negated ? ~truths : truths;
   }
   block.record.instructions += std::popcount(active);
+  if (frame.function.has_products && active != 0) check_registers(in);
   switch (in.op) {
     case Op::bra:
     case Op::call:
@@ -115,10 +112,16 @@ bool Warp::step(Frame& frame, Path& path) {
     case Op::exit:
     case Op::barrier:
     case Op::shfl:
+    case Op::ballot:
     case Op::warp_barrier:
     case Op::ldmatrix:
     case Op::stmatrix:
     case Op::cluster_wait:
+    case Op::mma:
+    case Op::product:
+    case Op::product_fence:
+    case Op::commit_products:
+    case Op::wait_products:
       if (active != 0) return control(frame, path, in, active);
       break;
     default:
@@ -210,10 +213,9 @@ void Warp::pass_barrier() {
 // Runs an instruction for which the lanes of a mask must come together, or blocks the path until they have.
 bool Warp::gather(Frame& frame, Path& path, const Instruction& in, uint32_t active) {
   uint32_t members = all;
-  if (in.op == Op::shfl || in.op == Op::warp_barrier) {
+  if (in.op == Op::shfl || in.op == Op::ballot || in.op == Op::warp_barrier) {
     Lanes buffer;
-    members =
-        static_cast<uint32_t>(row(frame, in.from[in.op == Op::shfl ? 3 : 0], buffer)[first_lane(active)]);
+    members = static_cast<uint32_t>(row(frame, in.from.back(), buffer)[first_lane(active)]);
   }
   if ((members & live & ~active) != 0) {
     const bool others_run = !path.blocked && !frame.paths.empty();
@@ -224,11 +226,38 @@ bool Warp::gather(Frame& frame, Path& path, const Instruction& in, uint32_t acti
     report("warp: lanes that an instruction names do not come to it", in, first_lane(active));
   }
   path.blocked = false;
-  if (in.op == Op::shfl) shuffle(frame, in, active);
-  if (in.op == Op::ldmatrix) load_matrices(frame, in);
-  if (in.op == Op::stmatrix) store_matrices(frame, in);
-  if (in.op == Op::warp_barrier) for_each_lane(active, [&](int lane) { ++epochs[lane]; });
   ++path.pc;
+  switch (in.op) {
+    case Op::shfl:
+      shuffle(frame, in, active);
+      break;
+    case Op::ballot:
+      ballot(frame, in, active);
+      break;
+    case Op::ldmatrix:
+      load_matrices(frame, in);
+      break;
+    case Op::stmatrix:
+      store_matrices(frame, in);
+      break;
+    case Op::mma:
+      multiply(frame, in);
+      break;
+    case Op::product:
+      begin_product(frame, in);
+      break;
+    case Op::product_fence:
+      products.written.assign(products.written.size(), false);
+      break;
+    case Op::commit_products:
+      products.commit();
+      break;
+    case Op::wait_products:
+      wait_for_products(frame, in);
+      break;
+    default:  // warp_barrier
+      for_each_lane(active, [&](int lane) { ++epochs[lane]; });
+  }
   return true;
 }
 
@@ -249,6 +278,14 @@ void Warp::execute(Frame& frame, const Instruction& in, uint32_t active) {
       values.fill(active);
       return assign(frame, in.to[0], active, values.data());
     }
+    case Op::copy:
+      return copy(frame, in, active);
+    case Op::commit_copies:
+      return for_each_lane(active, [&](int lane) { copies[lane].commit(); });
+    case Op::wait_copies:
+      return wait_for_copies(in, active);
+    case Op::proxy_fence:
+      return for_each_lane(active, [&](int lane) { block.cluster.fence(access_of(lane, 0, 0, nullptr)); });
     case Op::mapa:
     case Op::getctarank:
       return map_address(frame, in, active);
@@ -316,7 +353,7 @@ void Warp::load(Frame& frame, const Instruction& in, uint32_t active) {
         frame.registers[static_cast<size_t>(in.to[i].index) * kWarp + lane] =
             load_value(from + i * size, in.type);
   });
-  if (in.space == Space::global) count_request(true, active, addresses, count * size);
+  count_request(in.space, true, active, addresses, count * size);
 }
 
 void Warp::store(Frame& frame, const Instruction& in, uint32_t active) {
@@ -330,7 +367,7 @@ void Warp::store(Frame& frame, const Instruction& in, uint32_t active) {
     for (int i = 0; i < count; ++i) memcpy(data + i * size, &values[i + 1][lane], size);
     memcpy(resolve(frame, in, lane, addresses[lane], count * size, data), data, count * size);
   });
-  if (in.space == Space::global) count_request(false, active, addresses, count * size);
+  count_request(in.space, false, active, addresses, count * size);
 }
 
 // --- Instructions of lanes together.
@@ -368,6 +405,15 @@ void Warp::shuffle(Frame& frame, const Instruction& in, uint32_t active) {
   });
   assign(frame, in.to[0], active, out.data());
   if (in.to.size() > 1) assign(frame, in.to[1], active, valid.data());
+}
+
+void Warp::ballot(Frame& frame, const Instruction& in, uint32_t active) {
+  Lanes buffer, out;
+  const uint64_t* const values = row(frame, in.from[0], buffer);
+  uint32_t truths = 0;
+  for_each_lane(active, [&](int lane) { truths |= static_cast<uint32_t>(values[lane] & 1) << lane; });
+  out.fill(truths);
+  assign(frame, in.to[0], active, out.data());
 }
 
 // Matrices of 8 x 8 elements of 16 bits. Lane 8 m + r has the address of row r of matrix m. Lane l holds
@@ -528,12 +574,25 @@ void Warp::assign(Frame& frame, const Operand& to, uint32_t active, const uint64
 
 // --- Memory.
 
+Access Warp::access_of(int lane, uint64_t address, int bytes, const uint8_t* written, bool read_only) const {
+  return {address,
+          bytes,
+          written,
+          read_only,
+          kWarp * index + lane,
+          epochs[lane],
+          block.rank,
+          block.shared.epoch(),
+          arrivals[lane],
+          acquired[lane]};
+}
+
 // Checks an access and returns where it is.
 uint8_t* Warp::resolve(Frame& frame, const Instruction& in, int lane, uint64_t address, int bytes,
                        const uint8_t* written) {
   if (address % bytes != 0) report("misaligned access", in, lane);
   uint8_t* const pointer = reinterpret_cast<uint8_t*>(address);
-  Access access{address, bytes, written, in.read_only, kWarp * index + lane, epochs[lane]};
+  Access access = access_of(lane, address, bytes, written, in.read_only);
   switch (in.op == Op::ldmatrix || in.op == Op::stmatrix ? Space::shared : in.space) {
     case Space::shared:
       access.address = static_cast<uint32_t>(address);
@@ -561,7 +620,7 @@ uint8_t* Warp::resolve(Frame& frame, const Instruction& in, int lane, uint64_t a
   return frame.owns(address, bytes) ? pointer : resolve_global(in, lane, access);
 }
 
-uint8_t* Warp::resolve_shared(const Instruction& in, int lane, Access access) {
+uint8_t* Warp::resolve_shared(const Instruction& in, int lane, const Access& access) {
   return resolve_cluster(in, lane, access, block.rank);
 }
 
@@ -578,10 +637,16 @@ uint8_t* Warp::resolve_global(const Instruction& in, int lane, const Access& acc
   return pointer;
 }
 
-void Warp::count_request(bool is_load, uint32_t active, const Lanes& addresses, int bytes) {
-  if (!block.device.options.count_traffic) return;
-  std::vector<uint64_t> sectors;
+void Warp::count_request(Space space, bool is_load, uint32_t active, const Lanes& addresses, int bytes) {
+  if (!block.device.options.count_traffic || (space != Space::global && space != Space::generic)) return;
+  uint32_t lanes = 0;  // those that access global memory
   for_each_lane(active, [&](int lane) {
+    const bool is_global = block.device.memory.contains(access_of(lane, addresses[lane], bytes, nullptr));
+    if (space == Space::global || is_global) lanes |= 1u << lane;
+  });
+  if (lanes == 0) return;
+  std::vector<uint64_t> sectors;
+  for_each_lane(lanes, [&](int lane) {
     const uint64_t last = (addresses[lane] + bytes - 1) / 32;
     for (uint64_t sector = addresses[lane] / 32; sector <= last; ++sector) sectors.push_back(sector);
   });
@@ -589,7 +654,7 @@ void Warp::count_request(bool is_load, uint32_t active, const Lanes& addresses, 
   sectors.erase(std::unique(sectors.begin(), sectors.end()), sectors.end());
   (is_load ? block.loaded_sectors : block.stored_sectors).insert(sectors.begin(), sectors.end());
   Traffic& traffic = block.record.traffic[(is_load ? "load " : "store ") + std::to_string(bytes)];
-  traffic.requests += 1, traffic.bytes += static_cast<uint64_t>(std::popcount(active)) * bytes;
+  traffic.requests += 1, traffic.bytes += static_cast<uint64_t>(std::popcount(lanes)) * bytes;
   traffic.sectors += sectors.size();
   for (size_t i = 0; i < sectors.size(); ++i) traffic.lines += i == 0 || sectors[i] / 4 != sectors[i - 1] / 4;
 }

@@ -6,14 +6,21 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <vector>
 
 #include "arithmetic.h"
+#include "asynchronous.h"
 #include "device.h"
 
 namespace ptx {
 
 class Block;
+
+template <class F>
+void for_each_lane(uint32_t lanes, const F& f) {
+  for (; lanes != 0; lanes &= lanes - 1) f(std::countr_zero(lanes));
+}
 
 struct Path {
   int pc;
@@ -56,6 +63,9 @@ class Warp {
   uint32_t least_arrivals() const;
   uint32_t most_acquired() const { return *std::max_element(acquired.begin(), acquired.end()); }
   bool has_ended_threads() const { return live != all; }
+  int number() const { return index; }
+  // Depends on the matrix products so far, which must be the same in the four warps of a group.
+  uint64_t product_history() const { return products.history; }
   const Instruction& at(const Path& path) const { return entry.function.code[path.pc]; }
   std::string place_of(const Instruction& in, int lane) const;  // for messages
 
@@ -79,19 +89,33 @@ class Warp {
   void load(Frame& frame, const Instruction& in, uint32_t active);
   void store(Frame& frame, const Instruction& in, uint32_t active);
   void shuffle(Frame& frame, const Instruction& in, uint32_t active);
+  void ballot(Frame& frame, const Instruction& in, uint32_t active);
   void load_matrices(Frame& frame, const Instruction& in);
   void store_matrices(Frame& frame, const Instruction& in);
+
+  // In asynchronous.cpp.
+  void copy(Frame& frame, const Instruction& in, uint32_t active);
+  void wait_for_copies(const Instruction& in, uint32_t active);
+  void multiply(Frame& frame, const Instruction& in);
+  void begin_product(Frame& frame, const Instruction& in);
+  void wait_for_products(Frame& frame, const Instruction& in);
+  std::vector<uint8_t> load_factor(const Instruction& in, const Factor& factor);
+  void check_registers(const Instruction& in);
 
   const uint64_t* row(Frame& frame, const Operand& operand, Lanes& buffer);
   void assign(Frame& frame, const Operand& to, uint32_t active, const uint64_t* values);
   uint64_t special(Special which, int lane) const;
+  // An access of a lane now.
+  Access access_of(int lane, uint64_t address, int bytes, const uint8_t* written,
+                   bool read_only = false) const;
   uint8_t* resolve(Frame& frame, const Instruction& in, int lane, uint64_t address, int bytes,
                    const uint8_t* written);
-  uint8_t* resolve_shared(const Instruction& in, int lane, Access access);
-  uint8_t* resolve_cluster(const Instruction& in, int lane, Access access, int rank);
+  void require_shared(const Instruction& in, int lane, const Access& access, int rank);
+  uint8_t* resolve_shared(const Instruction& in, int lane, const Access& access);
+  uint8_t* resolve_cluster(const Instruction& in, int lane, const Access& access, int rank);
   void check_aligned(const Instruction& in, uint32_t active);
   uint8_t* resolve_global(const Instruction& in, int lane, const Access& access);
-  void count_request(bool is_load, uint32_t active, const Lanes& addresses, int bytes);
+  void count_request(Space space, bool is_load, uint32_t active, const Lanes& addresses, int bytes);
   void report(const char* what, const Instruction& in, int lane);
 
   Block& block;
@@ -103,6 +127,8 @@ class Warp {
   std::array<uint32_t, kWarp> arrivals{}, waits{}, acquired{};
   std::vector<Path> at_barrier, at_cluster;
   Frame entry;
+  std::array<Groups<Copy>, kWarp> copies;
+  Products products;
 };
 
 }  // namespace ptx

@@ -15,7 +15,7 @@ def packages(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(photographs, "TRAINING_PHOTOGRAPHS", ("astronaut", "coffee"))
     sources = []
-    for split, name, size in (("train", "wallpapers", (800, 600)), ("held-out", "backgrounds", (520, 300))):
+    for split, name, size in (("train", "wallpapers", (800, 600)), ("held-out", "backgrounds", (220, 200))):
         folder = tmp_path / "packages" / name
         (folder / "nature").mkdir(parents=True)
         random = np.random.default_rng(len(name))
@@ -28,27 +28,24 @@ def packages(tmp_path, monkeypatch):
     return sources
 
 
-def test_photographs_become_disjoint_squares_of_two_splits(packages, tmp_path, capsys):
+def test_photographs_are_reduced_and_keep_their_split(packages, tmp_path, capsys):
     folder = tmp_path / "out" / "photographs"
     assert main([str(folder)]) == 0
     names = {
         split: sorted(file.name for file in (folder / split).iterdir()) for split in ("train", "held-out")
     }
-    assert len(names["train"]) == 2 * 2 + 2
-    assert len(names["held-out"]) == 2 + 1
+    assert names == {
+        "train": ["scikit-image-astronaut.png", "scikit-image-coffee.png", "wallpapers-nature.png"],
+        "held-out": ["backgrounds-nature.png", "scikit-image-chelsea.png"],
+    }
     printed = capsys.readouterr().out
-    assert "6 squares in" in printed
-    assert "3 squares in" in printed
-    # 800 x 600 pixels are reduced to 683 x 512; the other photograph is small enough.
-    pixels = Image.open(packages[0].folder / "nature/leaf.png").resize((683, 512), Image.Resampling.BICUBIC)
-    squares = [
-        read_image(folder / "train" / name) for name in names["train"] if name.startswith("wallpapers")
-    ]
-    rows = [np.concatenate(squares[i : i + 2], axis=1) for i in (0, 2)]
-    assert np.array_equal(np.concatenate(rows), np.asarray(pixels)[:512, :512])
-    whole = read_image(packages[1].folder / "nature/leaf.png")
-    small = [read_image(folder / "held-out" / name) for name in names["held-out"] if name.startswith("back")]
-    assert np.array_equal(np.concatenate(small, axis=1), whole[:256, :512])
+    assert "3 photographs in" in printed
+    assert "2 photographs in" in printed
+    # 800 x 600 pixels are reduced to 341 x 256; a small photograph is not enlarged.
+    reduced = Image.open(packages[0].folder / "nature/leaf.png").resize((341, 256), Image.Resampling.BICUBIC)
+    assert np.array_equal(read_image(folder / "train/wallpapers-nature.png"), np.asarray(reduced))
+    small = packages[1].folder / "nature/leaf.png"
+    assert np.array_equal(read_image(folder / "held-out/backgrounds-nature.png"), read_image(small))
     text = (folder / "LICENCES.txt").read_text(encoding="utf-8")
     assert all(f"{name}: " in text for name in ("wallpapers", "backgrounds", "scikit-image"))
 

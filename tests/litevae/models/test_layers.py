@@ -4,8 +4,6 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention as DiffusersAttention
 from diffusers.models.resnet import ResnetBlock2D
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from litevae.models.layers import (
     Attention,
@@ -15,8 +13,8 @@ from litevae.models.layers import (
     ResBlock,
     compute_dtype,
 )
-from litevae_kernels import use_backend
 from litevae_kernels.backend import triton_installed
+from litevae_kernels.testing import gpu_calls
 
 
 @pytest.mark.parametrize("out_channels", [8, 16])
@@ -57,27 +55,6 @@ def test_res_block_changes_no_input_and_second_derivatives_are_right(norm, out_c
     assert torch.equal(skip, before[1])
 
 
-def gpu_calls(block, *, gradients=False):
-    """Returns names and arguments of the operators that a block calls on a GPU, which this machine need not have."""
-    calls = []
-
-    class Recorder(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            calls.append((func._schema.name, args))
-            return func(*args, **(kwargs or {}))
-
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.set_grad_enabled(gradients):
-        on_gpu = copy.deepcopy(block)
-        for module in on_gpu.modules():
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                fake = torch.empty(parameter.shape, device="cuda")
-                setattr(module, name, torch.nn.Parameter(fake))
-        x = torch.empty(2, 12, 4, 4, device="cuda")
-        with use_backend("triton"), Recorder():
-            on_gpu(x)
-    return calls
-
-
 @pytest.mark.skipif(not triton_installed, reason="needs Triton")
 def test_biases_have_no_pass_of_their_own_on_a_gpu():
     """PyTorch's convolution adds its bias in a pass of its own, so it gets none."""
@@ -85,20 +62,20 @@ def test_biases_have_no_pass_of_their_own_on_a_gpu():
     def with_bias(calls):
         return [args[2] is not None for name, args in calls if name == "aten::convolution"]
 
-    block = ResBlock(12, 12, num_groups=4)
-    calls = gpu_calls(block)
+    block, x = ResBlock(12, 12, num_groups=4), torch.empty(2, 12, 4, 4)
+    calls = gpu_calls(block, x)
     assert with_bias(calls) == [False, False]
     norms = [args for name, args in calls if name == "litevae::group_norm_silu"]
     assert [len(args) > 7 and args[7] is not None for args in norms] == [False, True]
     assert [name for name, _ in calls].count("litevae::add_residual_") == 1
     assert "aten::add_" not in [name for name, _ in calls]
     # Gradients, and layers that must be called, need the biases where they were.
-    assert with_bias(gpu_calls(block, gradients=True)) == [True, True]
+    assert with_bias(gpu_calls(block, x, gradients=True)) == [True, True]
     handle = block.norm2.register_forward_hook(lambda module, args, y: None)
-    assert with_bias(gpu_calls(block)) == [True, False]
+    assert with_bias(gpu_calls(block, x)) == [True, False]
     handle.remove()
     block.conv1.bias = None
-    assert with_bias(gpu_calls(block)) == [False, False]
+    assert with_bias(gpu_calls(block, x)) == [False, False]
 
 
 def test_group_norm_res_block_concatenates_nothing():

@@ -75,6 +75,17 @@ def test_everything_that_matters_is_measured_on_its_own(monkeypatch):
         assert clock.after(*arguments) == ["ours"]
 
 
+def test_a_skip_is_measured_on_its_own(monkeypatch):
+    monkeypatch.setattr(gpu, "_faster", lambda key, *_: key)
+    skip = torch.randn(2, 9, 6, 5).bfloat16()
+    innermost = skip.contiguous(memory_format=torch.channels_last)
+    keys = [
+        gpu.norm_forward(X, s, 4, None, None, 1e-6, WEIGHT, None, None)
+        for s in (None, skip[:, :8], innermost[:, :8], innermost[:, 1:], innermost[:, :4])
+    ]
+    assert len(set(keys)) == len(keys)
+
+
 def test_a_kernel_that_fails_loses_with_a_warning(monkeypatch):
     clock = Clock(monkeypatch, 1.0, 2.0)
 

@@ -91,7 +91,7 @@ def test_convolution(dtype: torch.dtype, layout: str, device: str) -> None:
         silu, has_bias, has_residual = (bool(i + 1 & bit) for bit in (1, 2, 4))
         arguments = (bias if has_bias else None, residual if has_residual else None)
         with poisoned_memory():
-            y = gpu._convolve(x, None, weight, *arguments, silu)
+            y = gpu._convolve(x, None, None, weight, *arguments, silu)
         assert y.is_contiguous(memory_format=torch.channels_last)
         assert y.dtype == dtype
         check(y, F.silu(x.double()) if silu else x, weight, *arguments, 4)
@@ -123,25 +123,24 @@ def test_normalised_input(dtype: torch.dtype, device: str, monkeypatch: pytest.M
 
 
 @on_device
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", [16, 3, 23], ids=str)
 @torch.no_grad()
-def test_skip(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_skip(channels: int, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The norm is that of the concatenation, whose groups have channels of both; the skip has any layout."""
     monkeypatch.setattr(gpu, "mode", "off")
-    x, weight, bias, residual = problem((2, 24, 16, 5, 6), torch.float16, device, "channels_last")
-    one, two = (t.contiguous(memory_format=torch.channels_last) for t in (x[:, :16], x[:, 16:]))
-    apply = torch.ops.litevae.group_norm_silu
-    if INTERPRETED:  # The operator for the CPU has no Triton kernel.
-        monkeypatch.setattr(
-            torch.ops.litevae, "group_norm_silu", lambda *arguments: apply(*arguments[:-1], "native")
-        )
-    y = gpu.norm_forward(one, two, 8, None, None, 1e-6, weight, bias, residual)
-    check(y, F.silu(F.group_norm(x.double(), 8)), weight, bias, residual, 100)
+    x, weight, bias, residual = problem((2, 24, 16, 5, 6), dtype, device, "channels_last")
+    one, two = x[:, :channels].contiguous(memory_format=torch.channels_last), x[:, channels:].contiguous()
+    with poisoned_memory():
+        y = gpu.norm_forward(one, two, 4, None, None, 1e-6, weight, bias, residual)
+    check(y, F.silu(F.group_norm(x.double(), 4)), weight, bias, residual, 12 * 5)
 
 
 @on_device
 @torch.no_grad()
 def test_no_images(device: str) -> None:
     x, weight, bias, _ = problem((0, 8, 16, 3, 3), torch.float16, device, "channels_last")
-    assert gpu._convolve(x, None, weight, bias, None, False).shape == (0, 16, 3, 3)
+    assert gpu._convolve(x, None, None, weight, bias, None, False).shape == (0, 16, 3, 3)
 
 
 @pytest.mark.gpu

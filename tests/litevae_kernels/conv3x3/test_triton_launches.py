@@ -25,6 +25,7 @@ def launch(
     shape: tuple[int, int, int, int],
     outputs: int,
     *,
+    skip_channels: int = 0,
     normalised: bool = True,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Launch:
@@ -36,20 +37,24 @@ def launch(
         channels_last = torch.channels_last if len(sizes) == 4 else torch.contiguous_format
         return torch.empty(*sizes, dtype=dtype, device="meta", memory_format=channels_last)
 
-    weight = empty(outputs, c, 3, 3).permute(0, 2, 3, 1)
-    affine = empty(3, n, c, dtype=torch.float32) if normalised else None
-    y = empty(n, outputs, h, w)
-    arguments = (empty(n, c, h, w), affine, weight, empty(outputs), y if normalised else None, normalised, y)
+    weight = empty(outputs, c + skip_channels, 3, 3).permute(0, 2, 3, 1)
+    affine = empty(3, n, c + skip_channels, dtype=torch.float32) if normalised else None
+    y, skip = empty(n, outputs, h, w), empty(n, skip_channels, h, w) if skip_channels else None
+    residual = y if normalised else None
+    arguments = (empty(n, c, h, w), skip, affine, weight, empty(outputs), residual, normalised, y)
     (found,) = record_launches(kernels, lambda: kernels.forward(*arguments))
     return found
 
 
 @not_interpreted
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 120])
-@pytest.mark.parametrize(("channels", "outputs"), [(32, 32), (96, 192), (256, 128)])
+@pytest.mark.parametrize(
+    ("channels", "skip_channels", "outputs"), [(32, 0, 32), (96, 0, 192), (256, 0, 128), (192, 96, 96)]
+)
 def test_tensor_cores_and_no_spills(
     capability: int,
     channels: int,
+    skip_channels: int,
     outputs: int,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -57,7 +62,8 @@ def test_tensor_cores_and_no_spills(
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     for normalised in (True, False):
-        compiled = compile_launch(launch((2, channels, 64, 64), outputs, normalised=normalised), capability)
+        found = launch((2, channels, 64, 64), outputs, skip_channels=skip_channels, normalised=normalised)
+        compiled = compile_launch(found, capability)
         ptx = compiled.asm["ptx"]
         instruction = r"wgmma\.mma_async\.sync" if capability == 90 else r"\bmma\.sync"
         assert re.search(instruction + r"\S*\.bf16\.bf16", ptx)

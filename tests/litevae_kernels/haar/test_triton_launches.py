@@ -110,7 +110,9 @@ def test_fused_kernels_use_vectors_and_registers_only(
         assert accesses(ptx, "ld") == loads
         assert accesses(ptx, "st") == stores
         assert compiled.metadata.shared == 0
-        assert not re.search(r"\.local|bar\.sync|shfl", ptx)
+        assert not re.search(r"\.local|bar\.sync", ptx)
+        # Two vectors of a row are stored by two neighbours, who have exchanged them.
+        assert ("shfl" in ptx) == (launch is synthesis and dtype == torch.float32)
         assert len(compiled.asm["cubin"]) > 0
 
 
