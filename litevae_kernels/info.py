@@ -11,6 +11,7 @@ import torch
 from litevae_kernels import backend
 from litevae_kernels.backend import core
 from litevae_kernels.core_interface import OPERATORS
+from litevae_kernels.group_norm_silu import native
 
 DEVICES = ("cpu", "cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -54,7 +55,8 @@ def report() -> list[tuple[str, str]]:
         rows.append(("CUDA kernels", cuda or f"not built: {core.cuda_reason}"))
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     rows.append(("GPUs", ", ".join(gpus) or "none visible to torch"))
-    for variable in ("LITEVAE_BACKEND", "LITEVAE_CPU_ISA", "LITEVAE_GPU_CONV"):
+    rows.append(("norms in clusters", native.describe_clusters()))
+    for variable in ("LITEVAE_BACKEND", "LITEVAE_CPU_ISA", "LITEVAE_GPU_CONV", "LITEVAE_GPU_NORM"):
         rows.append((variable, os.environ.get(variable) or "not set"))
     return rows
 

@@ -12,8 +12,9 @@ The machine may be bare and without a network:
 ``--dry-run`` rehearses a stage on a CPU: the tests are collected and not run, and the readings take tiny images. Its
 results are marked and never reported.
 
-``python -m benchmarks.gpu.traffic`` predicts the encoder's bytes and time from its shapes, and ``python -m
-benchmarks.gpu.resources`` prints the registers and shared memory of the Triton convolution.
+``python -m benchmarks.gpu.traffic`` predicts the encoder's bytes and time from its shapes, ``python -m
+benchmarks.gpu.clusters`` says which norms run in thread-block clusters, and ``python -m benchmarks.gpu.resources``
+prints the registers and shared memory of the Triton convolution.
 """
 
 GPU_ENCODERS = "encoders on a GPU"  # beginning of the subjects of the README's table of GPUs

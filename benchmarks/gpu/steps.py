@@ -117,6 +117,7 @@ def stages(output: Path, *, dry_run: bool) -> dict[int, list[Step]]:
             readings("encoders launched by Python", "launched_by_python", limit=120),
             readings("biases and additions", "biases_and_additions", limit=60),
             readings("fused convolution", "fused_convolution", limit=90),
+            readings("norms in clusters", "norms_in_clusters", limit=120),
             counters(dry_run),
             operator("group_norm_silu", f"{norm}_largest_call", f"{norm}_all_calls_of_the_model", limit=240),
             operator("haar_pyramid", f"{haar}_pyramid_forward", f"{haar}_pyramid_backward", limit=150),

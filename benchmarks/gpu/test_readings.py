@@ -37,6 +37,7 @@ from benchmarks.test_against_sd_vae import Field
 from litevae.models.layers import ResBlock
 from litevae_kernels import conv3x3, group_norm_silu
 from litevae_kernels.conv3x3.normed import norm_silu_conv3x3
+from litevae_kernels.group_norm_silu import native as native_norm
 
 INPUTS = 3
 COMPARED = (SD_VAE, "LiteVAE-B", "LiteVAE-S")
@@ -246,6 +247,61 @@ def test_fused_convolution(
         images=images,
         **rounds(dry_run),
     )
+
+
+def with_norms(mode: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns `function` with a setting of ``LITEVAE_GPU_NORM``."""
+
+    def call(*arguments: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(native_norm, "mode", mode)
+            return function(*arguments)
+
+    return call
+
+
+@pytest.mark.parametrize("batch", [1, 8, 32])
+@torch.no_grad()
+def test_norms_in_clusters(
+    benchmark: Any,
+    session: Session,
+    device: str,
+    dry_run: bool,
+    image: Callable[[int], tuple[int, ...]],
+    batch: int,
+) -> None:
+    """The encoder, and its largest norm, in one pass per cluster and in two passes: whether clusters may stay."""
+    if device == "cuda" and (reason := native_norm.why_no_clusters(torch.cuda.current_device())) is not None:
+        pytest.skip(reason)
+    call = call_of(make_model("LiteVAE-B", "encoder", device).to(**_half(device)), "encoder")
+    encoders = {"LiteVAE-B": call, "LiteVAE-B, norms in clusters": with_norms("clusters", call)}
+    race(benchmark, session, "norms in clusters", encoders, device, image(batch), **rounds(dry_run))
+    images, channels, side = (1, 32, 8) if dry_run else (batch, 96, 128)
+    sets = [torch.randn(images, channels, side, side, device=device).to(**_half(device)) for _ in range(7)]
+    scale, offset = (torch.randn(channels, device=device, dtype=sets[0].dtype) for _ in range(2))
+
+    def two_passes(i: int) -> Tensor:
+        return group_norm_silu(sets[i], 32, scale, offset)
+
+    clusters = with_norms("clusters", two_passes)
+    x = sets[0][:1].double()
+    exact = F.silu(F.group_norm(x, 32, scale.double(), offset.double(), 1e-6))
+    assert relative_error(clusters(0)[:1], exact) < max(2 * relative_error(two_passes(0)[:1], exact), 1e-5)
+    contest(
+        benchmark,
+        session,
+        f"GroupNorm and SiLU, {images}x{channels}x{side}x{side}",
+        "clusters",
+        {"clusters": clusters, "two passes": two_passes},
+        inputs=len(sets),
+        images=images,
+        bytes_moved=2 * sets[0].nbytes,
+        **rounds(dry_run),
+    )
+
+
+def _half(device: str) -> dict[str, Any]:
+    return {"dtype": eager(device).dtype, "memory_format": torch.channels_last}
 
 
 def test_host_time(benchmark: Any, session: Session, device: str, dry_run: bool) -> None:

@@ -61,6 +61,11 @@ def group_norm_silu(inputs: Sequence[Tensor], result: Tensor, *, given: bool = F
     return {STATISTICS: 0 if given else read, APPLY: read + result.nbytes}
 
 
+def group_norm_silu_in_clusters(inputs: Sequence[Tensor], result: Tensor) -> dict[str, int]:
+    """Returns the bytes of the one pass of the kernel for thread-block clusters."""
+    return {APPLY: sum(x.nbytes for x in inputs) + result.nbytes}
+
+
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, result: Tensor) -> dict[str, int]:
     """Returns the bytes of a convolution that reads its input once, and of PyTorch's separate pass for the bias."""
     added = 0 if bias is None else 2 * result.nbytes
@@ -83,6 +88,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.bytes: Counter[str] = Counter()
         self.macs = 0
+        self.norms: list[tuple[Sequence[Tensor], Tensor, int]] = []  # inputs, result and groups
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -91,9 +97,11 @@ class Recorder(TorchDispatchMode):
             case "litevae::haar_analysis":
                 self.bytes.update(haar(args[0], out))
             case "litevae::group_norm_silu":
-                x, skip = args[:2]
+                inputs = [x for x in args[:2] if x is not None]
                 given = len(args) > 8 and bool(args[8])
-                self.bytes.update(group_norm_silu([x] if skip is None else [x, skip], out[0], given=given))
+                self.bytes.update(group_norm_silu(inputs, out[0], given=given))
+                if not given:
+                    self.norms.append((inputs, out[0], args[4]))
             case "aten::convolution":
                 x, weight, bias = args[:3]
                 self.bytes.update(convolution(x, weight, bias, out))
@@ -110,8 +118,8 @@ class Recorder(TorchDispatchMode):
         return out
 
 
-def predict(preset: str, size: int = 256, batch: int = BATCH) -> Shares:
-    """Returns what the encoder does for each image of a batch in bfloat16, channels_last."""
+def record(preset: str, size: int, batch: int) -> Recorder:
+    """Returns what the encoder does for a batch in bfloat16, channels_last."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -122,6 +130,12 @@ def predict(preset: str, size: int = 256, batch: int = BATCH) -> Shares:
                 encoder(images)
     finally:
         torch.set_default_dtype(default)
+    return recorder
+
+
+def predict(preset: str, size: int = 256, batch: int = BATCH) -> Shares:
+    """Returns what the encoder does for each image of a batch in bfloat16, channels_last."""
+    recorder = record(preset, size, batch)
     return Shares({kind: total / batch for kind, total in recorder.bytes.items()}, recorder.macs / batch)
 
 

@@ -82,11 +82,12 @@ void bind_group_norm_silu(py::module_& m) {
   m.def("group_norm_silu_cuda", [](const TensorView& x, const OptionalView& skip, const OptionalView& weight,
                                    const OptionalView& bias, const OptionalView& offset, const TensorView& y,
                                    uintptr_t stats, int64_t groups, double eps, uintptr_t x_given,
-                                   uintptr_t skip_given, uintptr_t scratch, int device, uintptr_t stream) {
+                                   uintptr_t skip_given, uintptr_t scratch, int device, uintptr_t stream,
+                                   bool clusters) {
     Forward call = make_forward(x, skip, weight, bias, offset, y, stats, groups, eps);
     call.given[0] = pointer<double>(x_given), call.given[1] = pointer<double>(skip_given);
     check_fits(!x_given || !skip == !skip_given, "statistics");
-    group_norm_silu_forward_cuda(call, pointer(scratch), device, pointer(stream));
+    group_norm_silu_forward_cuda(call, pointer(scratch), device, pointer(stream), clusters);
   });
   m.def("group_norm_silu_backward_cuda",
         [](const TensorView& grad, const TensorView& x, const OptionalView& skip, const OptionalView& weight,
@@ -97,6 +98,21 @@ void bind_group_norm_silu(py::module_& m) {
                                                       grad_weight, grad_bias, groups),
                                         pointer(scratch), device, pointer(stream));
         });
+#ifdef LITEVAE_CLUSTERS
+  // A card is a tuple (multiprocessors, bytes of shared memory per block, blocks per cluster).
+  m.def("group_norm_silu_card", [](int device) {
+    const group_norm_silu::Card card = group_norm_silu_card(device);
+    return std::make_tuple(card.multiprocessors, card.shared, card.blocks);
+  });
+  // Returns the number of clusters, blocks per cluster and bytes of shared memory per block.
+  m.def("group_norm_silu_clusters", [](const TensorView& x, const OptionalView& skip, const TensorView& y,
+                                       int64_t groups, const std::tuple<int64_t, int64_t, int64_t>& card) {
+    const auto [multiprocessors, shared, blocks] = card;
+    const group_norm_silu::Clusters found = group_norm_silu_clusters(
+        make_forward(x, skip, {}, {}, {}, y, 0, groups, 1.), {multiprocessors, shared, blocks});
+    return std::make_tuple(found.count, found.blocks, found.shared);
+  });
+#endif
 #endif
 }
 

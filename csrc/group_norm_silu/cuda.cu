@@ -9,7 +9,12 @@ int64_t group_norm_silu_scratch_bytes(int64_t batch, int64_t channels, int64_t p
 }
 
 void group_norm_silu_forward_cuda(const group_norm_silu::Forward& call, void* scratch, int device,
-                                  void* stream) {
+                                  void* stream, bool clusters) {
+#ifdef LITEVAE_CLUSTERS
+  if (clusters && group_norm_silu_forward_clusters(call, device, stream)) return;
+#else
+  (void)clusters;
+#endif
   group_norm_silu::run(call, scratch, Launch("the group_norm_silu kernel", device, stream));
 }
 

@@ -39,13 +39,35 @@ struct Backward {
   TensorView grad_weight, grad_bias;  // (1, C, 1, 1), written, same dtypes as weight and bias
 };
 
+// What a GPU offers to thread-block clusters.
+struct Card {
+  int64_t multiprocessors;
+  int64_t shared;  // bytes of shared memory per block, at most
+  int64_t blocks;  // per cluster, at most; 0 if the GPU or the core has no clusters
+};
+
+// How clusters serve a call.
+struct Clusters {
+  int64_t count;   // 0 if they do not
+  int64_t blocks;  // per cluster
+  int64_t shared;  // bytes of shared memory per block
+};
+
 }  // namespace group_norm_silu
 
 // Only in a core with CUDA. `scratch` has group_norm_silu_scratch_bytes() bytes, aligned to 16 bytes.
 int64_t group_norm_silu_scratch_bytes(int64_t batch, int64_t channels, int64_t pixels, int64_t element_size);
+// `clusters`: whether one pass in clusters may serve the call.
 void group_norm_silu_forward_cuda(const group_norm_silu::Forward& call, void* scratch, int device,
-                                  void* stream);
+                                  void* stream, bool clusters);
 void group_norm_silu_backward_cuda(const group_norm_silu::Backward& call, void* scratch, int device,
                                    void* stream);
+
+// Only in a core that was built for sm_90 or newer GPUs. The choice depends on shape, dtype, layout and card.
+group_norm_silu::Clusters group_norm_silu_clusters(const group_norm_silu::Forward& call,
+                                                   const group_norm_silu::Card& card);
+group_norm_silu::Card group_norm_silu_card(int device);
+// Returns false, and does nothing, if clusters do not serve the call.
+bool group_norm_silu_forward_clusters(const group_norm_silu::Forward& call, int device, void* stream);
 
 }  // namespace litevae

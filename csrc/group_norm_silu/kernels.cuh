@@ -35,6 +35,7 @@ enum class Kind {
 
 constexpr int kThreads = 128;         // per block of a kernel that goes through the pixels
 constexpr int kReduceThreads = 512;   // per block of a kernel that adds up their results, at most
+constexpr int kClusterThreads = 512;  // per block of a cluster
 constexpr int kParameterColumns = 8;  // channels per block of Parameters
 
 namespace {
@@ -75,6 +76,9 @@ struct Pass {
   bool is_double;      // whether the coefficients are
   Pair* sums;          // (N, C): sums over all pixels, backward only
   Pair* group_means;   // (N, groups)
+
+  // Clusters only: bytes of shared memory per block, and where its channels and its groups begin, in bytes.
+  int shared, channels_at, groups_at;
 };
 
 // Any 16-bit or 32-bit type, known at run time only.
@@ -125,16 +129,17 @@ struct Part {
   int64_t n, chunk, first_channel, begin;
   int count;  // number of units
 
-  LITEVAE_DEVICE Part(const Pass& p, int64_t block) : p(p), n(block) {
+  // `chunks_first`: whether successive blocks have successive chunks, and not successive slabs.
+  LITEVAE_DEVICE Part(const Pass& p, int64_t block, bool chunks_first) : p(p), n(block) {
     const int64_t inner = p.inner.take(n), outer = p.outer.take(n);
-    // Neighbouring blocks read neighbouring memory.
-    const bool slabs_first = p.table.column_stride == 1;
-    chunk = slabs_first ? outer : inner;
-    first_channel = (slabs_first ? inner : outer) * p.slab;
+    chunk = chunks_first ? inner : outer;
+    first_channel = (chunks_first ? outer : inner) * p.slab;
     begin = chunk * p.chunk;
     const int64_t units = p.pixels / (V / K);
     count = static_cast<int>(units - begin < p.chunk ? units - begin : p.chunk);
   }
+  // Neighbouring blocks read neighbouring memory.
+  LITEVAE_DEVICE Part(const Pass& p, int64_t block) : Part(p, block, p.table.column_stride != 1) {}
 
   LITEVAE_DEVICE int channels() const {
     const int64_t rest = p.channels - first_channel;
@@ -299,6 +304,17 @@ struct Coefficients {
   }
 };
 
+// Computes y of the elements of a unit.
+template <int K, int V, class T>
+LITEVAE_DEVICE void apply(const T (&x)[V], const T (&mean)[K], const T (&a)[K], const T (&b)[K], T (&y)[V]) {
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    const int k = K == 1 ? 0 : v;
+    const T z = multiply_add(x[v] - mean[k], a[k], b[k]);
+    y[v] = z * sigmoid(z);
+  }
+}
+
 // Returns dz of an element, with d = x - mean.
 template <class T>
 LITEVAE_DEVICE T gradient_of_z(T d, T a, T b, T grad) {
@@ -344,6 +360,35 @@ struct alignas(16) Moments {
     count = all;
   }
 };
+
+// Joins the channels of a block to groups. `channel` returns mean and squared deviations of a channel of the
+// block by its number, and `put` takes those of the channels of a group, by the group's number in the block.
+template <class Part, class Channel, class Put>
+LITEVAE_DEVICE void join_channels(const Block& block, const Part& part, const Channel& channel,
+                                  const Put& put) {
+  const Pass& p = part.p;
+  const int64_t first_group = part.group(part.first_channel);
+  const int channels = part.channels();
+  const int groups = static_cast<int>(part.group(part.first_channel + channels - 1) - first_group) + 1;
+  block.each([&](int thread) {
+    for (int i = thread; i < groups; i += block.threads) {
+      const int64_t first = (first_group + i) * p.group_channels - part.first_channel;
+      const int begin = first < 0 ? 0 : static_cast<int>(first),
+                end = smaller(first + p.group_channels, channels);
+      double middle = 0, sum = 0, apart = 0, squares = 0;
+#pragma unroll 1
+      for (int c = begin; c < end; ++c) {
+        const Pair one = channel(c);
+        const double mean = one.first + parameter(p.offset, part.first_channel + c, 0.);
+        if (c == begin) middle = mean;
+        const double d = mean - middle;
+        sum += d, apart += d * d, squares += one.second;
+      }
+      const double pixels = part.count * (Part::V / Part::K), distance = sum / (end - begin);
+      put(i, Pair{middle + distance, squares + pixels * (apart - sum * distance)});
+    }
+  });
+}
 
 template <class S, Kind kKind>
 struct Statistics {
@@ -445,26 +490,9 @@ struct Statistics {
         shared.squares[i] = found.squares[k];
       }
     });
-    const int64_t first_group = part.group(part.first_channel);
-    const int channels = part.channels();
-    const int groups = static_cast<int>(part.group(part.first_channel + channels - 1) - first_group) + 1;
-    block.each([&](int thread) {
-      for (int i = thread; i < groups; i += block.threads) {
-        const int64_t first = (first_group + i) * p.group_channels - part.first_channel;
-        const int begin = first < 0 ? 0 : static_cast<int>(first),
-                  end = smaller(first + p.group_channels, channels);
-        double middle = 0, sum = 0, apart = 0, squares = 0;
-#pragma unroll 1
-        for (int c = begin; c < end; ++c) {
-          const double mean = shared.mean[c] + parameter(p.offset, part.first_channel + c, 0.);
-          if (c == begin) middle = mean;
-          const double d = mean - middle;
-          sum += d, apart += d * d, squares += static_cast<double>(shared.squares[c]);
-        }
-        const double pixels = part.count * (V / K), distance = sum / (end - begin);
-        part.partial(i) = {middle + distance, squares + pixels * (apart - sum * distance)};
-      }
-    });
+    join_channels(
+        block, part, [&](int c) { return Pair{shared.mean[c], static_cast<double>(shared.squares[c])}; },
+        [&](int i, const Pair& group) { part.partial(i) = group; });
   }
 };
 
@@ -490,12 +518,7 @@ struct Apply {
       const auto y = part.units(p.out, place);
       stream<4>(part, place.row, {part.units(p.x, place)}, [&](int unit, const T(&x)[1][V]) {
         T result[V];
-#pragma unroll
-        for (int v = 0; v < V; ++v) {
-          const int k = K == 1 ? 0 : v;
-          const T z = multiply_add(x[0][v] - mean[k], a[k], b[k]);
-          result[v] = z * sigmoid(z);
-        }
+        apply(x[0], mean, a, b, result);
         y.store(unit, result);
       });
     });

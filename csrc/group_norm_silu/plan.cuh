@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <numeric>
 
 #include "kernels.cuh"
 
@@ -140,9 +141,14 @@ Kind choose(Pass& p, const Inputs& in, bool backward) {
   return Layout(p, element_size(in.x.dtype)).kind(tensors, count);
 }
 
+// Returns whether neighbouring threads take neighbouring channels, and not neighbouring pixels.
+bool channels_come_first(const Pass& p, Kind kind) {
+  if (kind != Kind::single) return kind == Kind::channels;
+  return p.channels > 1 && (p.pixels == 1 || p.x[0].c < p.x[0].w);
+}
+
 void divide(Pass& p, const Inputs& in, Kind kind, Work work) {
-  bool channels_first = kind == Kind::channels;
-  if (kind == Kind::single) channels_first = p.channels > 1 && (p.pixels == 1 || p.x[0].c < p.x[0].w);
+  const bool channels_first = channels_come_first(p, kind);
   const int64_t lanes = kind == Kind::single ? 1 : 16 / element_size(in.x.dtype);
   const int64_t along_pixels = kind == Kind::pixels ? lanes : 1, along_channels = lanes / along_pixels;
   const Division how =
@@ -155,6 +161,63 @@ void divide(Pass& p, const Inputs& in, Kind kind, Work work) {
   p.outer = Divider::of(channels_first ? p.chunks : p.slabs, p.blocks);
   p.chunk_pixels = static_cast<double>(how.chunk * along_pixels);
   p.last_pixels = static_cast<double>(p.pixels - (how.chunks - 1) * how.chunk * along_pixels);
+}
+
+// Divides the work among thread-block clusters, each of which keeps whole groups of an image in the shared
+// memory of its blocks; returns false if clusters cannot serve the call or are unlikely to pay. The result
+// depends on the card as well as on the shape.
+bool divide_among_clusters(Pass& p, DType dtype, Kind kind, const Card& card) {
+  // A block with fewer bytes has less than two units per thread, whose sums take longer than its loads.
+  constexpr int64_t kFewBytes = 2 * 16 * kClusterThreads;
+  // An SM moves about 100 bytes per nanosecond. If most SMs are idle, this many bytes per block take as long,
+  // in and out, as the two launches that a cluster saves and the three passes of a full card.
+  constexpr int64_t kManyBytes = 128 * 1024;
+  const bool channels_first = channels_come_first(p, kind);
+  const int64_t element = element_size(dtype), wide = dtype == DType::f64 ? 8 : 4;
+  const int64_t lanes = kind == Kind::single ? 1 : 16 / element, unit = kind == Kind::single ? wide : 16;
+  const int64_t along_channels = kind == Kind::channels ? lanes : 1, along_pixels = lanes / along_channels;
+  const int64_t columns = p.channels / along_channels, units = p.pixels / along_pixels;
+  const auto parts = [](int64_t of, int64_t size) { return (of + size - 1) / size; };
+
+  // The smallest slab has whole groups and, if channels are innermost, whole sectors of 32 bytes.
+  int64_t width = std::lcm(p.group_channels, along_channels);
+  if (channels_first) width = std::lcm(width * element, int64_t{32}) / element;
+  width = std::min(width / along_channels, columns);
+  if (width > kClusterThreads) return false;
+  const auto clusters = [&] { return p.batch * parts(columns, width); };
+  const auto bytes = [&](int64_t blocks) { return parts(units, blocks) * width * unit; };
+  while (2 * width <= std::min<int64_t>(columns, kClusterThreads) && bytes(1) < kFewBytes &&
+         clusters() >= 4 * card.multiprocessors)
+    width *= 2;
+
+  // Sets the numbers for `blocks` per cluster, and returns whether these fit the shared memory.
+  const auto fits = [&](int64_t blocks) {
+    const int64_t rows = std::min(kClusterThreads / width, parts(units, blocks));
+    p.table = {static_cast<int>(width), static_cast<int>(rows), channels_first ? 1 : static_cast<int>(rows),
+               channels_first ? static_cast<int>(width) : 1};
+    p.chunks = blocks, p.chunk = rows * parts(units, blocks * rows), p.slab = width * along_channels;
+    const auto aligned = [](int64_t size) { return (size + 15) / 16 * 16; };
+    const int64_t held = aligned(p.chunk * width * unit), channels = held + aligned(3 * wide * p.slab),
+                  groups = channels + 2 * static_cast<int64_t>(sizeof(Pair)) * (p.slab / p.group_channels);
+    const int64_t sums = wide * along_channels * kClusterThreads;
+    if (groups + sums > card.shared) return false;
+    p.channels_at = static_cast<int>(held), p.groups_at = static_cast<int>(channels);
+    p.shared = static_cast<int>(groups);
+    return true;
+  };
+  int64_t blocks = 1;
+  while (blocks <= card.blocks && !fits(blocks)) blocks *= 2;
+  // A cluster may use more SMs than it needs while there are some.
+  while (2 * blocks <= card.blocks && clusters() * blocks < card.multiprocessors && bytes(blocks) > kFewBytes)
+    blocks *= 2;
+  if (blocks > card.blocks || !fits(blocks)) return false;
+  if (2 * clusters() * blocks < card.multiprocessors && bytes(blocks) > kManyBytes) return false;
+
+  p.slabs = parts(columns, width);
+  p.blocks = clusters() * blocks;
+  p.by_row = Divider::of(channels_first ? width : p.table.rows, kClusterThreads);
+  p.inner = Divider::of(p.chunks, p.blocks), p.outer = Divider::of(p.slabs, p.blocks);
+  return true;
 }
 
 // Divides the scratch memory, after the work.
@@ -190,14 +253,20 @@ void launch_groups(Pass& p, const Launch& launch) {
   launch(Body(), p);
 }
 
-// `scratch` has scratch_bytes() bytes and is aligned to 16 bytes.
-template <class Launch>
-void run(const Forward& call, void* scratch, const Launch& launch) {
+// Returns the arguments of the forward kernels, before the division.
+Pass pass_of(const Forward& call) {
   Pass p = pass_of(call.in);
-  if (p.batch * p.channels * p.pixels == 0) return;
   split(call.y, p.x_channels, p.out);
   p.eps = call.eps;
   p.is_double = call.in.x.dtype == DType::f64;
+  return p;
+}
+
+// `scratch` has scratch_bytes() bytes and is aligned to 16 bytes.
+template <class Launch>
+void run(const Forward& call, void* scratch, const Launch& launch) {
+  Pass p = pass_of(call);
+  if (p.batch * p.channels * p.pixels == 0) return;
   const Kind kind = choose(p, call.in, false);
   divide(p, call.in, kind, Work::sum);
   place(p, scratch);

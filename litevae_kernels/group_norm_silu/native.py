@@ -2,8 +2,14 @@
 
 Both functions fill tensors that the caller allocated, and take any strides. On the CPU, a tensor is copied first if its
 innermost dimension is not that of the output, or has gaps.
+
+On sm_90 and newer GPUs, one kernel can serve a forward pass in thread-block clusters, which read their input once. No
+GPU has confirmed that it is faster, so it is off unless the environment variable ``LITEVAE_GPU_NORM`` is ``clusters``.
 """
 
+import functools
+import os
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +24,42 @@ from litevae_kernels.tensors import (
     native_view,
     scratch_memory,
 )
+
+MODES = ("off", "clusters")
+
+
+def _read_mode(value: str | None) -> str:
+    if value is not None and value not in MODES:
+        raise ValueError(f"LITEVAE_GPU_NORM is {value[:40]!r}; allowed: {', '.join(MODES)}")
+    return value or "off"
+
+
+mode = _read_mode(os.environ.get("LITEVAE_GPU_NORM") or None)
+
+
+@functools.cache
+def why_no_clusters(device: int) -> str | None:
+    """Returns why clusters serve no call on a GPU; None if they serve those whose images fit."""
+    if core is None or not hasattr(core, "group_norm_silu_card"):
+        return "the core was not built for a GPU of sm_90 or newer"
+    _multiprocessors, _shared_bytes, blocks = core.group_norm_silu_card(device)
+    return None if blocks else f"GPU {device} has no thread-block clusters, or the core was not built for it"
+
+
+@functools.cache
+def _may_use_clusters(device: int) -> bool:
+    reason = why_no_clusters(device)
+    if reason is not None:
+        warnings.warn(f"LITEVAE_GPU_NORM=clusters has no effect: {reason}", RuntimeWarning, stacklevel=2)
+    return reason is None
+
+
+def describe_clusters() -> str:
+    """Returns whether clusters serve calls on a GPU, for `litevae_kernels.info`."""
+    if mode != "clusters":
+        return "off"
+    found = [why_no_clusters(device) for device in range(torch.cuda.device_count())]
+    return ", ".join(reason or f"on for GPU {i}" for i, reason in enumerate(found)) or "on"
 
 
 def _gapless(x: Tensor, like: Tensor) -> Tensor:
@@ -64,8 +106,10 @@ def forward(
         address = first if stats is None else stats.data_ptr()
         stream = current_stream(x.device)
         given = (*(t.data_ptr() for t in statistics), 0, 0)[:2]
+        # With statistics, the other kernels read x once as well.
+        clusters = mode == "clusters" and not statistics and _may_use_clusters(x.device.index)
         core.group_norm_silu_cuda(
-            *views, address, num_groups, eps, *given, first + own, x.device.index, stream
+            *views, address, num_groups, eps, *given, first + own, x.device.index, stream, clusters
         )
 
 

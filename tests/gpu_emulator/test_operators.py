@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from kernel_cases.running import Kernels, cases_of, run_case, run_covering, run_random
 from ptx_emulator import build, triton_driver
 
+from litevae_kernels.group_norm_silu import native
 from litevae_kernels.testing import assert_within_budget
 
 WITH_KERNELS = {"cuda": build.OPERATORS, "triton": triton_driver.OPERATORS}
@@ -92,19 +93,28 @@ def test_tensors_may_have_no_elements(cuda_kernels: Any) -> None:
 
 # Groups of 5 channels, one of which has channels of x and of skip.
 @pytest.mark.parametrize(
-    ("backend", "dtype", "layout"),
+    ("backend", "mode", "dtype", "layout"),
     [
-        ("cuda", torch.bfloat16, torch.channels_last),
-        ("cuda", torch.float32, torch.contiguous_format),
-        ("cuda", torch.float64, torch.contiguous_format),
-        ("triton", torch.float32, torch.channels_last),
+        ("cuda", "off", torch.bfloat16, torch.channels_last),
+        ("cuda", "off", torch.float32, torch.contiguous_format),
+        ("cuda", "off", torch.float64, torch.contiguous_format),
+        ("cuda", "clusters", torch.bfloat16, torch.channels_last),
+        ("cuda", "clusters", torch.float32, torch.contiguous_format),
+        ("cuda", "clusters", torch.float64, torch.contiguous_format),
+        ("triton", "off", torch.float32, torch.channels_last),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("given", [False, True], ids=["own statistics", "given statistics"])
 def test_an_offset_is_added_before_the_norm(
-    kernels: Any, dtype: torch.dtype, layout: torch.memory_format, given: bool
+    kernels: Any,
+    mode: str,
+    dtype: torch.dtype,
+    layout: torch.memory_format,
+    given: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(native, "mode", mode)
     torch.manual_seed(0)
     x, skip = (torch.randn(2, c, 5, 8).to(dtype).contiguous(memory_format=layout) for c in (24, 16))
     weight, bias, offset = (
@@ -127,8 +137,10 @@ def test_an_offset_is_added_before_the_norm(
     assert_within_budget(actual, exact, magnitude=magnitude, operations=operations)
 
 
-def test_statistics_may_be_unwanted(cuda_kernels: Any) -> None:
+@pytest.mark.parametrize("mode", native.MODES)
+def test_statistics_may_be_unwanted(cuda_kernels: Any, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In inference mode they go to the scratch memory, whose remainder must be aligned."""
+    monkeypatch.setattr(native, "mode", mode)
     x = torch.randn(3, 15, 5, 7)
     with_stats, without = torch.empty_like(x), torch.empty_like(x)
     stats = torch.empty(3, 5, 2, dtype=torch.float64)

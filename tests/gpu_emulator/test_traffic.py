@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import traffic
+from litevae_kernels.group_norm_silu import native
 
 # PyTorch's kernels are not on the emulator. This one adds in place as `aten::add_` must, a number per thread.
 ADD = """
@@ -73,6 +74,30 @@ def test_group_norm_silu(cuda_kernels: Any, skip_channels: int, given: bool) -> 
     more = {traffic.STATISTICS: 2 * partials + stats.nbytes + coefficients, traffic.APPLY: coefficients}
     assert all(by_kind.values())
     assert {kind: touched(found) - predicted[kind] for kind, found in by_kind.items()} == more
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("skip_channels", [0, 32])
+def test_group_norm_silu_in_clusters(
+    cuda_kernels: Any, skip_channels: int, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One kernel reads x and skip once, in whole sectors, and writes the result once."""
+    monkeypatch.setattr(native, "mode", "clusters")
+
+    def tensor(channels: int) -> torch.Tensor:
+        return torch.randn(2, channels, 32, 32).bfloat16().contiguous(memory_format=layout)
+
+    inputs = [tensor(channels) for channels in (64, skip_channels) if channels]
+    y, stats = tensor(64 + skip_channels), torch.empty(2, 32, 2, dtype=torch.float64)
+    arguments = (inputs[0], inputs[1] if skip_channels else None, None, None, y, stats, 32, 1e-6)
+    kernels = cuda_kernels.emulator.count_traffic(
+        lambda: cuda_kernels.run("group_norm_silu", "forward", *arguments, written=[y, stats])
+    )
+    (kernel,) = kernels.values()
+    assert touched(kernels) == sum(traffic.group_norm_silu_in_clusters(inputs, y).values()) + stats.nbytes
+    assert kernel.loads.widths == {16: sum(x.nbytes for x in inputs)}
+    assert kernel.stores.widths == {16: y.nbytes, 8: stats.nbytes}
+    assert kernel.loads.excess == 1
 
 
 def test_haar(cuda_kernels: Any) -> None:

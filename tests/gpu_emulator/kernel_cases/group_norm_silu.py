@@ -1,14 +1,16 @@
 """GroupNorm+SiLU and its gradient, compared with torch in float64."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernel_cases.poisoned import DTYPES, LAYOUTS, Poisoned, normal
 from kernel_cases.running import Kernels
+from litevae_kernels.group_norm_silu import native
 from litevae_kernels.testing import assert_within_budget
 
 F32, F64, F16, BF16 = DTYPES
@@ -38,6 +40,7 @@ class Case:
     expanded: bool = False
     eps: float = 1e-6
     factor: float = 1.0  # multiplier of weight and bias
+    clusters: bool = False  # whether CUDA's forward pass runs in clusters
 
 
 def random_case(rng: random.Random) -> Case:
@@ -61,6 +64,7 @@ def random_case(rng: random.Random) -> Case:
         rng.randint(1, 3), c - skip, skip, groups, height, width, dtype, layouts,
         parameters=(rng.choice((None, dtype, *DTYPES)), rng.choice((None, dtype, *DTYPES))),
         mean=mean, std=std, expanded=rng.random() < 0.1, eps=rng.choice((1e-6, 1e-5, 1e-3)),
+        clusters=rng.random() < 0.3,
     )  # fmt: skip
 
 
@@ -150,7 +154,13 @@ def check(kernels: Kernels, rng: random.Random, case: Case) -> None:
     stats = torch.full((n, case.groups, 2), torch.nan, dtype=torch.float64)
 
     inputs, y = (x, skip, weight, bias), results["y"].view
-    kernels.run("group_norm_silu", "forward", *inputs, y, stats, case.groups, case.eps, written=[y, stats])
+    clusters = case.clusters and kernels.name == "cuda"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "mode", "clusters" if clusters else "off")
+        kernels.run(
+            "group_norm_silu", "forward", *inputs, y, stats, case.groups, case.eps, written=[y, stats]
+        )
+    assert any("Clustered" in name for name in kernels.emulator.kernels()) == clusters
     outgoing = (results["x"].view, results["skip"].view if cs else None, grad_weight, grad_bias)
     kernels.run("group_norm_silu", "backward", grad, *inputs, stats, *outgoing, case.groups, written=outgoing)
 
@@ -202,11 +212,21 @@ def check(kernels: Kernels, rng: random.Random, case: Case) -> None:
 def _covering_cuda() -> dict[str, Case]:
     # 32 groups of 5 channels, one of which has channels of x and of skip. Vectors of contiguous pixels need whole rows.
     widths = {"channels_last": 7, "channels_last_sliced": 8, "contiguous": 8, "wild": 7}
-    return {
+    cases = {
         f"{layout} {str(dtype)[6:]}": Case(2, 96, 64, 32, 4, width, dtype, (layout,) * 4)
         for layout, width in widths.items()
         for dtype in DTYPES
     }
+    # Clusters of 2 to 8 blocks, the last of which have fewer pixels.
+    for layout, width in widths.items():
+        for dtype in DTYPES:
+            case = Case(2, 24, 16, 8, 49, width, dtype, (layout,) * 4, clusters=True)
+            cases[f"{layout} {str(dtype)[6:]} in clusters"] = case
+    layouts = ("channels_last",) * 4
+    cases["blocks without pixels"] = Case(1, 4096, 0, 1, 3, 3, BF16, layouts, clusters=True)
+    cases["a slab that is not full"] = Case(2, 120, 0, 24, 9, 7, BF16, layouts, clusters=True)
+    cases["clusters of 16 blocks"] = Case(1, 48, 0, 16, 70, 32, BF16, layouts, clusters=True)
+    return cases
 
 
 def _covering_triton() -> dict[str, Case]:
@@ -235,7 +255,8 @@ def _special() -> dict[str, Case]:
                 case = Case(
                     1, c, 0, groups, height, width, F32, (layout,) * 4, mean=mean, std=std, outlier=outlier
                 )
-                cases[f"{layout} {c} channels, mean {mean:g}, std {std:g}, outlier {outlier:g}"] = case
+                name = f"{layout} {c} channels, mean {mean:g}, std {std:g}, outlier {outlier:g}"
+                cases[name], cases[f"{name}, clusters"] = case, replace(case, clusters=True)
     shapes = {
         "one group of two slabs": (1, 512, 1, 8, 8),
         "many chunks": (1, 8, 8, 128, 128),

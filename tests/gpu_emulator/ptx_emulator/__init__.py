@@ -13,6 +13,8 @@ It checks every access and every barrier:
   between all threads of a launch, in global memory (threads may write the same value, as Triton's replicas do);
 - read-only loads (``ld.global.nc``) of what the launch writes;
 - shared memory that nobody has written, which is NaN, and registers likewise;
+- thread-block clusters: races in another block's shared memory, which only a barrier of the cluster orders; accesses
+  to it beyond its bounds, before its block must have started, or after its block may have ended;
 - copies (``cp.async``) and matrix products (``wgmma``) that run beside the program: use of their destination, or a
   change of what a product reads, before the wait; registers written after the last ``wgmma.fence``; stores that a
   tensor core reads without ``fence.proxy.async``; warps of a group that run different products;
@@ -22,14 +24,14 @@ It checks every access and every barrier:
 It also counts instructions, and the sectors and lines of global memory that a warp's request touches.
 
 It does not see: ptxas, so neither SASS nor registers nor spills; time; streams, graphs and concurrent kernels; caches
-and the memory model beyond barriers. It refuses atomics, clusters, bulk copies, and matrix products of other types
-than float16 and bfloat16, as unknown. Sums of tensor cores are those of Ampere, which are the least exact. Approximate
-instructions (``ex2.approx``, ``rcp.approx``) are as exact as the CPU's, where a GPU loses up to two units in the last
-place.
+and the memory model beyond barriers. It refuses atomics, bulk copies, and matrix products of other types than float16
+and bfloat16, as unknown. Sums of tensor cores are those of Ampere, which are the least exact. Approximate instructions
+(``ex2.approx``, ``rcp.approx``) are as exact as the CPU's, where a GPU loses up to two units in the last place.
 
 The C++ files: `ptx.h` has the instructions, `parser` reads a module, `arithmetic` computes, `memory` holds and checks
 memory, `warp` runs the threads of a warp in lock step, `tensor_core` has the arithmetic and the layouts of matrices,
-`asynchronous` runs copies and products, `grid` runs blocks and barriers, `emulator` has the C interface, and
-`cuda_runtime` is the stand-in for the CUDA runtime. In Python, `build` compiles them, `emulator` loads them, and
-`cuda` and `triton_driver` run the functions of `litevae_kernels/<operator>/native.py` and ``triton.py``.
+`asynchronous` runs copies and products, `grid` runs blocks and barriers, `cluster` those of a cluster, `emulator` has
+the C interface, and `cuda_runtime` is the stand-in for the CUDA runtime. In Python, `build` compiles them, `emulator`
+loads them, and `cuda` and `triton_driver` run the functions of `litevae_kernels/<operator>/native.py` and
+``triton.py``.
 """

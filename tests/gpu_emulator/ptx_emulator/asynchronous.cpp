@@ -78,17 +78,17 @@ void Warp::copy(Frame& frame, const Instruction& in, uint32_t active) {
     if (copy.address % bytes != 0 || (count > 0 && addresses[lane] % bytes != 0))
       report("misaligned access", in, lane);
     if (count > 0) {
-      const Access access{addresses[lane], count, nullptr, false, kWarp * index + lane, epochs[lane]};
-      memcpy(copy.data.data(), resolve_global(in, lane, access), count);
+      const Access source = access_of(lane, addresses[lane], count, nullptr);
+      memcpy(copy.data.data(), resolve_global(in, lane, source), count);
       reading |= uint32_t{1} << lane;
     }
-    const Access access{copy.address, bytes, copy.data.data(), false, kWarp * index + lane, epochs[lane]};
-    require_shared(in, lane, access);
+    const Access access = access_of(lane, copy.address, bytes, copy.data.data());
+    require_shared(in, lane, access, block.rank);
     const char* const wrong = block.shared.begin_copy(access);
     if (wrong != nullptr) report(wrong, in, lane);
     copies[lane].open.push_back(copy);
   });
-  if (reading != 0) count_request(true, reading, addresses, bytes);
+  if (reading != 0) count_request(Space::global, true, reading, addresses, bytes);
 }
 
 void Warp::wait_for_copies(const Instruction& in, uint32_t active) {
@@ -98,8 +98,7 @@ void Warp::wait_for_copies(const Instruction& in, uint32_t active) {
     if (all_of_them) copies[lane].commit();
     for (std::vector<Copy> group; copies[lane].take(most, group);)
       for (const Copy& copy : group)
-        block.shared.finish_copy(
-            {copy.address, copy.bytes, copy.data.data(), false, kWarp * index + lane, epochs[lane]});
+        block.shared.finish_copy(access_of(lane, copy.address, copy.bytes, copy.data.data()));
   });
 }
 
@@ -176,13 +175,8 @@ void Warp::begin_product(Frame& frame, const Instruction& in) {
 std::vector<uint8_t> Warp::load_factor(const Instruction& in, const Factor& factor) {
   std::vector<uint8_t> out;
   const auto load = [&](int across, int along) {
-    const Access access{factor.matrix.chunk(factor.first + across, along),
-                        16,
-                        nullptr,
-                        false,
-                        kWarp * index,
-                        epochs[0],
-                        true};
+    Access access = access_of(0, factor.matrix.chunk(factor.first + across, along), 16, nullptr);
+    access.by_tensor_core = true;
     const uint8_t* const from = resolve_shared(in, 0, access);
     out.insert(out.end(), from, from + 16);
   };

@@ -22,14 +22,15 @@ HERE = Path(__file__).parent
 CSRC = HERE.parents[2] / "csrc"
 # The operators that have CUDA kernels.
 OPERATORS = sorted(path.parent.name for path in CSRC.glob("*/cuda.cu"))
-# CMakeLists.txt compiles the same PTX: all architectures share that of the oldest one.
 NVCC_FLAGS = [
     "-std=c++17", "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hidden", "--no-compress", "-cudart=none",
-    "-gencode=arch=compute_80,code=compute_80",
 ]  # fmt: skip
+# The oldest architecture of each kind of file; CMakeLists.txt compiles them so, too.
+ARCHITECTURES = {"cuda": 80, "clusters": 90}
 # Contraction would round once where PTX rounds twice.
 EMULATOR_FLAGS = ["-std=c++20", "-O2", "-march=native", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden"]
-CORE_FLAGS = ["-std=c++17", "-O0", "-fPIC", "-fvisibility=hidden", "-DLITEVAE_CUDA", "-DLITEVAE_ISA=baseline"]
+DEFINITIONS = ["-DLITEVAE_CUDA", "-DLITEVAE_CLUSTERS"]
+CORE_FLAGS = ["-std=c++17", "-O0", "-fPIC", "-fvisibility=hidden", "-DLITEVAE_ISA=baseline", *DEFINITIONS]
 # This is the build.h that CMake would write. The name of the compiler separates pybind11's types from those of the real
 # core.
 BUILD_H = f"""
@@ -106,9 +107,12 @@ def _core_commands(cache: Path) -> list[Command]:
         beside = sorted(source.parent.glob("*.h")) + sorted(source.parent.glob("*.cuh"))
         return start, source, [*common, *beside, cache / "include" / "build.h"]
 
-    kernels = [
-        command([str(shutil.which("nvcc")), *NVCC_FLAGS], CSRC / name / "cuda.cu") for name in OPERATORS
-    ]
+    def kernel(source: Path) -> Command:
+        architecture = f"compute_{ARCHITECTURES[source.stem]}"
+        options = [*NVCC_FLAGS, *DEFINITIONS, f"-gencode=arch={architecture},code={architecture}"]
+        return command([str(shutil.which("nvcc")), *options], source)
+
+    kernels = [kernel(path) for name in OPERATORS for path in sorted((CSRC / name).glob("*.cu"))]
     # The bindings name the CPU kernels, which are never called here.
     host = [CSRC / "bindings.cpp", *(CSRC / name / "bindings.cpp" for name in OPERATORS)]
     host += [path for name in OPERATORS for path in sorted((CSRC / name).glob("*.cpp")) if path not in host]

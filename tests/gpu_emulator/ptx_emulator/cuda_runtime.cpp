@@ -4,6 +4,7 @@
 #include <map>
 #include <string>
 
+#include "cluster.h"
 #include "emulator.h"
 
 namespace {
@@ -25,12 +26,26 @@ struct dim3 {
 struct Kernel {
   int module;
   std::string name;
-  int64_t granted = 0;  // bytes of dynamic shared memory, if they were requested
+  int64_t granted = 0;          // bytes of dynamic shared memory, if they were requested
+  bool large_clusters = false;  // whether clusters that not every GPU has were requested
 };
 struct Configuration {
   dim3 grid, block;
   size_t shared;
   Stream stream;
+};
+
+// cudaLaunchAttribute and cudaLaunchConfig_t.
+struct Attribute {
+  int id, unused;
+  unsigned value[16];
+};
+struct LaunchConfiguration {
+  dim3 grid, block;
+  size_t shared;
+  Stream stream;
+  const Attribute* attributes;
+  unsigned count;
 };
 
 std::map<const void*, Kernel> kernels;  // by the address of the host function
@@ -39,7 +54,10 @@ std::string load_error, last_text;
 int last_error = kSuccess;
 
 constexpr int64_t kUnrequestedShared = 48 * 1024;
-constexpr int kMaxDynamicSharedAttribute = 8;
+constexpr int kMaxDynamicSharedAttribute = 8, kNonPortableClusterAttribute = 14;
+constexpr int kClusterDimension = 4;
+// The numbers of an H200, by cudaDeviceAttr: multiprocessors, shared memory per block, clusters.
+const std::map<int, int> kDeviceAttributes{{16, 132}, {97, static_cast<int>(ptx::kMostShared)}, {120, 1}};
 
 int set_error(int error, const std::string& text) {
   last_text = text;
@@ -120,28 +138,42 @@ API int __cudaGetKernel(const void** kernel, const void* function) {
   return kSuccess;
 }
 
-API int cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void** arguments, size_t shared,
-                         Stream) {
+API int cudaLaunchKernelExC(const LaunchConfiguration* launch, const void* function, void** arguments) {
   const auto found = kernels.find(function);
   if (found == kernels.end()) return set_error(kInvalidFunction, "invalid device function");
   const Kernel& kernel = found->second;
   if (kernel.module < 0) return set_error(kInvalidFunction, load_error);
+  const dim3 &grid = launch->grid, &block = launch->block;
   const bool fits =
       grid.x > 0 && grid.y > 0 && grid.z > 0 && grid.x <= 0x7fffffffu && grid.y <= 65535 && grid.z <= 65535;
   if (!fits) return set_error(kInvalidConfiguration, "invalid configuration argument");
-  const int64_t dynamic_shared = static_cast<int64_t>(shared);
+  const int64_t dynamic_shared = static_cast<int64_t>(launch->shared);
+  const auto size = [](const unsigned* of) {
+    return ptx::Size{static_cast<int>(of[0]), static_cast<int>(of[1]), static_cast<int>(of[2])};
+  };
+  ptx::Size cluster{1, 1, 1};
+  for (unsigned i = 0; i < launch->count; ++i) {
+    if (launch->attributes[i].id != kClusterDimension)
+      return set_error(kNotSupported, "a launch attribute that is not emulated");
+    cluster = size(launch->attributes[i].value);
+  }
+  if (cluster.count() > ptx::kPortableBlocks && !kernel.large_clusters)
+    return set_error(kInvalidConfiguration, "more than 8 blocks per cluster, which were not requested");
   try {
     const ptx::Function& entry = ptx::entry_of(kernel.module, kernel.name);
     if (entry.static_shared + dynamic_shared > kUnrequestedShared && dynamic_shared > kernel.granted)
       return set_error(kInvalidValue, "more than 48 KB of shared memory, which was not requested");
-    ptx::launch(kernel.module, kernel.name,
-                {static_cast<int>(grid.x), static_cast<int>(grid.y), static_cast<int>(grid.z)},
-                {static_cast<int>(block.x), static_cast<int>(block.y), static_cast<int>(block.z)},
-                dynamic_shared, pack(entry, arguments));
+    ptx::launch(kernel.module, kernel.name, size(&grid.x), size(&block.x), cluster, dynamic_shared,
+                pack(entry, arguments));
   } catch (const std::exception& problem) {
     return set_error(kLaunchFailure, problem.what());
   }
   return kSuccess;
+}
+API int cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void** arguments, size_t shared,
+                         Stream stream) {
+  const LaunchConfiguration launch{grid, block, shared, stream, nullptr, 0};
+  return cudaLaunchKernelExC(&launch, function, arguments);
 }
 API int __cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** arguments, size_t shared,
                            Stream stream) {
@@ -150,13 +182,28 @@ API int __cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** arg
 
 // --- What csrc calls.
 
+API int cudaDeviceGetAttribute(int* value, int attribute, int) {
+  const auto found = kDeviceAttributes.find(attribute);
+  if (found == kDeviceAttributes.end()) return set_error(kNotSupported, "an attribute that is not emulated");
+  *value = found->second;
+  return kSuccess;
+}
+API int cudaOccupancyMaxPotentialClusterSize(int* blocks, const void* function, const LaunchConfiguration*) {
+  *blocks = kernels[function].large_clusters ? ptx::kMostBlocks : ptx::kPortableBlocks;
+  return kSuccess;
+}
 API int cudaFuncSetAttribute(const void* function, int attribute, int value) {
+  if (attribute == kNonPortableClusterAttribute) {
+    kernels[function].large_clusters = value != 0;
+    return kSuccess;
+  }
   if (attribute != kMaxDynamicSharedAttribute)
     return set_error(kNotSupported, "an attribute that is not emulated");
   if (value > ptx::kMostShared) return set_error(kInvalidValue, "more than 227 KB of shared memory");
   kernels[function].granted = value;
   return kSuccess;
 }
+API int cudaFuncGetAttributes(void*, const void*) { return kSuccess; }
 API int cudaGetLastError() {
   const int error = last_error;
   last_error = kSuccess;

@@ -11,6 +11,7 @@ namespace ptx {
 struct Options {
   bool drop_barriers = false;  // bar.sync does nothing; a negative control of the checks
   bool count_traffic = false;
+  bool drop_cluster_barriers = false;  // barrier.cluster does nothing; another negative control
 };
 
 // The requests of warps of one kernel that have one direction and one width per thread. Global memory moves

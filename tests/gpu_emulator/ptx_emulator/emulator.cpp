@@ -48,10 +48,11 @@ const Function& entry_of(int number, const std::string& name) {
   return *found->second;
 }
 
-void launch(int number, const std::string& name, Size grid, Size block, int64_t dynamic_shared,
+void launch(int number, const std::string& name, Size grid, Size block, Size cluster, int64_t dynamic_shared,
             const std::vector<uint8_t>& arguments) {
   // Parameters are aligned to 16 bytes, as the allocator aligns vectors.
-  run(device(), Launch{module_of(number), entry_of(number, name), grid, block, dynamic_shared, arguments});
+  run(device(),
+      Launch{module_of(number), entry_of(number, name), grid, block, cluster, dynamic_shared, arguments});
 }
 
 }  // namespace ptx
@@ -87,9 +88,11 @@ API int64_t emulator_parameters(int module, const char* name, int64_t* places, i
 
 // Returns 0, or -1 if the kernel stopped.
 API int64_t emulator_launch(int module, const char* name, const int* grid, const int* block,
-                            int64_t dynamic_shared, const uint8_t* arguments, int64_t bytes) {
+                            const int* cluster, int64_t dynamic_shared, const uint8_t* arguments,
+                            int64_t bytes) {
   return ptx::guarded([&] {
-    ptx::launch(module, name, {grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, dynamic_shared,
+    const auto size = [](const int* of) { return ptx::Size{of[0], of[1], of[2]}; };
+    ptx::launch(module, name, size(grid), size(block), size(cluster), dynamic_shared,
                 std::vector<uint8_t>(arguments, arguments + bytes));
     return 0;
   });
@@ -100,8 +103,8 @@ API void emulator_allow(uint64_t begin, uint64_t size, int writable) {
 }
 API void emulator_forget() { ptx::device().memory.forget(); }
 
-API void emulator_set_options(int drop_barriers, int count_traffic) {
-  ptx::device().options = {drop_barriers != 0, count_traffic != 0};
+API void emulator_set_options(int drop_barriers, int count_traffic, int drop_cluster_barriers) {
+  ptx::device().options = {drop_barriers != 0, count_traffic != 0, drop_cluster_barriers != 0};
 }
 
 // Returns lines of fields that tabs separate: "problem", count, what, where first; "kernel", name, launches,

@@ -13,7 +13,7 @@ const Module& module_of(int number);
 const Function& entry_of(int number, const std::string& name);
 
 // Runs a kernel. `arguments` has the layout of its parameters.
-void launch(int number, const std::string& name, Size grid, Size block, int64_t dynamic_shared,
+void launch(int number, const std::string& name, Size grid, Size block, Size cluster, int64_t dynamic_shared,
             const std::vector<uint8_t>& arguments);
 
 }  // namespace ptx

@@ -86,6 +86,7 @@ class Emulator:
         block: Sequence[int],
         shared: int,
         arguments: Sequence[bytes],
+        cluster: Sequence[int] = (1, 1, 1),
     ) -> None:
         """Runs a kernel.
 
@@ -96,6 +97,7 @@ class Emulator:
             block: three numbers of threads.
             shared: bytes of dynamic shared memory.
             arguments: the bits of each parameter.
+            cluster: three numbers of blocks.
 
         Raises:
             EmulatorError: an access out of bounds, a trap, or a deadlock. All other findings are in `problems`.
@@ -107,8 +109,8 @@ class Emulator:
             packed[offset : offset + size] = argument
         three = ctypes.c_int * 3
         status = self._library.emulator_launch(
-            module, kernel.encode(), three(*grid), three(*block), ctypes.c_int64(shared), bytes(packed),
-            ctypes.c_int64(len(packed)),
+            module, kernel.encode(), three(*grid), three(*block), three(*cluster), ctypes.c_int64(shared),
+            bytes(packed), ctypes.c_int64(len(packed)),
         )  # fmt: skip
         self._check(status)
 
@@ -156,11 +158,24 @@ class Emulator:
     @contextlib.contextmanager
     def without_barriers(self) -> Iterator[None]:
         """Makes barriers of blocks do nothing: a negative control."""
-        self._library.emulator_set_options(1, 0)
+        with self._options(drop_barriers=1):
+            yield
+
+    @contextlib.contextmanager
+    def without_cluster_barriers(self) -> Iterator[None]:
+        """Makes barriers of clusters do nothing: another negative control."""
+        with self._options(drop_cluster_barriers=1):
+            yield
+
+    @contextlib.contextmanager
+    def _options(
+        self, drop_barriers: int = 0, count_traffic: int = 0, drop_cluster_barriers: int = 0
+    ) -> Iterator[None]:
+        self._library.emulator_set_options(drop_barriers, count_traffic, drop_cluster_barriers)
         try:
             yield
         finally:
-            self._library.emulator_set_options(0, 0)
+            self._library.emulator_set_options(0, 0, 0)
 
     def count_traffic(self, call: Callable[[], object]) -> dict[str, Kernel]:
         """Runs `call` and returns its kernels by name, with the sectors of global memory that they touch.
@@ -170,9 +185,6 @@ class Emulator:
         where a request uses every byte of its sectors.
         """
         self.reset()
-        self._library.emulator_set_options(0, 1)
-        try:
+        with self._options(count_traffic=1):
             call()
-        finally:
-            self._library.emulator_set_options(0, 0)
         return self.kernels()

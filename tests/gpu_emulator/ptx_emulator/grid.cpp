@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "cluster.h"
+
 namespace ptx {
 namespace {
 
@@ -15,45 +17,59 @@ int64_t shared_bytes(const Launch& launch) {
 void check_limits(Device& device, const Launch& launch) {
   const Function& entry = launch.entry;
   const int64_t threads = launch.block.count();
-  if (threads < 1 || threads > 1024) device.report("launch: a block needs 1 to 1024 threads", entry.name);
+  if (threads < 1 || threads > kMostThreads)
+    fail("launch: a block needs 1 to 1024 threads, in " + entry.name);
   if (entry.most_threads > 0 && threads > entry.most_threads)
     device.report("launch: more threads than __launch_bounds__ allows", entry.name);
   if (shared_bytes(launch) > kMostShared)
     device.report("launch: more than 227 KB of shared memory", entry.name);
+  const Size &grid = launch.grid, &cluster = launch.cluster;
+  if (cluster.count() < 1 || cluster.count() > kMostBlocks)
+    fail("launch: a cluster needs 1 to 16 blocks, in " + entry.name);
+  if (grid.x % cluster.x != 0 || grid.y % cluster.y != 0 || grid.z % cluster.z != 0)
+    fail("launch: the grid is no multiple of the cluster, in " + entry.name);
 }
 
 }  // namespace
 
-Block::Block(Device& device, Launch& launch)
+Block::Block(Device& device, Launch& launch, Cluster& cluster, int rank)
     : device(device),
       launch(launch),
-      shared(shared_bytes(launch), launch.block.count()),
+      cluster(cluster),
+      rank(rank),
+      shared(shared_bytes(launch), launch.cluster.count()),
       dynamic_offset(round_up(launch.entry.static_shared, 16)),
       record(device.kernels[launch.entry.name]) {}
 
-void Block::run(Size where, int64_t number_of_block) {
+void Block::begin(Size where, int64_t number_of_block, uint32_t epoch) {
   position = where, number = number_of_block;
-  shared.begin_block();
+  shared.begin_block(epoch);
   const int threads = static_cast<int>(launch.block.count());
   const int count = (threads + kWarp - 1) / kWarp;
-  std::vector<Warp> warps;
+  warps.clear();
   warps.reserve(count);
   for (int i = 0; i < count; ++i) {
     // The order of warps must not matter, so every other block takes them backwards.
     const int index = number % 2 != 0 ? count - 1 - i : i;
     warps.emplace_back(*this, index, threads - kWarp * index);
   }
+}
+
+void Block::run() {
   const auto waits = [](const Warp& warp) { return !warp.waiting().empty(); };
+  const auto waits_for_cluster = [](const Warp& warp) { return !warp.waiting_for_cluster().empty(); };
   while (true) {
     for (Warp& warp : warps) warp.run();
-    if (std::none_of(warps.begin(), warps.end(), waits)) return check_products(warps);
-    check_barrier(warps);
+    if (std::none_of(warps.begin(), warps.end(), waits)) return;
+    // Threads that wait for the cluster may come to the block's barrier later.
+    if (std::any_of(warps.begin(), warps.end(), waits_for_cluster)) return;
+    check_barrier();
     shared.pass_barrier();
     for (Warp& warp : warps) warp.pass_barrier();
   }
 }
 
-void Block::check_barrier(const std::vector<Warp>& warps) {
+void Block::check_barrier() {
   const Warp* first = nullptr;
   bool same = true, ended = false;
   for (const Warp& warp : warps) {
@@ -72,7 +88,7 @@ void Block::check_barrier(const std::vector<Warp>& warps) {
 }
 
 // Four warps, from a multiple of four on, are a group, which runs the same products.
-void Block::check_products(const std::vector<Warp>& warps) {
+void Block::check_products() const {
   for (const Warp& warp : warps) {
     if (warp.product_history() == 0) continue;
     const auto same = [&](const Warp& other) {
@@ -86,14 +102,14 @@ void Block::check_products(const std::vector<Warp>& warps) {
 void run(Device& device, Launch launch) {
   check_limits(device, launch);
   device.memory.begin_launch();
-  Block block(device, launch);
-  ++block.record.launches;
-  int64_t number = 0;
-  for (int z = 0; z < launch.grid.z; ++z)
-    for (int y = 0; y < launch.grid.y; ++y)
-      for (int x = 0; x < launch.grid.x; ++x) block.run({x, y, z}, number++);
-  block.record.loaded_sectors += block.loaded_sectors.size();
-  block.record.stored_sectors += block.stored_sectors.size();
+  KernelRecord& record = device.kernels[launch.entry.name];
+  ++record.launches;
+  Cluster cluster(device, launch);
+  const Size& step = launch.cluster;
+  for (int z = 0; z < launch.grid.z; z += step.z)
+    for (int y = 0; y < launch.grid.y; y += step.y)
+      for (int x = 0; x < launch.grid.x; x += step.x) cluster.run({x, y, z});
+  cluster.count_sectors(record);
 }
 
 }  // namespace ptx

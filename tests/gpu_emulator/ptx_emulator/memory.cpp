@@ -8,10 +8,17 @@ namespace {
 
 constexpr uint32_t kSeveralThreads = 0xffffffffu;  // as a reader of global memory
 
-// Readers of shared memory: a thread's number, all of one warp, or threads of several warps.
-constexpr int32_t kThreadsOfWarp = 1 << 16, kThreadsOfSeveralWarps = 1 << 17;
+// Who accessed shared memory: a thread by its number in the cluster; more than one reader as all threads of a
+// warp, threads of several warps of a block, or threads of several blocks.
+constexpr int32_t kThreadsOfWarp = 1 << 16, kThreadsOfBlock = 1 << 17, kThreadsOfSeveralBlocks = 1 << 18;
+constexpr int32_t kWarpsPerBlock = kMostThreads / 32;
 
+int32_t who(const Access& access) { return access.rank * kMostThreads + access.thread; }
 int32_t warp_of(int32_t who) { return who >= kThreadsOfWarp ? who - kThreadsOfWarp : who / 32; }
+int32_t rank_of(int32_t who) {
+  if (who >= kThreadsOfSeveralBlocks) return -1;
+  return who >= kThreadsOfBlock ? who - kThreadsOfBlock : warp_of(who) / kWarpsPerBlock;
+}
 
 }  // namespace
 
@@ -83,46 +90,59 @@ const char* GlobalMemory::check_byte(const Access& access, uint32_t thread, int 
   return wrong;
 }
 
-SharedMemory::SharedMemory(int64_t bytes, int64_t threads)
-    : bytes(bytes), storage(bytes + 128), cells(bytes), fences(threads) {
+SharedMemory::SharedMemory(int64_t bytes, int64_t blocks_of_cluster)
+    : bytes(bytes), storage(bytes + 128), cells(bytes), fences(blocks_of_cluster * kMostThreads) {
   const uintptr_t address = reinterpret_cast<uintptr_t>(storage.data());
   base = storage.data() + (128 - address % 128) % 128;
 }
 
-void SharedMemory::begin_block() {
-  first_epoch = ++epoch;
+void SharedMemory::begin_block(uint32_t epoch) {
+  first_epoch = now = epoch;
+  std::fill(fences.begin(), fences.end(), Fences{});
   std::fill(storage.begin(), storage.end(), uint8_t{0xff});
 }
 
-// Whether `other`, which accessed a byte at that time, is not ordered before `access`.
-bool SharedMemory::conflicts(int32_t other, uint32_t other_epoch, uint32_t other_warp_epoch,
-                             const Access& access) const {
-  if (other < 0 || other_epoch != epoch || other == access.thread) return false;
-  if (other == kThreadsOfSeveralWarps || warp_of(other) != warp_of(access.thread)) return true;
-  return other_warp_epoch == access.warp_epoch;
+// Whether `other`, which accessed a byte of this block, is not ordered before `access`.
+bool SharedMemory::conflicts(const Trace& other, const Access& access) const {
+  if (other.who < 0 || other.epoch < first_epoch || other.who == who(access)) return false;
+  if (other.arrivals < access.acquired) return false;  // the barrier of the cluster lies between them
+  if (rank_of(other.who) != access.rank) return true;
+  if (other.epoch != access.block_epoch) return false;  // a barrier of their block
+  if (other.who >= kThreadsOfBlock || warp_of(other.who) != warp_of(who(access))) return true;
+  return other.warp_epoch == access.warp_epoch;
 }
 
-void SharedMemory::add_reader(Cell& cell, const Access& access) const {
-  const bool others = cell.reader >= 0 && cell.read_epoch == epoch && cell.reader != access.thread;
-  const int32_t warp = warp_of(access.thread);
-  if (!others)
-    cell.reader = access.thread;
-  else if (cell.reader != kThreadsOfSeveralWarps && warp_of(cell.reader) == warp)
-    cell.reader = kThreadsOfWarp + warp;
-  else
-    cell.reader = kThreadsOfSeveralWarps;
-  cell.read_epoch = epoch, cell.read_warp_epoch = access.warp_epoch;
+void SharedMemory::add_reader(Trace& reader, const Access& access) const {
+  Trace all{who(access), access.block_epoch, access.warp_epoch, access.arrivals};
+  if (conflicts(reader, access)) {
+    if (rank_of(reader.who) != access.rank)
+      all.who = kThreadsOfSeveralBlocks;
+    else if (reader.who >= kThreadsOfBlock || warp_of(reader.who) != warp_of(all.who))
+      all.who = kThreadsOfBlock + access.rank;
+    else
+      all.who = kThreadsOfWarp + warp_of(all.who);
+    all.arrivals = std::max(all.arrivals, reader.arrivals);
+  }
+  reader = all;
 }
 
 void SharedMemory::set_writer(Cell& cell, const Access& access) const {
-  cell.writer = access.thread, cell.write_epoch = epoch, cell.write_warp_epoch = access.warp_epoch;
-  cell.write_fences = fences[access.thread].count;
+  cell.writer = {who(access), access.block_epoch, access.warp_epoch, access.arrivals};
+  cell.write_fences = fences[who(access)].count;
+}
+
+void SharedMemory::fence(const Access& access) {
+  Fences& of_thread = fences[who(access)];
+  of_thread = {of_thread.count + 1, access.block_epoch, access.acquired};
 }
 
 // Whether a fence lies between a write and the access by a tensor core: the writer's, or after a barrier the
 // reader's.
 bool SharedMemory::is_fenced(const Cell& cell, const Access& access) const {
-  return fences[cell.writer].count > cell.write_fences || fences[access.thread].epoch > cell.write_epoch;
+  const Trace& writer = cell.writer;
+  const Fences& of_reader = fences[who(access)];
+  return fences[writer.who].count > cell.write_fences || of_reader.acquired > writer.arrivals ||
+         (rank_of(writer.who) == access.rank && of_reader.epoch > writer.epoch);
 }
 
 const char* SharedMemory::begin_copy(const Access& access) {
@@ -145,20 +165,20 @@ const char* SharedMemory::check(const Access& access) {
   const char* wrong = nullptr;
   for (int i = 0; i < access.bytes; ++i) {
     Cell& cell = cells[access.address + i];
-    const bool after_write = conflicts(cell.writer, cell.write_epoch, cell.write_warp_epoch, access);
+    const bool after_write = conflicts(cell.writer, access);
     if (access.written != nullptr) {
       const bool same = base[access.address + i] == access.written[i];  // a copy, as in global memory
       if (after_write && !same) wrong = "shared memory: write after another thread's write without a barrier";
-      if (conflicts(cell.reader, cell.read_epoch, cell.read_warp_epoch, access))
+      if (conflicts(cell.reader, access))
         wrong = "shared memory: write after another thread's read without a barrier";
       set_writer(cell, access);
     } else {
       if (after_write) wrong = "shared memory: read of another thread's write without a barrier";
-      if (cell.writer < 0 || cell.write_epoch < first_epoch)
+      if (cell.writer.who < 0 || cell.writer.epoch < first_epoch)
         wrong = "shared memory: read of what nobody wrote";
       else if (access.by_tensor_core && !is_fenced(cell, access))
         wrong = "shared memory: read by a tensor core of a write without fence.proxy.async";
-      add_reader(cell, access);
+      add_reader(cell.reader, access);
     }
     if (cell.copied_in == first_epoch)
       wrong = "shared memory: access to the destination of an asynchronous copy before its wait";

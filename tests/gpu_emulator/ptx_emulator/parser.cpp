@@ -20,12 +20,34 @@ const std::unordered_map<string, Type> kTypes{
     {"f16", Type::f16},     {"bf16", Type::bf16},     {"f32", Type::f32},     {"f64", Type::f64},
     {"f16x2", Type::f16x2}, {"bf16x2", Type::bf16x2}, {"f32x2", Type::f32x2}, {"pred", Type::pred}};
 
-const std::unordered_map<string, Special> kSpecials{
-    {"%tid.x", Special::tid_x},       {"%tid.y", Special::tid_y},       {"%tid.z", Special::tid_z},
-    {"%ntid.x", Special::ntid_x},     {"%ntid.y", Special::ntid_y},     {"%ntid.z", Special::ntid_z},
-    {"%ctaid.x", Special::ctaid_x},   {"%ctaid.y", Special::ctaid_y},   {"%ctaid.z", Special::ctaid_z},
-    {"%nctaid.x", Special::nctaid_x}, {"%nctaid.y", Special::nctaid_y}, {"%nctaid.z", Special::nctaid_z},
-    {"%laneid", Special::laneid},     {"%warpid", Special::warpid},     {"%cluster_ctarank", Special::zero}};
+const std::unordered_map<string, Special> kSpecials{{"%tid.x", Special::tid_x},
+                                                    {"%tid.y", Special::tid_y},
+                                                    {"%tid.z", Special::tid_z},
+                                                    {"%ntid.x", Special::ntid_x},
+                                                    {"%ntid.y", Special::ntid_y},
+                                                    {"%ntid.z", Special::ntid_z},
+                                                    {"%ctaid.x", Special::ctaid_x},
+                                                    {"%ctaid.y", Special::ctaid_y},
+                                                    {"%ctaid.z", Special::ctaid_z},
+                                                    {"%nctaid.x", Special::nctaid_x},
+                                                    {"%nctaid.y", Special::nctaid_y},
+                                                    {"%nctaid.z", Special::nctaid_z},
+                                                    {"%laneid", Special::laneid},
+                                                    {"%warpid", Special::warpid},
+                                                    {"%cluster_ctaid.x", Special::cluster_ctaid_x},
+                                                    {"%cluster_ctaid.y", Special::cluster_ctaid_y},
+                                                    {"%cluster_ctaid.z", Special::cluster_ctaid_z},
+                                                    {"%cluster_nctaid.x", Special::cluster_nctaid_x},
+                                                    {"%cluster_nctaid.y", Special::cluster_nctaid_y},
+                                                    {"%cluster_nctaid.z", Special::cluster_nctaid_z},
+                                                    {"%clusterid.x", Special::clusterid_x},
+                                                    {"%clusterid.y", Special::clusterid_y},
+                                                    {"%clusterid.z", Special::clusterid_z},
+                                                    {"%nclusterid.x", Special::nclusterid_x},
+                                                    {"%nclusterid.y", Special::nclusterid_y},
+                                                    {"%nclusterid.z", Special::nclusterid_z},
+                                                    {"%cluster_ctarank", Special::cluster_ctarank},
+                                                    {"%cluster_nctarank", Special::cluster_nctarank}};
 
 const std::unordered_map<string, Comparison> kComparisons{
     {"eq", Comparison::eq},   {"ne", Comparison::ne},   {"lt", Comparison::lt},   {"le", Comparison::le},
@@ -478,6 +500,7 @@ class Parser {
       if (word == "param") return Space::parameter;
       if (word == "const") return Space::constant;
       if (word == "shared" || word == "shared::cta") return Space::shared;
+      if (word == "shared::cluster") return Space::shared_cluster;
     }
     return Space::generic;
   }
@@ -509,7 +532,21 @@ class Parser {
     }
     if (name == "cp" && has("async")) return decode_copy(in, arguments);
     if (name == "mma" || name == "wgmma") return decode_product(in, arguments);
-    return decode_control(in, arguments);
+    return decode_cluster(in, arguments) || decode_control(in, arguments);
+  }
+
+  bool decode_cluster(Instruction& in, const vector<string>& arguments) {
+    const string& name = words[0];
+    if (name == "mapa" || name == "getctarank") {
+      in.op = name == "mapa" ? Op::mapa : Op::getctarank, in.space = space();
+      in.to = {operand(arguments[0])};
+      for (size_t i = 1; i < arguments.size(); ++i) in.from.push_back(operand(arguments[i]));
+      return true;
+    }
+    if (name != "barrier" || !has("cluster")) return false;
+    in.op = has("arrive") ? Op::cluster_arrive : Op::cluster_wait;
+    in.relaxed = has("relaxed"), in.aligned = has("aligned");
+    return has("arrive") != has("wait") && arguments.empty();
   }
 
   bool decode_plain(Instruction& in, const vector<string>& arguments) {

@@ -114,6 +114,11 @@ enum class Op : uint8_t {
   ldmatrix,
   stmatrix,
   activemask,
+  // Blocks of a cluster.
+  mapa,
+  getctarank,
+  cluster_arrive,
+  cluster_wait,
   mma,
   // Asynchronous copies, and matrix products of warp groups.
   copy,
@@ -134,7 +139,7 @@ enum class Op : uint8_t {
   nop
 };
 
-enum class Space : uint8_t { generic, global, shared, local, parameter, constant };
+enum class Space : uint8_t { generic, global, shared, shared_cluster, local, parameter, constant };
 
 // A comparison is true of unordered operands (NaN) if its name ends with u.
 enum class Comparison : uint8_t {
@@ -177,7 +182,20 @@ enum class Special : uint8_t {
   nctaid_z,
   laneid,
   warpid,
-  zero
+  cluster_ctaid_x,
+  cluster_ctaid_y,
+  cluster_ctaid_z,
+  cluster_nctaid_x,
+  cluster_nctaid_y,
+  cluster_nctaid_z,
+  clusterid_x,
+  clusterid_y,
+  clusterid_z,
+  nclusterid_x,
+  nclusterid_y,
+  nclusterid_z,
+  cluster_ctarank,
+  cluster_nctarank
 };
 
 struct Operand {
@@ -200,9 +218,10 @@ struct Instruction {
   bool to_space = false;                                             // cvta.to
   bool left = false, clamp = false;                                  // shf.l, shf.clamp
   bool propagate_nan = false;                                        // .NaN
-  bool transposed = false;       // ldmatrix.trans, or the right factor of a product
-  bool left_transposed = false;  // the left factor of a product
-  int predicate = -1;            // a register's number, or none
+  bool transposed = false;                // ldmatrix.trans, or the right factor of a product
+  bool left_transposed = false;           // the left factor of a product
+  bool relaxed = false, aligned = false;  // barrier.cluster
+  int predicate = -1;                     // a register's number, or none
   bool predicate_negated = false;
   std::vector<Operand> to, from;  // a memory access has its address in from[0]
   int64_t offset = 0;             // added to the address

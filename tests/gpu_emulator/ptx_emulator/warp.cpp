@@ -5,7 +5,7 @@
 #include <climits>
 #include <cstring>
 
-#include "grid.h"
+#include "cluster.h"
 
 namespace ptx {
 namespace {
@@ -116,6 +116,7 @@ bool Warp::step(Frame& frame, Path& path) {
     case Op::warp_barrier:
     case Op::ldmatrix:
     case Op::stmatrix:
+    case Op::cluster_wait:
     case Op::mma:
     case Op::product:
     case Op::product_fence:
@@ -144,6 +145,8 @@ bool Warp::control(Frame& frame, Path& path, const Instruction& in, uint32_t act
       return leave(frame, path, in, active);
     case Op::barrier:
       return wait(frame, path, in, active);
+    case Op::cluster_wait:
+      return wait_for_cluster(frame, path, in, active);
     default:
       return gather(frame, path, in, active);
   }
@@ -282,7 +285,12 @@ void Warp::execute(Frame& frame, const Instruction& in, uint32_t active) {
     case Op::wait_copies:
       return wait_for_copies(in, active);
     case Op::proxy_fence:
-      return for_each_lane(active, [&](int lane) { block.shared.fence(kWarp * index + lane); });
+      return for_each_lane(active, [&](int lane) { block.cluster.fence(access_of(lane, 0, 0, nullptr)); });
+    case Op::mapa:
+    case Op::getctarank:
+      return map_address(frame, in, active);
+    case Op::cluster_arrive:
+      return arrive(in, active);
     case Op::trap:
       report("trap", in, first_lane(active));
       fail("trap at " + place_of(in, first_lane(active)));
@@ -325,6 +333,7 @@ void Warp::move(Frame& frame, const Instruction& in, uint32_t active) {
 }
 
 void Warp::convert_address(Frame& frame, const Instruction& in, uint32_t active) {
+  if (in.space == Space::shared_cluster) return map_address(frame, in, active);
   Lanes buffer, out;
   const uint64_t* const from = row(frame, in.from[0], buffer);
   const uint64_t base = in.space == Space::shared ? reinterpret_cast<uintptr_t>(block.shared.data()) : 0;
@@ -344,7 +353,7 @@ void Warp::load(Frame& frame, const Instruction& in, uint32_t active) {
         frame.registers[static_cast<size_t>(in.to[i].index) * kWarp + lane] =
             load_value(from + i * size, in.type);
   });
-  count_request(in, true, active, addresses, count * size);
+  count_request(in.space, true, active, addresses, count * size);
 }
 
 void Warp::store(Frame& frame, const Instruction& in, uint32_t active) {
@@ -358,7 +367,7 @@ void Warp::store(Frame& frame, const Instruction& in, uint32_t active) {
     for (int i = 0; i < count; ++i) memcpy(data + i * size, &values[i + 1][lane], size);
     memcpy(resolve(frame, in, lane, addresses[lane], count * size, data), data, count * size);
   });
-  count_request(in, false, active, addresses, count * size);
+  count_request(in.space, false, active, addresses, count * size);
 }
 
 // --- Instructions of lanes together.
@@ -457,7 +466,8 @@ void Warp::store_matrices(Frame& frame, const Instruction& in) {
 // --- Operands.
 
 uint64_t Warp::special(Special which, int lane) const {
-  const Size &grid = block.launch.grid, &threads = block.launch.block, &at = block.position;
+  const Size &grid = block.launch.grid, &threads = block.launch.block, &cluster = block.launch.cluster,
+             &at = block.position;
   const int thread = kWarp * index + lane;
   switch (which) {
     case Special::tid_x:
@@ -488,8 +498,34 @@ uint64_t Warp::special(Special which, int lane) const {
       return lane;
     case Special::warpid:
       return index;
-    case Special::zero:
-      break;
+    case Special::cluster_ctaid_x:
+      return at.x % cluster.x;
+    case Special::cluster_ctaid_y:
+      return at.y % cluster.y;
+    case Special::cluster_ctaid_z:
+      return at.z % cluster.z;
+    case Special::cluster_nctaid_x:
+      return cluster.x;
+    case Special::cluster_nctaid_y:
+      return cluster.y;
+    case Special::cluster_nctaid_z:
+      return cluster.z;
+    case Special::clusterid_x:
+      return at.x / cluster.x;
+    case Special::clusterid_y:
+      return at.y / cluster.y;
+    case Special::clusterid_z:
+      return at.z / cluster.z;
+    case Special::nclusterid_x:
+      return grid.x / cluster.x;
+    case Special::nclusterid_y:
+      return grid.y / cluster.y;
+    case Special::nclusterid_z:
+      return grid.z / cluster.z;
+    case Special::cluster_ctarank:
+      return block.rank;
+    case Special::cluster_nctarank:
+      return cluster.count();
   }
   return 0;
 }
@@ -538,16 +574,32 @@ void Warp::assign(Frame& frame, const Operand& to, uint32_t active, const uint64
 
 // --- Memory.
 
+Access Warp::access_of(int lane, uint64_t address, int bytes, const uint8_t* written, bool read_only) const {
+  return {address,
+          bytes,
+          written,
+          read_only,
+          kWarp * index + lane,
+          epochs[lane],
+          block.rank,
+          block.shared.epoch(),
+          arrivals[lane],
+          acquired[lane]};
+}
+
 // Checks an access and returns where it is.
 uint8_t* Warp::resolve(Frame& frame, const Instruction& in, int lane, uint64_t address, int bytes,
                        const uint8_t* written) {
   if (address % bytes != 0) report("misaligned access", in, lane);
   uint8_t* const pointer = reinterpret_cast<uint8_t*>(address);
-  Access access{address, bytes, written, in.read_only, kWarp * index + lane, epochs[lane]};
+  Access access = access_of(lane, address, bytes, written, in.read_only);
   switch (in.op == Op::ldmatrix || in.op == Op::stmatrix ? Space::shared : in.space) {
     case Space::shared:
       access.address = static_cast<uint32_t>(address);
       return resolve_shared(in, lane, access);
+    case Space::shared_cluster:
+      access.address = ClusterAddress(address).offset;
+      return resolve_cluster(in, lane, access, ClusterAddress(address).rank_or(block.rank));
     case Space::global:
       return resolve_global(in, lane, access);
     case Space::constant:
@@ -561,24 +613,15 @@ uint8_t* Warp::resolve(Frame& frame, const Instruction& in, int lane, uint64_t a
       break;
   }
   if (block.device.memory.contains(access)) return resolve_global(in, lane, access);
-  if (block.shared.owns(address)) {
-    access.address = address - reinterpret_cast<uintptr_t>(block.shared.data());
-    return resolve_shared(in, lane, access);
+  if (Block* const owner = block.cluster.owner(address)) {
+    access.address = address - reinterpret_cast<uintptr_t>(owner->shared.data());
+    return resolve_cluster(in, lane, access, owner->rank);
   }
   return frame.owns(address, bytes) ? pointer : resolve_global(in, lane, access);
 }
 
-void Warp::require_shared(const Instruction& in, int lane, const Access& access) {
-  if (static_cast<int64_t>(access.address) + access.bytes <= block.shared.size()) return;
-  report("shared memory: out of bounds", in, lane);
-  fail("shared memory out of bounds at " + place_of(in, lane));
-}
-
 uint8_t* Warp::resolve_shared(const Instruction& in, int lane, const Access& access) {
-  require_shared(in, lane, access);
-  const char* const wrong = block.shared.check(access);
-  if (wrong != nullptr) report(wrong, in, lane);
-  return block.shared.data() + access.address;
+  return resolve_cluster(in, lane, access, block.rank);
 }
 
 uint8_t* Warp::resolve_global(const Instruction& in, int lane, const Access& access) {
@@ -594,14 +637,12 @@ uint8_t* Warp::resolve_global(const Instruction& in, int lane, const Access& acc
   return pointer;
 }
 
-void Warp::count_request(const Instruction& in, bool is_load, uint32_t active, const Lanes& addresses,
-                         int bytes) {
-  if (!block.device.options.count_traffic || (in.space != Space::global && in.space != Space::generic))
-    return;
+void Warp::count_request(Space space, bool is_load, uint32_t active, const Lanes& addresses, int bytes) {
+  if (!block.device.options.count_traffic || (space != Space::global && space != Space::generic)) return;
   uint32_t lanes = 0;  // those that access global memory
   for_each_lane(active, [&](int lane) {
-    const Access access{addresses[lane], bytes, nullptr, in.read_only, kWarp * index + lane, epochs[lane]};
-    if (in.space == Space::global || block.device.memory.contains(access)) lanes |= 1u << lane;
+    const bool is_global = block.device.memory.contains(access_of(lane, addresses[lane], bytes, nullptr));
+    if (space == Space::global || is_global) lanes |= 1u << lane;
   });
   if (lanes == 0) return;
   std::vector<uint64_t> sectors;

@@ -4,6 +4,7 @@
 // diverged meet again as early as they can. Checks do not depend on this order.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <vector>
@@ -54,6 +55,13 @@ class Warp {
   void run() { run(entry); }
   void pass_barrier();
   const std::vector<Path>& waiting() const { return at_barrier; }
+  // --- The barrier of the cluster (cluster.cpp).
+  const std::vector<Path>& waiting_for_cluster() const { return at_cluster; }
+  // Lets the threads go on that wait for one of the first `complete` phases; returns whether there are some.
+  bool pass_cluster_barrier(uint32_t complete);
+  // The least number of arrivals of a thread that has not ended, and the most phases that a thread acquired.
+  uint32_t least_arrivals() const;
+  uint32_t most_acquired() const { return *std::max_element(acquired.begin(), acquired.end()); }
   bool has_ended_threads() const { return live != all; }
   int number() const { return index; }
   // Depends on the matrix products so far, which must be the same in the four warps of a group.
@@ -71,6 +79,9 @@ class Warp {
   bool leave(const Frame& frame, Path& path, const Instruction& in, uint32_t active);
   bool wait(const Frame& frame, Path& path, const Instruction& in, uint32_t active);
   bool gather(Frame& frame, Path& path, const Instruction& in, uint32_t active);
+  bool wait_for_cluster(const Frame& frame, Path& path, const Instruction& in, uint32_t active);
+  void arrive(const Instruction& in, uint32_t active);
+  void map_address(Frame& frame, const Instruction& in, uint32_t active);
 
   void compute_lanes(Frame& frame, const Instruction& in, uint32_t active);
   void move(Frame& frame, const Instruction& in, uint32_t active);
@@ -94,12 +105,17 @@ class Warp {
   const uint64_t* row(Frame& frame, const Operand& operand, Lanes& buffer);
   void assign(Frame& frame, const Operand& to, uint32_t active, const uint64_t* values);
   uint64_t special(Special which, int lane) const;
+  // An access of a lane now.
+  Access access_of(int lane, uint64_t address, int bytes, const uint8_t* written,
+                   bool read_only = false) const;
   uint8_t* resolve(Frame& frame, const Instruction& in, int lane, uint64_t address, int bytes,
                    const uint8_t* written);
-  void require_shared(const Instruction& in, int lane, const Access& access);
+  void require_shared(const Instruction& in, int lane, const Access& access, int rank);
   uint8_t* resolve_shared(const Instruction& in, int lane, const Access& access);
+  uint8_t* resolve_cluster(const Instruction& in, int lane, const Access& access, int rank);
+  void check_aligned(const Instruction& in, uint32_t active);
   uint8_t* resolve_global(const Instruction& in, int lane, const Access& access);
-  void count_request(const Instruction& in, bool is_load, uint32_t active, const Lanes& addresses, int bytes);
+  void count_request(Space space, bool is_load, uint32_t active, const Lanes& addresses, int bytes);
   void report(const char* what, const Instruction& in, int lane);
 
   Block& block;
@@ -107,7 +123,9 @@ class Warp {
   const uint32_t all;  // the lanes that have a thread
   uint32_t live;       // lanes that have not ended
   std::array<uint32_t, kWarp> epochs{};
-  std::vector<Path> at_barrier;
+  // By lane: arrivals and waits at the cluster's barrier, and the phases that the waits acquired.
+  std::array<uint32_t, kWarp> arrivals{}, waits{}, acquired{};
+  std::vector<Path> at_barrier, at_cluster;
   Frame entry;
   std::array<Groups<Copy>, kWarp> copies;
   Products products;

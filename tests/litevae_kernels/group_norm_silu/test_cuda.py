@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from litevae_kernels import group_norm_silu, use_backend
 from litevae_kernels.backend import why_not
+from litevae_kernels.group_norm_silu import native
 from litevae_kernels.testing import LAYOUTS, arrange, assert_within_budget, poisoned_memory, shapes
 
 BACKENDS = ("native", "triton")
@@ -170,6 +171,23 @@ def test_runs_are_identical(backend, memory_format):
         first, *others = [run(x, 32, weight, bias, skip, grad) for _ in range(4)]
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+# The name lets the checkers of benchmarks/gpu/steps.py choose it.
+@pytest.mark.parametrize("memory_format", DENSE)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_runs_in_clusters_are_identical_and_exact(monkeypatch, dtype, memory_format):
+    if REASONS["native"] is not None or native.why_no_clusters(torch.cuda.current_device()) is not None:
+        pytest.skip(REASONS["native"] or native.why_no_clusters(torch.cuda.current_device()))
+    monkeypatch.setattr(native, "mode", "clusters")
+    for n, c, skip_channels, height, width in [(1, 96, 0, 64, 64), (2, 96, 64, 61, 32), (40, 64, 64, 32, 32)]:
+        joined = values((n, c + skip_channels, height, width), dtype).cuda()
+        x = joined[:, :c].contiguous(memory_format=memory_format)
+        skip = joined[:, c:].contiguous(memory_format=memory_format) if skip_channels else None
+        weight, bias = (values(c + skip_channels, torch.float32, seed=s).cuda() for s in (2, 3))
+        grad = values(joined.shape, dtype, seed=4).cuda()
+        first, *others = [check("native", x, 32, weight, bias, skip, grad)[0] for _ in range(3)]
+        assert all(torch.equal(first, other) for other in others)
 
 
 def needs_memory(gibibytes):
