@@ -79,16 +79,16 @@ void bind_group_norm_silu(py::module_& m) {
   m.def("group_norm_silu_scratch_bytes", [](const TensorView& y) {
     return group_norm_silu_scratch_bytes(y.size[0], y.size[1], y.size[2] * y.size[3], element_size(y.dtype));
   });
-  m.def("group_norm_silu_cuda", [](const TensorView& x, const OptionalView& skip, const OptionalView& weight,
-                                   const OptionalView& bias, const OptionalView& offset, const TensorView& y,
-                                   uintptr_t stats, int64_t groups, double eps, uintptr_t x_given,
-                                   uintptr_t skip_given, uintptr_t scratch, int device, uintptr_t stream,
-                                   bool clusters) {
-    Forward call = make_forward(x, skip, weight, bias, offset, y, stats, groups, eps);
-    call.given[0] = pointer<double>(x_given), call.given[1] = pointer<double>(skip_given);
-    check_fits(!x_given || !skip == !skip_given, "statistics");
-    group_norm_silu_forward_cuda(call, pointer(scratch), device, pointer(stream), clusters);
-  });
+  m.def("group_norm_silu_cuda",
+        [](const TensorView& x, const OptionalView& skip, const OptionalView& weight,
+           const OptionalView& bias, const OptionalView& offset, const TensorView& y, uintptr_t stats,
+           int64_t groups, double eps, uintptr_t x_given, uintptr_t skip_given, uintptr_t scratch, int device,
+           uintptr_t stream, bool clusters) {
+          Forward call = make_forward(x, skip, weight, bias, offset, y, stats, groups, eps);
+          call.given[0] = pointer<double>(x_given), call.given[1] = pointer<double>(skip_given);
+          check_fits(!x_given || !skip == !skip_given, "statistics");
+          group_norm_silu_forward_cuda(call, pointer(scratch), device, pointer(stream), clusters);
+        });
   m.def("group_norm_silu_backward_cuda",
         [](const TensorView& grad, const TensorView& x, const OptionalView& skip, const OptionalView& weight,
            const OptionalView& bias, uintptr_t stats, const TensorView& grad_x, const OptionalView& grad_skip,
