@@ -33,7 +33,7 @@ def add_channels(
     The pixels at (row, column) are those of image n. All sizes and strides are in elements.
     """
     place = x + (n * x_n + row.to(tl.int64) * x_h + column.to(tl.int64) * x_w)
-    filters = weight + output * (9 * inputs) + first
+    filters = weight + output.to(tl.int64) * (9 * inputs) + first
     if affine is not None:
         affine += n * inputs + first
     for step in range(0, 9 * tl.cdiv(channels, TILE_C).to(tl.int32)):
@@ -115,7 +115,7 @@ def conv3x3_kernel(
     if n >= batch:
         return
     # neighbours share pixels, which are then in the cache
-    output = program % across * TILE_O + tl.arange(0, TILE_O)
+    output = (program % across * TILE_O).to(tl.int32) + tl.arange(0, TILE_O)
     pixel = (program // across % down * TILE_P).to(tl.int32) + tl.arange(0, TILE_P)
     row = pixel // columns
     column = pixel - row * columns
