@@ -66,17 +66,19 @@ def triton_kernels(build_cache: Path) -> TritonKernels:
 
 
 @pytest.fixture
-def run_ptx(emulator: Emulator) -> Callable[[str, Tensor, Tensor, int], list[str]]:
-    """Returns a function that runs `HEADER` and a body on one block of threads, and returns the problems."""
+def run_ptx(emulator: Emulator) -> Callable[..., list[str]]:
+    """Returns a function that runs `HEADER` and a body on one cluster of blocks, and returns the problems."""
 
-    def run(body: str, first: Tensor, second: Tensor, threads: int) -> list[str]:
+    def run(body: str, first: Tensor, second: Tensor, threads: int, blocks: int = 1) -> list[str]:
         module = emulator.load(f"{HEADER}{body}\n}}\n".encode())
         emulator.reset()
         emulator.allow(first, writable=False)
         emulator.allow(second, writable=True)
         pointers = [struct.pack("<Q", t.data_ptr()) for t in (first, second)]
         try:
-            emulator.launch(module, "kernel", (1, 1, 1), (threads, 1, 1), 0, pointers)
+            emulator.launch(
+                module, "kernel", (blocks, 1, 1), (threads, 1, 1), 0, pointers, cluster=(blocks, 1, 1)
+            )
         finally:
             emulator.forget()
         return emulator.problems()

@@ -88,6 +88,14 @@ def test_blocks_read_each_other(emulator: Any, ring: Ring, blocks: int, access: 
     assert found == [32 * block + thread for block in next_blocks for thread in range(32)]
 
 
+COPY = "cp.async.ca.shared.global [%r6], [%rd1], 4, 0;"  # of zeros
+
+
+def test_a_block_reads_what_another_copied(emulator: Any, ring: Ring) -> None:
+    assert ring(first=COPY + "cp.async.wait_all;" + BARRIER) == [0] * 256
+    assert emulator.problems() == []
+
+
 RACE = "shared memory: read of another thread's write without a barrier"
 NOT_STARTED = "cluster: access to the shared memory of a block that may not have started"
 EARLY_END = "cluster: a block may end before another block's access to its shared memory"
@@ -114,6 +122,12 @@ FAULTS = {
         BARRIER,
         "mapa.shared::cluster.u32 %r10, %r6, 0; st.shared::cluster.u32 [%r10], %r3; mov.u32 %r11, 0;",
         ("shared memory: write after another thread's write without a barrier",),
+    ),
+    "a copy under way": (
+        COPY + BARRIER,
+        "cp.async.wait_all;" + BARRIER,
+        LOAD,
+        ("shared memory: access to the destination of an asynchronous copy before its wait",),
     ),
     "two arrivals": (
         "barrier.cluster.arrive;" + BARRIER,

@@ -6,6 +6,7 @@ is not how the emulator computes them.
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -281,6 +282,7 @@ def test_products_in_flight_add_to_the_same_registers(run_ptx: Run) -> None:
 
 
 IN_FLIGHT = "wgmma: use of a register before the wait for the product that writes it"
+UNFENCED = "shared memory: read by a tensor core of a write without fence.proxy.async"
 # By case: the parts that are different, and the report of it.
 FAULTS: dict[str, tuple[dict[str, str], str]] = {
     "no wait": ({"wait": ""}, IN_FLIGHT),
@@ -289,7 +291,7 @@ FAULTS: dict[str, tuple[dict[str, str], str]] = {
     "no fence": ({"fence": ""}, "wgmma: a register was written after the last wgmma.fence"),
     "no proxy fence": (
         {"proxy fence": ""},
-        "shared memory: read by a tensor core of a write without fence.proxy.async",
+        UNFENCED,
     ),
     "no barrier": ({"barrier": ""}, "shared memory: read of another thread's write without a barrier"),
     "a factor is overwritten": (
@@ -315,6 +317,39 @@ def test_faults_of_wgmma(run_ptx: Run, fault: str) -> None:
         )
     problems, _ = product.run(run_ptx)
     assert any(line.startswith(report) for line in problems), problems
+
+
+FENCE = "fence.proxy.async;"
+
+
+# By case: what lies before and after the barrier of the cluster, and whether that suffices.
+@pytest.mark.parametrize(
+    ("before", "after", "fenced"),
+    [
+        ("", "", False),
+        (FENCE, "", True),
+        ("", FENCE, True),
+        ("@%p3 " + FENCE, "", False),
+        ("@%p3 " + FENCE, "@%p3 " + FENCE, True),
+    ],
+    ids=["none", "of the writers", "of the readers", "of a writer", "of one block"],
+)
+def test_the_tensor_cores_read_what_another_block_wrote(
+    run_ptx: Run, before: str, after: str, fenced: bool
+) -> None:
+    barrier = "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;"
+    place = "add.s32 %r202, %r202, %r201;"
+    of_the_other = (
+        "mov.u32 %r203, %cluster_ctarank; setp.eq.u32 %p3, %r203, 0; xor.b32 %r203, %r203, 1;"
+        "mapa.shared::cluster.u32 %r202, %r202, %r203;"
+    )
+    product = Product()
+    copy = product.parts["copy"].replace("st.shared.", "st.shared::cluster.")
+    product.parts["copy"] = copy.replace(place, place + of_the_other + barrier)
+    product.parts["proxy fence"], product.parts["barrier"] = before, barrier + after
+    problems, right = product.run(partial(run_ptx, blocks=2))
+    assert right
+    assert [line.startswith(UNFENCED) for line in problems] == [True] * (not fenced), problems
 
 
 def test_a_fragment_may_not_change_before_the_wait(run_ptx: Run) -> None:
