@@ -198,7 +198,7 @@ def gpu_calls(module: nn.Module, x: Tensor, *, gradients: bool = False) -> list[
 
     Args:
         module: any module, which does not change.
-        x: only its shape and dtype matter.
+        x: only its shape, dtype and layout matter.
         gradients: whether they are recorded.
     """
     calls = []
@@ -214,7 +214,7 @@ def gpu_calls(module: nn.Module, x: Tensor, *, gradients: bool = False) -> list[
             for name, parameter in list(layer.named_parameters(recurse=False)):
                 fake = torch.empty(parameter.shape, dtype=parameter.dtype, device="cuda")
                 setattr(layer, name, nn.Parameter(fake))
-        input = torch.empty(x.shape, dtype=x.dtype, device="cuda")
+        input = torch.empty_like(x, device="cuda")
         with use_backend("triton"), Recorder():
             on_gpu(input)
     return calls

@@ -20,10 +20,8 @@ from litevae_kernels.testing import Launch, compile_launch, record_launches, reg
 
 ARCHITECTURES = (80, 86, 89, 90, 120)
 
-
-Layer = tuple[
-    int, int, int, bool
-]  # channels of the input, of the skip and of the output, and whether a residual is added
+# Channels of the input, of the skip and of the output, and whether a residual is added.
+Layer = tuple[int, int, int, bool]
 
 
 def layers(preset: str) -> Counter[Layer]:

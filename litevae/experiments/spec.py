@@ -81,7 +81,7 @@ SCALES = {
             "data.batch_size=2",
             "data.validation_count=64",
             "model.layers_per_block=2",
-            # How these were found: docs/experiments.md
+            # docs/experiments.md says how these were found.
             "optimizer.learning_rate=3e-4",
             "optimizer.betas=[0.9,0.99]",
             "optimizer.warmup_steps=100",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from litevae_kernels import conv3x3
 from litevae_kernels.arithmetic import widened
 from litevae_kernels.backend import keep_backend
-from litevae_kernels.conv3x3 import addition
+from litevae_kernels.conv3x3 import addition, is_fused
 from litevae_kernels.conv3x3.normed import (
     measured_norm_silu_conv3x3,
     measures,
@@ -271,9 +271,10 @@ class ResBlock(nn.Module):
     def adds(self, h: Tensor, measure: bool) -> bool:
         """Returns whether one kernel adds to the convolution of `h` what the block adds, and measures the sum."""
         layers = ((self.conv2, Conv3x3), (self.conv_shortcut, ShortcutConv2d))
-        return addition.serves(h, measure=measure) and all(
-            layer is None or why_called(layer, cls) is None for layer, cls in layers
-        )
+        if any(layer is not None and why_called(layer, cls) is not None for layer, cls in layers):
+            return False
+        assert isinstance(self.conv2, Conv3x3)
+        return addition.serves(h, measure=measure) and not is_fused(h, self.conv2.weight)
 
     def add(self, h: Tensor, inputs: list[Tensor], measure: bool) -> Measured:
         """Returns the end of a block that `adds`."""

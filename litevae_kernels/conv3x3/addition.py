@@ -23,12 +23,21 @@ def _add_residuals(y: Tensor, residuals: Sequence[Tensor], biases: Sequence[Tens
     """Adds at most two residuals (N, C, H, W) and two biases (C), of any dtype, to `y`, and rounds once.
 
     Returns float64 (N, C, 2), the mean and the variance of each channel of the sum, or unless `measure` no number.
+
+    Raises:
+        ValueError: there are more terms, or one has another shape.
     """
     from litevae_kernels.group_norm_silu import triton  # some platforms have no Triton
 
+    for name, terms, shape in (("residuals", residuals, y.shape), ("biases", biases, y.shape[1:2])):
+        if len(terms) > 2 or any(term.shape != shape for term in terms):
+            shapes = [tuple(term.shape) for term in terms]
+            raise ValueError(f"{name} have the shapes {shapes}; at most two of {tuple(shape)} are allowed")
     statistics = empty_statistics(y, y.shape[1], measure)
     if y.numel():
         triton.add(y, residuals, biases, statistics if measure else None)
+    else:
+        statistics.zero_()
     return statistics
 
 

@@ -76,8 +76,7 @@ def measured_norm_silu_conv3x3(
     """
     num_groups, eps = check_norm(x, num_groups, norm_weight, norm_bias, eps, skip)
     check_arguments(x, weight, bias, residual, skip)
-    if statistics:
-        check_statistics(statistics, x, skip)
+    check_statistics(statistics, x, skip)
     refuse_tangents("norm_silu_conv3x3", "triton", x, skip, norm_weight, norm_bias, weight, bias, residual)
     norm = (num_groups, norm_weight, norm_bias, eps)
     y, found = torch.ops.litevae.measured_norm_silu_conv3x3(

@@ -33,7 +33,7 @@ def add_channels(
     The pixels at (row, column) are those of image n. All sizes and strides are in elements.
     """
     place = x + (n * x_n + row.to(tl.int64) * x_h + column.to(tl.int64) * x_w)
-    filters = weight + output.to(tl.int64) * (9 * inputs) + first
+    filters = weight + output * (9 * inputs) + first
     if affine is not None:
         affine += n * inputs + first
     for step in range(0, 9 * tl.cdiv(channels, TILE_C).to(tl.int32)):
@@ -67,7 +67,7 @@ def add_channels(
 
 
 @triton.jit
-def _store_partials(partials, value, mask, valid, tile, output, has_output, tiles, outputs):
+def _store_tile_partials(partials, value, mask, valid, tile, output, has_output, tiles, outputs):
     """Writes the partials (3, batch, chunks, outputs) of a tile (pixels, outputs), as GroupNorm's kernels read them.
 
     They are the first pixel's value, the mean minus it, and the sum of squares about the mean. All values are at hand,
@@ -115,7 +115,7 @@ def conv3x3_kernel(
     if n >= batch:
         return
     # neighbours share pixels, which are then in the cache
-    output = (program % across * TILE_O).to(tl.int32) + tl.arange(0, TILE_O)
+    output = program % across * TILE_O + tl.arange(0, TILE_O)
     pixel = (program // across % down * TILE_P).to(tl.int32) + tl.arange(0, TILE_P)
     row = pixel // columns
     column = pixel - row * columns
@@ -144,8 +144,9 @@ def conv3x3_kernel(
     if partials is not None:
         tile = program // across  # of all images
         valid = tl.minimum(pixels - (tile % down).to(tl.int32) * TILE_P, TILE_P)
-        _store_partials(
-            partials, rounded.to(tl.float32), mask, valid, tile, output, has_output, batch * down, outputs
+        values = rounded.to(tl.float32)
+        _store_tile_partials(
+            partials, values, inside[:, None], valid, tile, output, has_output, batch * down, outputs
         )
 
 

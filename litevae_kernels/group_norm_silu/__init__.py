@@ -68,17 +68,16 @@ def group_norm_silu(
 
     Raises:
         TypeError: if a tensor is not float32, float64, float16 or bfloat16, `skip` and `x` differ in dtype,
-            `statistics` are not float64, `num_groups` or `eps` is not a number, or `overwrite` is not a bool.
-        ValueError: if `x` has fewer than 2 dimensions, `num_groups` does not divide the channels, `weight` `bias` or
+            `statistics` is not a list or tuple or has a tensor that is not float64, `num_groups` or `eps` is not a
+            number, or `overwrite` is not a bool.
+        ValueError: if `x` has fewer than 2 dimensions, `num_groups` does not divide the channels, `weight`, `bias` or
             `offset` has another length, `skip` has another size, `statistics` have another number, shape or layout,
-            `eps` is not positive or exceeds float32, or the
-            tensors are on several devices.
+            `eps` is not positive or exceeds float32, or the tensors are on several devices.
         NotImplementedError: a tensor has a forward-mode tangent, and the backend is not the reference.
     """
     num_groups, eps = check_arguments(x, num_groups, weight, bias, eps, skip, offset)
     check_flag(overwrite, "overwrite")
-    if statistics:
-        check_statistics(statistics, x, skip)
+    check_statistics(statistics, x, skip)
     backend = choose(x.device.type)
     arguments = (_as_4d(x), None if skip is None else _as_4d(skip), weight, bias, num_groups, eps)
     if backend == "reference":
@@ -138,6 +137,10 @@ def check_arguments(
 
 def check_statistics(statistics: Sequence[Tensor], x: Tensor, skip: Tensor | None) -> None:
     """Raises the errors of `group_norm_silu` for its statistics."""
+    if not isinstance(statistics, list | tuple):
+        raise TypeError(f"statistics is a {type(statistics).__name__}; a list or tuple of tensors is needed")
+    if not statistics:
+        return
     inputs = [x] if skip is None else [x, skip]
     if len(statistics) != len(inputs):
         raise ValueError(f"statistics has {len(statistics)} tensors; {len(inputs)} are needed, one per input")

@@ -42,7 +42,8 @@ def why_no_clusters(device: int) -> str | None:
     """Returns why clusters serve no call on a GPU; None if they serve those whose images fit."""
     if core is None or not hasattr(core, "group_norm_silu_card"):
         return "the core was not built for a GPU of sm_90 or newer"
-    _multiprocessors, _shared_bytes, blocks = core.group_norm_silu_card(device)
+    with device_guard(torch.device("cuda", device)):  # The core makes that GPU the current one.
+        _multiprocessors, _shared_bytes, blocks = core.group_norm_silu_card(device)
     return None if blocks else f"GPU {device} has no thread-block clusters, or the core was not built for it"
 
 
@@ -59,7 +60,7 @@ def describe_clusters() -> str:
     if mode != "clusters":
         return "off"
     found = [why_no_clusters(device) for device in range(torch.cuda.device_count())]
-    return ", ".join(reason or f"on for GPU {i}" for i, reason in enumerate(found)) or "on"
+    return ", ".join(reason or f"on for GPU {i}" for i, reason in enumerate(found)) or "no GPU is visible"
 
 
 def _gapless(x: Tensor, like: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from kernel_cases.group_norm_silu import check_statistics
 from kernel_cases.poisoned import Poisoned, normal
 from kernel_cases.running import Kernels
 from litevae_kernels.testing import assert_within_budget
@@ -15,6 +16,7 @@ F16, BF16 = torch.float16, torch.bfloat16
 # A tensor core adds eight products to a sum: it cuts nine terms off at half a unit in the last place of the largest,
 # and then the sum at a whole unit.
 PER_PRODUCT = 11 / 8
+TILE_P = 128  # pixels of a program
 LAYOUTS = ("channels_last", "channels_last_sliced", "channels_last_pitched")
 
 
@@ -28,15 +30,16 @@ class Case:
     silu: bool = False
     bias: torch.dtype | None = None
     residual: bool = False
+    measure: bool = False  # whether the kernel makes the statistics of its result
 
 
 def random_case(rng: random.Random) -> Case:
     channels, outputs = (rng.choice((1, 3, 8, 12, 16, 20, 33, 64, 72)) for _ in range(2))
     shape = (rng.randint(1, 2), channels, outputs, rng.randint(1, 13), rng.randint(1, 13))
     dtype = rng.choice((F16, BF16))
-    flags = [rng.random() < 0.5 for _ in range(3)]
+    flags = [rng.random() < 0.5 for _ in range(4)]
     bias, skip = rng.choice((None, dtype, torch.float32)), rng.choice((0, 0, 1, 8, 24, 40))
-    return Case(shape, dtype, rng.choice(LAYOUTS), skip, flags[0], flags[1], bias, flags[2])
+    return Case(shape, dtype, rng.choice(LAYOUTS), skip, flags[0], flags[1], bias, *flags[2:])
 
 
 def check(kernels: Kernels, rng: random.Random, case: Case) -> None:
@@ -55,8 +58,11 @@ def check(kernels: Kernels, rng: random.Random, case: Case) -> None:
     affine = normal(rng, (3, n, inputs)).float() if case.affine else None
     y.view.fill_(torch.nan)
 
-    arguments = (x, skip, affine, weight, bias, residual, case.silu, y.view)
-    kernels.run("conv3x3", "forward", *arguments, written=[y.view])
+    partials = None
+    if case.measure:
+        partials = torch.full((3, n, -(-height * width // TILE_P), o), torch.nan)
+    arguments = (x, skip, affine, weight, bias, residual, case.silu, y.view, partials)
+    kernels.run("conv3x3", "forward", *arguments, written=[y.view, partials])
 
     z = x.double() if skip is None else torch.cat([x, skip], 1).double()
     if affine is not None:
@@ -77,6 +83,11 @@ def check(kernels: Kernels, rng: random.Random, case: Case) -> None:
         operations += 12 * (int(z.abs().max()) + 1)
     assert_within_budget(y.view, exact, magnitude=magnitude, operations=operations)
     y.check_surroundings("y")
+    if case.measure:
+        statistics = torch.full((n, o, 2), torch.nan, dtype=torch.float64)
+        arguments = (partials, statistics, height * width, TILE_P)
+        kernels.run("group_norm_silu", "channel_statistics", *arguments, written=[statistics])
+        check_statistics(statistics, y.view)
 
 
 # Batch, input channels, output channels, height and width: odd sizes, several tiles of pixels, of input channels and of
@@ -92,19 +103,21 @@ SHAPES = (
     (1, 36, 192, 6, 5),
 )
 SKIPS = (48, 8, 1)
-FEATURES = ("affine", "silu", "bias", "residual", "skip")
+FEATURES = ("affine", "silu", "bias", "residual", "skip", "statistics")
 
 
 def _covering() -> dict[str, Case]:
-    """Returns a case for every combination of features."""
+    """Returns a case for every combination of features; half of them measure their result."""
     cases = {}
     for i, features in enumerate(itertools.product((True, False), repeat=5)):
         affine, silu, bias, residual, skip = features
         # Neither is the same for all cases with a feature.
         shape, dtype, layout = SHAPES[(i + i // 8) % 8], (F16, BF16)[i.bit_count() % 2], LAYOUTS[i % 3]
         of_bias = (dtype, torch.float32)[i // 8 % 2] if bias else None
-        case = Case(shape, dtype, layout, SKIPS[i % 3] if skip else 0, affine, silu, of_bias, residual)
-        words = [word for word, on in zip(FEATURES, features, strict=True) if on] or ["plain"]
+        measure = (affine + silu + bias + residual + skip) % 2 == 1
+        of_skip = SKIPS[i % 3] if skip else 0
+        case = Case(shape, dtype, layout, of_skip, affine, silu, of_bias, residual, measure)
+        words = [word for word, on in zip(FEATURES, (*features, measure), strict=True) if on] or ["plain"]
         cases[" ".join([*words, str(dtype)[6:], "x".join(map(str, shape))])] = case
     # Without tensor cores; a GPU's float32 calls go to cuDNN.
     cases["float32"] = Case((2, 40, 20, 5, 7), torch.float32, LAYOUTS[1], 8, True, True, torch.float32, True)

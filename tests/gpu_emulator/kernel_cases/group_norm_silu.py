@@ -102,6 +102,17 @@ def statistics_of(*inputs: Tensor | None) -> list[Tensor]:
     return [torch.stack([mean, variance], 2) for variance, mean in found]
 
 
+def check_statistics(found: Tensor, x: Tensor) -> None:
+    """Compares the mean and the variance of each channel of x (N, C, H, W) with PyTorch's in float64."""
+    (exact,) = statistics_of(x)
+    largest = (x.double() - exact[..., 0][..., None, None]).abs().amax((2, 3))
+    arithmetic = torch.float64 if x.dtype == torch.float64 else torch.float32
+    # The shift is a value of the channel, which is at most twice the largest deviation away from any other.
+    for i, magnitude in enumerate((2 * largest, 4 * largest.square())):
+        error = (found - exact)[..., i].to(arithmetic)
+        assert_within_budget(error, torch.zeros_like(error), magnitude=magnitude, operations=CHAIN)
+
+
 def _check_sum(
     kernels: Kernels, case: Case, y: Poisoned, residuals: list[Tensor], biases: list[Tensor]
 ) -> None:
@@ -112,13 +123,7 @@ def _check_sum(
     found = torch.full((*shape[:2], 2), torch.nan, dtype=torch.float64)
     kernels.run("group_norm_silu", "add", y.view, residuals, biases, found, written=[y.view, found])
     assert_within_budget(y.view, exact, magnitude=magnitude, operations=len(terms))
-    (of_sum,) = statistics_of(y.view)
-    largest = (y.view.double() - of_sum[..., 0][..., None, None]).abs().amax((2, 3))
-    arithmetic = torch.float64 if case.dtype == torch.float64 else torch.float32
-    # The shift is a value of the channel, which is at most twice the largest deviation away from any other.
-    for i, magnitude in enumerate((2 * largest, 4 * largest.square())):
-        error = (found - of_sum)[..., i].to(arithmetic)
-        assert_within_budget(error, torch.zeros_like(error), magnitude=magnitude, operations=CHAIN)
+    check_statistics(found, y.view)
     y.check_surroundings("sum")
 
 

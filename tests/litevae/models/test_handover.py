@@ -22,6 +22,7 @@ from litevae.models.feature_unet import FeatureUNet
 from litevae.models.layers import Measured, MidBlock, ResBlock
 from litevae_kernels import use_backend
 from litevae_kernels.conv3x3 import addition
+from litevae_kernels.testing import gpu_calls
 
 pytest.importorskip("triton")
 
@@ -65,8 +66,17 @@ def test_encode_with_and_without(make_variant: Callable[..., Any], monkeypatch: 
     assert 2 in calls.given
     assert True in calls.measured
     errors = [(y - exact).norm() / exact.norm() for y in (first, without)]
-    assert errors[0] <= 2 * errors[1]
-    assert errors[1] <= 1e-5
+    assert errors[0] <= 2 * errors[1]  # The order of additions differs, not their number.
+    assert errors[1] <= 1e-5  # 170 roundings of float32: the encoder has about as many operations in a row.
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs a GPU's operators")
+def test_a_forced_convolution_is_not_replaced_by_the_addition() -> None:
+    block = ResBlock(16, 16, 4, norm="none").bfloat16().eval()
+    x = torch.empty(2, 16, 8, 8, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    names = [name for name, _ in gpu_calls(block, x)]
+    assert names.count("litevae::conv3x3") == 2
+    assert "litevae::add_residuals_" not in names
 
 
 def on_gpu(module: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -3,6 +3,8 @@
 test_triton.py and tests/gpu_emulator check the kernels that use them.
 """
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -45,10 +47,12 @@ def test_compiles_to_one_graph() -> None:
             r"strides \(8, 4, 1\); a contiguous",
         ),
         ([statistics_of(X).float(), statistics_of(SKIP)], TypeError, "statistics has dtype torch.float32"),
+        (statistics_of(X), TypeError, "statistics is a Tensor; a list or tuple of tensors is needed"),
+        (None, TypeError, "statistics is a NoneType; a list or tuple of tensors is needed"),
         ([statistics_of(X), 1.0], TypeError, "statistics is a float; a torch.Tensor is needed"),
         ([statistics_of(X), statistics_of(SKIP).to("meta")], ValueError, "statistics is on meta"),
     ],
 )
-def test_errors(statistics: list[Tensor], error: type[Exception], message: str) -> None:
+def test_errors(statistics: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         group_norm_silu(X, 4, skip=SKIP, statistics=statistics)
