@@ -1,5 +1,6 @@
 """The switch of the kernel for thread-block clusters; tests/gpu_emulator runs the kernel itself."""
 
+import contextlib
 import types
 
 import pytest
@@ -10,15 +11,22 @@ from litevae_kernels.group_norm_silu import native
 
 
 @pytest.fixture(autouse=True)
-def _fresh():
-    """The answers are kept per GPU."""
+def guarded(monkeypatch):
+    """Forgets the answers, which are kept per GPU, and returns a list of the GPUs that were made the current one."""
+    devices = []
+
+    def guard(device):
+        devices.append(device)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(native, "device_guard", guard)
 
     def forget():
         native.why_no_clusters.cache_clear()
         native._may_use_clusters.cache_clear()
 
     forget()
-    yield
+    yield devices
     forget()
 
 
@@ -52,10 +60,13 @@ def test_a_switch_without_effect_says_so(monkeypatch, found, reason):
         assert not native._may_use_clusters(0)
 
 
-def test_info_says_whether_it_is_on(monkeypatch):
+def test_info_says_whether_it_is_on(monkeypatch, guarded):
     assert dict(info.report())["norms in clusters"] == "off"
     monkeypatch.setattr(native, "mode", "clusters")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert native.describe_clusters() == "no GPU is visible"
     monkeypatch.setattr(native, "core", core(16))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert native.describe_clusters() == "on for GPU 0"
+    assert guarded == [torch.device("cuda", 0)]  # The core changes the current GPU.
     assert native._may_use_clusters(0)
