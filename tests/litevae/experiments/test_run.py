@@ -85,7 +85,7 @@ def test_the_small_scale_trains_and_measures_on_folders_without_resizing(tmp_pat
     command = ["experiment", own, "--scale=small", *options, "max_steps=1", "data.size=32", "-o", str(out)]
     assert main(command) == 0
     printed = capsys.readouterr().out
-    assert f"Trained for 1 steps of 4 crops of {folders[0]}, 32 pixels per side" in printed
+    assert f"Trained for 1 steps of 2 crops of {folders[0]}, 32 pixels per side" in printed
     assert "Only rows with both." in printed
     assert "Measured on 3 squares of held-out images, not resized, 32 pixels per side" in printed
     assert "It helps." not in printed  # a claim about a row that was left out

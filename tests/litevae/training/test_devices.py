@@ -70,5 +70,5 @@ def test_a_training_step_equals_the_cpu_s(take_step, monkeypatch, device):
     assert gradients.keys() == expected.keys() == {"autoencoder", "discriminator"}
     for name, gradient in gradients.items():
         allowed = 3 * (rounded[name] - expected[name]).norm()
-        assert 0 < allowed < 1e-2 * expected[name].norm()
+        assert 0 < allowed < 5e-2 * expected[name].norm()
         assert (gradient - expected[name]).norm() <= allowed, name

@@ -25,8 +25,8 @@ def test_the_encoder_learns_the_teachers_posterior(sd, distilling, logged, no_pi
     (tmp_path / "images").mkdir()
     Image.fromarray(pixels).save(tmp_path / "images" / "cat.png")
     images = [f"data.train={tmp_path / 'images'}", "data.flip=false"]  # the same crop at each step
-    optimizer = ["optimizer.warmup_steps=10", "optimizer.learning_rate=2e-3", "ema_decay=0"]
-    config = distilling(sd, "max_steps=40", *images, *optimizer)
+    optimizer = ["optimizer.warmup_steps=10", "optimizer.learning_rate=5e-4", "ema_decay=0"]
+    config = distilling(sd, "max_steps=80", *images, *optimizer)
     result = train(config)
     lines = logged(result.output_dir)
     terms = {"teacher_kl", "teacher_mean", "teacher_logvar"}
