@@ -75,6 +75,17 @@ def _check_name(name: str, source: str) -> str:
     return name
 
 
+def read_mode(variable: str, value: str | None, modes: tuple[str, ...]) -> str:
+    """Returns the value of an environment variable, which is one of `modes`; the first of them for None.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    if value is not None and value not in modes:
+        raise ValueError(f"{variable} is {value[:40]!r}; allowed: {', '.join(modes)}")
+    return value or modes[0]
+
+
 _from_environment = os.environ.get("LITEVAE_BACKEND") or None
 if _from_environment is not None:
     _check_name(_from_environment, "LITEVAE_BACKEND")

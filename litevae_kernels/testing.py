@@ -209,15 +209,20 @@ def gpu_calls(module: nn.Module, x: Tensor, *, gradients: bool = False) -> list[
             return func(*args, **(kwargs or {}))
 
     with FakeTensorMode(allow_non_fake_inputs=True), torch.set_grad_enabled(gradients):
-        on_gpu = copy.deepcopy(module)
-        for layer in on_gpu.modules():
-            for name, parameter in list(layer.named_parameters(recurse=False)):
-                fake = torch.empty(parameter.shape, dtype=parameter.dtype, device="cuda")
-                setattr(layer, name, nn.Parameter(fake))
-        input = torch.empty_like(x, device="cuda")
+        copied, input = on_gpu(module), torch.empty_like(x, device="cuda")
         with use_backend("triton"), Recorder():
-            on_gpu(input)
+            copied(input)
     return calls
+
+
+def on_gpu(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Returns a copy with parameters of `dtype`, or of their own, on a GPU; under FakeTensorMode there need be none."""
+    copied = copy.deepcopy(module)
+    for layer in copied.modules():
+        for name, parameter in list(layer.named_parameters(recurse=False)):
+            fake = torch.empty(parameter.shape, dtype=dtype or parameter.dtype, device="cuda")
+            setattr(layer, name, nn.Parameter(fake))
+    return copied
 
 
 def compile_launch(launch: Launch, capability: int = 90) -> Any:

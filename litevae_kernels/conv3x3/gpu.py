@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor
 
-from litevae_kernels.backend import choose, forced_backend, triton_installed, why_not
+from litevae_kernels.backend import choose, forced_backend, read_mode, triton_installed, why_not
 from litevae_kernels.conv3x3 import reference
 from litevae_kernels.conv3x3.addition import convolve, empty_statistics
 from litevae_kernels.tensors import empty_output, in_layout
@@ -24,15 +24,7 @@ MODES = ("off", "measure")
 ROUNDS, CALLS = 5, 5  # of a measurement
 
 Call = Callable[[], Tensor]
-
-
-def _read_mode(value: str | None) -> str:
-    if value is not None and value not in MODES:
-        raise ValueError(f"LITEVAE_GPU_CONV is {value[:40]!r}; allowed: {', '.join(MODES)}")
-    return value or "off"
-
-
-mode = _read_mode(os.environ.get("LITEVAE_GPU_CONV") or None)
+mode = read_mode("LITEVAE_GPU_CONV", os.environ.get("LITEVAE_GPU_CONV") or None, MODES)
 
 _winners: dict[Hashable, bool] = {}  # whether the kernel is faster, by all that may matter
 

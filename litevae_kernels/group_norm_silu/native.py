@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from litevae_kernels.backend import core
+from litevae_kernels.backend import core, read_mode
 from litevae_kernels.tensors import (
     current_stream,
     device_guard,
@@ -26,15 +26,7 @@ from litevae_kernels.tensors import (
 )
 
 MODES = ("off", "clusters")
-
-
-def _read_mode(value: str | None) -> str:
-    if value is not None and value not in MODES:
-        raise ValueError(f"LITEVAE_GPU_NORM is {value[:40]!r}; allowed: {', '.join(MODES)}")
-    return value or "off"
-
-
-mode = _read_mode(os.environ.get("LITEVAE_GPU_NORM") or None)
+mode = read_mode("LITEVAE_GPU_NORM", os.environ.get("LITEVAE_GPU_NORM") or None, MODES)
 
 
 @functools.cache

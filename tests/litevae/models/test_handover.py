@@ -22,7 +22,7 @@ from litevae.models.feature_unet import FeatureUNet
 from litevae.models.layers import Measured, MidBlock, ResBlock
 from litevae_kernels import use_backend
 from litevae_kernels.conv3x3 import addition
-from litevae_kernels.testing import gpu_calls
+from litevae_kernels.testing import gpu_calls, on_gpu
 
 pytest.importorskip("triton")
 
@@ -77,15 +77,6 @@ def test_a_forced_convolution_is_not_replaced_by_the_addition() -> None:
     names = [name for name, _ in gpu_calls(block, x)]
     assert names.count("litevae::conv3x3") == 2
     assert "litevae::add_residuals_" not in names
-
-
-def on_gpu(module: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Returns a module with parameters on a GPU that this machine need not have."""
-    module = copy.deepcopy(module).eval()
-    for part in module.modules():
-        for name, parameter in list(part.named_parameters(recurse=False)):
-            setattr(part, name, nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device="cuda")))
-    return module
 
 
 def run(module: nn.Module, *shapes: tuple[int, ...]) -> Calls:

@@ -7,6 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from litevae_kernels import conv3x3, info, use_backend
+from litevae_kernels.backend import read_mode
 from litevae_kernels.conv3x3 import gpu
 from litevae_kernels.conv3x3.normed import norm_silu_conv3x3
 
@@ -136,10 +137,10 @@ def test_what_the_kernel_serves(monkeypatch):
 
 
 def test_a_mode_is_off_or_measure():
-    assert gpu._read_mode(None) == "off"
-    assert gpu._read_mode("measure") == "measure"
+    assert read_mode("LITEVAE_GPU_CONV", None, gpu.MODES) == "off"
+    assert read_mode("LITEVAE_GPU_CONV", "measure", gpu.MODES) == "measure"
     with pytest.raises(ValueError, match=r"^LITEVAE_GPU_CONV is 'on'; allowed: off, measure$"):
-        gpu._read_mode("on")
+        read_mode("LITEVAE_GPU_CONV", "on", gpu.MODES)
 
 
 def test_info_says_what_serves_a_gpu(monkeypatch):

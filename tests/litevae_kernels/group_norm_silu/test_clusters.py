@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from litevae_kernels import info
+from litevae_kernels.backend import read_mode
 from litevae_kernels.group_norm_silu import native
 
 
@@ -35,15 +36,15 @@ def core(blocks):
 
 
 def test_only_known_modes_are_allowed():
-    assert native._read_mode(None) == "off"
+    assert read_mode("LITEVAE_GPU_NORM", None, native.MODES) == "off"
     with pytest.raises(ValueError, match=r"^LITEVAE_GPU_NORM is 'on'; allowed: off, clusters$"):
-        native._read_mode("on")
+        read_mode("LITEVAE_GPU_NORM", "on", native.MODES)
 
 
 def test_the_variable_turns_it_on(monkeypatch):
     monkeypatch.setenv("LITEVAE_GPU_NORM", "clusters")
     assert dict(info.report())["LITEVAE_GPU_NORM"] == "clusters"
-    assert native._read_mode("clusters") == "clusters"
+    assert read_mode("LITEVAE_GPU_NORM", "clusters", native.MODES) == "clusters"
 
 
 @pytest.mark.parametrize(
