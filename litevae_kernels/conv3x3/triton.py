@@ -191,7 +191,7 @@ def forward(
     Args:
         x: (N, C, H, W) with adjacent channels, of at most 2^30 pixels per image.
         skip: (N, C_skip, H, W) in x's dtype with adjacent channels, which follow those of x.
-        affine: float32 (3, N, C + C_skip) from the norm's `statistics`: the convolution sees
+        affine: float32 (3, N, C + C_skip) from the norm's `coefficients_of`: the convolution sees
             (x - first) second + third.
         weight: (C_out, 3, 3, C + C_skip), contiguous, in x's dtype.
         bias: (C_out) in any dtype.
