@@ -12,8 +12,9 @@ from litevae.models import LiteVAE
 from litevae.models.arguments import check_arguments
 from litevae.models.baseline import SmallEncoderVAE
 from litevae.models.config import ModelConfig
-from litevae.models.initialise import initialise, initialise_as_wavelet
+from litevae.models.initialise import initialise
 from litevae.models.interface import Autoencoder
+from litevae.models.wavelet_start import initialise_as_wavelet
 
 
 def with_fresh_weights(

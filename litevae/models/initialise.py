@@ -8,9 +8,7 @@ from diffusers.models.attention_processor import Attention as DiffusersAttention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from litevae.models.autoencoder import LiteVAE
 from litevae.models.encoder import Encoder, WaveletEncoder
-from litevae.models.feature_unet import FeatureUNet
 from litevae.models.interface import Autoencoder
 from litevae.models.layers import Attention, ResBlock
 from litevae.models.nafnet import NAFBlock
@@ -84,74 +82,6 @@ def fix_variance(model: Autoencoder, std: float) -> None:
     cast(Tensor, moments.bias)[logvar] = 2 * math.log(std)
 
 
-@torch.no_grad()
-def initialise_as_wavelet(model: Autoencoder) -> None:
-    """Initialises `model` in place, so that its latent consists of sub-bands of the image.
-
-    Everything starts as in `initialise`, but the convolutions outside of the residual branches pass the first
-    channels on. The posterior's mean is then the first coefficients of the coarsest wavelet level: the local means of
-    the colours, then their details. The decoder repeats each local mean. It cannot add the details linearly, because
-    a convolution does not know at which copy of a repeated value it is.
-
-    Raises:
-        ValueError: the model has no such path: it is not a LiteVAE with U-Nets and a decoder with `decoder_norm="smc"`,
-            or a layer has too few channels.
-    """
-    if not isinstance(model, LiteVAE) or not (
-        isinstance(encoder := model.encoder, Encoder)
-        and isinstance(extractor := encoder.feature_extractors[-1], FeatureUNet)
-        and isinstance(aggregator := encoder.feature_aggregator, FeatureUNet)
-        and model.config.decoder_norm == "smc"
-    ):
-        raise ValueError(
-            "initialise=wavelet needs a LiteVAE with learned U-Nets and model.decoder_norm=smc, whose signal is not "
-            "normalised on its way"
-        )
-    bands, colours = extractor.conv_out.out_channels, model.config.in_channels
-    passed = min(bands, model.config.latent_channels)
-    # The decoder carries each coefficient twice.
-    carried = min(passed, min(model.config.block_out_channels) // 2)
-    if min(extractor.conv_in.out_channels, aggregator.conv_in.out_channels) < passed or carried < colours:
-        raise ValueError(
-            f"initialise=wavelet needs decoder blocks of at least {2 * colours} channels, {colours} latent channels "
-            f"and an encoder of at least {passed} channels"
-        )
-    initialise(model)
-    coarsest = aggregator.conv_in.in_channels - bands  # first input channel of the coarsest level
-    for unet, first in ((extractor, 0), (aggregator, coarsest)):
-        pass_on(unet.conv_in, passed, first)
-        for block in res_blocks(unet):
-            pass_on(block.conv_shortcut, passed)
-        pass_on(unet.conv_out, passed)
-    decoder = model.decoder
-    # SiLU precedes the decoder's last convolution, and silu(x) - silu(-x) = x.
-    pass_on(decoder.conv_in, carried)
-    decoder.conv_in.weight[carried : 2 * carried] = -decoder.conv_in.weight[:carried]
-    for block in res_blocks(decoder):
-        pass_on(block.conv_shortcut, 2 * carried)
-    for up_block in decoder.up_blocks:
-        for upsampler in up_block.upsamplers:
-            pass_on(upsampler.conv, 2 * carried)
-    nn.init.zeros_(decoder.conv_out.weight)
-    for sign, first in ((1, 0), (-1, carried)):
-        centre(decoder.conv_out)[:colours, first : first + colours] = sign * torch.eye(colours)
-    start_variance(aggregator.conv_out)
-    for conv in (model.quant_conv, model.post_quant_conv):
-        if isinstance(conv, nn.Conv2d):
-            pass_on(conv, conv.out_channels)
-            nn.init.zeros_(cast(Tensor, conv.bias))
-
-
-def res_blocks(module: nn.Module) -> list[ResBlock]:
-    return [block for block in module.modules() if isinstance(block, ResBlock)]
-
-
-def centre(conv: nn.Conv2d) -> Tensor:
-    """Returns the weights (out_channels, in_channels) at the middle of a convolution's window."""
-    height, width = conv.kernel_size
-    return conv.weight[:, :, height // 2, width // 2]
-
-
 def convolutions_outside_branches(model: nn.Module) -> list[nn.Conv2d]:
     """Returns the convolutions that a residual block does not bypass, with the shortcuts of the blocks."""
     inside: set[nn.Module] = set()
@@ -174,10 +104,3 @@ def mix_orthogonally(conv: nn.Conv2d) -> None:
     nn.init.zeros_(conv.weight)
     window = conv.weight[:, :, top : top + rows, left : left + columns]
     window.copy_(weights.view(conv.out_channels, conv.in_channels, rows, columns))
-
-
-def pass_on(conv: nn.Conv2d | None, count: int, first: int = 0) -> None:
-    """Makes the first `count` outputs of a convolution, if there is one, equal to its inputs from `first` on."""
-    if conv is not None:
-        conv.weight[:count] = 0
-        centre(conv)[:count, first : first + count] = torch.eye(count)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL
 
 from litevae.data.config import check_has_images
 from litevae.errors import UserError
@@ -14,6 +15,7 @@ from litevae.models.loading import model_folder, read_config, report_weights
 from litevae.models.weights import load_decoder, load_weights
 from litevae.training.config import Config, check_training_config
 from litevae.training.teacher import Teacher, check_student, take_over_scale
+from litevae_kernels import accelerate_vae
 
 
 def build_model(config: Config, teacher: Teacher | None = None) -> Autoencoder:
@@ -31,6 +33,8 @@ def build_model(config: Config, teacher: Teacher | None = None) -> Autoencoder:
     if teacher is not None:
         check_student(config.model, config.data, teacher)
     model = build_fresh_model(config)
+    if isinstance(model, AutoencoderKL):
+        accelerate_vae(model)  # A baseline's steps should not take longer for want of LiteVAE's kernels.
     if config.init:
         folder = model_folder(Path(config.init))
         report_weights(Path(config.init), folder)

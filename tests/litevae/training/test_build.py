@@ -9,6 +9,7 @@ from litevae.errors import UserError
 from litevae.models.baseline import SmallEncoderVAE
 from litevae.training import load_config, train
 from litevae.training.build import build_model, check_run
+from litevae_kernels import accelerate_vae
 
 BASELINE = ["model.decoder_norm=group", "model.output_type=image"]
 
@@ -47,6 +48,9 @@ def test_baselines_train_in_the_same_loop(kind, tiny, tmp_path, no_pictures):
     assert model.config.latent_channels == 4
     if kind == "vae-small":
         assert parameters(model.encoder) > parameters(model.decoder)
+    trained_as = [type(module) for module in build_model(config).modules()]
+    accelerate_vae(model)
+    assert trained_as == [type(module) for module in model.modules()]
 
 
 def test_a_number_of_blocks_that_differs_from_the_small_encoders_is_one_line(tiny):
