@@ -141,7 +141,9 @@ def row_config(experiment: Experiment, run: RunSpec, setup: Setup, seed: int) ->
         config.data.train = setup.data[run.dataset]
     config.data.validation = held_out_images(setup, run, list_stages(config)[-1].size)
     resume = "auto" if config.checkpoint.every else ""
-    return replace(config, output_dir=str(setup.output / "runs" / digest(config)), resume=resume)
+    return replace(
+        config, output_dir=str(setup.output / "runs" / digest(config, setup.output)), resume=resume
+    )
 
 
 def check_run(experiment: Experiment, setup: Setup, run: RunSpec, config: Config) -> None:
@@ -205,5 +207,5 @@ def diffusion_config(
             *setup.diffusion_overrides,
         ],
     )
-    folder = model / f"diffusion-{digest(config)}"
+    folder = model / f"diffusion-{digest(config, setup.output)}"
     return replace(config, output_dir=str(folder), resume="auto" if config.checkpoint.every else "")

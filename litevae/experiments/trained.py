@@ -108,14 +108,24 @@ class Stopped(Exception):
     """A signal ended a training run. The same command continues with the remaining rows."""
 
 
-def digest(config: Config | DiffusionConfig) -> str:
-    """Hashes all settings that decide the result of a run, so that experiments share their common runs."""
+def digest(config: Config | DiffusionConfig, output: Path) -> str:
+    """Hashes all settings that decide the result of a run, so that experiments share their common runs.
+
+    Args:
+        config: settings of the run.
+        output: folder of the experiments' results, which can be moved: paths within count relative to it.
+    """
     settings = {key: value for key, value in asdict(config).items() if key not in IRRELEVANT}
     settings["data"].pop("workers")
-    for key in ("train", "validation", "latents"):
-        path = settings["data"].get(key)
+    paths = [(settings["data"], "train"), (settings["data"], "validation"), (settings["data"], "latents")]
+    if isinstance(config, DiffusionConfig):
+        paths += [(settings, "model"), (settings["fid"], "images")]
+    results = output.resolve()
+    for holder, key in paths:
+        path = holder.get(key)
         if path and os.path.exists(path):
-            settings["data"][key] = os.path.realpath(path)
+            real = Path(path).resolve()
+            holder[key] = str(real.relative_to(results) if real.is_relative_to(results) else real)
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -1,4 +1,5 @@
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,7 +73,7 @@ def test_no_two_figures_show_the_same_generated_images():
         experiment = load_experiment(name)
         if experiment.kind == "generation" and "fid" not in experiment.metrics:
             models = [training_config(experiment, run, SCALES["tiny"]) for run in experiment.runs]
-            shown += [(experiment.first_sample, digest(model)) for model in models]
+            shown += [(experiment.first_sample, digest(model, Path())) for model in models]
     assert len(shown) == len(set(shown)) == 2  # Figures 6 and 9
 
 

@@ -22,9 +22,27 @@ def test_a_run_that_stopped_is_not_taken_for_finished(tmp_path):
 def test_runs_are_shared_by_what_decides_their_outcome(tmp_path):
     config = load_config("demo")
     same = replace(config, output_dir="elsewhere", tracker="wandb", data=replace(config.data, workers=7))
-    assert digest(config) == digest(same)
+    assert digest(config, tmp_path) == digest(same, tmp_path)
     for other in ("seed=1", "loss.kl=0.1", "model.latent_channels=4", "validate_every=3"):
-        assert digest(load_config("demo", [other])) != digest(config)
+        assert digest(load_config("demo", [other]), tmp_path) != digest(config, tmp_path)
+
+
+def test_runs_are_found_again_after_their_folder_has_moved(tmp_path):
+    def run(output, train):
+        return digest(
+            load_config("demo", [f"data.train={train}", f"data.validation={output / 'images' / 'squares'}"]),
+            output,
+        )
+
+    own, others = tmp_path / "own", tmp_path / "others"
+    before, after = tmp_path / "before", tmp_path / "after"
+    for folder in (own, others, before / "images" / "squares"):
+        folder.mkdir(parents=True)
+    first, second = run(before, own), run(before, others)
+    before.rename(after)
+    assert run(after, own) == first
+    assert run(after, others) == second
+    assert first != second
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/stat"), reason="the processors' time is read from /proc")
