@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor
 
 from benchmarks.harness import (
@@ -25,6 +26,7 @@ from litevae.training.config import load_config
 from litevae.training.optimization import EMA
 from litevae.training.start import make_accelerator
 from litevae.training.step import TrainingStep
+from litevae_kernels import restore_vae
 
 INPUTS = 2
 BATCH = {"cpu": 1, "cuda": 16}
@@ -53,7 +55,10 @@ def make_step(name: str, overrides: list[str], size: int, adversarial: bool) -> 
     accelerator = make_accelerator(config.precision, "none", {}, Path())
     layout = layout_of(overrides)
     torch.manual_seed(0)
-    model = build_model(config).to(accelerator.device, memory_format=layout)
+    model = build_model(config)
+    if isinstance(model, AutoencoderKL):  # The rival is diffusers' own code, which the trainer accelerates.
+        restore_vae(model)
+    model = model.to(accelerator.device, memory_format=layout)
     discriminator = build_discriminator(config.discriminator, size) if adversarial else None
     if discriminator is not None:
         discriminator.to(accelerator.device, memory_format=layout)

@@ -163,7 +163,7 @@ def check_run(experiment: Experiment, setup: Setup, run: RunSpec, config: Config
             "another experiment"
         )
     with torch.device("meta"):
-        model = with_fresh_weights(config.model, config.data.size)
+        model = with_fresh_weights(config.model, config.data.size, config.initialise == "wavelet")
         if config.loss.adversarial:
             build_discriminator(config.discriminator, *(stage.size for stage in list_stages(config)))
     check_sizes(model, config)

@@ -117,9 +117,9 @@ def description(experiment: Experiment, setup: Setup, rows: Sequence[Row]) -> st
             " stand beside ours to show what the experiment is about, not for comparison. Rows that differ only in"
             f" {'the data set, or in ' if setup.at.demo else ''}something that this scale leaves out show the same run."
         )
-        own = {"all rows": experiment.demo, **{row.spec.name: row.spec.demo for row in rows}}
-        chosen = [f"{name}: {', '.join(settings)}" for name, settings in own.items() if settings]
-        text += f" Settings of this scale alone: {'; '.join(chosen)}." if chosen else ""
+        own = [("all rows", experiment.demo), *((", ".join(row.spec.row), row.spec.demo) for row in rows)]
+        chosen = [f"{' '.join(settings)} ({name})" for name, settings in own if settings]
+        text += f" Set by this experiment below the paper's scale: {'; '.join(chosen)}." if chosen else ""
     if setup.rows:
         text += f" Only rows with {join_words(set(setup.rows))}."
     if setup.overrides:

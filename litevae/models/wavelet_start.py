@@ -1,5 +1,6 @@
 """Initial weights with which the latent consists of sub-bands of the image."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -30,8 +31,8 @@ def initialise_as_wavelet(model: Autoencoder) -> None:
     therefore have constants as well, beside which the signals' share of the variance is small.
 
     Raises:
-        ValueError: the model has no such path, because its encoder has neither U-Nets nor strided convolutions, or
-            a layer has too few channels, in total or per group.
+        ValueError: the model has no such path, because its encoder has neither U-Nets nor strided convolutions; it has
+            fewer latent channels than colours; or a layer has too few channels, in total or per group.
     """
     encoder: Any = model.encoder  # ours or diffusers', as is the decoder
     decoder: Any = model.decoder
@@ -51,13 +52,18 @@ def initialise_as_wavelet(model: Autoencoder) -> None:
         for unet, first in zip(unets, (0, unets[1].conv_in.in_channels - len(HAAR) * colours), strict=True):
             pass_bands(unet, first, passed)
         start_variance(unets[1].conv_out)
-    elif strides := [i for i, conv in enumerate(stream(encoder)) if conv.stride == (2, 2)]:
-        last = strides[-1]
-        encoded = carry("encoder", stream(encoder)[last:], encoder.conv_norm_out, passed, passed)
+    elif strided := [i for i, conv in enumerate(stream(encoder)) if conv.stride == (2, 2)]:
+        last = strided[-1]
+        after = stream(encoder)[last:]
+        encoded = carry(
+            "encoder after its last strided convolution", after, encoder.conv_norm_out, passed, passed
+        )
         initialise(model)
         compute_bands(encoder, last, colours, encoded)
     else:
-        raise ValueError(f"initialise=wavelet needs an encoder that learns, got {type(encoder).__name__}")
+        raise ValueError(
+            f"initialise=wavelet needs an encoder with U-Nets or strided convolutions, got {type(encoder).__name__}"
+        )
     repeat_means(decoder, colours, decoded)
     for conv in (model.quant_conv, model.post_quant_conv):
         if isinstance(conv, nn.Conv2d):
@@ -79,7 +85,7 @@ def check_width(name: str, convs: list[nn.Conv2d], needed: int) -> None:
     width = min(conv.out_channels for conv in convs)
     if width < needed:
         raise ValueError(
-            f"initialise=wavelet needs {needed} channels in each block of the {name}, got {width}"
+            f"initialise=wavelet needs {needed} channels in each layer of the {name}, got {width}"
         )
 
 
@@ -92,7 +98,7 @@ class Carrier:
     Attributes:
         weight: ones, their negatives and zeros (channels, signals).
         bias: constants (channels,).
-        scale: what the norm divides the channels of the first signals by.
+        scale: number by which the norm divides the first signals.
     """
 
     weight: Tensor
@@ -122,26 +128,25 @@ def carry(name: str, convs: list[nn.Conv2d], norm: nn.Module, signals: int, exac
     room = size // 4  # signals per group: half of it for them, with both signs, half for constants
     if room == 0:
         raise ValueError(
-            f"initialise=wavelet needs 4 channels or more per group in the {name}'s last norm, got {size}"
+            f"initialise=wavelet needs 4 channels or more per group in the last norm of the {name}, got {size}"
         )
-    groups = -(-exact // room)
+    groups = math.ceil(exact / room)
     check_width(name, convs, groups * size)
-    ones = torch.ones(room)
     weight = torch.zeros(groups, size, signals)
     for signal in range(exact):
         group, place = divmod(signal, room)
         weight[group, place, signal] = 1
         weight[group, room + place, signal] = -1
-    bias = CONSTANT * torch.cat([0 * ones, 0 * ones, ones, -ones, torch.zeros(size - 4 * room)]).repeat(
-        groups
-    )
+    bias = torch.zeros(groups, size)
+    bias[:, 2 * room : 3 * room] = CONSTANT
+    bias[:, 3 * room : 4 * room] = -CONSTANT
     more = torch.eye(signals)[exact:].repeat_interleave(2, dim=0)
     more[1::2] *= -1
     more = more[: (width - groups * size) // 2 * 2]
     variance = 2 * room * CONSTANT**2 / size
     return Carrier(
         torch.cat([weight.flatten(0, 1), more]),
-        torch.cat([bias, torch.zeros(len(more))]),
+        torch.cat([bias.flatten(), torch.zeros(len(more))]),
         (variance + norm.eps) ** 0.5,
     )
 
@@ -172,6 +177,8 @@ def compute_bands(encoder: Any, last: int, colours: int, carrier: Carrier) -> No
             pass_on(conv, colours if i < last else channels)
     conv_out = encoder.conv_out
     conv_out.weight[:passed] = 0
+    conv_out.weight[passed : conv_out.out_channels // 2, :channels] = (
+    )
     centre(conv_out)[:passed, :channels] = carrier.scale * carrier.weight.T
     start_variance(conv_out)
 

@@ -75,10 +75,10 @@ def check_has_teacher(config: Config) -> None:
 
 
 def check_has_encoder(config: Config) -> None:
-    """Raises UserError if the encoder of a baseline, which starts at random, is frozen without initial weights."""
+    """Raises UserError if the encoder of a baseline is frozen before it has learned anything."""
     if config.freeze_encoder and config.model.kind != "litevae" and not config.init:
         raise UserError(
-            "init is empty, and freeze_encoder=true would keep an encoder of random weights: give the folder of a VAE"
+            "init is empty, and freeze_encoder=true would keep an untrained encoder: give the folder of a VAE"
         )
 
 

@@ -38,6 +38,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         ),
         (["data.sise=32"], "unknown setting 'data.sise': did you mean 'data.size'?"),
         (["data.size=36"], "row 'both': data.size must be a multiple of 8"),
+        (["initialise=wavelet"], "row 'both': initialise=wavelet needs 4 channels or more per group"),
         (["seed=3"], "seed=3: the experiment sets this itself"),
         (["diffusion.max_steps=3"], "diffusion.max_steps=3: this experiment has no second stage"),
         (

@@ -30,6 +30,18 @@ def test_the_settings_that_matter_are_stated(report, row):
     assert "| set | A | 21.00 ± 12.71 |" in text
 
 
+def test_settings_that_the_experiment_itself_chooses_below_the_papers_scale_are_stated(report, row):
+    rows = [row("A", [20.0]), row("A", [21.0]), row("B", [22.0])]
+    rows[1].spec.row[0] = "other"
+    rows[0].spec.demo, rows[1].spec.demo = ["seed=1"], ["seed=2", "max_steps=3"]
+    expected = (
+        "Set by this experiment below the paper's scale: data.flip=false (all rows); seed=1 (set, A); "
+        "seed=2 max_steps=3 (other, A)."
+    )
+    assert expected in report(rows, demo=["data.flip=false"])
+    assert "Set by this experiment" not in report([row("B", [22.0])])
+
+
 def test_an_error_bar_stands_beside_its_value(report, row):
     measured = row("A", [0.0, 0.0], {"sigma 25": 8.67, "± at 25": 0.1})
     measured.values = [{"sigma 25": 4.0, "± at 25": 1.0}, {"sigma 25": 6.0, "± at 25": 2.0}]

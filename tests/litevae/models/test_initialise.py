@@ -1,10 +1,7 @@
-import numpy as np
 import pytest
-import pywt
 import torch
 
 from litevae import LiteVAE
-from litevae.data.pixels import PixelFormat
 from litevae.models.build import with_fresh_weights
 from litevae.models.config import ModelConfig
 from litevae.models.initialise import (
@@ -137,92 +134,3 @@ def test_encoder_without_parameters():
     initialise(model)
     image = torch.rand(2, 3, 32, 32) * 2 - 1
     assert 0.01 < model(image).sample.std() < 10
-
-
-LITEVAE = {"preset": "litevae-s", **SMALL, "block_out_channels": [32, 32, 32, 32], "num_groups": 8}
-SD_VAE = {**LITEVAE, "kind": "sd-vae", "encoder_block_out_channels": [32, 64, 128, 256]}
-
-
-@pytest.mark.parametrize("channels", [3, 1, 4])
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"decoder_norm": "smc"},
-        {"decoder_norm": "smc", "num_groups": 16},
-        {"output_type": "wavelet", "use_1x1_conv": True},
-        {"latent_channels": 4, "shared_extractor": True},
-        {"block_out_channels": [48, 48, 64, 128], "num_groups": 4},
-        {"block_out_channels": [32, 32, 64, 64], "num_groups": 2},
-        {"block_out_channels": [16, 16, 16, 16], "decoder_norm": "smc"},
-        {"latent_channels": 24, "finest_level": 2, "encoder_norm": "smc"},
-        SD_VAE,
-        {
-            **SD_VAE,
-            "use_1x1_conv": True,
-            "encoder_block_out_channels": [32, 32, 32, 128],
-            "latent_channels": 4,
-        },
-        {**SD_VAE, "encoder_block_out_channels": [], "block_out_channels": [64, 64, 128, 128]},
-        {**SD_VAE, "latent_channels": 24},
-    ],
-    ids=str,
-)
-def test_the_latent_starts_as_the_coarsest_sub_bands(settings, channels):
-    torch.manual_seed(0)
-    pixel_format = PixelFormat(channels=channels)
-    model = with_fresh_weights(ModelConfig(**{**LITEVAE, **settings}), 64, True, pixel_format)
-    image = torch.rand(1, channels, 64, 64, dtype=torch.float64) * 2 - 1
-    with torch.no_grad():
-        posterior = model.encode(image.float()).latent_dist
-        reconstruction = model.decode(posterior.mean).sample
-    means, details = pywt.wavedec2(image.numpy(), "haar", level=3)[:2]
-    bands = np.concatenate([means, *details], axis=1) / 2**3  # the pyramid's scale
-    count = min(4 * channels, model.config.latent_channels)
-    # The norms keep a share of the signals' strength: at most 1/2 * 0.15^2 / 8, since the bands are below 0.15 here.
-    norms = 0.002 if settings.get("decoder_norm") != "smc" else 0
-    np.testing.assert_allclose(posterior.mean[:, :count], bands[:, :count], atol=1e-5, rtol=norms)
-    assert (posterior.logvar + 8).abs().max() < 1
-    block_means = torch.nn.functional.interpolate(torch.from_numpy(means / 8).float(), scale_factor=8.0)
-    torch.testing.assert_close(reconstruction, block_means, atol=1e-5, rtol=2 * norms)
-
-
-def test_a_group_norm_hardly_changes_the_scale_of_bright_images():
-    """A white image has the largest signals."""
-    torch.manual_seed(0)
-    model = with_fresh_weights(ModelConfig(**SD_VAE), 64, wavelet=True)
-    white = torch.ones(1, 3, 64, 64)
-    with torch.no_grad():
-        means = model.encode(white).latent_dist.mean[:, :3]
-        assert (means - 1).abs().max() < 0.04
-        assert (model.decode(means.new_zeros(1, 12, 8, 8)).sample).abs().max() < 1e-5
-        assert (model.decode(model.encode(white).latent_dist.mean).sample - 1).abs().max() < 0.07
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"extractor": "nafnet"}, "U-Nets in the encoder, got NAFNet"),
-        ({"aggregator": "vit"}, "U-Nets in the encoder, got ViT"),
-        ({"encoder_type": "dwt"}, "an encoder that learns, got WaveletEncoder"),
-        ({"num_groups": 16}, "4 channels or more per group in the decoder's last norm, got 2"),
-        (
-            {**SD_VAE, "encoder_block_out_channels": [32, 64, 64, 64]},
-            "4 .* group in the encoder's last norm, got 2",
-        ),
-        (
-            {**SD_VAE, "encoder_block_out_channels": [32, 32, 32, 128]},
-            "48 channels .* encoder, got 32",
-        ),
-        (
-            {"block_out_channels": [5, 32, 32, 32], "decoder_norm": "smc"},
-            "6 channels .* decoder, got 5",
-        ),
-        ({"latent_channels": 2}, "3 latent channels or more, got 2"),
-    ],
-    ids=str,
-)
-def test_models_that_cannot_start_as_sub_bands_are_refused(settings, message):
-    config = ModelConfig(**{**LITEVAE, "num_groups": 1, **settings})
-    with pytest.raises(ValueError, match=f"^initialise=wavelet needs {message}"), torch.device("meta"):
-        with_fresh_weights(config, 64, wavelet=True)

@@ -147,7 +147,7 @@ class TestFineTuning:
     def test_the_recipe_for_stable_diffusions_vae_needs_its_weights(self):
         config = load_config("sd-vae-decoder", ["data.train=demo"])
         with pytest.raises(
-            UserError, match="init is empty, and freeze_encoder=true would keep an encoder of random"
+            UserError, match="init is empty, and freeze_encoder=true would keep an untrained encoder"
         ):
             check_run(config)
 
