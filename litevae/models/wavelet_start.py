@@ -177,8 +177,6 @@ def compute_bands(encoder: Any, last: int, colours: int, carrier: Carrier) -> No
             pass_on(conv, colours if i < last else channels)
     conv_out = encoder.conv_out
     conv_out.weight[:passed] = 0
-    conv_out.weight[passed : conv_out.out_channels // 2, :channels] = (
-    )
     centre(conv_out)[:passed, :channels] = carrier.scale * carrier.weight.T
     start_variance(conv_out)
 
