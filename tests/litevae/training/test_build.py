@@ -37,10 +37,11 @@ def test_shipped_recipes_are_those_of_the_paper(tmp_path):
         train(load_config("imagenet-b", [f"output_dir={tmp_path}", "loss.lpips=0", "tracker=none"]))
 
 
-@pytest.mark.parametrize("kind", ["sd-vae", "vae-small"])
-def test_baselines_train_in_the_same_loop(kind, tiny, tmp_path, no_pictures):
+@pytest.mark.parametrize(("kind", "checkpointing"), [("sd-vae", "true"), ("vae-small", "false")])
+def test_baselines_train_in_the_same_loop(kind, checkpointing, tiny, tmp_path, no_pictures):
     blocks = "model.block_out_channels=[16,16,16,16]"  # as many blocks as the encoder of VAE-Small
-    config = tiny(f"model.kind={kind}", *BASELINE, blocks, "max_steps=2", "ema_decay=0.9")
+    more = ("max_steps=2", "ema_decay=0.9", f"gradient_checkpointing={checkpointing}")
+    config = tiny(f"model.kind={kind}", *BASELINE, blocks, *more)
     assert train(config).psnr > 0
     model = (AutoencoderKL if kind == "sd-vae" else SmallEncoderVAE).from_pretrained(
         tmp_path / "run" / "model"
