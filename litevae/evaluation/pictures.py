@@ -9,12 +9,15 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from litevae.data.pixels import Pixels, to_picture
+from litevae.errors import one_line
 from litevae.evaluation.metrics import psnr
 from litevae.evaluation.reconstruction import decode, encode
 from litevae.evaluation.yardsticks import HAAR, reconstruct_without_learning, yardstick_labels
 from litevae.files import replacing
 from litevae.models.interface import Autoencoder, spatial_compression
 from litevae.plotting import DPI
+
+LETTERS = 11  # of a label per inch
 
 
 def draw_reconstructions(
@@ -68,7 +71,7 @@ def draw_reconstructions(
             if row == 0:
                 axes.set_title(columns[column], fontsize=11, pad=4)
             if column == 0:
-                axes.set_ylabel(label, fontsize=10)
+                axes.set_ylabel(one_line(label, max(10, int(heights[row] * LETTERS))), fontsize=10)
             if column in (1, 2):
                 axes.text(
                     0.98,

@@ -1,10 +1,12 @@
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from skimage import data
 
-from litevae.evaluation.pictures import draw_grid, latents_as_rgb
+from litevae import LiteVAE
+from litevae.evaluation.pictures import draw_grid, draw_reconstructions, latents_as_rgb
 
 
 class TestLatentsAsRGB:
@@ -46,3 +48,21 @@ def test_first_three_channels_are_red_green_and_blue():
     expected = np.clip((latent[:3].numpy() - low[:, None, None]) / (high - low)[:, None, None], 0, 1) * 255
     assert np.abs(picture.transpose(2, 0, 1) - expected).max() <= 0.51
     assert latents_as_rgb([latent[:2]], principal=False)[0].shape == (50, 50, 3)
+
+
+def test_long_labels_do_not_run_into_each_other(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: figures.append(figure))
+    model = LiteVAE.from_preset(
+        "litevae-s", encoder_type="dwt", latent_channels=12, block_out_channels=[16] * 4, num_groups=4
+    )
+    names = ["short.png", "/a/folder/whose/path/is/long" * 5 + "/0000000-0000.png"]
+    draw_reconstructions(
+        model, [(name, data.chelsea()[:64, :64]) for name in names], tmp_path / "picture.png"
+    )
+    labelled = [axes for axes in figures[0].axes if axes.get_ylabel()]
+    short, long = (axes.get_ylabel() for axes in labelled)
+    assert short == "short.png"
+    assert long.endswith("0-0000.png")
+    for axes in labelled:
+        assert axes.yaxis.label.get_window_extent().height <= axes.get_window_extent().height
