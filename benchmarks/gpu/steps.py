@@ -13,13 +13,12 @@ CHECKED = (
     "not triton and (huge or identical or depthwise or zeros)"  # few launches, because checkers are slow
 )
 LARGE_TRITON = "2_to_31 or 2_31"
-TRITON = f"triton and not ({LARGE_TRITON})"
+TRITON = "(triton or not test_cuda.py)"  # the files of the CUDA kernels test the Triton kernels, too
 MODEL_TESTS = (
     "tests/litevae/models",
     "tests/litevae/losses",
     "tests/litevae/training/test_devices.py",
     "tests/litevae/training/test_optimization.py",
-    "tests/litevae_kernels/test_inference_mode.py",
 )
 READINGS = "benchmarks/gpu/test_readings.py"
 TRAINING = ("data.train=demo", "loss.pretrained=false", "tracker=none", "loss.adversarial_start=200")
@@ -100,11 +99,17 @@ def stages(output: Path, *, dry_run: bool) -> dict[int, list[Step]]:
             *(checker(tool) for tool in ("memcheck", "racecheck", "initcheck", "synccheck")),
         ],
         2: [
-            tests("Triton kernels", TRITON, "tests/litevae_kernels", processes=14, limit=400),
+            tests(
+                "Triton kernels",
+                f"{TRITON} and not ({LARGE_TRITON})",
+                "tests/litevae_kernels",
+                processes=14,
+                limit=400,
+            ),
             tests("models", "", *MODEL_TESTS, processes=4, limit=150),
             tests(
                 "Triton kernels, large tensors",
-                f"({LARGE_TRITON}) and triton",
+                f"{TRITON} and ({LARGE_TRITON})",
                 "tests/litevae_kernels",
                 processes=1,
                 limit=200,

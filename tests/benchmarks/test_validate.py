@@ -1,12 +1,15 @@
 """The validation of GPUs: how its steps run, and rehearsals of them."""
 
 import json
+import re
+import subprocess
 import sys
 
 import pytest
 
 from benchmarks.gpu import counters, validate
 from benchmarks.gpu.steps import Step, stages
+from benchmarks.gpu.steps import pytest as pytest_command
 
 
 @pytest.fixture
@@ -77,6 +80,27 @@ def test_a_call_with_its_limits_takes_ten_minutes(tmp_path):
     for number, steps in stages(tmp_path, dry_run=False).items():
         assert all(step.limit < validate.SECONDS - validate.GRACE for step in steps), number
         assert len({step.name for step in steps}) == len(steps)
+
+
+def test_every_test_for_a_gpu_belongs_to_a_step(tmp_path):
+    """What the steps that take a file leave of its tests marked `gpu` is nothing."""
+    commands = [step.command for steps in stages(tmp_path, dry_run=False).values() for step in steps]
+    ends = [command[command.index("-k") + 1 :] for command in commands if "--maxfail=30" in command]
+    by_steps = {}
+    for path in sorted((validate.ROOT / "tests").rglob("test_*.py")):
+        if re.search(r"mark\.gpu\b", path.read_text()):
+            name = path.relative_to(validate.ROOT).as_posix()
+            chosen = tuple(
+                select for select, *places in ends if any(f"{name}/".startswith(f"{p}/") for p in places)
+            )
+            by_steps.setdefault(chosen, []).append(name)
+    assert () not in by_steps, by_steps[()]
+    for chosen, files in by_steps.items():
+        if "" not in chosen:  # which chooses all
+            rest = f"not ({' or '.join(f'({select})' for select in chosen)})"
+            command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-mgpu", "-k", rest, *files]
+            found = subprocess.run(command, cwd=validate.ROOT, capture_output=True, text=True, check=False)
+            assert found.returncode == pytest.ExitCode.NO_TESTS_COLLECTED, found.stdout + found.stderr
 
 
 def test_without_a_gpu_only_a_dry_run_is_possible(capsys):
