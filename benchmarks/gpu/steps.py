@@ -118,6 +118,8 @@ def stages(output: Path, *, dry_run: bool) -> dict[int, list[Step]]:
         3: [
             readings("encoders, batch 32", "encoders[32]", limit=200),
             readings("encoders, batch 8", "encoders[8]", limit=200),
+            readings("fused convolution in encoders, batch 32", "fused_encoders[32]", limit=200),
+            readings("fused convolution in encoders, batch 8", "fused_encoders[8]", limit=200),
             readings("host time", "host_time", limit=60),
             readings("encoders launched by Python", "launched_by_python", limit=120),
             readings("biases and additions", "biases_and_additions", limit=60),

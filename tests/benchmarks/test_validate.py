@@ -9,7 +9,6 @@ import pytest
 
 from benchmarks.gpu import counters, validate
 from benchmarks.gpu.steps import Step, stages
-from benchmarks.gpu.steps import pytest as pytest_command
 
 
 @pytest.fixture
