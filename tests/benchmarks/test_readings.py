@@ -23,7 +23,7 @@ def test_encoders_launched_by_python_run_in_inference_mode(state, monkeypatch):
     """`litevae encode` does, and a call skips the dispatcher only then."""
     found = {}
     monkeypatch.setattr(readings, "race", lambda *arguments, **_: found.update(arguments[3]))
-    readings.test_launched_by_python(None, None, "cpu", True, None, 8)
+    readings.test_launched_by_python(None, None, "cpu", True, lambda _: (), 8)
     assert set(found) == set(readings.COMPARED)
     assert all(call(None)[0] for call in found.values())
 
