@@ -107,19 +107,17 @@ def test_without_the_cuda_kernels_the_other_steps_run(validation):
     assert run(validation, *steps) == (True, ["CUDA: passed", "Triton: passed"])
 
 
-def test_a_failed_build_is_recorded_and_the_call_goes_on(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(validate.torch.cuda, "is_available", lambda: True)
+def test_a_build_is_recorded_until_one_succeeds(validation, monkeypatch, capsys):
     monkeypatch.setattr(validate.torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(validate, "cuda_built", False)
-    monkeypatch.setattr(validate, "execute", lambda step, limit: (int(step.name == "build"), "no nvcc"))
-    steps = [python("CUDA", "", cuda=True), python("Triton", "")]
-    monkeypatch.setattr(validate, "stages", lambda *_, **__: {1: steps})
-    assert validate.main(["1", "--output", str(tmp_path)]) == 1
+    monkeypatch.setattr(validate, "execute", lambda step, limit: (1, "no nvcc"))
+    assert not validate.build_core(validation)
     assert "build: failed: exit status 1; the steps that need" in capsys.readouterr().err
-    (path,) = tmp_path.glob("*.json")
-    outcomes = {name: step["outcome"] for name, step in json.loads(path.read_text())["validation"].items()}
-    assert outcomes["CUDA"] == validate.SKIPPED
-    assert outcomes["Triton"] == validate.NO_CUDA
+    assert validation.steps()["build"]["tail"] == "no nvcc"
+    monkeypatch.setattr(validate, "cuda_built", True)
+    monkeypatch.setattr(validate, "why_not", lambda *_: None)
+    assert validate.build_core(validation)
+    assert validation.steps()["build"]["outcome"] == validate.PASSED
 
 
 def test_only_tests_of_the_cuda_kernels_need_them(tmp_path):
