@@ -167,7 +167,7 @@ def test_fused_encoders(
         model = make_model(name, "encoder", device)
         gate = field.gate(model)
         call = deploy(model, "encoder", eager(device))
-        forms = {
+        forms: dict[str, Callable[..., Any]] = {
             "PyTorch's convolution": call,
             "all in Triton": with_backend("triton", call) if device == "cuda" else call,
             FASTER: with_mode(gpu_conv, "measure", call),
