@@ -29,12 +29,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line(
-        "markers", "full(*devices): needs --full on these devices; on all devices if none is given"
-    )
-
-
 LEFT_OUT = pytest.StashKey[list[str]]()  # benchmarks that this run leaves out without --full
 SESSION = pytest.StashKey[Session]()
 TESTS = pytest.StashKey[set[str]]()  # all benchmarks; empty if only some were named

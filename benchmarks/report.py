@@ -206,6 +206,8 @@ def gpu_speeds() -> str:
 
 def gpu_lines(machine: tuple[Path, dict[str, Any]]) -> list[list[str]]:
     path, data = machine
+    built = data.get("validation", {}).get("build", {}).get("outcome", "passed") == "passed"
+    device = data["device"] if built else f"{data['device']} without the CUDA kernels"
     subjects = by_subject([row for row in data["results"] if row["subject"].startswith(GPU_ENCODERS)])
     lines = []
     for rows in sorted(subjects.values(), key=lambda rows: int(rows[0]["images"])):
@@ -220,7 +222,7 @@ def gpu_lines(machine: tuple[Path, dict[str, Any]]) -> list[list[str]]:
         b = best["LiteVAE-B"]
         lines.append(
             [
-                f"{data['device']}, torch {b['torch']}, {b['date']}",
+                f"{device}, torch {b['torch']}, {b['date']}",
                 str(b["images"]),
                 *(
                     f"{number(images_per_second(row))} ({row['provider'].partition(', ')[2]})"
@@ -235,11 +237,19 @@ def gpu_lines(machine: tuple[Path, dict[str, Any]]) -> list[list[str]]:
 
 
 def validation(steps: dict[str, Any]) -> str:
-    """Returns the outcome of each step of `benchmarks.gpu.validate`, and the readings of hardware counters."""
+    """Returns the outcomes of `benchmarks.gpu.validate`, what its trainings logged, and the hardware counters."""
     lines = [
-        [name, step["outcome"], number(step.get("seconds")), step["date"]] for name, step in steps.items()
+        [name, step["outcome"], number(step.get("seconds")), number(step.get("expected")), step["date"]]
+        for name, step in steps.items()
     ]
-    parts = [markdown(["step", "outcome", "seconds", "date"], lines)]
+    parts = [markdown(["step", "outcome", "seconds", "seconds, estimated", "date"], lines)]
+    if trained := {name: step["training"] for name, step in steps.items() if "training" in step}:
+        columns = ["steps", "images per second", "first loss", "last loss"]
+        lines = [
+            [name, *(number(facts[key]) for key in columns), "; ".join(facts["not finite"]) or "none"]
+            for name, facts in trained.items()
+        ]
+        parts.append(markdown(["training", *columns, "not finite"], lines))
     for step in steps.values():
         if found := step.get("readings"):
             columns = list(dict.fromkeys(key for reading in found for key in reading))

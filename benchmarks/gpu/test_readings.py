@@ -6,6 +6,8 @@ encoders that Python launches are timed by the clock.
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -32,10 +34,11 @@ from benchmarks.models import (
     make_inputs,
     make_model,
 )
-from benchmarks.session import Result, Session, milliseconds
+from benchmarks.session import Goal, Result, Session, milliseconds
 from benchmarks.test_against_sd_vae import Field
 from litevae.models.layers import ResBlock
 from litevae_kernels import conv3x3, group_norm_silu
+from litevae_kernels.conv3x3 import gpu as gpu_conv
 from litevae_kernels.conv3x3.normed import norm_silu_conv3x3
 from litevae_kernels.group_norm_silu import native as native_norm
 
@@ -43,6 +46,7 @@ INPUTS = 3
 COMPARED = (SD_VAE, "LiteVAE-B", "LiteVAE-S")
 BATCHES = (1, 8, 32, 64)
 LAUNCHED = (8, 32)
+FASTER = "the faster convolution per layer"
 
 
 @pytest.fixture
@@ -63,6 +67,17 @@ def image(dry_run: bool) -> Callable[[int], tuple[int, ...]]:
 def rounds(dry_run: bool, count: int = 15, least: int = 5) -> dict[str, int]:
     """Returns how often `contest` measures."""
     return {"rounds": 2, "least": 2} if dry_run else {"rounds": count, "least": least}
+
+
+def with_mode(operator: ModuleType, mode: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns `function` with a setting of the variable that `operator` reads, such as ``LITEVAE_GPU_CONV``."""
+
+    def call(*arguments: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(operator, "mode", mode)
+            return function(*arguments)
+
+    return call
 
 
 def race(
@@ -96,6 +111,10 @@ def eager(device: str) -> Configuration:
     return Configuration(served_dtypes(device)[-1], torch.channels_last, "eager")
 
 
+def compiled(device: str) -> Configuration:
+    return replace(eager(device), mode="torch.compile")
+
+
 @pytest.mark.parametrize("batch", BATCHES)
 @torch.no_grad()
 def test_encoders(
@@ -108,14 +127,13 @@ def test_encoders(
 ) -> None:
     """The encoders, eager and compiled."""
     field = Field("encoder", image(batch), device)
-    compiled = Configuration(eager(device).dtype, torch.channels_last, "torch.compile")
     for name in COMPARED:
         model = make_model(name, "encoder", device)
         gate = field.gate(model)
         field.enter(model, eager(device), f"{name}, eager", gate)
         # A rehearsal compiles nothing, because that takes minutes on a CPU.
-        call = deploy(model, "encoder", eager(device) if dry_run else compiled)
-        field.enter(model, compiled, f"{name}, torch.compile", gate, call)
+        call = deploy(model, "encoder", eager(device) if dry_run else compiled(device))
+        field.enter(model, compiled(device), f"{name}, torch.compile", gate, call)
     contest(
         benchmark,
         session,
@@ -132,6 +150,48 @@ def test_encoders(
 
 @pytest.mark.parametrize("batch", LAUNCHED)
 @torch.no_grad()
+def test_fused_encoders(
+    benchmark: Any,
+    session: Session,
+    device: str,
+    dry_run: bool,
+    image: Callable[[int], tuple[int, ...]],
+    batch: int,
+) -> None:
+    """The eager encoders with PyTorch's convolution, all in Triton, and with the faster convolution for each layer.
+
+    The last is what ``LITEVAE_GPU_CONV=measure`` does. The rival is the compiled SD-VAE.
+    """
+    field = Field("encoder", image(batch), device)
+    for name in COMPARED[1:]:
+        model = make_model(name, "encoder", device)
+        gate = field.gate(model)
+        call = deploy(model, "encoder", eager(device))
+        forms: dict[str, Callable[..., Any]] = {
+            "PyTorch's convolution": call,
+            "all in Triton": with_backend("triton", call) if device == "cuda" else call,
+            FASTER: with_mode(gpu_conv, "measure", call),
+        }
+        for form, function in forms.items():
+            field.enter(model, eager(device), f"{name}, {form}", gate, function)
+    sd_vae = make_model(SD_VAE, "encoder", device)
+    configuration = eager(device) if dry_run else compiled(device)
+    field.enter(sd_vae, configuration, SD_VAE, field.gate(sd_vae))
+    contest(
+        benchmark,
+        session,
+        f"encoders with the fused convolution, {'x'.join(map(str, field.inputs[0].shape))}",
+        f"LiteVAE-B, {FASTER}",
+        field.providers,
+        inputs=INPUTS,
+        images=field.inputs[0].shape[0],
+        rivals=[SD_VAE],
+        goals={f"LiteVAE-B, {FASTER}": Goal(4)},
+        **rounds(dry_run),
+    )
+
+
+@pytest.mark.parametrize("batch", LAUNCHED)
 def test_launched_by_python(
     benchmark: Any,
     session: Session,
@@ -140,8 +200,10 @@ def test_launched_by_python(
     image: Callable[[int], tuple[int, ...]],
     batch: int,
 ) -> None:
-    """The eager encoders, whose calls wait for Python where it is slower than the GPU."""
-    calls = {name: deploy(make_model(name, "encoder", device), "encoder", eager(device)) for name in COMPARED}
+    """The eager encoders, whose calls wait for Python where it is slower than the GPU; as in `litevae encode`."""
+    encode = torch.inference_mode()  # skips PyTorch's dispatcher where it can
+    models = {name: make_model(name, "encoder", device) for name in COMPARED}
+    calls = {name: encode(deploy(model, "encoder", eager(device))) for name, model in models.items()}
     race(
         benchmark,
         session,
@@ -249,17 +311,6 @@ def test_fused_convolution(
     )
 
 
-def with_norms(mode: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns `function` with a setting of ``LITEVAE_GPU_NORM``."""
-
-    def call(*arguments: Any) -> Any:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(native_norm, "mode", mode)
-            return function(*arguments)
-
-    return call
-
-
 @pytest.mark.parametrize("batch", [1, 8, 32])
 @torch.no_grad()
 def test_norms_in_clusters(
@@ -274,7 +325,7 @@ def test_norms_in_clusters(
     if device == "cuda" and (reason := native_norm.why_no_clusters(torch.cuda.current_device())) is not None:
         pytest.skip(reason)
     call = call_of(make_model("LiteVAE-B", "encoder", device).to(**_half(device)), "encoder")
-    encoders = {"LiteVAE-B": call, "LiteVAE-B, norms in clusters": with_norms("clusters", call)}
+    encoders = {"LiteVAE-B": call, "LiteVAE-B, norms in clusters": with_mode(native_norm, "clusters", call)}
     race(benchmark, session, "norms in clusters", encoders, device, image(batch), **rounds(dry_run))
     images, channels, side = (1, 32, 8) if dry_run else (batch, 96, 128)
     sets = [torch.randn(images, channels, side, side, device=device).to(**_half(device)) for _ in range(7)]
@@ -283,7 +334,7 @@ def test_norms_in_clusters(
     def two_passes(i: int) -> Tensor:
         return group_norm_silu(sets[i], 32, scale, offset)
 
-    clusters = with_norms("clusters", two_passes)
+    clusters = with_mode(native_norm, "clusters", two_passes)
     x = sets[0][:1].double()
     exact = F.silu(F.group_norm(x, 32, scale.double(), offset.double(), 1e-6))
     assert relative_error(clusters(0)[:1], exact) < max(2 * relative_error(two_passes(0)[:1], exact), 1e-5)

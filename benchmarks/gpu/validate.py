@@ -1,10 +1,11 @@
-"""Runs a stage of the validation on a GPU: ``python -m benchmarks.gpu.validate 1|2|3|4``; see benchmarks/gpu."""
+"""Runs a stage of the validation on a GPU: ``python -m benchmarks.gpu.validate 1|2|3|4|5``; see benchmarks/gpu."""
 
 import argparse
 import contextlib
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -17,9 +18,10 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.counters import readings
-from benchmarks.gpu.steps import Step, stages
+from benchmarks.gpu.steps import BUILD_SECONDS, Step, stages
 from benchmarks.session import RESULTS, read, results_path, write
 from litevae.environment import device_name, versions
+from litevae.training.metrics_log import read_log
 from litevae_kernels import info
 from litevae_kernels.backend import cuda_built, why_not
 
@@ -28,6 +30,8 @@ SECONDS = 570  # per call
 GRACE = 45  # seconds that an interrupted command gets to save its files
 TAIL = 1500  # characters of a step's output in the results; the log has all of it
 PASSED = "passed"
+NO_CUDA = "passed without the CUDA kernels, whose build failed"
+SKIPPED = "failed: skipped, because the build of the CUDA kernels failed"
 
 
 class Validation:
@@ -36,6 +40,9 @@ class Validation:
     Args:
         output: folder of both files.
         dry_run: whether this is a rehearsal, which the files then say.
+
+    Attributes:
+        built: whether the CUDA kernels are there, or not needed.
     """
 
     def __init__(self, output: Path, *, dry_run: bool) -> None:
@@ -43,6 +50,7 @@ class Validation:
         self.device = device_name() + (", dry run" if dry_run else "")
         self.path = results_path(output, self.device)
         self.log = self.path.with_suffix(".log")
+        self.built = True
 
     def steps(self) -> dict[str, Any]:
         """Returns what is recorded about each step that was run."""
@@ -58,22 +66,44 @@ class Validation:
     def run(self, step: Step, limit: float) -> str:
         """Runs a step, records its outcome and returns it."""
         if step.needs is not None and shutil.which(step.needs) is None:
-            self.record(step.name, {"outcome": f"left out: there is no {step.needs}"})
-            return str(self.steps()[step.name]["outcome"])
+            outcome = f"left out: there is no {step.needs}"
+            self.record(step.name, {"outcome": outcome})
+            return outcome
+        if step.cuda and not self.built:
+            self.record(step.name, {"outcome": SKIPPED})
+            return SKIPPED
         start = time.monotonic()
         status, output = execute(step, limit)
         seconds = time.monotonic() - start
         with self.log.open("a") as log:
             log.write(f"== {step.name}: {' '.join(step.command)}\n{output}\n")
             log.write(f"== exit status {status}, {seconds:.0f} s\n\n")
-        outcome = PASSED
+        outcome = PASSED if self.built else NO_CUDA
         if status != 0:
             outcome = "exceeded its time" if status is None else f"failed: exit status {status}"
-        facts: dict[str, Any] = {"outcome": outcome, "seconds": round(seconds, 1), "tail": output[-TAIL:]}
+        facts: dict[str, Any] = {"outcome": outcome, "seconds": round(seconds, 1), "expected": step.expected}
+        facts["tail"] = output[-TAIL:]
         if found := readings(output):
             facts["readings"] = found
+        if step.metrics is not None:
+            facts["training"] = training(step.metrics)
         self.record(step.name, facts)
         return outcome
+
+
+def training(metrics: Path) -> dict[str, Any]:
+    """Returns the number of steps, the speed, the losses, and what was not finite, from a run's metrics.jsonl."""
+    lines = read_log(metrics, sys.maxsize)
+    logged = [line for line in lines if "loss" in line]
+    speeds = [line["images_per_second"] for line in logged]
+    return {
+        "steps": max((line["step"] for line in lines), default=0),
+        # The first step has the start-up in it.
+        "images per second": statistics.median(speeds[1:] or speeds) if speeds else None,
+        "first loss": logged[0]["loss"] if logged else None,
+        "last loss": logged[-1]["loss"] if logged else None,
+        "not finite": [f"step {line['step']}: {line['skipped']}" for line in lines if "skipped" in line],
+    }
 
 
 def execute(step: Step, limit: float) -> tuple[int | None, str]:
@@ -120,6 +150,8 @@ def run_stage(
 ) -> bool:
     """Runs the steps that have not passed, while there is time for them; returns whether all have passed.
 
+    A step starts if the time that it is expected to take is left. It ends at its limit or at that of the call.
+
     Args:
         validation: results so far.
         steps: steps of the stage, in order.
@@ -131,26 +163,29 @@ def run_stage(
     for step in steps:
         before = validation.steps().get(step.name, {})
         outcome = before.get("outcome")
-        if outcome == PASSED:
-            say(f"{step.name}: {PASSED} on {before['date']}")
+        if outcome == PASSED or (outcome == NO_CUDA and not validation.built):
+            say(f"{step.name}: {outcome} on {before['date']}")
+            complete &= outcome == PASSED
             continue
         left = end_time - time.monotonic() - (GRACE if step.interrupted else 0)
-        if left < step.limit:
-            outcome = f"left for the next call: {left:.0f} s are left, and it may take {step.limit} s"
+        if left < step.expected:
+            outcome = f"left for the next call: {left:.0f} s are left, about {step.expected} s are needed"
         else:
-            outcome = validation.run(step, step.limit)
+            outcome = validation.run(step, min(step.limit, left))
         complete &= outcome == PASSED or outcome.startswith("left out")
         say(f"{step.name}: {outcome}")
     return complete
 
 
-def build_core(validation: Validation) -> str | None:
-    """Builds the core for this machine's GPU, unless that was done; returns what is wrong if it fails.
+def build_core(validation: Validation) -> bool:
+    """Builds the core for this machine's GPU, unless that was done; returns whether it is there.
 
     The build is no step of a stage, because it has to be repeated on each fresh machine.
     """
     if cuda_built and why_not("native", "cuda") is None:
-        return None
+        if "build" in validation.steps():
+            validation.record("build", validation.steps()["build"] | {"outcome": PASSED})
+        return True
     major, minor = torch.cuda.get_device_capability()
     settings = {
         "LITEVAE_BUILD_CORE": "1",
@@ -158,14 +193,19 @@ def build_core(validation: Validation) -> str | None:
         "LITEVAE_CUDA_ARCHITECTURES": f"{major}{minor}",
     }
     command = (sys.executable, "setup.py", "-q", "build_ext", "--inplace")
-    outcome = validation.run(Step("build", command, 240, settings), 240)
-    return None if outcome == PASSED else f"the build {outcome}; see {validation.log}"
+    outcome = validation.run(Step("build", command, BUILD_SECONDS, 240, settings), 240)
+    if outcome != PASSED:
+        steps = "the steps that need the CUDA kernels are skipped"
+        print(f"build: {outcome}; {steps}; see {validation.log}", file=sys.stderr)
+    return outcome == PASSED
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.validate", description=__doc__)
-    meaning = "1: CUDA kernels, 2: Triton kernels and models, 3: speed, 4: training"
-    parser.add_argument("stage", type=int, choices=(1, 2, 3, 4), help=meaning)
+    meaning = (
+        "1: CUDA kernels, 2: Triton kernels and models, 3: decisive speeds, 4: other speeds, 5: training"
+    )
+    parser.add_argument("stage", type=int, choices=(1, 2, 3, 4, 5), help=meaning)
     parser.add_argument("--dry-run", action="store_true", help="rehearse on a CPU; nothing of it is reported")
     place = "folder of the results and the log; default: benchmarks/results, for a dry run a temporary one"
     parser.add_argument("--output", type=Path, metavar="FOLDER", help=place)
@@ -178,9 +218,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     validation = Validation(output.resolve(), dry_run=options.dry_run)
-    if not options.dry_run and (wrong := build_core(validation)) is not None:
-        print(wrong, file=sys.stderr)
-        return 1
+    if not options.dry_run:
+        validation.built = build_core(validation)
     facts = {name: value for name, value in info.report() if value != "not set"}
     validation.record("machine", {"outcome": PASSED, "facts": facts})
     steps = stages(validation.path.parent, dry_run=options.dry_run)[options.stage]

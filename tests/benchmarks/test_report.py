@@ -77,7 +77,12 @@ def test_a_dry_run_is_never_reported(report):
 
 def test_the_report_has_outcomes_and_counters(report):
     steps = {
-        "memcheck": {"outcome": "failed: exit status 9", "seconds": 12.3, "date": "2000-01-01"},
+        "memcheck": {
+            "outcome": "failed: exit status 9",
+            "seconds": 12.3,
+            "expected": 50,
+            "date": "2000-01-01",
+        },
         "counters": {
             "outcome": "passed",
             "date": "2000-01-01",
@@ -89,6 +94,28 @@ def test_the_report_has_outcomes_and_counters(report):
     }
     save(report, validation=steps)
     text = report.report()
-    assert "| memcheck | failed: exit status 9 | 12.3 | 2000-01-01 |" in text
+    assert "| memcheck | failed: exit status 9 | 12.3 | 50 | 2000-01-01 |" in text
     assert "| Statistics | 71 % |  |" in text
     assert "| Apply |  | 9 us |" in text
+
+
+def test_the_report_has_what_trainings_logged(report):
+    facts = {"steps": 1200, "images per second": 345.6, "first loss": 1.25, "last loss": 0.5}
+    step = {"outcome": "passed", "date": "2000-01-01"}
+    save(
+        report,
+        validation={
+            "train, 128": step | {"training": facts | {"not finite": []}},
+            "train, 256": step
+            | {"training": dict.fromkeys(facts) | {"not finite": ["step 3: a", "step 4: b"]}},
+        },
+    )
+    text = report.report()
+    assert "| train, 128 | 1200 | 346 | 1.25 | 0.5 | none |" in text
+    assert "| train, 256 |  |  |  |  | step 3: a; step 4: b |" in text
+
+
+def test_the_readme_says_where_the_cuda_kernels_were_not_built(report):
+    save(report, validation={"build": {"outcome": "failed: exit status 1", "date": "2000-01-01"}})
+    report.write_readme()
+    assert "| invented GPU without the CUDA kernels, torch 0.0" in report.README.read_text()

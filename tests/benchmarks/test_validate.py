@@ -1,12 +1,14 @@
 """The validation of GPUs: how its steps run, and rehearsals of them."""
 
 import json
+import re
+import subprocess
 import sys
 
 import pytest
 
 from benchmarks.gpu import counters, validate
-from benchmarks.gpu.steps import Step, stages
+from benchmarks.gpu.steps import BUILD_SECONDS, Step, stages
 
 
 @pytest.fixture
@@ -15,7 +17,7 @@ def validation(tmp_path):
 
 
 def python(name, code, limit=20, **options):
-    return Step(name, (sys.executable, "-S", "-c", code), limit, **options)
+    return Step(name, (sys.executable, "-S", "-c", code), limit, limit, **options)
 
 
 def run(validation, *steps, seconds=100):
@@ -73,10 +75,107 @@ def test_a_missing_program_leaves_its_step_out(validation):
     assert said == ["checker: left out: there is no no-such-program"]
 
 
-def test_a_call_with_its_limits_takes_ten_minutes(tmp_path):
-    for number, steps in stages(tmp_path, dry_run=False).items():
-        assert all(step.limit < validate.SECONDS - validate.GRACE for step in steps), number
-        assert len({step.name for step in steps}) == len(steps)
+def test_a_step_is_cut_at_the_end_of_the_call(validation):
+    slow = Step("slow", (sys.executable, "-S", "-c", "import time; time.sleep(30)"), 1, 60)
+    complete, said = run(validation, slow, python("next", "", 1), seconds=1.5)
+    assert not complete
+    assert said[0] == "slow: exceeded its time"
+    assert "left for the next call" in said[1]
+
+
+def test_each_stage_is_expected_to_take_ten_minutes(tmp_path):
+    every = stages(tmp_path, dry_run=False)
+    for number, steps in every.items():
+        seconds = BUILD_SECONDS + sum(step.expected for step in steps)
+        saving = validate.GRACE if steps[-1].interrupted else 0
+        assert seconds + saving <= validate.SECONDS, number
+        assert all(step.expected <= step.limit < validate.SECONDS - validate.GRACE for step in steps), number
+    names = [step.name for steps in every.values() for step in steps]
+    assert len(set(names)) == len(names)
+
+
+def test_without_the_cuda_kernels_the_other_steps_run(validation):
+    validation.built = False
+    steps = python("CUDA", "", cuda=True), python("Triton", "")
+    for _ in range(2):
+        complete, said = run(validation, *steps)
+        assert not complete
+        assert said[0] == f"CUDA: {validate.SKIPPED}"
+        assert said[1].startswith(f"Triton: {validate.NO_CUDA}")
+    assert "on 20" in said[1]  # the second call did not run it again
+    validation.built = True  # the build was mended
+    assert run(validation, *steps) == (True, ["CUDA: passed", "Triton: passed"])
+
+
+def test_a_build_is_recorded_until_one_succeeds(validation, monkeypatch, capsys):
+    monkeypatch.setattr(validate.torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(validate, "cuda_built", False)
+    monkeypatch.setattr(validate, "execute", lambda step, limit: (1, "no nvcc"))
+    assert not validate.build_core(validation)
+    assert "build: failed: exit status 1; the steps that need" in capsys.readouterr().err
+    assert validation.steps()["build"]["tail"] == "no nvcc"
+    monkeypatch.setattr(validate, "cuda_built", True)
+    monkeypatch.setattr(validate, "why_not", lambda *_: None)
+    assert validate.build_core(validation)
+    assert validation.steps()["build"]["outcome"] == validate.PASSED
+
+
+def test_only_tests_of_the_cuda_kernels_need_them(tmp_path):
+    first, second, *_ = stages(tmp_path, dry_run=False).values()
+    assert all(step.cuda for step in first)
+    assert not any(step.cuda for step in second)
+
+
+def test_what_a_training_logged_is_recorded(validation, tmp_path):
+    metrics = tmp_path / "metrics.jsonl"
+    lines = [
+        {"step": 1, "loss": 2.0, "images_per_second": 1.0},
+        {"step": 100, "loss": 0.75, "images_per_second": 300.0},
+        {"step": 150, "skipped": "the loss is nan"},
+        {"step": 200, "loss": 0.5, "images_per_second": 500.0},
+    ]
+    code = f"open({str(metrics)!r}, 'w').write({''.join(json.dumps(line) + chr(10) for line in lines)!r})"
+    run(validation, python("train", code, metrics=metrics))
+    assert validation.steps()["train"]["training"] == {
+        "steps": 200,
+        "images per second": 400,
+        "first loss": 2,
+        "last loss": 0.5,
+        "not finite": ["step 150: the loss is nan"],
+    }
+    assert validate.training(tmp_path / "absent")["images per second"] is None
+
+
+def test_results_of_another_machine_of_the_kind_count(validation, tmp_path):
+    """A fresh machine goes on from the results file that was carried to it."""
+    run(validation, python("once", ""))
+    other = tmp_path / "fresh"
+    other.mkdir()
+    (other / validation.path.name).write_bytes(validation.path.read_bytes())
+    complete, said = run(validate.Validation(other, dry_run=True), python("once", "raise SystemExit(1)"))
+    assert complete
+    assert "passed on" in said[0]
+
+
+def test_every_test_for_a_gpu_belongs_to_a_step(tmp_path):
+    """What the steps that take a file leave of its tests marked `gpu` is nothing."""
+    commands = [step.command for steps in stages(tmp_path, dry_run=False).values() for step in steps]
+    ends = [command[command.index("-k") + 1 :] for command in commands if "--maxfail=30" in command]
+    by_steps = {}
+    for path in sorted((validate.ROOT / "tests").rglob("test_*.py")):
+        if re.search(r"mark\.gpu\b", path.read_text()):
+            name = path.relative_to(validate.ROOT).as_posix()
+            chosen = tuple(
+                select for select, *places in ends if any(f"{name}/".startswith(f"{p}/") for p in places)
+            )
+            by_steps.setdefault(chosen, []).append(name)
+    assert () not in by_steps, by_steps[()]
+    for chosen, files in by_steps.items():
+        if "" not in chosen:  # which chooses all
+            rest = f"not ({' or '.join(f'({select})' for select in chosen)})"
+            command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-mgpu", "-k", rest, *files]
+            found = subprocess.run(command, cwd=validate.ROOT, capture_output=True, text=True, check=False)
+            assert found.returncode == pytest.ExitCode.NO_TESTS_COLLECTED, found.stdout + found.stderr
 
 
 def test_without_a_gpu_only_a_dry_run_is_possible(capsys):
@@ -113,7 +212,7 @@ def test_a_step_of_a_dry_run(validation, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 2, 3, 4])
+@pytest.mark.parametrize("stage", [1, 2, 3, 4, 5])
 def test_dry_run(tmp_path, capsys, stage):
     assert validate.main([str(stage), "--dry-run", "--output", str(tmp_path)]) == 0, capsys.readouterr().out
     (path,) = tmp_path.glob("*.json")
@@ -121,3 +220,6 @@ def test_dry_run(tmp_path, capsys, stage):
     assert data["dry_run"]
     assert len(data["validation"]) == len(stages(tmp_path, dry_run=True)[stage]) + 1
     assert "dry run" in data["device"]
+    trained = [step["training"] for step in data["validation"].values() if "training" in step]
+    assert len(trained) == (2 if stage == 5 else 0)
+    assert all(facts["steps"] == 2 and facts["not finite"] == [] for facts in trained)
