@@ -91,6 +91,38 @@ def test_tensors_may_have_no_elements(cuda_kernels: Any) -> None:
     assert run_case(cuda_kernels, "haar", case) == set()
 
 
+@pytest.mark.parametrize("contracted", [False, True], ids=["as launched", "control"])
+def test_equal_filters_have_equal_norms(
+    triton_kernels: Any, contracted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The norm does not depend on which lane has which number, so that all lanes get the same.
+
+    It does if the product of one lane is contracted with the addition of another lane's. Of 16 filters, there are two
+    copies, and two with both halves, which the first shuffle adds, in the other order. Each lane has one number.
+    """
+    if contracted:
+        smc = importlib.import_module("litevae_kernels.smc.triton")
+        order = smc._order
+
+        def contracting(*arguments: Any) -> Any:
+            sizes, options = order(*arguments)
+            return sizes, options | {"enable_fp_fusion": True}
+
+        monkeypatch.setattr(smc, "_order", contracting)
+    torch.manual_seed(0)
+    halves = torch.randn(16, 2, 16)
+    halves[..., -1] = 0
+    weight = torch.cat([halves, halves.flip(1)] * 2).view(64, 32, 1, 1)[:, :31].contiguous()
+    modulated, norm = torch.empty_like(weight), torch.empty(64)
+    triton_kernels.emulator.reset()
+    arguments = (weight, torch.ones(31), None, modulated, norm, 1e-8)
+    triton_kernels.run("smc", "forward", *arguments, written=[modulated, norm])
+    assert not triton_kernels.emulator.problems()
+    assert torch.equal(norm[:32], norm[32:])
+    assert torch.equal(modulated[:32], modulated[32:])
+    assert torch.equal(norm[:16], norm[16:32]) == (not contracted)
+
+
 # Groups of 5 channels, one of which has channels of x and of skip.
 @pytest.mark.parametrize(
     ("backend", "mode", "dtype", "layout"),
