@@ -1,6 +1,7 @@
 """Every kernel of every operator on the emulated GPU."""
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,25 @@ SPECIAL = [("smc", "LARGE"), ("smc", "SPECIAL"), ("group_norm_silu", "SPECIAL")]
 )
 def test_special_cases(cuda_kernels: Any, operator: str, group: str, name: str) -> None:
     run_case(cuda_kernels, operator, getattr(cases_of(operator), group)[name])
+
+
+# Values for cases of `COVERING`, whose kernels are compiled already.
+SPECIAL_VALUES = [
+    ("group_norm_silu", "channels_last float32", {"mean": 1e4}),
+    ("group_norm_silu", "channels_last float32", {"outlier": 1e4}),
+    ("smc", "float32 3x3", {"zeros": "filter", "eps": 1e-3}),
+    ("smc", "float32 3x3", {"zeros": "scales", "eps": 1e-3}),
+]
+
+
+@pytest.mark.parametrize(
+    ("operator", "name", "values"), SPECIAL_VALUES, ids=["mean", "outlier", "zero filter", "zero scales"]
+)
+def test_special_values_of_triton(
+    triton_kernels: Any, operator: str, name: str, values: dict[str, Any]
+) -> None:
+    case = replace(cases_of(operator).COVERING["triton"][name], **values)
+    run_case(triton_kernels, operator, case)
 
 
 def test_tensors_may_have_no_elements(cuda_kernels: Any) -> None:
