@@ -160,6 +160,13 @@ def _absolute(absolute: bool, *tensors: Tensor) -> list[Tensor]:
     return [t.abs() if absolute else t for t in tensors]
 
 
+def _adds_over_lanes(function: Any) -> bool:
+    """Returns whether a Triton function, or one that it calls, has a sum of `tl`."""
+    names, module = function.fn.__code__.co_names, function.fn.__globals__
+    called = [module[name] for name in names if hasattr(module.get(name), "fn")]
+    return "sum" in names or any(map(_adds_over_lanes, called))
+
+
 def record_launches(kernels: Any, call: Callable[[], object], dimensions: int = 3) -> list[Launch]:
     """Returns the launches of Triton kernels in a call, without doing them.
 
@@ -180,7 +187,7 @@ def record_launches(kernels: Any, call: Callable[[], object], dimensions: int = 
             assert all(size < 2**16 for size in grid[1:])
 
             def launch(*args: Any, **kwargs: Any) -> None:
-                assert not kwargs["enable_fp_fusion"] or "sum" not in self.kernel.fn.__code__.co_names
+                assert not kwargs["enable_fp_fusion"] or not _adds_over_lanes(self.kernel)
                 seen.append((self.kernel, args, kwargs))
 
             return launch

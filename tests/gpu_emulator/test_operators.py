@@ -1,6 +1,7 @@
 """Every kernel of every operator on the emulated GPU."""
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +86,61 @@ def test_special_cases(cuda_kernels: Any, operator: str, group: str, name: str) 
     run_case(cuda_kernels, operator, getattr(cases_of(operator), group)[name])
 
 
+# Values for cases of `COVERING`, whose kernels are compiled already.
+SPECIAL_VALUES = [
+    ("group_norm_silu", "channels_last float32", {"mean": 1e4}),
+    ("group_norm_silu", "channels_last float32", {"outlier": 1e4}),
+    ("smc", "float32 3x3", {"zeros": "filter", "eps": 1e-3}),
+    ("smc", "float32 3x3", {"zeros": "scales", "eps": 1e-3}),
+]
+
+
+@pytest.mark.parametrize(
+    ("operator", "name", "values"), SPECIAL_VALUES, ids=["mean", "outlier", "zero filter", "zero scales"]
+)
+def test_special_values_of_triton(
+    triton_kernels: Any, operator: str, name: str, values: dict[str, Any]
+) -> None:
+    case = replace(cases_of(operator).COVERING["triton"][name], **values)
+    run_case(triton_kernels, operator, case)
+
+
 def test_tensors_may_have_no_elements(cuda_kernels: Any) -> None:
     haar = importlib.import_module("kernel_cases.haar")
     case = haar.Case(True, (0, 3, 8, 8), 2, "symmetric", True, haar.F32, haar.F32, "contiguous", "contiguous")
     assert run_case(cuda_kernels, "haar", case) == set()
+
+
+@pytest.mark.parametrize("contracted", [False, True], ids=["as launched", "control"])
+def test_equal_filters_have_equal_norms(
+    triton_kernels: Any, contracted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The norm does not depend on which lane has which number, so that all lanes get the same.
+
+    It does if the product of one lane is contracted with the addition of another lane's. Of 16 filters, there are two
+    copies, and two with both halves, which the first shuffle adds, in the other order. Each lane has one number.
+    """
+    if contracted:
+        smc = importlib.import_module("litevae_kernels.smc.triton")
+        order = smc._order
+
+        def contracting(*arguments: Any) -> Any:
+            sizes, options = order(*arguments)
+            return sizes, options | {"enable_fp_fusion": True}
+
+        monkeypatch.setattr(smc, "_order", contracting)
+    torch.manual_seed(0)
+    halves = torch.randn(16, 2, 16)
+    halves[..., -1] = 0
+    weight = torch.cat([halves, halves.flip(1)] * 2).view(64, 32, 1, 1)[:, :31].contiguous()
+    modulated, norm = torch.empty_like(weight), torch.empty(64)
+    triton_kernels.emulator.reset()
+    arguments = (weight, torch.ones(31), None, modulated, norm, 1e-8)
+    triton_kernels.run("smc", "forward", *arguments, written=[modulated, norm])
+    assert not triton_kernels.emulator.problems()
+    assert torch.equal(norm[:32], norm[32:])
+    assert torch.equal(modulated[:32], modulated[32:])
+    assert torch.equal(norm[:16], norm[16:32]) == (not contracted)
 
 
 # Groups of 5 channels, one of which has channels of x and of skip.

@@ -8,6 +8,7 @@ import torch
 
 from benchmarks.gpu import traffic
 from litevae_kernels.group_norm_silu import native
+from litevae_kernels.haar.shapes import MODES
 
 # PyTorch's kernels are not on the emulator. This one adds in place as `aten::add_` must, a number per thread.
 ADD = """
@@ -195,6 +196,69 @@ def test_haar_of_rgb_in_rows_that_vectors_do_not_fit(
     assert round(max(found.loads.excess, found.stores.excess), 2) <= UNALIGNED[backend, dtype]
 
 
+# Sectors of loads and of stores of contiguous rows that vectors do not fit. Inside the image, in multiples of the bytes
+# that the threads ask for: a thread moves its own part of a row in vectors with single elements around them, so several
+# requests touch a sector. With the border, in multiples of the image and of its coefficients: there, a thread makes one
+# coefficient and loads the pixels under it, which the three levels share. LEDGER.md has the alternative, and why not.
+ROWS = {
+    ("analysis", torch.float32): ((2.32, 2.44), (4.84, 2.43)),
+    ("analysis", torch.bfloat16): ((1.64, 2.87), (5.43, 2.98)),
+    ("synthesis", torch.float32): ((1.36, 2.51), (2.68, 2.45)),
+    ("synthesis", torch.bfloat16): ((1.90, 2.40), (3.94, 2.48)),
+}
+
+
+@pytest.mark.parametrize("function", ["analysis", "synthesis"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_haar_of_contiguous_rows_that_vectors_do_not_fit(
+    cuda_kernels: Any, dtype: torch.dtype, function: str
+) -> None:
+    image = torch.randn(1, 3, 62, 250).to(dtype)
+    coefficients = [torch.randn(1, 12, -(-62 >> i), -(-250 >> i)).to(dtype) for i in (1, 2, 3)]
+    loaded, stored = [image], coefficients
+    if function == "synthesis":
+        loaded, stored = stored, loaded
+    arguments = (image, coefficients, 3, "symmetric", 0.5, True)
+    kernels = cuda_kernels.emulator.count_traffic(
+        lambda: cuda_kernels.run("haar", function, *arguments, written=stored)
+    )
+    (inside,) = (kernel for name, kernel in kernels.items() if "Inside" in name)
+    whole = [
+        32 * sum(traffic.sectors for traffic in of_kernels) / sum(x.nbytes for x in tensors)
+        for of_kernels, tensors in (
+            ([kernel.loads for kernel in kernels.values()], loaded),
+            ([kernel.stores for kernel in kernels.values()], stored),
+        )
+    ]
+    measured = (inside.loads.excess, inside.stores.excess, *whole)
+    for found, bound in zip(measured, sum(ROWS[function, dtype], ()), strict=True):
+        assert bound - 0.02 <= found <= bound
+
+
+# Loads of a thread at the border. A coefficient of the third level is made of 8x8 pixels. A pixel is made of four
+# sub-bands of each level; where it also stands for missing samples, which odd sizes have at every level, each level
+# adds theirs: one more at an edge, three more in the corner.
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("size", "of_pixel"),
+    [((64, 250), 28), ((33, 64), 56), ((64, 65), 56), ((33, 65), 336)],
+    ids=["width", "odd height", "odd width", "corner"],
+)
+@pytest.mark.parametrize("function", ["analysis", "synthesis"])
+def test_haar_spreads_the_border_over_threads(
+    cuda_kernels: Any, function: str, size: tuple[int, int], of_pixel: int, mode: str
+) -> None:
+    image = torch.randn(1, 1, *size)
+    coefficients = [torch.randn(1, 4, *(-(-x >> i) for x in size)) for i in (1, 2, 3)]
+    written = coefficients if function == "analysis" else [image]
+    arguments = (image, coefficients, 3, mode, 0.5, True)
+    kernels = cuda_kernels.emulator.count_traffic(
+        lambda: cuda_kernels.run("haar", function, *arguments, written=written)
+    )
+    (border,) = (kernel for name, kernel in kernels.items() if "Edge" in name)
+    assert 0 < border.most_loads <= (64 if function == "analysis" else of_pixel)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_haar_of_contiguous_images(backend: str, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
@@ -287,3 +351,4 @@ def test_elementwise(emulator: Any, space: str) -> None:
     assert touched(kernels) == sum(traffic.addition(out, [other]).values())
     assert kernels["add"].loads.widths == {4: out.nbytes + other.nbytes}
     assert kernels["add"].stores.widths == {4: out.nbytes}
+    assert kernels["add"].most_loads == 2

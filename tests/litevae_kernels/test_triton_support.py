@@ -1,7 +1,10 @@
 import contextlib
+import types
 
 import pytest
 import torch
+
+from litevae_kernels.testing import record_launches
 
 triton = pytest.importorskip("triton")
 support = pytest.importorskip("litevae_kernels.triton_support")
@@ -41,6 +44,27 @@ def test_a_contraction_across_lanes_is_seen_in_ptx(lanes_agree):
     assert not lanes_agree(f"mul.rn.f32 %f1, %f4, %f4; {shuffle} fma.rn.f32 %f5, %f4, %f4, %f3;")
     wide = "shfl.sync.bfly.b32 %r2|%p1, %r1, 16, 31, -1; mov.b64 %rd2, {%r2, %r3};"
     assert not lanes_agree(f"{wide} fma.rn.f64 %rd5, %rd4, %rd4, %rd2;")
+
+
+@triton.jit
+def helper(x):
+    return tl.sum(x, 0)
+
+
+def total_kernel(x, out):
+    tl.store(out, helper(tl.load(x + tl.arange(0, 32))))
+
+
+def test_a_launch_that_contracts_sums_of_a_helper_is_refused():
+    kernels = types.SimpleNamespace(total_kernel=support.kernel()(total_kernel))
+
+    def launch(fused):
+        x = torch.zeros(32)
+        return record_launches(kernels, lambda: kernels.total_kernel[(1,)](x, x, enable_fp_fusion=fused))
+
+    assert len(launch(False)) == 1
+    with pytest.raises(AssertionError):
+        launch(True)
 
 
 def test_a_tensor_on_the_cpu_changes_no_device():

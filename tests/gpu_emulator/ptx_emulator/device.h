@@ -28,6 +28,7 @@ struct Problem {
 struct KernelRecord {
   uint64_t launches = 0, instructions = 0;          // instructions of threads
   uint64_t loaded_sectors = 0, stored_sectors = 0;  // distinct ones of each launch
+  uint64_t most_loads = 0;                          // of a thread
   std::map<std::string, Traffic> traffic;           // by "load 16", "store 4"
 };
 

@@ -108,14 +108,15 @@ API void emulator_set_options(int drop_barriers, int count_traffic, int drop_clu
 }
 
 // Returns lines of fields that tabs separate: "problem", count, what, where first; "kernel", name, launches,
-// instructions, distinct sectors loaded and stored; "traffic", kernel, kind, requests, bytes, sectors, lines.
+// instructions, distinct sectors loaded and stored, most loads of a thread; "traffic", kernel, kind,
+// requests, bytes, sectors, lines.
 API const char* emulator_report() {
   std::ostringstream text;
   for (const auto& [what, problem] : ptx::device().problems)
     text << "problem\t" << problem.count << "\t" << what << "\t" << problem.first << "\n";
   for (const auto& [name, kernel] : ptx::device().kernels) {
     text << "kernel\t" << name << "\t" << kernel.launches << "\t" << kernel.instructions << "\t"
-         << kernel.loaded_sectors << "\t" << kernel.stored_sectors << "\n";
+         << kernel.loaded_sectors << "\t" << kernel.stored_sectors << "\t" << kernel.most_loads << "\n";
     for (const auto& [kind, t] : kernel.traffic)
       text << "traffic\t" << name << "\t" << kind << "\t" << t.requests << "\t" << t.bytes << "\t"
            << t.sectors << "\t" << t.lines << "\n";

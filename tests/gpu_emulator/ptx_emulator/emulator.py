@@ -39,6 +39,7 @@ class Kernel:
     instructions: int  # sum over the threads
     loads: Traffic = field(default_factory=Traffic)
     stores: Traffic = field(default_factory=Traffic)
+    most_loads: int = 0  # loads of one thread from global memory, if traffic is counted
 
 
 class Emulator:
@@ -138,8 +139,9 @@ class Emulator:
         """Returns the kernels that ran since the last `reset`, by name."""
         out = {}
         for name, *numbers in self._report("kernel"):
-            launches, instructions, loaded, stored = map(int, numbers)
-            out[name] = Kernel(launches, instructions, Traffic(distinct=loaded), Traffic(distinct=stored))
+            launches, instructions, loaded, stored, most = map(int, numbers)
+            traffic = Traffic(distinct=loaded), Traffic(distinct=stored)
+            out[name] = Kernel(launches, instructions, *traffic, most)
         for name, kind, *numbers in self._report("traffic"):
             direction, width = kind.split()
             traffic = out[name].loads if direction == "load" else out[name].stores

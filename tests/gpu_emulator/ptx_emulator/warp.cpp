@@ -649,6 +649,7 @@ void Warp::count_request(Space space, bool is_load, uint32_t active, const Lanes
   for_each_lane(lanes, [&](int lane) {
     const uint64_t last = (addresses[lane] + bytes - 1) / 32;
     for (uint64_t sector = addresses[lane] / 32; sector <= last; ++sector) sectors.push_back(sector);
+    if (is_load) block.record.most_loads = std::max(block.record.most_loads, ++loads[lane]);
   });
   std::sort(sectors.begin(), sectors.end());
   sectors.erase(std::unique(sectors.begin(), sectors.end()), sectors.end());

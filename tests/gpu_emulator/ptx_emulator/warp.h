@@ -125,6 +125,7 @@ class Warp {
   std::array<uint32_t, kWarp> epochs{};
   // By lane: arrivals and waits at the cluster's barrier, and the phases that the waits acquired.
   std::array<uint32_t, kWarp> arrivals{}, waits{}, acquired{};
+  std::array<uint64_t, kWarp> loads{};  // from global memory, if traffic is counted
   std::vector<Path> at_barrier, at_cluster;
   Frame entry;
   std::array<Groups<Copy>, kWarp> copies;

@@ -61,6 +61,7 @@ def test_tensor_cores_and_no_spills(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     resources: Callable[[Any], tuple[int, int]],
+    lanes_agree: Callable[[str], bool],
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     for normalised in (True, False):
@@ -70,6 +71,7 @@ def test_tensor_cores_and_no_spills(
         instruction = r"wgmma\.mma_async\.sync" if capability == 90 else r"\bmma\.sync"
         assert re.search(instruction + r"\S*\.bf16\.bf16", ptx)
         assert not re.search(r"fma\.rn\.bf16", ptx)
+        assert lanes_agree(ptx)
         assert compiled.metadata.shared <= 99 * 1024, "more than a block has on sm_86, sm_89 and sm_120"
         assert resources(compiled)[1] == 0
 
