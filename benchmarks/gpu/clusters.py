@@ -10,12 +10,12 @@ from types import ModuleType
 
 from torch import Tensor
 
-from benchmarks.gpu.traffic import PRESETS, group_norm_silu, group_norm_silu_in_clusters, record
+from benchmarks.gpu.traffic import SIZE, group_norm_silu, group_norm_silu_in_clusters, record
 from benchmarks.report import markdown
 from litevae_kernels.backend import core
 from litevae_kernels.tensors import DTYPES
 
-MODEL, SIZE = "LiteVAE-B", 256
+MODEL = "LiteVAE-B"
 BATCHES = (1, 8, 32)
 # Multiprocessors, bytes of shared memory per block, blocks per cluster: what the core asks a GPU.
 CARDS = {
@@ -33,7 +33,7 @@ def view(x: Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
 
 def row(core: ModuleType, card: tuple[int, int, int], batch: int) -> list[str]:
     """Returns the cells of a batch."""
-    norms = record(PRESETS[MODEL], SIZE, batch).norms
+    norms = record(MODEL, SIZE, batch).norms
     two_passes = moved = 0
     divisions: list[tuple[int, int, int]] = []
     for inputs, y, groups in norms:

@@ -77,6 +77,24 @@ def test_group_norm_silu(cuda_kernels: Any, skip_channels: int, given: bool) -> 
     assert {kind: touched(found) - predicted[kind] for kind, found in by_kind.items()} == more
 
 
+# PTX instructions per element of 1x96x32x32 in bfloat16, as benchmarks/results/LEDGER.md has them.
+STATISTICS_INSTRUCTIONS = {torch.channels_last: 14.3, torch.contiguous_format: 12.0}
+
+
+@pytest.mark.parametrize("layout", STATISTICS_INSTRUCTIONS, ids=str)
+def test_instructions_of_the_statistics(cuda_kernels: Any, layout: torch.memory_format) -> None:
+    """The statistics take no more instructions than were counted for the ledger."""
+    x = torch.randn(1, 96, 32, 32).bfloat16().contiguous(memory_format=layout)
+    y, stats = torch.empty_like(x), torch.empty(1, 32, 2, dtype=torch.float64)
+    arguments = (x, None, None, None, y, stats, 32, 1e-6)
+    kernels = cuda_kernels.emulator.count_traffic(
+        lambda: cuda_kernels.run("group_norm_silu", "forward", *arguments, written=[y, stats])
+    )
+    (kernel,) = (found for name, found in kernels.items() if "10Statistics" in name)
+    assert kernel.loads.bytes == x.nbytes
+    assert 0 < round(kernel.instructions / x.numel(), 1) <= STATISTICS_INSTRUCTIONS[layout]
+
+
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("skip_channels", [0, 32])
 def test_group_norm_silu_in_clusters(
