@@ -81,6 +81,8 @@ class Validation:
         outcome = PASSED if self.built else NO_CUDA
         if status != 0:
             outcome = "exceeded its time" if status is None else f"failed: exit status {status}"
+        elif all_skipped(output) and not self.dry_run:
+            outcome = "failed: all of its tests were skipped"
         facts: dict[str, Any] = {"outcome": outcome, "seconds": round(seconds, 1), "expected": step.expected}
         facts["tail"] = output[-TAIL:]
         if found := readings(output):
@@ -89,6 +91,12 @@ class Validation:
             facts["training"] = training(step.metrics)
         self.record(step.name, facts)
         return outcome
+
+
+def all_skipped(output: str) -> bool:
+    """Returns whether pytest's last line names skipped tests and none that passed; its exit status is 0 then."""
+    last = output.rstrip().rpartition("\n")[2]
+    return " skipped" in last and " passed" not in last
 
 
 def training(metrics: Path) -> dict[str, Any]:

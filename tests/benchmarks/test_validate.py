@@ -50,6 +50,20 @@ def test_what_failed_is_run_again_and_the_rest_goes_on(validation, tmp_path):
     assert said[0] == "fragile: passed"
 
 
+@pytest.mark.parametrize(
+    ("last_line", "outcome"),
+    [
+        ("3 skipped, 7 deselected in 2.01s", "failed: all of its tests were skipped"),
+        ("1 passed, 3 skipped in 2.01s", "passed"),
+        ("4 passed in 2.01s", "passed"),
+    ],
+)
+def test_a_step_fails_if_all_of_its_tests_are_skipped(validation, last_line, outcome):
+    validation.dry_run = False
+    _, said = run(validation, python("tests", f"print('..ss'); print({last_line!r})"))
+    assert said == [f"tests: {outcome}"]
+
+
 def test_a_step_that_does_not_fit_is_left(validation):
     complete, said = run(validation, python("long", "", 60), python("short", "", 10), seconds=30)
     assert not complete
