@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -16,8 +17,6 @@ from litevae.evaluation.yardsticks import HAAR, reconstruct_without_learning, ya
 from litevae.files import replacing
 from litevae.models.interface import Autoencoder, spatial_compression
 from litevae.plotting import DPI
-
-LETTERS = 11  # of a label per inch
 
 
 def draw_reconstructions(
@@ -71,7 +70,7 @@ def draw_reconstructions(
             if row == 0:
                 axes.set_title(columns[column], fontsize=11, pad=4)
             if column == 0:
-                axes.set_ylabel(one_line(label, max(10, int(heights[row] * LETTERS))), fontsize=10)
+                name_row(axes, label)
             if column in (1, 2):
                 axes.text(
                     0.98,
@@ -85,6 +84,14 @@ def draw_reconstructions(
                 )
         y -= gap
     figure.savefig(path)
+
+
+def name_row(axes: Axes, label: str) -> None:
+    """Writes a label beside a picture. It loses as much of its middle as the picture's height has no room for."""
+    room = axes.get_window_extent().height
+    for longest in range(max(len(label), 4), 3, -1):
+        if axes.set_ylabel(one_line(label, longest), fontsize=10).get_window_extent().height <= room:
+            return
 
 
 def latents_as_rgb(latents: Sequence[torch.Tensor], principal: bool = True) -> list[Pixels]:

@@ -49,7 +49,7 @@ def write_report(
         f"# {heading(name)}, {setup.at.description}{changed}: {experiment.title}",
         *(smoke_test(experiment, setup, rows) if setup.at.smoke else body),
         f"{device_name()}; {versions()}; {date.today()}; {seconds:.0f} s for this experiment, without the models that "
-        "earlier experiments had trained.",
+        f"earlier experiments had trained.{trained_by(rows)}",
     ]
     with replacing(path) as temporary:
         temporary.write_text("\n\n".join(part.strip() for part in text if part) + "\n", encoding="utf-8")
@@ -66,6 +66,7 @@ def write_report(
                 "values": row.values,
                 "yardsticks": for_json(row.yardsticks),
                 "others": [trained.others for trained in row.trained],
+                "versions": [trained.record.get("versions") for trained in row.trained],
                 "images": row.count,
                 "configurations": [asdict(trained.config) for trained in row.trained],
             }
@@ -79,6 +80,12 @@ def write_report(
     with replacing(path.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def trained_by(rows: Sequence[Row]) -> str:
+    """Returns a sentence about the versions that trained the models, if not all of them are those that run now."""
+    used = {trained.record.get("versions", "unknown versions") for row in rows for trained in row.trained}
+    return "" if used <= {versions()} else f" Models were trained by {'; '.join(sorted(used))}."
 
 
 def heading(name: str) -> str:
@@ -117,7 +124,10 @@ def description(experiment: Experiment, setup: Setup, rows: Sequence[Row]) -> st
             " stand beside ours to show what the experiment is about, not for comparison. Rows that differ only in"
             f" {'the data set, or in ' if setup.at.demo else ''}something that this scale leaves out show the same run."
         )
-        own = [("all rows", experiment.demo), *((", ".join(row.spec.row), row.spec.demo) for row in rows)]
+        own = [
+            ("all rows", experiment.reduced),
+            *((", ".join(row.spec.row), row.spec.reduced) for row in rows),
+        ]
         chosen = [f"{' '.join(settings)} ({name})" for name, settings in own if settings]
         text += f" Set by this experiment below the paper's scale: {'; '.join(chosen)}." if chosen else ""
     if setup.rows:

@@ -128,7 +128,7 @@ class RunSpec:
     config: str = ""  # training configuration; empty for the experiment's
     model: str = ""  # a preset or sd-vae, where nothing is trained
     settings: list[str] = field(default_factory=list)  # settings that replace the configuration's
-    demo: list[str] = field(default_factory=list)  # further settings below the paper's scale
+    reduced: list[str] = field(default_factory=list)  # further settings below the paper's scale
     diffusion: str = ""  # configuration of the second stage at the paper's scale; empty for the scale's
     size: int | None = None  # side in pixels to measure at; None for the last training size
     paper: dict[str, float] = field(default_factory=dict)  # published figures by metric
@@ -164,7 +164,7 @@ class Experiment:
     metrics: list[str] = field(default_factory=lambda: ["rfid", "lpips", "psnr", "ssim"])
     sizes: list[int] = field(default_factory=list)  # sides in pixels, for the kind resolution
     settings: list[str] = field(default_factory=list)  # settings of all rows
-    demo: list[str] = field(default_factory=list)  # further settings below the paper's scale
+    reduced: list[str] = field(default_factory=list)  # further settings below the paper's scale
     first_sample: int = 0  # number of the first image that a figure of generated images shows
     seeds: int = 1  # runs per row below the paper's scale; the paper does not say how many it averages
     note: str = ""  # differences from the paper, and questions that the paper leaves open
@@ -229,7 +229,7 @@ def training_config(
     """
     name, chosen = run.config or experiment.config, [*experiment.settings, *run.settings]
     if scale.reduced:
-        chosen += [*scaled_settings(load_config(name, chosen), scale), *experiment.demo, *run.demo]
+        chosen += [*scaled_settings(load_config(name, chosen), scale), *experiment.reduced, *run.reduced]
     return load_config(name, [*chosen, f"seed={seed}", *overrides])
 
 

@@ -120,6 +120,8 @@ def digest(config: Config | DiffusionConfig, output: Path) -> str:
     paths = [(settings["data"], "train"), (settings["data"], "validation"), (settings["data"], "latents")]
     if isinstance(config, DiffusionConfig):
         paths += [(settings, "model"), (settings["fid"], "images")]
+    else:
+        paths += [(settings, key) for key in ("init", "init_decoder", "teacher", "teacher_latents")]
     results = output.resolve()
     for holder, key in paths:
         path = holder.get(key)

@@ -40,22 +40,22 @@ def initialise_as_wavelet(model: Autoencoder) -> None:
     passed = min(len(HAAR) * colours, model.config.latent_channels)
     if passed < colours:
         raise ValueError(f"initialise=wavelet needs {colours} latent channels or more, got {passed}")
-    decoded = carry("decoder", stream(decoder), decoder.conv_norm_out, passed, colours)
+    decoded = embed_signals("decoder", main_path(decoder), decoder.conv_norm_out, passed, colours)
     if isinstance(encoder, Encoder):
         unets: list[Any] = [encoder.feature_extractors[-1], encoder.feature_aggregator]
         for unet in unets:
             if not isinstance(unet, FeatureUNet):
                 raise ValueError(f"initialise=wavelet needs U-Nets in the encoder, got {type(unet).__name__}")
-        check_width("encoder", [conv for unet in unets for conv in stream(unet)], passed)
+        check_width("encoder", [conv for unet in unets for conv in main_path(unet)], passed)
         initialise(model)
         # The aggregator's input ends with the coarsest level.
         for unet, first in zip(unets, (0, unets[1].conv_in.in_channels - len(HAAR) * colours), strict=True):
             pass_bands(unet, first, passed)
         start_variance(unets[1].conv_out)
-    elif strided := [i for i, conv in enumerate(stream(encoder)) if conv.stride == (2, 2)]:
+    elif strided := [i for i, conv in enumerate(main_path(encoder)) if conv.stride == (2, 2)]:
         last = strided[-1]
-        after = stream(encoder)[last:]
-        encoded = carry(
+        after = main_path(encoder)[last:]
+        encoded = embed_signals(
             "encoder after its last strided convolution", after, encoder.conv_norm_out, passed, passed
         )
         initialise(model)
@@ -71,7 +71,7 @@ def initialise_as_wavelet(model: Autoencoder) -> None:
             nn.init.zeros_(cast(Tensor, conv.bias))
 
 
-def stream(network: nn.Module) -> list[nn.Conv2d]:
+def main_path(network: nn.Module) -> list[nn.Conv2d]:
     """Returns the convolutions that a signal must pass before the last one of a network, in this order."""
     return [
         conv
@@ -85,15 +85,15 @@ def check_width(name: str, convs: list[nn.Conv2d], needed: int) -> None:
     width = min(conv.out_channels for conv in convs)
     if width < needed:
         raise ValueError(
-            f"initialise=wavelet needs {needed} channels in each layer of the {name}, got {width}"
+            f"initialise=wavelet needs {needed} channels or more in each layer of the {name}, got {width}"
         )
 
 
 @dataclass
-class Carrier:
-    """How the first channels of a network carry signals past its last norm and SiLU: as weight @ signals + bias.
+class Embedding:
+    """How the first channels of a network take signals past its last norm and SiLU: as weight @ signals + bias.
 
-    Each signal is there with both signs, because silu(x) - silu(-x) = x.
+    Each signal is stored once with each sign, because silu(x) - silu(-x) = x.
 
     Attributes:
         weight: ones, their negatives and zeros (channels, signals).
@@ -106,8 +106,8 @@ class Carrier:
     scale: float
 
 
-def carry(name: str, convs: list[nn.Conv2d], norm: nn.Module, signals: int, exact: int) -> Carrier:
-    """Returns how to carry `signals` signals, or as many of them as there are channels for.
+def embed_signals(name: str, convs: list[nn.Conv2d], norm: nn.Module, signals: int, exact: int) -> Embedding:
+    """Returns how to embed `signals` signals, or as many of them as there are channels for.
 
     Args:
         name: what errors call the network.
@@ -123,12 +123,13 @@ def carry(name: str, convs: list[nn.Conv2d], norm: nn.Module, signals: int, exac
     if not isinstance(norm, nn.GroupNorm):
         check_width(name, convs, 2 * exact)
         eye = torch.eye(min(signals, width // 2), signals)
-        return Carrier(torch.cat([eye, -eye]), torch.zeros(2 * len(eye)), 1.0)
+        return Embedding(torch.cat([eye, -eye]), torch.zeros(2 * len(eye)), 1.0)
     size = norm.num_channels // norm.num_groups
     room = size // 4  # signals per group: half of it for them, with both signs, half for constants
     if room == 0:
         raise ValueError(
-            f"initialise=wavelet needs 4 channels or more per group in the last norm of the {name}, got {size}"
+            f"initialise=wavelet needs 4 channels or more per group in the last norm of the {name}, got {size}: "
+            "lower model.num_groups"
         )
     groups = math.ceil(exact / room)
     check_width(name, convs, groups * size)
@@ -144,7 +145,7 @@ def carry(name: str, convs: list[nn.Conv2d], norm: nn.Module, signals: int, exac
     more[1::2] *= -1
     more = more[: (width - groups * size) // 2 * 2]
     variance = 2 * room * CONSTANT**2 / size
-    return Carrier(
+    return Embedding(
         torch.cat([weight.flatten(0, 1), more]),
         torch.cat([bias.flatten(), torch.zeros(len(more))]),
         (variance + norm.eps) ** 0.5,
@@ -153,23 +154,23 @@ def carry(name: str, convs: list[nn.Conv2d], norm: nn.Module, signals: int, exac
 
 def pass_bands(unet: FeatureUNet, first: int, passed: int) -> None:
     """Makes a U-Net of the encoder pass on its `passed` inputs from `first` on."""
-    conv_in, *others = stream(unet)
+    conv_in, *others = main_path(unet)
     pass_on(conv_in, passed, first)
     for conv in (*others, unet.conv_out):
         pass_on(conv, passed)
 
 
-def compute_bands(encoder: Any, last: int, colours: int, carrier: Carrier) -> None:
+def compute_bands(encoder: Any, last: int, colours: int, embedding: Embedding) -> None:
     """Makes the SD-VAE's encoder compute sub-bands, whose details come from its convolution number `last`."""
-    channels, passed = carrier.weight.shape
+    channels, passed = embedding.weight.shape
     filters = torch.tensor(HAAR) / 4
     # (bands, colours of the input, 2, 2) for each colour of the output, of which the first bands are taken
     bands = torch.einsum("bij,oc->bocij", filters, torch.eye(colours)).flatten(0, 1)[:passed]
-    for i, conv in enumerate(stream(encoder)):
+    for i, conv in enumerate(main_path(encoder)):
         if i == last:
             conv.weight[:channels] = 0
-            conv.weight[:channels, :colours, :2, :2] = torch.einsum("ks,scij->kcij", carrier.weight, bands)
-            cast(Tensor, conv.bias)[:channels] = carrier.bias
+            conv.weight[:channels, :colours, :2, :2] = torch.einsum("ks,scij->kcij", embedding.weight, bands)
+            cast(Tensor, conv.bias)[:channels] = embedding.bias
         elif conv.stride == (2, 2):
             conv.weight[:colours] = 0
             conv.weight[:colours, :colours, :2, :2] = bands[:colours]
@@ -177,21 +178,21 @@ def compute_bands(encoder: Any, last: int, colours: int, carrier: Carrier) -> No
             pass_on(conv, colours if i < last else channels)
     conv_out = encoder.conv_out
     conv_out.weight[:passed] = 0
-    centre(conv_out)[:passed, :channels] = carrier.scale * carrier.weight.T
+    centre(conv_out)[:passed, :channels] = embedding.scale * embedding.weight.T
     start_variance(conv_out)
 
 
-def repeat_means(decoder: Any, colours: int, carrier: Carrier) -> None:
+def repeat_means(decoder: Any, colours: int, embedding: Embedding) -> None:
     """Makes the decoder repeat the local means of the colours, and carry the other signals for the branches to use."""
-    channels, signals = carrier.weight.shape
-    conv_in, *others = stream(decoder)
+    channels, signals = embedding.weight.shape
+    conv_in, *others = main_path(decoder)
     conv_in.weight[:channels] = 0
-    centre(conv_in)[:channels, :signals] = carrier.weight
-    cast(Tensor, conv_in.bias)[:channels] = carrier.bias
+    centre(conv_in)[:channels, :signals] = embedding.weight
+    cast(Tensor, conv_in.bias)[:channels] = embedding.bias
     for conv in others:
         pass_on(conv, channels)
     nn.init.zeros_(decoder.conv_out.weight)
-    centre(decoder.conv_out)[:colours, :channels] = carrier.scale * carrier.weight.T[:colours]
+    centre(decoder.conv_out)[:colours, :channels] = embedding.scale * embedding.weight.T[:colours]
 
 
 def centre(conv: nn.Conv2d) -> Tensor:

@@ -80,7 +80,8 @@ class Config(RunConfig):
     initialise: Literal["random", "wavelet"] = setting(
         "random",
         "Weights that training from scratch starts with: random; or those with which the latent consists of sub-bands "
-        "of the image, for an encoder of U-Nets or a baseline, and 4 channels or more per group.",
+        "of the image, for an encoder of U-Nets or a baseline. A decoder with group normalisation needs 4 channels or "
+        "more per group (model.num_groups).",
     )
     init: str = setting("", "Folder of a model, run or checkpoint that provides the initial weights.")
     init_decoder: str = setting(

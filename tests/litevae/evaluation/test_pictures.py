@@ -6,6 +6,7 @@ from PIL import Image
 from skimage import data
 
 from litevae import LiteVAE
+from litevae.errors import one_line
 from litevae.evaluation.pictures import draw_grid, draw_reconstructions, latents_as_rgb
 
 
@@ -50,19 +51,24 @@ def test_first_three_channels_are_red_green_and_blue():
     assert latents_as_rgb([latent[:2]], principal=False)[0].shape == (50, 50, 3)
 
 
-def test_long_labels_do_not_run_into_each_other(tmp_path, monkeypatch):
+@pytest.mark.parametrize("width", [64, 128, 448])
+def test_long_labels_do_not_run_into_each_other(tmp_path, monkeypatch, width):
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, path: figures.append(figure))
     model = LiteVAE.from_preset(
         "litevae-s", encoder_type="dwt", latent_channels=12, block_out_channels=[16] * 4, num_groups=4
     )
-    names = ["short.png", "/a/folder/whose/path/is/long" * 5 + "/0000000-0000.png"]
-    draw_reconstructions(
-        model, [(name, data.chelsea()[:64, :64]) for name in names], tmp_path / "picture.png"
-    )
+    long = ["/a/folder/whose/path/is/long" * 5 + "/0000000-0000.png", "M" * 30]
+    image = data.chelsea()[:64, :width]
+    draw_reconstructions(model, [(name, image) for name in ("1", *long)], tmp_path / "picture.png")
     labelled = [axes for axes in figures[0].axes if axes.get_ylabel()]
-    short, long = (axes.get_ylabel() for axes in labelled)
-    assert short == "short.png"
-    assert long.endswith("0-0000.png")
-    for axes in labelled:
-        assert axes.yaxis.label.get_window_extent().height <= axes.get_window_extent().height
+    labels = [axes.get_ylabel() for axes in labelled]
+    assert labels[0] == "1"
+    for axes, shown, label in zip(labelled[1:], labels[1:], long, strict=True):
+        assert shown.endswith(label[-1])
+        assert "..." in shown
+        height, room = axes.yaxis.label.get_window_extent().height, axes.get_window_extent().height
+        assert height <= room
+        if len(shown) > 4:  # there is no room for one letter more
+            axes.set_ylabel(one_line(label, len(shown) + 1))
+            assert axes.yaxis.label.get_window_extent().height > room

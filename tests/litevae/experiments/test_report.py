@@ -1,5 +1,6 @@
 import json
 
+from litevae.environment import versions
 from litevae.experiments.spec import Claim
 
 
@@ -33,13 +34,24 @@ def test_the_settings_that_matter_are_stated(report, row):
 def test_settings_that_the_experiment_itself_chooses_below_the_papers_scale_are_stated(report, row):
     rows = [row("A", [20.0]), row("A", [21.0]), row("B", [22.0])]
     rows[1].spec.row[0] = "other"
-    rows[0].spec.demo, rows[1].spec.demo = ["seed=1"], ["seed=2", "max_steps=3"]
+    rows[0].spec.reduced, rows[1].spec.reduced = ["seed=1"], ["seed=2", "max_steps=3"]
     expected = (
         "Set by this experiment below the paper's scale: data.flip=false (all rows); seed=1 (set, A); "
         "seed=2 max_steps=3 (other, A)."
     )
-    assert expected in report(rows, demo=["data.flip=false"])
+    assert expected in report(rows, reduced=["data.flip=false"])
     assert "Set by this experiment" not in report([row("B", [22.0])])
+
+
+def test_the_versions_that_trained_the_models_are_stated_if_they_are_others(tmp_path, report, row):
+    trained = row("A", [20.0, 21.0])
+    for run in trained.trained:
+        run.record["versions"] = versions()
+    assert "Models were trained by" not in report([trained])
+    trained.trained[1].record["versions"] = "litevae 0.0.1, torch 2.11"
+    assert f" Models were trained by litevae 0.0.1, torch 2.11; {versions()}.\n" in report([trained])
+    record = json.loads((tmp_path / "table07.json").read_text())
+    assert record["rows"][0]["versions"] == [versions(), "litevae 0.0.1, torch 2.11"]
 
 
 def test_an_error_bar_stands_beside_its_value(report, row):

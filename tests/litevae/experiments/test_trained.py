@@ -29,14 +29,14 @@ def test_runs_are_shared_by_what_decides_their_outcome(tmp_path):
 
 def test_runs_are_found_again_after_their_folder_has_moved(tmp_path):
     def run(output, train):
-        return digest(
-            load_config("demo", [f"data.train={train}", f"data.validation={output / 'images' / 'squares'}"]),
-            output,
-        )
+        config = load_config("demo")
+        images = replace(config.data, train=str(train), validation=str(output / "images" / "squares"))
+        weights = dict.fromkeys(("init", "init_decoder", "teacher", "teacher_latents"), str(output / "runs"))
+        return digest(replace(config, data=images, **weights), output)
 
     own, others = tmp_path / "own", tmp_path / "others"
     before, after = tmp_path / "before", tmp_path / "after"
-    for folder in (own, others, before / "images" / "squares"):
+    for folder in (own, others, before / "images" / "squares", before / "runs"):
         folder.mkdir(parents=True)
     first, second = run(before, own), run(before, others)
     before.rename(after)
