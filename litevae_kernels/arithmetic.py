@@ -12,6 +12,7 @@ from torch import Tensor
 
 from litevae_kernels.backend import core, is_exporting
 
+_HALVES = (torch.bfloat16, torch.float16)
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
 _ONEDNN = torch.backends.mkldnn.is_available()
 _BFLOAT16 = (
@@ -36,7 +37,7 @@ def multiplies(dtype: torch.dtype, isa: str | None) -> bool:
         isa: instruction set, as `current_isa` returns it. A set below AVX512-BF16 stands for a CPU without half
             precision, whatever this CPU has.
     """
-    if dtype not in (torch.bfloat16, torch.float16):
+    if dtype not in _HALVES:
         return True
     if _X86 and isa not in (None, "avx512bf16"):
         return False
@@ -46,10 +47,11 @@ def multiplies(dtype: torch.dtype, isa: str | None) -> bool:
 def result_dtype(x: Tensor) -> torch.dtype:
     """Returns the dtype of a convolution of `x`: that of autocast if it is enabled, else x's."""
     # Autocast does not convert float64, and the query raises an error for "meta".
-    device_type = x.device.type
-    if x.dtype != torch.float64 and device_type != "meta" and torch.is_autocast_enabled(device_type):
+    dtype = x.dtype
+    device_type = "cpu" if x.is_cpu else x.device.type
+    if dtype != torch.float64 and device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
-    return x.dtype
+    return dtype
 
 
 def widened(function: Callable[..., Tensor], x: Tensor, *operands: Tensor | None) -> Tensor:
@@ -61,7 +63,7 @@ def widened(function: Callable[..., Tensor], x: Tensor, *operands: Tensor | None
         function: plain PyTorch whose result has the dtype of its arguments.
         x, operands: arguments of `function`.
     """
-    if not x.is_cpu:
+    if not x.is_cpu or (x.dtype not in _HALVES and not torch.is_autocast_enabled("cpu")):
         return function(x, *operands)
     dtype = result_dtype(x)
     if multiplies(dtype, current_isa()) or is_exporting():

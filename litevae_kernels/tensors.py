@@ -62,6 +62,7 @@ _PLAIN_KEYS = _plain_keys()
 _NO_GUARD = contextlib.nullcontext()
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _profiler_enabled = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
+_dispatch_keys = torch._C._dispatch_keys
 
 
 def in_inference_mode() -> bool:
@@ -78,9 +79,7 @@ def is_plain(*tensors: Tensor | None) -> bool:
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or _profiler_enabled():
         return False
     for x in tensors:  # a generator in all() would take a microsecond
-        if x is not None and (
-            type(x) not in _PLAIN_TYPES or torch._C._dispatch_keys(x).raw_repr() not in _PLAIN_KEYS
-        ):
+        if x is not None and (type(x) not in _PLAIN_TYPES or _dispatch_keys(x).raw_repr() not in _PLAIN_KEYS):
             return False
     return True
 
@@ -161,7 +160,7 @@ def check_eps(eps: object) -> float:
     return float(eps)
 
 
-def check_residual(residual: object, shape: Sequence[int], like: Tensor) -> None:
+def check_residual(residual: object, shape: tuple[int, ...], like: Tensor) -> None:
     """Checks the residual of a result of `shape` on the device of `like`.
 
     Raises:
@@ -170,10 +169,8 @@ def check_residual(residual: object, shape: Sequence[int], like: Tensor) -> None
     """
     check_tensor(residual, "residual")
     assert isinstance(residual, Tensor)
-    if residual.shape != tuple(shape):
-        raise ValueError(
-            f"residual has shape {shape_of(residual)}; the result's is needed, {shown(tuple(shape))}"
-        )
+    if residual.shape != shape:
+        raise ValueError(f"residual has shape {shape_of(residual)}; the result's is needed, {shown(shape)}")
     check_device(residual, "residual", like, "x")
 
 
@@ -226,12 +223,17 @@ def memory_format_of(channels_last: bool) -> torch.memory_format:
 def empty_output(x: Tensor, channels: int, channels_last: bool) -> Tensor:
     """Returns memory for a result (N, `channels`, H, W) of `x` (N, C, H, W)."""
     batch, _, height, width = x.shape
-    return torch.empty(
-        (batch, channels, height, width),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=memory_format_of(channels_last),
-    )
+    return empty_4d((batch, channels, height, width), x.dtype, x.device, channels_last)
+
+
+def empty_4d(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, channels_last: bool
+) -> Tensor:
+    """Returns memory for a tensor (N, C, H, W) in a memory format."""
+    _, c, h, w = shape
+    strides = (h * w * c, 1, w * c, c) if channels_last else (c * h * w, h * w, w, 1)
+    # It is faster by 0.6 us than torch.empty with a memory format.
+    return torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
 
 def in_layout(x: Tensor, channels_innermost: bool) -> Tensor:

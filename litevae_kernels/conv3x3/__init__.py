@@ -102,14 +102,16 @@ def check_arguments(
     check_tensor(weight, "weight")
     if x.ndim != 4:
         raise ValueError(f"x has {x.ndim} dimensions; 4 are needed: (batch, channels, height, width)")
-    channels = x.shape[1] + (0 if skip is None else skip.shape[1])
-    if weight.ndim != 4 or weight.shape[1:] != (channels, 3, 3):
+    batch, channels, height, width = x.shape
+    if skip is not None:
+        channels += skip.shape[1]
+    filters = weight.shape
+    if len(filters) != 4 or filters[1:] != (channels, 3, 3):
         raise ValueError(
             f"weight has shape {shape_of(weight)}; (C_out, {channels}, 3, 3) is needed for x's channels"
         )
     check_operand(weight, "weight", x)
-    batch, _, height, width = x.shape
-    outputs = weight.shape[0]
+    outputs = filters[0]
     if not (channels and height and width and outputs):
         raise ValueError(
             f"x has shape {shape_of(x)} and weight {shape_of(weight)}; all sizes but the batch must be at least 1"

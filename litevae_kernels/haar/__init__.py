@@ -193,10 +193,11 @@ def waverec2(
             or out of range.
     """
     bands, axes = _check_coeffs(coeffs, axes)
-    flat = [_as_4d(x) for x in bands]
-    height, width = _check_output_size(output_size, flat[-1].shape[2], flat[-1].shape[3])
+    four = bands[0].ndim == 4
+    flat = bands if four else [_as_4d(x) for x in bands]
+    height, width = _check_output_size(output_size, *flat[-1].shape[2:])
     image = _synthesis(flat, height, width, False)
-    if bands[0].ndim != 4:
+    if not four:
         image = image.reshape(*bands[0].shape[:-2], height, width)
     return image.movedim((-2, -1), axes) if axes != LAST_AXES else image
 
@@ -213,7 +214,7 @@ def _analysis(
     dtype = image.dtype if dtype is None else dtype
     keep = is_channels_last(image)
     channels_last = keep if memory_format is None else memory_format == torch.channels_last
-    backend = choose(image.device.type)
+    backend = choose("cpu" if image.is_cpu else image.device.type)
     if backend == "reference":
         return tuple(reference.analysis(image, levels, mode, scale, stacked, dtype, channels_last))
     refuse_tangents("the Haar transform", backend, image)
@@ -224,7 +225,7 @@ def _synthesis(coeffs: Sequence[Tensor], height: int, width: int, stacked: bool)
     """Computes the inverse: with zero extension the adjoint crops (see `op`)."""
     first = coeffs[0]
     channels_last = is_channels_last(first)
-    backend = choose(first.device.type)
+    backend = choose("cpu" if first.is_cpu else first.device.type)
     arguments = (coeffs, height, width, "zero", 1.0, stacked, first.dtype, channels_last)
     if backend == "reference":
         return reference.synthesis(*arguments)
@@ -237,7 +238,7 @@ def _check_image(x: object, name: str) -> None:
     assert isinstance(x, Tensor)
     if x.ndim != 4:
         raise ValueError(f"{name} has {x.ndim} dimensions; 4 are needed: (batch, channels, height, width)")
-    if x.shape[2] == 0 or x.shape[3] == 0:
+    if 0 in x.shape[2:]:
         raise ValueError(f"{name} has size {shape_of(x)}; height and width must be at least 1")
 
 
@@ -252,7 +253,7 @@ def _check_transform(image: Tensor, levels: int, name: str, mode: str) -> int:
     if not 1 <= levels <= MAX_LEVELS:
         raise ValueError(f"{name} is {shown(levels)}; allowed: 1 to {MAX_LEVELS}")
     levels = int(levels)
-    height, width = image.shape[2], image.shape[3]
+    height, width = image.shape[2:]
     if height == 0 or width == 0:
         raise ValueError(f"image has height {height} and width {width}; both must be at least 1")
     if mode == "reflect":
@@ -327,16 +328,15 @@ def _check_coeffs(coeffs: object, axes: object) -> tuple[list[Tensor], tuple[int
         raise ValueError(f"cA has shape {shape_of(approximation)}; (..., height, width) is needed")
     axes = _check_axes(axes, approximation)
 
-    def last(x: Tensor) -> Tensor:
-        return x.movedim(axes, (-2, -1)) if axes != LAST_AXES else x
-
-    first = last(approximation)
-    if 0 in first.shape[-2:]:
+    moved = axes != LAST_AXES
+    first = approximation.movedim(axes, (-2, -1)) if moved else approximation
+    *outer, h, w = first.shape
+    if h == 0 or w == 0:
         raise ValueError(f"cA has shape {shape_of(approximation)}; height and width of at least 1 are needed")
     if len(details) > MAX_LEVELS:
         raise ValueError(f"coeffs has {len(details)} levels; allowed: 1 to {MAX_LEVELS}")
     flat = [first]
-    *outer, h, w = first.shape
+    dtype, dims = approximation.dtype, approximation.ndim
     for i, bands in enumerate(details):
         level = len(details) - i
         if not isinstance(bands, Sequence) or len(bands) != 3:
@@ -346,21 +346,21 @@ def _check_coeffs(coeffs: object, axes: object) -> tuple[list[Tensor], tuple[int
         for name, band in zip(("cH", "cV", "cD"), bands, strict=True):
             what = f"{name} of level {level}"
             check_tensor(band, what)
-            if band.dtype != approximation.dtype:
-                raise TypeError(f"{what} has dtype {band.dtype}; allowed: cA's, {approximation.dtype}")
+            if band.dtype != dtype:
+                raise TypeError(f"{what} has dtype {band.dtype}; allowed: cA's, {dtype}")
             check_device(band, what, approximation, "cA")
-            moved = last(band) if band.ndim == approximation.ndim else band
+            plane = band.movedim(axes, (-2, -1)) if moved and band.ndim == dims else band
             # All but the sizes of cH must be as in cA, and all of cV and cD as in cH.
-            shape = moved.shape
+            shape = plane.shape
             if name == "cH":
-                expected = (*outer, *shape[-2:])
+                size = shape[-2:]
+                expected = (*outer, *size)
             if shape != expected:
                 raise ValueError(
                     f"{what} has shape {shape_of(band)}, which does not belong with cA's "
                     f"{shape_of(approximation)} and cH's {shape_of(bands[0])}"
                 )
-            flat.append(moved)
-        size = flat[-1].shape[-2:]
+            flat.append(plane)
         # The inverse of the coarser level is 2h x 2w, or one less where the size was odd.
         fits = size == (h, w) if i == 0 else size[0] in (2 * h, 2 * h - 1) and size[1] in (2 * w, 2 * w - 1)
         if not fits:

@@ -19,7 +19,7 @@ def _call(
     assert core is not None
     image_view, *coeff_views = [native_view(x) for x in (image, *coeffs)]
     arguments = (image_view, coeff_views, levels, MODES.index(mode), 0.5 * scale, stacked)
-    if image.device.type == "cpu":
+    if image.is_cpu:
         getattr(core, f"{name}_cpu")(*arguments, torch.get_num_threads())
         return
     with device_guard(image.device):

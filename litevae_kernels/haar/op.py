@@ -19,7 +19,7 @@ from torch import Tensor
 
 from litevae_kernels.haar import native
 from litevae_kernels.haar.shapes import level_sizes
-from litevae_kernels.tensors import in_inference_mode, is_channels_last, is_plain, memory_format_of
+from litevae_kernels.tensors import empty_4d, in_inference_mode, is_channels_last, is_plain
 
 
 def _backend(name: str) -> ModuleType:
@@ -39,8 +39,8 @@ def _empty_coeffs(
         shapes = [(n, 4 * c, *size) for size in sizes]
     else:
         shapes = [(n, c, *sizes[-1])] + [(n, c, *size) for size in reversed(sizes) for _ in range(3)]
-    layout, device = memory_format_of(channels_last), image.device
-    return [torch.empty(s, dtype=dtype, device=device, memory_format=layout) for s in shapes]
+    device = image.device
+    return [empty_4d(shape, dtype, device, channels_last) for shape in shapes]
 
 
 def _empty_image(
@@ -48,9 +48,7 @@ def _empty_image(
 ) -> Tensor:
     n, c = coeffs[0].shape[:2]
     shape = (n, c // 4 if stacked else c, height, width)
-    return torch.empty(
-        shape, dtype=dtype, device=coeffs[0].device, memory_format=memory_format_of(channels_last)
-    )
+    return empty_4d(shape, dtype, coeffs[0].device, channels_last)
 
 
 torch.library.define(
