@@ -51,7 +51,9 @@ def make_calls(device: str) -> dict[str, Call]:
     scale, gain, bias, both = tensor(4), tensor(1), tensor(4), tensor(8)
     coeffs = tensor(1, 12, 4, 4)
     decomposition = wavedec2(image, 1)
-    return {
+    moments = torch.ones(1, 4, 2, dtype=torch.float64, device=device)  # mean and variance of each channel
+    add_residuals = torch.ops.litevae.add_residuals_
+    calls = {
         "haar_dwt2d": Call(lambda: haar_dwt2d(image)),
         "haar_idwt2d": Call(lambda: haar_idwt2d(coeffs)),
         "haar_pyramid, 3 results": Call(lambda: haar_pyramid(image)),
@@ -59,12 +61,18 @@ def make_calls(device: str) -> dict[str, Call]:
         "waverec2, 4 inputs": Call(lambda: waverec2(decomposition)),
         "group_norm_silu": Call(lambda: group_norm_silu(x, 2, scale, bias)),
         "group_norm_silu, two inputs": Call(lambda: group_norm_silu(x, 2, both, both, skip=x)),
+        "group_norm_silu, offset": Call(lambda: group_norm_silu(x, 2, scale, bias, offset=bias)),
+        "group_norm_silu, statistics": Call(lambda: group_norm_silu(x, 2, scale, bias, statistics=[moments])),
         f"{PYTORCH}silu(group_norm)": Call(lambda: F.silu(F.group_norm(x, 2, scale, bias))),
         "modulate_weight": Call(lambda: modulate_weight(weight, scale, gain)),
         # On a GPU, PyTorch's convolution serves these; elsewhere, the reference stands for that path.
         "conv3x3": Call(lambda: conv3x3(x, weight, bias, residual=x), "reference"),
         f"{PYTORCH}conv2d + residual": Call(lambda: F.conv2d(x, weight, bias, padding=1).add_(x)),
     }
+    if device == "cuda":  # On a CPU, no kernel serves it.
+        calls["add_residuals_"] = Call(lambda: add_residuals(x, [x], [bias], False))
+        calls["add_residuals_, statistics"] = Call(lambda: add_residuals(x, [x], [bias], True))
+    return calls
 
 
 def host_seconds(calls: dict[str, Call], rounds: int = ROUNDS) -> dict[str, list[float]]:

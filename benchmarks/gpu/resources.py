@@ -20,12 +20,13 @@ from litevae_kernels.testing import Launch, compile_launch, record_launches, reg
 
 ARCHITECTURES = (80, 86, 89, 90, 120)
 
-# Channels of the input, of the skip and of the output, and whether a residual is added.
-Layer = tuple[int, int, int, bool]
+# Channels of the input, of the skip and of the output, and what the epilogue does beside the bias.
+Layer = tuple[int, int, int, str]
+RESIDUAL, STATISTICS = ", residual", ", residual, statistics"
 
 
 def layers(preset: str) -> Counter[Layer]:
-    """Returns how many convolutions of each kind a model has."""
+    """Returns how many convolutions of each kind a model has; each with a residual may also compute statistics."""
     with torch.device("meta"):
         model = LiteVAE.from_preset(preset)
     # The skip of a U-Net's block has as many channels as its output.
@@ -35,12 +36,12 @@ def layers(preset: str) -> Counter[Layer]:
         if isinstance(block, ResBlock):
             width = int(block.conv1.out_channels)
             skip = width if block in up else 0
-            found[int(block.conv1.in_channels) - skip, skip, width, False] += 1
-            found[width, 0, width, True] += 1
+            found[int(block.conv1.in_channels) - skip, skip, width, ""] += 1
+            found.update((width, 0, width, epilogue) for epilogue in (RESIDUAL, STATISTICS))
     return found
 
 
-def launch(channels: int, skip_channels: int, outputs: int, residual: bool) -> Launch:
+def launch(channels: int, skip_channels: int, outputs: int, epilogue: str) -> Launch:
     """Returns the launch of a normalised convolution; the size of the image does not change the kernel."""
     kernels = importlib.import_module("litevae_kernels.conv3x3.triton")
     options: Any = {"device": "meta", "dtype": torch.bfloat16}
@@ -51,7 +52,9 @@ def launch(channels: int, skip_channels: int, outputs: int, residual: bool) -> L
     inputs = channels + skip_channels
     affine = torch.empty(3, 1, inputs, device="meta")
     weight, bias = torch.empty(outputs, 3, 3, inputs, **options), torch.empty(outputs, **options)
-    arguments = (x, skip if skip_channels else None, affine, weight, bias, y if residual else None, True, y)
+    partials = kernels.empty_partials(y) if epilogue == STATISTICS else None
+    residual = y if epilogue else None
+    arguments = (x, skip if skip_channels else None, affine, weight, bias, residual, True, y, partials)
     (found,) = record_launches(kernels, lambda: kernels.forward(*arguments))
     return found
 
@@ -73,9 +76,9 @@ def table(architectures: tuple[int, ...] = ARCHITECTURES) -> str:
         ["channels in, out", *(f"layers of {name}" for name in counts), *(f"sm_{a}" for a in architectures)]
     ]
     for layer in sorted(set().union(*counts.values())):
-        channels, skip_channels, outputs, residual = layer
+        channels, skip_channels, outputs, epilogue = layer
         name = f"{channels} + {skip_channels}" if skip_channels else str(channels)
-        name += f", {outputs}" + (", residual" if residual else "")
+        name += f", {outputs}{epilogue}"
         rows.append(
             [name, *(str(c[layer]) for c in counts.values()), *(describe(layer, a) for a in architectures)]
         )
