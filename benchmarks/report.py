@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import GPU_ENCODERS
+from benchmarks.gpu import ENCODERS_STEP, GPU_ENCODERS, NO_CUDA
 from benchmarks.plots import HEADLINE, Row, best_of_each, draw_all, images_per_second, model_of
 from benchmarks.session import RESULTS
 
@@ -206,8 +206,7 @@ def gpu_speeds() -> str:
 
 def gpu_lines(machine: tuple[Path, dict[str, Any]]) -> list[list[str]]:
     path, data = machine
-    built = data.get("validation", {}).get("build", {}).get("outcome", "passed") == "passed"
-    device = data["device"] if built else f"{data['device']} without the CUDA kernels"
+    steps = data.get("validation", {})
     subjects = by_subject([row for row in data["results"] if row["subject"].startswith(GPU_ENCODERS)])
     lines = []
     for rows in sorted(subjects.values(), key=lambda rows: int(rows[0]["images"])):
@@ -220,6 +219,8 @@ def gpu_lines(machine: tuple[Path, dict[str, Any]]) -> list[list[str]]:
             for model in README_MODELS
         }
         b = best["LiteVAE-B"]
+        made_by = steps.get(ENCODERS_STEP.format(b["images"]), {})
+        device = data["device"] + (" without the CUDA kernels" if made_by.get("outcome") == NO_CUDA else "")
         lines.append(
             [
                 f"{device}, torch {b['torch']}, {b['date']}",

@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -19,6 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from litevae_kernels.backend import use_backend
 
 LAYOUTS = ("contiguous", "channels_last", "sliced", "transposed", "expanded")
+
+# Functions of Triton that add numbers of several lanes, or may.
+ADDITIONS = frozenset(("sum", "reduce", "associative_scan", "cumsum"))
 
 Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]  # a Triton kernel, its arguments and its named arguments
 
@@ -161,10 +165,13 @@ def _absolute(absolute: bool, *tensors: Tensor) -> list[Tensor]:
 
 
 def _adds_over_lanes(function: Any) -> bool:
-    """Returns whether a Triton function, or one that it calls, has a sum of `tl`."""
-    names, module = function.fn.__code__.co_names, function.fn.__globals__
-    called = [module[name] for name in names if hasattr(module.get(name), "fn")]
-    return "sum" in names or any(map(_adds_over_lanes, called))
+    """Returns whether a Triton function, or one that it calls, has a reduction of `tl` that may add."""
+    names = function.fn.__code__.co_names
+    found = [function.fn.__globals__.get(name) for name in names]
+    modules = [x for x in found if isinstance(x, ModuleType) and not x.__name__.startswith("triton")]
+    found += [getattr(module, name, None) for module in modules for name in names]
+    called = [x for x in found if hasattr(x, "fn")]
+    return not ADDITIONS.isdisjoint(names) or any(map(_adds_over_lanes, called))
 
 
 def record_launches(kernels: Any, call: Callable[[], object], dimensions: int = 3) -> list[Launch]:

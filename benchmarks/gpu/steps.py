@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks.gpu import ENCODERS_STEP
+
 KERNEL_TESTS = tuple(
     f"tests/litevae_kernels/{name}/test_cuda.py" for name in ("haar", "group_norm_silu", "smc")
 )
@@ -44,6 +46,7 @@ class Step:
         limit: the most seconds that it may take.
         needs: program without which the step is left out.
         cuda: whether it needs the CUDA kernels, and not only the Triton kernels.
+        may_skip: whether all of its tests may be skipped, because the GPU has too little memory or no clusters.
         interrupted: whether the command ends by an interrupt at its limit, which is no failure.
         metrics: metrics.jsonl that the command writes.
     """
@@ -55,6 +58,7 @@ class Step:
     environment: Mapping[str, str] = field(default_factory=dict)
     needs: str | None = None
     cuda: bool = False
+    may_skip: bool = False
     interrupted: bool = False
     metrics: Path | None = None
 
@@ -68,21 +72,19 @@ def stages(output: Path, *, dry_run: bool) -> dict[int, list[Step]]:
     """
 
     def tests(
-        name: str, select: str, *files: str, processes: int, expected: int, limit: int, cuda: bool = False
+        name: str, select: str, *files: str, processes: int, expected: int, limit: int, **kind: bool
     ) -> Step:
         how = ("--collect-only",) if dry_run else ("-n", str(processes), "--maxfail=30")
         command = (*pytest(), *how, "-m", "gpu", "-k", select, *files)
-        return Step(name, command, expected, limit, cuda=cuda)
+        return Step(name, command, expected, limit, **kind)
 
-    def measure(
-        name: str, *tests: str, expected: int, options: tuple[str, ...] = (), cuda: bool = False
-    ) -> Step:
+    def measure(name: str, *tests: str, expected: int, options: tuple[str, ...] = (), **kind: bool) -> Step:
         common = ("--benchmark-only", "--benchmark-disable-gc", "--results", str(output))
-        return Step(name, (*pytest(), *common, *options, *tests), expected, 2 * expected + 30, cuda=cuda)
+        return Step(name, (*pytest(), *common, *options, *tests), expected, 2 * expected + 30, **kind)
 
-    def readings(name: str, test: str, *, expected: int, cuda: bool = False) -> Step:
+    def readings(name: str, test: str, *, expected: int, **kind: bool) -> Step:
         options = ("--dry-run",) if dry_run else ()
-        return measure(name, f"{READINGS}::test_{test}", expected=expected, options=options, cuda=cuda)
+        return measure(name, f"{READINGS}::test_{test}", expected=expected, options=options, **kind)
 
     def operator(name: str, *tests: str, expected: int) -> Step:
         # These benchmarks have no tiny shapes.
@@ -124,6 +126,7 @@ def stages(output: Path, *, dry_run: bool) -> dict[int, list[Step]]:
                 expected=80,
                 limit=160,
                 cuda=True,
+                may_skip=True,
             ),
             checker("initcheck"),
             checker("synccheck"),
@@ -145,18 +148,19 @@ def stages(output: Path, *, dry_run: bool) -> dict[int, list[Step]]:
                 processes=1,
                 expected=90,
                 limit=180,
+                may_skip=True,
             ),
         ],
         3: [
-            readings("encoders, batch 32", "encoders[32]", expected=120),
+            readings(ENCODERS_STEP.format(32), "encoders[32]", expected=120),
             readings("fused convolution in encoders, batch 32", "fused_encoders[32]", expected=70),
             counters(dry_run),
             readings("host time", "host_time", expected=15),
             readings("encoders launched by Python", "launched_by_python", expected=35),
             readings("biases and additions", "biases_and_additions", expected=25),
             readings("fused convolution", "fused_convolution", expected=25),
-            readings("encoders, batch 8", "encoders[8]", expected=110),
-            readings("norms in clusters", "norms_in_clusters", expected=35, cuda=True),
+            readings(ENCODERS_STEP.format(8), "encoders[8]", expected=110),
+            readings("norms in clusters", "norms_in_clusters", expected=35, cuda=True, may_skip=True),
         ],
         4: [
             operator(
@@ -166,15 +170,15 @@ def stages(output: Path, *, dry_run: bool) -> dict[int, list[Step]]:
             operator("modulate_weight", f"{smc}_weight_forward", f"{smc}_weight_backward", expected=25),
             operator("training step", "benchmarks/test_training_step.py", expected=60),
             readings("fused convolution in encoders, batch 8", "fused_encoders[8]", expected=50),
-            readings("encoders, batch 1", "encoders[1]", expected=105),
-            readings("encoders, batch 64", "encoders[64]", expected=115),
+            readings(ENCODERS_STEP.format(1), "encoders[1]", expected=105),
+            readings(ENCODERS_STEP.format(64), "encoders[64]", expected=115),
         ],
         5: [training(128), training(256)],
     }
 
 
 def pytest() -> tuple[str, ...]:
-    return (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--color=no")
+    return (sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "--color=no")
 
 
 def counters(dry_run: bool) -> Step:

@@ -45,7 +45,7 @@ BANDWIDTH = 2.9e12
 OPERATIONS = 790e12
 SIZE = 256  # height and width of the images
 BATCH = 32  # each layer reads its weights once per batch
-# The host's seconds per operator of this package and of PyTorch, on the CPU of docs/performance.md.
+# Assumed seconds of the host per operator of this package and of PyTorch: about those of docs/performance.md's CPU.
 HOST_SECONDS = {"litevae": 15e-6, "aten": 3.5e-6}
 # Designs, and what of each kind of traffic remains. Each includes the one above it.
 DESIGNS: dict[str, dict[str, float]] = {

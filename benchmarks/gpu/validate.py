@@ -2,7 +2,10 @@
 
 import argparse
 import contextlib
+import hashlib
+import json
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -17,21 +20,27 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu import NO_CUDA
 from benchmarks.gpu.counters import readings
 from benchmarks.gpu.steps import BUILD_SECONDS, Step, stages
 from benchmarks.session import RESULTS, read, results_path, write
 from litevae.environment import device_name, versions
 from litevae.training.metrics_log import read_log
-from litevae_kernels import info
-from litevae_kernels.backend import cuda_built, why_not
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 570  # per call
 GRACE = 45  # seconds that an interrupted command gets to save its files
 TAIL = 1500  # characters of a step's output in the results; the log has all of it
 PASSED = "passed"
-NO_CUDA = "passed without the CUDA kernels, whose build failed"
 SKIPPED = "failed: skipped, because the build of the CUDA kernels failed"
+CODE = ("csrc", "litevae", "litevae_kernels")  # what the steps test and measure
+# Prints what a fresh process finds: the facts of litevae_kernels.info, and why CUDA kernels do not serve, if so.
+INSPECTION = """
+import json
+from litevae_kernels import info
+from litevae_kernels.backend import why_not
+print(json.dumps([info.report(), why_not("native", "cuda")]))
+"""
 
 
 class Validation:
@@ -42,7 +51,8 @@ class Validation:
         dry_run: whether this is a rehearsal, which the files then say.
 
     Attributes:
-        built: whether the CUDA kernels are there, or not needed.
+        built: whether the CUDA kernels serve; a dry run, which needs none, leaves it true.
+        code: digest of the code, recorded with each step.
     """
 
     def __init__(self, output: Path, *, dry_run: bool) -> None:
@@ -51,6 +61,7 @@ class Validation:
         self.path = results_path(output, self.device)
         self.log = self.path.with_suffix(".log")
         self.built = True
+        self.code = digest(ROOT)
 
     def steps(self) -> dict[str, Any]:
         """Returns what is recorded about each step that was run."""
@@ -59,7 +70,7 @@ class Validation:
     def record(self, name: str, facts: dict[str, Any]) -> None:
         # The step itself may have written to the file.
         data = {"device": self.device, "results": []} | read(self.path) | {"dry_run": self.dry_run}
-        stamp = {"date": date.today().isoformat(), "versions": versions()}
+        stamp = {"date": date.today().isoformat(), "versions": versions(), "code": self.code}
         data["validation"] = {**data.get("validation", {}), name: facts | stamp}
         write(self.path, data)
 
@@ -82,7 +93,9 @@ class Validation:
         if status != 0:
             outcome = "exceeded its time" if status is None else f"failed: exit status {status}"
         elif all_skipped(output) and not self.dry_run:
-            outcome = "failed: all of its tests were skipped"
+            what = "left out" if step.may_skip else "failed"
+            reasons = ", ".join(sorted(set(re.findall(r"^SKIPPED \[\d+\] [^ ]+ (.*)", output, re.MULTILINE))))
+            outcome = f"{what}: all of its tests were skipped" + (f": {reasons}" if reasons else "")
         facts: dict[str, Any] = {"outcome": outcome, "seconds": round(seconds, 1), "expected": step.expected}
         facts["tail"] = output[-TAIL:]
         if found := readings(output):
@@ -93,10 +106,19 @@ class Validation:
         return outcome
 
 
+def digest(root: Path) -> str:
+    """Hashes the files of the code below a folder, without what was compiled."""
+    found = hashlib.sha256()
+    for path in sorted(path for folder in CODE for path in (root / folder).rglob("*")):
+        if path.suffix in (".py", ".yaml", ".h", ".cpp", ".cu", ".cuh"):
+            found.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return found.hexdigest()[:12]
+
+
 def all_skipped(output: str) -> bool:
-    """Returns whether pytest's last line names skipped tests and none that passed; its exit status is 0 then."""
-    last = output.rstrip().rpartition("\n")[2]
-    return " skipped" in last and " passed" not in last
+    """Returns whether pytest's summary, after which others may print, has skipped tests and none that passed."""
+    summaries = re.findall(r"^(?:=+ )?(\d+ \w+(?:, \d+ \w+)*) in [\d.]+s", output, re.MULTILINE)
+    return bool(summaries) and " skipped" in summaries[-1] and " passed" not in summaries[-1]
 
 
 def training(metrics: Path) -> dict[str, Any]:
@@ -156,9 +178,10 @@ def end(process: subprocess.Popen[bytes]) -> None:
 def run_stage(
     validation: Validation, steps: Sequence[Step], seconds: float, say: Callable[[str], None] = print
 ) -> bool:
-    """Runs the steps that have not passed, while there is time for them; returns whether all have passed.
+    """Runs the steps that have not passed with this code, while there is time for them; returns whether all have.
 
-    A step starts if the time that it is expected to take is left. It ends at its limit or at that of the call.
+    Steps that failed earlier come last, so that they do not keep others from running. A step starts if the time that
+    it is expected to take is left. It ends at its limit or at that of the call.
 
     Args:
         validation: results so far.
@@ -168,8 +191,15 @@ def run_stage(
     """
     end_time = time.monotonic() + seconds
     complete = True
-    for step in steps:
-        before = validation.steps().get(step.name, {})
+    records = {
+        name: facts for name, facts in validation.steps().items() if facts.get("code") == validation.code
+    }
+
+    def has_failed(step: Step) -> bool:
+        return str(records.get(step.name, {}).get("outcome", "")).startswith(("failed", "exceeded"))
+
+    for step in sorted(steps, key=has_failed):
+        before = records.get(step.name, {})
         outcome = before.get("outcome")
         if outcome == PASSED or (outcome == NO_CUDA and not validation.built):
             say(f"{step.name}: {outcome} on {before['date']}")
@@ -185,14 +215,22 @@ def run_stage(
     return complete
 
 
+def inspect() -> tuple[dict[str, str], str | None]:
+    """Returns the facts about the machine, and why the CUDA kernels cannot serve, if so, as a fresh process sees it."""
+    command = (sys.executable, "-c", INSPECTION)
+    found = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    facts, reason = json.loads(found.stdout.splitlines()[-1])
+    return {name: value for name, value in facts if value != "not set"}, reason
+
+
 def build_core(validation: Validation) -> bool:
-    """Builds the core for this machine's GPU, unless that was done; returns whether it is there.
+    """Builds the core for this machine's GPU, unless that was done; returns whether its CUDA kernels serve.
 
     The build is no step of a stage, because it has to be repeated on each fresh machine.
     """
-    if cuda_built and why_not("native", "cuda") is None:
+    if inspect()[1] is None:
         if "build" in validation.steps():
-            validation.record("build", validation.steps()["build"] | {"outcome": PASSED})
+            validation.record("build", {"outcome": PASSED})
         return True
     major, minor = torch.cuda.get_device_capability()
     settings = {
@@ -202,6 +240,9 @@ def build_core(validation: Validation) -> bool:
     }
     command = (sys.executable, "setup.py", "-q", "build_ext", "--inplace")
     outcome = validation.run(Step("build", command, BUILD_SECONDS, 240, settings), 240)
+    if outcome == PASSED and (reason := inspect()[1]) is not None:
+        outcome = f"failed: {reason}"
+        validation.record("build", validation.steps()["build"] | {"outcome": outcome})
     if outcome != PASSED:
         steps = "the steps that need the CUDA kernels are skipped"
         print(f"build: {outcome}; {steps}; see {validation.log}", file=sys.stderr)
@@ -224,12 +265,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("no GPU is visible to PyTorch; --dry-run rehearses the stage on a CPU")
     output = options.output or (Path(tempfile.mkdtemp(prefix="gpu-dry-run-")) if options.dry_run else RESULTS)
     output.mkdir(parents=True, exist_ok=True)
+    # As an exception, the signal ends the running step and all that it started. The next call runs it again.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     start = time.monotonic()
     validation = Validation(output.resolve(), dry_run=options.dry_run)
     if not options.dry_run:
         validation.built = build_core(validation)
-    facts = {name: value for name, value in info.report() if value != "not set"}
-    validation.record("machine", {"outcome": PASSED, "facts": facts})
+    validation.record("machine", {"outcome": PASSED, "facts": inspect()[0]})
     steps = stages(validation.path.parent, dry_run=options.dry_run)[options.stage]
     complete = run_stage(validation, steps, options.seconds - (time.monotonic() - start))
     print(f"Results: {validation.path}\nLog: {validation.log}")

@@ -1,14 +1,19 @@
 """The validation of GPUs: how its steps run, and rehearsals of them."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
+import torch
 
-from benchmarks.gpu import counters, validate
+from benchmarks.gpu import NO_CUDA, counters, validate
 from benchmarks.gpu.steps import BUILD_SECONDS, Step, stages
+from litevae_kernels.backend import why_not
 
 
 @pytest.fixture
@@ -47,21 +52,59 @@ def test_what_failed_is_run_again_and_the_rest_goes_on(validation, tmp_path):
     (tmp_path / "mended").touch()
     complete, said = run(validation, *steps)
     assert complete
-    assert said[0] == "fragile: passed"
+    assert said[1] == "fragile: passed"
+
+
+def test_what_failed_does_not_keep_other_steps_from_running(validation):
+    fragile, other = python("fragile", "raise SystemExit(3)", 20), python("other", "", 10)
+    assert run(validation, fragile)[1] == ["fragile: failed: exit status 3"]
+    _, said = run(validation, fragile, other, seconds=15)
+    assert said[0] == "other: passed"
+    assert said[1].startswith("fragile: left for the next call")
+
+
+def test_a_step_that_passed_with_other_code_is_run_again(validation):
+    step = python("once", "")
+    run(validation, step)
+    validation.code = "another digest"
+    assert run(validation, step)[1] == ["once: passed"]
+
+
+def test_the_digest_of_the_code_depends_on_its_files(tmp_path):
+    source = tmp_path / "csrc" / "common" / "a.cuh"
+    source.parent.mkdir(parents=True)
+    source.write_text("1")
+    first = validate.digest(tmp_path)
+    (tmp_path / "csrc" / "compiled.so").write_text("2")
+    assert validate.digest(tmp_path) == first
+    source.write_text("2")
+    assert validate.digest(tmp_path) != first
 
 
 @pytest.mark.parametrize(
-    ("last_line", "outcome"),
+    ("output", "outcome"),
     [
         ("3 skipped, 7 deselected in 2.01s", "failed: all of its tests were skipped"),
+        (
+            "SKIPPED [2] a.py:3: no a\n2 skipped in 0.1s\n==== no errors",
+            "failed: all of its tests were skipped: no a",
+        ),
         ("1 passed, 3 skipped in 2.01s", "passed"),
         ("4 passed in 2.01s", "passed"),
     ],
 )
-def test_a_step_fails_if_all_of_its_tests_are_skipped(validation, last_line, outcome):
+def test_a_step_fails_if_all_of_its_tests_are_skipped(validation, output, outcome):
     validation.dry_run = False
-    _, said = run(validation, python("tests", f"print('..ss'); print({last_line!r})"))
+    _, said = run(validation, python("tests", f"print('..ss'); print({output!r})"))
     assert said == [f"tests: {outcome}"]
+
+
+def test_a_step_whose_tests_the_gpu_cannot_run_is_left_out(validation):
+    validation.dry_run = False
+    output = "SKIPPED [1] a.py:3: no clusters\n1 skipped in 0.1s"
+    complete, said = run(validation, python("clusters", f"print({output!r})", may_skip=True))
+    assert complete
+    assert said == ["clusters: left out: all of its tests were skipped: no clusters"]
 
 
 def test_a_step_that_does_not_fit_is_left(validation):
@@ -114,24 +157,59 @@ def test_without_the_cuda_kernels_the_other_steps_run(validation):
     for _ in range(2):
         complete, said = run(validation, *steps)
         assert not complete
-        assert said[0] == f"CUDA: {validate.SKIPPED}"
-        assert said[1].startswith(f"Triton: {validate.NO_CUDA}")
-    assert "on 20" in said[1]  # the second call did not run it again
+        triton, cuda = sorted(said, reverse=True)
+        assert cuda == f"CUDA: {validate.SKIPPED}"
+        assert triton.startswith(f"Triton: {NO_CUDA}")
+    assert "on 20" in triton  # the second call did not run it again
     validation.built = True  # the build was mended
-    assert run(validation, *steps) == (True, ["CUDA: passed", "Triton: passed"])
+    complete, said = run(validation, *steps)
+    assert complete
+    assert sorted(said) == ["CUDA: passed", "Triton: passed"]
 
 
 def test_a_build_is_recorded_until_one_succeeds(validation, monkeypatch, capsys):
     monkeypatch.setattr(validate.torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(validate, "cuda_built", False)
+    reasons = ["not built", "not built", "the driver is too old", None]
+    monkeypatch.setattr(validate, "inspect", lambda: ({}, reasons.pop(0)))
     monkeypatch.setattr(validate, "execute", lambda step, limit: (1, "no nvcc"))
     assert not validate.build_core(validation)
     assert "build: failed: exit status 1; the steps that need" in capsys.readouterr().err
     assert validation.steps()["build"]["tail"] == "no nvcc"
-    monkeypatch.setattr(validate, "cuda_built", True)
-    monkeypatch.setattr(validate, "why_not", lambda *_: None)
+    monkeypatch.setattr(validate, "execute", lambda step, limit: (0, "built"))
+    assert not validate.build_core(validation)
+    assert "build: failed: the driver is too old; the steps that need" in capsys.readouterr().err
+    assert validation.steps()["build"]["outcome"] == "failed: the driver is too old"
     assert validate.build_core(validation)
+    assert validation.steps()["build"].keys() == {"outcome", "date", "versions", "code"}
     assert validation.steps()["build"]["outcome"] == validate.PASSED
+    assert not reasons
+
+
+def test_a_fresh_process_is_asked_about_the_machine():
+    facts, reason = validate.inspect()
+    assert facts["torch"].startswith(torch.__version__)
+    assert reason == why_not("native", "cuda")
+
+
+def test_a_signal_ends_the_running_step(tmp_path):
+    """The step, and all that it started, end with the call; nothing is recorded, so that the step runs again."""
+    pid, code = tmp_path / "pid", "import os, time; open({!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    program = (
+        "import sys; from benchmarks.gpu import validate; from benchmarks.gpu.steps import Step; "
+        f"step = Step('slow', (sys.executable, '-S', '-c', {code.format(str(pid))!r}), 1, 60); "
+        "validate.stages = lambda *_, **__: {1: [step]}; "
+        f"validate.main(['1', '--dry-run', '--output', {str(tmp_path / 'results')!r}])"
+    )
+    call = subprocess.Popen([sys.executable, "-c", program], cwd=validate.ROOT)
+    while not (pid.is_file() and pid.read_text()):
+        assert call.poll() is None
+        time.sleep(0.1)
+    call.terminate()
+    assert call.wait(20) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+    (results,) = (tmp_path / "results").glob("*.json")
+    assert "slow" not in json.loads(results.read_text())["validation"]
 
 
 def test_only_tests_of_the_cuda_kernels_need_them(tmp_path):
@@ -173,8 +251,9 @@ def test_results_of_another_machine_of_the_kind_count(validation, tmp_path):
 
 def test_every_test_for_a_gpu_belongs_to_a_step(tmp_path):
     """What the steps that take a file leave of its tests marked `gpu` is nothing."""
-    commands = [step.command for steps in stages(tmp_path, dry_run=False).values() for step in steps]
-    ends = [command[command.index("-k") + 1 :] for command in commands if "--maxfail=30" in command]
+    steps = [step for steps in stages(tmp_path, dry_run=False).values() for step in steps]
+    commands = [step.command for step in steps if step.command[0] == sys.executable and "-k" in step.command]
+    ends = [command[command.index("-k") + 1 :] for command in commands]
     by_steps = {}
     for path in sorted((validate.ROOT / "tests").rglob("test_*.py")):
         if re.search(r"mark\.gpu\b", path.read_text()):

@@ -1,4 +1,5 @@
 import contextlib
+import sys
 import types
 
 import pytest
@@ -51,12 +52,29 @@ def helper(x):
     return tl.sum(x, 0)
 
 
+@triton.jit
+def add(a, b):
+    return a + b
+
+
 def total_kernel(x, out):
     tl.store(out, helper(tl.load(x + tl.arange(0, 32))))
 
 
-def test_a_launch_that_contracts_sums_of_a_helper_is_refused():
-    kernels = types.SimpleNamespace(total_kernel=support.kernel()(total_kernel))
+this_module = sys.modules[__name__]
+
+
+def total_of_module_kernel(x, out):
+    tl.store(out, this_module.helper(tl.load(x + tl.arange(0, 32))))
+
+
+def reduced_kernel(x, out):
+    tl.store(out, tl.reduce(tl.load(x + tl.arange(0, 32)), 0, add))
+
+
+@pytest.mark.parametrize("kernel", [total_kernel, total_of_module_kernel, reduced_kernel])
+def test_a_launch_that_contracts_sums_over_lanes_is_refused(kernel):
+    kernels = types.SimpleNamespace(total_kernel=support.kernel()(kernel))
 
     def launch(fused):
         x = torch.zeros(32)
