@@ -97,15 +97,15 @@ inline bool flatten(Strided& t, int64_t height, int64_t width) {
 }
 
 // Loads and stores single elements of a type that is known at run time, so that one kernel serves all types.
-template <class T>
+template <class T, Memory kMemory = Memory::constant>
 LITEVAE_DEVICE T load_one(const char* at, DType dtype) {
   T value[1] = {};
   if (dtype == DType::f32)
-    load_vector<float>(at, value);
+    load_vector<float, kMemory>(at, value);
   else if (dtype == DType::f64)
-    load_vector<double>(at, value);
+    load_vector<double, kMemory>(at, value);
   else
-    load_vector<Either16>(at, value, dtype == DType::f16);
+    load_vector<Either16, kMemory>(at, value, dtype == DType::f16);
   return value[0];
 }
 
@@ -120,6 +120,18 @@ LITEVAE_DEVICE void store_one(char* at, DType dtype, T value) {
     store_vector<Half>(at, run);
   else
     store_vector<BFloat16>(at, run);
+}
+
+// Returns a value as it is when it is stored and loaded again.
+template <class T>
+LITEVAE_DEVICE T round_one(T value, DType dtype) {
+  if (dtype == DType::f64) return value;
+  const auto single = static_cast<float>(value);
+  if (dtype == DType::f16)
+    return static_cast<T>(widen(Half{static_cast<uint16_t>(narrow<Half>(single, 0.f))}));
+  if (dtype == DType::bf16)
+    return static_cast<T>(widen(BFloat16{static_cast<uint16_t>(narrow<BFloat16>(single, 0.f))}));
+  return static_cast<T>(single);
 }
 
 // The threads of a block as a table: `rows` threads compute each of `columns` sums.

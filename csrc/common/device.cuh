@@ -29,25 +29,36 @@ LITEVAE_DEVICE To bit_cast(const From& from) {
   return to;
 }
 
-// Move kWords 32-bit words, aligned to kAlign bytes. Loads take the read-only path, so that the compiler may
-// move them ahead of stores.
-template <int kAlign, int kWords>
+// Whether a kernel writes the memory that it reads. If it does not, loads take the read-only path, so that
+// the compiler may move them ahead of stores.
+enum class Memory { constant, written };
+
+template <Memory kMemory, class Word>
+LITEVAE_DEVICE Word load_word(const Word* from) {
+  if constexpr (kMemory == Memory::constant)
+    return __ldg(from);
+  else
+    return *from;
+}
+
+// Move kWords 32-bit words, aligned to kAlign bytes.
+template <int kAlign, Memory kMemory = Memory::constant, int kWords>
 LITEVAE_DEVICE void load_words(const void* from, uint32_t (&to)[kWords]) {
   if constexpr (kAlign == 16) {
 #pragma unroll
     for (int i = 0; i < kWords / 4; ++i) {
-      const uint4 v = __ldg(static_cast<const uint4*>(from) + i);
+      const uint4 v = load_word<kMemory>(static_cast<const uint4*>(from) + i);
       to[4 * i] = v.x, to[4 * i + 1] = v.y, to[4 * i + 2] = v.z, to[4 * i + 3] = v.w;
     }
   } else if constexpr (kAlign == 8) {
 #pragma unroll
     for (int i = 0; i < kWords / 2; ++i) {
-      const uint2 v = __ldg(static_cast<const uint2*>(from) + i);
+      const uint2 v = load_word<kMemory>(static_cast<const uint2*>(from) + i);
       to[2 * i] = v.x, to[2 * i + 1] = v.y;
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) to[i] = __ldg(static_cast<const uint32_t*>(from) + i);
+    for (int i = 0; i < kWords; ++i) to[i] = load_word<kMemory>(static_cast<const uint32_t*>(from) + i);
   }
 }
 
@@ -67,8 +78,9 @@ LITEVAE_DEVICE void store_words(void* to, const uint32_t (&from)[kWords]) {
   }
 }
 
+template <Memory kMemory = Memory::constant>
 LITEVAE_DEVICE uint16_t load_short(const void* from) {
-  return __ldg(static_cast<const unsigned short*>(from));
+  return load_word<kMemory>(static_cast<const unsigned short*>(from));
 }
 
 LITEVAE_DEVICE void store_short(void* to, uint16_t bits) {
@@ -131,17 +143,18 @@ LITEVAE_DEVICE void unpack(const uint32_t (&words)[kWords], T (&to)[N], IsHalf..
 }
 
 // Loads N adjacent elements; `from` must be aligned to vector_bytes(N * sizeof(S)).
-template <class S, int N, class T, class... IsHalf>
+template <class S, Memory kMemory = Memory::constant, int N, class T, class... IsHalf>
 LITEVAE_DEVICE void load_vector(const void* from, T (&to)[N], IsHalf... is_half) {
   constexpr int kBytes = N * static_cast<int>(sizeof(S));
   if constexpr (kBytes % 4 != 0) {
     // An odd number of 16-bit elements.
 #pragma unroll
     for (int i = 0; i < N; ++i)
-      to[i] = static_cast<T>(widen(S{load_short(static_cast<const char*>(from) + 2 * i)}, is_half...));
+      to[i] =
+          static_cast<T>(widen(S{load_short<kMemory>(static_cast<const char*>(from) + 2 * i)}, is_half...));
   } else {
     uint32_t words[kBytes / 4];
-    load_words<vector_bytes(kBytes)>(from, words);
+    load_words<vector_bytes(kBytes), kMemory>(from, words);
     unpack<S>(words, to, is_half...);
   }
 }

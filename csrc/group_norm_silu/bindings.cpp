@@ -1,4 +1,4 @@
-// Registers GroupNorm+SiLU and its gradient.
+// Registers GroupNorm+SiLU, its gradient, and the addition that measures its input.
 #include "../common/bindings.h"
 
 #include "../common/isa.h"
@@ -50,6 +50,20 @@ Backward make_backward(const TensorView& grad, const TensorView& x, const Option
   return b;
 }
 
+#ifdef LITEVAE_CUDA
+group_norm_silu::Addition make_addition(const TensorView& y, const std::vector<TensorView>& residuals,
+                                        const std::vector<TensorView>& biases, uintptr_t statistics) {
+  group_norm_silu::Addition sum{y, {}, {}, pointer<double>(statistics)};
+  check_fits(residuals.size() <= 2, "residuals");
+  check_fits(biases.size() <= 2, "biases");
+  for (size_t i = 0; i < residuals.size(); ++i)
+    sum.residuals[i] = residuals[i], check_fits(same_size(residuals[i], y), "residuals");
+  for (size_t i = 0; i < biases.size(); ++i)
+    sum.biases[i] = biases[i], check_fits(biases[i].size[1] == y.size[1], "biases");
+  return sum;
+}
+#endif
+
 }  // namespace
 
 void bind_group_norm_silu(py::module_& m) {
@@ -98,6 +112,12 @@ void bind_group_norm_silu(py::module_& m) {
                                                       grad_weight, grad_bias, groups),
                                         pointer(scratch), device, pointer(stream));
         });
+  m.def("add_residuals_cuda", [](const TensorView& y, const std::vector<TensorView>& residuals,
+                                 const std::vector<TensorView>& biases, uintptr_t statistics,
+                                 uintptr_t scratch, int device, uintptr_t stream) {
+    add_residuals_cuda(make_addition(y, residuals, biases, statistics), pointer(scratch), device,
+                       pointer(stream));
+  });
 #ifdef LITEVAE_CLUSTERS
   // A card is a tuple (multiprocessors, bytes of shared memory per block, blocks per cluster).
   m.def("group_norm_silu_card", [](int device) {

@@ -1,6 +1,7 @@
-// The entry points of GroupNorm+SiLU on a GPU. plan.cuh launches the kernels, and kernels.cuh defines them.
+// The entry points of GroupNorm+SiLU on a GPU, and of the addition that measures its input. plan.cuh launches
+// the kernels, and kernels.cuh defines them; addition.cuh does both for the addition.
 #include "../common/launch.cuh"
-#include "plan.cuh"
+#include "addition.cuh"
 
 namespace litevae {
 
@@ -21,6 +22,10 @@ void group_norm_silu_forward_cuda(const group_norm_silu::Forward& call, void* sc
 void group_norm_silu_backward_cuda(const group_norm_silu::Backward& call, void* scratch, int device,
                                    void* stream) {
   group_norm_silu::run(call, scratch, Launch("the group_norm_silu_backward kernel", device, stream));
+}
+
+void add_residuals_cuda(const group_norm_silu::Addition& call, void* scratch, int device, void* stream) {
+  group_norm_silu::run(call, scratch, Launch("the add_residuals kernel", device, stream));
 }
 
 }  // namespace litevae

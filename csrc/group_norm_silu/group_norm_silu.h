@@ -39,6 +39,14 @@ struct Backward {
   TensorView grad_weight, grad_bias;  // (1, C, 1, 1), written, same dtypes as weight and bias
 };
 
+// y += residuals + biases, rounded once; only on a GPU. A missing tensor has a null `data`.
+struct Addition {
+  TensorView y;             // (N, C, H, W)
+  TensorView residuals[2];  // (N, C, H, W), each with any dtype
+  TensorView biases[2];     // (1, C, 1, 1), each with any dtype
+  double* statistics;       // (N, C, 2): mean and variance of each channel of the sum; written, or null
+};
+
 // What a GPU offers to thread-block clusters.
 struct Card {
   int64_t multiprocessors;
@@ -62,6 +70,8 @@ void group_norm_silu_forward_cuda(const group_norm_silu::Forward& call, void* sc
                                   void* stream, bool clusters);
 void group_norm_silu_backward_cuda(const group_norm_silu::Backward& call, void* scratch, int device,
                                    void* stream);
+// Without statistics, `scratch` is unused.
+void add_residuals_cuda(const group_norm_silu::Addition& call, void* scratch, int device, void* stream);
 
 // Only in a core that was built for sm_90 or newer GPUs. The choice depends on shape, dtype, layout and card.
 group_norm_silu::Clusters group_norm_silu_clusters(const group_norm_silu::Forward& call,

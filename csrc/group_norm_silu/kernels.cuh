@@ -3,7 +3,8 @@
 //
 // Forward: Statistics computes the mean and the sum of squared deviations of each group in each chunk and
 // slab, Combine computes the statistics of each group and the coefficients of its channels, and Apply writes
-// y. Where the statistics of each channel are given, CombineChannels takes the place of the first two.
+// y. Where the statistics of each channel are given, CombineChannels takes the place of the first two;
+// addition.cuh has the kernels that compute them.
 // Backward: Sums adds up dz and dz xhat of each channel in each chunk, Reduce adds these up over chunks and
 // over the channels of a group, ApplyBackward writes the gradient of x, and Parameters adds up the gradients
 // of weight and bias over the batch.
@@ -81,9 +82,12 @@ struct Pass {
   int shared, channels_at, groups_at;
 };
 
-// Any 16-bit or 32-bit type, known at run time only.
+// Any type, known at run time only, with arithmetic in the widest one.
 struct AnyType {
   float widest;
+};
+struct AnyTypeInDouble {
+  double widest;
 };
 
 template <class S>
@@ -120,8 +124,8 @@ LITEVAE_DEVICE double parameter(const Strided& of, int64_t channel, double missi
 // The part of the tensors that one block works on.
 template <class S, Kind kKind>
 struct Part {
-  static constexpr bool kAny = std::is_same<S, AnyType>::value;
-  using T = std::conditional_t<std::is_same<S, double>::value, double, float>;
+  static constexpr bool kAny = std::is_same<S, AnyType>::value || std::is_same<S, AnyTypeInDouble>::value;
+  using T = std::conditional_t<sizeof(S) == sizeof(double), double, float>;
   static constexpr int V = lanes_of<S>(kKind);               // elements per unit
   static constexpr int K = kKind == Kind::channels ? V : 1;  // channels per unit
 
@@ -173,10 +177,12 @@ struct Part {
   struct Packed {
     uint32_t words[V * sizeof(S) / 4];
     LITEVAE_DEVICE void unpack(T (&to)[V]) const { litevae::unpack<S>(words, to); }
+    LITEVAE_DEVICE void pack(const T (&from)[V], DType) { litevae::pack<S>(from, words); }
   };
   struct Value {
     T value;
     LITEVAE_DEVICE void unpack(T (&to)[V]) const { to[0] = value; }
+    LITEVAE_DEVICE void pack(const T (&from)[V], DType dtype) { value = round_one(from[0], dtype); }
   };
   using Unit = std::conditional_t<kAny, Value, Packed>;
 
@@ -199,12 +205,13 @@ struct Part {
       const int64_t x = take(y, width);
       return first + y * row_step + x * step;
     }
+    template <Memory kMemory = Memory::constant>
     LITEVAE_DEVICE Unit load(int unit) const {
       Unit to;
       if constexpr (kAny)
-        to.value = load_one<T>(at(unit), dtype);
+        to.value = load_one<T, kMemory>(at(unit), dtype);
       else
-        load_words<vector_bytes(V * sizeof(S))>(at(unit), to.words);
+        load_words<vector_bytes(V * sizeof(S)), kMemory>(at(unit), to.words);
       return to;
     }
     LITEVAE_DEVICE void store(int unit, const T (&from)[V]) const {
@@ -390,6 +397,98 @@ LITEVAE_DEVICE void join_channels(const Block& block, const Part& part, const Ch
   });
 }
 
+// The sums of a thread over its units, about a shift.
+template <class Part>
+struct Deviations {
+  using T = typename Part::T;
+  static constexpr int V = Part::V, K = Part::K;
+
+  T shift[K] = {}, sum[V] = {}, squares[V] = {};
+  int units = 0;
+
+  // Adds a batch of loaded units, the first of which is `unit`. The shift is the mean of the first kSample
+  // units, at least an eighth of all. The squared deviations from it add up to at most nine times those from
+  // the mean.
+  template <int kSample, int kBatch>
+  LITEVAE_DEVICE void add(const typename Part::Unit (&loaded)[kBatch], int unit, int rows, int end) {
+    if (units == 0) {
+#pragma unroll
+      for (int u = 0; u < kSample; ++u) {
+        if (unit + u * rows >= end) break;
+        T values[V];
+        loaded[u].unpack(values);
+#pragma unroll
+        for (int v = 0; v < V; ++v) shift[K == 1 ? 0 : v] += values[v];
+        ++units;
+      }
+      const T share = reciprocal(static_cast<T>(units * (V / K)));
+#pragma unroll
+      for (int k = 0; k < K; ++k) shift[k] *= share;
+      units = 0;
+    }
+#pragma unroll
+    for (int u = 0; u < kBatch; ++u) {
+      if (unit + u * rows >= end) break;
+      T values[V];
+      loaded[u].unpack(values);
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        const T d = values[v] - shift[K == 1 ? 0 : v];
+        sum[v] += d, squares[v] = multiply_add(d, d, squares[v]);
+      }
+      ++units;
+    }
+  }
+
+  LITEVAE_DEVICE Moments<T, K> moments() {
+    add_lanes<K>(sum, squares);
+    Moments<T, K> found;
+    found.count = static_cast<T>(units * (V / K));
+    const T share = reciprocal(units > 0 ? found.count : 1);
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      found.shift[k] = shift[k], found.mean[k] = sum[k] * share;
+      // with one rounding, because two squares that overflow would give a NaN
+      found.squares[k] = multiply_add(-sum[k], found.mean[k], squares[k]);
+    }
+    return found;
+  }
+};
+
+// Joins the rows of a block. `find` returns the moments of a thread's units by its number and place, and
+// `put` takes mean and squared deviations of each channel, by its number in the block.
+template <class Part, class Found, class Find, class Put>
+LITEVAE_DEVICE void join_rows(const Block& block, const Part& part, Found (&joined)[kThreads],
+                              const Find& find, const Put& put) {
+  const Table& table = part.p.table;
+  Private<Found> all(block);
+  Private<typename Part::Place> places(block);
+  const auto half = [](int rows) { return (rows + 1) / 2; };
+  block.each([&](int thread) {
+    const auto place = places[thread] = part.place(thread);
+    const Found& found = all[thread] = find(thread, place);
+    if (table.has(thread) && place.row >= half(table.rows)) joined[thread] = found;
+  });
+  // The upper half of the rows goes to the lower half until one row is left.
+  for (int rows = table.rows; rows > 1; rows = half(rows)) {
+    block.each([&](int thread) {
+      const int row = places[thread].row, left = half(rows);
+      if (!table.has(thread) || row >= left) return;
+      if (row + left < rows) all[thread].merge(joined[thread + left * table.row_stride]);
+      if (left > 1 && row >= half(left)) joined[thread] = all[thread];
+    });
+  }
+  block.each([&](int thread) {
+    const auto& place = places[thread];
+    if (!part.has(thread, place) || place.row != 0) return;
+    const Found& found = all[thread];
+#pragma unroll
+    for (int k = 0; k < Part::K; ++k)
+      put(place.column * Part::K + k,
+          static_cast<double>(found.shift[k]) + static_cast<double>(found.mean[k]), found.squares[k]);
+  });
+}
+
 template <class S, Kind kKind>
 struct Statistics {
   using Part = group_norm_silu::Part<S, kKind>;
@@ -405,91 +504,27 @@ struct Statistics {
 
   // Returns the statistics of a thread's units.
   static LITEVAE_DEVICE Found find(const Part& part, int thread, const typename Part::Place& place) {
-    Found found{};
-    if (!part.has(thread, place)) return found;
+    if (!part.has(thread, place)) return Found{};
     const auto from = part.units(part.p.x, place);
     const int rows = part.p.table.rows, end = part.count;
-    T sum[V] = {}, squares[V] = {};
-    int units = 0;
+    Deviations<Part> found;
 #pragma unroll 1
     for (int unit = place.row; unit < end; unit += kBatch * rows) {
       typename Part::Unit loaded[kBatch];
 #pragma unroll
       for (int u = 0; u < kBatch; ++u)
         if (unit + u * rows < end) loaded[u] = from.load(unit + u * rows);
-      if (units == 0) {
-        // The shift is the mean of the first units, at least an eighth of all. The squared deviations from it
-        // add up to at most nine times those from the mean.
-#pragma unroll
-        for (int u = 0; u < kSample; ++u) {
-          if (unit + u * rows >= end) break;
-          T values[V];
-          loaded[u].unpack(values);
-#pragma unroll
-          for (int v = 0; v < V; ++v) found.shift[K == 1 ? 0 : v] += values[v];
-          ++units;
-        }
-        const T share = reciprocal(static_cast<T>(units * (V / K)));
-#pragma unroll
-        for (int k = 0; k < K; ++k) found.shift[k] *= share;
-        units = 0;
-      }
-#pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
-        if (unit + u * rows >= end) break;
-        T values[V];
-        loaded[u].unpack(values);
-#pragma unroll
-        for (int v = 0; v < V; ++v) {
-          const T d = values[v] - found.shift[K == 1 ? 0 : v];
-          sum[v] += d, squares[v] = multiply_add(d, d, squares[v]);
-        }
-        ++units;
-      }
+      found.template add<kSample>(loaded, unit, rows, end);
     }
-    add_lanes<K>(sum, squares);
-    found.count = static_cast<T>(units * (V / K));
-    const T share = reciprocal(units > 0 ? found.count : 1);
-#pragma unroll
-    for (int k = 0; k < K; ++k) {
-      found.mean[k] = sum[k] * share;
-      // with one rounding, because two squares that overflow would give a NaN
-      found.squares[k] = multiply_add(-sum[k], found.mean[k], squares[k]);
-    }
-    return found;
+    return found.moments();
   }
 
   static LITEVAE_DEVICE void run(const Pass& p, int64_t index, const Block& block, Shared& shared) {
     const Part part(p, index);
-    const Table& table = p.table;
-    Private<Found> all(block);
-    Private<typename Part::Place> places(block);
-    const auto half = [](int rows) { return (rows + 1) / 2; };
-    block.each([&](int thread) {
-      const auto place = places[thread] = part.place(thread);
-      const Found& found = all[thread] = find(part, thread, place);
-      if (table.has(thread) && place.row >= half(table.rows)) shared.rows[thread] = found;
-    });
-    // The upper half of the rows goes to the lower half until one row is left.
-    for (int rows = table.rows; rows > 1; rows = half(rows)) {
-      block.each([&](int thread) {
-        const int row = places[thread].row, left = half(rows);
-        if (!table.has(thread) || row >= left) return;
-        if (row + left < rows) all[thread].merge(shared.rows[thread + left * table.row_stride]);
-        if (left > 1 && row >= half(left)) shared.rows[thread] = all[thread];
-      });
-    }
-    block.each([&](int thread) {
-      const auto& place = places[thread];
-      if (!part.has(thread, place) || place.row != 0) return;
-      const Found& found = all[thread];
-#pragma unroll
-      for (int k = 0; k < K; ++k) {
-        const int i = place.column * K + k;
-        shared.mean[i] = static_cast<double>(found.shift[k]) + static_cast<double>(found.mean[k]);
-        shared.squares[i] = found.squares[k];
-      }
-    });
+    join_rows(
+        block, part, shared.rows,
+        [&](int thread, const typename Part::Place& place) { return find(part, thread, place); },
+        [&](int i, double mean, T squares) { shared.mean[i] = mean, shared.squares[i] = squares; });
     join_channels(
         block, part, [&](int c) { return Pair{shared.mean[c], static_cast<double>(shared.squares[c])}; },
         [&](int i, const Pair& group) { part.partial(i) = group; });
@@ -610,6 +645,27 @@ struct ApplyBackward {
 // --- The kernels that add up partial results. A block works on one group of one image (in Parameters, on
 // kParameterColumns channels).
 
+// Adds up a row's chunks of `channels` channels: the differences of their elements from a shift, and the
+// squares of these. `from` has mean and squared deviations of the first chunk.
+LITEVAE_DEVICE void add_chunks(const Pass& p, const Pair* from, double channels, double shift, int row,
+                               int rows, double& sum, double& squares) {
+#pragma unroll 4
+  for (int64_t chunk = row; chunk < p.chunks; chunk += rows) {
+    const Pair one = from[chunk * p.channels];
+    const double count = channels * (chunk + 1 < p.chunks ? p.chunk_pixels : p.last_pixels);
+    const double d = one.first - shift;
+    sum += count * d, squares += one.second + count * d * d;
+  }
+}
+
+// Returns mean and variance of `size` elements from such sums.
+LITEVAE_DEVICE Pair mean_and_variance(double shift, double sum, double squares, double size) {
+  const double share = 1. / size;
+  const double difference = sum * share, square = squares * share;
+  const double variance = square - difference * difference;
+  return {shift + difference, variance < 0 ? 0 : variance};
+}
+
 struct Combine {
   static constexpr int kMaxThreads = kReduceThreads, kMinBlocks = 1;
   struct Shared {
@@ -639,13 +695,7 @@ struct Combine {
           const auto channels =
               static_cast<double>((end < last ? end : last) - (begin > first ? begin : first));
           const Pair* const from = partial + at(slab);
-#pragma unroll 4
-          for (int64_t chunk = table.row(thread); chunk < p.chunks; chunk += table.rows) {
-            const Pair one = from[chunk * p.channels];
-            const double count = channels * (chunk + 1 < p.chunks ? p.chunk_pixels : p.last_pixels);
-            const double d = one.first - shift;
-            sum += count * d, squares += one.second + count * d * d;
-          }
+          add_chunks(p, from, channels, shift, table.row(thread), table.rows, sum, squares);
         }
       shared.values[0][thread] = sum, shared.values[1][thread] = squares;
     });
@@ -660,11 +710,8 @@ struct Combine {
     add_rows(block, Table{1, block.threads, 1, 1}, shared.values, shared.sums);
     block.each([&](int thread) {
       if (thread != 0) return;
-      const double share = 1. / size;
-      const double difference = shared.sums[0] * share, square = shared.sums[1] * share;
-      double variance = square - difference * difference;
-      if (variance < 0) variance = 0;
-      shared.mean = shift + difference, shared.rstd = 1. / sqrt(variance + p.eps);
+      const Pair both = mean_and_variance(shift, shared.sums[0], shared.sums[1], size);
+      shared.mean = both.first, shared.rstd = 1. / sqrt(both.second + p.eps);
       p.stats[2 * index] = shared.mean, p.stats[2 * index + 1] = shared.rstd;
     });
     block.each([&](int thread) {

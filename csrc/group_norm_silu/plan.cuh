@@ -130,15 +130,19 @@ Pass pass_of(const Inputs& in) {
   return p;
 }
 
-// Returns the kind of kernel that serves a call.
-Kind choose(Pass& p, const Inputs& in, bool backward) {
-  Strided(*const tensors[])[2] = {&p.x, &p.out, &p.grad};
-  const int count = backward ? 3 : 2;
+// Returns the kind of kernel that serves `count` tensors of the dtype, the height and the width of `x`.
+Kind choose(Pass& p, const TensorView& x, Strided (*const* tensors)[2], int count) {
   p.flat = true;
   for (int i = 0; i < count; ++i)
     for (Strided& t : *tensors[i])
-      if (t.data != nullptr && !flatten(t, in.height(), in.width())) p.flat = false;
-  return Layout(p, element_size(in.x.dtype)).kind(tensors, count);
+      if (t.data != nullptr && !flatten(t, x.size[2], x.size[3])) p.flat = false;
+  return Layout(p, element_size(x.dtype)).kind(tensors, count);
+}
+
+// Returns the kind of kernel that serves a call.
+Kind choose(Pass& p, const Inputs& in, bool backward) {
+  Strided(*const tensors[])[2] = {&p.x, &p.out, &p.grad};
+  return choose(p, in.x, tensors, backward ? 3 : 2);
 }
 
 // Returns whether neighbouring threads take neighbouring channels, and not neighbouring pixels.
@@ -147,9 +151,9 @@ bool channels_come_first(const Pass& p, Kind kind) {
   return p.channels > 1 && (p.pixels == 1 || p.x[0].c < p.x[0].w);
 }
 
-void divide(Pass& p, const Inputs& in, Kind kind, Work work) {
+void divide(Pass& p, DType dtype, Kind kind, Work work) {
   const bool channels_first = channels_come_first(p, kind);
-  const int64_t lanes = kind == Kind::single ? 1 : 16 / element_size(in.x.dtype);
+  const int64_t lanes = kind == Kind::single ? 1 : 16 / element_size(dtype);
   const int64_t along_pixels = kind == Kind::pixels ? lanes : 1, along_channels = lanes / along_pixels;
   const Division how =
       divide_work(p.batch, p.channels / along_channels, p.pixels / along_pixels, channels_first, work);
@@ -230,8 +234,8 @@ void place(Pass& p, void* scratch) {
 
 // --- Launches.
 
-template <template <class, Kind> class Body, class Launch>
-void launch_streaming(Pass& p, DType dtype, Kind kind, const Launch& launch) {
+template <template <class, Kind> class Body, class AnyPass, class Launch>
+void launch_streaming(AnyPass& p, DType dtype, Kind kind, const Launch& launch) {
   p.blocks = p.batch * p.slabs * p.chunks;
   p.threads = (p.table.columns * p.table.rows + 31) / 32 * 32;
   if (dtype == DType::f64) return launch(Body<double, Kind::single>(), p);
@@ -268,7 +272,7 @@ void run(const Forward& call, void* scratch, const Launch& launch) {
   Pass p = pass_of(call);
   if (p.batch * p.channels * p.pixels == 0) return;
   const Kind kind = choose(p, call.in, false);
-  divide(p, call.in, kind, Work::sum);
+  divide(p, call.in.x.dtype, kind, Work::sum);
   place(p, scratch);
   p.given[0] = call.given[0], p.given[1] = call.given[1];
   if (p.given[0] != nullptr) {
@@ -278,7 +282,7 @@ void run(const Forward& call, void* scratch, const Launch& launch) {
     launch_streaming<Statistics>(p, call.in.x.dtype, kind, launch);
     launch_groups<Combine>(p, launch);
   }
-  divide(p, call.in, kind, Work::write);
+  divide(p, call.in.x.dtype, kind, Work::write);
   launch_streaming<Apply>(p, call.in.x.dtype, kind, launch);
 }
 
@@ -291,11 +295,11 @@ void run(const Backward& call, void* scratch, const Launch& launch) {
   if (call.grad_skip.data != nullptr) p.out[1] = in_bytes(call.grad_skip);
   p.grad_weight = in_bytes(call.grad_weight), p.grad_bias = in_bytes(call.grad_bias);
   const Kind kind = choose(p, call.in, true);
-  divide(p, call.in, kind, Work::sum);
+  divide(p, call.in.x.dtype, kind, Work::sum);
   place(p, scratch);
   launch_streaming<Sums>(p, call.in.x.dtype, kind, launch);
   launch_groups<Reduce>(p, launch);
-  divide(p, call.in, kind, Work::write);
+  divide(p, call.in.x.dtype, kind, Work::write);
   launch_streaming<ApplyBackward>(p, call.in.x.dtype, kind, launch);
   if (p.grad_weight.data == nullptr && p.grad_bias.data == nullptr) return;
   p.blocks = (p.channels + kParameterColumns - 1) / kParameterColumns, p.threads = kThreads;

@@ -32,7 +32,7 @@ On a GPU, a Triton kernel may serve half precision in channels_last without grad
 PyTorch's direct convolution serves all other calls: other devices, float64, narrow layers, small images,
 `torch.export`, `torch.func`, and every call under ``use_backend("reference")``, which is the way to an exact direct
 convolution. On a CPU without the arithmetic of a half precision, it computes in float32 and rounds once. On a GPU, a
-Triton kernel adds the bias and the residual to its result in one pass while gradients are off; `torch.compile` joins
+kernel adds the bias and the residual to its result in one pass while gradients are off; `torch.compile` joins
 the two passes itself. If Triton is forced and does not serve the CPU, a call that the kernels would have served raises
 an error.
 """

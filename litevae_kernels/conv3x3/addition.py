@@ -1,7 +1,7 @@
 """PyTorch's convolution whose biases and residuals are added in one pass, with the statistics of the sum.
 
 On a GPU, PyTorch adds a bias and a residual in passes of their own, and a GroupNorm that follows reads the sum once
-more for its statistics. A Triton kernel does all three in the pass that adds.
+more for its statistics. A kernel, in Triton or CUDA C++, does all three in the pass that adds.
 """
 
 from collections.abc import Sequence
@@ -10,16 +10,19 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from litevae_kernels.backend import choose, why_not
+from litevae_kernels.backend import choose, forced_backend, why_not
 from litevae_kernels.conv3x3 import reference
+from litevae_kernels.group_norm_silu.op import backend_module
 
 torch.library.define(
     "litevae::add_residuals_",
-    "(Tensor(a!) y, Tensor[] residuals, Tensor[] biases, bool measure) -> Tensor",
+    "(Tensor(a!) y, Tensor[] residuals, Tensor[] biases, bool measure, str backend) -> Tensor",
 )
 
 
-def _add_residuals(y: Tensor, residuals: Sequence[Tensor], biases: Sequence[Tensor], measure: bool) -> Tensor:
+def _add_residuals(
+    y: Tensor, residuals: Sequence[Tensor], biases: Sequence[Tensor], measure: bool, backend: str
+) -> Tensor:
     """Adds at most two residuals (N, C, H, W) and two biases (C), of any dtype, to `y`, and rounds once.
 
     Returns float64 (N, C, 2), the mean and the variance of each channel of the sum, or unless `measure` no number.
@@ -27,15 +30,13 @@ def _add_residuals(y: Tensor, residuals: Sequence[Tensor], biases: Sequence[Tens
     Raises:
         ValueError: there are more terms, or one has another shape.
     """
-    from litevae_kernels.group_norm_silu import triton  # some platforms have no Triton
-
     for name, terms, shape in (("residuals", residuals, y.shape), ("biases", biases, y.shape[1:2])):
         if len(terms) > 2 or any(term.shape != shape for term in terms):
             shapes = [tuple(term.shape) for term in terms]
             raise ValueError(f"{name} have the shapes {shapes}; at most two of {tuple(shape)} are allowed")
     statistics = empty_statistics(y, y.shape[1], measure)
     if y.numel():
-        triton.add(y, residuals, biases, statistics if measure else None)
+        backend_module(backend).add(y, residuals, biases, statistics if measure else None)
     else:
         statistics.zero_()
     return statistics
@@ -46,7 +47,9 @@ for _key in ("CPU", "CUDA"):  # A CPU stands for a GPU under Triton's interprete
 
 
 @torch.library.register_fake("litevae::add_residuals_")
-def _(y: Tensor, residuals: Sequence[Tensor], biases: Sequence[Tensor], measure: bool) -> Tensor:
+def _(
+    y: Tensor, residuals: Sequence[Tensor], biases: Sequence[Tensor], measure: bool, backend: str
+) -> Tensor:
     return empty_statistics(y, y.shape[1], measure)
 
 
@@ -56,20 +59,27 @@ def empty_statistics(like: Tensor, channels: int, measure: bool) -> Tensor:
     return torch.empty(shape, dtype=torch.float64, device=like.device)
 
 
+def _backend(x: Tensor) -> str | None:
+    """Returns the backend whose kernel adds on x's device: Triton unless native is forced; None if PyTorch adds."""
+    backend = choose(x.device.type)
+    if backend == "native" and x.is_cuda and (forced_backend() or why_not("triton", "cuda")) is None:
+        return "triton"
+    return backend if backend == "triton" or (backend == "native" and x.is_cuda) else None
+
+
 def serves(x: Tensor, *, measure: bool = False) -> bool:
     """Returns whether the kernel adds to the convolution of `x`; with `measure`, whether it also measures the sum.
 
     `torch.compile` itself joins the additions after a convolution in one kernel, but not the statistics.
     """
-    if torch.is_grad_enabled() or why_not("triton", x.device.type) is not None:
+    if torch.is_grad_enabled():
         return False
     if torch.compiler.is_compiling():
         if not measure:
             return False
     elif forward_ad._current_level >= 0:  # A tangent would be lost.
         return False
-    backend = choose(x.device.type)
-    return backend == "triton" or (backend == "native" and x.is_cuda)
+    return _backend(x) is not None
 
 
 def convolve(
@@ -99,5 +109,5 @@ def convolve_and_add(
         measure: whether to return the sum's statistics, as `group_norm_silu` takes them.
     """
     y = reference.forward(x, weight, None, None, silu_input)
-    statistics = torch.ops.litevae.add_residuals_(y, residuals, biases, measure)
+    statistics = torch.ops.litevae.add_residuals_(y, residuals, biases, measure, _backend(x))
     return y, statistics if measure else None

@@ -1,6 +1,6 @@
 """GroupNorm+SiLU in the compiled core: C++ on the CPU, CUDA C++ on a GPU.
 
-Both functions fill tensors that the caller allocated, and take any strides. On the CPU, a tensor is copied first if its
+The functions fill tensors that the caller allocated, and take any strides. On the CPU, a tensor is copied first if its
 innermost dimension is not that of the output, or has gaps.
 
 On sm_90 and newer GPUs, one kernel can serve a forward pass in thread-block clusters, which read their input once. No
@@ -103,6 +103,23 @@ def forward(
         clusters = mode == "clusters" and not statistics and _may_use_clusters(x.device.index)
         core.group_norm_silu_cuda(
             *views, address, num_groups, eps, *given, first + own, x.device.index, stream, clusters
+        )
+
+
+def add(y: Tensor, residuals: Sequence[Tensor], biases: Sequence[Tensor], statistics: Tensor | None) -> None:
+    """Adds to `y` on a GPU, and fills `statistics` (N, C, 2) with the mean and variance of each channel of the sum."""
+    assert core is not None
+    with device_guard(y.device):
+        to, stats = native_view(y), 0 if statistics is None else statistics.data_ptr()
+        scratch = scratch_memory(core.group_norm_silu_scratch_bytes(to) if stats else 0, y.device)
+        core.add_residuals_cuda(
+            to,
+            [native_view(t) for t in residuals],
+            [native_view(t) for t in biases],
+            stats,
+            scratch.data_ptr(),
+            y.device.index,
+            current_stream(y.device),
         )
 
 

@@ -22,7 +22,8 @@ from litevae_kernels.tensors import (
 )
 
 
-def _backend(name: str) -> ModuleType:
+def backend_module(name: str) -> ModuleType:
+    """Returns the module with the kernels of the backend `name`."""
     if name == "triton":
         from litevae_kernels.group_norm_silu import triton  # some platforms have no Triton
 
@@ -94,7 +95,9 @@ def _forward(
     y, stats = _outputs(x, skip, num_groups)
     if y.numel() == 0:
         return y, stats.zero_()
-    _backend(backend).forward(x, skip, weight, bias, y, stats, num_groups, eps, offset, statistics or ())
+    backend_module(backend).forward(
+        x, skip, weight, bias, y, stats, num_groups, eps, offset, statistics or ()
+    )
     return y, stats
 
 
@@ -122,7 +125,7 @@ def _backward(
             gradient.zero_()
         return gradients
     present = [None if t is None else g for t, g in zip((x, skip, weight, bias), gradients, strict=True)]
-    _backend(backend).backward(grad, x, skip, weight, bias, stats, *present, num_groups)
+    backend_module(backend).backward(grad, x, skip, weight, bias, stats, *present, num_groups)
     return gradients
 
 

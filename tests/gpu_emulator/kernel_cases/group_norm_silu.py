@@ -113,15 +113,18 @@ def check_statistics(found: Tensor, x: Tensor) -> None:
         assert_within_budget(error, torch.zeros_like(error), magnitude=magnitude, operations=CHAIN)
 
 
-def _check_sum(
-    kernels: Kernels, case: Case, y: Poisoned, residuals: list[Tensor], biases: list[Tensor]
-) -> None:
+def _check_sum(kernels: Kernels, y: Poisoned, residuals: list[Tensor], biases: list[Tensor]) -> None:
     """Checks the addition to `y`, and the statistics of the sum."""
+    before = y.view.clone()
     terms = [y.view.double(), *(t.double() for t in residuals), *(t.double()[:, None, None] for t in biases)]
     shape = y.view.shape
     exact, magnitude = (sum(map(f, terms)).expand(shape) for f in (torch.clone, torch.abs))
     found = torch.full((*shape[:2], 2), torch.nan, dtype=torch.float64)
     kernels.run("group_norm_silu", "add", y.view, residuals, biases, found, written=[y.view, found])
+    measured = y.view.clone()
+    y.view.copy_(before)
+    kernels.run("group_norm_silu", "add", y.view, residuals, biases, None, written=[y.view])
+    assert torch.equal(y.view, measured)
     assert_within_budget(y.view, exact, magnitude=magnitude, operations=len(terms))
     check_statistics(found, y.view)
     y.check_surroundings("sum")
@@ -173,11 +176,20 @@ def check(kernels: Kernels, rng: random.Random, case: Case) -> None:
     of_inputs = statistics_of(x, skip)
     arguments = (*inputs, given.view, torch.empty_like(stats), case.groups, case.eps, None, of_inputs)
     kernels.run("group_norm_silu", "forward", *arguments, written=[given.view, arguments[5]])
-    if kernels.name == "triton":
-        biases = [t for t in (weight, bias) if t is not None]
-        _check_sum(
-            kernels, case, tensor(c, case.layouts[3], joined), [grad, y][: 1 + len(biases) // 2], biases
-        )
+    biases = [t for t in (weight, bias) if t is not None]
+
+    def summand() -> Poisoned:
+        t = tensor(c, case.layouts[3])
+        t.view.copy_(joined)
+        return t
+
+    _check_sum(kernels, summand(), [grad, y][: 1 + len(biases) // 2], biases)
+    if kernels.name == "cuda":
+        _check_sum(kernels, summand(), [], biases)
+        others = [grad.to(d) for d in rng.sample(DTYPES, 2)]
+        _check_sum(kernels, summand(), others, biases[:1])
+        same = summand()
+        _check_sum(kernels, same, [same.view], biases)
 
     named = zip(("x", "skip", "weight", "bias"), inputs, strict=True)
     wide = {k: t.double().clone().contiguous().requires_grad_() for k, t in named if t is not None}

@@ -80,8 +80,10 @@ def test_registration(device: str) -> None:
     x, _, biases, residuals = problem(device, torch.channels_last)
     y = residuals[0].clone(memory_format=torch.preserve_format)
     for measure in (True, False):
-        torch.library.opcheck(torch.ops.litevae.add_residuals_.default, (y, residuals[1:], biases, measure))
-    assert torch.ops.litevae.add_residuals_(x[:0], [x[:0]], [], True).shape == (0, 6, 2)
+        torch.library.opcheck(
+            torch.ops.litevae.add_residuals_.default, (y, residuals[1:], biases, measure, "triton")
+        )
+    assert torch.ops.litevae.add_residuals_(x[:0], [x[:0]], [], True, "triton").shape == (0, 6, 2)
 
 
 @on_device
@@ -112,3 +114,25 @@ def test_what_the_kernel_serves() -> None:
         with forward_ad.dual_level():
             assert not addition.serves(on_gpu)
     assert not addition.serves(on_gpu)
+
+
+@pytest.mark.parametrize(
+    ("forced", "reason", "expected"),
+    [
+        (None, None, "triton"),
+        (None, "Triton is not installed", "native"),
+        ("native", None, "native"),
+        ("triton", None, "triton"),
+        ("reference", None, None),
+    ],
+)
+def test_which_backend_adds(
+    forced: str | None, reason: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a core that has CUDA."""
+    with FakeTensorMode():
+        on_gpu = torch.empty(1, 4, 2, 2, device="cuda")
+    monkeypatch.setattr(addition, "choose", lambda device_type: forced or "native")
+    monkeypatch.setattr(addition, "forced_backend", lambda: forced)
+    monkeypatch.setattr(addition, "why_not", lambda backend, device_type: reason)
+    assert addition._backend(on_gpu) == expected

@@ -143,6 +143,37 @@ def test_the_models_shapes(backend, n, c, skip_channels, size, dtype, memory_for
 
 @on_each_backend
 @pytest.mark.parametrize("memory_format", DENSE)
+@pytest.mark.parametrize("other", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_addition(backend, dtype, other, memory_format):
+    """Biases and residuals of another dtype, and y itself as a residual; the statistics of the sum."""
+    for shape in ((2, 40, 7, 9), (1, 64, 64, 64)):
+        y, residual = (
+            values(shape, d, seed=s).cuda().contiguous(memory_format=memory_format)
+            for s, d in ((1, dtype), (2, other))
+        )
+        biases = [values(shape[1], d, seed=s).cuda() for s, d in ((3, dtype), (4, other))]
+        for of_other in (True, False):
+            total, plain = y.clone(), y.clone()
+            outcomes = []
+            for into, measure in ((total, True), (plain, False)):
+                residuals = [residual, into] if of_other else [into]
+                call = (into, residuals, biases, measure, backend)
+                outcomes.append(torch.ops.litevae.add_residuals_(*call))
+            assert torch.equal(total, plain)
+            terms = [y, y, *([residual] if of_other else []), *(b[:, None, None] for b in biases)]
+            exact, magnitude = (sum(f(t.double()) for t in terms).cpu() for f in (torch.clone, torch.abs))
+            assert_within_budget(total.cpu(), exact, magnitude=magnitude, operations=len(terms))
+            variance, mean = torch.var_mean(total.double(), (2, 3), correction=0)
+            torch.testing.assert_close(
+                outcomes[0][..., 0], mean, rtol=0, atol=1e-5 * variance.max().sqrt().item()
+            )
+            torch.testing.assert_close(outcomes[0][..., 1], variance, rtol=1e-4, atol=0)
+
+
+@on_each_backend
+@pytest.mark.parametrize("memory_format", DENSE)
 @pytest.mark.parametrize(("mean", "std"), [(1e4, 1.0), (-1e6, 1.0), (1e3, 1e-3)])
 def test_a_large_mean(backend, mean, std, memory_format):
     for shape, groups in [((2, 8, 24, 20), 2), ((1, 32, 128, 131), 8), ((1, 64, 64, 64), 32)]:
