@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from litevae_kernels import (
     wavedec2,
     waverec2,
 )
+from litevae_kernels.backend import why_not
 
 CALLS = 100  # per measurement; fewer than a GPU's queue holds
 ROUNDS = 60
@@ -70,8 +72,11 @@ def make_calls(device: str) -> dict[str, Call]:
         f"{PYTORCH}conv2d + residual": Call(lambda: F.conv2d(x, weight, bias, padding=1).add_(x)),
     }
     if device == "cuda":  # On a CPU, no kernel serves it.
-        calls["add_residuals_"] = Call(lambda: add_residuals(x, [x], [bias], False))
-        calls["add_residuals_, statistics"] = Call(lambda: add_residuals(x, [x], [bias], True))
+        for backend in ("native", "triton"):
+            if why_not(backend, device) is None:
+                for name, measure in (("", False), (", statistics", True)):
+                    call = partial(add_residuals, x, [x], [bias], measure, backend)
+                    calls[f"add_residuals_, {backend}{name}"] = Call(call)
     return calls
 
 
