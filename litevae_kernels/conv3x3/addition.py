@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from litevae_kernels.backend import choose, forced_backend, why_not
+from litevae_kernels.backend import choose
 from litevae_kernels.conv3x3 import reference
 from litevae_kernels.group_norm_silu.op import backend_module
 
@@ -60,10 +60,8 @@ def empty_statistics(like: Tensor, channels: int, measure: bool) -> Tensor:
 
 
 def _backend(x: Tensor) -> str | None:
-    """Returns the backend whose kernel adds on x's device: Triton unless native is forced; None if PyTorch adds."""
+    """Returns the backend whose kernel adds on x's device; None if PyTorch adds, as on a CPU."""
     backend = choose(x.device.type)
-    if backend == "native" and x.is_cuda and (forced_backend() or why_not("triton", "cuda")) is None:
-        return "triton"
     return backend if backend == "triton" or (backend == "native" and x.is_cuda) else None
 
 

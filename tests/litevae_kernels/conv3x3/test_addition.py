@@ -116,23 +116,11 @@ def test_what_the_kernel_serves() -> None:
     assert not addition.serves(on_gpu)
 
 
-@pytest.mark.parametrize(
-    ("forced", "reason", "expected"),
-    [
-        (None, None, "triton"),
-        (None, "Triton is not installed", "native"),
-        ("native", None, "native"),
-        ("triton", None, "triton"),
-        ("reference", None, None),
-    ],
-)
-def test_which_backend_adds(
-    forced: str | None, reason: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With a core that has CUDA."""
+@pytest.mark.parametrize(("chosen", "on_cpu"), [("native", None), ("triton", "triton"), ("reference", None)])
+def test_which_backend_adds(chosen: str, on_cpu: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The core adds on a GPU alone, and Triton also in its interpreter."""
     with FakeTensorMode():
         on_gpu = torch.empty(1, 4, 2, 2, device="cuda")
-    monkeypatch.setattr(addition, "choose", lambda device_type: forced or "native")
-    monkeypatch.setattr(addition, "forced_backend", lambda: forced)
-    monkeypatch.setattr(addition, "why_not", lambda backend, device_type: reason)
-    assert addition._backend(on_gpu) == expected
+    monkeypatch.setattr(addition, "choose", lambda device_type: chosen)
+    assert addition._backend(on_gpu) == (None if chosen == "reference" else chosen)
+    assert addition._backend(torch.zeros(1, 4, 2, 2)) == on_cpu
