@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import ENCODERS_STEP, GPU_ENCODERS, NO_CUDA
+from benchmarks.gpu import GPU_ENCODERS
 from benchmarks.plots import HEADLINE, Row, best_of_each, draw_all, images_per_second, model_of
 from benchmarks.session import RESULTS
 
@@ -206,7 +206,6 @@ def gpu_speeds() -> str:
 
 def gpu_lines(machine: tuple[Path, dict[str, Any]]) -> list[list[str]]:
     path, data = machine
-    steps = data.get("validation", {})
     subjects = by_subject([row for row in data["results"] if row["subject"].startswith(GPU_ENCODERS)])
     lines = []
     for rows in sorted(subjects.values(), key=lambda rows: int(rows[0]["images"])):
@@ -219,8 +218,7 @@ def gpu_lines(machine: tuple[Path, dict[str, Any]]) -> list[list[str]]:
             for model in README_MODELS
         }
         b = best["LiteVAE-B"]
-        made_by = steps.get(ENCODERS_STEP.format(b["images"]), {})
-        device = data["device"] + (" without the CUDA kernels" if made_by.get("outcome") == NO_CUDA else "")
+        device = data["device"] + ("" if b.get("cuda_kernels", True) else " without the CUDA kernels")
         lines.append(
             [
                 f"{device}, torch {b['torch']}, {b['date']}",

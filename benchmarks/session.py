@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from litevae_kernels.backend import why_not
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -128,6 +130,8 @@ class Session:
             "torch": torch.__version__,
             "date": date.today().isoformat(),
         }
+        if torch.cuda.is_available():
+            stamp["cuda_kernels"] = why_not("native", "cuda") is None
         subjects = {result.subject for result in self.results}
         run = {result.test for result in self.results}
         files = {test.partition("::")[0] for test in self.tests}

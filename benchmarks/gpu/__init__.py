@@ -21,5 +21,3 @@ prints the registers and shared memory of the Triton convolution.
 """
 
 GPU_ENCODERS = "encoders on a GPU"  # beginning of the subjects of the README's table of GPUs
-ENCODERS_STEP = "encoders, batch {}"  # name of the step that measures them
-NO_CUDA = "passed without the CUDA kernels, whose build failed"  # outcome of such a step

@@ -311,6 +311,16 @@ def test_fused_convolution(
     )
 
 
+def need_clusters(device: str) -> None:
+    """Skips the test on a GPU without thread-block clusters, or with a core that was built without them."""
+    if device == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        if major < 9:
+            pytest.skip(f"sm_{major}{minor} has no clusters")
+        if (reason := native_norm.why_no_clusters(torch.cuda.current_device())) is not None:
+            pytest.skip(reason)
+
+
 @pytest.mark.parametrize("batch", [1, 8, 32])
 @torch.no_grad()
 def test_norms_in_clusters(
@@ -321,12 +331,20 @@ def test_norms_in_clusters(
     image: Callable[[int], tuple[int, ...]],
     batch: int,
 ) -> None:
-    """The encoder, and its largest norm, in one pass per cluster and in two passes: whether clusters may stay."""
-    if device == "cuda" and (reason := native_norm.why_no_clusters(torch.cuda.current_device())) is not None:
-        pytest.skip(reason)
+    """The encoder with norms in one pass per cluster and in two passes: whether clusters may stay."""
+    need_clusters(device)
     call = call_of(make_model("LiteVAE-B", "encoder", device).to(**_half(device)), "encoder")
     encoders = {"LiteVAE-B": call, "LiteVAE-B, norms in clusters": with_mode(native_norm, "clusters", call)}
     race(benchmark, session, "norms in clusters", encoders, device, image(batch), **rounds(dry_run))
+
+
+@pytest.mark.parametrize("batch", [1, 8, 32])
+@torch.no_grad()
+def test_largest_norm_in_clusters(
+    benchmark: Any, session: Session, device: str, dry_run: bool, batch: int
+) -> None:
+    """The encoder's largest norm in one pass per cluster and in two passes."""
+    need_clusters(device)
     images, channels, side = (1, 32, 8) if dry_run else (batch, 96, 128)
     sets = [torch.randn(images, channels, side, side, device=device).to(**_half(device)) for _ in range(7)]
     scale, offset = (torch.randn(channels, device=device, dtype=sets[0].dtype) for _ in range(2))

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from benchmarks.gpu import NO_CUDA, counters, validate
+from benchmarks.gpu import counters, validate
 from benchmarks.gpu.steps import BUILD_SECONDS, Step, stages
 from litevae_kernels.backend import why_not
 
@@ -74,11 +74,11 @@ def test_the_digest_of_the_code_depends_on_its_files(tmp_path):
     source = tmp_path / "csrc" / "common" / "a.cuh"
     source.parent.mkdir(parents=True)
     source.write_text("1")
-    first = validate.digest(tmp_path)
+    first = validate.digest(tmp_path, validate.CODE)
     (tmp_path / "csrc" / "compiled.so").write_text("2")
-    assert validate.digest(tmp_path) == first
+    assert validate.digest(tmp_path, validate.CODE) == first
     source.write_text("2")
-    assert validate.digest(tmp_path) != first
+    assert validate.digest(tmp_path, validate.CODE) != first
 
 
 @pytest.mark.parametrize(
@@ -101,10 +101,12 @@ def test_a_step_fails_if_all_of_its_tests_are_skipped(validation, output, outcom
 
 def test_a_step_whose_tests_the_gpu_cannot_run_is_left_out(validation):
     validation.dry_run = False
-    output = "SKIPPED [1] a.py:3: no clusters\n1 skipped in 0.1s"
-    complete, said = run(validation, python("clusters", f"print({output!r})", may_skip=True))
-    assert complete
-    assert said == ["clusters: left out: all of its tests were skipped: no clusters"]
+    for reason, outcome in (("sm_80 has no clusters", "left out"), ("the core was not built", "failed")):
+        output = f"SKIPPED [1] a.py:3: {reason}\n1 skipped in 0.1s"
+        step = python(reason, f"print({output!r})", may_skip="has no clusters")
+        complete, said = run(validation, step)
+        assert complete == (outcome == "left out")
+        assert said == [f"{reason}: {outcome}: all of its tests were skipped: {reason}"]
 
 
 def test_a_step_that_does_not_fit_is_left(validation):
@@ -159,7 +161,7 @@ def test_without_the_cuda_kernels_the_other_steps_run(validation):
         assert not complete
         triton, cuda = sorted(said, reverse=True)
         assert cuda == f"CUDA: {validate.SKIPPED}"
-        assert triton.startswith(f"Triton: {NO_CUDA}")
+        assert triton.startswith(f"Triton: {validate.NO_CUDA}")
     assert "on 20" in triton  # the second call did not run it again
     validation.built = True  # the build was mended
     complete, said = run(validation, *steps)
@@ -169,7 +171,7 @@ def test_without_the_cuda_kernels_the_other_steps_run(validation):
 
 def test_a_build_is_recorded_until_one_succeeds(validation, monkeypatch, capsys):
     monkeypatch.setattr(validate.torch.cuda, "get_device_capability", lambda: (9, 0))
-    reasons = ["not built", "not built", "the driver is too old", None]
+    reasons = ["the driver is too old", None, None]
     monkeypatch.setattr(validate, "inspect", lambda: ({}, reasons.pop(0)))
     monkeypatch.setattr(validate, "execute", lambda step, limit: (1, "no nvcc"))
     assert not validate.build_core(validation)
@@ -180,9 +182,13 @@ def test_a_build_is_recorded_until_one_succeeds(validation, monkeypatch, capsys)
     assert "build: failed: the driver is too old; the steps that need" in capsys.readouterr().err
     assert validation.steps()["build"]["outcome"] == "failed: the driver is too old"
     assert validate.build_core(validation)
-    assert validation.steps()["build"].keys() == {"outcome", "date", "versions", "code"}
     assert validation.steps()["build"]["outcome"] == validate.PASSED
+    assert validation.steps()["build"]["tail"] == "built"
+    monkeypatch.setattr(validate, "execute", lambda step, limit: (1, "built again"))
+    assert validate.build_core(validation)  # that is done
     assert not reasons
+    monkeypatch.setattr(validate, "digest", lambda *_: "another digest")
+    assert not validate.build_core(validation)  # A core that serves may be of earlier sources.
 
 
 def test_a_fresh_process_is_asked_about_the_machine():

@@ -1,5 +1,4 @@
 import contextlib
-import sys
 import types
 
 import pytest
@@ -61,11 +60,12 @@ def total_kernel(x, out):
     tl.store(out, helper(tl.load(x + tl.arange(0, 32))))
 
 
-this_module = sys.modules[__name__]
+others = types.ModuleType("others")
+others.total = helper
 
 
 def total_of_module_kernel(x, out):
-    tl.store(out, this_module.helper(tl.load(x + tl.arange(0, 32))))
+    tl.store(out, others.total(tl.load(x + tl.arange(0, 32))))
 
 
 def reduced_kernel(x, out):
