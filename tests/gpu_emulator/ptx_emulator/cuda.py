@@ -22,7 +22,7 @@ class DeviceTensor:
     Kernels may access its memory once its address has been asked for.
     """
 
-    device = DEVICE
+    device, is_cpu = DEVICE, False
 
     def __init__(self, tensor: Tensor, allow: Callable[[Tensor, bool], None], writable: bool) -> None:
         self.tensor, self._allow, self._writable = tensor, allow, writable
