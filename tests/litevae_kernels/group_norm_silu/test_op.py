@@ -184,8 +184,8 @@ def test_compiles_under_autocast():
 @pytest.mark.parametrize("higher", [False, True])
 def test_the_backward_keeps_the_backend_of_the_forward(monkeypatch, higher):
     calls = []
-    original = op._backend
-    monkeypatch.setattr(op, "_backend", lambda name: calls.append(name) or original(name))
+    original = op.backend_module
+    monkeypatch.setattr(op, "backend_module", lambda name: calls.append(name) or original(name))
     x = values((1, 2, 8, 8)).requires_grad_()
     with use_backend("native"):
         y = group_norm_silu(x, 1)
