@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from litevae_kernels.backend import core, is_exporting
+from litevae_kernels.tensors import device_type_of
 
 _HALVES = (torch.bfloat16, torch.float16)
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -48,7 +49,7 @@ def result_dtype(x: Tensor) -> torch.dtype:
     """Returns the dtype of a convolution of `x`: that of autocast if it is enabled, else x's."""
     # Autocast does not convert float64, and the query raises an error for "meta".
     dtype = x.dtype
-    device_type = "cpu" if x.is_cpu else x.device.type
+    device_type = device_type_of(x)
     if dtype != torch.float64 and device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return dtype

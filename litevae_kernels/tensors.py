@@ -209,6 +209,11 @@ def check_memory_format(memory_format: object) -> None:
         )
 
 
+def device_type_of(x: Tensor) -> str:
+    """Returns ``x.device.type``, for a CPU without the objects that this makes on the way."""
+    return "cpu" if x.is_cpu else x.device.type
+
+
 def is_channels_last(x: Tensor) -> bool:
     """Returns whether the channels of (N, C, H, W) are innermost in memory; a slice is judged by its strides."""
     channels, stride = x.shape[1], x.stride()

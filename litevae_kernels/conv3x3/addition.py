@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from litevae_kernels.backend import choose
 from litevae_kernels.conv3x3 import reference
 from litevae_kernels.group_norm_silu.op import backend_module
+from litevae_kernels.tensors import device_type_of
 
 torch.library.define(
     "litevae::add_residuals_",
@@ -61,7 +62,7 @@ def empty_statistics(like: Tensor, channels: int, measure: bool) -> Tensor:
 
 def _backend(x: Tensor) -> str | None:
     """Returns the backend whose kernel adds on x's device; None if PyTorch adds, as on a CPU."""
-    backend = choose(x.device.type)
+    backend = choose(device_type_of(x))
     return backend if backend == "triton" or (backend == "native" and x.is_cuda) else None
 
 

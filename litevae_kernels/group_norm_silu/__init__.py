@@ -23,6 +23,7 @@ from litevae_kernels.tensors import (
     check_eps,
     check_flag,
     check_tensor,
+    device_type_of,
     is_integer,
     refuse_tangents,
     shape_of,
@@ -78,7 +79,7 @@ def group_norm_silu(
     num_groups, eps = check_arguments(x, num_groups, weight, bias, eps, skip, offset)
     check_flag(overwrite, "overwrite")
     check_statistics(statistics, x, skip)
-    backend = choose(x.device.type)
+    backend = choose(device_type_of(x))
     arguments = (_as_4d(x), None if skip is None else _as_4d(skip), weight, bias, num_groups, eps)
     if backend == "reference":
         y = reference.forward(*arguments, offset)

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from litevae_kernels.group_norm_silu import native, reference
 from litevae_kernels.tensors import (
     differentiable_gradients,
+    empty_output,
     in_inference_mode,
     is_channels_last,
     is_plain,
@@ -32,13 +33,10 @@ def backend_module(name: str) -> ModuleType:
 
 
 def _empty_like(x: Tensor, channels: int) -> Tensor:
-    memory_format = memory_format_of(is_channels_last(x))
+    channels_last = is_channels_last(x)
     if channels == x.shape[1]:
-        return torch.empty_like(x, memory_format=memory_format)
-    n, _, height, width = x.shape
-    return torch.empty(
-        (n, channels, height, width), dtype=x.dtype, device=x.device, memory_format=memory_format
-    )
+        return torch.empty_like(x, memory_format=memory_format_of(channels_last))
+    return empty_output(x, channels, channels_last)
 
 
 def _result(x: Tensor, skip: Tensor | None) -> Tensor:

@@ -25,6 +25,7 @@ from litevae_kernels.tensors import (
     check_dtype,
     check_memory_format,
     check_tensor,
+    device_type_of,
     is_channels_last,
     is_integer,
     refuse_tangents,
@@ -214,7 +215,7 @@ def _analysis(
     dtype = image.dtype if dtype is None else dtype
     keep = is_channels_last(image)
     channels_last = keep if memory_format is None else memory_format == torch.channels_last
-    backend = choose("cpu" if image.is_cpu else image.device.type)
+    backend = choose(device_type_of(image))
     if backend == "reference":
         return tuple(reference.analysis(image, levels, mode, scale, stacked, dtype, channels_last))
     refuse_tangents("the Haar transform", backend, image)
@@ -225,7 +226,7 @@ def _synthesis(coeffs: Sequence[Tensor], height: int, width: int, stacked: bool)
     """Computes the inverse: with zero extension the adjoint crops (see `op`)."""
     first = coeffs[0]
     channels_last = is_channels_last(first)
-    backend = choose("cpu" if first.is_cpu else first.device.type)
+    backend = choose(device_type_of(first))
     arguments = (coeffs, height, width, "zero", 1.0, stacked, first.dtype, channels_last)
     if backend == "reference":
         return reference.synthesis(*arguments)

@@ -29,6 +29,7 @@ from litevae_kernels.tensors import (
     check_operand,
     check_residual,
     check_tensor,
+    device_type_of,
     is_channels_last,
     is_integer,
     refuse_tangents,
@@ -98,7 +99,7 @@ def modulate_weight(
     channels_last = (
         is_channels_last(weight) if memory_format is None else memory_format == torch.channels_last
     )
-    backend = choose(weight.device.type)
+    backend = choose(device_type_of(weight))
     if backend == "reference":
         return reference.modulate(weight, scale, gain, eps, dtype, channels_last)
     refuse_tangents("modulate_weight", backend, weight, scale, gain)
